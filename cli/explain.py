@@ -1,0 +1,141 @@
+"""``simexplain explain``: pictures in, heatmaps and a verdict out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from simexplain.comparison import ARCHITECTURES, positives_of
+from simexplain.explaining import explain_files
+from simexplain.explanation import SCALES
+from simexplain.methods import METHODS
+from simexplain.methods.cams import CAMS
+from simexplain.methods.weights import WEIGHTS
+from simexplain.picturing import verdict
+from simexplain.rendering.overlay import RENDERERS
+from simexplain.saving import MANIFEST, check_writable, manifest
+
+from .options import aligned, busy, model_from, model_options
+
+if TYPE_CHECKING:
+    from simexplain.explanation import Explanation
+
+_FOLDER = "explanation"
+
+
+@click.command("explain")
+@click.argument("model")
+@click.argument("anchor", type=click.Path())
+@click.argument("other", type=click.Path(), nargs=-1, required=True)
+@click.option(
+    "--arch",
+    type=click.Choice(list(ARCHITECTURES)),
+    required=True,
+    help="siamese: 2 images; triplet: anchor, positive, negative; quadruplet: anchor, positive, "
+    "2 negatives; set: anchor, positives, negatives.",
+)
+@click.option("--different", is_flag=True, help="The pair of a siamese comparison is dissimilar.")
+@click.option("--positives", default=1, show_default=True, help="For set: how many are positives.")
+@click.option("--method", type=click.Choice(list(METHODS)), default="sam", show_default=True)
+@click.option(
+    "--layer", multiple=True, help="Layer to explain; repeat to multiply several layers' maps."
+)
+@click.option(
+    "--weights",
+    type=click.Choice(list(WEIGHTS)),
+    default="paper",
+    show_default=True,
+    help="; ".join(f"{name}: {rule.about}" for name, rule in WEIGHTS.items()) + ".",
+)
+@click.option(
+    "--cam", type=click.Choice(list(CAMS)), multiple=True, help="Formula; once, or per layer."
+)
+@click.option("--through-weights", is_flag=True, help="Gradient through the weights as well.")
+@click.option("--signed", is_flag=True, help="Keep negative evidence in the saved maps.")
+@click.option("--magnify", default=1.0, show_default=True, help="Enlarge the images, finer maps.")
+@click.option("--scale", type=click.Choice(SCALES), default="image", show_default=True,
+              help="Full heat: each image's own maximum, or one shared by all.")  # fmt: skip
+@click.option("--style", type=click.Choice(list(RENDERERS)), multiple=True, default=["overlay"],
+              show_default=True, help="How to draw; repeat for more rows.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
+@click.option("--force", is_flag=True, help="Replace an explanation that is in the folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@model_options
+def command(
+    model: str,
+    anchor: str,
+    other: tuple[str, ...],
+    arch: str,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+    style: tuple[str, ...],
+    **given: Any,
+) -> None:
+    """Explain why MODEL finds ANCHOR and the OTHER images alike or different.
+
+    MODEL is timm:NAME, torchvision:NAME or a file. Example:
+
+      simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg c.jpg --arch triplet
+    """
+    paths = [anchor, *other]
+    different, positives = given.pop("different"), given.pop("positives")
+    positives_of(arch, len(paths), different=different, positives=positives)
+    out = out or _free_folder(Path(_FOLDER))
+    check_writable(out, [MANIFEST, "explanation.png", "maps.npz"], force=force)
+    with busy(f"Loading {model}"):
+        network = model_from(model, given)
+    given.update(cam=_cams(given["cam"]), layer=given["layer"] or None)
+    with busy(f"Explaining {len(paths)} images"):
+        result = explain_files(
+            network, paths, arch, different=different, positives=positives, **given
+        )
+    with busy(f"Writing {out}"):
+        files = result.save(out, force=force, styles=style)
+    if as_json:
+        click.echo(json.dumps(manifest(result, files), indent=2, ensure_ascii=False))
+    else:
+        report(result, files)
+
+
+def report(result: Explanation, files: dict[str, str]) -> None:
+    """Prints what was found, for a person."""
+    click.echo(f"{result.model}, layer {result.layer}, method {result.method}")
+    rows = [("image", "role", "distance", "peak (x, y)")]
+    distances = [None, *result.distances[0].tolist()]
+    for picture, role, distance, peak in zip(
+        result.pictures, result.roles, distances, result.peaks(), strict=True
+    ):
+        rows.append(
+            (
+                picture.path,
+                role,
+                "" if distance is None else f"{distance:.4f}",
+                "none" if peak is None else f"{peak[0]:.0f}, {peak[1]:.0f}",
+            )
+        )
+    click.echo(aligned(rows))
+    click.echo(verdict(result))
+    for warning in result.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    for kind in ("figure", "manifest", "maps"):
+        click.echo(f"{kind}: {files[kind]}")
+    heatmaps = [path for kind, path in files.items() if kind.startswith("heatmap")]
+    click.echo(f"heatmaps: {', '.join(heatmaps)}")
+
+
+def _cams(names: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    if len(names) == 1:
+        return names[0]
+    return names or None
+
+
+def _free_folder(base: Path) -> Path:
+    """The first of ``explanation-1``, ``explanation-2``, ... that is not there yet."""
+    number = 1
+    while (folder := base.with_name(f"{base.name}-{number}")).exists():
+        number += 1
+    return folder

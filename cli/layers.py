@@ -1,0 +1,42 @@
+"""``simexplain layers``: what can be named with ``--layer``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from .options import aligned, busy, model_from, model_options
+
+
+@click.command("layers")
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@model_options
+def command(model: str, as_json: bool, **given: Any) -> None:
+    """List every layer of MODEL that can carry a heatmap, in the order of execution.
+
+    The layer marked with * is used when none is named. Stride is image pixels per cell of the map.
+    """
+    with busy(f"Loading {model}"):
+        loaded = model_from(model, given)
+        layers = loaded.layers
+    if as_json:
+        rows = [
+            {"name": layer.name, "kind": layer.kind, "shape": layer.shape, "stride": layer.stride,
+             "default": layer.default}
+            for layer in layers
+        ]  # fmt: skip
+        click.echo(json.dumps({"schema": 1, "model": loaded.name, "layers": rows}, indent=2))
+        return
+    height, width = loaded.preprocess.size
+    click.echo(f"{loaded.name}: {len(layers)} layers for images of {height}x{width}")
+    table = [("", "layer", "kind", "channels", "map", "stride")]
+    for layer in layers:
+        channels, h, w = layer.shape
+        vertical, horizontal = layer.stride
+        stride = f"{vertical:g}" if vertical == horizontal else f"{vertical:g}, {horizontal:g}"
+        mark = "*" if layer.default else ""
+        table.append((mark, layer.name, layer.kind, str(channels), f"{h}x{w}", stride))
+    click.echo(aligned(table))

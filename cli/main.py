@@ -1,0 +1,90 @@
+"""The entry point: commands are imported only when they run, errors become one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from simexplain import __version__
+from simexplain.errors import SimexplainError
+
+COMMANDS = {
+    "explain": "Heatmaps of what makes images alike or different to a model.",
+    "layers": "List the layers of a model that can carry a heatmap.",
+    "demo": "Explain a bundled triplet with a pretrained network, without a network connection.",
+}
+"""Every command and its line in the overview; the module of the same name holds the command."""
+
+
+class _Lazy(click.Group):
+    """A group whose overview needs no command to be imported: that would import torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"{__package__}.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(
+    cls=_Lazy,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Documentation of a command: simexplain COMMAND --help",
+)
+@click.version_option(__version__, prog_name="simexplain")
+def cli() -> None:
+    """Why does this model say these images are alike?
+
+    simexplain draws, for any trained image-embedding model, which parts of each picture make a
+    pair similar or a triplet hold. MODEL is timm:NAME, torchvision:NAME or a file.
+    """
+
+
+def main() -> None:
+    """Runs the command line; exit code 1 for errors in what was given, 2 for usage."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        code = error.exit_code
+    except click.ClickException as error:
+        code = _complain(error.format_message(), 1)
+    except SimexplainError as error:
+        code = _complain(str(error), 1)
+    except (KeyboardInterrupt, click.Abort):
+        code = _complain("Interrupted; nothing was written.", 130)
+    except BrokenPipeError:
+        # The reader of a pipe went away; silence the flush at exit as well.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except MemoryError:
+        code = _complain("Not enough memory; use smaller images or a smaller --magnify.", 1)
+    except Exception as error:
+        if os.environ.get("SIMEXPLAIN_DEBUG"):
+            raise
+        text = " ".join(str(error).split())[:300]
+        code = _complain(
+            f"Unexpected {type(error).__name__}: {text}; SIMEXPLAIN_DEBUG=1 shows where, please "
+            "report it.",
+            1,
+        )
+    sys.exit(code)
+
+
+def _complain(text: str, code: int) -> int:
+    click.echo(f"Error: {text}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

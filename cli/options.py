@@ -1,0 +1,102 @@
+"""Options that several commands share, and what they print with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from simexplain.data.preprocessing import FITS
+from simexplain.models.base import DISTANCES
+from simexplain.models.loading import RANDOM, load_model
+
+if TYPE_CHECKING:
+    from simexplain.models.base import SimilarityModel
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """``224`` or ``384x128``: height, then width."""
+
+    name = "HxW"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """``(height, width)``; one number makes both."""
+        parts = str(value).lower().split("x")
+        if not all(part.isdigit() and int(part) > 0 for part in parts) or len(parts) > 2:
+            self.fail(f"expected a size such as 224 or 384x128 (height x width), got {value!r}.")
+        return int(parts[0]), int(parts[-1])
+
+
+_MODEL_OPTIONS = (
+    click.option(
+        "--backbone",
+        metavar="ZOO:NAME",
+        help="The network that a file of weights belongs to, e.g. timm:resnet50.",
+    ),
+    click.option(
+        "--keep-head", is_flag=True, help="The file's last linear layer makes the embedding."
+    ),
+    click.option("--untrained", is_flag=True, help="Random weights, to try things out."),
+    click.option(
+        "--trust-pickle", is_flag=True, help="Load pickled modules. They can run any code."
+    ),
+    click.option("--size", type=Size(), help="Input size if not the model's own."),
+    click.option(
+        "--fit", type=click.Choice(FITS), help="How pictures are fitted, if not as in the model."
+    ),
+    click.option(
+        "--distance",
+        type=click.Choice(list(DISTANCES)),
+        help="Between unit embeddings. [euclidean]",
+    ),
+    click.option("--fast", is_flag=True, help="Fold batch norm, channels-last: quicker."),
+)
+
+
+def model_options(command: F) -> F:
+    """Adds everything that :func:`model_from` wants."""
+    for option in reversed(_MODEL_OPTIONS):
+        command = option(command)
+    return command
+
+
+def model_from(source: str, given: dict[str, Any]) -> SimilarityModel:
+    """Takes the model options out of ``given`` and loads the model."""
+    untrained, fast = given.pop("untrained"), given.pop("fast")
+    names = ("backbone", "keep_head", "trust_pickle", "size", "fit", "distance")
+    model = load_model(
+        source, weights=RANDOM if untrained else None, **{name: given.pop(name) for name in names}
+    )
+    if fast:
+        from simexplain.models.accelerating import accelerated
+
+        model = accelerated(model)
+    return model
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """A spinner on a terminal, nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a table of plain text."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,68 @@
+"""simexplain: why does this model say these images are alike?
+
+Everything here is imported when it is first used, so that ``import simexplain`` is instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from simexplain.comparison import Comparison as Comparison
+    from simexplain.data.images import read_picture as read_picture
+    from simexplain.data.preprocessing import Preprocess as Preprocess
+    from simexplain.errors import SimexplainError as SimexplainError
+    from simexplain.explaining import explain as explain
+    from simexplain.explaining import explain_files as explain_files
+    from simexplain.explanation import Explanation as Explanation
+    from simexplain.methods import METHODS as METHODS
+    from simexplain.methods.cams import CAMS as CAMS
+    from simexplain.methods.similarity_attention import SimilarityAttention as SimilarityAttention
+    from simexplain.methods.weights import WEIGHTS as WEIGHTS
+    from simexplain.methods.weights import similarity_weights as similarity_weights
+    from simexplain.models.accelerating import accelerated as accelerated
+    from simexplain.models.base import SimilarityModel as SimilarityModel
+    from simexplain.models.embedder import as_similarity_model as as_similarity_model
+    from simexplain.models.loading import load_model as load_model
+    from simexplain.models.loading import save_model as save_model
+    from simexplain.rendering.overlay import RENDERERS as RENDERERS
+    from simexplain.tracing import Trace as Trace
+    from simexplain.tracing import trace as trace
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CAMS": "methods.cams",
+    "Comparison": "comparison",
+    "Explanation": "explanation",
+    "METHODS": "methods",
+    "Preprocess": "data.preprocessing",
+    "RENDERERS": "rendering.overlay",
+    "SimexplainError": "errors",
+    "SimilarityAttention": "methods.similarity_attention",
+    "SimilarityModel": "models.base",
+    "Trace": "tracing",
+    "WEIGHTS": "methods.weights",
+    "accelerated": "models.accelerating",
+    "as_similarity_model": "models.embedder",
+    "explain": "explaining",
+    "explain_files": "explaining",
+    "load_model": "models.loading",
+    "read_picture": "data.images",
+    "save_model": "models.loading",
+    "similarity_weights": "methods.weights",
+    "trace": "tracing",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'simexplain' has no attribute '{name}'")
+    return getattr(import_module(f"simexplain.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Pictures: reading, preprocessing and the way back."""

@@ -1,0 +1,107 @@
+"""Reading pictures of any common kind as plain RGB, with a note of what was changed."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from simexplain.errors import ImageError
+
+_WHITE = (255, 255, 255, 255)
+_DEEP_MODES = ("I", "F")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as it looks on a screen.
+
+    Attributes:
+        path: Where it came from, as the user wrote it; empty for pictures made in memory.
+        image: Upright RGB, 8 bits a channel.
+        notes: What had to be changed, for the user to read.
+    """
+
+    path: str
+    image: Image.Image
+    notes: tuple[str, ...] = ()
+
+
+def read_picture(path: str | Path) -> Picture:
+    """Reads a picture file.
+
+    EXIF rotation is applied, transparency is laid on white, CMYK, palette, grey and 16-bit
+    pictures become 8-bit RGB, and of an animation the first frame is taken, with a note.
+
+    Args:
+        path: Any format that Pillow reads, up to 178 million pixels.
+
+    Raises:
+        ImageError: If the file is missing, not a picture, cut off or too large.
+    """
+    name = str(path)
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns from 89 million pixels and refuses from twice that; the refusal is kept.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                return _read(name, opened)
+    except FileNotFoundError as error:
+        raise ImageError(f"There is no file '{name}'; check the path.") from error
+    except IsADirectoryError as error:
+        raise ImageError(f"Expected a picture, but '{name}' is a folder.") from error
+    except PermissionError as error:
+        raise ImageError(f"'{name}' may not be read; check its permissions.") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"'{name}' is not a picture in a format that can be read; save it as PNG or JPEG."
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"'{name}' has more than 178 million pixels; reduce it before explaining it."
+        ) from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+        raise ImageError(
+            f"'{name}' is damaged or cut off ({error}); export or download it again."
+        ) from error
+
+
+def _read(name: str, opened: Image.Image) -> Picture:
+    notes = []
+    frames = getattr(opened, "n_frames", 1)
+    if frames > 1:
+        opened.seek(0)
+        notes.append(f"'{name}' has {frames} frames; the first one is used.")
+    opened.load()
+    image = ImageOps.exif_transpose(opened) or opened
+    if image.mode.startswith(_DEEP_MODES):
+        image, note = _to_8_bits(image)
+        notes.append(f"'{name}' {note}")
+    return Picture(name, _on_white(image), tuple(notes))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, _WHITE), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> tuple[Image.Image, str]:
+    """16-bit and float grey pictures as 8-bit grey, from their nominal range where they fit it."""
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are not finite")
+    low, high = float(values.min()), float(values.max())
+    top = 1.0 if image.mode == "F" and high <= 1 else 255.0 if image.mode == "F" else 65535.0
+    if low < 0 or high > top:
+        span = (high - low) or 1.0
+        values, said = (values - low) / span, f"was scaled from its range {low:g} to {high:g}."
+    else:
+        values, said = values / top, f"has deep grey values; 0 to {top:g} became 8 bits."
+    return Image.fromarray(np.round(values * 255).astype(np.uint8)), said

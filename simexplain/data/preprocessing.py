@@ -1,0 +1,189 @@
+"""From a picture to the tensor a network wants, and from the network's view back again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from simexplain.errors import ImageError
+
+FITS = ("crop", "squash", "pad")
+_MOST_ELONGATED = 50
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the network's view lies in the original picture.
+
+    Attributes:
+        original: ``(height, width)`` of the picture.
+        resized: ``(height, width)`` it was resized to.
+        offset: ``(top, left)`` of the view inside the resized picture; negative where padded.
+        size: ``(height, width)`` of the view, the network's input.
+    """
+
+    original: tuple[int, int]
+    resized: tuple[int, int]
+    offset: tuple[int, int]
+    size: tuple[int, int]
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Resized pixels per original pixel, vertically and horizontally."""
+        return self.resized[0] / self.original[0], self.resized[1] / self.original[1]
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """The part of the picture that the network saw: left, top, right, bottom in pixels."""
+        (height, width), (sy, sx), (top, left) = self.original, self.scale, self.offset
+        return (
+            max(0.0, left / sx),
+            max(0.0, top / sy),
+            min(float(width), (left + self.size[1]) / sx),
+            min(float(height), (top + self.size[0]) / sy),
+        )
+
+    def to_original(self, heatmap: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A heatmap over the view as one over the picture; zero where the network saw nothing.
+
+        Args:
+            heatmap: Shape ``size``; pixel centres at half-integers, bilinear in between.
+
+        Returns:
+            Shape ``original``.
+        """
+        (height, width), (sy, sx), (top, left) = self.original, self.scale, self.offset
+        to_view = np.array(
+            [[sx, 0, (sx - 1) / 2 - left], [0, sy, (sy - 1) / 2 - top]], dtype=np.float64
+        )
+        mapped: NDArray[np.float32] = cv2.warpAffine(
+            np.ascontiguousarray(heatmap, dtype=np.float32),
+            to_view,
+            (width, height),
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
+        left_edge, top_edge, right_edge, bottom_edge = self.box
+        mapped[: math.floor(top_edge)] = 0
+        mapped[math.ceil(bottom_edge) :] = 0
+        mapped[:, : math.floor(left_edge)] = 0
+        mapped[:, math.ceil(right_edge) :] = 0
+        return mapped
+
+    def point_to_original(self, x: float, y: float) -> tuple[float, float]:
+        """A point ``(x, y)`` of the view in pixels of the picture, kept inside it."""
+        (height, width), (sy, sx), (top, left) = self.original, self.scale, self.offset
+        return (
+            min(max((x + left) / sx, 0.0), float(width)),
+            min(max((y + top) / sy, 0.0), float(height)),
+        )
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Resize, fit and normalise, as the network was trained to expect.
+
+    Attributes:
+        size: ``(height, width)`` of the input tensor.
+        fit: ``crop`` the centre after resizing (what most networks were evaluated with),
+            ``squash`` the whole picture into the input, or ``pad`` it with the mean colour.
+        crop_fraction: Share of the resized picture that the crop keeps, in (0, 1].
+        interpolation: ``bilinear``, ``bicubic`` or ``nearest``, always with antialiasing.
+        mean: Subtracted from channels in [0, 1].
+        std: What channels are divided by afterwards.
+        source: Where these values come from, for the user to read.
+        notes: What a user should know about how the model was read.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    fit: str = "crop"
+    crop_fraction: float = 0.875
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    source: str = "ImageNet defaults"
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.fit not in FITS:
+            raise ImageError(f"Expected fit to be one of {', '.join(FITS)}, got '{self.fit}'.")
+        if not 0 < self.crop_fraction <= 1:
+            raise ImageError(f"Expected crop_fraction in (0, 1], got {self.crop_fraction}.")
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Geometry]:
+        """The input tensor ``(3,H,W)``, float32, and where it lies in the picture.
+
+        Raises:
+            ImageError: If the picture is so elongated that its centre crop shows next to nothing.
+        """
+        geometry = self.geometry((image.height, image.width))
+        resized = F.resize(image, list(geometry.resized), InterpolationMode(self.interpolation))
+        (top, left), (height, width) = geometry.offset, geometry.size
+        if self.fit == "pad":
+            red, green, blue = (round(255 * channel) for channel in self.mean)
+            view = Image.new("RGB", (width, height), (red, green, blue))
+            view.paste(resized, (-left, -top))
+        else:
+            view = F.crop(resized, top, left, height, width)
+        tensor = F.normalize(F.to_tensor(view), list(self.mean), list(self.std))
+        return tensor, geometry
+
+    def geometry(self, original: tuple[int, int]) -> Geometry:
+        """Where the view of a picture of this ``(height, width)`` lies."""
+        if self.fit == "squash":
+            return Geometry(original, self.size, (0, 0), self.size)
+        ratios = original[0] / self.size[0], original[1] / self.size[1]
+        if self.fit == "pad":
+            resized = tuple(max(1, round(side / max(ratios))) for side in original)
+            offset = tuple((r - s) // 2 for r, s in zip(resized, self.size, strict=True))
+        else:
+            if max(original) > _MOST_ELONGATED * min(original):
+                raise ImageError(
+                    f"A picture of {original[1]}x{original[0]} is too elongated for its centre "
+                    "crop to show it; choose fit='pad' or fit='squash'."
+                )
+            resized = self._covering(original)
+            offset = tuple(round((r - s) / 2.0) for r, s in zip(resized, self.size, strict=True))
+        return Geometry(original, (resized[0], resized[1]), (offset[0], offset[1]), self.size)
+
+    def _covering(self, original: tuple[int, int]) -> tuple[int, ...]:
+        """The resized size whose centre crop the network sees, in timm's own rounding."""
+        target = [math.floor(side / self.crop_fraction) for side in self.size]
+        if target[0] == target[1]:
+            short, long = min(original), max(original)
+            sides = (target[0], int(target[0] * long / short))
+            return sides if original[0] <= original[1] else sides[::-1]
+        ratio = min(original[0] / target[0], original[1] / target[1])
+        return tuple(round(side / ratio) for side in original)
+
+    def undo(self, images: Tensor) -> NDArray[np.uint8]:
+        """Input tensors ``(...,3,H,W)`` as pictures ``(...,H,W,3)`` to look at."""
+        mean, std = (torch.tensor(v).view(-1, 1, 1).to(images) for v in (self.mean, self.std))
+        values = ((images * std + mean) * 255).round().clamp(0, 255).movedim(-3, -1)
+        return np.asarray(values.detach().cpu().to(torch.uint8).numpy(), dtype=np.uint8)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON from which :meth:`from_json` makes an equal object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, options: dict[str, Any]) -> Preprocess:
+        """The counterpart of :meth:`to_json`."""
+        lists: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in options.items()
+        }
+        return cls(**lists)
+
+
+IMAGENET = Preprocess()
+"""What is assumed where neither the checkpoint nor the architecture says anything."""

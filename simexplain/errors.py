@@ -1,0 +1,21 @@
+"""Every error that simexplain raises on purpose: one sentence with what came and what to do."""
+
+
+class SimexplainError(ValueError):
+    """Base of all errors meant for the user; its text is complete without a traceback."""
+
+
+class ComparisonError(SimexplainError):
+    """The images or embeddings compared do not fit together."""
+
+
+class ImageError(SimexplainError):
+    """A picture cannot be read or preprocessed."""
+
+
+class ModelError(SimexplainError):
+    """A model, a layer of it or a file that should hold one cannot be used."""
+
+
+class OutputError(SimexplainError):
+    """A result cannot be written or read back."""

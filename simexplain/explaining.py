@@ -1,0 +1,290 @@
+"""The verb: explain a comparison of tensors or of picture files."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simexplain.comparison import Comparison, positives_of
+from simexplain.data.images import Picture, read_picture
+from simexplain.errors import ComparisonError, ModelError
+from simexplain.explanation import Explanation
+from simexplain.methods import METHODS, Method
+from simexplain.methods.similarity_attention import AttentionMaps
+from simexplain.models.base import SimilarityModel
+from simexplain.models.embedder import as_similarity_model
+from simexplain.tracing import trace
+
+Layers = str | Sequence[str] | None
+
+_MOVED_FAR = 0.1
+
+
+def explain(
+    model: nn.Module,
+    comparison: Comparison,
+    method: str | Method = "sam",
+    layer: Layers = None,
+    *,
+    magnify: float = 1,
+    scale: str = "image",
+    max_batch: int | None = None,
+    **options: Any,
+) -> Explanation:
+    """Explains why the images of each comparison are alike or different to a model.
+
+    One forward and one backward pass, down to the lowest layer asked for, serve the whole batch.
+
+    Args:
+        model: A similarity model, or any ``nn.Module`` that returns an embedding.
+        comparison: Preprocessed images ``(3,H,W)``; they are moved to the model's device and type.
+        method: A name in ``METHODS`` or an object like ``SimilarityAttention(weights="signed")``.
+        layer: A layer, several to be multiplied, or None for the model's default.
+        magnify: Enlarges the images by this factor before the network, for finer maps; the
+            result reports how far that moved the embeddings.
+        scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
+        max_batch: Bounds the images in one forward pass; results do not depend on it.
+        **options: Passed to a method given by name, such as ``weights="relative"``.
+
+    Raises:
+        ComparisonError: If images or options do not fit.
+        ModelError: If the model or a layer cannot be used.
+    """
+    wrapped = as_similarity_model(model)
+    view = comparison
+    if magnify != 1:
+        _check_magnify(magnify)
+        view = comparison.like(_enlarged(comparison.stacked(), magnify))
+    return explain_view(
+        wrapped, comparison, view, method, layer, magnify=magnify, scale=scale,
+        max_batch=max_batch, **options,
+    )  # fmt: skip
+
+
+def explain_files(
+    model: nn.Module,
+    paths: Sequence[str | Path],
+    arch: str = "triplet",
+    method: str | Method = "sam",
+    layer: Layers = None,
+    *,
+    different: bool = False,
+    positives: int = 1,
+    magnify: float = 1,
+    scale: str = "image",
+    max_batch: int | None = None,
+    **options: Any,
+) -> Explanation:
+    """Reads pictures, explains them, and maps the heat back onto the pictures themselves.
+
+    Args:
+        model: As for :func:`explain`; its ``preprocess`` is used.
+        paths: Picture files, anchor first, then positives, then negatives.
+        arch: ``siamese``, ``triplet``, ``quadruplet`` or ``set``.
+        method: As for :func:`explain`.
+        layer: As for :func:`explain`.
+        different: The other image of a siamese pair is a negative.
+        positives: How many images after the anchor are positives, for ``set``.
+        magnify: As for :func:`explain`; the pictures' own finer detail is used.
+        scale: As for :func:`explain`.
+        max_batch: As for :func:`explain`.
+        **options: As for :func:`explain`.
+
+    Raises:
+        ImageError: If a picture cannot be read.
+        ComparisonError: If there are too few or too many pictures for ``arch``.
+        ModelError: If the model or a layer cannot be used.
+    """
+    wrapped = as_similarity_model(model)
+    _check_magnify(magnify)
+    count = positives_of(arch, len(paths), different=different, positives=positives)
+    pictures = [read_picture(path) for path in paths]
+    own, geometries = _tensors(wrapped, pictures, 1, count)
+    view = own
+    if magnify != 1:
+        view, geometries = _tensors(wrapped, pictures, magnify, count)
+    result = explain_view(
+        wrapped, own, view, method, layer, magnify=magnify, scale=scale, max_batch=max_batch,
+        **options,
+    )  # fmt: skip
+    notes = wrapped.preprocess.notes + tuple(n for picture in pictures for n in picture.notes)
+    return replace(
+        result,
+        pictures=tuple(pictures),
+        geometries=tuple(geometries),
+        warnings=notes + result.warnings,
+    )
+
+
+def explain_view(
+    model: SimilarityModel,
+    comparison: Comparison,
+    view: Comparison,
+    method: str | Method,
+    layer: Layers,
+    *,
+    magnify: float,
+    scale: str,
+    max_batch: int | None,
+    **options: Any,
+) -> Explanation:
+    """Explains ``view``, which shows the same images as ``comparison``, perhaps larger.
+
+    The distances and embeddings reported are those of ``comparison``, the maps lie on ``view``.
+    """
+    check_images(comparison)
+    chosen = _method(method, options)
+    layers = _layers(model, view, layer)
+    found = chosen(model, view, layers, max_batch=max_batch)
+    own, moved = found.embeddings, None
+    if view is not comparison:
+        own = embeddings_of(model, comparison, max_batch)
+        moved = 1 - (own * found.embeddings).sum(dim=2)
+    name = method if isinstance(method, str) else _name(method)
+    return Explanation(
+        maps=found.maps,
+        layer_maps=found.layer_maps,
+        weights=found.weights,
+        scores=found.scores,
+        embeddings=own,
+        distances=distances_of(model, own),
+        positives=comparison.positives.shape[1],
+        images=view.stacked(),
+        preprocess=model.preprocess,
+        method=name,
+        model=model.name,
+        layers=layers,
+        options=_told(chosen, magnify),
+        warnings=found.warnings + _more_warnings(found, moved, comparison),
+        versions=versions(),
+        moved=moved,
+        scale=scale,
+    )
+
+
+def embeddings_of(model: SimilarityModel, comparison: Comparison, max_batch: int | None) -> Tensor:
+    """Unit rows ``(B,K,E)`` of a comparison of images, without any graph."""
+    rows = trace(model, comparison.stacked().flatten(0, 1), (), max_batch=max_batch).embeddings
+    return comparison.restacked(rows)
+
+
+def distances_of(model: SimilarityModel, rows: Tensor) -> Tensor:
+    """Distances ``(B,K-1)`` from the anchor to every other image, from rows ``(B,K,E)``."""
+    with torch.no_grad():
+        return torch.cat([model.distance(row[:1], row[1:]) for row in rows])
+
+
+def check_images(comparison: Comparison) -> None:
+    """Refuses anything that is not a comparison of image tensors.
+
+    Raises:
+        ComparisonError: If the items are not ``(3,H,W)`` floating-point images.
+    """
+    shape = comparison.anchor.shape
+    if len(shape) != 4 or not comparison.anchor.is_floating_point():
+        raise ComparisonError(
+            f"Expected preprocessed float images of shape (B,3,H,W) as the anchor, got "
+            f"{tuple(shape)} of {comparison.anchor.dtype}; use explain_files for picture files."
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that has a say in the numbers."""
+    packages = ("simexplain", "torch", "torchvision", "timm", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _tensors(
+    model: SimilarityModel, pictures: Sequence[Picture], magnify: float, positives: int
+) -> tuple[Comparison, list[Any]]:
+    """The pictures as one comparison at ``magnify`` times the model's own size."""
+    prepare = model.preprocess
+    height, width = (max(1, round(side * magnify)) for side in prepare.size)
+    prepare = replace(prepare, size=(height, width))
+    tensors, geometries = zip(*(prepare(picture.image) for picture in pictures), strict=True)
+    stack = torch.stack(tensors).unsqueeze(0)
+    comparison = Comparison(stack[:, 0], stack[:, 1 : 1 + positives], stack[:, 1 + positives :])
+    return comparison, list(geometries)
+
+
+def _check_magnify(magnify: float) -> None:
+    if not 0 < magnify <= 16:
+        raise ComparisonError(f"Expected magnify between 0 and 16, got {magnify}.")
+
+
+def _enlarged(stack: Tensor, magnify: float) -> Tensor:
+    size = [max(1, round(side * magnify)) for side in stack.shape[-2:]]
+    flat = F.interpolate(stack.flatten(0, 1), size=size, mode="bilinear", align_corners=False)
+    return flat.view(*stack.shape[:3], *size)
+
+
+def _method(method: str | Method, options: dict[str, Any]) -> Method:
+    if not isinstance(method, str):
+        if options:
+            raise ComparisonError(
+                f"Expected options {', '.join(options)} inside the method object, not beside it."
+            )
+        return method
+    if method not in METHODS:
+        raise ComparisonError(f"Expected method to be one of {', '.join(METHODS)}, got '{method}'.")
+    made = METHODS[method]
+    known = list(getattr(made, "__dataclass_fields__", {}))
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ComparisonError(
+            f"Method '{method}' has the options {', '.join(known)}, got '{unknown[0]}'."
+        )
+    return made(**options)
+
+
+def _layers(model: SimilarityModel, view: Comparison, layer: Layers) -> tuple[str, ...]:
+    if layer is None:
+        found = model.layers_for(view.anchor)
+        return (next(candidate.name for candidate in found if candidate.default),)
+    layers = (layer,) if isinstance(layer, str) else tuple(layer)
+    if not layers or len(set(layers)) != len(layers):
+        raise ModelError(f"Expected one or more different layers, got {list(layers)}.")
+    return layers
+
+
+def _name(method: Method) -> str:
+    for name, made in METHODS.items():
+        if isinstance(made, type) and isinstance(method, made):
+            return name
+    return type(method).__name__
+
+
+def _told(method: Method, magnify: float) -> dict[str, Any]:
+    """The options in plain JSON values, for the manifest."""
+    chosen: dict[str, Any] = {}
+    if is_dataclass(method) and not isinstance(method, type):
+        chosen = asdict(method)
+    told = {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}
+    return told if magnify == 1 else {**told, "magnify": magnify}
+
+
+def _more_warnings(
+    found: AttentionMaps, moved: Tensor | None, comparison: Comparison
+) -> tuple[str, ...]:
+    said = []
+    empty = (found.maps.amax(dim=(2, 3)) <= 0).nonzero().tolist()
+    if empty:
+        index, place = empty[0]
+        said.append(
+            f"The map of the {comparison.roles[place]} (image {place + 1} of comparison "
+            f"{index + 1}) is empty: nothing at this layer raises its score."
+        )
+    if moved is not None and float(moved.max()) > _MOVED_FAR:
+        said.append(
+            f"Magnifying moved an embedding by a cosine distance of {float(moved.max()):.2f}, so "
+            "the maps explain a network that sees somewhat differently; try a smaller factor."
+        )
+    return tuple(said)

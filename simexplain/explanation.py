@@ -1,0 +1,247 @@
+"""The result of explaining: maps with everything needed to read, draw, cite and check them."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from simexplain.comparison import architecture, roles
+from simexplain.data.images import Picture
+from simexplain.data.preprocessing import Geometry, Preprocess
+from simexplain.errors import ComparisonError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SCALES = ("image", "shared")
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the arrangement demands of the distances.
+
+    Attributes:
+        text: The condition in words and symbols.
+        holds: Whether it holds; None where there is nothing to compare, as for a pair.
+        margin: The farthest positive's distance below the nearest negative's; None likewise.
+    """
+
+    text: str
+    holds: bool | None
+    margin: float | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Heatmaps for ``B`` comparisons of ``K`` images, each an anchor, ``P`` positives, the rest.
+
+    Attributes:
+        maps: ``(B,K,h,w)`` as the method defines them, not scaled; float32 or float64.
+        layer_maps: For each layer its own maps ``(B,K,h,w)``.
+        weights: ``(B,E)``, the weight vector of each comparison.
+        scores: ``(B,K)``, the score whose gradient the maps are made of.
+        embeddings: ``(B,K,E)``, unit rows at the model's own input size.
+        distances: ``(B,K-1)``, from the anchor to each other image, at that size.
+        positives: ``P``.
+        images: ``(B,K,3,H,W)``, the preprocessed images that the maps lie on.
+        preprocess: How to make ``images`` visible again.
+        method: Name of the method.
+        model: Name of the model.
+        layers: The layers used.
+        options: Everything else that was chosen, as plain JSON values.
+        warnings: What to know before trusting the maps.
+        versions: Of the packages that made them.
+        moved: ``(B,K)``, the cosine distance that magnifying moved each embedding; None without.
+        scale: ``image`` draws each map to its own maximum, ``shared`` to that of its comparison.
+        pictures: The original pictures where files were explained (then ``B`` is 1), else empty.
+        geometries: Where the images lie in the pictures.
+    """
+
+    maps: Tensor
+    layer_maps: Mapping[str, Tensor]
+    weights: Tensor
+    scores: Tensor
+    embeddings: Tensor
+    distances: Tensor
+    positives: int
+    images: Tensor
+    preprocess: Preprocess
+    method: str
+    model: str
+    layers: tuple[str, ...]
+    options: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    versions: Mapping[str, str]
+    moved: Tensor | None = None
+    scale: str = "image"
+    pictures: tuple[Picture, ...] = field(default=(), repr=False)
+    geometries: tuple[Geometry, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if self.scale not in SCALES:
+            raise ComparisonError(
+                f"Expected scale to be one of {', '.join(SCALES)}, got '{self.scale}'."
+            )
+
+    def __len__(self) -> int:
+        return int(self.maps.shape[0])
+
+    @property
+    def negatives(self) -> int:
+        """How many negatives each comparison has, ``N``."""
+        return int(self.maps.shape[1]) - 1 - self.positives
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The role of each of the ``K`` images."""
+        return roles(self.positives, self.negatives)
+
+    @property
+    def architecture(self) -> str:
+        """The arrangement: siamese, triplet, quadruplet or set."""
+        return architecture(self.positives, self.negatives)
+
+    @property
+    def layer(self) -> str:
+        """The layers in one string."""
+        return " x ".join(self.layers)
+
+    @property
+    def heatmaps(self) -> Tensor:
+        """``(B,K,H,W)`` float32 in [0, 1], for drawing over :attr:`images`.
+
+        Maps are upsampled bilinearly with pixel centres at half-integers, negative values cut
+        off, and divided by the true maximum; a zero map stays zero.
+        """
+        size = self.images.shape[-2:]
+        grown = F.interpolate(
+            self.maps.float().relu(), size=tuple(size), mode="bilinear", align_corners=False
+        )
+        axes = (-2, -1) if self.scale == "image" else (-3, -2, -1)
+        top = grown.amax(dim=axes, keepdim=True)
+        return (grown / torch.where(top > 0, top, torch.ones_like(top))).clamp(0, 1)
+
+    @property
+    def views(self) -> NDArray[np.uint8]:
+        """``(B,K,H,W,3)``: the images as the network saw them, as pixels."""
+        return self.preprocess.undo(self.images)
+
+    def condition(self, index: int = 0) -> Condition:
+        """Whether comparison ``index`` is as the arrangement demands, and by how much."""
+        distances = self.distances[index].tolist()
+        near, far = distances[: self.positives], distances[self.positives :]
+        if not near or not far:
+            return Condition(
+                "no condition: there is nothing to compare the distance with", None, None
+            )
+        text = {
+            "triplet": "d(anchor, positive) < d(anchor, negative)",
+            "quadruplet": "d(anchor, positive) < d(anchor, negative 1) and d(anchor, negative 2)",
+        }.get(self.architecture, "every positive is closer to the anchor than every negative")
+        margin = min(far) - max(near)
+        return Condition(text, margin > 0, margin)
+
+    def peaks(self, index: int = 0) -> list[tuple[float, float] | None]:
+        """Where the evidence of each image is highest, ``(x, y)``; None for an empty map.
+
+        In pixels of the original picture where files were explained, else of the image.
+        """
+        found: list[tuple[float, float] | None] = []
+        for place, heatmap in enumerate(self.heatmaps[index]):
+            if not bool(heatmap.max() > 0):
+                found.append(None)
+                continue
+            row, column = divmod(int(heatmap.argmax()), heatmap.shape[1])
+            x, y = column + 0.5, row + 0.5
+            if self.geometries:
+                x, y = self.geometries[place].point_to_original(x, y)
+            found.append((x, y))
+        return found
+
+    def on_picture(
+        self, place: int, index: int = 0
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """A picture and its heatmap at the picture's own resolution.
+
+        Args:
+            place: Which of the ``K`` images.
+            index: Which comparison.
+
+        Returns:
+            RGB ``(H0,W0,3)`` and heat ``(H0,W0)`` in [0, 1]; zero where the network saw nothing.
+        """
+        heatmap = self.heatmaps[index, place].cpu().numpy()
+        if not self.pictures:
+            return self.preprocess.undo(self.images[index, place]), heatmap
+        return np.asarray(self.pictures[place].image), self.geometries[place].to_original(heatmap)
+
+    def figure(self, index: int = 0, *, styles: Sequence[str] = ("overlay",)) -> Figure:
+        """A figure of comparison ``index``: pictures, heatmaps, roles, distances, verdict.
+
+        Args:
+            index: Which comparison.
+            styles: One row of heatmaps for each: ``overlay``, ``contour``, ``spotlight``.
+        """
+        from simexplain.picturing import draw_explanation
+
+        return draw_explanation(self, index, styles)
+
+    def save(
+        self, folder: str | Path, *, force: bool = False, styles: Sequence[str] = ("overlay",)
+    ) -> dict[str, str]:
+        """Writes figures, heatmaps, ``maps.npz`` and ``explanation.json``, all or none.
+
+        Args:
+            folder: Made if missing.
+            force: Replace the files of an explanation that is there already; others stay.
+            styles: As for :meth:`figure`; the heatmap files are drawn in the first one.
+
+        Returns:
+            What was written, by kind.
+
+        Raises:
+            OutputError: If files are there already, or the folder cannot be written.
+        """
+        from simexplain.saving import save_explanation
+
+        return save_explanation(self, Path(folder), force=force, styles=styles)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Explanation:
+        """Reads what :meth:`save` wrote; no code in it is ever run.
+
+        The pictures become the network's view of them; the originals are not stored.
+
+        Raises:
+            OutputError: If the folder holds no explanation or a damaged one.
+        """
+        from simexplain.saving import load_explanation
+
+        return load_explanation(Path(folder))
+
+    def _repr_html_(self) -> str:
+        """What Jupyter shows: the figures of the first comparisons."""
+        parts = []
+        for index in range(min(len(self), _SHOWN)):
+            buffer = io.BytesIO()
+            self.figure(index).savefig(buffer, format="png")
+            data = base64.b64encode(buffer.getvalue()).decode()
+            alt = html.escape(f"{self.method} of a {self.architecture}, comparison {index + 1}")
+            parts.append(
+                f'<img style="max-width:100%" alt="{alt}" src="data:image/png;base64,{data}">'
+            )
+        if len(self) > _SHOWN:
+            parts.append(f"<p>{len(self) - _SHOWN} more comparisons: .figure(index)</p>")
+        return "\n".join(parts)

@@ -1,0 +1,253 @@
+"""Similarity attention: why is the anchor close to its positives and far from its negatives?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from simexplain.comparison import Comparison
+from simexplain.errors import ComparisonError, ModelError
+from simexplain.methods.cams import CAMS
+from simexplain.methods.weights import FLAT_BELOW, flat_factors, scaled_weights, weight_rule
+from simexplain.tracing import Trace, Traceable, trace
+
+_HALF_SCALE = 1024.0
+_SMALLEST_LOG = -60.0
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """What a method found for ``B`` comparisons of ``K`` images.
+
+    Attributes:
+        maps: The map of each image ``(B,K,h,w)``; the product over layers where there are several.
+        layer_maps: For each layer its own maps ``(B,K,h,w)``.
+        weights: The weight vector of each comparison ``(B,E)``, as published.
+        scores: ``w . f`` for each image ``(B,K)``.
+        embeddings: Unit rows ``(B,K,E)``.
+        warnings: What a user must know before trusting the maps.
+    """
+
+    maps: Tensor
+    layer_maps: dict[str, Tensor]
+    weights: Tensor
+    scores: Tensor
+    embeddings: Tensor
+    warnings: tuple[str, ...] = ()
+
+    def detached(self) -> AttentionMaps:
+        """The same without an autograd graph."""
+        return replace(
+            self,
+            maps=self.maps.detach(),
+            layer_maps={layer: maps.detach() for layer, maps in self.layer_maps.items()},
+            weights=self.weights.detach(),
+            scores=self.scores.detach(),
+            embeddings=self.embeddings.detach(),
+        )
+
+
+@dataclass(frozen=True)
+class SimilarityAttention:
+    """Similarity attention as published (section 3.1, Eq. 2), with its open questions as options.
+
+    Attributes:
+        weights: A rule in ``WEIGHTS``; ``paper`` is the published one.
+        cam: A formula in ``CAMS`` for all layers, or one per layer. None is the published
+            Grad-CAM at the last layer and, where several layers are fused, LayerCAM at the others
+            (pooled gradients mean little at finer layers).
+        through_weights: Let the gradient also pass through the weight vector; the paper does not
+            say. Held constant otherwise, as Grad-CAM holds its class weights.
+        signed: Leave out the final ReLU of Eq. 2 and keep evidence against, as negative values.
+    """
+
+    weights: str = "paper"
+    cam: str | tuple[str, ...] | None = None
+    through_weights: bool = False
+    signed: bool = False
+
+    def __post_init__(self) -> None:
+        weight_rule(self.weights)
+        for name in (self.cam,) if isinstance(self.cam, str) else self.cam or ():
+            if name not in CAMS:
+                raise ComparisonError(f"Expected cam to be one of {', '.join(CAMS)}, got '{name}'.")
+
+    def __call__(
+        self,
+        model: Traceable,
+        images: Comparison,
+        layers: Sequence[str],
+        *,
+        max_batch: int | None = None,
+    ) -> AttentionMaps:
+        """Maps for preprocessed images, from one forward and one backward for the whole batch.
+
+        Args:
+            model: The model to explain.
+            images: Images ``(3,H,W)`` in a comparison.
+            layers: One or several layer names.
+            max_batch: Bounds the images of one forward pass.
+
+        Raises:
+            ModelError: If a layer cannot be used or the embeddings are zero or not finite.
+        """
+        flat = images.stacked().flatten(0, 1)
+        traced = trace(model, flat, layers, max_batch=max_batch)
+        return self.attend(traced, images).detached()
+
+    def attend(
+        self, traced: Trace, images: Comparison, *, create_graph: bool = False
+    ) -> AttentionMaps:
+        """Maps from a pass that has been made already; differentiable if ``create_graph``.
+
+        Args:
+            traced: A trace of ``images.stacked().flatten(0, 1)``.
+            images: Tells which image has which role; its values are not read.
+            create_graph: Keep the maps differentiable, for training.
+        """
+        rows = images.restacked(traced.embeddings)
+        check_embeddings(rows.detach(), images.roles)
+        embeddings = images.like(rows)
+        with torch.set_grad_enabled(create_graph):
+            weights, log_scale = scaled_weights(
+                embeddings if create_graph and self.through_weights else images.like(rows.detach()),
+                self.weights,
+            )
+        with torch.enable_grad():
+            # Each image's score may only move its own map: sums over images are then exact.
+            total = (self._live_weights(embeddings, weights) * rows).sum() * _HALF_SCALE
+        gradients = traced.gradients(total, create_graph=create_graph)
+        # Published weights where they can be represented, else the maps keep the factor.
+        scale = torch.where(log_scale > _SMALLEST_LOG, log_scale, 0.0).exp() / _HALF_SCALE
+        with torch.set_grad_enabled(create_graph):
+            layer_maps = self._maps(traced, gradients, scale.repeat_interleave(images.count))
+            layer_maps = {layer: images.restacked(maps) for layer, maps in layer_maps.items()}
+            published = weights * log_scale.exp().unsqueeze(1)
+            return AttentionMaps(
+                maps=fuse(list(layer_maps.values())),
+                layer_maps=layer_maps,
+                weights=published,
+                scores=torch.einsum("be,bke->bk", published, rows),
+                embeddings=rows,
+                warnings=self._warnings(images.like(rows.detach()), weights, log_scale),
+            )
+
+    def _live_weights(self, embeddings: Comparison, weights: Tensor) -> Tensor:
+        """Weights for every image ``(B,K,E)``, with a graph to that image alone if asked for."""
+        count = embeddings.count
+        if not self.through_weights:
+            return weights.detach().unsqueeze(1).expand(-1, count, -1)
+        rows = embeddings.stacked()
+        own = []
+        for place in range(count):
+            alone = rows.detach().clone()
+            alone[:, place] = rows[:, place]
+            own.append(scaled_weights(embeddings.like(alone), self.weights)[0])
+        return torch.stack(own, dim=1)
+
+    def _maps(
+        self, traced: Trace, gradients: dict[str, Tensor], scale: Tensor
+    ) -> dict[str, Tensor]:
+        activations = traced.maps
+        names = self._cams(tuple(activations), activations)
+        found = {}
+        for layer, name in names.items():
+            gradient = gradients[layer].to(torch.promote_types(gradients[layer].dtype, scale.dtype))
+            raw = CAMS[name](
+                activations[layer].to(gradient.dtype),
+                gradient * scale.view(-1, 1, 1, 1).to(gradient),
+            )
+            found[layer] = raw if self.signed else raw.relu()
+        return found
+
+    def _cams(self, layers: tuple[str, ...], maps: dict[str, Tensor]) -> dict[str, str]:
+        """The formula for each layer."""
+        if isinstance(self.cam, str):
+            return dict.fromkeys(layers, self.cam)
+        if self.cam is not None:
+            if len(self.cam) != len(layers):
+                raise ModelError(
+                    f"Expected one cam for each of {len(layers)} layers, got {len(self.cam)}."
+                )
+            return dict(zip(layers, self.cam, strict=True))
+        coarsest = min(maps[layer].shape[2:].numel() for layer in layers)
+        return {
+            layer: "grad_cam" if maps[layer].shape[2:].numel() == coarsest else "layer_cam"
+            for layer in layers
+        }
+
+    def _warnings(
+        self, embeddings: Comparison, weights: Tensor, log_scale: Tensor
+    ) -> tuple[str, ...]:
+        found = []
+        flat = flat_factors(embeddings, self.weights)
+        if flat and not embeddings.negatives.shape[1]:
+            found.append(
+                f"The weights hardly tell the dimensions apart (the factor of the {flat[0]}, flat "
+                f"below {FLAT_BELOW}), so the maps show where anything is rather than what is "
+                "alike; weights='relative' repairs that."
+            )
+        elif self.weights == "paper" and embeddings.negatives.shape[1]:
+            acts = f" and the factor of the {flat[0]}, which hardly acts" if flat else ""
+            found.append(
+                "The published weights have no sign, so dimensions on which a negative is strong "
+                f"pull the maps towards it{acts}; weights='signed' keeps only what sets the anchor "
+                "apart."
+            )
+        if bool((weights.amax(dim=1) <= 0).any()):
+            found.append(
+                "All weights of a comparison are zero (are two images identical?), so its maps are "
+                "empty."
+            )
+        if bool((log_scale <= _SMALLEST_LOG).any()):
+            found.append(
+                f"A product of {embeddings.count - 1} factors is too small for its number type; "
+                "the maps of that comparison are scaled up by a constant."
+            )
+        return tuple(found)
+
+
+def fuse(maps: Sequence[Tensor]) -> Tensor:
+    """Several maps ``(B,K,h,w)`` as one: the product of the maps, each scaled to maximum one.
+
+    All are brought to the finest grid bilinearly. A single map is returned as it is.
+    """
+    if len(maps) == 1:
+        return maps[0]
+    finest = max((m.shape[-2:] for m in maps), key=math.prod)
+    product = torch.ones(())
+    for single in maps:
+        grown = F.interpolate(single, size=tuple(finest), mode="bilinear", align_corners=False)
+        product = product.to(grown) * unit_scaled(grown)
+    return product
+
+
+def unit_scaled(maps: Tensor) -> Tensor:
+    """Maps ``(...,h,w)`` divided by their largest absolute value; a zero map stays zero."""
+    top = maps.abs().amax(dim=(-2, -1), keepdim=True)
+    return maps / torch.where(top > 0, top, torch.ones_like(top))
+
+
+def check_embeddings(rows: Tensor, roles: Sequence[str]) -> None:
+    """Refuses embeddings ``(B,K,E)`` that no distance is defined for.
+
+    Raises:
+        ModelError: If one is not finite or the zero vector; names the image.
+    """
+    finite = rows.isfinite().all(dim=2)
+    zero = (rows == 0).all(dim=2)
+    for bad, what, advice in (
+        (~finite, "is not finite", "look for NaN in the weights or the input"),
+        (zero, "is the zero vector", "a blank picture or dead weights give that"),
+    ):
+        if bool(bad.any()):
+            comparison, place = (int(i) for i in bad.nonzero()[0])
+            raise ModelError(
+                f"The embedding of the {roles[place]} (image {place + 1} of comparison "
+                f"{comparison + 1}) {what}, so its similarity is undefined; {advice}."
+            )

@@ -1,0 +1,1 @@
+"""Similarity models: wrapping, loading, saving and making them faster."""

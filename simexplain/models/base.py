@@ -1,0 +1,105 @@
+"""What every model in simexplain can do, whatever its architecture."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from simexplain.data.preprocessing import Preprocess
+from simexplain.errors import ModelError
+from simexplain.models.layers import GridHints, Layer, grid_hints, to_grid, usable_layers
+from simexplain.tracing import survey
+
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "euclidean": lambda q, g: torch.cdist(q, g, compute_mode="donot_use_mm_for_euclid_dist"),
+    "squared": lambda q, g: torch.cdist(q, g, compute_mode="donot_use_mm_for_euclid_dist").square(),
+    "cosine": lambda q, g: 1 - q @ g.T,
+}
+"""Distances ``(Q,E), (G,E) -> (Q,G)`` on unit rows; smaller is closer."""
+
+
+class SimilarityModel(nn.Module, ABC):
+    """A network that turns images into embeddings whose distance means dissimilarity.
+
+    Attributes:
+        name: What to call it in figures and manifests.
+        preprocess: How a picture becomes an input tensor.
+        batch_size: The only batch one forward pass takes (exported programs), or None.
+    """
+
+    name: str
+    preprocess: Preprocess
+    batch_size: int | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._surveyed: dict[tuple[int, int], tuple[Layer, ...]] = {}
+        self._hints: GridHints | None = None
+
+    @property
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """The module in which layer names are looked up."""
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> Tensor:
+        """Embeddings of preprocessed images ``(M,3,H,W)``: unit rows ``(M,E)``, float32 or 64."""
+
+    @abstractmethod
+    def distance(self, q: Tensor, g: Tensor) -> Tensor:
+        """Distances ``(Q,G)`` of embeddings ``(Q,E)`` and ``(G,E)``; smaller is closer."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The same as :meth:`embed`."""
+        return self.embed(images)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every usable layer in order of execution, found by a dry run on one noise image."""
+        return self.layers_for(self.example())
+
+    @property
+    def default_layer(self) -> str:
+        """The layer used when none is named: the last map over the image before the embedding."""
+        return next(layer.name for layer in self.layers if layer.default)
+
+    def layers_for(self, images: Tensor) -> tuple[Layer, ...]:
+        """Like :attr:`layers`, for the size of these images ``(M,3,H,W)``; remembered per size."""
+        size = (int(images.shape[-2]), int(images.shape[-1]))
+        if size not in self._surveyed:
+            count = self.batch_size or 1
+            sample = images[:1].expand(count, *images.shape[1:])
+            runs = survey(self, sample)
+            self._surveyed[size] = usable_layers(runs, size, count, self.hints)
+        return self._surveyed[size]
+
+    def example(self) -> Tensor:
+        """One image of fixed noise in the model's own input size, type and device."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.rand((1, 3, *self.preprocess.size), generator=generator)
+        reference = next(self.parameters(), noise)
+        return noise.to(reference.device, reference.dtype)
+
+    @property
+    def hints(self) -> GridHints:
+        """What the network says about its token grid."""
+        if self._hints is None:
+            self._hints = grid_hints(self.network)
+        return self._hints
+
+    def to_grid(self, layer: str, output: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """The output of a layer as a feature map ``(M,C,h,w)``.
+
+        Raises:
+            ModelError: If it is not a map over the image.
+        """
+        grid = to_grid(output, image_size, self.hints)
+        if grid is None or grid.shape[2] * grid.shape[3] < 2:
+            raise ModelError(
+                f"Layer '{layer}' gives {tuple(output.shape)}, which is no map over an image of "
+                f"{image_size[0]}x{image_size[1]}; `simexplain layers` lists the layers that are."
+            )
+        return grid

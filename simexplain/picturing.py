@@ -1,0 +1,120 @@
+"""From an explanation to its figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from simexplain.errors import ComparisonError
+from simexplain.rendering.overlay import RENDERERS
+from simexplain.rendering.panel import Tile, panel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from simexplain.explanation import Explanation
+
+_THUMBNAIL = 560
+
+
+def draw_explanation(explanation: Explanation, index: int, styles: Sequence[str]) -> Figure:
+    """The figure of one comparison; see ``Explanation.figure``.
+
+    Raises:
+        ComparisonError: If there is no such comparison or style.
+    """
+    if not -len(explanation) <= index < len(explanation):
+        raise ComparisonError(
+            f"Expected a comparison below {len(explanation)}, got {index}; counting starts at 0."
+        )
+    unknown = [style for style in styles if style not in RENDERERS]
+    if unknown or not styles:
+        raise ComparisonError(
+            f"Expected styles of {', '.join(RENDERERS)}, got {', '.join(unknown) or 'none'}."
+        )
+    return panel(
+        _tiles(explanation, index),
+        title=_question(explanation),
+        verdict=verdict(explanation, index),
+        holds=explanation.condition(index).holds,
+        footer=footer(explanation),
+        notes=explanation.warnings,
+        styles=styles,
+    )
+
+
+def verdict(explanation: Explanation, index: int = 0) -> str:
+    """One line: whether the condition holds and by how much, or a pair's distance."""
+    condition = explanation.condition(index)
+    if condition.holds is None:
+        values = ", ".join(f"{d:.3f}" for d in explanation.distances[index].tolist())
+        return f"distance {values}"
+    word = "holds" if condition.holds else "fails"
+    return f"{condition.text}: {word} by {abs(condition.margin or 0.0):.3f}"
+
+
+def footer(explanation: Explanation) -> str:
+    """What one must know to cite the figure: model, layer, method and options."""
+    chosen = [f"{key} {value}" for key, value in explanation.options.items() if value]
+    return "   ·   ".join(
+        (explanation.model, f"layer {explanation.layer}", f"method {explanation.method}", *chosen)
+    )
+
+
+def _question(explanation: Explanation) -> str:
+    """The question the maps answer, in a line."""
+    if explanation.architecture == "siamese":
+        return f"What makes these two {'alike' if explanation.positives else 'different'}?"
+    near = f"the positive{'s' * (explanation.positives > 1)}"
+    far = f"the negative{'s' * (explanation.negatives > 1)}"
+    if not explanation.negatives:
+        return f"What brings the anchor close to {near}?"
+    if not explanation.positives:
+        return f"What sets the anchor apart from {far}?"
+    return f"What brings the anchor close to {near} and sets it apart from {far}?"
+
+
+def _tiles(explanation: Explanation, index: int) -> list[Tile]:
+    heatmaps = explanation.heatmaps[index].cpu().numpy()
+    distances = [None, *explanation.distances[index].tolist()]
+    peaks = explanation.peaks(index)
+    tiles = []
+    for place, role in enumerate(explanation.roles):
+        tile = Tile(
+            picture=np.zeros((1, 1, 3), np.uint8),
+            heatmap=heatmaps[place],
+            role=role,
+            distance=distances[place],
+            peak=peaks[place],
+        )
+        if explanation.pictures:
+            tiles.append(_from_picture(explanation, place, tile))
+        else:
+            picture = explanation.preprocess.undo(explanation.images[index, place])
+            tiles.append(replace(tile, picture=picture))
+    return tiles
+
+
+def _from_picture(explanation: Explanation, place: int, tile: Tile) -> Tile:
+    """A thumbnail of the whole picture with the heat where the network saw it."""
+    picture, geometry = explanation.pictures[place], explanation.geometries[place]
+    width, height = picture.image.size
+    shrink = min(1.0, _THUMBNAIL / max(width, height))
+    small = (max(1, round(height * shrink)), max(1, round(width * shrink)))
+    reduced = replace(geometry, original=small)
+    thumbnail = picture.image.resize((small[1], small[0]), Image.Resampling.LANCZOS)
+    left, top, right, bottom = reduced.box
+    whole = (left, top) == (0, 0) and (right, bottom) == (small[1], small[0])
+    return replace(
+        tile,
+        picture=np.asarray(thumbnail),
+        heatmap=reduced.to_original(tile.heatmap),
+        caption=Path(picture.path).name,
+        box=None if whole else reduced.box,
+        peak=tile.peak and (tile.peak[0] * shrink - 0.5, tile.peak[1] * shrink - 0.5),
+    )

@@ -1,0 +1,1 @@
+"""Drawing: heatmaps over pictures and whole figures."""

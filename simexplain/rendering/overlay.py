@@ -1,0 +1,76 @@
+"""Heatmaps laid over a picture; every renderer takes arrays and gives an array."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import cv2
+import numpy as np
+from matplotlib import colormaps
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+Heat = NDArray[np.float32]
+Renderer = Callable[[Pixels, Heat], Pixels]
+
+COLOURMAP = "inferno"
+"""Perceptually uniform: equal steps of heat look like equal steps."""
+
+CONTOUR_LEVELS = (0.25, 0.5, 0.75)
+
+
+def overlay(picture: Pixels, heatmap: Heat) -> Pixels:
+    """The heat in colour over the picture, more opaque where it is hotter.
+
+    Args:
+        picture: RGB ``(H,W,3)``.
+        heatmap: ``(H,W)`` in [0, 1].
+    """
+    # A little grey under the colour keeps the picture's own reds from reading as heat.
+    grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    base = cv2.addWeighted(picture, 0.6, grey, 0.4, 0)
+    return _mixed(base, _colours()[_levels(heatmap)], 0.78 * np.sqrt(heatmap.clip(0, 1)))
+
+
+def contour(picture: Pixels, heatmap: Heat) -> Pixels:
+    """Lines at a quarter, half and three quarters of the full heat, the picture left as it is."""
+    drawn: Pixels = picture.copy()
+    width = max(1, round(max(picture.shape[:2]) / 220))
+    for level in CONTOUR_LEVELS:
+        inside = (heatmap >= level).astype(np.uint8)
+        lines, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        colour = tuple(int(c) for c in _colours()[round(255 * (0.2 + 0.75 * level))])
+        cv2.drawContours(drawn, lines, -1, (255, 255, 255), 2 * width + 1, cv2.LINE_AA)
+        cv2.drawContours(drawn, lines, -1, colour, width, cv2.LINE_AA)
+    return drawn
+
+
+def spotlight(picture: Pixels, heatmap: Heat) -> Pixels:
+    """The picture itself, lit where the heat is and dark elsewhere."""
+    return _mixed(np.zeros_like(picture), picture, 0.14 + 0.86 * np.sqrt(heatmap.clip(0, 1)))
+
+
+RENDERERS: dict[str, Renderer] = {"overlay": overlay, "contour": contour, "spotlight": spotlight}
+"""Every renderer by name; a new one is one function and one line here."""
+
+
+def _mixed(below: Pixels, above: Pixels, opacity: NDArray[np.float32]) -> Pixels:
+    """Blends in strips, since a picture of 100 million pixels would need gigabytes as floats."""
+    mixed = np.empty_like(below)
+    for top in range(0, len(below), 256):
+        part = slice(top, top + 256)
+        share = opacity[part, :, None]
+        mixed[part] = np.round(below[part] * (1 - share) + above[part] * share).astype(np.uint8)
+    return mixed
+
+
+def _levels(heatmap: Heat) -> Pixels:
+    return np.round(heatmap.clip(0, 1) * 255).astype(np.uint8)
+
+
+@lru_cache(maxsize=1)
+def _colours() -> Pixels:
+    """The colour map as a table ``(256,3)``."""
+    table: Pixels = colormaps[COLOURMAP](np.arange(256), bytes=True)
+    return np.ascontiguousarray(table[:, :3])

@@ -1,0 +1,204 @@
+"""One figure per comparison: the pictures, their heatmaps, distances and what they mean."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from simexplain.rendering.overlay import COLOURMAP, CONTOUR_LEVELS, RENDERERS
+
+ROLE_COLOURS = {"anchor": "#1f4e79", "positive": "#1b7837", "negative": "#a6361c"}
+_INK, _FAINT = "#222222", "#666666"
+_MOST_COLUMNS = 5
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One image of a figure.
+
+    Attributes:
+        picture: RGB ``(H,W,3)``.
+        heatmap: ``(H,W)`` in [0, 1].
+        role: anchor, positive or negative.
+        caption: A short line under the role, such as the file's name.
+        distance: To the anchor; None for the anchor itself.
+        box: What the network saw: left, top, right, bottom in pixels; None for all of it.
+        peak: Where the heat is highest, ``(x, y)`` in pixels; None for an empty map.
+    """
+
+    picture: NDArray[np.uint8]
+    heatmap: NDArray[np.float32]
+    role: str
+    caption: str = ""
+    distance: float | None = None
+    box: tuple[float, float, float, float] | None = None
+    peak: tuple[float, float] | None = None
+
+
+def panel(
+    tiles: Sequence[Tile],
+    *,
+    title: str,
+    verdict: str,
+    holds: bool | None,
+    footer: str,
+    notes: Sequence[str] = (),
+    styles: Sequence[str] = ("overlay",),
+) -> Figure:
+    """Draws a comparison.
+
+    Args:
+        tiles: Anchor first.
+        title: The question, in a line.
+        verdict: Whether the condition holds and by how much.
+        holds: Colours the verdict; None for neither.
+        footer: Model, layer and method, so that the figure can be cited.
+        notes: Warnings, printed below.
+        styles: Names in ``RENDERERS``, one row each below the pictures.
+
+    Returns:
+        A figure that belongs to no window and no global state.
+    """
+    columns = min(len(tiles), _MOST_COLUMNS)
+    blocks = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
+    shape = max(min(tile.picture.shape[0] / tile.picture.shape[1], 1.6) for tile in tiles)
+    cell, legend = 2.75, 0.95
+    rows = 1 + len(styles)
+    wrapped = [
+        line for note in notes for line in textwrap.wrap(f"! {note}", int(17 * columns * cell))
+    ]
+    head, foot = 0.75, 0.35 + 0.17 * len(wrapped)
+    body = len(blocks) * (rows * (cell * shape + 0.1) + 0.55)
+    height, width = head + body + foot, columns * cell + legend + 0.3
+    figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
+    _headline(figure, title, verdict, holds, height)
+    top, bottom = 1 - head / height, foot / height
+    step = (top - bottom) / len(blocks)
+    for number, block in enumerate(blocks):
+        area = (0.15 / width, top - (number + 1) * step, 1 - (legend + 0.2) / width, step)
+        _block(figure, block, columns, styles, area, 0.55 / (height * step))
+    _legend(figure, (1 - legend / width, bottom, top, 0.13 / width))
+    _footer(figure, footer, wrapped, foot, height, width)
+    return figure
+
+
+def _headline(figure: Figure, title: str, verdict: str, holds: bool | None, height: float) -> None:
+    colour = {True: "#1b7837", False: "#a6361c", None: _FAINT}[holds]
+    figure.text(0.5, 1 - 0.28 / height, title, ha="center", va="center", size=13, color=_INK)
+    figure.text(
+        0.5,
+        1 - 0.58 / height,
+        verdict,
+        ha="center",
+        va="center",
+        size=11,
+        color=colour,
+        weight="bold",
+    )
+
+
+def _block(
+    figure: Figure,
+    tiles: Sequence[Tile],
+    columns: int,
+    styles: Sequence[str],
+    area: tuple[float, float, float, float],
+    head: float,
+) -> None:
+    """One line of images with their renderings below each other."""
+    left, bottom, right, height = area
+    grid = figure.add_gridspec(
+        1 + len(styles),
+        columns,
+        left=left,
+        right=right,
+        bottom=bottom + 0.02 * height,
+        top=bottom + height * (1 - head),
+        wspace=0.05,
+        hspace=0.04,
+    )
+    for column, tile in enumerate(tiles):
+        for row in range(1 + len(styles)):
+            axes = figure.add_subplot(grid[row, column])
+            drawn = tile.picture
+            if row:
+                drawn = RENDERERS[styles[row - 1]](tile.picture, tile.heatmap)
+            axes.imshow(drawn, interpolation="nearest" if drawn.shape[0] < 64 else "antialiased")
+            _dress(axes, tile, first=row == 0)
+
+
+def _dress(axes: Axes, tile: Tile, *, first: bool) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(first)
+        spine.set_color(ROLE_COLOURS[tile.role])
+        spine.set_linewidth(2.2)
+    if first:
+        said = tile.role if tile.distance is None else f"{tile.role}   d = {tile.distance:.3f}"
+        axes.set_title(f"{said}\n", size=11, color=ROLE_COLOURS[tile.role], weight="bold", pad=-4)
+        axes.text(
+            0.5,
+            1.025,
+            _shortened(tile.caption),
+            transform=axes.transAxes,
+            ha="center",
+            va="bottom",
+            size=8,
+            color=_FAINT,
+        )
+    elif tile.peak is not None:
+        axes.plot(*tile.peak, marker="+", color="white", markersize=9, markeredgewidth=2.4)
+        axes.plot(*tile.peak, marker="+", color="black", markersize=8, markeredgewidth=1.0)
+    if tile.box is not None:
+        left, top, right, bottom = tile.box
+        axes.add_patch(
+            Rectangle(
+                (left - 0.5, top - 0.5),
+                right - left,
+                bottom - top,
+                fill=False,
+                edgecolor="white" if not first else _FAINT,
+                linestyle=(0, (4, 3)),
+                linewidth=1.1,
+            )
+        )
+
+
+def _legend(figure: Figure, place: tuple[float, float, float, float]) -> None:
+    left, bottom, top, width = place
+    axes = figure.add_axes((left, bottom + 0.12 * (top - bottom), width, 0.5 * (top - bottom)))
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), COLOURMAP), cax=axes)
+    bar.set_ticks([0, *CONTOUR_LEVELS, 1])
+    bar.ax.tick_params(labelsize=7, colors=_FAINT, length=2)
+    bar.outline.set_visible(False)
+    bar.set_label("evidence, share of the maximum", size=8, color=_FAINT)
+
+
+def _footer(
+    figure: Figure, footer: str, notes: Sequence[str], foot: float, height: float, width: float
+) -> None:
+    start = (foot - 0.12) / height
+    figure.text(0.15 / width, start, footer, size=7.5, color=_FAINT, va="top")
+    for number, note in enumerate(notes):
+        figure.text(
+            0.15 / width,
+            start - (0.17 * (number + 1)) / height,
+            note,
+            size=7.5,
+            color="#8a5a00",
+            va="top",
+        )
+
+
+def _shortened(text: str, limit: int = 34) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2 - 1]}…{text[-limit // 2 :]}"

@@ -1,0 +1,300 @@
+"""The only hooks in simexplain: each lives for one forward pass and leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from simexplain.errors import ModelError
+from simexplain.networks import find_layer, first_tensor, split_call, undisturbed, with_first
+
+
+class Traceable(Protocol):
+    """What :func:`trace` needs of a model; every ``SimilarityModel`` has it."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The module in which layer names are looked up."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """The only number of images one forward pass takes, or None where any will do."""
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Unit rows ``(M,E)`` for images ``(M,3,H,W)``."""
+
+    def to_grid(self, layer: str, output: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """The output of a layer as a feature map ``(M,C,h,w)``."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One forward pass, opened at some layers; embeddings and maps hang in one autograd graph.
+
+    Attributes:
+        embeddings: Unit rows ``(M,E)``, differentiable with respect to the traced layers.
+        outputs: For each layer its raw outputs, one tensor a chunk of images.
+        to_grid: Turns ``(layer, output)`` into a map ``(M,C,h,w)``.
+        diagnose: Finds out, at the price of one more pass, why a layer has no gradient.
+    """
+
+    embeddings: Tensor
+    outputs: Mapping[str, tuple[Tensor, ...]]
+    to_grid: Callable[[str, Tensor], Tensor]
+    diagnose: Callable[[str], str]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The traced layers, as they were asked for."""
+        return tuple(self.outputs)
+
+    @property
+    def maps(self) -> dict[str, Tensor]:
+        """The feature maps ``(M,C,h,w)`` of each layer, in the graph."""
+        return {layer: self._joined(layer, chunks) for layer, chunks in self.outputs.items()}
+
+    def gradients(self, score: Tensor, *, create_graph: bool = False) -> dict[str, Tensor]:
+        """The gradient of a scalar with respect to the map of every traced layer.
+
+        One backward pass, which stops at the lowest traced layer and never touches ``.grad`` of a
+        parameter. It may be called again on the same trace.
+
+        Args:
+            score: A scalar computed from :attr:`embeddings`.
+            create_graph: Make the result differentiable, for training with attention maps.
+
+        Returns:
+            For each layer a tensor ``(M,C,h,w)``.
+
+        Raises:
+            ModelError: If the embedding does not depend on a layer; says why where it can.
+        """
+        inputs = [chunk for chunks in self.outputs.values() for chunk in chunks]
+        if not score.requires_grad:
+            raise ModelError(self.diagnose(self.layers[0]))
+        found = iter(
+            torch.autograd.grad(
+                score, inputs, retain_graph=True, create_graph=create_graph, allow_unused=True
+            )
+        )
+        return {
+            layer: self._joined(layer, [self._present(layer, next(found)) for _ in chunks])
+            for layer, chunks in self.outputs.items()
+        }
+
+    def _present(self, layer: str, gradient: Tensor | None) -> Tensor:
+        if gradient is None:
+            raise ModelError(self.diagnose(layer))
+        return gradient
+
+    def _joined(self, layer: str, chunks: Sequence[Tensor]) -> Tensor:
+        whole = chunks[0] if len(chunks) == 1 else torch.cat(list(chunks))
+        return self.to_grid(layer, whole[: len(self.embeddings)])
+
+
+def trace(
+    model: Traceable,
+    images: Tensor,
+    layers: Sequence[str],
+    *,
+    differentiable: bool = False,
+    max_batch: int | None = None,
+) -> Trace:
+    """Runs the model once and keeps the outputs of some layers in the autograd graph.
+
+    Nothing below the lowest traced layer is tracked, so that the pass costs what a plain one does.
+    Modes, gradients, hooks, images and random state are afterwards as they were before.
+
+    Args:
+        model: The model; it is evaluated with every submodule in eval mode.
+        images: Preprocessed images ``(M,3,H,W)``.
+        layers: Names from ``model.layers``; ``name@2`` is the third call of a shared layer.
+        differentiable: Leave modes alone and keep the whole graph, for training.
+        max_batch: Bounds the images in one forward pass; results do not depend on it.
+
+    Raises:
+        ModelError: If a layer is unknown, does not run or has no tensor as its output.
+    """
+    size = model.batch_size or max_batch or len(images)
+    size_hw = (int(images.shape[-2]), int(images.shape[-1]))
+    kept: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    rows = []
+    for start in range(0, len(images), size):
+        chunk = images[start : start + size]
+        missing = size - len(chunk) if model.batch_size else 0
+        if missing:
+            chunk = torch.cat((chunk, chunk[-1:].expand(missing, *chunk.shape[1:])))
+        embeddings, outputs = _forward(model, chunk, layers, differentiable)
+        rows.append(embeddings)
+        for layer, output in outputs.items():
+            kept[layer].append(output)
+    return Trace(
+        embeddings=(torch.cat(rows) if len(rows) > 1 else rows[0])[: len(images)],
+        outputs={layer: tuple(chunks) for layer, chunks in kept.items()},
+        to_grid=lambda layer, output: model.to_grid(layer, output, size_hw),
+        diagnose=lambda layer: _diagnosis(model, images[:size], layer),
+    )
+
+
+def _forward(
+    model: Traceable, images: Tensor, layers: Sequence[str], differentiable: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    taps = [_Tap(layer, cut=not differentiable) for layer in layers]
+    with ExitStack() as stack:
+        if not differentiable:
+            stack.enter_context(undisturbed(model.network))
+            stack.enter_context(torch.no_grad())
+            # A network may normalise its input in place; the caller's images must survive that.
+            images = images.detach().clone()
+        for tap in taps:
+            module = find_layer(model.network, tap.module_name)
+            stack.callback(module.register_forward_hook(tap).remove)
+        embeddings = model.embed(images)
+    return embeddings, {tap.layer: tap.kept() for tap in taps}
+
+
+class _Tap:
+    """Keeps the output of one call of one layer and starts the autograd graph there."""
+
+    def __init__(self, layer: str, *, cut: bool) -> None:
+        self.layer = layer
+        self.module_name, self.call = split_call(layer)
+        self.cut = cut
+        self.calls = 0
+        self.output: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self.calls += 1
+        if self.call is not None and self.calls != self.call + 1:
+            return None
+        tensor = first_tensor(output)
+        if tensor is None:
+            raise ModelError(
+                f"Expected a tensor from layer '{self.layer}', got {type(output).__name__}; "
+                "choose another layer, `simexplain layers` lists the usable ones."
+            )
+        if self.cut:
+            if tensor.is_inference():
+                raise ModelError(
+                    f"Layer '{self.layer}' runs under torch.inference_mode() inside the model, "
+                    "where no gradient exists; remove it from the model's forward."
+                )
+            # Grad mode was off up to here; it stays on until the end of this forward pass.
+            torch.set_grad_enabled(True)
+            if not tensor.requires_grad:
+                tensor = tensor.detach().requires_grad_()
+        self.output = tensor
+        # A later in-place operation works on the copy.
+        return with_first(output, tensor.clone())
+
+    def kept(self) -> Tensor:
+        """The output, after checking that the layer ran exactly as the name says."""
+        if self.call is None and self.calls > 1:
+            names = ", ".join(f"{self.layer}@{call}" for call in range(min(self.calls, 4)))
+            raise ModelError(
+                f"Layer '{self.layer}' runs {self.calls} times in one forward pass; "
+                f"say which call is meant: {names}{', ...' if self.calls > 4 else ''}."
+            )
+        if self.output is None:
+            raise ModelError(
+                f"Layer '{self.layer}' did not run in the forward pass ({self.calls} calls of "
+                f"'{self.module_name}'); `simexplain layers` lists the layers that do."
+            )
+        return self.output
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """One call of one layer, as :func:`survey` saw it.
+
+    Attributes:
+        name: The layer's name, with ``@call`` appended where it runs more than once.
+        module: The module itself.
+        output: Its output, detached.
+        gradient: The gradient of a random projection of the embedding, or None where the
+            embedding does not depend on this output.
+        follows: The layer whose very output this one was called with, if any.
+    """
+
+    name: str
+    module: nn.Module
+    output: Tensor
+    gradient: Tensor | None
+    follows: str | None
+
+
+def survey(model: Traceable, images: Tensor) -> list[LayerRun]:
+    """Runs the model once and tells every layer that returned a tensor, in order of execution.
+
+    Args:
+        model: The model to look into.
+        images: A few images of the size that counts, ``(M,3,H,W)``; one is enough.
+    """
+    calls: list[tuple[str, nn.Module, Tensor, str | None]] = []
+    makers: dict[int, str] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            tensor = first_tensor(output)
+            if tensor is not None:
+                calls.append((name, module, tensor, makers.get(id(args[0])) if args else None))
+                makers[id(tensor)] = name
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model.network))
+        stack.enter_context(torch.enable_grad())
+        for name, module in model.network.named_modules():
+            if name:
+                stack.callback(module.register_forward_hook(keep(name)).remove)
+        embeddings = model.embed(images.detach().clone().requires_grad_().clone())
+        gradients = _probe_gradients(embeddings, [tensor for _, _, tensor, _ in calls])
+    times = [name for name, *_ in calls]
+    seen: dict[str, int] = {}
+    runs = []
+    for (name, module, tensor, follows), gradient in zip(calls, gradients, strict=True):
+        seen[name] = seen.get(name, -1) + 1
+        label = f"{name}@{seen[name]}" if times.count(name) > 1 else name
+        runs.append(LayerRun(label, module, tensor.detach(), gradient, follows))
+    return runs
+
+
+def _probe_gradients(embeddings: Tensor, outputs: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of a fixed random projection; a plain sum could cancel on unit vectors."""
+    direction = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))
+    tracked = [number for number, output in enumerate(outputs) if output.requires_grad]
+    found: list[Tensor | None] = [None] * len(outputs)
+    if embeddings.requires_grad and tracked:
+        score = (embeddings * direction.to(embeddings)).sum()
+        values = torch.autograd.grad(score, [outputs[n] for n in tracked], allow_unused=True)
+        for number, value in zip(tracked, values, strict=True):
+            found[number] = value
+    return found
+
+
+def _diagnosis(model: Traceable, images: Tensor, layer: str) -> str:
+    """Why the embedding has no gradient at a layer: one more pass, with grad mode on outside."""
+    modes: list[bool] = []
+    module = find_layer(model.network, split_call(layer)[0])
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model.network))
+        stack.enter_context(torch.enable_grad())
+        note = module.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+        stack.callback(note.remove)
+        embeddings = model.embed(images.detach().clone().requires_grad_().clone())
+    if not all(modes) or not embeddings.requires_grad:
+        return (
+            f"The model runs layer '{layer}', or a part above it, under torch.no_grad() or detaches"
+            " it in its own forward, so no gradient reaches it; remove that from the model or "
+            "choose a layer above it."
+        )
+    return (
+        f"The embedding does not depend on layer '{layer}'; choose a layer that feeds it, "
+        "`simexplain layers` lists them."
+    )
