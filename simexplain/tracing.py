@@ -56,13 +56,13 @@ class Trace:
     @property
     def maps(self) -> dict[str, Tensor]:
         """The feature maps ``(M,C,h,w)`` of each layer, in the graph."""
-        return {layer: self._joined(layer, chunks) for layer, chunks in self.outputs.items()}
+        return {layer: self._grid(layer, chunks) for layer, chunks in self.outputs.items()}
 
     def gradients(self, score: Tensor, *, create_graph: bool = False) -> dict[str, Tensor]:
         """The gradient of a scalar with respect to the map of every traced layer.
 
-        One backward pass, which stops at the lowest traced layer and never touches ``.grad`` of a
-        parameter. It may be called again on the same trace.
+        One backward pass down to the lowest traced layer, as often as wanted on one trace; it
+        never touches ``.grad`` of a parameter.
 
         Args:
             score: A scalar computed from :attr:`embeddings`.
@@ -83,18 +83,15 @@ class Trace:
             )
         )
         return {
-            layer: self._joined(layer, [self._present(layer, next(found)) for _ in chunks])
-            for layer, chunks in self.outputs.items()
+            layer: self._grid(layer, [next(found) for _ in self.outputs[layer]])
+            for layer in self.layers
         }
 
-    def _present(self, layer: str, gradient: Tensor | None) -> Tensor:
-        if gradient is None:
+    def _grid(self, layer: str, chunks: Sequence[Tensor | None]) -> Tensor:
+        present = [chunk for chunk in chunks if chunk is not None]
+        if len(present) < len(chunks):
             raise ModelError(self.diagnose(layer))
-        return gradient
-
-    def _joined(self, layer: str, chunks: Sequence[Tensor]) -> Tensor:
-        whole = chunks[0] if len(chunks) == 1 else torch.cat(list(chunks))
-        return self.to_grid(layer, whole[: len(self.embeddings)])
+        return self.to_grid(layer, _joined(present, len(self.embeddings)))
 
 
 def trace(
@@ -107,8 +104,8 @@ def trace(
 ) -> Trace:
     """Runs the model once and keeps the outputs of some layers in the autograd graph.
 
-    Nothing below the lowest traced layer is tracked, so that the pass costs what a plain one does.
-    Modes, gradients, hooks, images and random state are afterwards as they were before.
+    Nothing below the lowest traced layer is tracked, so the pass costs what a plain one does.
+    Modes, gradients, hooks, images and random state are as before afterwards.
 
     Args:
         model: The model; it is evaluated with every submodule in eval mode.
@@ -121,7 +118,7 @@ def trace(
         ModelError: If a layer is unknown, does not run or has no tensor as its output.
     """
     size = model.batch_size or max_batch or len(images)
-    size_hw = (int(images.shape[-2]), int(images.shape[-1]))
+    pixels = (int(images.shape[-2]), int(images.shape[-1]))
     kept: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     rows = []
     for start in range(0, len(images), size):
@@ -129,16 +126,24 @@ def trace(
         missing = size - len(chunk) if model.batch_size else 0
         if missing:
             chunk = torch.cat((chunk, chunk[-1:].expand(missing, *chunk.shape[1:])))
-        embeddings, outputs = _forward(model, chunk, layers, differentiable)
-        rows.append(embeddings)
+        row, outputs = _forward(model, chunk, layers, differentiable)
+        rows.append(row)
         for layer, output in outputs.items():
             kept[layer].append(output)
+    with torch.enable_grad():  # a caller's no_grad must not cut what was just recorded
+        embeddings = _joined(rows, len(images))
     return Trace(
-        embeddings=(torch.cat(rows) if len(rows) > 1 else rows[0])[: len(images)],
+        embeddings=embeddings,
         outputs={layer: tuple(chunks) for layer, chunks in kept.items()},
-        to_grid=lambda layer, output: model.to_grid(layer, output, size_hw),
+        to_grid=lambda layer, output: model.to_grid(layer, output, pixels),
         diagnose=lambda layer: _diagnosis(model, images[:size], layer),
     )
+
+
+def _joined(chunks: Sequence[Tensor], count: int) -> Tensor:
+    """Chunks as one tensor, without what filled up the last one."""
+    whole = chunks[0] if len(chunks) == 1 else torch.cat(list(chunks))
+    return whole if len(whole) == count else whole[:count]
 
 
 def _forward(
@@ -149,8 +154,7 @@ def _forward(
         if not differentiable:
             stack.enter_context(undisturbed(model.network))
             stack.enter_context(torch.no_grad())
-            # A network may normalise its input in place; the caller's images must survive that.
-            images = images.detach().clone()
+            images = images.detach().clone()  # a network may normalise its input in place
         for tap in taps:
             module = find_layer(model.network, tap.module_name)
             stack.callback(module.register_forward_hook(tap).remove)
@@ -184,8 +188,7 @@ class _Tap:
                     f"Layer '{self.layer}' runs under torch.inference_mode() inside the model, "
                     "where no gradient exists; remove it from the model's forward."
                 )
-            # Grad mode was off up to here; it stays on until the end of this forward pass.
-            torch.set_grad_enabled(True)
+            torch.set_grad_enabled(True)  # from here to the end of this forward pass
             if not tensor.requires_grad:
                 tensor = tensor.detach().requires_grad_()
         self.output = tensor
@@ -195,10 +198,10 @@ class _Tap:
     def kept(self) -> Tensor:
         """The output, after checking that the layer ran exactly as the name says."""
         if self.call is None and self.calls > 1:
-            names = ", ".join(f"{self.layer}@{call}" for call in range(min(self.calls, 4)))
+            names = ", ".join(f"{self.layer}@{call}" for call in range(self.calls))
             raise ModelError(
                 f"Layer '{self.layer}' runs {self.calls} times in one forward pass; "
-                f"say which call is meant: {names}{', ...' if self.calls > 4 else ''}."
+                f"say which call is meant: {names}."
             )
         if self.output is None:
             raise ModelError(
@@ -259,14 +262,14 @@ def survey(model: Traceable, images: Tensor) -> list[LayerRun]:
     seen: dict[str, int] = {}
     runs = []
     for (name, module, tensor, follows), gradient in zip(calls, gradients, strict=True):
-        seen[name] = seen.get(name, -1) + 1
-        label = f"{name}@{seen[name]}" if times.count(name) > 1 else name
+        label = f"{name}@{seen.get(name, 0)}" if times.count(name) > 1 else name
+        seen[name] = seen.get(name, 0) + 1
         runs.append(LayerRun(label, module, tensor.detach(), gradient, follows))
     return runs
 
 
 def _probe_gradients(embeddings: Tensor, outputs: list[Tensor]) -> list[Tensor | None]:
-    """Gradients of a fixed random projection; a plain sum could cancel on unit vectors."""
+    """Gradients of a fixed random projection; a plain sum could cancel on unit rows."""
     direction = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))
     tracked = [number for number, output in enumerate(outputs) if output.requires_grad]
     found: list[Tensor | None] = [None] * len(outputs)
@@ -290,9 +293,8 @@ def _diagnosis(model: Traceable, images: Tensor, layer: str) -> str:
         embeddings = model.embed(images.detach().clone().requires_grad_().clone())
     if not all(modes) or not embeddings.requires_grad:
         return (
-            f"The model runs layer '{layer}', or a part above it, under torch.no_grad() or detaches"
-            " it in its own forward, so no gradient reaches it; remove that from the model or "
-            "choose a layer above it."
+            f"The model runs layer '{layer}' or a part above it under torch.no_grad(), or detaches "
+            "it, so no gradient reaches it; change that or choose a layer above it."
         )
     return (
         f"The embedding does not depend on layer '{layer}'; choose a layer that feeds it, "

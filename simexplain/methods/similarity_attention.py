@@ -110,9 +110,10 @@ class SimilarityAttention:
             images: Tells which image has which role; its values are not read.
             create_graph: Keep the maps differentiable, for training.
         """
-        rows = images.restacked(traced.embeddings)
-        check_embeddings(rows.detach(), images.roles)
-        embeddings = images.like(rows)
+        check_embeddings(images.restacked(traced.embeddings.detach()), images.roles)
+        with torch.enable_grad():  # also where the caller has switched it off
+            rows = images.restacked(traced.embeddings)
+            embeddings = images.like(rows)
         with torch.set_grad_enabled(create_graph):
             weights, log_scale = scaled_weights(
                 embeddings if create_graph and self.through_weights else images.like(rows.detach()),

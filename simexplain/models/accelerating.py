@@ -40,12 +40,15 @@ def accelerated(model: SimilarityModel) -> SimilarityModel:
         )
     example = model.example()
     fast = _Fast(copy.deepcopy(model))
-    modules = dict(fast.network.named_modules())
+    runs = survey(fast, example)
+    # A layer that runs twice is called name@call here, and so is left alone.
+    once = {run.name: run.module for run in runs}
     with torch.no_grad():
-        for run in survey(fast, example):
-            # A layer that runs twice is called name@call here and so is left alone.
-            before = modules.get(run.follows or "")
-            if isinstance(before, nn.Conv2d) and isinstance(modules.get(run.name), nn.BatchNorm2d):
+        for run in runs:
+            before = once.get(run.follows or "")
+            if "@" in run.name or not isinstance(run.module, nn.BatchNorm2d):
+                continue
+            if isinstance(before, nn.Conv2d):
                 _fold(fast.network, run.follows or "", run.name)
     fast = fast.to(memory_format=torch.channels_last)
     _check(model, fast, example)

@@ -1,0 +1,105 @@
+"""Small networks and pictures that every test may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+DEMO = Path(__file__).parents[1] / "simexplain" / "data" / "demo"
+
+
+class TinyNet(nn.Module):
+    """Two convolutions with batch norm, pooling and a linear head; quick and not symmetric."""
+
+    def __init__(self, width: int = 12, embedding: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.act = nn.ReLU(inplace=True)
+        self.body = nn.Conv2d(8, width, 3, stride=2, padding=1)
+        self.last = nn.ReLU()
+        self.head = nn.Linear(width, embedding)
+        self.norm.running_mean.normal_(0, 0.1)
+        self.norm.running_var.uniform_(0.5, 1.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.last(self.body(self.act(self.norm(self.stem(images)))))
+        return self.head(features.mean(dim=(2, 3)))
+
+
+class SharedNet(nn.Module):
+    """One convolution and one ReLU that run three times each, as in weight-shared pyramids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.block = nn.Conv2d(8, 8, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stem(images)
+        for _ in range(3):
+            features = self.act(self.block(features)) + 0.1 * features
+        return features.mean(dim=(2, 3))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny() -> TinyNet:
+    return TinyNet().eval()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """Six images that are not square."""
+    return torch.rand(6, 3, 24, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def demo_paths() -> list[Path]:
+    return [DEMO / f"{role}.jpg" for role in ("anchor", "positive", "negative")]
+
+
+def plain_maps(
+    module: nn.Module,
+    layer: nn.Module,
+    image: Tensor,
+    weight: Tensor,
+    *,
+    grid=lambda output: output,
+    call: int = -1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Grad-CAM of ``weight . f`` for one image alone, by plain autograd with a retained graph.
+
+    Independent of simexplain: an ordinary forward with gradients everywhere, one image, one hook.
+
+    Returns:
+        The map, the unit embedding and the gradient of the score at the layer, as grids.
+    """
+    outputs: list[Tensor] = []
+    values: list[Tensor] = []
+
+    def keep(_module, _args, output):
+        tensor = output[0] if isinstance(output, tuple) else output
+        values.append(tensor.detach().clone())  # before anything works on it in place
+        outputs.append(tensor)
+        clone = tensor.clone()
+        return (clone, *output[1:]) if isinstance(output, tuple) else clone
+
+    handle = layer.register_forward_hook(keep)
+    try:
+        embedding = F.normalize(module(image.clone().requires_grad_() * 1).flatten(1), dim=1)
+        (gradient,) = torch.autograd.grad((embedding @ weight).sum(), outputs[call])
+    finally:
+        handle.remove()
+    activation, gradient = grid(values[call]), grid(gradient)
+    alpha = gradient.mean(dim=(2, 3), keepdim=True)
+    return (alpha * activation).sum(dim=1).relu()[0], embedding[0].detach(), gradient[0]

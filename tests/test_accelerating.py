@@ -1,0 +1,53 @@
+"""The fast twin: the same maps, and the original untouched."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from simexplain import Comparison, accelerated, as_similarity_model, explain
+from simexplain.data.preprocessing import Preprocess
+from simexplain.errors import ModelError
+from tests.test_networks import varied
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "densenet121", "vgg11_bn"])
+def test_maps_agree_within_a_thousandth_of_their_maximum(name: str) -> None:
+    network = varied(timm.create_model(name, num_classes=0))
+    model = as_similarity_model(network, preprocess=Preprocess(size=(64, 64)))
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    fast = accelerated(model)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    norms = [
+        sum(isinstance(m, nn.BatchNorm2d) for m in n.modules()) for n in (fast.network, network)
+    ]
+    assert norms[0] < 0.6 * norms[1]
+    assert fast.default_layer == model.default_layer
+    comparison = Comparison.triplet(*torch.rand(3, 2, 3, 64, 64))
+    wanted, found = (explain(m, comparison, signed=True) for m in (model, fast))
+    top = wanted.maps.abs().amax(dim=(2, 3), keepdim=True)
+    assert float(((found.maps - wanted.maps).abs() / top).max()) < 1e-3
+    torch.testing.assert_close(found.distances, wanted.distances, rtol=1e-3, atol=1e-4)
+
+
+def test_a_shared_convolution_is_left_alone(images: Tensor) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.norm(self.conv(x))).mean(dim=(2, 3))
+
+    network = Twice().eval()
+    network.norm.running_mean.fill_(0.3)
+    fast = accelerated(as_similarity_model(network, preprocess=Preprocess(size=(24, 32))))
+    torch.testing.assert_close(fast.embed(images), as_similarity_model(network).embed(images))
+
+
+def test_what_cannot_be_rewritten_is_refused() -> None:
+    fixed = as_similarity_model(nn.Conv2d(3, 4, 3), batch_size=2)
+    with pytest.raises(ModelError, match="program is fixed"):
+        accelerated(fixed)

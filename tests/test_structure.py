@@ -1,0 +1,142 @@
+"""The house: imports point down, files and functions stay short, hooks live in one place."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "simexplain").rglob("*.py")) + sorted((ROOT / "cli").rglob("*.py"))
+MOST_LINES, MOST_FUNCTION_LINES = 300, 40
+
+# From the ground up; a module may import only from lower levels or its own.
+LEVELS = [
+    ["simexplain.errors"],
+    ["simexplain.comparison", "simexplain.networks"],
+    ["simexplain.tracing", "simexplain.data", "simexplain.rendering"],
+    ["simexplain.models"],
+    ["simexplain.methods"],
+    ["simexplain.explanation"],
+    ["simexplain.picturing"],
+    ["simexplain.saving"],
+    ["simexplain.explaining"],
+    ["simexplain"],
+    ["simexplain_cli"],
+    ["simexplain.__main__"],
+]
+# An explanation draws and saves itself: the verbs are called from its methods, when used.
+KNOWN_UPWARD = {
+    ("simexplain.explanation", "simexplain.picturing"),
+    ("simexplain.explanation", "simexplain.saving"),
+}
+
+
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return f"simexplain_{name}" if name.split(".")[0] == "cli" else name
+
+
+def level_of(name: str) -> int:
+    """The level of the longest entry that is this module or a package around it."""
+    matches = [
+        (len(entry), level)
+        for level, entries in enumerate(LEVELS)
+        for entry in entries
+        if name == entry or (name.startswith(f"{entry}.") and entry != "simexplain")
+    ]
+    assert matches, f"{name} has no level; add it to LEVELS"
+    return max(matches)[1]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of ours that a file imports while it runs; type checking does not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    found = set()
+    package = module_name(path).rpartition(".")[0] or module_name(path)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            found.add(f"{package}.{base}" if node.level else base)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return {name for name in found if name.split(".")[0] in ("simexplain", "simexplain_cli")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_down(path: Path) -> None:
+    own = module_name(path)
+    for other in imports_of(path):
+        if (own, other) not in KNOWN_UPWARD:
+            assert level_of(other) <= level_of(own), f"{own} imports {other}, which lies above it"
+
+
+def test_siblings_on_one_level_do_not_know_each_other() -> None:
+    for path in FILES:
+        own = module_name(path)
+        for other in imports_of(path):
+            same = level_of(other) == level_of(own)
+            package = own.split(".")[:2] == other.split(".")[:2]
+            assert not same or package or own.startswith("simexplain_cli"), f"{own} knows {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MOST_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert lines <= MOST_FUNCTION_LINES, f"{path.name}: {node.name} has {lines} lines"
+
+
+def test_hooks_live_in_tracing_alone() -> None:
+    users = [module_name(p) for p in FILES if "register_" in p.read_text(encoding="utf-8")]
+    assert users == ["simexplain.tracing"]
+
+
+def test_no_drawers() -> None:
+    names = {path.stem for path in FILES}
+    assert not names & {"utils", "helpers", "common", "misc"}
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_importing_and_asking_for_help_does_not_import_torch() -> None:
+    code = (
+        "import sys, simexplain, simexplain_cli.main as m\n"
+        "try: m.cli(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print('torch' in sys.modules, 'numpy' in sys.modules, 'matplotlib' in sys.modules)"
+    )
+    assert run_python(code).splitlines()[-1] == "False False False"
+
+
+def test_every_public_name_can_be_had_and_is_documented() -> None:
+    import simexplain
+
+    for name in simexplain.__all__:
+        thing = getattr(simexplain, name)
+        assert thing is not None
+        if callable(thing):
+            assert thing.__doc__, name
+    assert "explain" in dir(simexplain)
+    with pytest.raises(AttributeError, match="no attribute"):
+        simexplain.explian  # noqa: B018
+
+
+def test_the_package_is_typed_and_licensed() -> None:
+    assert (ROOT / "simexplain" / "py.typed").exists()
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
