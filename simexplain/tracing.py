@@ -250,9 +250,7 @@ def survey(model: Traceable, images: Tensor) -> list[LayerRun]:
 
         return hook
 
-    with ExitStack() as stack:
-        stack.enter_context(undisturbed(model.network))
-        stack.enter_context(torch.enable_grad())
+    with ExitStack() as stack, undisturbed(model.network), torch.enable_grad():
         for name, module in model.network.named_modules():
             if name:
                 stack.callback(module.register_forward_hook(keep(name)).remove)
@@ -285,9 +283,7 @@ def _diagnosis(model: Traceable, images: Tensor, layer: str) -> str:
     """Why the embedding has no gradient at a layer: one more pass, with grad mode on outside."""
     modes: list[bool] = []
     module = find_layer(model.network, split_call(layer)[0])
-    with ExitStack() as stack:
-        stack.enter_context(undisturbed(model.network))
-        stack.enter_context(torch.enable_grad())
+    with ExitStack() as stack, undisturbed(model.network), torch.enable_grad():
         note = module.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
         stack.callback(note.remove)
         embeddings = model.embed(images.detach().clone().requires_grad_().clone())
