@@ -43,6 +43,7 @@ _FOLDER = "explanation"
 @click.option(
     "--layer", multiple=True, help="Layer to explain; repeat to multiply several layers' maps."
 )
+@click.option("--sweep", is_flag=True, help="Explain the last layer of every resolution.")
 @click.option(
     "--weights",
     type=click.Choice(list(WEIGHTS)),
@@ -88,7 +89,8 @@ def command(
     check_writable(out, [MANIFEST, "explanation.png", "maps.npz"], force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
-    given.update(cam=_cams(given["cam"]), layer=given["layer"] or None)
+    layer = network.stages if given.pop("sweep") else given["layer"] or None
+    given.update(cam=_cams(given["cam"]), layer=layer)
     with busy(f"Explaining {len(paths)} images"):
         result = explain_files(
             network, paths, arch, different=different, positives=positives, **given

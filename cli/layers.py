@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -17,17 +18,14 @@ from .options import aligned, busy, model_from, model_options
 def command(model: str, as_json: bool, **given: Any) -> None:
     """List every layer of MODEL that can carry a heatmap, in the order of execution.
 
-    The layer marked with * is used when none is named. Stride is image pixels per cell of the map.
+    The layer marked with * is used when none is named, those with + by explain --sweep. Stride is
+    image pixels per cell of the map.
     """
     with busy(f"Loading {model}"):
         loaded = model_from(model, given)
         layers = loaded.layers
     if as_json:
-        rows = [
-            {"name": layer.name, "kind": layer.kind, "shape": layer.shape, "stride": layer.stride,
-             "default": layer.default}
-            for layer in layers
-        ]  # fmt: skip
+        rows = [asdict(layer) for layer in layers]
         click.echo(json.dumps({"schema": 1, "model": loaded.name, "layers": rows}, indent=2))
         return
     height, width = loaded.preprocess.size
@@ -37,6 +35,6 @@ def command(model: str, as_json: bool, **given: Any) -> None:
         channels, h, w = layer.shape
         vertical, horizontal = layer.stride
         stride = f"{vertical:g}" if vertical == horizontal else f"{vertical:g}, {horizontal:g}"
-        mark = "*" if layer.default else ""
+        mark = "*" if layer.default else "+" if layer.stage else ""
         table.append((mark, layer.name, layer.kind, str(channels), f"{h}x{w}", stride))
     click.echo(aligned(table))

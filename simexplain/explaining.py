@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from simexplain.comparison import Comparison, positives_of
 from simexplain.data.images import Picture, read_picture
 from simexplain.errors import ComparisonError, ModelError
-from simexplain.explanation import Explanation
+from simexplain.explanation import Explanation, versions
 from simexplain.methods import METHODS, Method
 from simexplain.methods.similarity_attention import AttentionMaps
 from simexplain.models.base import SimilarityModel
@@ -142,8 +141,9 @@ def explain_view(
     """
     check_images(comparison)
     chosen = _method(method, options)
-    layers = _layers(model, view, layer)
-    found = chosen(model, view, layers, max_batch=max_batch)
+    with _magnified(view, magnify):
+        layers = _layers(model, view, layer)
+        found = chosen(model, view, layers, max_batch=max_batch)
     own, moved = found.embeddings, None
     if view is not comparison:
         own = embeddings_of(model, comparison, max_batch)
@@ -170,6 +170,21 @@ def explain_view(
     )
 
 
+@contextmanager
+def _magnified(view: Comparison, magnify: float) -> Iterator[None]:
+    """Says which size a network of fixed size was asked to take."""
+    try:
+        yield
+    except (AssertionError, RuntimeError) as error:
+        if magnify == 1 or isinstance(error, torch.OutOfMemoryError):
+            raise
+        height, width = view.anchor.shape[-2:]
+        raise ModelError(
+            f"The model does not take images of {height}x{width}, which magnify={magnify:g} asks "
+            f"for ({str(error).splitlines()[0]}); explain it at its own size."
+        ) from error
+
+
 def embeddings_of(model: SimilarityModel, comparison: Comparison, max_batch: int | None) -> Tensor:
     """Unit rows ``(B,K,E)`` of a comparison of images, without any graph."""
     rows = trace(model, comparison.stacked().flatten(0, 1), (), max_batch=max_batch).embeddings
@@ -194,12 +209,6 @@ def check_images(comparison: Comparison) -> None:
             f"Expected preprocessed float images of shape (B,3,H,W) as the anchor, got "
             f"{tuple(shape)} of {comparison.anchor.dtype}; use explain_files for picture files."
         )
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that has a say in the numbers."""
-    packages = ("simexplain", "torch", "torchvision", "timm", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def _tensors(

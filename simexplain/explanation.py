@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import html
 import io
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,9 +127,13 @@ class Explanation:
         Maps are upsampled bilinearly with pixel centres at half-integers, negative values cut
         off, and divided by the true maximum; a zero map stays zero.
         """
+        return self.drawn(self.maps)
+
+    def drawn(self, maps: Tensor) -> Tensor:
+        """Any of this explanation's maps ``(B,K,h,w)`` as heatmaps, like :attr:`heatmaps`."""
         size = self.images.shape[-2:]
         grown = F.interpolate(
-            self.maps.float().relu(), size=tuple(size), mode="bilinear", align_corners=False
+            maps.float().relu(), size=tuple(size), mode="bilinear", align_corners=False
         )
         axes = (-2, -1) if self.scale == "image" else (-3, -2, -1)
         top = grown.amax(dim=axes, keepdim=True)
@@ -187,16 +193,19 @@ class Explanation:
             return self.preprocess.undo(self.images[index, place]), heatmap
         return np.asarray(self.pictures[place].image), self.geometries[place].to_original(heatmap)
 
-    def figure(self, index: int = 0, *, styles: Sequence[str] = ("overlay",)) -> Figure:
+    def figure(
+        self, index: int = 0, *, styles: Sequence[str] = ("overlay",), by_layer: bool = False
+    ) -> Figure:
         """A figure of comparison ``index``: pictures, heatmaps, roles, distances, verdict.
 
         Args:
             index: Which comparison.
             styles: One row of heatmaps for each: ``overlay``, ``contour``, ``spotlight``.
+            by_layer: Below them one row for each layer alone, where several were asked for.
         """
         from simexplain.picturing import draw_explanation
 
-        return draw_explanation(self, index, styles)
+        return draw_explanation(self, index, styles, by_layer=by_layer)
 
     def save(
         self, folder: str | Path, *, force: bool = False, styles: Sequence[str] = ("overlay",)
@@ -245,3 +254,9 @@ class Explanation:
         if len(self) > _SHOWN:
             parts.append(f"<p>{len(self) - _SHOWN} more comparisons: .figure(index)</p>")
         return "\n".join(parts)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that has a say in the numbers."""
+    packages = ("simexplain", "torch", "torchvision", "timm", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

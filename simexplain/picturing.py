@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 _THUMBNAIL = 560
 
 
-def draw_explanation(explanation: Explanation, index: int, styles: Sequence[str]) -> Figure:
+def draw_explanation(
+    explanation: Explanation, index: int, styles: Sequence[str], *, by_layer: bool = False
+) -> Figure:
     """The figure of one comparison; see ``Explanation.figure``.
 
     Raises:
@@ -38,7 +40,7 @@ def draw_explanation(explanation: Explanation, index: int, styles: Sequence[str]
             f"Expected styles of {', '.join(RENDERERS)}, got {', '.join(unknown) or 'none'}."
         )
     return panel(
-        _tiles(explanation, index),
+        _tiles(explanation, index, by_layer=by_layer),
         title=_question(explanation),
         verdict=verdict(explanation, index),
         holds=explanation.condition(index).holds,
@@ -79,10 +81,12 @@ def _question(explanation: Explanation) -> str:
     return f"What brings the anchor close to {near} and sets it apart from {far}?"
 
 
-def _tiles(explanation: Explanation, index: int) -> list[Tile]:
+def _tiles(explanation: Explanation, index: int, *, by_layer: bool) -> list[Tile]:
     heatmaps = explanation.heatmaps[index].cpu().numpy()
     distances = [None, *explanation.distances[index].tolist()]
     peaks = explanation.peaks(index)
+    shown = explanation.layer_maps if by_layer and len(explanation.layers) > 1 else {}
+    more = {layer: explanation.drawn(maps)[index].cpu().numpy() for layer, maps in shown.items()}
     tiles = []
     for place, role in enumerate(explanation.roles):
         tile = Tile(
@@ -91,6 +95,7 @@ def _tiles(explanation: Explanation, index: int) -> list[Tile]:
             role=role,
             distance=distances[place],
             peak=peaks[place],
+            more=tuple((layer, heatmaps[place]) for layer, heatmaps in more.items()),
         )
         if explanation.pictures:
             tiles.append(_from_picture(explanation, place, tile))
@@ -114,6 +119,7 @@ def _from_picture(explanation: Explanation, place: int, tile: Tile) -> Tile:
         tile,
         picture=np.asarray(thumbnail),
         heatmap=reduced.to_original(tile.heatmap),
+        more=tuple((label, reduced.to_original(heatmap)) for label, heatmap in tile.more),
         caption=Path(picture.path).name,
         box=None if whole else reduced.box,
         peak=tile.peak and (tile.peak[0] * shrink - 0.5, tile.peak[1] * shrink - 0.5),

@@ -126,7 +126,9 @@ def _write(
 ) -> None:
     for index in range(len(explanation)):
         tag = "" if len(explanation) == 1 else f"_{index:04d}"
-        explanation.figure(index, styles=styles).savefig(draft / names[f"figure{tag}"])
+        explanation.figure(index, styles=styles, by_layer=True).savefig(
+            draft / names[f"figure{tag}"]
+        )
         for place in range(len(explanation.roles)):
             picture, heatmap = explanation.on_picture(place, index)
             drawn = Image.fromarray(RENDERERS[styles[0]](picture, heatmap))

@@ -294,3 +294,24 @@ def test_the_demo_points_at_the_cat(demo_paths: list[Path]) -> None:
     x, y = result.peaks()[1]
     assert 225 < x < 445
     assert 40 < y < 245
+
+
+def test_a_sweep_shows_every_layer_and_their_product(tiny: TinyNet, triplet: Comparison) -> None:
+    swept = explain(tiny, triplet, layer=["act", "body", "last"], weights="signed")
+    assert list(swept.layer_maps) == ["act", "body", "last"]
+    plain, by_layer = swept.figure(), swept.figure(by_layer=True)
+    assert len(by_layer.axes) - len(plain.axes) == 3 * 3
+    labels = {axes.get_ylabel() for axes in by_layer.axes}
+    assert {"act", "body", "last", "product"} <= labels
+    alone = explain(tiny, triplet, layer="last", weights="signed")
+    torch.testing.assert_close(swept.drawn(swept.layer_maps["last"]), alone.heatmaps)
+
+
+def test_magnifying_a_network_of_fixed_size_is_a_clear_error(triplet: Comparison) -> None:
+    class Fixed(TinyNet):
+        def forward(self, images: Tensor) -> Tensor:
+            assert images.shape[-1] == 32, "only 32 pixels wide"
+            return super().forward(images)
+
+    with pytest.raises(ModelError, match="48x64, which magnify=2 asks for.*only 32 pixels wide"):
+        explain(Fixed().eval(), triplet, magnify=2)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from simexplain import as_similarity_model
+from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError
 from simexplain.models.layers import GridHints, to_grid
 from tests.conftest import TinyNet
@@ -135,3 +136,27 @@ def test_tokens_are_laid_out_row_by_row_after_the_prefix() -> None:
     for row in range(4):
         for column in range(6):
             assert torch.equal(grid[0, :, row, column], tokens[0, 2 + row * 6 + column])
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("resnet18", ("layer1", "layer2", "layer3", "layer4")),
+        ("vgg11", ("features.9", "features.14", "features.19", "features")),
+    ],
+)
+def test_stages_are_the_last_maps_of_the_coarsest_resolutions(name: str, stages) -> None:
+    model = as_similarity_model(
+        timm.create_model(name, num_classes=0), preprocess=Preprocess(size=(64, 64))
+    )
+    assert model.stages == stages
+    assert model.default_layer == stages[-1]
+
+
+def test_stages_of_one_resolution_are_spread_over_the_depth() -> None:
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=64, depth=8)
+    model = as_similarity_model(network, preprocess=Preprocess(size=(64, 64)))
+    assert len(model.stages) == 4
+    depths = [int(name.split(".")[1]) for name in model.stages]
+    assert depths == sorted(set(depths))
+    assert model.stages[-1] == model.default_layer

@@ -66,6 +66,11 @@ class SimilarityModel(nn.Module, ABC):
         """The layer used when none is named: the last map over the image before the embedding."""
         return next(layer.name for layer in self.layers if layer.default)
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The last layer of each of the coarsest resolutions, for a sweep over depth."""
+        return tuple(layer.name for layer in self.layers if layer.stage)
+
     def layers_for(self, images: Tensor) -> tuple[Layer, ...]:
         """Like :attr:`layers`, for the size of these images ``(M,3,H,W)``; remembered per size."""
         size = (int(images.shape[-2]), int(images.shape[-1]))

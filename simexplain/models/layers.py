@@ -14,6 +14,7 @@ from simexplain.errors import ModelError
 from simexplain.tracing import LayerRun
 
 _MOST_PREFIX_TOKENS = 16
+_STAGES = 4
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Layer:
         shape: ``(C,h,w)`` for the image size that was tried.
         stride: Image pixels per cell, vertically and horizontally.
         default: True for the layer that is used when none is named.
+        stage: True for the last layer of each resolution, which a sweep shows.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Layer:
     shape: tuple[int, int, int]
     stride: tuple[float, float]
     default: bool = False
+    stage: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,9 @@ def usable_layers(
             "The model has no layer with a map over the image that feeds the embedding, so there "
             "is nothing to draw; name one with layer=, or check that its forward is differentiable."
         )
-    chosen = _default(usable, runs)
+    candidates = _candidates(usable)
+    chosen = _named(candidates[-1][0], candidates, runs)
+    stages = [_named(run, candidates, runs) for run in _stages(candidates)]
     height, width = image_size
     return tuple(
         Layer(
@@ -123,24 +128,42 @@ def usable_layers(
             type(run.module).__name__,
             (grid.shape[1], grid.shape[2], grid.shape[3]),
             (height / grid.shape[2], width / grid.shape[3]),
-            run is chosen,
+            default=run is chosen,
+            stage=any(run is stage for stage in stages),
         )
         for run, grid in usable
     )
 
 
-def _default(usable: list[tuple[LayerRun, Tensor]], runs: Sequence[LayerRun]) -> LayerRun:
-    """The last map before the embedding, under the name a person would give it."""
+def _candidates(usable: list[tuple[LayerRun, Tensor]]) -> list[tuple[LayerRun, Tensor]]:
+    """What a person would choose from: no pooling, and no insides of attention."""
     candidates = [
         (run, grid) for run, grid in usable if "pool" not in type(run.module).__name__.lower()
     ] or usable
-    tokens = Counter(grid.shape[1] for run, grid in candidates if run.output.dim() == 3)
-    if candidates[-1][0].output.dim() == 3 and tokens:
+    if candidates[-1][0].output.dim() == 3:
         # Inside attention the last map is qkv; the residual width marks the blocks themselves.
+        tokens = Counter(grid.shape[1] for run, grid in candidates if run.output.dim() == 3)
         width = tokens.most_common(1)[0][0]
         candidates = [(run, grid) for run, grid in candidates if grid.shape[1] == width]
-    last = candidates[-1][0]
-    same = [run for run, _ in candidates if _is_same(run.output, last.output)]
+    return candidates
+
+
+def _stages(candidates: list[tuple[LayerRun, Tensor]]) -> list[LayerRun]:
+    """The last map of each of the coarsest resolutions, or blocks spread over the depth."""
+    last = {grid.shape[2:]: run for run, grid in candidates}
+    if len(last) > 1:
+        return list(last.values())[-_STAGES:]
+    blocks = [run for run, _ in candidates if run.name.rpartition(".")[2].isdigit()]
+    blocks = [run for run in blocks if run is not candidates[-1][0]] + [candidates[-1][0]]
+    places = {round((len(blocks) - 1) * (n + 1) / _STAGES) for n in range(_STAGES)}
+    return [blocks[place] for place in sorted(places)]
+
+
+def _named(
+    chosen: LayerRun, candidates: list[tuple[LayerRun, Tensor]], runs: Sequence[LayerRun]
+) -> LayerRun:
+    """The same map under the name a person would give it: ``layer4``, not ``layer4.1.act2``."""
+    same = [run for run, _ in candidates if _is_same(run.output, chosen.output)]
     return min(
         reversed(same),
         key=lambda run: (

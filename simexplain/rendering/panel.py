@@ -33,6 +33,7 @@ class Tile:
         distance: To the anchor; None for the anchor itself.
         box: What the network saw: left, top, right, bottom in pixels; None for all of it.
         peak: Where the heat is highest, ``(x, y)`` in pixels; None for an empty map.
+        more: Further heatmaps, each in a row of its own with its label; alike for all tiles.
     """
 
     picture: NDArray[np.uint8]
@@ -42,6 +43,7 @@ class Tile:
     distance: float | None = None
     box: tuple[float, float, float, float] | None = None
     peak: tuple[float, float] | None = None
+    more: tuple[tuple[str, NDArray[np.float32]], ...] = ()
 
 
 def panel(
@@ -72,19 +74,20 @@ def panel(
     blocks = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     shape = max(min(tile.picture.shape[0] / tile.picture.shape[1], 1.6) for tile in tiles)
     cell, legend = 2.75, 0.95
-    rows = 1 + len(styles)
+    margin = 0.3 if tiles[0].more else 0.15
+    rows = 1 + len(styles) + len(tiles[0].more)
     wrapped = [
         line for note in notes for line in textwrap.wrap(f"! {note}", int(17 * columns * cell))
     ]
     head, foot = 0.75, 0.35 + 0.17 * len(wrapped)
     body = len(blocks) * (rows * (cell * shape + 0.1) + 0.55)
-    height, width = head + body + foot, columns * cell + legend + 0.3
+    height, width = head + body + foot, columns * cell + legend + 0.15 + margin
     figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
     _headline(figure, title, verdict, holds, height)
     top, bottom = 1 - head / height, foot / height
     step = (top - bottom) / len(blocks)
     for number, block in enumerate(blocks):
-        area = (0.15 / width, top - (number + 1) * step, 1 - (legend + 0.2) / width, step)
+        area = (margin / width, top - (number + 1) * step, 1 - (legend + 0.2) / width, step)
         _block(figure, block, columns, styles, area, 0.55 / (height * step))
     _legend(figure, (1 - legend / width, bottom, top, 0.13 / width))
     _footer(figure, footer, wrapped, foot, height, width)
@@ -116,8 +119,9 @@ def _block(
 ) -> None:
     """One line of images with their renderings below each other."""
     left, bottom, right, height = area
+    rows = 1 + len(styles) + len(tiles[0].more)
     grid = figure.add_gridspec(
-        1 + len(styles),
+        rows,
         columns,
         left=left,
         right=right,
@@ -127,16 +131,23 @@ def _block(
         hspace=0.04,
     )
     for column, tile in enumerate(tiles):
-        for row in range(1 + len(styles)):
+        drawings = [
+            tile.picture,
+            *(RENDERERS[style](tile.picture, tile.heatmap) for style in styles),
+            *(RENDERERS[styles[0]](tile.picture, heatmap) for _, heatmap in tile.more),
+        ]
+        labels = ["", *[""] * len(styles), *(label for label, _ in tile.more)]
+        if tile.more:
+            labels[1] = "product"
+        for row, drawn in enumerate(drawings):
             axes = figure.add_subplot(grid[row, column])
-            drawn = tile.picture
-            if row:
-                drawn = RENDERERS[styles[row - 1]](tile.picture, tile.heatmap)
             axes.imshow(drawn, interpolation="nearest" if drawn.shape[0] < 64 else "antialiased")
-            _dress(axes, tile, first=row == 0)
+            _dress(axes, tile, first=row == 0, peak=0 < row <= len(styles))
+            if column == 0:
+                axes.set_ylabel(labels[row], size=8, color=_FAINT, labelpad=3)
 
 
-def _dress(axes: Axes, tile: Tile, *, first: bool) -> None:
+def _dress(axes: Axes, tile: Tile, *, first: bool, peak: bool) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -156,7 +167,7 @@ def _dress(axes: Axes, tile: Tile, *, first: bool) -> None:
             size=8,
             color=_FAINT,
         )
-    elif tile.peak is not None:
+    elif peak and tile.peak is not None:
         axes.plot(*tile.peak, marker="+", color="white", markersize=9, markeredgewidth=2.4)
         axes.plot(*tile.peak, marker="+", color="black", markersize=8, markeredgewidth=1.0)
     if tile.box is not None:
