@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
-from simexplain import Comparison, accelerated, as_similarity_model, explain
+from simexplain import Comparison, accelerated, as_similarity_model, explain, load_model
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError
+from tests.conftest import TinyNet
 from tests.test_networks import varied
 
 
@@ -47,7 +50,12 @@ def test_a_shared_convolution_is_left_alone(images: Tensor) -> None:
     torch.testing.assert_close(fast.embed(images), as_similarity_model(network).embed(images))
 
 
-def test_what_cannot_be_rewritten_is_refused() -> None:
-    fixed = as_similarity_model(nn.Conv2d(3, 4, 3), batch_size=2)
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_an_exported_program_is_refused(tmp_path: Path, dynamic: bool) -> None:
+    shapes = ({0: torch.export.Dim("n", min=1, max=9)},) if dynamic else None
+    program = torch.export.export(
+        TinyNet().eval(), (torch.rand(2, 3, 24, 32),), dynamic_shapes=shapes
+    )
+    torch.export.save(program, tmp_path / "net.pt2")
     with pytest.raises(ModelError, match="program is fixed"):
-        accelerated(fixed)
+        accelerated(load_model(tmp_path / "net.pt2"))

@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from simexplain.errors import ModelError
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import Embedder
+from simexplain.models.exported import ExportedNetwork
 from simexplain.networks import undisturbed
 from simexplain.tracing import survey
 
@@ -33,7 +34,7 @@ def accelerated(model: SimilarityModel) -> SimilarityModel:
         ModelError: If the fast copy does not give the same embeddings, or the model is of a kind
             that cannot be rewritten (exported programs).
     """
-    if not isinstance(model, Embedder) or model.batch_size is not None:
+    if not isinstance(model, Embedder) or isinstance(model.network, ExportedNetwork):
         raise ModelError(
             f"Expected a network of PyTorch modules to make faster, got {model.name}, whose "
             "program is fixed; use it as it is."

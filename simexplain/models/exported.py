@@ -67,7 +67,7 @@ def load_exported(path: Path, *, trust: bool, distance: str) -> SimilarityModel:
     batch, size = _input_shape(program, path)
     preprocess = replace(IMAGENET, size=size, notes=_notes(program, path))
     return as_similarity_model(
-        _Inference(network),
+        ExportedNetwork(network),
         preprocess=preprocess,
         name=path.stem,
         distance=distance,
@@ -75,7 +75,7 @@ def load_exported(path: Path, *, trust: bool, distance: str) -> SimilarityModel:
     )
 
 
-class _Inference(nn.Module):
+class ExportedNetwork(nn.Module):
     """An unflattened program, called with the images alone; layers keep their own names."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -86,6 +86,7 @@ class _Inference(nn.Module):
         object.__setattr__(self, "_program", network)
 
     def forward(self, images: torch.Tensor) -> Any:
+        """Whatever the program returns for images ``(M,3,H,W)``."""
         return self._program(images)  # type: ignore[operator]
 
 
