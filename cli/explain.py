@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from simexplain.comparison import ARCHITECTURES, positives_of
-from simexplain.explaining import explain_files
+from simexplain.explaining_files import explain_files
 from simexplain.explanation import SCALES
 from simexplain.methods import METHODS
 from simexplain.methods.cams import CAMS
@@ -55,7 +55,7 @@ _FOLDER = "explanation"
     "--cam", type=click.Choice(list(CAMS)), multiple=True, help="Formula; once, or per layer."
 )
 @click.option("--through-weights", is_flag=True, help="Gradient through the weights as well.")
-@click.option("--signed", is_flag=True, help="Keep negative evidence in the saved maps.")
+@click.option("--keep-negative", is_flag=True, help="Keep negative evidence in the saved maps.")
 @click.option("--magnify", default=1.0, show_default=True, help="Enlarge the images, finer maps.")
 @click.option("--scale", type=click.Choice(SCALES), default="image", show_default=True,
               help="Full heat: each image's own maximum, or one shared by all.")  # fmt: skip
@@ -80,8 +80,9 @@ def command(
 
     MODEL is timm:NAME, torchvision:NAME or a file. Example:
 
+    \b
       simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg c.jpg --arch triplet
-    """
+    """  # noqa: D301 - click wants the backspace character
     paths = [anchor, *other]
     different, positives = given.pop("different"), given.pop("positives")
     positives_of(arch, len(paths), different=different, positives=positives)

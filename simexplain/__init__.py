@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from simexplain.data.preprocessing import Preprocess as Preprocess
     from simexplain.errors import SimexplainError as SimexplainError
     from simexplain.explaining import explain as explain
-    from simexplain.explaining import explain_files as explain_files
+    from simexplain.explaining_files import explain_files as explain_files
     from simexplain.explanation import Explanation as Explanation
     from simexplain.methods import METHODS as METHODS
     from simexplain.methods.cams import CAMS as CAMS
@@ -47,7 +47,7 @@ _HOMES = {
     "accelerated": "models.accelerating",
     "as_similarity_model": "models.embedder",
     "explain": "explaining",
-    "explain_files": "explaining",
+    "explain_files": "explaining_files",
     "load_model": "models.loading",
     "read_picture": "data.images",
     "save_model": "models.loading",

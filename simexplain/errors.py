@@ -19,3 +19,8 @@ class ModelError(SimexplainError):
 
 class OutputError(SimexplainError):
     """A result cannot be written or read back."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -1,20 +1,18 @@
-"""The verb: explain a comparison of tensors or of picture files."""
+"""The verb: explain a comparison of image tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simexplain.comparison import Comparison, positives_of
-from simexplain.data.images import Picture, read_picture
-from simexplain.errors import ComparisonError, ModelError
+from simexplain.comparison import Comparison
+from simexplain.errors import ComparisonError, ModelError, first_line
 from simexplain.explanation import Explanation, versions
 from simexplain.methods import METHODS, Method
 from simexplain.methods.similarity_attention import AttentionMaps
@@ -60,67 +58,12 @@ def explain(
     wrapped = as_similarity_model(model)
     view = comparison
     if magnify != 1:
-        _check_magnify(magnify)
+        check_magnify(magnify)
         view = comparison.like(_enlarged(comparison.stacked(), magnify))
     return explain_view(
         wrapped, comparison, view, method, layer, magnify=magnify, scale=scale,
         max_batch=max_batch, **options,
     )  # fmt: skip
-
-
-def explain_files(
-    model: nn.Module,
-    paths: Sequence[str | Path],
-    arch: str = "triplet",
-    method: str | Method = "sam",
-    layer: Layers = None,
-    *,
-    different: bool = False,
-    positives: int = 1,
-    magnify: float = 1,
-    scale: str = "image",
-    max_batch: int | None = None,
-    **options: Any,
-) -> Explanation:
-    """Reads pictures, explains them, and maps the heat back onto the pictures themselves.
-
-    Args:
-        model: As for :func:`explain`; its ``preprocess`` is used.
-        paths: Picture files, anchor first, then positives, then negatives.
-        arch: ``siamese``, ``triplet``, ``quadruplet`` or ``set``.
-        method: As for :func:`explain`.
-        layer: As for :func:`explain`.
-        different: The other image of a siamese pair is a negative.
-        positives: How many images after the anchor are positives, for ``set``.
-        magnify: As for :func:`explain`; the pictures' own finer detail is used.
-        scale: As for :func:`explain`.
-        max_batch: As for :func:`explain`.
-        **options: As for :func:`explain`.
-
-    Raises:
-        ImageError: If a picture cannot be read.
-        ComparisonError: If there are too few or too many pictures for ``arch``.
-        ModelError: If the model or a layer cannot be used.
-    """
-    wrapped = as_similarity_model(model)
-    _check_magnify(magnify)
-    count = positives_of(arch, len(paths), different=different, positives=positives)
-    pictures = [read_picture(path) for path in paths]
-    own, geometries = _tensors(wrapped, pictures, 1, count)
-    view = own
-    if magnify != 1:
-        view, geometries = _tensors(wrapped, pictures, magnify, count)
-    result = explain_view(
-        wrapped, own, view, method, layer, magnify=magnify, scale=scale, max_batch=max_batch,
-        **options,
-    )  # fmt: skip
-    notes = wrapped.preprocess.notes + tuple(n for picture in pictures for n in picture.notes)
-    return replace(
-        result,
-        pictures=tuple(pictures),
-        geometries=tuple(geometries),
-        warnings=notes + result.warnings,
-    )
 
 
 def explain_view(
@@ -181,7 +124,7 @@ def _magnified(view: Comparison, magnify: float) -> Iterator[None]:
         height, width = view.anchor.shape[-2:]
         raise ModelError(
             f"The model does not take images of {height}x{width}, which magnify={magnify:g} asks "
-            f"for ({str(error).splitlines()[0]}); explain it at its own size."
+            f"for ({first_line(error)}); explain it at its own size."
         ) from error
 
 
@@ -211,20 +154,12 @@ def check_images(comparison: Comparison) -> None:
         )
 
 
-def _tensors(
-    model: SimilarityModel, pictures: Sequence[Picture], magnify: float, positives: int
-) -> tuple[Comparison, list[Any]]:
-    """The pictures as one comparison at ``magnify`` times the model's own size."""
-    prepare = model.preprocess
-    height, width = (max(1, round(side * magnify)) for side in prepare.size)
-    prepare = replace(prepare, size=(height, width))
-    tensors, geometries = zip(*(prepare(picture.image) for picture in pictures), strict=True)
-    stack = torch.stack(tensors).unsqueeze(0)
-    comparison = Comparison(stack[:, 0], stack[:, 1 : 1 + positives], stack[:, 1 + positives :])
-    return comparison, list(geometries)
+def check_magnify(magnify: float) -> None:
+    """Refuses a factor that is not sensible.
 
-
-def _check_magnify(magnify: float) -> None:
+    Raises:
+        ComparisonError: If it is not between 0 and 16.
+    """
     if not 0 < magnify <= 16:
         raise ComparisonError(f"Expected magnify between 0 and 16, got {magnify}.")
 

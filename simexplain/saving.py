@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from simexplain.rendering.overlay import RENDERERS
 SCHEMA = 1
 MANIFEST = "explanation.json"
 _ARRAYS = "maps.npz"
+_DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError)
 _TENSORS = ("maps", "weights", "scores", "embeddings", "distances")
 
 
@@ -91,6 +93,11 @@ def check_writable(folder: Path, names: Any, *, force: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"Expected a folder for the results, but '{folder}' is a file.")
     there = [name for name in names if (folder / name).exists()]
+    blocked = [name for name in there if (folder / name).is_dir()]
+    if blocked:
+        raise OutputError(
+            f"'{folder / blocked[0]}' is a folder where a file must go; choose another folder."
+        )
     if there and not force:
         raise OutputError(
             f"'{folder / there[0]}' is there already; choose another folder or say --force "
@@ -183,7 +190,7 @@ def load_explanation(folder: Path) -> Explanation:
         raise OutputError(
             f"'{folder}' holds no explanation: {error.filename} is missing."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, *_DAMAGE) as error:
         if isinstance(error, OutputError):
             raise
         raise OutputError(

@@ -29,7 +29,7 @@ def test_maps_agree_within_a_thousandth_of_their_maximum(name: str) -> None:
     assert norms[0] < 0.6 * norms[1]
     assert fast.default_layer == model.default_layer
     comparison = Comparison.triplet(*torch.rand(3, 2, 3, 64, 64))
-    wanted, found = (explain(m, comparison, signed=True) for m in (model, fast))
+    wanted, found = (explain(m, comparison, keep_negative=True) for m in (model, fast))
     top = wanted.maps.abs().amax(dim=(2, 3), keepdim=True)
     assert float(((found.maps - wanted.maps).abs() / top).max()) < 1e-3
     torch.testing.assert_close(found.distances, wanted.distances, rtol=1e-3, atol=1e-4)

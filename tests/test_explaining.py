@@ -30,7 +30,7 @@ def triplet(images: Tensor) -> Comparison:
 def test_through_weights_equals_one_naive_backward_per_image(tiny: TinyNet, images: Tensor) -> None:
     """Each image's score, with the weights in its graph, differentiated for itself."""
     comparison = Comparison.quadruplet(*images[:4, None])
-    result = explain(tiny, comparison, layer="last", through_weights=True, signed=True)
+    result = explain(tiny, comparison, layer="last", through_weights=True, keep_negative=True)
     for place in range(4):
         kept = {}
         handle = tiny.last.register_forward_hook(
@@ -43,7 +43,7 @@ def test_through_weights_equals_one_naive_backward_per_image(tiny: TinyNet, imag
         (gradient,) = torch.autograd.grad((weight * rows[place]).sum(), kept["map"])
         wanted = (gradient.mean((2, 3), keepdim=True) * kept["map"]).sum(1)[place].detach()
         torch.testing.assert_close(result.maps[0, place], wanted, rtol=1e-3, atol=1e-8)
-    constant = explain(tiny, comparison, layer="last", signed=True)
+    constant = explain(tiny, comparison, layer="last", keep_negative=True)
     assert not torch.allclose(constant.maps, result.maps, rtol=1e-2)
 
 
@@ -51,14 +51,14 @@ def test_maps_for_training_are_differentiable(tiny: TinyNet, triplet: Comparison
     model = as_similarity_model(tiny)
     traced = trace(model, triplet.stacked().flatten(0, 1), ["last"], differentiable=True)
     for through in (False, True):
-        attention = SimilarityAttention(through_weights=through, signed=True)
+        attention = SimilarityAttention(through_weights=through, keep_negative=True)
         found = attention.attend(traced, triplet, create_graph=True)
         (gradient,) = torch.autograd.grad(
             found.maps.square().sum(), tiny.stem.weight, retain_graph=True
         )
         assert float(gradient.abs().sum()) > 0
-    plain = explain(tiny, triplet, layer="last", signed=True)
-    found = SimilarityAttention(signed=True).attend(traced, triplet, create_graph=True)
+    plain = explain(tiny, triplet, layer="last", keep_negative=True)
+    found = SimilarityAttention(keep_negative=True).attend(traced, triplet, create_graph=True)
     torch.testing.assert_close(found.maps.detach(), plain.maps)
 
 
@@ -70,7 +70,7 @@ def test_the_derivative_of_maps_equals_finite_differences(
     double = triplet.like(triplet.stacked().double())
     flat = double.stacked().flatten(0, 1)
     traced = trace(as_similarity_model(tiny), flat, ["last"], differentiable=True)
-    found = SimilarityAttention(signed=True).attend(traced, double, create_graph=True)
+    found = SimilarityAttention(keep_negative=True).attend(traced, double, create_graph=True)
     (gradient,) = torch.autograd.grad(found.maps.square().sum(), tiny.body.weight)
     constant = found.weights[0].detach()
     where = tuple(int(i) for i in (gradient.abs() == gradient.abs().max()).nonzero()[0])
@@ -101,19 +101,22 @@ def signed_map(network: TinyNet, layer, image: Tensor, weight: Tensor) -> Tensor
 def test_many_negatives_give_maps_without_underflow(tiny: TinyNet, images: Tensor) -> None:
     negatives = images[2:].repeat(40, 1, 1, 1)[None]
     comparison = Comparison(images[:1], images[None, 1:2], negatives)
-    result = explain(tiny, comparison, layer="last", signed=True)
+    result = explain(tiny, comparison, layer="last", keep_negative=True)
     assert result.maps.isfinite().all()
     assert float(result.maps.abs().max()) > 0
     assert any("scaled up by a constant" in warning for warning in result.warnings)
     double = explain(
-        tiny.double(), comparison.like(comparison.stacked().double()), layer="last", signed=True
+        tiny.double(),
+        comparison.like(comparison.stacked().double()),
+        layer="last",
+        keep_negative=True,
     )
     shape = F.cosine_similarity(result.maps.double().flatten(1), double.maps.flatten(1))
     assert float(shape) > 0.999
 
 
 def test_identical_images_are_defined(tiny: TinyNet, images: Tensor) -> None:
-    alike = explain(tiny, Comparison.pair(images[:1], images[:1]), signed=True)
+    alike = explain(tiny, Comparison.pair(images[:1], images[:1]), keep_negative=True)
     assert float(alike.distances.max()) < 1e-6
     torch.testing.assert_close(alike.maps[:, 0], alike.maps[:, 1])
     apart = explain(tiny, Comparison.pair(images[:1], images[:1], similar=False))
@@ -313,5 +316,5 @@ def test_magnifying_a_network_of_fixed_size_is_a_clear_error(triplet: Comparison
             assert images.shape[-1] == 32, "only 32 pixels wide"
             return super().forward(images)
 
-    with pytest.raises(ModelError, match="48x64, which magnify=2 asks for.*only 32 pixels wide"):
+    with pytest.raises(ModelError, match=r"48x64, which magnify=2 asks for.*only 32 pixels wide"):
         explain(Fixed().eval(), triplet, magnify=2)

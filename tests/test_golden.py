@@ -89,5 +89,5 @@ def test_embeddings_and_activations() -> None:
 
 def test_the_default_method_is_exactly_the_paper() -> None:
     assert SimilarityAttention() == SimilarityAttention(
-        weights="paper", cam=None, through_weights=False, signed=False
+        weights="paper", cam=None, through_weights=False, keep_negative=False
     )

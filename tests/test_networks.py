@@ -87,7 +87,7 @@ def test_a_network_with_shared_layers(layer: str, call: int, images: Tensor) -> 
 
 def signed_maps(network: nn.Module, comparison: Comparison) -> Tensor:
     """Maps of a network, signed so that none is empty by chance."""
-    return explain(network, comparison, layer="last", signed=True).maps
+    return explain(network, comparison, layer="last", keep_negative=True).maps
 
 
 def test_frozen(tiny: TinyNet, images: Tensor) -> None:

@@ -24,6 +24,7 @@ LEVELS = [
     ["simexplain.picturing"],
     ["simexplain.saving"],
     ["simexplain.explaining"],
+    ["simexplain.explaining_files"],
     ["simexplain"],
     ["simexplain_cli"],
     ["simexplain.__main__"],

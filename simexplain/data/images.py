@@ -15,6 +15,7 @@ from simexplain.errors import ImageError
 
 _WHITE = (255, 255, 255, 255)
 _DEEP_MODES = ("I", "F")
+_DAMAGE = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ def read_picture(path: str | Path) -> Picture:
     name = str(path)
     try:
         with warnings.catch_warnings():
-            # Pillow warns from 89 million pixels and refuses from twice that; the refusal is kept.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
+            # Pillow warns of damaged metadata, and from 89 million pixels; it refuses twice that.
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_formats()) as opened:
                 return _read(name, opened)
     except FileNotFoundError as error:
         raise ImageError(f"There is no file '{name}'; check the path.") from error
@@ -65,7 +66,7 @@ def read_picture(path: str | Path) -> Picture:
         raise ImageError(
             f"'{name}' has more than 178 million pixels; reduce it before explaining it."
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+    except _DAMAGE as error:
         raise ImageError(
             f"'{name}' is damaged or cut off ({error}); export or download it again."
         ) from error
@@ -80,7 +81,8 @@ def _read(name: str, opened: Image.Image) -> Picture:
     opened.load()
     image = ImageOps.exif_transpose(opened) or opened
     if image.mode.startswith(_DEEP_MODES):
-        image, note = _to_8_bits(image)
+        hidden = image.info.get("transparency")
+        image, note = _to_8_bits(image, hidden if isinstance(hidden, int) else None)
         notes.append(f"'{name}' {note}")
     return Picture(name, _on_white(image), tuple(notes))
 
@@ -92,9 +94,19 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_8_bits(image: Image.Image) -> tuple[Image.Image, str]:
-    """16-bit and float grey pictures as 8-bit grey, from their nominal range where they fit it."""
+def _formats() -> list[str]:
+    """Everything that Pillow reads by itself; EPS would be handed to another program."""
+    Image.init()
+    return [name for name in Image.OPEN if name != "EPS"]
+
+
+def _to_8_bits(image: Image.Image, hidden: int | None) -> tuple[Image.Image, str]:
+    """16-bit and float grey pictures as 8-bit grey, from their nominal range where they fit it.
+
+    The value ``hidden``, if any, is transparent and becomes white.
+    """
     values = np.asarray(image).astype(np.float64)
+    transparent = values == hidden if hidden is not None else np.zeros(values.shape, bool)
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite")
     low, high = float(values.min()), float(values.max())
@@ -104,4 +116,5 @@ def _to_8_bits(image: Image.Image) -> tuple[Image.Image, str]:
         values, said = (values - low) / span, f"was scaled from its range {low:g} to {high:g}."
     else:
         values, said = values / top, f"has deep grey values; 0 to {top:g} became 8 bits."
-    return Image.fromarray(np.round(values * 255).astype(np.uint8)), said
+    grey = np.where(transparent, 255, np.round(values * 255))
+    return Image.fromarray(grey.astype(np.uint8)), said

@@ -96,8 +96,9 @@ class Preprocess:
     Attributes:
         size: ``(height, width)`` of the input tensor.
         fit: ``crop`` the centre after resizing (what most networks were evaluated with),
-            ``squash`` the whole picture into the input, or ``pad`` it with the mean colour.
-        crop_fraction: Share of the resized picture that the crop keeps, in (0, 1].
+            ``squash`` the picture to the input's aspect, or ``pad`` it with the mean colour.
+        crop_fraction: Share of the resized picture that ``crop`` and ``squash`` keep, in (0, 2];
+            above 1 a black border is added, as a few networks were evaluated.
         interpolation: ``bilinear``, ``bicubic`` or ``nearest``, always with antialiasing.
         mean: Subtracted from channels in [0, 1].
         std: What channels are divided by afterwards.
@@ -107,7 +108,7 @@ class Preprocess:
 
     size: tuple[int, int] = (224, 224)
     fit: str = "crop"
-    crop_fraction: float = 0.875
+    crop_fraction: float = 1.0
     interpolation: str = "bilinear"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -117,8 +118,8 @@ class Preprocess:
     def __post_init__(self) -> None:
         if self.fit not in FITS:
             raise ImageError(f"Expected fit to be one of {', '.join(FITS)}, got '{self.fit}'.")
-        if not 0 < self.crop_fraction <= 1:
-            raise ImageError(f"Expected crop_fraction in (0, 1], got {self.crop_fraction}.")
+        if not 0 < self.crop_fraction <= 2:
+            raise ImageError(f"Expected crop_fraction in (0, 2], got {self.crop_fraction}.")
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, Geometry]:
         """The input tensor ``(3,H,W)``, float32, and where it lies in the picture.
@@ -140,12 +141,11 @@ class Preprocess:
 
     def geometry(self, original: tuple[int, int]) -> Geometry:
         """Where the view of a picture of this ``(height, width)`` lies."""
-        if self.fit == "squash":
-            return Geometry(original, self.size, (0, 0), self.size)
         ratios = original[0] / self.size[0], original[1] / self.size[1]
         if self.fit == "pad":
             resized = tuple(max(1, round(side / max(ratios))) for side in original)
-            offset = tuple((r - s) // 2 for r, s in zip(resized, self.size, strict=True))
+        elif self.fit == "squash":
+            resized = tuple(math.floor(side / self.crop_fraction) for side in self.size)
         else:
             if max(original) > _MOST_ELONGATED * min(original):
                 raise ImageError(
@@ -153,8 +153,8 @@ class Preprocess:
                     "crop to show it; choose fit='pad' or fit='squash'."
                 )
             resized = self._covering(original)
-            offset = tuple(round((r - s) / 2.0) for r, s in zip(resized, self.size, strict=True))
-        return Geometry(original, (resized[0], resized[1]), (offset[0], offset[1]), self.size)
+        top, left = (_centred(r, s) for r, s in zip(resized, self.size, strict=True))
+        return Geometry(original, (resized[0], resized[1]), (top, left), self.size)
 
     def _covering(self, original: tuple[int, int]) -> tuple[int, ...]:
         """The resized size whose centre crop the network sees, in timm's own rounding."""
@@ -185,5 +185,10 @@ class Preprocess:
         return cls(**lists)
 
 
-IMAGENET = Preprocess()
+def _centred(resized: int, size: int) -> int:
+    """Where a centred view starts, in torchvision's rounding; negative where it is larger."""
+    return round((resized - size) / 2.0) if resized >= size else -((size - resized) // 2)
+
+
+IMAGENET = Preprocess(crop_fraction=0.875)
 """What is assumed where neither the checkpoint nor the architecture says anything."""

@@ -63,13 +63,14 @@ class SimilarityAttention:
             (pooled gradients mean little at finer layers).
         through_weights: Let the gradient also pass through the weight vector; the paper does not
             say. Held constant otherwise, as Grad-CAM holds its class weights.
-        signed: Leave out the final ReLU of Eq. 2 and keep evidence against, as negative values.
+        keep_negative: Leave out the final ReLU of Eq. 2, so that evidence against the score stays
+            as negative values.
     """
 
     weights: str = "paper"
     cam: str | tuple[str, ...] | None = None
     through_weights: bool = False
-    signed: bool = False
+    keep_negative: bool = False
 
     def __post_init__(self) -> None:
         weight_rule(self.weights)
@@ -163,7 +164,7 @@ class SimilarityAttention:
                 activations[layer].to(gradient.dtype),
                 gradient * scale.view(-1, 1, 1, 1).to(gradient),
             )
-            found[layer] = raw if self.signed else raw.relu()
+            found[layer] = raw if self.keep_negative else raw.relu()
         return found
 
     def _cams(self, layers: tuple[str, ...], maps: dict[str, Tensor]) -> dict[str, str]:
@@ -194,7 +195,7 @@ class SimilarityAttention:
                 "alike; weights='relative' repairs that."
             )
         elif self.weights == "paper" and embeddings.negatives.shape[1]:
-            acts = f" and the factor of the {flat[0]}, which hardly acts" if flat else ""
+            acts = f"; the factor of the {flat[0]}, so it hardly acts" if flat else ""
             found.append(
                 "The published weights have no sign, so dimensions on which a negative is strong "
                 f"pull the maps towards it{acts}; weights='signed' keeps only what sets the anchor "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from simexplain.data.preprocessing import IMAGENET, Preprocess
-from simexplain.errors import ModelError
+from simexplain.errors import ModelError, first_line
 
 DEFAULT_MODEL = "timm:tf_efficientnet_lite0"
 """What the demo and the documentation use: its weights come in a package of their own."""
@@ -89,7 +89,7 @@ def preprocess_of_timm(network: nn.Module) -> Preprocess:
     config = timm.data.resolve_data_config({}, model=network)
     return Preprocess(
         size=tuple(config["input_size"][1:]),
-        fit="squash" if config["crop_mode"] == "squash" else "crop",
+        fit={"squash": "squash", "border": "pad"}.get(config["crop_mode"], "crop"),
         crop_fraction=config["crop_pct"],
         interpolation=config["interpolation"],
         mean=tuple(config["mean"]),
@@ -180,7 +180,7 @@ def _hub_errors(name: str) -> Iterator[None]:
             "weights with this backbone, or ask for random weights (--untrained) to try things out."
         ) from error
     except (RuntimeError, ValueError, TypeError) as error:
-        raise ModelError(f"{name} cannot be built: {str(error).splitlines()[0]}.") from error
+        raise ModelError(f"{name} cannot be built: {first_line(error)}.") from error
 
 
 @contextmanager

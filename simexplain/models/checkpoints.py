@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simexplain.errors import ModelError
+from simexplain.errors import ModelError, first_line
 
 FORMAT_KEY = "simexplain"
 SCHEMA = 1
 _PREFIXES = ("module.", "model.", "_orig_mod.", "network.", "backbone.", "encoder.", "net.")
 _LISTED = 4
+_DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError)
 
 
 def kind_of(path: Path) -> str:
@@ -54,6 +55,7 @@ def read_torch(path: Path, *, trust_pickle: bool) -> Any:
     Raises:
         ModelError: If it is damaged, or holds objects whose loading could run code.
     """
+    _check_zip(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
@@ -66,19 +68,21 @@ def read_torch(path: Path, *, trust_pickle: bool) -> Any:
             "file; save the state_dict instead, or pass --trust-pickle (trust_pickle=True) if you "
             "trust where it comes from."
         ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        ImportError,
-    ) as error:
+    except (RuntimeError, OSError, EOFError, ImportError, *_DAMAGE) as error:
         raise ModelError(
-            f"'{path}' cannot be read as a PyTorch file ({str(error).splitlines()[0] or 'empty'}); "
-            "save it again."
+            f"'{path}' cannot be read as a PyTorch file ({first_line(error)}); save it again."
         ) from error
+
+
+def _check_zip(path: Path) -> None:
+    """Compares the checksums that torch.save wrote but torch.load ignores."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken:
+            raise ModelError(
+                f"'{path}' is damaged in its part {broken}; copy or save the file again."
+            )
 
 
 def _is_torch_file(path: Path) -> bool:

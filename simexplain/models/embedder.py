@@ -104,9 +104,7 @@ def as_similarity_model(
         raise ModelError(
             f"Expected an nn.Module, got {type(module).__name__}; load files with load_model."
         )
-    while isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        module = module.module
-    module = getattr(module, "_orig_mod", module)
+    module = _unwrapped(module)
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelError(
             "TorchScript modules do not let simexplain tap a layer; pass the original nn.Module "
@@ -120,6 +118,17 @@ def as_similarity_model(
         name=name,
         batch_size=batch_size,
     )
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The network inside DataParallel and torch.compile, in whatever order they were put on."""
+    while True:
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module = inner
+        else:
+            return module
 
 
 def _picked(result: Any, output: Output) -> Tensor:

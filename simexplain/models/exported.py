@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import logging
 import re
 import zipfile
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from simexplain.data.preprocessing import IMAGENET
-from simexplain.errors import ModelError
+from simexplain.errors import ModelError, first_line
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
 
@@ -27,10 +28,16 @@ _ENTRY = re.compile(
     r"|data/(weights|constants)/((weight|tensor)_\d+|\w+_config\.json)|data/sample_inputs/\w+\.pt)"
 )
 _TARGET = re.compile(
-    r"(torch\.ops\.(aten|prims|higher_order|torchvision|quantized_decomposed)\.\w+(\.\w+)?"
-    r"|_operator\.\w+|math\.(ceil|floor|trunc|sqrt)|torch\.sym_\w+"
-    r"|torch\._C\._set_grad_enabled)"
+    r"(torch\.ops\.aten\.(?!from_file)\w+(\.\w+)?"
+    r"|torch\.ops\.(prims|torchvision|quantized_decomposed)\.\w+(\.\w+)?"
+    r"|torch\.ops\.higher_order\.(cond|wrap_with_set_grad_enabled|wrap_with_autocast)"
+    r"|_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|neg|pow|eq|ne|lt|le|gt|ge|and_|or_|not_)"
+    r"|math\.(ceil|floor|trunc|sqrt)|torch\.sym_\w+|torch\._C\._set_grad_enabled)"
 )
+# Names and other strings may end up in Python source that torch writes and runs.
+_TEXT = re.compile(r"[\w.,:+\-> ]*")
+_NAME = re.compile(r"[\w.]*")
+_SPECIAL = ("metadata", "in_spec", "out_spec", "expr_str", "guards_code", "target", "as_operator")
 _CALLS = {
     "Symbol", "Max", "Min", "Mod", "PythonMod", "FloorDiv", "CeilDiv", "CleanDiv", "IntTrueDiv",
     "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "Integer", "Identity", "Where",
@@ -54,16 +61,23 @@ def load_exported(path: Path, *, trust: bool, distance: str) -> SimilarityModel:
     Raises:
         ModelError: If it is damaged, could run code, or does not take one batch of images.
     """
+    # Read once: what is vetted is what is loaded.
+    content = path.read_bytes()
     if not trust:
-        _vet(path)
+        _vet(path, content)
+    logger = logging.getLogger("torch.export")
+    before = logger.disabled
     try:
-        program = torch.export.load(path)
+        logger.disabled = True  # it would print a traceback before our one line
+        program = torch.export.load(io.BytesIO(content))
         network = torch.export.unflatten(program)
     except Exception as error:  # torch raises anything from KeyError to its own classes here
         raise ModelError(
-            f"'{path}' cannot be loaded as an exported program ({str(error).splitlines()[0]}); "
+            f"'{path}' cannot be loaded as an exported program ({first_line(error)}); "
             f"export it again with torch {torch.__version__.split('+')[0]}."
         ) from error
+    finally:
+        logger.disabled = before
     batch, size = _input_shape(program, path)
     preprocess = replace(IMAGENET, size=size, notes=_notes(program, path))
     return as_similarity_model(
@@ -122,14 +136,17 @@ def _notes(program: Any, path: Path) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _vet(path: Path) -> None:
+def _vet(path: Path, content: bytes) -> None:
     """Refuses a program whose loading could run code."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.namelist():
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = archive.namelist()
+            for entry in entries:
                 inner = entry.partition("/")[2]
                 if not _ENTRY.fullmatch(inner):
                     raise _refusal(path, f"the entry {inner}")
+                if entries.count(entry) > 1:
+                    raise _refusal(path, f"the entry {inner} twice")
                 if inner.endswith(".json"):
                     _vet_json(path, json.loads(archive.read(entry)))
                 elif inner.startswith("data/sample_inputs/"):
@@ -137,7 +154,7 @@ def _vet(path: Path) -> None:
     except ModelError:
         raise
     except Exception as error:
-        raise _refusal(path, f"something unreadable ({str(error).splitlines()[0]})") from error
+        raise _refusal(path, f"something unreadable ({first_line(error)})") from error
 
 
 def _vet_json(path: Path, content: Any) -> None:
@@ -146,8 +163,12 @@ def _vet_json(path: Path, content: Any) -> None:
             raise _refusal(path, "pickled tensors")
         if key == "path_name" and not re.fullmatch(r"(weight|tensor)_\d+", str(value)):
             raise _refusal(path, f"the object {value}")
-        if key == "target" and isinstance(value, str) and not _is_operator(value):
+        if key in ("target", "as_operator") and isinstance(value, str) and not _is_operator(value):
             raise _refusal(path, f"the operator {value}")
+        if key in ("in_spec", "out_spec") and "__" in str(value):
+            raise _refusal(path, "containers of its own")
+        if not _NAME.fullmatch(key) or not _is_plain(key, value):
+            raise _refusal(path, f"odd text under {key}")
         if key == "expr_str" and not _is_expression(str(value)):
             raise _refusal(path, f"the expression {value}")
         if key == "guards_code" and not all(_is_expression(str(code)) for code in value or []):
@@ -159,10 +180,19 @@ def _pairs(content: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(content, dict):
         for key, value in content.items():
             yield key, value
-            yield from _pairs(value)
+            if key != "metadata":  # where a node came from: kept as text, never looked up
+                yield from _pairs(value)
     elif isinstance(content, list):
         for value in content:
             yield from _pairs(value)
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    """Whether a value is no string, or one in which no code can hide."""
+    values = value if isinstance(value, list) else [value]
+    texts = [text for text in values if isinstance(text, str)]
+    named = key == "as_name" or key.endswith(("name", "names"))
+    return key in _SPECIAL or all((_NAME if named else _TEXT).fullmatch(text) for text in texts)
 
 
 def _is_operator(target: str) -> bool:

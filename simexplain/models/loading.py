@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from simexplain.data.preprocessing import FITS, Preprocess
-from simexplain.errors import ModelError, OutputError
+from simexplain.errors import ModelError, OutputError, first_line
 from simexplain.models.backbones import ZOOS, Backbone, build_backbone, preprocess_of_timm
 from simexplain.models.base import SimilarityModel
 from simexplain.models.checkpoints import (
@@ -134,11 +134,12 @@ def save_model(
 
 def _write(content: dict[str, Any], path: Path) -> None:
     try:
-        with tempfile.NamedTemporaryFile(dir=path.absolute().parent, delete=False) as draft:
+        with tempfile.TemporaryDirectory(prefix=".simexplain-", dir=path.absolute().parent) as made:
+            draft = Path(made) / "draft"
             torch.save(content, draft)
-        Path(draft.name).replace(path)
-    except OSError as error:
-        raise OutputError(f"'{path}' cannot be written ({error.strerror or error}).") from error
+            draft.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"'{path}' cannot be written ({first_line(error)}).") from error
 
 
 def _from_content(
@@ -156,19 +157,35 @@ def _from_content(
     if options is None:
         state = state_dict_in(content, path)
         return _from_state(state, path, backbone, keep_head, size, distance)
+    try:
+        return _from_checkpoint(options, content["state_dict"], path, size, distance)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"'{path}' is a simexplain file with damaged options ({first_line(error)}); save it "
+            "again with save_model."
+        ) from error
+
+
+def _from_checkpoint(
+    options: dict[str, Any],
+    state: dict[str, Tensor],
+    path: Path,
+    size: tuple[int, int] | None,
+    distance: str | None,
+) -> SimilarityModel:
+    """A model from what :func:`save_model` wrote."""
     if options.get("schema") != SCHEMA:
         raise ModelError(
             f"'{path}' was written in schema {options.get('schema')}, but this version reads "
             f"schema {SCHEMA}; use a matching version of simexplain."
         )
     name, outputs = options["backbone"], options["outputs"]
+    if not isinstance(name, str) or not isinstance(outputs, int):
+        raise TypeError(f"backbone {name!r}, outputs {outputs!r}")
     built = build_backbone(name, pretrained=False, outputs=outputs, size=size)
-    load_fitting(built.network, content["state_dict"], str(path))
-    built = replace(
-        built,
-        name=f"{path.stem} ({name})",
-        preprocess=Preprocess.from_json(options["preprocess"]),
-    )
+    load_fitting(built.network, state, str(path))
+    preprocess = Preprocess.from_json(options["preprocess"])
+    built = replace(built, name=f"{path.stem} ({name})", preprocess=preprocess)
     return _embedder(built, distance or options["distance"])
 
 
@@ -229,8 +246,10 @@ def _adjusted(
 ) -> SimilarityModel:
     if fit is not None and fit not in FITS:
         raise ModelError(f"Expected fit to be one of {', '.join(FITS)}, got '{fit}'.")
-    model.preprocess = replace(
-        model.preprocess, size=size or model.preprocess.size, fit=fit or model.preprocess.fit
-    )
+    own = model.preprocess
+    if fit is not None and fit != own.fit:
+        # Someone who asks for all of the picture wants no margin cut off either.
+        own = replace(own, fit=fit, crop_fraction=own.crop_fraction if fit == "crop" else 1.0)
+    model.preprocess = replace(own, size=size or own.size)
     model.eval()
     return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -96,8 +97,9 @@ def panel(
 
 def _headline(figure: Figure, title: str, verdict: str, holds: bool | None, height: float) -> None:
     colour = {True: "#1b7837", False: "#a6361c", None: _FAINT}[holds]
-    figure.text(0.5, 1 - 0.28 / height, title, ha="center", va="center", size=13, color=_INK)
-    figure.text(
+    _say(figure, 0.5, 1 - 0.28 / height, title, ha="center", va="center", size=13, color=_INK)
+    _say(
+        figure,
         0.5,
         1 - 0.58 / height,
         verdict,
@@ -144,7 +146,7 @@ def _block(
             axes.imshow(drawn, interpolation="nearest" if drawn.shape[0] < 64 else "antialiased")
             _dress(axes, tile, first=row == 0, peak=0 < row <= len(styles))
             if column == 0:
-                axes.set_ylabel(labels[row], size=8, color=_FAINT, labelpad=3)
+                axes.set_ylabel(labels[row], size=8, color=_FAINT, labelpad=3, parse_math=False)
 
 
 def _dress(axes: Axes, tile: Tile, *, first: bool, peak: bool) -> None:
@@ -157,7 +159,8 @@ def _dress(axes: Axes, tile: Tile, *, first: bool, peak: bool) -> None:
     if first:
         said = tile.role if tile.distance is None else f"{tile.role}   d = {tile.distance:.3f}"
         axes.set_title(f"{said}\n", size=11, color=ROLE_COLOURS[tile.role], weight="bold", pad=-4)
-        axes.text(
+        _say(
+            axes,
             0.5,
             1.025,
             _shortened(tile.caption),
@@ -199,9 +202,10 @@ def _footer(
     figure: Figure, footer: str, notes: Sequence[str], foot: float, height: float, width: float
 ) -> None:
     start = (foot - 0.12) / height
-    figure.text(0.15 / width, start, footer, size=7.5, color=_FAINT, va="top")
+    _say(figure, 0.15 / width, start, footer, size=7.5, color=_FAINT, va="top")
     for number, note in enumerate(notes):
-        figure.text(
+        _say(
+            figure,
             0.15 / width,
             start - (0.17 * (number + 1)) / height,
             note,
@@ -209,6 +213,11 @@ def _footer(
             color="#8a5a00",
             va="top",
         )
+
+
+def _say(place: Figure | Axes, x: float, y: float, text: str, **style: Any) -> None:
+    """Text as it is: file names may hold dollar signs, which would be read as formulas."""
+    place.text(x, y, text, parse_math=False, **style)
 
 
 def _shortened(text: str, limit: int = 34) -> str:

@@ -1,0 +1,55 @@
+"""MkDocs hooks: LaTeX between dollars becomes MathML while the site is built.
+
+Browsers draw MathML themselves, so that pages need no script and no network for their formulas.
+The roles of reStructuredText in docstrings (``:func:`name```) become plain code.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from latex2mathml.converter import convert
+
+# Code comes first: dollars inside it are no maths.
+_PARTS = re.compile(
+    r"(?P<code>^(?P<fence>[ \t]*(?:```+|~~~+)).*?^(?P=fence)[ \t]*$|(?P<ticks>`+).+?(?P=ticks))"
+    r"|\$\$(?P<block>.+?)\$\$"
+    r"|(?<![\\$\w])\$(?P<inline>[^\s$](?:[^$\n]*[^\s$\\])?)\$(?![\w$])",
+    re.DOTALL | re.MULTILINE,
+)
+_ROLES = re.compile(r":(?:func|class|meth|attr|data|mod):(?=<code>)")
+_FORMULAS = "simexplain_formulas"
+# The converter marks these as brackets, where it takes \lvert for an operator with space around.
+_BARS = {r"\lvert": r"\left|", r"\rvert": r"\right|", r"\lVert": r"\left\|", r"\rVert": r"\right\|"}
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Takes the formulas out before Markdown could read their stars and underscores."""
+    formulas: list[str] = []
+
+    def stash(match: re.Match[str]) -> str:
+        if match["code"]:
+            return match[0]
+        block = match["block"] is not None
+        latex = (match["block"] if block else match["inline"]).strip()
+        for name, pair in _BARS.items():
+            latex = latex.replace(name, pair)
+        formulas.append(convert(latex, display="block" if block else "inline"))
+        return _mark(len(formulas) - 1)
+
+    replaced = _PARTS.sub(stash, markdown)
+    page.meta[_FORMULAS] = formulas
+    return replaced
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Puts the formulas back as MathML."""
+    for number, formula in enumerate(page.meta.pop(_FORMULAS, [])):
+        html = html.replace(_mark(number), formula)
+    return _ROLES.sub("", html)
+
+
+def _mark(number: int) -> str:
+    """Stands for a formula; letters and digits only, so that Markdown leaves it alone."""
+    return f"simexplainformula{number}end"

@@ -1,0 +1,38 @@
+"""Runs of the command line in processes of their own, as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+FAST = ("--untrained", "--size", "64")
+NETWORK = "timm:resnet18"
+
+
+@dataclass(frozen=True)
+class Run:
+    code: int
+    out: str
+    err: str
+
+
+def simexplain(*arguments: object, cwd: Path, script: bool = False) -> Run:
+    """One run; nothing that it prints may ever look like a traceback."""
+    start = [str(Path(sys.executable).with_name("simexplain"))]
+    if not script:
+        start = [sys.executable, "-m", "simexplain"]
+    done = subprocess.run(
+        [*start, *map(str, arguments)],
+        capture_output=True, encoding="utf-8", cwd=cwd, timeout=300, env=environment(),
+    )  # fmt: skip
+    assert "Traceback" not in done.stdout + done.stderr, done.stderr
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+def environment() -> dict[str, str]:
+    """Few threads, since tests share the machine, and no debugging switch left on."""
+    kept = {key: value for key, value in os.environ.items() if key != "SIMEXPLAIN_DEBUG"}
+    return kept | {"OMP_NUM_THREADS": "2", "PYTHONIOENCODING": "utf-8"}

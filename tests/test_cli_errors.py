@@ -1,0 +1,247 @@
+"""Bad input on the command line: one clear line, the right exit code, nothing written or lost."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from cli_runs import FAST, NETWORK, Run, environment, simexplain
+from conftest import TinyNet
+from pictures import noise
+from simexplain_cli.main import main
+
+PAIR = ("--arch", "siamese")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two good pictures and many bad ones, which is the current one."""
+    for name in ("a.png", "b.jpg", "whole.jpg"):
+        noise(40, 60, seed=len(name)).save(tmp_path / name)
+    (tmp_path / "text.jpg").write_text("no picture", encoding="utf-8")
+    content = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
+    (tmp_path / "empty.png").touch()
+    noise(10, 900).save(tmp_path / "strip.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SIMEXPLAIN_DEBUG", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def run(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Run]:
+    """Runs the entry point in this process, which spares the import of torch every time."""
+
+    def start(*arguments: object) -> Run:
+        monkeypatch.setattr(sys, "argv", ["simexplain", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capfd.readouterr()
+        return Run(int(caught.value.code or 0), captured.out, captured.err)
+
+    return start
+
+
+@pytest.fixture
+def fails(run: Callable[..., Run], here: Path) -> Callable[..., str]:
+    """Runs, and checks that nothing but one line of error came out and nothing was written."""
+
+    def check(*arguments: object, code: int = 1) -> str:
+        before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+        result = run(*arguments)
+        assert result.code == code, result.err
+        assert result.out == ""
+        assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
+        if code == 1:
+            assert result.err.startswith("Error: ")
+            assert result.err.endswith((".\n", "?\n"))
+            assert result.err.count("\n") == 1, result.err
+            assert "Unexpected" not in result.err
+        return result.err
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ("none.jpg", "no file"),
+        (".", "folder"),
+        ("text.jpg", "not a picture"),
+        ("empty.png", "not a picture"),
+        ("cut.jpg", "cut off"),
+        ("strip.png", "elongated"),
+    ],
+)
+def test_bad_pictures(fails: Callable[..., str], bad: str, said: str) -> None:
+    for order in (("a.png", bad), (bad, "a.png")):
+        text = fails("explain", NETWORK, *order, *PAIR, *FAST, "--out", "out", "--json")
+        assert said in text
+        assert bad in text
+
+
+@pytest.mark.parametrize(
+    ("arch", "count", "options", "said"),
+    [
+        ("siamese", 3, (), "2 images for siamese"),
+        ("triplet", 2, (), "3 images for triplet"),
+        ("triplet", 4, (), "3 images for triplet"),
+        ("quadruplet", 3, (), "4 images for quadruplet"),
+        ("quadruplet", 5, (), "4 images for quadruplet"),
+        ("set", 3, ("--positives", "3"), "positive"),
+        ("set", 3, ("--positives", "-1"), "positive"),
+        ("triplet", 3, ("--different",), "siamese"),
+    ],
+)
+def test_wrong_number_of_images(
+    fails: Callable[..., str], arch: str, count: int, options: tuple[str, ...], said: str
+) -> None:
+    text = fails("explain", NETWORK, *["a.png"] * count, "--arch", arch, *options, *FAST)
+    assert said in text
+    assert "got" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--layer", "layer9"), "did you mean layer"),
+        (("--layer", "fc"), "layer"),
+        (("--layer", "layer4", "--layer", "layer4"), "different layers"),
+        (("--magnify", "0"), "magnify"),
+        (("--magnify", "nan"), "magnify"),
+        (("--cam", "grad_cam", "--cam", "layer_cam"), "cam"),
+        (("--out", "a.png"), "is a file"),
+        (("--out", "a.png/below"), "cannot be written"),
+    ],
+)
+def test_bad_values(fails: Callable[..., str], options: tuple[str, ...], said: str) -> None:
+    assert said in fails("explain", NETWORK, "a.png", "b.jpg", *PAIR, *FAST, *options)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("explain", NETWORK, "a.png", "b.jpg", "--arch", "pentuplet"),
+        ("explain", NETWORK, "a.png", "b.jpg"),
+        ("explain", NETWORK, "a.png", *PAIR),
+        ("explain", NETWORK, "a.png", "b.jpg", *PAIR, "--method", "none"),
+        ("explain", NETWORK, "a.png", "b.jpg", *PAIR, "--size", "0"),
+        ("explain", NETWORK, "a.png", "b.jpg", *PAIR, "--size", "1x2x3"),
+        ("explain", NETWORK, "a.png", "b.jpg", *PAIR, "--no-such-option"),
+        ("explain", NETWORK, "a.png", "b.jpg", *PAIR, "--positives", "many"),
+        ("layers",),
+        ("no-such-command",),
+    ],
+    ids=lambda arguments: " ".join(arguments[-2:]),
+)
+def test_usage_errors(fails: Callable[..., str], arguments: tuple[str, ...]) -> None:
+    text = fails(*arguments, code=2)
+    assert "Usage" in text
+    assert "Error" in text
+
+
+def test_bad_model_files(fails: Callable[..., str], here: Path) -> None:
+    torch.save(timm.create_model("resnet34", num_classes=0).state_dict(), here / "other.pt")
+    torch.save(TinyNet(), here / "whole.pt")
+    (here / "text.pt").write_text("no model", encoding="utf-8")
+    (here / "empty.pt").touch()
+    (here / "net.onnx").write_bytes(b"\x08\x07")
+    for source, options, said in (
+        ("other.pt", ("--backbone", NETWORK), "unexpected (layer1.2.conv1.weight"),
+        ("other.pt", (), "--backbone"),
+        ("whole.pt", (), "--trust-pickle"),
+        ("text.pt", (), "text.pt"),
+        ("empty.pt", (), "empty.pt"),
+        ("net.onnx", (), "ONNX"),
+        ("none.pt", (), "does not exist"),
+        ("timm:resnet81", ("--untrained",), "resnet81"),
+    ):
+        assert said in fails("explain", source, "a.png", "b.jpg", *PAIR, *options)
+        assert said in fails("layers", source, *options)
+
+
+def test_program_that_torch_cannot_read(fails: Callable[..., str], here: Path) -> None:
+    """What torch logs about it, with a traceback, is no business of the user's."""
+    program = torch.export.export(TinyNet().eval(), (torch.zeros(1, 3, 16, 16),))
+    torch.export.save(program, here / "good.pt2")
+    with zipfile.ZipFile(here / "good.pt2") as old, zipfile.ZipFile("cut.pt2", "w") as new:
+        for name in old.namelist():
+            if not name.endswith("weights/weight_0"):
+                new.writestr(name, old.read(name))
+    assert "cut.pt2" in fails("layers", "cut.pt2")
+
+
+def test_unforeseen_errors_are_one_line(
+    run: Callable[..., Run], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("first line\nsecond line")
+
+    monkeypatch.setattr("simexplain_cli.explain.explain_files", broken)
+    result = run("explain", NETWORK, "a.png", "b.jpg", *PAIR, *FAST)
+    assert (result.code, result.out) == (1, "")
+    assert "ZeroDivisionError: first line second line" in result.err
+    assert result.err.count("\n") == 1
+    monkeypatch.setenv("SIMEXPLAIN_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", [*sys.argv])
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+def test_existing_results(run: Callable[..., Run], fails: Callable[..., str], here: Path) -> None:
+    def arguments(count: int, *more: str) -> tuple[str, ...]:
+        pictures = ["a.png"] * count
+        return "explain", NETWORK, *pictures, "--arch", "set", *FAST, "--out", "out", *more
+
+    assert run(*arguments(5)).code == 0
+    (here / "out" / "mine.txt").write_text("mine", encoding="utf-8")
+    text = fails(*arguments(2))
+    assert "is there already" in text
+    assert "--force" in text
+    # A bad picture loses nothing of what is there, even with --force.
+    fails(*arguments(2, "--force")[:3], "none.png", "--arch", "siamese", "--out", "out", "--force")
+    assert run(*arguments(2, "--force")).code == 0
+    assert sorted(path.name for path in (here / "out").iterdir()) == [
+        "explanation.json", "explanation.png", "heatmap_0_anchor.png", "heatmap_1_positive.png",
+        "maps.npz", "mine.txt",
+    ]  # fmt: skip
+
+
+def test_in_a_process_of_its_own(here: Path) -> None:
+    before = sorted(here.rglob("*"))
+    out = ("--out", "deep/out", "--json")
+    bad = simexplain("explain", NETWORK, "cut.jpg", "a.png", *PAIR, *FAST, *out, cwd=here)
+    assert (bad.code, bad.out, bad.err.count("\n")) == (1, "", 1)
+    usage = simexplain("explain", NETWORK, "a.png", "a.png", "--arch", "x", cwd=here, script=True)
+    assert (usage.code, usage.out) == (2, "")
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("seconds", [1.0, 5.0])
+def test_interrupt(here: Path, seconds: float) -> None:
+    before = sorted(here.rglob("*"))
+    # Enlarged so much, it runs far longer than it is given.
+    started = subprocess.Popen(
+        [sys.executable, "-m", "simexplain", "explain", NETWORK, "a.png", "b.jpg", *PAIR,
+         "--untrained", "--size", "224", "--magnify", "12", "--out", "out"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here, env=environment(),
+    )  # fmt: skip
+    time.sleep(seconds)
+    assert started.poll() is None, "it ended before it could be interrupted"
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=120)
+    assert "Traceback" not in err
+    assert (started.returncode, out) == (130, "")
+    assert err.strip() == "Error: Interrupted; nothing was written."
+    assert sorted(here.rglob("*")) == before

@@ -1,0 +1,144 @@
+"""The documentation: it builds strictly, lists what there is, and its code runs."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+import pytest
+from simexplain_cli.main import COMMANDS, cli
+
+import simexplain
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "simexplain" / "data" / "demo"
+TAUGHT = (ROOT / "README.md", ROOT / "docs" / "quick-start.md")
+NEEDED = ("mkdocs", "material", "mkdocstrings", "mkdocs_click", "latex2mathml")
+MISSING = [name for name in NEEDED if find_spec(name) is None]
+_BLOCK = re.compile(r"(?P<skip><!-- not run: .+? -->\n)?```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.S | re.M)  # fmt: skip  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as `make docs` builds it."""
+    if MISSING:
+        pytest.skip(f"{', '.join(MISSING)} not installed; pip install 'simexplain[docs]'")
+    target = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", target],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target
+
+
+def text_of(page: Path) -> str:
+    return html.unescape(re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8")))
+
+
+def test_every_command_and_its_options_are_in_the_reference(site: Path) -> None:
+    page = text_of(site / "commands.html")
+    context = click.Context(cli)
+    for name in COMMANDS:
+        assert f"simexplain {name} " in page
+        for option in cli.get_command(context, name).params:
+            if isinstance(option, click.Option):
+                assert option.opts[0] in page, f"{name} {option.opts[0]}"
+    assert "Sentinel" not in page
+
+
+def test_every_public_name_is_in_the_api_pages(site: Path) -> None:
+    pages = "".join(p.read_text(encoding="utf-8") for p in (site / "api").glob("*.html"))
+    for name in simexplain.__all__:
+        anchors = re.findall(rf'id="simexplain(?:\.\w+)*?\.{name}"', pages)
+        assert anchors, f"{name} is not in docs/api"
+
+
+def test_the_site_loads_nothing_from_the_network(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        content = page.read_text(encoding="utf-8")
+        loads = re.findall(r'<(?:script|img|link|iframe)[^>]+(?:src|href)="((?:https?:)?//[^"]+)', content)  # fmt: skip  # noqa: E501
+        assert not loads, f"{page.name} loads {loads}"
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"(?:url\(|@import)\s*[\"']?https?:", sheet.read_text("utf-8"))
+
+
+def test_formulas_become_mathml_and_code_keeps_its_dollars(site: Path) -> None:
+    page = (site / "mathematics.html").read_text(encoding="utf-8")
+    assert page.count("<math") > 30
+    assert "\\prod" not in text_of(site / "mathematics.html")
+    for path in site.rglob("*.html"):
+        assert "simexplainformula" not in path.read_text(encoding="utf-8")
+
+
+def test_hook_leaves_code_and_prices_alone() -> None:
+    if MISSING:
+        pytest.skip(f"{', '.join(MISSING)} not installed")
+    hooks: dict[str, object] = {}
+    exec((ROOT / "docs" / "hooks.py").read_text(encoding="utf-8"), hooks)
+    page = type("Page", (), {"meta": {}})()
+    source = "`$a$` costs $5 or $6\n\n```bash\necho $HOME $PATH$\n```\n\n$x_1$ and\n\n$$ y $$\n"
+    taken = hooks["on_page_markdown"](source, page)
+    for kept in ("`$a$`", "$5 or $6", "echo $HOME $PATH$"):
+        assert kept in taken
+    given = hooks["on_page_content"](taken, page)
+    assert given.count("<math") == 2
+    assert 'display="block"' in given
+    assert "$x_1$" not in given
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    """The fenced blocks of one language that are not marked as not to be run."""
+    found = _BLOCK.finditer(page.read_text(encoding="utf-8"))
+    return [match["code"] for match in found if match["kind"] == kind and not match["skip"]]
+
+
+@pytest.mark.parametrize("page", TAUGHT, ids=lambda page: page.name)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in one namespace; hubs cannot be counted on, so weights are random."""
+    for name, role in (("a", "anchor"), ("b", "positive"), ("c", "negative")):
+        shutil.copy(DEMO / f"{role}.jpg", tmp_path / f"{name}.jpg")
+    monkeypatch.chdir(tmp_path)
+    codes = blocks(page, "python")
+    assert len(codes) >= 3
+    namespace: dict[str, object] = {"__name__": "documentation"}
+    for code in codes:
+        offline = code.replace("pretrained=True", "pretrained=False")
+        offline = offline.replace('weights="DEFAULT"', "weights=None")
+        exec(compile(offline, str(page), "exec"), namespace)
+    assert (tmp_path / "explanation" / "explanation.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("page", [*TAUGHT, ROOT / "docs" / "index.md"], ids=lambda page: page.name)
+def test_command_lines_are_understood(page: Path) -> None:
+    """Every option and choice that a page names exists; nothing is run."""
+    lines = [line for code in blocks(page, "bash") for line in code.splitlines()]
+    shown = [shlex.split(line)[1:] for line in lines if line.startswith("simexplain ")]
+    assert len(shown) >= 3
+    context = click.Context(cli)
+    for name, *arguments in shown:
+        cli.get_command(context, name).make_context(name, list(arguments))
+
+
+def test_pictures_of_the_pages_are_there_and_small() -> None:
+    folder = ROOT / "docs" / "pictures"
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = {
+        Path(name).name
+        for page in pages
+        for name in re.findall(r"!\[[^\]]+\]\(([^)]+\.png)\)", page.read_text(encoding="utf-8"))
+    }
+    assert named == {path.name for path in folder.glob("*.png")}
+    assert sum(path.stat().st_size for path in folder.glob("*.png")) < 3e6
