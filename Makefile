@@ -42,7 +42,7 @@ test-all: lint types
 	$(BIN)/python -m pytest -m ''
 
 docs: $(VENV)/.dev
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/explain.py --out docs/benchmarks/explain.md
