@@ -41,7 +41,8 @@ def explain(
     One forward and one backward pass, down to the lowest layer asked for, serve the whole batch.
 
     Args:
-        model: A similarity model, or any ``nn.Module`` that returns an embedding.
+        model: A similarity model, or any ``nn.Module`` that returns an embedding. For several
+            calls wrap it once with ``as_similarity_model``: that remembers the default layer.
         comparison: Preprocessed images ``(3,H,W)``; they are moved to the model's device and type.
         method: A name in ``METHODS`` or an object like ``SimilarityAttention(weights="signed")``.
         layer: A layer, several to be multiplied, or None for the model's default.

@@ -8,6 +8,7 @@ import io
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -242,10 +243,12 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         """What Jupyter shows: the figures of the first comparisons."""
+        from simexplain.picturing import write_png
+
         parts = []
         for index in range(min(len(self), _SHOWN)):
             buffer = io.BytesIO()
-            self.figure(index).savefig(buffer, format="png")
+            write_png(self.figure(index), buffer)
             data = base64.b64encode(buffer.getvalue()).decode()
             alt = html.escape(f"{self.method} of a {self.architecture}, comparison {index + 1}")
             parts.append(
@@ -258,5 +261,12 @@ class Explanation:
 
 def versions() -> dict[str, str]:
     """Versions of everything that has a say in the numbers."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    """Read once: the metadata of installed packages lies on disk."""
     packages = ("simexplain", "torch", "torchvision", "timm", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    found = tuple((name, version(name)) for name in packages)
+    return (("python", platform.python_version()), *found)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -48,6 +49,13 @@ def draw_explanation(
         notes=explanation.warnings,
         styles=styles,
     )
+
+
+def write_png(figure: Figure, target: Path | BinaryIO) -> None:
+    """Writes a figure; letters that the font lacks become boxes without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(target, format="png")
 
 
 def verdict(explanation: Explanation, index: int = 0) -> str:

@@ -18,6 +18,7 @@ from PIL import Image
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import OutputError
 from simexplain.explanation import Explanation
+from simexplain.picturing import write_png
 from simexplain.rendering.overlay import RENDERERS
 
 SCHEMA = 1
@@ -133,9 +134,8 @@ def _write(
 ) -> None:
     for index in range(len(explanation)):
         tag = "" if len(explanation) == 1 else f"_{index:04d}"
-        explanation.figure(index, styles=styles, by_layer=True).savefig(
-            draft / names[f"figure{tag}"]
-        )
+        figure = explanation.figure(index, styles=styles, by_layer=True)
+        write_png(figure, draft / names[f"figure{tag}"])
         for place in range(len(explanation.roles)):
             picture, heatmap = explanation.on_picture(place, index)
             drawn = Image.fromarray(RENDERERS[styles[0]](picture, heatmap))

@@ -150,13 +150,26 @@ def _candidates(usable: list[tuple[LayerRun, Tensor]]) -> list[tuple[LayerRun, T
 
 def _stages(candidates: list[tuple[LayerRun, Tensor]]) -> list[LayerRun]:
     """The last map of each of the coarsest resolutions, or blocks spread over the depth."""
-    last = {grid.shape[2:]: run for run, grid in candidates}
+    cells = {run.name: grid.shape[2:].numel() for run, grid in candidates}
+    blocks = {run.name for run, _ in candidates if type(run.module) is not nn.Sequential}
+    last = {
+        grid.shape[2:]: run
+        for run, grid in candidates
+        # The inside of a block that ends coarser belongs to the next stage already.
+        if all(cells[name] >= cells[run.name] for name in _around(run.name) & blocks)
+    }
     if len(last) > 1:
         return list(last.values())[-_STAGES:]
-    blocks = [run for run, _ in candidates if run.name.rpartition(".")[2].isdigit()]
-    blocks = [run for run in blocks if run is not candidates[-1][0]] + [candidates[-1][0]]
-    places = {round((len(blocks) - 1) * (n + 1) / _STAGES) for n in range(_STAGES)}
-    return [blocks[place] for place in sorted(places)]
+    numbered = [run for run, _ in candidates if run.name.rpartition(".")[2].isdigit()]
+    numbered = [run for run in numbered if run is not candidates[-1][0]] + [candidates[-1][0]]
+    places = {round((len(numbered) - 1) * (n + 1) / _STAGES) for n in range(_STAGES)}
+    return [numbered[place] for place in sorted(places)]
+
+
+def _around(name: str) -> set[str]:
+    """The names of all modules that contain this one."""
+    parts = name.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts))}
 
 
 def _named(

@@ -1,0 +1,242 @@
+"""Do the maps point at the right thing? Scenes of two cut-out photographs, one of them the match.
+
+The query shows the positive itself (``same``) or another picture of its category (``category``) on
+white. A pair compares it with the scene; a triplet has a picture of the distractor's category as
+its negative. Of the scene's heatmap we ask whether its maximum lies in the positive (hit), in the
+distractor, and which share of the heat lies in the positive (energy).
+
+    python benchmarks/pointing.py --stamps FOLDER --scenes 200 --seeds 0 1 2 --out docs/results.md
+
+FOLDER holds a folder for each category with RGBA pictures, whose alpha is the object's mask.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from pointing_page import page
+from scenes import Scene, compose_scenes, read_stamps
+from torch import Tensor
+from torch.nn import functional as F
+
+from simexplain import CAMS, Comparison, SimilarityModel, Trace, load_model, similarity_weights
+from simexplain import trace as trace_model
+from simexplain.methods.similarity_attention import fuse
+
+SETTINGS = ("same", "category")
+CHUNK = 20
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to explain.
+
+    Attributes:
+        arrangement: ``pair`` or ``triplet``.
+        weights: A rule in ``WEIGHTS``.
+        layers: ``last``, ``mid`` or ``last x mid``.
+        magnify: As for ``explain``.
+        mid_cam: The formula at the finer layer; the last one always has ``grad_cam``.
+        through_weights: As for ``SimilarityAttention``.
+    """
+
+    arrangement: str
+    weights: str
+    layers: str = "last"
+    magnify: int = 1
+    mid_cam: str = "layer_cam"
+    through_weights: bool = False
+
+
+RULES = (
+    ("pair", "paper"),
+    ("pair", "relative"),
+    ("triplet", "paper"),
+    ("triplet", "relative"),
+    ("triplet", "signed"),
+)
+TABLES: dict[str, list[Choice]] = {
+    "Weights, layers and magnification": [
+        Choice(arrangement, weights, layers, magnify)
+        for magnify in (1, 2)
+        for layers in ("last", "last x mid")
+        for arrangement, weights in RULES
+    ],
+    "The CAM formula at the finer layer alone": [
+        Choice(arrangement, weights, "mid", mid_cam=cam)
+        for arrangement, weights in (("pair", "relative"), ("triplet", "signed"))
+        for cam in ("grad_cam", "hires_cam", "layer_cam")
+    ],
+    "Gradient through the weights": [
+        Choice(arrangement, weights, through_weights=through)
+        for arrangement, weights in RULES
+        for through in (False, True)
+    ],
+}
+
+Scores = dict[Choice, dict[str, np.ndarray]]
+
+
+def measure(
+    model: SimilarityModel, scenes: Sequence[Scene], layers: tuple[str, str], choices: set[Choice]
+) -> Scores:
+    """Hit, distractor hit and energy of every scene ``(scenes,3)``, by choice and setting.
+
+    All choices share one forward pass of a scene; see :func:`scene_maps`.
+    """
+    found: dict[Choice, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+    for start in range(0, len(scenes), CHUNK):
+        chunk = scenes[start : start + CHUNK]
+        for magnify in sorted({choice.magnify for choice in choices}):
+            wanted = {choice for choice in choices if choice.magnify == magnify}
+            for choice, setting, maps in scene_maps(model, chunk, layers, wanted, magnify):
+                found[choice][setting].append(judged(maps, chunk, magnify))
+    return {
+        choice: {setting: np.concatenate(parts) for setting, parts in settings.items()}
+        for choice, settings in found.items()
+    }
+
+
+def scene_maps(
+    model: SimilarityModel,
+    scenes: Sequence[Scene],
+    layers: tuple[str, str],
+    choices: set[Choice],
+    magnify: int,
+) -> Iterator[tuple[Choice, str, Tensor]]:
+    """The scenes' maps ``(M,h,w)`` for every choice and setting.
+
+    They are the maps that ``explain`` gives for the scene in each comparison (a test compares the
+    two), but a scene and every other picture pass through the network only once.
+    """
+    tensors = _prepared(model, magnify)
+    traced = trace_model(model, tensors([scene.picture for scene in scenes]), layers)
+    negatives = _embedded(model, tensors([scene.negative for scene in scenes]))
+    for setting in SETTINGS:
+        queries = _embedded(model, tensors([scene.queries[setting] for scene in scenes]))
+        for arrangement, rule, through in sorted(
+            {(c.arrangement, c.weights, c.through_weights) for c in choices}
+        ):
+            others = (queries, negatives) if arrangement == "triplet" else (queries,)
+            gradients = _gradients(traced, others, rule, through=through)
+            for choice in choices:
+                if (choice.arrangement, choice.weights) != (arrangement, rule):
+                    continue
+                if choice.through_weights == through:
+                    yield choice, setting, _map(traced, gradients, layers, choice)
+
+
+def _prepared(model: SimilarityModel, magnify: int) -> Callable[[list], Tensor]:
+    """Pictures to tensors, enlarged as ``explain(magnify=...)`` enlarges them."""
+    prepare = replace(model.preprocess, fit="squash")  # the scenes have the size of the input
+
+    def tensors(pictures: list) -> Tensor:
+        stack = torch.stack([prepare(picture)[0] for picture in pictures])
+        if magnify == 1:
+            return stack
+        size = [side * magnify for side in stack.shape[-2:]]
+        return F.interpolate(stack, size=size, mode="bilinear", align_corners=False)
+
+    return tensors
+
+
+def _embedded(model: SimilarityModel, images: Tensor) -> Tensor:
+    return trace_model(model, images, ()).embeddings
+
+
+def _gradients(
+    traced: Trace, others: tuple[Tensor, ...], rule: str, *, through: bool
+) -> dict[str, Tensor]:
+    """Gradients of ``w . f`` of the scenes, which are the positive of every comparison."""
+    rows = traced.embeddings
+    scenes = rows if through else rows.detach()
+    make = Comparison.triplet if len(others) == 2 else Comparison.pair
+    weights = similarity_weights(make(others[0], scenes, *others[1:]), rule)
+    # Large, because the squares of small gradients would vanish; maps are scaled when drawn.
+    return traced.gradients((weights * rows).sum() * 1024)
+
+
+def _map(
+    traced: Trace, gradients: dict[str, Tensor], layers: tuple[str, str], choice: Choice
+) -> Tensor:
+    formulas = dict(zip(layers, ("grad_cam", choice.mid_cam), strict=True))
+    used = {"last": layers[:1], "mid": layers[1:], "last x mid": layers}[choice.layers]
+    maps = traced.maps
+    with torch.no_grad():
+        single = [CAMS[formulas[name]](maps[name], gradients[name]).relu() for name in used]
+        return fuse([one.unsqueeze(1) for one in single]).squeeze(1)
+
+
+def heatmaps(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps as ``Explanation.heatmaps`` draws them, but for their scale."""
+    grown = F.interpolate(maps.unsqueeze(1), size=size, mode="bilinear", align_corners=False)
+    return grown.squeeze(1)
+
+
+def judged(maps: Tensor, scenes: Sequence[Scene], magnify: int) -> np.ndarray:
+    """Hit, distractor hit and energy inside the positive, ``(M,3)``; zeros for an empty map."""
+    grow = np.ones((magnify, magnify), dtype=bool)
+    found = np.zeros((len(scenes), 3))
+    masks = [[np.kron(m, grow) for m in (scene.positive, scene.distractor)] for scene in scenes]
+    heat = heatmaps(maps, masks[0][0].shape).numpy().astype(np.float64)
+    for number, (one, (positive, distractor)) in enumerate(zip(heat, masks, strict=True)):
+        if one.max() > 0:
+            peak = np.unravel_index(one.argmax(), one.shape)
+            found[number] = positive[peak], distractor[peak], one[positive].sum() / one.sum()
+    return found
+
+
+def finer_layer(model: SimilarityModel) -> str:
+    """The last layer of the next finer resolution than the default layer's."""
+    return next(name for name in reversed(model.stages) if name != model.default_layer)
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--stamps", type=Path, required=True, metavar="FOLDER",
+                        help="category folders with RGBA pictures")  # fmt: skip
+    parser.add_argument("--scenes", type=int, default=200, help="for each seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--model", default="timm:tf_efficientnet_lite0")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, metavar="FILE", help="Markdown file to write")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures and writes the page; prints it where no file is named."""
+    options = parsed(arguments)
+    torch.set_num_threads(options.threads)
+    model = load_model(options.model)
+    layers = (model.default_layer, finer_layer(model))
+    stamps = read_stamps(options.stamps)
+    choices = {choice for table in TABLES.values() for choice in table}
+    parts = []
+    areas = []
+    for seed in options.seeds:
+        scenes = compose_scenes(stamps, options.scenes, seed)
+        areas += [(scene.positive.mean(), scene.distractor.mean()) for scene in scenes]
+        parts.append(measure(model, scenes, layers, choices))
+        print(f"seed {seed}: {len(scenes)} scenes measured", flush=True)
+    scores = {
+        choice: {s: np.concatenate([part[choice][s] for part in parts]) for s in SETTINGS}
+        for choice in choices
+    }
+    chance = tuple(float(value) for value in np.mean(areas, axis=0))
+    text = page(TABLES, scores, options, layers, chance)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text, encoding="utf-8")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
