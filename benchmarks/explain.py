@@ -233,10 +233,10 @@ def page(
         "",
         "## In a process of its own",
         "",
-        "The same, where only the plain forward and simexplain take turns. Each large tensor is then "
-        "fresh memory from the system, as in most programs, and the plain forward pays; "
-        "in the table above, what other packages freed is used again and it does not. The fast "
-        "mode needs less memory and so gains from it where memory is dear.",
+        "The same, where only the plain forward and simexplain take turns. Each large tensor is "
+        "then fresh memory from the system, as in most programs, and the plain forward pays; in "
+        "the table above, what other packages freed is used again and it does not. The fast mode "
+        "needs less memory and so gains from it where memory is dear.",
         "",
         *table(own, default),
         "",
