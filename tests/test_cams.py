@@ -81,6 +81,7 @@ def test_fusing_multiplies_scaled_maps_on_the_finest_grid() -> None:
     torch.testing.assert_close(fuse([coarse, fine]), wanted)
     assert fuse([fine]) is fine
     assert torch.equal(fuse([0 * coarse, fine]), torch.zeros(1, 2, 4, 4))
+    assert torch.equal(fuse([-fine, -fine]), torch.zeros(1, 2, 4, 4))  # no evidence from two wrongs
 
 
 def test_scaling_keeps_zero_maps_and_signs() -> None:

@@ -215,9 +215,9 @@ class SimilarityAttention:
 
 
 def fuse(maps: Sequence[Tensor]) -> Tensor:
-    """Several maps ``(B,K,h,w)`` as one: the product of the maps, each scaled to maximum one.
+    """Several maps ``(B,K,h,w)`` as one: the product of their positive parts, each scaled to one.
 
-    All are brought to the finest grid bilinearly. A single map is returned as it is.
+    All are brought to the finest grid bilinearly. A single map is returned as it is, with its sign.
     """
     if len(maps) == 1:
         return maps[0]
@@ -225,7 +225,7 @@ def fuse(maps: Sequence[Tensor]) -> Tensor:
     product = torch.ones(())
     for single in maps:
         grown = F.interpolate(single, size=tuple(finest), mode="bilinear", align_corners=False)
-        product = product.to(grown) * unit_scaled(grown)
+        product = product.to(grown) * unit_scaled(grown.relu())
     return product
 
 

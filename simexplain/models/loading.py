@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,17 @@ _REFUSED = {
     "onnx": "an ONNX graph, whose layers cannot be tapped and have no gradients; load the network "
     "in PyTorch and save its state_dict or export it with torch.export (.pt2)",
 }
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a caller says about a file; see :func:`load_model`."""
+
+    backbone: str | None
+    keep_head: bool
+    trust_pickle: bool
+    size: tuple[int, int] | None
+    distance: str | None
 
 
 def load_model(
@@ -71,18 +82,20 @@ def load_model(
             model = _embedder(built, distance or "euclidean")
             return _adjusted(model, size, fit)
         source, backbone = weights, name
-    path = Path(source)
+    wanted = _Wanted(backbone, keep_head, trust_pickle, size, distance)
+    return _adjusted(_from_file(Path(source), wanted), size, fit)
+
+
+def _from_file(path: Path, wanted: _Wanted) -> SimilarityModel:
     kind = kind_of(path)
     if kind in _REFUSED:
         raise ModelError(f"'{path}' is {_REFUSED[kind]}.")
     if kind == "exported":
-        model = load_exported(path, trust=trust_pickle, distance=distance or "euclidean")
-    elif kind == "safetensors":
-        model = _from_state(read_safetensors(path), path, backbone, keep_head, size, distance)
-    else:
-        content = read_torch(path, trust_pickle=trust_pickle)
-        model = _from_content(content, path, backbone, keep_head, size, distance)
-    return _adjusted(model, size, fit)
+        distance = wanted.distance or "euclidean"
+        return load_exported(path, trust=wanted.trust_pickle, distance=distance)
+    if kind == "safetensors":
+        return _from_state(read_safetensors(path), path, wanted)
+    return _from_content(read_torch(path, trust_pickle=wanted.trust_pickle), path, wanted)
 
 
 def save_model(
@@ -142,23 +155,15 @@ def _write(content: dict[str, Any], path: Path) -> None:
         raise OutputError(f"'{path}' cannot be written ({first_line(error)}).") from error
 
 
-def _from_content(
-    content: Any,
-    path: Path,
-    backbone: str | None,
-    keep_head: bool,
-    size: tuple[int, int] | None,
-    distance: str | None,
-) -> SimilarityModel:
+def _from_content(content: Any, path: Path, wanted: _Wanted) -> SimilarityModel:
     if isinstance(content, nn.Module):
         name = f"{path.stem} ({type(content).__name__})"
-        return as_similarity_model(content, name=name, distance=distance or "euclidean")
+        return as_similarity_model(content, name=name, distance=wanted.distance or "euclidean")
     options = content.get(FORMAT_KEY) if isinstance(content, dict) else None
     if options is None:
-        state = state_dict_in(content, path)
-        return _from_state(state, path, backbone, keep_head, size, distance)
+        return _from_state(state_dict_in(content, path), path, wanted)
     try:
-        return _from_checkpoint(options, content["state_dict"], path, size, distance)
+        return _from_checkpoint(options, content["state_dict"], path, wanted)
     except (KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"'{path}' is a simexplain file with damaged options ({first_line(error)}); save it "
@@ -167,11 +172,7 @@ def _from_content(
 
 
 def _from_checkpoint(
-    options: dict[str, Any],
-    state: dict[str, Tensor],
-    path: Path,
-    size: tuple[int, int] | None,
-    distance: str | None,
+    options: dict[str, Any], state: dict[str, Tensor], path: Path, wanted: _Wanted
 ) -> SimilarityModel:
     """A model from what :func:`save_model` wrote."""
     if options.get("schema") != SCHEMA:
@@ -182,28 +183,24 @@ def _from_checkpoint(
     name, outputs = options["backbone"], options["outputs"]
     if not isinstance(name, str) or not isinstance(outputs, int):
         raise TypeError(f"backbone {name!r}, outputs {outputs!r}")
-    built = build_backbone(name, pretrained=False, outputs=outputs, size=size)
+    built = build_backbone(name, pretrained=False, outputs=outputs, size=wanted.size)
     load_fitting(built.network, state, str(path))
     preprocess = Preprocess.from_json(options["preprocess"])
     built = replace(built, name=f"{path.stem} ({name})", preprocess=preprocess)
-    return _embedder(built, distance or options["distance"])
+    return _embedder(built, wanted.distance or options["distance"])
 
 
-def _from_state(
-    state: dict[str, Tensor],
-    path: Path,
-    backbone: str | None,
-    keep_head: bool,
-    size: tuple[int, int] | None,
-    distance: str | None,
-) -> SimilarityModel:
-    if backbone is None:
+def _from_state(state: dict[str, Tensor], path: Path, wanted: _Wanted) -> SimilarityModel:
+    if wanted.backbone is None:
         raise ModelError(
             f"'{path}' holds weights only, so the network must be named: --backbone timm:NAME or "
             "torchvision:NAME (backbone=)."
         )
-    built, _ = _rebuilt(backbone, state, str(path), keep_head=keep_head, size=size)
-    return _embedder(replace(built, name=f"{path.stem} ({backbone})"), distance or "euclidean")
+    built, _ = _rebuilt(
+        wanted.backbone, state, str(path), keep_head=wanted.keep_head, size=wanted.size
+    )
+    built = replace(built, name=f"{path.stem} ({wanted.backbone})")
+    return _embedder(built, wanted.distance or "euclidean")
 
 
 def _rebuilt(
