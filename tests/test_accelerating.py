@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import TinyNet, varied
 from torch import Tensor, nn
 
 from simexplain import Comparison, accelerated, as_similarity_model, explain, load_model
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError
-from tests.conftest import TinyNet
-from tests.test_networks import varied
 
 
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "densenet121", "vgg11_bn"])

@@ -198,7 +198,6 @@ def test_odd_file_names_are_printed_and_drawn(tmp_path: Path) -> None:
     assert "UserWarning" not in run.err
 
 
-@pytest.mark.slow
 def test_large_picture(tmp_path: Path) -> None:
     Image.effect_noise((1200, 900), 60).resize((12_000, 9_000)).convert("RGB").save(
         tmp_path / "large.jpg"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TinyNet
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,7 +20,6 @@ from simexplain import (
 )
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.models.loading import load_model
-from tests.conftest import TinyNet
 
 
 @pytest.fixture

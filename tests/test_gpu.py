@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
+from conftest import TinyNet
 from torch import Tensor
 
 from simexplain import Comparison, accelerated, as_similarity_model, explain
 from simexplain.data.preprocessing import Preprocess
-from tests.conftest import TinyNet
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from conftest import TinyNet
 from torch import Tensor, nn
 
 from simexplain import as_similarity_model
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError
 from simexplain.models.layers import GridHints, to_grid
-from tests.conftest import TinyNet
 
 DEFAULTS = {
     "resnet18": ("layer4", (512, 2, 2), 32),

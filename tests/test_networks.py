@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from conftest import SharedNet, TinyNet, plain_maps, varied
 from torch import Tensor, nn
 
 from simexplain import Comparison, explain
-from tests.conftest import SharedNet, TinyNet, plain_maps
 
 # name: options, image size (height, width), and how its default layer becomes a grid
 NETWORKS = {
@@ -44,15 +44,6 @@ def as_grid(kind: str, prefix: int, size: tuple[int, int], patch: int):
         "nhwc": lambda output: output.permute(0, 3, 1, 2),
         "tokens": tokens,
     }[kind]
-
-
-def varied(network: nn.Module) -> nn.Module:
-    """Statistics and heads that are not trivial, so that a wrong formula shows."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return network.eval()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -142,3 +133,23 @@ def test_both_images_of_a_pair_have_their_own_map(tiny: TinyNet, images: Tensor)
     swapped = signed_maps(tiny, Comparison.pair(images[1:2], images[:1]))[0]
     assert not torch.allclose(maps[0], maps[1])
     torch.testing.assert_close(swapped, maps.flip(0))
+
+
+@pytest.mark.parametrize("layer", ["layer4", "layer3"])
+def test_against_captum_on_each_image(layer: str) -> None:
+    captum = pytest.importorskip("captum.attr", reason="the captum package is missing")
+    network = varied(timm.create_model("resnet18", num_classes=0))
+    comparison = Comparison.quadruplet(*torch.rand(4, 1, 3, 64, 96))
+    result = explain(network, comparison, layer=layer)
+    weight = result.weights[0]
+
+    def score(image: Tensor) -> Tensor:
+        return nn.functional.normalize(network(image), dim=1) @ weight
+
+    method = captum.LayerGradCam(score, network.get_submodule(layer))
+    for place, image in enumerate(comparison.stacked()[0]):
+        wanted = method.attribute(image[None], relu_attributions=True)[0, 0]
+        scale = float(wanted.max())
+        torch.testing.assert_close(
+            result.maps[0, place], wanted.detach(), rtol=1e-3, atol=1e-4 * scale
+        )

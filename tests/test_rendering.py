@@ -260,3 +260,9 @@ print("matplotlib.pyplot" in sys.modules, settings() == before)
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=root
     )
     assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+def test_a_notebook_shows_a_figure_by_itself() -> None:
+    figure = explained(3).figure()
+    with Image.open(io.BytesIO(figure._repr_png_())) as drawn:
+        assert drawn.format == "PNG"

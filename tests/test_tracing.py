@@ -6,11 +6,11 @@ import gc
 
 import pytest
 import torch
+from conftest import SharedNet, TinyNet
 from torch import Tensor, nn
 
 from simexplain import Comparison, as_similarity_model, explain, trace
 from simexplain.errors import ModelError
-from tests.conftest import SharedNet, TinyNet
 
 
 def state_of(network: nn.Module) -> dict:

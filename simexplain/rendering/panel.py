@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,15 @@ class Tile:
     more: tuple[tuple[str, NDArray[np.float32]], ...] = ()
 
 
+class ShownFigure(Figure):
+    """A figure that a notebook shows by itself, whatever backend is chosen or none."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
 def panel(
     tiles: Sequence[Tile],
     *,
@@ -83,7 +93,7 @@ def panel(
     head, foot = 0.75, 0.35 + 0.17 * len(wrapped)
     body = len(blocks) * (rows * (cell * shape + 0.1) + 0.55)
     height, width = head + body + foot, columns * cell + legend + 0.15 + margin
-    figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
+    figure = ShownFigure(figsize=(width, height), dpi=120, facecolor="white")
     _headline(figure, title, verdict, holds, height)
     top, bottom = 1 - head / height, foot / height
     step = (top - bottom) / len(blocks)
