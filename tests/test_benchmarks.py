@@ -86,7 +86,11 @@ def test_the_speed_benchmark_writes_its_table(tmp_path: Path, memory: bool) -> N
         assert (float(peak) >= 0) if memory and sys.platform == "linux" else (peak == "–")
         compared = not name.startswith("plain") and name != "simexplain"
         assert (float(apart) < 1e-3) if compared else (apart == "–")
-    assert len(table_rows(page, "promise, times the plain forward")) == 3
+    assert len(table_rows(page, "promise")) == 3
+    own = page[page.index("## In a process of its own") :]
+    assert [cells[1] for cells in table_rows(own, "layer")] == [
+        "plain forward", "plain forward again", "simexplain", "simexplain, fast mode",
+    ]  # fmt: skip
     assert str(tmp_path) not in page
 
 
