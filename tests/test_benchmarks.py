@@ -182,3 +182,10 @@ def test_judging_a_map(pointing, stamps: Path) -> None:
     share = scene.positive.sum() / (scene.positive.sum() + 3 * scene.distractor.sum())
     expected = [[1, 0, 1], [0, 1, 0], [0, 1, share], [0, 0, 0]]
     np.testing.assert_allclose(pointing.judged(maps, [scene] * 4, 1), expected, atol=1e-6)
+
+
+def test_startup_prints_a_ratio() -> None:
+    printed = run("startup.py", "--rounds", 1)
+    found = re.match(r"simexplain --help / import torch: (\d\.\d\d) ", printed)
+    assert found is not None
+    assert 0 < float(found[1]) < 2
