@@ -38,10 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     found = ratios(parser.parse_args(arguments).rounds)
     kept = "kept" if median(found) < LIMIT else "missed"
-    print(
-        f"simexplain --help / import torch: {median(found):.2f} [{min(found):.2f}..{max(found):.2f}]"
-        f", promised below {LIMIT}: {kept}"
-    )
+    spread = f"{median(found):.2f} [{min(found):.2f}..{max(found):.2f}]"
+    print(f"simexplain --help / import torch: {spread}, promised below {LIMIT}: {kept}")
 
 
 if __name__ == "__main__":
