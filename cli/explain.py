@@ -122,6 +122,9 @@ def report(result: Explanation, files: dict[str, str]) -> None:
         )
     click.echo(aligned(rows))
     click.echo(verdict(result))
+    if result.moved is not None:
+        moved = ", ".join(f"{value:.3f}" for value in result.moved[0].tolist())
+        click.echo(f"magnifying moved the embeddings by cosine distances of {moved}")
     for warning in result.warnings:
         click.echo(f"Warning: {warning}", err=True)
     for kind in ("figure", "manifest", "maps"):

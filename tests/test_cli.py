@@ -209,3 +209,15 @@ def test_large_picture(tmp_path: Path) -> None:
     assert run.code == 0, run.err
     with Image.open(tmp_path / "out/heatmap_0_anchor.png") as drawn:
         assert drawn.size == (12_000, 9_000)
+
+
+def test_magnify_tells_how_far_embeddings_moved(tmp_path: Path) -> None:
+    run = simexplain(
+        "explain", NETWORK, *PICTURES[:2], "--arch", "siamese", *FAST, "--magnify", "2",
+        "--out", "out", cwd=tmp_path,
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    (line,) = [line for line in run.out.splitlines() if line.startswith("magnifying moved")]
+    told = [float(value) for value in line.rpartition(" of ")[2].split(", ")]
+    saved = json.loads((tmp_path / "out/explanation.json").read_text(encoding="utf-8"))
+    assert told == pytest.approx(saved["comparisons"][0]["moved"], abs=1e-3)
