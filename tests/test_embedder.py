@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from conftest import TinyNet
 from torch import Tensor, nn
@@ -107,3 +108,12 @@ def test_distances(name: str) -> None:
             apart = float(((q[i] - g[j]) ** 2).sum())
             expected = {"euclidean": apart**0.5, "squared": apart, "cosine": apart / 2}[name]
             assert float(found[i, j]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_preprocessing_that_nobody_told_is_known_or_noted() -> None:
+    timm_net = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    known = as_similarity_model(timm_net).preprocess
+    assert (known.mean, known.interpolation, known.notes) == ((0.5,) * 3, "bicubic", ())
+    (note,) = as_similarity_model(TinyNet()).preprocess.notes
+    assert "ImageNet's usual values" in note
+    assert as_similarity_model(TinyNet(), preprocess=known).preprocess is known

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simexplain.data.preprocessing import IMAGENET, Preprocess
+from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError, first_line
 
 DEFAULT_MODEL = "timm:tf_efficientnet_lite0"
@@ -128,7 +128,7 @@ def _from_torchvision(
         std=tuple(said.std),
         source="torchvision's transforms",
     )
-    return Backbone(network, preprocess or IMAGENET, classifier, f"torchvision:{name}")
+    return Backbone(network, preprocess, classifier, f"torchvision:{name}")
 
 
 ZOOS: dict[str, Callable[[str, bool, int, tuple[int, int] | None], Backbone]] = {

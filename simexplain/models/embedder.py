@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from simexplain.data.preprocessing import IMAGENET, Preprocess
 from simexplain.errors import ModelError
+from simexplain.models.backbones import preprocess_of_timm
 from simexplain.models.base import DISTANCES, SimilarityModel
 
 Output = Callable[[Any], Tensor] | str | int | None
@@ -79,7 +81,7 @@ def as_similarity_model(
     module: nn.Module,
     *,
     output: Output = None,
-    preprocess: Preprocess = IMAGENET,
+    preprocess: Preprocess | None = None,
     distance: str = "euclidean",
     name: str = "",
     batch_size: int | None = None,
@@ -91,6 +93,7 @@ def as_similarity_model(
         output: Where the network returns more than a tensor: an index, a key or attribute name,
             or a function that picks the embedding.
         preprocess: How pictures become input tensors; used by ``explain_files`` and the dry run.
+            Networks of timm know it; else ImageNet's usual values are assumed, with a note.
         distance: ``euclidean`` (Eq. 1 of the paper), ``squared`` or ``cosine``, on unit rows.
         name: What to call the model in figures; its class name unless given.
         batch_size: The only number of images that one forward pass takes, or None.
@@ -113,11 +116,19 @@ def as_similarity_model(
     return Embedder(
         module,
         output=output,
-        preprocess=preprocess,
+        preprocess=preprocess or _assumed(module),
         distance=distance,
         name=name,
         batch_size=batch_size,
     )
+
+
+def _assumed(module: nn.Module) -> Preprocess:
+    """What is known or usual where the caller says nothing about preprocessing."""
+    if getattr(module, "pretrained_cfg", None):
+        return preprocess_of_timm(module)
+    note = "The model does not say how pictures are prepared; ImageNet's usual values are used."
+    return replace(IMAGENET, notes=(note,))
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
