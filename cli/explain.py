@@ -16,7 +16,7 @@ from simexplain.methods.cams import CAMS
 from simexplain.methods.weights import WEIGHTS
 from simexplain.picturing import verdict
 from simexplain.rendering.overlay import RENDERERS
-from simexplain.saving import MANIFEST, check_writable, manifest
+from simexplain.saving import MAIN_FILES, check_writable, manifest
 
 from .options import aligned, busy, model_from, model_options
 
@@ -87,7 +87,7 @@ def command(
     different, positives = given.pop("different"), given.pop("positives")
     positives_of(arch, len(paths), different=different, positives=positives)
     out = out or _free_folder(Path(_FOLDER))
-    check_writable(out, [MANIFEST, "explanation.png", "maps.npz"], force=force)
+    check_writable(out, MAIN_FILES, force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
     layer = network.stages if given.pop("sweep") else given["layer"] or None

@@ -21,6 +21,10 @@ class OutputError(SimexplainError):
     """A result cannot be written or read back."""
 
 
+DAMAGED = (ValueError, KeyError, IndexError, TypeError, AttributeError)
+"""What reading a file of the right kind but with damaged content may raise."""
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's text, or its kind where it says nothing."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -130,6 +129,10 @@ class Explanation:
         """
         return self.drawn(self.maps)
 
+    def heatmaps_at(self, index: int) -> Tensor:
+        """``(K,H,W)``: the heatmaps of one comparison, without the work for all others."""
+        return self.drawn(self.maps[index][None])[0]
+
     def drawn(self, maps: Tensor) -> Tensor:
         """Any of this explanation's maps ``(B,K,h,w)`` as heatmaps, like :attr:`heatmaps`."""
         size = self.images.shape[-2:]
@@ -166,7 +169,7 @@ class Explanation:
         In pixels of the original picture where files were explained, else of the image.
         """
         found: list[tuple[float, float] | None] = []
-        for place, heatmap in enumerate(self.heatmaps[index]):
+        for place, heatmap in enumerate(self.heatmaps_at(index)):
             if not bool(heatmap.max() > 0):
                 found.append(None)
                 continue
@@ -189,7 +192,7 @@ class Explanation:
         Returns:
             RGB ``(H0,W0,3)`` and heat ``(H0,W0)`` in [0, 1]; zero where the network saw nothing.
         """
-        heatmap = self.heatmaps[index, place].cpu().numpy()
+        heatmap = self.heatmaps_at(index)[place].cpu().numpy()
         if not self.pictures:
             return self.preprocess.undo(self.images[index, place]), heatmap
         return np.asarray(self.pictures[place].image), self.geometries[place].to_original(heatmap)
@@ -243,13 +246,11 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         """What Jupyter shows: the figures of the first comparisons."""
-        from simexplain.picturing import write_png
+        from simexplain.rendering.panel import png_of
 
         parts = []
         for index in range(min(len(self), _SHOWN)):
-            buffer = io.BytesIO()
-            write_png(self.figure(index), buffer)
-            data = base64.b64encode(buffer.getvalue()).decode()
+            data = base64.b64encode(png_of(self.figure(index))).decode()
             alt = html.escape(f"{self.method} of a {self.architecture}, comparison {index + 1}")
             parts.append(
                 f'<img style="max-width:100%" alt="{alt}" src="data:image/png;base64,{data}">'

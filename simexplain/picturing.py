@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -51,13 +50,6 @@ def draw_explanation(
     )
 
 
-def write_png(figure: Figure, target: Path | BinaryIO) -> None:
-    """Writes a figure; letters that the font lacks become boxes without a warning."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(target, format="png")
-
-
 def verdict(explanation: Explanation, index: int = 0) -> str:
     """One line: whether the condition holds and by how much, or a pair's distance."""
     condition = explanation.condition(index)
@@ -90,11 +82,14 @@ def _question(explanation: Explanation) -> str:
 
 
 def _tiles(explanation: Explanation, index: int, *, by_layer: bool) -> list[Tile]:
-    heatmaps = explanation.heatmaps[index].cpu().numpy()
+    heatmaps = explanation.heatmaps_at(index).cpu().numpy()
     distances = [None, *explanation.distances[index].tolist()]
     peaks = explanation.peaks(index)
     shown = explanation.layer_maps if by_layer and len(explanation.layers) > 1 else {}
-    more = {layer: explanation.drawn(maps)[index].cpu().numpy() for layer, maps in shown.items()}
+    more = {
+        layer: explanation.drawn(maps[index][None])[0].cpu().numpy()
+        for layer, maps in shown.items()
+    }
     tiles = []
     for place, role in enumerate(explanation.roles):
         tile = Tile(

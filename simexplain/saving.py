@@ -16,20 +16,22 @@ import torch
 from PIL import Image
 
 from simexplain.data.preprocessing import Preprocess
-from simexplain.errors import OutputError
+from simexplain.errors import DAMAGED, OutputError
 from simexplain.explanation import Explanation
-from simexplain.picturing import write_png
 from simexplain.rendering.overlay import RENDERERS
+from simexplain.rendering.panel import png_of
 
 SCHEMA = 1
 MANIFEST = "explanation.json"
-_ARRAYS = "maps.npz"
-_DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError)
+_ARRAYS, _FIGURE = "maps.npz", "explanation.png"
+MAIN_FILES = (MANIFEST, _ARRAYS, _FIGURE)
+"""What an explanation of one comparison writes beside its heatmaps."""
 _TENSORS = ("maps", "weights", "scores", "embeddings", "distances")
 
 
 def manifest(explanation: Explanation, files: dict[str, str]) -> dict[str, Any]:
     """The JSON contract of ``explain``; keys may be added in later versions, never changed."""
+    comparisons = [_comparison(explanation, index) for index in range(len(explanation))]
     return {
         "schema": SCHEMA,
         "architecture": explanation.architecture,
@@ -39,12 +41,12 @@ def manifest(explanation: Explanation, files: dict[str, str]) -> dict[str, Any]:
         "layers": list(explanation.layers),
         "options": dict(explanation.options),
         "scale": explanation.scale,
-        **_comparison(explanation, 0),
+        **comparisons[0],
         "warnings": list(explanation.warnings),
         "files": files,
         "versions": dict(explanation.versions),
         "preprocess": explanation.preprocess.to_json(),
-        "comparisons": [_comparison(explanation, index) for index in range(len(explanation))],
+        "comparisons": comparisons,
     }
 
 
@@ -135,7 +137,7 @@ def _write(
     for index in range(len(explanation)):
         tag = "" if len(explanation) == 1 else f"_{index:04d}"
         figure = explanation.figure(index, styles=styles, by_layer=True)
-        write_png(figure, draft / names[f"figure{tag}"])
+        (draft / names[f"figure{tag}"]).write_bytes(png_of(figure))
         for place in range(len(explanation.roles)):
             picture, heatmap = explanation.on_picture(place, index)
             drawn = Image.fromarray(RENDERERS[styles[0]](picture, heatmap))
@@ -190,7 +192,7 @@ def load_explanation(folder: Path) -> Explanation:
         raise OutputError(
             f"'{folder}' holds no explanation: {error.filename} is missing."
         ) from error
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, *_DAMAGE) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, *DAMAGED) as error:
         if isinstance(error, OutputError):
             raise
         raise OutputError(

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simexplain import load_model
+from simexplain.errors import ModelError
+
 DEMO = Path(__file__).parents[1] / "simexplain" / "data" / "demo"
 
 
@@ -112,3 +115,13 @@ def varied(network: nn.Module) -> nn.Module:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     return network.eval()
+
+
+def refusal(*args: object, **options: object) -> str:
+    """The sentence with which load_model refuses; one line that ends in a full stop."""
+    with pytest.raises(ModelError) as caught:
+        load_model(*args, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.endswith(".")
+    return text

@@ -318,3 +318,13 @@ def test_magnifying_a_network_of_fixed_size_is_a_clear_error(triplet: Comparison
 
     with pytest.raises(ModelError, match=r"48x64, which magnify=2 asks for.*only 32 pixels wide"):
         explain(Fixed().eval(), triplet, magnify=2)
+
+
+@pytest.mark.parametrize("scale", ["image", "shared"])
+def test_one_comparisons_heatmaps_are_those_of_all(
+    tiny: TinyNet, images: Tensor, scale: str
+) -> None:
+    several = Comparison.pair(images[:3], images[3:])
+    result = explain(tiny, several, layer="last", cam="layer_cam", scale=scale)
+    for index in (0, 2, -1):
+        assert torch.equal(result.heatmaps_at(index), result.heatmaps[index])

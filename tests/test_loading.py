@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import refusal
 from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
@@ -45,15 +46,6 @@ def unit(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def same(model: nn.Module, network: nn.Module, images: torch.Tensor) -> bool:
     with torch.no_grad():
         return torch.equal(model.embed(images), unit(network, images))
-
-
-def refusal(*args: object, **options: object) -> str:
-    with pytest.raises(ModelError) as caught:
-        load_model(*args, **options)
-    text = str(caught.value)
-    assert "\n" not in text
-    assert text.endswith(".")
-    return text
 
 
 @pytest.mark.parametrize("outputs", [0, 7])

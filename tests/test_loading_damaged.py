@@ -7,18 +7,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import refusal
 
-from simexplain import load_model, save_model
-from simexplain.errors import ModelError
-
-
-def refusal(*args: object, **options: object) -> str:
-    with pytest.raises(ModelError) as caught:
-        load_model(*args, **options)
-    text = str(caught.value)
-    assert "\n" not in text
-    assert text.endswith(".")
-    return text
+from simexplain import save_model
 
 
 @pytest.mark.parametrize("suffix", ["pt", "pth", "ckpt", "pt2", "safetensors"])

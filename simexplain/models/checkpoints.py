@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simexplain.errors import ModelError, first_line
+from simexplain.errors import DAMAGED, ModelError, first_line
 
 FORMAT_KEY = "simexplain"
 SCHEMA = 1
 _PREFIXES = ("module.", "model.", "_orig_mod.", "network.", "backbone.", "encoder.", "net.")
 _LISTED = 4
-_DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError)
 
 
 def kind_of(path: Path) -> str:
@@ -68,7 +67,7 @@ def read_torch(path: Path, *, trust_pickle: bool) -> Any:
             "file; save the state_dict instead, or pass --trust-pickle (trust_pickle=True) if you "
             "trust where it comes from."
         ) from error
-    except (RuntimeError, OSError, EOFError, ImportError, *_DAMAGE) as error:
+    except (RuntimeError, OSError, EOFError, ImportError, *DAMAGED) as error:
         raise ModelError(
             f"'{path}' cannot be read as a PyTorch file ({first_line(error)}); save it again."
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,9 +53,16 @@ class ShownFigure(Figure):
     """A figure that a notebook shows by itself, whatever backend is chosen or none."""
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png")
-        return buffer.getvalue()
+        return png_of(self)
+
+
+def png_of(figure: Figure) -> bytes:
+    """A figure as a PNG file; letters that the font lacks become boxes without a warning."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def panel(
