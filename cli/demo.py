@@ -11,7 +11,8 @@ from simexplain.errors import ModelError
 from simexplain.explaining_files import explain_files
 from simexplain.models.backbones import DEFAULT_MODEL, PACKAGED
 from simexplain.models.loading import load_model
-from simexplain.saving import MAIN_FILES, check_writable
+from simexplain.publishing import check_writable
+from simexplain.saving import MAIN_FILES
 
 from .explain import report
 from .options import busy

@@ -15,10 +15,11 @@ from simexplain.methods import METHODS
 from simexplain.methods.cams import CAMS
 from simexplain.methods.weights import WEIGHTS
 from simexplain.picturing import verdict
+from simexplain.publishing import check_writable
 from simexplain.rendering.overlay import RENDERERS
-from simexplain.saving import MAIN_FILES, check_writable, manifest
+from simexplain.saving import MAIN_FILES, manifest
 
-from .options import aligned, busy, model_from, model_options
+from .options import aligned, busy, free_folder, model_from, model_options
 
 if TYPE_CHECKING:
     from simexplain.explanation import Explanation
@@ -86,7 +87,7 @@ def command(
     paths = [anchor, *other]
     different, positives = given.pop("different"), given.pop("positives")
     positives_of(arch, len(paths), different=different, positives=positives)
-    out = out or _free_folder(Path(_FOLDER))
+    out = out or free_folder(Path(_FOLDER))
     check_writable(out, MAIN_FILES, force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
@@ -137,11 +138,3 @@ def _cams(names: tuple[str, ...]) -> str | tuple[str, ...] | None:
     if len(names) == 1:
         return names[0]
     return names or None
-
-
-def _free_folder(base: Path) -> Path:
-    """The first of ``explanation-1``, ``explanation-2``, ... that is not there yet."""
-    number = 1
-    while (folder := base.with_name(f"{base.name}-{number}")).exists():
-        number += 1
-    return folder

@@ -13,6 +13,8 @@ from simexplain.errors import SimexplainError
 
 COMMANDS = {
     "explain": "Heatmaps of what makes images alike or different to a model.",
+    "attribute": "Take a distance apart: which nodes of which level make it up.",
+    "fit": "Fit AVSL to a trained network, which attribute needs.",
     "layers": "List the layers of a model that can carry a heatmap.",
     "demo": "Explain a bundled triplet with a pretrained network, without a network connection.",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -100,3 +101,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
+
+
+def free_folder(base: Path) -> Path:
+    """The first of ``base-1``, ``base-2``, ... that is not there yet."""
+    number = 1
+    while (folder := base.with_name(f"{base.name}-{number}")).exists():
+        number += 1
+    return folder

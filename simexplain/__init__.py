@@ -9,6 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from simexplain.attribution.attributing import attribute as attribute
+    from simexplain.attribution.attributing_files import attribute_files as attribute_files
+    from simexplain.attribution.result import Attribution as Attribution
     from simexplain.comparison import Comparison as Comparison
     from simexplain.data.images import read_picture as read_picture
     from simexplain.data.preprocessing import Preprocess as Preprocess
@@ -16,16 +19,20 @@ if TYPE_CHECKING:
     from simexplain.explaining import explain as explain
     from simexplain.explaining_files import explain_files as explain_files
     from simexplain.explanation import Explanation as Explanation
+    from simexplain.fitting.posthoc import fit as fit
     from simexplain.methods import METHODS as METHODS
     from simexplain.methods.cams import CAMS as CAMS
     from simexplain.methods.similarity_attention import SimilarityAttention as SimilarityAttention
     from simexplain.methods.weights import WEIGHTS as WEIGHTS
     from simexplain.methods.weights import similarity_weights as similarity_weights
     from simexplain.models.accelerating import accelerated as accelerated
+    from simexplain.models.avsl import AVSL as AVSL
+    from simexplain.models.avsl_options import PRESETS as PRESETS
+    from simexplain.models.avsl_options import AVSLOptions as AVSLOptions
     from simexplain.models.base import SimilarityModel as SimilarityModel
     from simexplain.models.embedder import as_similarity_model as as_similarity_model
     from simexplain.models.loading import load_model as load_model
-    from simexplain.models.loading import save_model as save_model
+    from simexplain.models.writing import save_model as save_model
     from simexplain.rendering.overlay import RENDERERS as RENDERERS
     from simexplain.tracing import Trace as Trace
     from simexplain.tracing import trace as trace
@@ -33,10 +40,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AVSL": "models.avsl",
+    "AVSLOptions": "models.avsl_options",
+    "Attribution": "attribution.result",
     "CAMS": "methods.cams",
     "Comparison": "comparison",
     "Explanation": "explanation",
     "METHODS": "methods",
+    "PRESETS": "models.avsl_options",
     "Preprocess": "data.preprocessing",
     "RENDERERS": "rendering.overlay",
     "SimexplainError": "errors",
@@ -46,11 +57,14 @@ _HOMES = {
     "WEIGHTS": "methods.weights",
     "accelerated": "models.accelerating",
     "as_similarity_model": "models.embedder",
+    "attribute": "attribution.attributing",
+    "attribute_files": "attribution.attributing_files",
     "explain": "explaining",
     "explain_files": "explaining_files",
+    "fit": "fitting.posthoc",
     "load_model": "models.loading",
     "read_picture": "data.images",
-    "save_model": "models.loading",
+    "save_model": "models.writing",
     "similarity_weights": "methods.weights",
     "trace": "tracing",
 }

@@ -7,13 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from simexplain.comparison import Comparison, positives_of
 from simexplain.data.images import Picture, read_picture
-from simexplain.data.preprocessing import Geometry
-from simexplain.errors import ImageError
+from simexplain.data.preprocessing import Geometry, prepared
 from simexplain.explaining import Layers, check_magnify, explain_view
 from simexplain.explanation import Explanation
 from simexplain.methods import Method
@@ -85,14 +83,7 @@ def _tensors(
     prepare = model.preprocess
     height, width = (max(1, round(side * magnify)) for side in prepare.size)
     prepare = replace(prepare, size=(height, width))
-    tensors, geometries = [], []
-    for picture in pictures:
-        try:
-            tensor, geometry = prepare(picture.image)
-        except ImageError as error:
-            raise ImageError(f"'{picture.path}': {error}") from error
-        tensors.append(tensor)
-        geometries.append(geometry)
-    stack = torch.stack(tensors).unsqueeze(0)
+    views, geometries = prepared(prepare, pictures)
+    stack = views.unsqueeze(0)
     comparison = Comparison(stack[:, 0], stack[:, 1 : 1 + positives], stack[:, 1 + positives :])
     return comparison, geometries

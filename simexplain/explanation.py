@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -246,15 +244,15 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         """What Jupyter shows: the figures of the first comparisons."""
-        from simexplain.rendering.panel import png_of
+        from simexplain.rendering.panel import as_html
 
-        parts = []
-        for index in range(min(len(self), _SHOWN)):
-            data = base64.b64encode(png_of(self.figure(index))).decode()
-            alt = html.escape(f"{self.method} of a {self.architecture}, comparison {index + 1}")
-            parts.append(
-                f'<img style="max-width:100%" alt="{alt}" src="data:image/png;base64,{data}">'
+        parts = [
+            as_html(
+                self.figure(index),
+                f"{self.method} of a {self.architecture}, comparison {index + 1}",
             )
+            for index in range(min(len(self), _SHOWN))
+        ]
         if len(self) > _SHOWN:
             parts.append(f"<p>{len(self) - _SHOWN} more comparisons: .figure(index)</p>")
         return "\n".join(parts)

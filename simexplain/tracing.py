@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from simexplain.errors import ModelError
 from simexplain.networks import find_layer, first_tensor, split_call, undisturbed, with_first
+
+Listener = Callable[[nn.Module, Any, Any], Any]
 
 
 class Traceable(Protocol):
@@ -94,6 +96,26 @@ class Trace:
         return self.to_grid(layer, _joined(present, len(self.embeddings)))
 
 
+@contextmanager
+def listening(network: nn.Module, listeners: Mapping[str, Listener]) -> Iterator[None]:
+    """Calls each listener after every call of its layer, while the block runs.
+
+    Args:
+        network: The module in which the layers are looked up.
+        listeners: For each layer what to call with ``(module, args, output)``; what it returns,
+            if not None, takes the place of the output.
+
+    Raises:
+        ModelError: If there is no such layer.
+    """
+    modules = dict(network.named_modules())
+    with ExitStack() as stack:
+        for name, listener in listeners.items():
+            module = modules.get(name) or find_layer(network, name)  # which says what is wrong
+            stack.callback(module.register_forward_hook(listener).remove)
+        yield
+
+
 def trace(
     model: Traceable,
     images: Tensor,
@@ -156,8 +178,7 @@ def _forward(
             stack.enter_context(torch.no_grad())
             images = images.detach().clone()  # a network may normalise its input in place
         for tap in taps:
-            module = find_layer(model.network, tap.module_name)
-            stack.callback(module.register_forward_hook(tap).remove)
+            stack.enter_context(listening(model.network, {tap.module_name: tap}))
         embeddings = model.embed(images)
     return embeddings, {tap.layer: tap.kept() for tap in taps}
 
@@ -211,81 +232,11 @@ class _Tap:
         return self.output
 
 
-@dataclass(frozen=True)
-class LayerRun:
-    """One call of one layer, as :func:`survey` saw it.
-
-    Attributes:
-        name: The layer's name, with ``@call`` appended where it runs more than once.
-        module: The module itself.
-        output: Its output, detached.
-        gradient: The gradient of a random projection of the embedding, or None where the
-            embedding does not depend on this output.
-        follows: The layer whose very output this one was called with, if any.
-    """
-
-    name: str
-    module: nn.Module
-    output: Tensor
-    gradient: Tensor | None
-    follows: str | None
-
-
-def survey(model: Traceable, images: Tensor) -> list[LayerRun]:
-    """Runs the model once and tells every layer that returned a tensor, in order of execution.
-
-    Args:
-        model: The model to look into.
-        images: A few images of the size that counts, ``(M,3,H,W)``; one is enough.
-    """
-    calls: list[tuple[str, nn.Module, Tensor, str | None]] = []
-    makers: dict[int, str] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            tensor = first_tensor(output)
-            if tensor is not None:
-                calls.append((name, module, tensor, makers.get(id(args[0])) if args else None))
-                makers[id(tensor)] = name
-
-        return hook
-
-    with ExitStack() as stack, undisturbed(model.network), torch.enable_grad():
-        for name, module in model.network.named_modules():
-            if name:
-                stack.callback(module.register_forward_hook(keep(name)).remove)
-        embeddings = model.embed(images.detach().clone().requires_grad_().clone())
-        gradients = _probe_gradients(embeddings, [tensor for _, _, tensor, _ in calls])
-    times = [name for name, *_ in calls]
-    seen: dict[str, int] = {}
-    runs = []
-    for (name, module, tensor, follows), gradient in zip(calls, gradients, strict=True):
-        label = f"{name}@{seen.get(name, 0)}" if times.count(name) > 1 else name
-        seen[name] = seen.get(name, 0) + 1
-        runs.append(LayerRun(label, module, tensor.detach(), gradient, follows))
-    return runs
-
-
-def _probe_gradients(embeddings: Tensor, outputs: list[Tensor]) -> list[Tensor | None]:
-    """Gradients of a fixed random projection; a plain sum could cancel on unit rows."""
-    direction = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))
-    tracked = [number for number, output in enumerate(outputs) if output.requires_grad]
-    found: list[Tensor | None] = [None] * len(outputs)
-    if embeddings.requires_grad and tracked:
-        score = (embeddings * direction.to(embeddings)).sum()
-        values = torch.autograd.grad(score, [outputs[n] for n in tracked], allow_unused=True)
-        for number, value in zip(tracked, values, strict=True):
-            found[number] = value
-    return found
-
-
 def _diagnosis(model: Traceable, images: Tensor, layer: str) -> str:
     """Why the embedding has no gradient at a layer: one more pass, with grad mode on outside."""
     modes: list[bool] = []
-    module = find_layer(model.network, split_call(layer)[0])
-    with ExitStack() as stack, undisturbed(model.network), torch.enable_grad():
-        note = module.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
-        stack.callback(note.remove)
+    note = {split_call(layer)[0]: lambda *_: modes.append(torch.is_grad_enabled())}
+    with listening(model.network, note), undisturbed(model.network), torch.enable_grad():
         embeddings = model.embed(images.detach().clone().requires_grad_().clone())
     if not all(modes) or not embeddings.requires_grad:
         return (

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cli_runs import Run
+from pictures import noise
+from simexplain_cli.main import main
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -125,3 +130,54 @@ def refusal(*args: object, **options: object) -> str:
     assert "\n" not in text
     assert text.endswith(".")
     return text
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two good pictures and many bad ones, which is the current one."""
+    for name in ("a.png", "b.jpg", "whole.jpg"):
+        noise(40, 60, seed=len(name)).save(tmp_path / name)
+    (tmp_path / "text.jpg").write_text("no picture", encoding="utf-8")
+    content = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
+    (tmp_path / "empty.png").touch()
+    noise(10, 900).save(tmp_path / "strip.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SIMEXPLAIN_DEBUG", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def run(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Run]:
+    """Runs the entry point in this process, which spares the import of torch every time."""
+
+    def start(*arguments: object) -> Run:
+        monkeypatch.setattr(sys, "argv", ["simexplain", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capfd.readouterr()
+        return Run(int(caught.value.code or 0), captured.out, captured.err)
+
+    return start
+
+
+@pytest.fixture
+def fails(run: Callable[..., Run], here: Path) -> Callable[..., str]:
+    """Runs, and checks that nothing but one line of error came out and nothing was written."""
+
+    def check(*arguments: object, code: int = 1) -> str:
+        before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+        result = run(*arguments)
+        assert result.code == code, result.err
+        assert result.out == ""
+        assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
+        if code == 1:
+            assert result.err.startswith("Error: ")
+            assert result.err.endswith((".\n", "?\n"))
+            assert result.err.count("\n") == 1, result.err
+            assert "Unexpected" not in result.err
+        return result.err
+
+    return check

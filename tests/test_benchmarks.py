@@ -184,6 +184,26 @@ def test_judging_a_map(pointing, stamps: Path) -> None:
     np.testing.assert_allclose(pointing.judged(maps, [scene] * 4, 1), expected, atol=1e-6)
 
 
+def test_the_fitting_benchmark_writes_its_table(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for label in range(5):
+        (tmp_path / f"class{label}").mkdir()
+        for number in range(3):
+            pixels = np.full((40, 40, 3), 50 * label, np.uint8)
+            pixels[10:30, 5 * number : 5 * number + 15] = random.integers(0, 255, 3)
+            Image.fromarray(pixels).save(tmp_path / f"class{label}" / f"{number}.png")
+    page = tmp_path / "page.md"
+    run("avsl_fit.py", tmp_path, "--size", 64, "--nodes", 8, "--seeds", 2, "--out", page)
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 1 + 3 * 5
+    assert rows[2].startswith("| the network itself | its own | ")
+    assert sum("±" in row for row in rows) == 10
+    for row in rows[2:]:
+        values = [float(cell.split()[0]) for cell in row.split("|")[3:-1]]
+        assert values == sorted(values)
+        assert 0 <= values[0] <= values[-1] <= 1
+
+
 def test_startup_prints_a_ratio() -> None:
     printed = run("startup.py", "--rounds", 1)
     found = re.match(r"simexplain --help / import torch: (\d\.\d\d) ", printed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ MOST_LINES, MOST_FUNCTION_LINES = 300, 40
 # From the ground up; a module may import only from lower levels or its own.
 LEVELS = [
     ["simexplain.errors"],
-    ["simexplain.comparison", "simexplain.networks"],
-    ["simexplain.tracing", "simexplain.data", "simexplain.rendering"],
+    ["simexplain.comparison", "simexplain.networks", "simexplain.publishing"],
+    ["simexplain.tracing", "simexplain.data", "simexplain.rendering", "simexplain.graph"],
+    ["simexplain.surveying"],
     ["simexplain.models"],
     ["simexplain.methods"],
     ["simexplain.explanation"],
@@ -25,6 +27,7 @@ LEVELS = [
     ["simexplain.saving"],
     ["simexplain.explaining"],
     ["simexplain.explaining_files"],
+    ["simexplain.fitting", "simexplain.attribution"],
     ["simexplain"],
     ["simexplain_cli"],
     ["simexplain.__main__"],
@@ -99,7 +102,8 @@ def test_files_and_functions_are_short(path: Path) -> None:
 
 
 def test_hooks_live_in_tracing_alone() -> None:
-    users = [module_name(p) for p in FILES if "register_" in p.read_text(encoding="utf-8")]
+    hook = re.compile(r"register_\w*hook")
+    users = [module_name(p) for p in FILES if hook.search(p.read_text(encoding="utf-8"))]
     assert users == ["simexplain.tracing"]
 
 

@@ -231,6 +231,7 @@ def write(figure: Figure, name: str) -> None:
     palette = picture.reduce(3).quantize(256, kmeans=2)
     colours = np.array(palette.getpalette()).reshape(-1, 3)
     colours[colours.sum(axis=1).argmax()] = 255  # or the ground would be nearly white
+    colours[colours.min(axis=1) >= 250] = 255  # Pillow matches colours in steps of four
     palette.putpalette(colours.ravel().tolist())
     dithered = picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
     dithered.save(TARGET / f"{name}.png", optimize=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from simexplain.data.images import Picture
 from simexplain.errors import ImageError
 
 FITS = ("crop", "squash", "pad")
@@ -172,6 +174,11 @@ class Preprocess:
         values = ((images * std + mean) * 255).round().clamp(0, 255).movedim(-3, -1)
         return np.asarray(values.detach().cpu().to(torch.uint8).numpy(), dtype=np.uint8)
 
+    def redo(self, pictures: NDArray[np.uint8]) -> Tensor:
+        """The counterpart of :meth:`undo`: ``(...,H,W,3)`` as input tensors ``(...,3,H,W)``."""
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        return (torch.from_numpy(pictures).movedim(-1, -3) / 255 - mean) / std
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON from which :meth:`from_json` makes an equal object."""
         return asdict(self)
@@ -183,6 +190,23 @@ class Preprocess:
             k: tuple(v) if isinstance(v, list) else v for k, v in options.items()
         }
         return cls(**lists)
+
+
+def prepared(prepare: Preprocess, pictures: Sequence[Picture]) -> tuple[Tensor, list[Geometry]]:
+    """Several pictures as one batch ``(M,3,H,W)``, and where each view lies in its picture.
+
+    Raises:
+        ImageError: If a picture is too elongated; names it.
+    """
+    tensors, geometries = [], []
+    for picture in pictures:
+        try:
+            tensor, geometry = prepare(picture.image)
+        except ImageError as error:
+            raise ImageError(f"'{picture.path}': {error}") from error
+        tensors.append(tensor)
+        geometries.append(geometry)
+    return torch.stack(tensors), geometries
 
 
 def _centred(resized: int, size: int) -> int:

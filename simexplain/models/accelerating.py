@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from simexplain.errors import ModelError
+from simexplain.models.avsl import AVSL
+from simexplain.models.avsl_files import avsl_from, avsl_tensors
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import Embedder
 from simexplain.models.exported import ExportedNetwork
 from simexplain.networks import undisturbed
-from simexplain.tracing import survey
+from simexplain.surveying import survey
 
 _TOLERANCE = 1e-3
 
@@ -34,6 +36,9 @@ def accelerated(model: SimilarityModel) -> SimilarityModel:
         ModelError: If the fast copy does not give the same embeddings, or the model is of a kind
             that cannot be rewritten (exported programs).
     """
+    if isinstance(model, AVSL):
+        heads = {key.removeprefix("avsl."): value for key, value in avsl_tensors(model).items()}
+        return avsl_from(accelerated(model.base), model.to_json(), heads, model.name)
     if not isinstance(model, Embedder) or isinstance(model.network, ExportedNetwork):
         raise ModelError(
             f"Expected a network of PyTorch modules to make faster, got {model.name}, whose "

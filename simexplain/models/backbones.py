@@ -28,13 +28,15 @@ class Backbone:
         network: Gives one vector per image.
         preprocess: As the network was evaluated by its authors.
         classifier: Name of the layer that was taken off or kept, such as ``fc``.
-        name: ``timm:NAME`` or ``torchvision:NAME``.
+        name: ``timm:NAME`` or ``torchvision:NAME``, which builds it again.
+        title: What to call it where that is not its name.
     """
 
     network: nn.Module
     preprocess: Preprocess
     classifier: str
     name: str
+    title: str = ""
 
 
 def build_backbone(

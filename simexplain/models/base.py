@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError
 from simexplain.models.layers import GridHints, Layer, grid_hints, to_grid, usable_layers
-from simexplain.tracing import survey
+from simexplain.surveying import survey
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "euclidean": lambda q, g: torch.cdist(q, g, compute_mode="donot_use_mm_for_euclid_dist"),
@@ -28,11 +28,13 @@ class SimilarityModel(nn.Module, ABC):
         name: What to call it in figures and manifests.
         preprocess: How a picture becomes an input tensor.
         batch_size: The only batch one forward pass takes (exported programs), or None.
+        backbone: ``timm:NAME`` or ``torchvision:NAME`` that rebuilds the network, where known.
     """
 
     name: str
     preprocess: Preprocess
     batch_size: int | None = None
+    backbone: str | None = None
 
     def __init__(self) -> None:
         super().__init__()

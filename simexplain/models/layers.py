@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from simexplain.errors import ModelError
-from simexplain.tracing import LayerRun
+from simexplain.surveying import LayerRun
 
 _MOST_PREFIX_TOKENS = 16
 _STAGES = 4

@@ -1,31 +1,30 @@
-"""From a path or a name to a similarity model, and back to a file."""
+"""From a path or a name to a similarity model."""
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from simexplain.data.preprocessing import FITS, Preprocess
-from simexplain.errors import ModelError, OutputError, first_line
-from simexplain.models.backbones import ZOOS, Backbone, build_backbone, preprocess_of_timm
+from simexplain.errors import ModelError, first_line
+from simexplain.models.avsl_files import avsl_from, split_state
+from simexplain.models.backbones import ZOOS, Backbone, build_backbone
 from simexplain.models.base import SimilarityModel
 from simexplain.models.checkpoints import (
     FORMAT_KEY,
     SCHEMA,
-    fitted,
     kind_of,
     load_fitting,
     read_safetensors,
     read_torch,
     state_dict_in,
 )
-from simexplain.models.embedder import Embedder, as_similarity_model
+from simexplain.models.embedder import as_similarity_model
 from simexplain.models.exported import load_exported
+from simexplain.models.rebuilding import rebuilt
 
 RANDOM = "random"
 _REFUSED = {
@@ -98,63 +97,6 @@ def _from_file(path: Path, wanted: _Wanted) -> SimilarityModel:
     return _from_content(read_torch(path, trust_pickle=wanted.trust_pickle), path, wanted)
 
 
-def save_model(
-    model: nn.Module,
-    path: str | Path,
-    *,
-    backbone: str | None = None,
-    preprocess: Preprocess | None = None,
-    distance: str = "euclidean",
-) -> None:
-    """Writes a file that ``load_model`` and the command line take without any further option.
-
-    It holds tensors and plain values only. The network must be one that its name rebuilds.
-
-    Args:
-        model: A network from timm or torchvision, with or without its last linear layer, or a
-            similarity model made from one.
-        path: Where to; written whole or not at all.
-        backbone: ``timm:NAME`` or ``torchvision:NAME``; timm's networks know their own.
-        preprocess: Where the network was trained on something else than its zoo says.
-        distance: What ``model.distance`` shall be.
-
-    Raises:
-        ModelError: If the network cannot be rebuilt from the name.
-        OutputError: If the file cannot be written.
-    """
-    network = model
-    if isinstance(model, Embedder):
-        network, preprocess = model.network, preprocess or model.preprocess
-        distance = model.distance_name
-    network = as_similarity_model(network).network
-    config: dict[str, Any] = getattr(network, "pretrained_cfg", {})
-    backbone = backbone or (f"timm:{config['architecture']}" if config else None)
-    if backbone is None:
-        raise ModelError(
-            f"Expected backbone='timm:NAME' or 'torchvision:NAME' for a {type(network).__name__}; "
-            "export any other network with torch.export.save to a .pt2 file."
-        )
-    state = {key: value.detach().cpu() for key, value in network.state_dict().items()}
-    rebuilt, outputs = _rebuilt(backbone, state, str(path), keep_head=True, size=None)
-    if preprocess is None:
-        preprocess = preprocess_of_timm(network) if config else rebuilt.preprocess
-    options = {
-        "schema": SCHEMA, "backbone": backbone, "outputs": outputs,
-        "preprocess": preprocess.to_json(), "distance": distance,
-    }  # fmt: skip
-    _write({FORMAT_KEY: options, "state_dict": state}, Path(path))
-
-
-def _write(content: dict[str, Any], path: Path) -> None:
-    try:
-        with tempfile.TemporaryDirectory(prefix=".simexplain-", dir=path.absolute().parent) as made:
-            draft = Path(made) / "draft"
-            torch.save(content, draft)
-            draft.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise OutputError(f"'{path}' cannot be written ({first_line(error)}).") from error
-
-
 def _from_content(content: Any, path: Path, wanted: _Wanted) -> SimilarityModel:
     if isinstance(content, nn.Module):
         name = f"{path.stem} ({type(content).__name__})"
@@ -183,11 +125,20 @@ def _from_checkpoint(
     name, outputs = options["backbone"], options["outputs"]
     if not isinstance(name, str) or not isinstance(outputs, int):
         raise TypeError(f"backbone {name!r}, outputs {outputs!r}")
-    built = build_backbone(name, pretrained=False, outputs=outputs, size=wanted.size)
-    load_fitting(built.network, state, str(path))
     preprocess = Preprocess.from_json(options["preprocess"])
-    built = replace(built, name=f"{path.stem} ({name})", preprocess=preprocess)
-    return _embedder(built, wanted.distance or options["distance"])
+    size = wanted.size or preprocess.size
+    built = build_backbone(name, pretrained=False, outputs=outputs, size=size)
+    own, avsl = split_state(state)
+    load_fitting(built.network, own, str(path))
+    built = replace(built, title=f"{path.stem} ({name})", preprocess=preprocess)
+    if "avsl" not in options:
+        return _embedder(built, wanted.distance or options["distance"])
+    if wanted.distance is not None:
+        raise ModelError(
+            f"'{path}' holds an AVSL model, whose distance is its own; leave --distance "
+            "(distance=) away."
+        )
+    return avsl_from(_embedder(built, options["distance"]), options["avsl"], avsl, str(path))
 
 
 def _from_state(state: dict[str, Tensor], path: Path, wanted: _Wanted) -> SimilarityModel:
@@ -196,46 +147,22 @@ def _from_state(state: dict[str, Tensor], path: Path, wanted: _Wanted) -> Simila
             f"'{path}' holds weights only, so the network must be named: --backbone timm:NAME or "
             "torchvision:NAME (backbone=)."
         )
-    built, _ = _rebuilt(
+    built, _ = rebuilt(
         wanted.backbone, state, str(path), keep_head=wanted.keep_head, size=wanted.size
     )
-    built = replace(built, name=f"{path.stem} ({wanted.backbone})")
+    built = replace(built, title=f"{path.stem} ({wanted.backbone})")
     return _embedder(built, wanted.distance or "euclidean")
 
 
-def _rebuilt(
-    backbone: str,
-    state: dict[str, Tensor],
-    source: str,
-    *,
-    keep_head: bool,
-    size: tuple[int, int] | None,
-) -> tuple[Backbone, int]:
-    """The named network with this state, and the width of its last linear layer if kept."""
-    built = build_backbone(backbone, pretrained=False, size=size)
-    state = fitted(state, built.network)
-    prefix = f"{built.classifier}."
-    head = state.get(f"{prefix}weight") if built.classifier else None
-    if head is not None and keep_head:
-        built = build_backbone(backbone, pretrained=False, outputs=len(head), size=size)
-        load_fitting(built.network, state, source)
-        return built, len(head)
-    own = built.network.state_dict()
-    kept = {k: v for k, v in state.items() if not (k.startswith(prefix) and k not in own)}
-    load_fitting(built.network, kept, source)
-    if head is not None:
-        told = (
-            f"The last layer of the file ({prefix}weight {tuple(head.shape)}) was taken as a "
-            "classifier and left out; --keep-head (keep_head=True) makes it the embedding."
-        )
-        built = replace(built, preprocess=replace(built.preprocess, notes=(told,)))
-    return built, 0
-
-
 def _embedder(built: Backbone, distance: str) -> SimilarityModel:
-    return as_similarity_model(
-        built.network, preprocess=built.preprocess, name=built.name, distance=distance
+    model = as_similarity_model(
+        built.network,
+        preprocess=built.preprocess,
+        name=built.title or built.name,
+        distance=distance,
     )
+    model.backbone = built.name
+    return model
 
 
 def _adjusted(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import io
 import textwrap
 import warnings
@@ -63,6 +65,14 @@ def png_of(figure: Figure) -> bytes:
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def as_html(figure: Figure, alt: str) -> str:
+    """A figure as an image element that holds its own data."""
+    data = base64.b64encode(png_of(figure)).decode()
+    return (
+        f'<img style="max-width:100%" alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+    )
 
 
 def panel(

@@ -1,0 +1,329 @@
+"""What distances of all pairs by the AVSL graph cost, beside the published formulation.
+
+The images are random: clustered unit rows on three levels. All methods take turns in one run with
+one thread, and each is divided by the published formulation of its own round, so that other work
+on the machine slows both sides of a ratio. Peak memory is measured in a process of its own.
+
+    python benchmarks/avsl_distance.py --rounds 3 --out docs/benchmarks/avsl_distance.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from avsl_distance_page import page
+from torch import Tensor
+from torch.nn import functional as F
+
+from simexplain.graph.expansion import Expansion
+from simexplain.graph.inference import Graph, Rows, normalised_edges
+from simexplain.graph.neighbours import Neighbours, neighbours
+from simexplain.graph.surrogate import Surrogate
+from simexplain.graph.tiled import exact
+
+LEVELS = 3
+NEAREST = (1, 8, 32)
+EXPANDED = {"initial": (1, 1), "hard": (2, 2)}  # degrees and ranks of the expansions
+REGIMES = tuple(EXPANDED)
+PUBLISHED, EXACT, MIRRORED = "published", "exact, tiled", "exact, tiled, mirrored"
+MATRIX, NEIGHBOURS, WITH_FAISS = "expansion", "nearest neighbours", "nearest neighbours, faiss"
+CHECKED = 48
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: images, nodes a level, edges a node, coefficients."""
+
+    images: int
+    nodes: int
+    edges: int
+    regime: str
+
+
+def data(setting: Setting, seed: int = 0) -> tuple[Graph, Rows, Tensor]:
+    """A graph, images of five a category, and their labels ``(M,)``.
+
+    Lower levels say less about the category and have more in common. Certainties lie in [0.005,
+    0.05] and vary by node, by image and at random. Coefficients: ``initial``, those of a new model
+    slightly disturbed; ``hard``, of either sign and up to some forty times as large.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    labels = torch.arange(setting.images) // 5
+    embeddings, certainties = [], []
+    for spread, common in ((1.6, 2.5), (1.3, 1.2), (1.0, 0.3)):
+        centres = normal(int(labels.max()) + 1, setting.nodes)[labels]
+        noise = spread * normal(setting.images, setting.nodes)
+        embeddings.append(F.normalize(common * normal(1, setting.nodes) + centres + noise))
+        by_node, by_image = 0.35 * normal(1, setting.nodes), 0.25 * normal(setting.images, 1)
+        level = by_node + by_image + 0.25 * normal(setting.images, setting.nodes)
+        certainties.append((0.017 * level.exp()).clamp(0.005, 0.05))
+    edges, slopes, offsets = [], [], []
+    for _ in range(LEVELS - 1):
+        strength = 0.5 * torch.rand(setting.nodes, 1, generator=generator)
+        raw = strength + torch.rand(setting.nodes, setting.nodes, generator=generator)
+        edges.append(normalised_edges(raw, setting.edges, ties="first", epsilon=1e-8))
+        if setting.regime == "initial":
+            alpha, beta = 1 + 0.1 * normal(setting.nodes), 0.01 * normal(setting.nodes)
+        else:
+            alpha, beta = 20 * normal(setting.nodes), 0.1 * normal(setting.nodes)
+        slopes.append(10 * alpha)  # the published code multiplies both by 10 in the sigmoid
+        offsets.append(10 * beta)
+    graph = Graph(tuple(edges), tuple(slopes), tuple(offsets), setting.nodes)
+    return graph, Rows(tuple(embeddings), tuple(certainties)), labels
+
+
+def published(graph: Graph, q: Rows, g: Rows) -> Tensor:
+    """Equations 1, 5, 6 and 8 of the paper on tensors ``(Q,G,r)``, as they stand."""
+    hat = None
+    for level in range(LEVELS):
+        own, other = q.embeddings[level].unsqueeze(1), g.embeddings[level].unsqueeze(0)
+        delta = (own - other).abs().pow(2)
+        if hat is None:
+            hat = delta
+            continue
+        eta = q.certainties[level].unsqueeze(1) * g.certainties[level].unsqueeze(0)
+        p = torch.sigmoid(graph.slopes[level - 1] * eta + graph.offsets[level - 1])
+        hat = p * delta + (1 - p) * torch.matmul(hat, graph.edges[level - 1])
+    return hat.sum(dim=-1)
+
+
+def expanded(graph: Graph, rows: Rows, regime: str) -> Expansion:
+    """The expansion that is measured."""
+    degree, rank = EXPANDED[regime]
+    return Expansion.build(graph, rows, None, degree, rank)
+
+
+def faiss_index(graph: Graph, rows: Rows) -> object | None:
+    """A flat index of one thread over the surrogate vectors; None without faiss."""
+    try:
+        import faiss
+    except ImportError:
+        return None
+    faiss.omp_set_num_threads(1)
+    vectors = Surrogate.build(graph, rows).vectors(rows).numpy()
+    index = faiss.IndexFlatL2(vectors.shape[1])
+    index.add(vectors)
+    return index
+
+
+def methods(graph: Graph, rows: Rows, regime: str) -> dict[str, tuple[Callable[[], object], float]]:
+    """Each method with what its time has to be multiplied by for all ordered pairs."""
+    images = len(rows)
+    height = max(1, images // 100)
+    some, scale = rows[:height], images / height
+    most = min(NEAREST[-1], images - 1)
+    found: dict[str, tuple[Callable[[], object], float]] = {
+        PUBLISHED: (lambda: published(graph, some, rows), scale),
+        EXACT: (lambda: exact(graph, some, rows), scale),
+    }
+    if images <= 1000:
+        found[MIRRORED] = (lambda: exact(graph, rows), 1.0)
+    found[MATRIX] = (lambda: expanded(graph, rows, regime).matrix(), 1.0)
+    found[NEIGHBOURS] = (lambda: neighbours(graph, rows, None, most, exclude_self=True), 1.0)
+    if faiss_index(graph, rows[:2]) is not None:
+        found[WITH_FAISS] = (
+            lambda: neighbours(
+                graph, rows, None, most, exclude_self=True, index=faiss_index(graph, rows)
+            ),
+            1.0,
+        )
+    return found
+
+
+def product_seconds(nodes: int) -> float:
+    """Seconds of the matrix products that one pair needs, at the rate of large ones."""
+    left, right = torch.rand(1024, nodes), torch.rand(nodes, nodes)
+    out = torch.empty(1024, nodes)
+    start = time.perf_counter()
+    for _ in range(40):
+        torch.mm(left, right, out=out)
+    return (time.perf_counter() - start) / 40 / 1024 * (LEVELS - 1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of times."""
+
+    setting: Setting
+    name: str
+    seconds: float
+    ratios: list[float]
+    limits: list[float]
+    peak: float | None
+    error: float | None
+
+
+def timed(setting: Setting, rounds: int) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds for all ordered pairs in each round, and of the products alone; all take turns."""
+    graph, rows, _ = data(setting)
+    runs = methods(graph, rows, setting.regime)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    least: list[float] = []
+    runs[PUBLISHED][0]()
+    product_seconds(setting.nodes)
+    for _ in range(rounds):
+        least.append(product_seconds(setting.nodes) * setting.images**2)
+        for name, (run, scale) in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append((time.perf_counter() - start) * scale)
+    return seconds, least
+
+
+def errors(setting: Setting) -> dict[str, float]:
+    """Largest differences to float64: of single distances relatively, else of the mean."""
+    graph, rows, _ = data(setting)
+    some = rows[torch.linspace(0, setting.images - 1, CHECKED).long()]
+    double = torch.zeros(0, dtype=torch.float64)
+    true = exact(graph.to(double), some.to(double), rows.to(double))
+    far = true > 0
+    found = {EXACT: (exact(graph, some, rows) - true).abs()[far].div(true[far]).max().item()}
+    slices = [published(graph, some[n : n + 1], rows) for n in range(len(some))]
+    found[PUBLISHED] = (torch.cat(slices) - true).abs()[far].div(true[far]).max().item()
+    expansion = expanded(graph, rows, setting.regime)
+    where = torch.linspace(0, setting.images - 1, CHECKED).long().tolist()
+    parts = torch.cat([expansion.rows(slice(n, n + 1)) for n in where])
+    parts[torch.arange(CHECKED), where] = 0  # as in the whole matrix
+    found[MATRIX] = float((parts - true).abs().max() / true.mean())
+    return found
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How nearest neighbours compare with all distances in float64, for one K."""
+
+    setting: Setting
+    k: int
+    same_sets: float
+    recalls: tuple[float, float]
+    mean_exact: float
+    most_exact: int
+    least_margin: float
+
+
+def agreements(setting: Setting) -> list[Agreement]:
+    """For each K, over sampled queries."""
+    graph, rows, labels = data(setting)
+    where = torch.linspace(0, setting.images - 1, CHECKED).long()
+    double = torch.zeros(0, dtype=torch.float64)
+    true = exact(graph.to(double), rows[where].to(double), rows.to(double))
+    true[torch.arange(len(where)), where] = torch.inf
+    found = []
+    for k in NEAREST:
+        expected = true.topk(k, dim=1, largest=False).indices
+        # The image itself is the nearest of all; one more is asked for, and it left out.
+        result: Neighbours = neighbours(graph, rows[where], rows, k + 1)
+        others = result.indices[result.indices != where.unsqueeze(1)].view(len(where), k)
+        same = (others.sort(dim=1).values == expected.sort(dim=1).values).all(dim=1)
+        recalls = [
+            (labels[chosen] == labels[where].unsqueeze(1)).any(dim=1).float().mean().item()
+            for chosen in (others, expected)
+        ]
+        found.append(
+            Agreement(
+                setting, k, same.float().mean().item(), (recalls[0], recalls[1]),
+                result.reranked.float().mean().item(), int(result.reranked.max()),
+                result.margins.min().item(),
+            )
+        )  # fmt: skip
+    return found
+
+
+def peak_memory(setting: Setting, name: str) -> float | None:
+    """MiB that one call adds to the resident set, in a fresh process; None if not told."""
+    torch.set_num_threads(1)
+    graph, rows, _ = data(setting)
+    small, few, _ = data(Setting(64, setting.nodes, setting.edges, setting.regime))
+    published(small, few, few)  # libraries and their threads are no cost of a call,
+    faiss_index(small, few)  # but the buffers of a method are
+    run = methods(graph, rows, setting.regime)[name][0]
+    status = Path("/proc/self/status")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the data
+        before = _kibibytes(status.read_text(), "VmRSS")
+        run()
+        return (_kibibytes(status.read_text(), "VmHWM") - before) / 1024
+    except OSError:
+        return None
+
+
+def _kibibytes(status: str, field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+)", status)
+    if not found:
+        raise OSError(f"{field} is not in the status of the process.")
+    return int(found[1])
+
+
+def measure(setting: Setting, rounds: int, *, memory: bool) -> list[Row]:
+    """All methods on one set of images."""
+    seconds, least = timed(setting, rounds)
+    apart = errors(setting)
+    peaks: dict[str, float | None] = {}
+    if memory:
+        context = multiprocessing.get_context("spawn")  # a fork would share what is loaded here
+        for name in seconds:
+            with context.Pool(1) as pool:
+                peaks[name] = pool.apply(peak_memory, (setting, name))
+    return [
+        Row(
+            setting,
+            name,
+            median(took),
+            [base / own for own, base in zip(took, seconds[PUBLISHED], strict=True)],
+            [own / limit for own, limit in zip(took, least, strict=True)],
+            peaks.get(name),
+            apart.get(name),
+        )
+        for name, took in seconds.items()
+    ]
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 4000, 5924], metavar="N")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each method is timed")
+    parser.add_argument("--nodes", type=int, default=512, help="nodes of each of three levels")
+    parser.add_argument("--edges", type=int, default=128, help="edges kept of each node")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="Markdown file to write")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures and writes the page; prints it where no file is named."""
+    options = parsed(arguments)
+    torch.set_num_threads(1)
+    busy = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+    rows: list[Row] = []
+    agreed: list[Agreement] = []
+    for images in options.sizes:
+        for regime in REGIMES:
+            setting = Setting(images, options.nodes, options.edges, regime)
+            largest = images == max(options.sizes)
+            rows += measure(setting, options.rounds, memory=largest and not options.no_memory)
+            agreed += agreements(setting)
+            print(f"{images} images, {regime}: done", flush=True)
+    text = page(options, busy, rows, agreed)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text, encoding="utf-8")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

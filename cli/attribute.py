@@ -1,0 +1,174 @@
+"""``simexplain attribute``: a distance taken apart into the nodes of several levels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from simexplain.attribution.attributing import expected_avsl
+from simexplain.attribution.attributing_files import attribute_files
+from simexplain.attribution.saving import MAIN_FILES, manifest
+from simexplain.models.avsl_options import ORIGINS
+from simexplain.publishing import check_writable
+
+from .options import aligned, busy, free_folder, model_from, model_options
+
+if TYPE_CHECKING:
+    from simexplain.attribution.account import Decomposition, Node
+    from simexplain.attribution.result import Attribution
+
+_FOLDER = "attribution"
+_DECOMPOSED = 8
+
+
+@click.command("attribute")
+@click.argument("model")
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.argument("more", type=click.Path(), nargs=-1)
+@click.option("--top", default=8, show_default=True, help="How many nodes to list.")
+@click.option(
+    "--decompose",
+    metavar="LEVEL:NODE",
+    help="Take this node apart into the lower nodes that stand in for it; the graph shows it. "
+    "LEVEL is a number from 0, the lowest, or a layer.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
+@click.option("--force", is_flag=True, help="Replace an attribution that is in the folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@model_options
+def command(
+    model: str,
+    a: str,
+    b: str,
+    more: tuple[str, ...],
+    top: int,
+    decompose: str | None,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Take the distance of pictures A and B apart: which nodes of which level make it up.
+
+    MODEL is an AVSL model, such as simexplain fit writes. MORE pictures are compared with A as
+    well; with one, the three are a triplet of anchor, positive and negative. Example:
+
+    \b
+      simexplain fit timm:tf_efficientnet_lite0 FOLDER --out avsl.pt
+      simexplain attribute avsl.pt a.jpg b.jpg
+    """  # noqa: D301 - click wants the backspace character
+    if top < 0:
+        raise click.BadParameter(f"expected a number of nodes, got {top}.", param_hint="--top")
+    out = out or free_folder(Path(_FOLDER))
+    check_writable(out, MAIN_FILES, force=force)
+    with busy(f"Loading {model}"):
+        network = expected_avsl(model_from(model, given))
+    paths = [a, b, *more]
+    with busy(f"Attributing {len(paths)} images"):
+        result = attribute_files(network, paths)
+    apart = None if decompose is None else _place(result, decompose)
+    with busy(f"Writing {out}"):
+        files = result.save(out, force=force, top=top, node=apart)
+    parts = [] if apart is None else [result.decompose(*apart, n) for n in range(len(result))]
+    if as_json:
+        said = manifest(result, files, top, apart)
+        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+    else:
+        report(result, top, parts)
+        for warning in result.warnings:
+            click.echo(f"Warning: {warning}", err=True)
+        for kind, path in files.items():
+            click.echo(f"{kind}: {path}")
+
+
+def _place(result: Attribution, text: str) -> tuple[int, int]:
+    """``LEVEL:NODE`` as numbers."""
+    level, _, node = text.rpartition(":")
+    if not level or not node.isdigit():
+        raise click.BadParameter(
+            f"expected LEVEL:NODE such as 2:17 or {result.levels[-1]}:17, got {text!r}.",
+            param_hint="--decompose",
+        )
+    number = int(level) if level.lstrip("-").isdigit() else level
+    found = result.node(number, int(node))
+    return found.level, found.node
+
+
+def report(result: Attribution, top: int, parts: list[Decomposition]) -> None:
+    """Prints the account of every pair, for a person."""
+    click.echo(f"{result.model}: {ORIGINS[result.origin]}")
+    for index in range(len(result)):
+        _report_pair(result, index, top)
+        if parts:
+            _report_parts(parts[index])
+
+
+def _report_pair(result: Attribution, index: int, top: int) -> None:
+    first, second = (picture.path for picture in result.pictures[index])
+    role = f" ({result.roles[index]})" if result.roles[index] else ""
+    click.echo(f"\n{first} and {second}{role}")
+    rows = [("level", "layer", "nodes", "contribution", "share")]
+    contributions = result.level_contributions[index].tolist()
+    shares = result.shares[index].tolist()
+    for number in reversed(range(len(result.levels))):
+        count = result.nodes[number].shape[1]
+        rows.append(
+            (
+                str(number),
+                result.levels[number],
+                str(count),
+                f"{contributions[number]:.6f}",
+                f"{shares[number]:.1%}",
+            )
+        )
+    total = sum(contributions)
+    rows.append(("", "sum", "", f"{total:.6f}", f"{sum(shares):.1%}"))
+    click.echo(aligned(rows))
+    residual = float(result.residual[index])
+    click.echo(f"distance {float(result.distances[index]):.6f}, residual {residual:+.1e}")
+    if top:
+        found = result.top(top, index)
+        click.echo(f"\nThe {len(found)} nodes that contribute most")
+        click.echo(aligned([_HEAD, *(_line(node) for node in found)]))
+
+
+_HEAD = ("node", "value", "reliability", "sensitivity", "contribution", "share")
+
+
+def _line(node: Node) -> tuple[str, ...]:
+    return (
+        f"{node.level}:{node.node}",
+        f"{node.value:.6f}",
+        f"{node.reliability:.3f}",
+        f"{node.sensitivity:.4f}",
+        f"{node.contribution:.6f}",
+        f"{node.share:.1%}",
+    )
+
+
+def _report_parts(found: Decomposition) -> None:
+    """What a node brings to the distance by itself and through others."""
+    name = f"{found.node.level}:{found.node.node}"
+    click.echo(f"\nNode {name} brings {found.flow:.6f}, {found.own:.6f} of it its own value")
+    if not found.stand_ins:
+        click.echo("no lower node stands in for it")
+        return
+    shown, rest = found.stand_ins[:_DECOMPOSED], found.stand_ins[_DECOMPOSED:]
+    rows = [("stands in", "edge", "part", "value", "reliability")]
+    rows += [
+        (
+            f"{part.node.level}:{part.node.node}",
+            f"{part.edge:.4f}",
+            f"{part.part:.6f}",
+            f"{part.node.value:.6f}",
+            f"{part.node.reliability:.3f}",
+        )
+        for part in shown
+    ]
+    if rest:
+        rows.append((f"{len(rest)} more", "", f"{sum(part.part for part in rest):.6f}", "", ""))
+    click.echo(aligned(rows))

@@ -1,0 +1,138 @@
+"""``simexplain fit``: AVSL heads for a network that is already trained."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from simexplain.errors import OutputError
+from simexplain.fitting.posthoc import PostHoc, fit
+from simexplain.models.avsl_options import ORIGINS, PRESETS
+from simexplain.models.writing import check_savable, save_model
+
+from .options import busy, model_from, model_options
+
+if TYPE_CHECKING:
+    from simexplain.fitting.passes import Progress
+
+_OWN = PostHoc()
+
+
+@click.command("fit")
+@click.argument("model")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The file to write.")
+@click.option("--force", is_flag=True, help="Replace the file if it is there.")
+@click.option("--unlabelled", is_flag=True, help="PCA heads and edges from images alone.")
+@click.option("--level", "levels", multiple=True, help="Layer; repeat. [the last three stages]")
+@click.option("--nodes", default=_OWN.nodes, show_default=True, help="Nodes of each level.")
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    default="paper",
+    show_default=True,
+    help="Follow the paper's text or its authors' code where they differ.",
+)
+@click.option("--epochs", default=_OWN.epochs, show_default=True, help="For the heads.")
+@click.option(
+    "--steps", default=_OWN.steps, show_default=True, help="Batches for the reliabilities."
+)
+@click.option("--seed", default=_OWN.seed, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@model_options
+def command(
+    model: str,
+    folder: Path,
+    out: Path,
+    force: bool,
+    unlabelled: bool,
+    levels: tuple[str, ...],
+    as_json: bool,
+    nodes: int,
+    preset: str,
+    epochs: int,
+    steps: int,
+    seed: int,
+    **given: Any,
+) -> None:
+    """Fit AVSL to a trained network, so that simexplain attribute can take its distances apart.
+
+    FOLDER has a sub-folder of pictures for each class, or any pictures with --unlabelled. The
+    network itself is not changed. Example:
+
+    \b
+      simexplain fit timm:tf_efficientnet_lite0 pictures/ --out avsl.pt
+    """  # noqa: D301 - click wants the backspace character
+    _check_file(out, force=force)
+    if given["fast"]:
+        raise click.UsageError("--fast changes the network, which could then not be saved.")
+    with busy(f"Loading {model}"):
+        network = model_from(model, given)
+    check_savable(network)
+    with _progress() as progress:
+        fitted = fit(
+            network,
+            folder,
+            labelled=not unlabelled,
+            progress=progress,
+            levels=levels or None,
+            nodes=nodes,
+            preset=preset,
+            epochs=epochs,
+            steps=steps,
+            seed=seed,
+        )
+    save_model(fitted, out)
+    said = {"schema": 1, "model": fitted.name, **fitted.to_json(), "file": str(out)}
+    if as_json:
+        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+        return
+    click.echo(f"{fitted.name}: {ORIGINS[fitted.origin]}")
+    for number, (level, width) in enumerate(zip(fitted.levels, fitted.widths, strict=True)):
+        click.echo(f"level {number}: {level}, {width} nodes")
+    told = dict(fitted.report)
+    skipped = told.pop("skipped", [])
+    click.echo(", ".join(f"{name} {value}" for name, value in told.items()))
+    if skipped:
+        click.echo(f"Warning: {len(skipped)} pictures cannot be read: {_few(skipped)}.", err=True)
+    click.echo(f"model: {out}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _check_file(out: Path, *, force: bool) -> None:
+    """Says what stands in the way before the long work, not after it."""
+    if out.is_dir():
+        raise OutputError(f"Expected a file to write, but '{out}' is a folder.")
+    if not out.absolute().parent.is_dir():
+        raise OutputError(f"There is no folder '{out.parent}' to write '{out.name}' into.")
+    if out.exists() and not force:
+        raise OutputError(f"'{out}' is there already; choose another file or say --force.")
+
+
+@contextmanager
+def _progress() -> Iterator[Progress | None]:
+    """A bar on a terminal, nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield show

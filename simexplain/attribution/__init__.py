@@ -1,0 +1,1 @@
+"""Taking an AVSL distance apart: the account, its pictures and files, and the verbs."""

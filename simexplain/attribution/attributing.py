@@ -1,0 +1,165 @@
+"""The verb: take the distance of pairs of images apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from simexplain.attribution.result import Attribution
+from simexplain.errors import ComparisonError, ModelError
+from simexplain.explanation import versions
+from simexplain.models.avsl import AVSL
+from simexplain.models.avsl_options import ORIGINS
+from simexplain.networks import undisturbed
+
+ROLES = ("positive", "negative", "")
+_FLAT_BELOW = 0.01
+
+
+def attribute(
+    model: nn.Module,
+    a: Tensor,
+    b: Tensor,
+    *,
+    roles: Sequence[str] | None = None,
+    max_batch: int | None = None,
+) -> Attribution:
+    """Takes the AVSL distance of pairs of images apart into the nodes of all levels (Eq. 11).
+
+    The model is left as it was: modes, gradients, random state, edges.
+
+    Args:
+        model: An AVSL model, from ``fit``, from a file or trained.
+        a: Preprocessed images ``(B,3,H,W)``, or one ``(3,H,W)`` for all pairs.
+        b: The image that each is compared with, likewise.
+        roles: ``positive``, ``negative`` or empty for each pair, for the figures.
+        max_batch: Bounds the images in one forward pass; results do not depend on it.
+
+    Raises:
+        ModelError: If the model is no AVSL model.
+        ComparisonError: If images or roles do not fit.
+    """
+    avsl = expected_avsl(model)
+    first, second = _pairs(a, b)
+    count = len(first)
+    told = _roles(roles, count)
+    # One image compared with many is run once.
+    single = count > 1 and (a.dim() == 3 or len(a) == 1)
+    images = torch.cat((first[:1] if single else first, second))
+    features, rows = _run(avsl, images, max_batch)
+    splits = [1 if single else count, count]
+    rows_a, rows_b = _split(rows, splits, count)
+    with torch.no_grad():
+        pairs = avsl.pairs(rows_a, rows_b)
+        distances = torch.cat(
+            [avsl.distance(rows_a[n : n + 1], rows_b[n : n + 1])[0] for n in range(count)]
+        )
+        graph = avsl.graph().detached()
+    units = zip(avsl.unpacked(rows_a).embeddings, avsl.unpacked(rows_b).embeddings, strict=True)
+    return Attribution(
+        distances=distances,
+        pairs=pairs,
+        edges=graph.edges,
+        levels=avsl.levels,
+        embeddings=tuple(torch.stack(unit, dim=1) for unit in units),
+        features=tuple(torch.stack(_split(f, splits, count), dim=1) for f in features),
+        heads=tuple(
+            (weight.detach(), None if bias is None else bias.detach())
+            for weight, bias in avsl.weights
+        ),
+        images=torch.stack((first, second), dim=1),
+        preprocess=avsl.preprocess,
+        roles=told,
+        model=avsl.name,
+        origin=avsl.origin,
+        options=avsl.options.to_json(),
+        warnings=_warnings(avsl, pairs.reliabilities),
+        versions=versions(),
+    )
+
+
+def expected_avsl(model: nn.Module) -> AVSL:
+    """The model itself.
+
+    Raises:
+        ModelError: If it is no AVSL model; says how to make one.
+    """
+    if not isinstance(model, AVSL):
+        name = getattr(model, "name", type(model).__name__)
+        raise ModelError(
+            f"Expected an AVSL model to attribute a distance, got {name}, which has no heads on "
+            "its lower levels; fit some with simexplain fit (simexplain.fit)."
+        )
+    return model
+
+
+def _roles(roles: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    told = ("",) * count if roles is None else tuple(roles)
+    if len(told) != count or any(role not in ROLES for role in told):
+        raise ComparisonError(
+            f"Expected one role of positive, negative or '' for each of {count} pairs, got {told}."
+        )
+    return told
+
+
+def _pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sides as ``(B,3,H,W)``."""
+    first, second = (side.unsqueeze(0) if side.dim() == 3 else side for side in (a, b))
+    if (
+        any(side.dim() != 4 or not side.is_floating_point() for side in (first, second))
+        or first.shape[1:] != second.shape[1:]
+        or (len(first) != len(second) and 1 not in (len(first), len(second)))
+        or not len(first) * len(second)
+    ):
+        raise ComparisonError(
+            f"Expected two batches of float images (B,3,H,W) of one size, got {tuple(a.shape)} and "
+            f"{tuple(b.shape)}; use attribute_files for picture files."
+        )
+    count = max(len(first), len(second))
+    return first.expand(count, *first.shape[1:]), second.expand(count, *second.shape[1:])
+
+
+def _split(rows: Tensor, splits: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+    a, b = rows[: splits[0]], rows[splits[0] :]
+    return a.expand(count, *a.shape[1:]), b
+
+
+def _run(model: AVSL, images: Tensor, max_batch: int | None) -> tuple[list[Tensor], Tensor]:
+    """Feature maps per level ``(M,C,h,w)`` and rows ``(M,E)``, without any graph."""
+    size = max_batch or len(images)
+    found, rows = [], []
+    with torch.no_grad(), undisturbed(model.network):
+        for start in range(0, len(images), size):
+            # A network may normalise its input in place.
+            maps = model.feature_maps(images[start : start + size].clone())
+            found.append(maps)
+            rows.append(model.rows(maps))
+    row = torch.cat(rows)
+    if not bool(row.isfinite().all()):
+        raise ModelError(
+            "An embedding is not finite, so its distance is undefined; look for NaN in the weights "
+            "or the input."
+        )
+    return [torch.cat(level) for level in zip(*found, strict=True)], row
+
+
+def _warnings(model: AVSL, reliabilities: Sequence[Tensor]) -> tuple[str, ...]:
+    said = []
+    if model.origin == "untrained":
+        said.append(f"This model has {ORIGINS['untrained']}; fit or train it first.")
+    if model.origin == "unlabelled":
+        said.append(
+            f"This model has {ORIGINS['unlabelled']}: the account adds up, but nodes are "
+            "directions of variance, not learned concepts."
+        )
+    if len(model.levels) > 1 and int(model.edge_updates) == 0:
+        said.append("The edges were never set, so no lower node stands in for a higher one.")
+    upper = [level.std() for level in reliabilities[1:] if level[0].numel() > 1]
+    if upper and float(max(upper)) < _FLAT_BELOW:
+        said.append(
+            f"Reliabilities hardly differ (standard deviation {float(max(upper)):.1g}), so which "
+            "node is called unreliable means little; train alpha and beta, or fit with labels."
+        )
+    return tuple(said)

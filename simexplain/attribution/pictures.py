@@ -1,0 +1,213 @@
+"""From an attribution to its two figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from simexplain.attribution.account import Node
+from simexplain.attribution.result import Attribution
+from simexplain.errors import ComparisonError
+from simexplain.models.avsl_options import ORIGINS
+from simexplain.rendering.cards import Branch, LevelShare, NodeCard
+from simexplain.rendering.cards import StandIn as Stand
+from simexplain.rendering.graph import attribution_graph
+from simexplain.rendering.overlay import Pixels, overlay
+from simexplain.rendering.ranking import PairRanking, node_ranking
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RELIABLE = 128
+"""Among how many of the most reliable nodes the figures choose, as in the paper."""
+
+_CARD, _PICTURE = 224, 420
+_ENDS, _STAND_INS, _FRAMED = 4, 3, 2
+
+
+def draw_graph(attribution: Attribution, index: int, level: int | str, node: int | None) -> Figure:
+    """The figure-7 view; see ``Attribution.figure``.
+
+    Raises:
+        ComparisonError: If there is no such pair, level or node.
+    """
+    number = attribution.level(level)
+    _check(attribution, index)
+    reliable = reliable_nodes(attribution, number, index)
+    ends = reliable[:_FRAMED], reliable[-_FRAMED:] if len(reliable) > 2 * _FRAMED else ()
+    cards = _Cards(attribution, index)
+    taken = {found.node for found in (*ends[0], *ends[1])}
+    branch = None
+    if number > 0:
+        chosen = _unreliable(attribution, number, index, taken) if node is None else node
+        branch = _branch(attribution, cards, number, chosen, index)
+    return attribution_graph(
+        pictures=_thumbnails(attribution, index),
+        captions=_captions(attribution, index),
+        distance=float(attribution.distances[index]),
+        levels=[
+            LevelShare(layer, float(part), float(share), attribution.nodes[at].shape[1])
+            for at, (layer, part, share) in enumerate(
+                zip(
+                    attribution.levels,
+                    attribution.level_contributions[index],
+                    attribution.shares[index],
+                    strict=True,
+                )
+            )
+        ],
+        similar=[cards(found) for found in ends[0]],
+        dissimilar=[cards(found) for found in ends[1]],
+        branch=branch,
+        title="Which nodes of which level make up the distance?",
+        footer=_footer(attribution),
+        notes=attribution.warnings,
+    )
+
+
+def draw_ranking(
+    attribution: Attribution, indices: Sequence[int] | None, level: int | str
+) -> Figure:
+    """The figure-6 view; see ``Attribution.ranking``.
+
+    Raises:
+        ComparisonError: If there is no such pair or level.
+    """
+    number = attribution.level(level)
+    chosen = list(range(min(len(attribution), 3))) if indices is None else list(indices)
+    if not chosen:
+        raise ComparisonError("Expected at least one pair to rank the nodes of, got none.")
+    pairs = []
+    for index in chosen:
+        _check(attribution, index)
+        reliable = reliable_nodes(attribution, number, index)
+        shown = _ends(len(reliable))
+        cards = _Cards(attribution, index)
+        pairs.append(
+            PairRanking(
+                label=" and ".join(_captions(attribution, index)),
+                role=attribution.roles[index],
+                distance=float(attribution.distances[index]),
+                values=np.array([node.value for node in reliable], dtype=np.float64),
+                shown=shown,
+                cards=tuple(cards(reliable[rank]) for rank in shown),
+                images=_captions(attribution, index),
+            )
+        )
+    most = min(RELIABLE, attribution.nodes[number].shape[1])
+    return node_ranking(
+        pairs,
+        title=f"The {most} most reliable nodes of {attribution.levels[number]}, "
+        "from alike to different",
+        footer=_footer(attribution),
+        notes=attribution.warnings,
+    )
+
+
+def reliable_nodes(attribution: Attribution, level: int, index: int) -> tuple[Node, ...]:
+    """The most reliable nodes of a level, the most similar first."""
+    found = attribution.top(RELIABLE, index, by="reliability", level=level)
+    return tuple(sorted(found, key=lambda node: (node.value, node.node)))
+
+
+class _Cards:
+    """Nodes of one pair as cards."""
+
+    def __init__(self, attribution: Attribution, index: int) -> None:
+        self.attribution, self.index = attribution, index
+        views = attribution.preprocess.undo(attribution.images[index])
+        self.views = tuple(_shrunk(view, _CARD) for view in views)
+
+    def __call__(self, node: Node) -> NodeCard:
+        heat = self.attribution.heatmaps(node.level, [node.node], self.index)[:, 0].cpu().numpy()
+        first, second = (
+            overlay(view, cv2.resize(part, view.shape[1::-1], interpolation=cv2.INTER_AREA))
+            for view, part in zip(self.views, heat, strict=True)
+        )
+        return NodeCard(
+            level=node.level,
+            node=node.node,
+            overlays=(first, second),
+            value=node.value,
+            reliability=node.reliability,
+            sensitivity=node.sensitivity,
+            contribution=node.contribution,
+        )
+
+
+def _branch(
+    attribution: Attribution, cards: _Cards, level: int, node: int, index: int
+) -> Branch | None:
+    """A node with its largest stand-ins; the most unreliable of those is taken apart in turn."""
+    found = attribution.decompose(level, node, index)
+    if not found.stand_ins:
+        return None
+    shown, others = found.stand_ins[:_STAND_INS], found.stand_ins[_STAND_INS:]
+    below = None
+    if level > 1:
+        doubtful = min(shown, key=lambda part: part.node.reliability)
+        below = _branch(attribution, cards, level - 1, doubtful.node.node, index)
+    return Branch(
+        card=cards(found.node),
+        own=found.own,
+        stand_ins=tuple(Stand(cards(part.node), part.edge, part.part) for part in shown),
+        rest=sum(part.part for part in others),
+        others=len(others),
+        below=below,
+    )
+
+
+def _unreliable(attribution: Attribution, level: int, index: int, taken: set[int]) -> int:
+    """The node for which others stand in most: the doubt times what comes in its place."""
+    flow = attribution.pairs.inflows[level] * attribution.pairs.rectified[level]
+    put = (flow - attribution.contributions[level])[index].clone()
+    put[list(taken)] = -1
+    return int(put.argmax())
+
+
+def _ends(count: int) -> tuple[int, ...]:
+    """The first and the last few ranks."""
+    if count <= 2 * _ENDS:
+        return tuple(range(count))
+    return (*range(_ENDS), *range(count - _ENDS, count))
+
+
+def _check(attribution: Attribution, index: int) -> None:
+    if not -len(attribution) <= index < len(attribution):
+        raise ComparisonError(
+            f"Expected a pair below {len(attribution)}, got {index}; counting starts at 0."
+        )
+
+
+def _thumbnails(attribution: Attribution, index: int) -> tuple[Pixels, Pixels]:
+    if attribution.pictures:
+        first, second = (np.asarray(p.image) for p in attribution.pictures[index])
+    else:
+        first, second = attribution.preprocess.undo(attribution.images[index])
+    return _shrunk(first, _PICTURE), _shrunk(second, _PICTURE)
+
+
+def _shrunk(picture: Pixels, longest: int) -> Pixels:
+    height, width = picture.shape[:2]
+    share = min(1.0, longest / max(height, width))
+    size = (max(1, round(width * share)), max(1, round(height * share)))
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
+
+
+def _captions(attribution: Attribution, index: int) -> tuple[str, str]:
+    if attribution.pictures:
+        first, second = attribution.pictures[index]
+        return Path(first.path).name, Path(second.path).name
+    role = attribution.roles[index]
+    return ("anchor", role) if role else ("first image", "second image")
+
+
+def _footer(attribution: Attribution) -> str:
+    """What one must know to cite the figure."""
+    return "   ·   ".join((attribution.model, ORIGINS[attribution.origin]))

@@ -1,0 +1,187 @@
+"""The result of attributing: the account of a distance with everything needed to show it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from simexplain.attribution.account import Account, over
+from simexplain.data.images import Picture
+from simexplain.data.preprocessing import Geometry, Preprocess
+from simexplain.graph.cams import linearised, node_cams
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Attribution(Account):
+    """An account of ``B`` pairs of images that can be looked at, saved and cited.
+
+    ``distances``, ``pairs``, ``edges`` and ``levels`` are those of :class:`Account`.
+
+    Attributes:
+        embeddings: Per level ``(B,2,r)``, unit rows of both images.
+        features: Per level ``(B,2,C,h,w)``, the feature maps that CAMs are made of.
+        heads: Per level the weight ``(r,C)`` and the bias ``(r,)`` or None.
+        images: ``(B,2,3,H,W)``, the preprocessed images.
+        preprocess: How to make ``images`` visible again.
+        roles: What the second image of each pair is: ``positive``, ``negative`` or empty.
+        model: Name of the model.
+        origin: How its heads and edges came to be, a key of ``ORIGINS``.
+        options: How the graph is computed, as plain JSON values.
+        warnings: What to know before trusting it.
+        versions: Of the packages that made it.
+        pictures: The original pictures of each pair where files were attributed, else empty.
+        geometries: Where the images lie in the pictures.
+    """
+
+    embeddings: tuple[Tensor, ...]
+    features: tuple[Tensor, ...]
+    heads: tuple[tuple[Tensor, Tensor | None], ...]
+    images: Tensor
+    preprocess: Preprocess
+    roles: tuple[str, ...]
+    model: str
+    origin: str
+    options: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    versions: Mapping[str, str]
+    pictures: tuple[tuple[Picture, Picture], ...] = field(default=(), repr=False)
+    geometries: tuple[tuple[Geometry, Geometry], ...] = field(default=(), repr=False)
+
+    def maps(self, level: int | str, nodes: int | Sequence[int], index: int = 0) -> Tensor:
+        """CAMs of nodes on both images of pair ``index``, signed (Eq. 2).
+
+        The mean of a CAM over all positions is the node's embedding before normalisation.
+
+        Returns:
+            ``(2,h,w)`` for one node, ``(2,n,h,w)`` for several.
+        """
+        number = self.level(level)
+        wanted = [nodes] if isinstance(nodes, int) else list(nodes)
+        for node in wanted:
+            self.node(number, node, index)
+        weight, bias = self.heads[number]
+        offset = None if bias is None else bias[wanted]
+        pooling = str(self.options["pooling"])
+        cams = node_cams(self.features[number][index], weight[wanted], offset, pooling)
+        return cams[:, 0] if isinstance(nodes, int) else cams
+
+    def heatmaps(self, level: int | str, nodes: Sequence[int], index: int = 0) -> Tensor:
+        """CAMs for drawing, ``(2,n,H,W)`` in [0, 1]: what gives each image its value of the node.
+
+        A node may be positive in one image and negative in the other. So each CAM is turned by the
+        sign of its own mean, cut off at zero and divided by its maximum.
+        """
+        cams = self.maps(level, list(nodes), index).float()
+        turned = cams * torch.where(cams.mean(dim=(2, 3), keepdim=True) < 0, -1.0, 1.0)
+        size = (int(self.images.shape[-2]), int(self.images.shape[-1]))
+        grown = F.interpolate(turned.relu(), size=size, mode="bilinear", align_corners=False)
+        return over(grown, grown.amax(dim=(2, 3), keepdim=True)).clamp(0, 1)
+
+    def level_maps(self, level: int | str, index: int = 0) -> Tensor:
+        """Where the level's part of the distance comes from, on both images ``(2,h,w)``, signed.
+
+        Each node is ``(a - b) ** 2`` of two means over CAM positions, so its contribution is a sum
+        over the positions of both images. All values together are the level's contribution.
+        """
+        number = self.level(level)
+        weight, bias = self.heads[number]
+        features = linearised(self.features[number][index], str(self.options["pooling"]))
+        a, b = self.embeddings[number][index]
+        pull = self.sensitivities[number][index] * (a - b)
+        means = node_cams(features, weight, bias, "avg").mean(dim=(2, 3))
+        steps = torch.stack((pull, -pull)) / means.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        cams = torch.einsum("nc,nchw->nhw", steps @ weight, features)
+        if bias is not None:
+            cams = cams + (steps @ bias)[:, None, None]
+        return cams / cams[0].numel()
+
+    @property
+    def views(self) -> NDArray[np.uint8]:
+        """``(B,2,H,W,3)``: the images as the network saw them, as pixels."""
+        return self.preprocess.undo(self.images)
+
+    def figure(self, index: int = 0, *, level: int | str = -1, node: int | None = None) -> Figure:
+        """The graph of pair ``index``, from the distance down the levels (figure 7 of the paper).
+
+        Args:
+            index: Which pair.
+            level: The level whose nodes are shown at the top.
+            node: The node of that level to take apart; the one whose stand-ins matter most unless
+                given.
+        """
+        from simexplain.attribution.pictures import draw_graph
+
+        return draw_graph(self, index, level, node)
+
+    def ranking(self, indices: Sequence[int] | None = None, *, level: int | str = -1) -> Figure:
+        """The most reliable nodes of each pair by dissimilarity (figure 6 of the paper).
+
+        Args:
+            indices: Which pairs, the first three unless given.
+            level: Whose nodes.
+        """
+        from simexplain.attribution.pictures import draw_ranking
+
+        return draw_ranking(self, indices, level)
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        force: bool = False,
+        top: int = 8,
+        node: tuple[int, int] | None = None,
+    ) -> dict[str, str]:
+        """Writes both figures, ``nodes.csv``, ``attribution.npz`` and ``attribution.json``.
+
+        Args:
+            folder: Made if missing.
+            force: Replace the files of an attribution that is there already.
+            top: How many nodes the JSON lists.
+            node: ``(level, node)`` that the graphs and the JSON take apart, if any in particular.
+
+        Returns:
+            What was written, by kind.
+
+        Raises:
+            OutputError: If files are there already, or the folder cannot be written.
+        """
+        from simexplain.attribution.saving import save_attribution
+
+        return save_attribution(self, Path(folder), force=force, top=top, node=node)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Attribution:
+        """Reads what :meth:`save` wrote; no code in it is ever run.
+
+        Raises:
+            OutputError: If the folder holds no attribution or a damaged one.
+        """
+        from simexplain.attribution.saving import load_attribution
+
+        return load_attribution(Path(folder))
+
+    def _repr_html_(self) -> str:
+        """What Jupyter shows: the graphs of the first pairs."""
+        from simexplain.rendering.panel import as_html
+
+        return "\n".join(
+            as_html(
+                self.figure(index),
+                f"Graph of pair {index + 1}, distance {self.distances[index]:.4f}",
+            )
+            for index in range(min(len(self), _SHOWN))
+        )

@@ -1,0 +1,114 @@
+"""Folders of pictures: which there are, their labels, and tensors of them in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from simexplain.data.images import read_picture
+from simexplain.data.preprocessing import Preprocess
+from simexplain.errors import ImageError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jfif")
+_READERS = 2
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture of a data set.
+
+    Attributes:
+        path: Where it is.
+        label: Its class, or None where there are no labels.
+    """
+
+    path: Path
+    label: str | None = None
+
+
+def pictures_in(folder: str | Path, *, labelled: bool) -> list[Record]:
+    """Every picture in a folder and below, in the order of their names.
+
+    Args:
+        folder: Where to look; hidden files and folders are left out.
+        labelled: Each sub-folder directly in ``folder`` is a class; pictures outside any of them
+            are then an error, since they would have no label.
+
+    Raises:
+        ImageError: If there is no such folder, no picture in it, or no classes where asked for.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ImageError(f"Expected a folder of pictures, but '{root}' is none; check the path.")
+    try:
+        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+    except OSError as error:
+        raise ImageError(f"'{root}' cannot be read ({error.strerror or error}).") from error
+    inside = [path.relative_to(root) for path in paths if path.is_file()]
+    seen = [path for path in inside if not any(part.startswith(".") for part in path.parts)]
+    if not seen:
+        raise ImageError(f"Expected pictures in '{root}', found none ({', '.join(SUFFIXES)}).")
+    if not labelled:
+        return [Record(root / path) for path in seen]
+    loose = [path for path in seen if len(path.parts) < 2]
+    classes = {path.parts[0] for path in seen}
+    if loose or len(classes) < 2:
+        what = f"'{loose[0]}' beside them" if loose else f"only '{classes.pop()}'"
+        raise ImageError(
+            f"Expected at least two sub-folders in '{root}', each a class of pictures, got {what}; "
+            "without labels say --unlabelled (labelled=False)."
+        )
+    return [Record(root / path, path.parts[0]) for path in seen]
+
+
+@dataclass
+class Batches:
+    """Preprocessed tensors of pictures, read a little ahead of their use.
+
+    Iterate as often as wanted: each pass yields ``(places, images)``, the places of the pictures
+    in ``records`` and a tensor ``(M,3,H,W)``. Broken pictures are left out and listed.
+
+    Attributes:
+        records: The pictures.
+        preprocess: As the network expects.
+        size: Pictures in one batch.
+        broken: What could not be read in the passes so far, with the reason.
+    """
+
+    records: Sequence[Record]
+    preprocess: Preprocess
+    size: int = 32
+
+    def __post_init__(self) -> None:
+        self.broken: dict[Path, str] = {}
+
+    def __len__(self) -> int:
+        return -(-len(self.records) // self.size)
+
+    def __iter__(self) -> Iterator[tuple[list[int], Tensor]]:
+        return self.over(range(len(self.records)))
+
+    def over(self, places: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """Batches of some of the pictures only."""
+        parts = iter([places[at : at + self.size] for at in range(0, len(places), self.size)])
+        with ThreadPoolExecutor(_READERS) as pool:
+            waiting = [pool.map(self._read, part) for part in islice(parts, 2)]
+            while waiting:
+                found = [item for item in waiting.pop(0) if item is not None]
+                waiting += [pool.map(self._read, part) for part in islice(parts, 1)]
+                if found:
+                    yield [place for place, _ in found], torch.stack([image for _, image in found])
+
+    def _read(self, place: int) -> tuple[int, Tensor] | None:
+        path = self.records[place].path
+        try:
+            return place, self.preprocess(read_picture(path).image)[0]
+        except ImageError as error:
+            self.broken[path] = str(error)
+            return None

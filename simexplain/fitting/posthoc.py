@@ -1,0 +1,271 @@
+"""The verb: AVSL over a network that is already trained and stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simexplain.data.folders import Batches, Record, pictures_in
+from simexplain.errors import ImageError, ModelError
+from simexplain.fitting.heads import Head, pca_head, trained_head
+from simexplain.fitting.passes import FeaturePasses, Progress
+from simexplain.fitting.reliability import (
+    certainty_scales,
+    slopes_and_offsets,
+    trained_reliability,
+)
+from simexplain.graph.cams import pooled
+from simexplain.graph.inference import Graph
+from simexplain.models.avsl import AVSL
+from simexplain.models.avsl_options import AVSLOptions, avsl_options
+from simexplain.models.base import SimilarityModel
+from simexplain.models.embedder import as_similarity_model
+
+_UNLABELLED_STEEPNESS, _UNLABELLED_SHIFT = 0.5, 2.0
+_LISTED = 3
+
+
+@dataclass(frozen=True)
+class PostHoc:
+    """How heads, edges and reliabilities are fitted to a frozen network.
+
+    Attributes:
+        levels: Layers, the last three stages unless given.
+        nodes: Of each level. Without labels a level has at most as many as it has channels.
+        preset: ``paper``, ``official`` or own options. PCA heads always have a bias, since PCA
+            subtracts the mean.
+        epochs: Passes over the pooled features while a head is trained.
+        steps: Batches while alpha and beta are trained.
+        seed: Of everything that is drawn; the user's random state is not touched.
+        batch_size: Pictures in one forward pass.
+        max_cache: Bytes of feature maps to keep between two passes; above it the network runs
+            again.
+    """
+
+    levels: Sequence[str] | None = None
+    nodes: int = 512
+    preset: str | AVSLOptions = "paper"
+    epochs: int = 60
+    steps: int = 60
+    seed: int = 0
+    batch_size: int = 32
+    max_cache: int = field(default=1 << 30, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "epochs", "steps", "batch_size"):
+            if not getattr(self, name) >= 1:
+                raise ModelError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
+
+    def __call__(
+        self,
+        model: nn.Module,
+        records: Sequence[Record],
+        *,
+        labelled: bool,
+        progress: Progress | None = None,
+    ) -> AVSL:
+        """Fits; see :func:`fit`."""
+        base = _plain(model)
+        levels = _unlearned(base, levels=self.levels, nodes=1).levels
+        batches = Batches(records, base.preprocess, base.batch_size or self.batch_size)
+        passes = FeaturePasses(
+            base, batches, levels, budget=self.max_cache, progress=progress or _silent
+        )
+        return self.over(passes, labelled=labelled)
+
+    def over(self, passes: FeaturePasses, *, labelled: bool) -> AVSL:
+        """Fits on passes made before, whose levels count; several fits can share one reading."""
+        options = avsl_options(self.preset)
+        options = options if labelled else replace(options, bias=True)
+        generator = torch.Generator().manual_seed(self.seed)
+        vectors, places = _pooled(passes, options.pooling)
+        broken = passes.batches.broken
+        labels = _labels(passes.batches.records, places, broken, labelled=labelled)
+        heads = []
+        for number, level in enumerate(vectors):
+            passes.progress("Fitting the heads", number, len(vectors))
+            heads.append(self._head(level, labels, options, generator))
+        fitted = _unlearned(
+            passes.model,
+            levels=passes.levels,
+            nodes=[len(head.weight) for head in heads],
+            preset=options,
+            origin="unlabelled" if labels is None else "labelled",
+            report=self._report(labels, len(places), broken),
+        )
+        _install(fitted, heads)
+        rows = _edges(fitted, passes)
+        self._reliability(fitted, rows, labels, generator)
+        return fitted.eval()
+
+    def _head(
+        self,
+        vectors: Tensor,
+        labels: Tensor | None,
+        options: AVSLOptions,
+        generator: torch.Generator,
+    ) -> Head:
+        if labels is None:
+            return pca_head(vectors, self.nodes)
+        return trained_head(
+            vectors,
+            labels.to(vectors.device),
+            self.nodes,
+            bias=options.bias,
+            epochs=self.epochs,
+            generator=generator,
+        )
+
+    def _reliability(
+        self, model: AVSL, rows: Tensor, labels: Tensor | None, generator: torch.Generator
+    ) -> None:
+        """Sets alpha and beta: learned with labels, else from the spread of the certainties."""
+        scale = model.options.scale
+        graph, known = model.graph().detached(), model.unpacked(rows)
+        scales = certainty_scales(known, generator)
+        if labels is None:
+            steep = [torch.full_like(part, _UNLABELLED_STEEPNESS) for part in graph.slopes]
+            shift = [torch.full_like(part, _UNLABELLED_SHIFT) for part in graph.slopes]
+            slopes, offsets = slopes_and_offsets(scales, steep, shift)
+            learned: Graph = replace(graph, slopes=slopes, offsets=offsets)
+        else:
+            learned = trained_reliability(
+                graph, known, labels.to(rows.device), scales, steps=self.steps, generator=generator
+            )
+        with torch.no_grad():
+            for alpha, slope in zip(model.alphas, learned.slopes, strict=True):
+                alpha.copy_(slope / scale)
+            for beta, offset in zip(model.betas, learned.offsets, strict=True):
+                beta.copy_(torch.where(torch.isinf(offset), beta, offset / scale))
+
+    def _report(
+        self, labels: Tensor | None, images: int, broken: dict[Path, str]
+    ) -> dict[str, Any]:
+        report: dict[str, Any] = {"images": images, "seed": self.seed}
+        if labels is not None:
+            report |= {"classes": int(labels.max()) + 1, "epochs": self.epochs, "steps": self.steps}
+        if broken:
+            report["skipped"] = [str(path) for path in broken]
+        return report
+
+
+def fit(
+    model: nn.Module,
+    folder: str | Path | Sequence[Record],
+    *,
+    labelled: bool = True,
+    progress: Progress | None = None,
+    **options: Any,
+) -> AVSL:
+    """Builds AVSL over a trained network that has no heads on its lower levels.
+
+    The network stays as it is. With labels, each level's head is trained on its pooled features
+    (cross-entropy over cosines with one proxy per class), edges are the mean over all images
+    (Eq. 3, the value that Eq. 4 approaches), and alpha and beta are trained by the overall
+    distance. Without labels heads are the principal components, and alpha and beta follow from the
+    spread of the certainties, with a mean reliability of about 0.88. ``model.origin`` says which it
+    is, and so does every result.
+
+    Args:
+        model: Any network or similarity model.
+        folder: Pictures, each class in a sub-folder; or records that you made yourself.
+        labelled: Whether there are classes.
+        progress: Called with what is being done, how far it is, and how far it goes.
+        **options: Of :class:`PostHoc`, such as ``nodes=128``.
+
+    Returns:
+        The fitted model, in evaluation mode; ``save_model`` writes it.
+
+    Raises:
+        ImageError: If the folder has too few pictures or classes.
+        ModelError: If the network or an option cannot be used.
+    """
+    known = PostHoc.__dataclass_fields__
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ModelError(f"fit has the options {', '.join(known)}, got '{unknown[0]}'.")
+    records: Sequence[Record]
+    if isinstance(folder, (str, Path)):
+        records = pictures_in(folder, labelled=labelled)
+    else:
+        records = list(folder)
+    return PostHoc(**options)(model, records, labelled=labelled, progress=progress)
+
+
+def _plain(model: nn.Module) -> SimilarityModel:
+    return model.base if isinstance(model, AVSL) else as_similarity_model(model)
+
+
+def _unlearned(base: SimilarityModel, **options: Any) -> AVSL:
+    """A model whose heads will be replaced, so that what they start with must cost no chance."""
+    with torch.random.fork_rng(devices=[]):
+        return AVSL(base, **options)
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """No progress shown."""
+
+
+def _pooled(passes: FeaturePasses, pooling: str) -> tuple[list[Tensor], list[int]]:
+    """Pooled features per level ``(M,C)`` and the places of their pictures."""
+    found: list[list[Tensor]] = [[] for _ in passes.levels]
+    order: list[int] = []
+    for places, maps in passes("Reading features"):
+        order += places
+        for level, grid in zip(found, maps, strict=True):
+            level.append(pooled(grid, pooling))
+    if len(order) < 2:
+        reasons = list(passes.batches.broken.values())
+        raise ImageError(
+            f"Expected at least two pictures that can be read, got {len(order)}"
+            f"{': ' + reasons[0] if reasons else '.'}"
+        )
+    return [torch.cat(level) for level in found], order
+
+
+def _labels(
+    records: Sequence[Record], places: Sequence[int], broken: dict[Path, str], *, labelled: bool
+) -> Tensor | None:
+    """Class numbers of the readable pictures ``(M,)``.
+
+    Raises:
+        ImageError: If labels are missing or there are too few of a kind.
+    """
+    if not labelled:
+        return None
+    said = [records[place].label for place in places]
+    names = {label: n for n, label in enumerate(sorted({label for label in said if label}))}
+    numbers = torch.tensor([names.get(label or "", -1) for label in said])
+    counts = torch.bincount(numbers.clamp_min(0), minlength=max(1, len(names)))
+    if len(names) < 2 or bool((numbers < 0).any()) or int(counts.max()) < 2:
+        lost = f", and {len(broken)} pictures cannot be read" if broken else ""
+        raise ImageError(
+            f"Expected at least two classes and one of them with two pictures, got {len(names)} "
+            f"classes of at most {int(counts.max())} pictures{lost}; without labels say "
+            "--unlabelled (labelled=False)."
+        )
+    return numbers
+
+
+@torch.no_grad()
+def _install(model: AVSL, heads: Sequence[Head]) -> None:
+    for (weight, bias), head in zip(model.weights, heads, strict=True):
+        weight.copy_(head.weight)
+        if bias is not None and head.bias is not None:
+            bias.copy_(head.bias)
+
+
+@torch.no_grad()
+def _edges(model: AVSL, passes: FeaturePasses) -> Tensor:
+    """Sets the edges to their mean over all pictures; returns the rows ``(M,E)``."""
+    rows, seen = [], 0
+    for places, maps in passes("Finding edges"):
+        model.update_edges(maps, momentum=seen / (seen + len(places)))
+        seen += len(places)
+        rows.append(model.rows(maps))
+    return torch.cat(rows)

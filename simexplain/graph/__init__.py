@@ -1,0 +1,1 @@
+"""The AVSL graph on plain tensors: nodes, reliabilities, edges, distances of all pairs."""

@@ -1,0 +1,292 @@
+"""AVSL: a distance from several levels of a network that can be taken apart exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simexplain.errors import ModelError
+from simexplain.graph.cams import CERTAINTIES, node_cams, overlap, pack, pooled
+from simexplain.graph.distances import distances
+from simexplain.graph.inference import Graph, PairGraph, Rows, infer, normalised_edges, unpack
+from simexplain.graph.neighbours import Neighbours, neighbours
+from simexplain.graph.surrogate import Surrogate
+from simexplain.models.avsl_options import ORIGINS, AVSLOptions, avsl_options
+from simexplain.models.base import DISTANCES, SimilarityModel
+from simexplain.models.embedder import as_similarity_model
+from simexplain.models.layers import Layer
+from simexplain.tracing import trace
+
+LEVELS = 3
+"""How many levels are taken where none are named: those of the paper's ResNet-50."""
+
+
+class AVSL(SimilarityModel):
+    """Attributable visual similarity learning (Zhang et al., section 3) over any network.
+
+    Every level has a linear head that gives ``r`` nodes; a node of a pair is the squared
+    difference of one dimension of its unit embeddings. Nodes whose CAMs are not focused are
+    corrected from the level below along edges, so the distance is a sum of nodes of all levels,
+    each with a known weight; ``attribute`` tells them.
+
+    An embedding is one row ``(2 * sum of r)``: the unit embeddings of all levels from the lowest,
+    then the certainties of all levels. Only :meth:`distance` and its relatives look inside.
+
+    Attributes:
+        base: The plain model that this one is built on, with its own embedding and distance.
+        levels: The layers, lowest first.
+        options: How the graph is computed.
+        origin: A key of ``ORIGINS``: how heads, edges and reliabilities came to be.
+        report: What is known about that, as plain JSON values.
+        edges_0, ...: Momentum buffers ``(r_low,r_high)`` of Eq. 4, part of the state_dict.
+    """
+
+    edge_updates: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        levels: Sequence[str] | None = None,
+        nodes: int | Sequence[int] = 512,
+        preset: str | AVSLOptions = "paper",
+        origin: str = "untrained",
+        report: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Heads, reliabilities and empty edges over a network, which is not changed.
+
+        Args:
+            backbone: Any network or similarity model.
+            levels: Layers from ``layers``, in any order; the last three stages unless given.
+            nodes: ``r``, for all levels or for each from the lowest.
+            preset: ``paper``, ``official`` or your own options.
+            origin: A key of ``ORIGINS``.
+            report: Kept and saved with the model.
+
+        Raises:
+            ModelError: If a level is unknown or a number does not fit.
+        """
+        super().__init__()
+        self.base = as_similarity_model(backbone)
+        self.options = avsl_options(preset)
+        self.preprocess, self.batch_size = self.base.preprocess, self.base.batch_size
+        self.backbone = self.base.backbone
+        found = _found(self.base, levels)
+        self.levels = tuple(layer.name for layer in found)
+        self.widths = _widths(nodes, len(found))
+        self.name = f"{self.base.name} AVSL"
+        self.origin, self.report = origin, dict(report or {})
+        if origin not in ORIGINS:
+            raise ModelError(f"Expected origin to be one of {', '.join(ORIGINS)}, got {origin!r}.")
+        self.heads = nn.ModuleList(
+            _head(layer.shape[0], width, bias=self.options.bias)
+            for layer, width in zip(found, self.widths, strict=True)
+        )
+        self.alphas = nn.ParameterList(torch.ones(width) for width in self.widths[1:])
+        self.betas = nn.ParameterList(torch.zeros(width) for width in self.widths[1:])
+        for number, (low, high) in enumerate(pairwise(self.widths)):
+            self.register_buffer(f"edges_{number}", torch.zeros(low, high))
+        # In the state_dict, so that training resumed continues the average instead of replacing it.
+        self.register_buffer("edge_updates", torch.zeros((), dtype=torch.long))
+        reference = next(self.base.parameters(), None)
+        if reference is not None:
+            self._place(reference)
+
+    def _place(self, reference: Tensor) -> None:
+        """Heads live where the network does, in at least single precision."""
+        exact = torch.float64 if reference.dtype == torch.float64 else torch.float32
+        own = (self.heads, self.alphas, self.betas)
+        for part in own:
+            part.to(reference.device, exact)
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            kind = exact if buffer.is_floating_point() else buffer.dtype
+            setattr(self, name, buffer.to(reference.device, kind))
+
+    @property
+    def network(self) -> nn.Module:
+        """The user's own module."""
+        return self.base.network
+
+    @property
+    def edges(self) -> tuple[Tensor, ...]:
+        """The averaged correlations of Eq. 4 per pair of adjacent levels ``(r_low,r_high)``."""
+        return tuple(getattr(self, f"edges_{number}") for number in range(len(self.widths) - 1))
+
+    def layers_for(self, images: Tensor) -> tuple[Layer, ...]:
+        """The layers of the plain model."""
+        return self.base.layers_for(images)
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """One pass: the feature map ``(M,C,h,w)`` of every level, float32 or 64, in the graph."""
+        maps = trace(self.base, images, self.levels, differentiable=True).maps.values()
+        exact = (torch.float32, torch.float64)
+        return [grid if grid.dtype in exact else grid.float() for grid in maps]
+
+    def rows(self, maps: Sequence[Tensor]) -> Tensor:
+        """Feature maps of all levels as embedding rows ``(M, 2 * sum of r)``.
+
+        No gradient passes through the certainties, nor through anything that builds edges.
+        """
+        embeddings = [
+            head(pooled(grid, self.options.pooling))
+            for head, grid in zip(self.heads, maps, strict=True)
+        ]
+        with torch.no_grad():
+            rule = CERTAINTIES[self.options.certainty]
+            certainties = [rule(cams) for cams in self.cams(maps)]
+        return pack(embeddings, certainties)
+
+    def cams(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The CAM of every node of every level (Eq. 2), ``(M,r,h,w)``, signed."""
+        return [
+            node_cams(grid, weight, bias, self.options.pooling)
+            for (weight, bias), grid in zip(self.weights, maps, strict=True)
+        ]
+
+    @property
+    def weights(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
+        """Each level's head: its weight ``(r,C)`` and its bias ``(r,)`` or None."""
+        heads = [head for head in self.heads if isinstance(head, nn.Linear)]
+        return tuple((head.weight, head.bias if self.options.bias else None) for head in heads)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Rows ``(M, 2 * sum of r)`` of images ``(M,3,H,W)``; edges stay as they are."""
+        return self.rows(self.feature_maps(images))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The same as :meth:`embed`; in training mode the batch also updates the edges."""
+        maps = self.feature_maps(images)
+        if self.training:
+            self.update_edges(maps)
+        return self.rows(maps)
+
+    @torch.no_grad()
+    def update_edges(self, maps: Sequence[Tensor], momentum: float | None = None) -> None:
+        """Moves the edges towards those of a batch (Eq. 3 and 4); the first batch sets them.
+
+        Args:
+            maps: From :meth:`feature_maps`.
+            momentum: In place of the option: the share of the old edges that is kept.
+        """
+        kept = self.options.momentum if momentum is None else momentum
+        if int(self.edge_updates) == 0:
+            kept = 0.0
+        cams = self.cams(maps)
+        for edges, low, high in zip(self.edges, cams, cams[1:], strict=False):
+            edges.mul_(kept).add_(overlap(low, high), alpha=1 - kept)
+        self.edge_updates += 1
+
+    def graph(self) -> Graph:
+        """What all pairs share: normalised edges, and alpha and beta as Eq. 6 uses them."""
+        chosen = self.options
+        edges = tuple(
+            normalised_edges(part, chosen.k, ties=chosen.ties, epsilon=chosen.epsilon)
+            for part in self.edges
+        )
+        offsets = []
+        for part, beta in zip(edges, self.betas, strict=True):
+            offset: Tensor = chosen.scale * beta
+            if chosen.orphans == "keep":
+                always = torch.full_like(offset, torch.inf)
+                offset = torch.where(part.sum(dim=0) > 0, offset, always)
+            offsets.append(offset)
+        slopes = tuple(chosen.scale * alpha for alpha in self.alphas)
+        return Graph(edges, slopes, tuple(offsets), self.widths[0])
+
+    def unpacked(self, rows: Tensor) -> Rows:
+        """Embedding rows level by level."""
+        return unpack(rows, self.widths)
+
+    def distance(
+        self, q: Tensor, g: Tensor, *, accuracy: float | None = None, tile: int | None = None
+    ) -> Tensor:
+        """Overall distances ``(Q,G)`` of embedding rows (Eq. 9); smaller is closer.
+
+        Differentiable in the rows; in alpha and beta as well while the model is in training mode.
+
+        Args:
+            q: ``(Q,E)``.
+            g: ``(G,E)``; the same tensor as ``q`` halves the work.
+            accuracy: None for exact values. Else the error allowed, relative to the mean distance,
+                for a much faster form; where it cannot keep that, values are exact all the same.
+            tile: How many pairs are worked on at a time, which bounds the memory beside the
+                result; None for a choice by device.
+        """
+        query, gallery = self._both(q, g)
+        return distances(self._current(), query, gallery, accuracy=accuracy, tile=tile)
+
+    def level_distances(self, q: Tensor, g: Tensor) -> Tensor:
+        """The distance of each level alone ``(L,Q,G)``, the sum of its nodes; for training."""
+        pairs = zip(self.unpacked(q).embeddings, self.unpacked(g).embeddings, strict=True)
+        return torch.stack([DISTANCES["squared"](a, b) for a, b in pairs])
+
+    def neighbours(self, q: Tensor, g: Tensor, k: int, **options: Any) -> Neighbours:
+        """The ``k`` nearest gallery rows of each query, exact and proven.
+
+        See ``simexplain.graph.neighbours.neighbours`` for the options and the result.
+        """
+        query, gallery = self._both(q, g)
+        return neighbours(self.graph().detached(), query, gallery, k, **options)
+
+    def surrogate(self, g: Tensor) -> Surrogate:
+        """Vectors for any index of Euclidean distances, from the rows ``(G,E)`` of a gallery."""
+        return Surrogate.build(self.graph().detached(), self.unpacked(g))
+
+    def _both(self, q: Tensor, g: Tensor) -> tuple[Rows, Rows]:
+        """Rows of queries and gallery; the same object where they are the same tensor."""
+        query = self.unpacked(q)
+        return query, query if g is q else self.unpacked(g)
+
+    def _current(self) -> Graph:
+        """The graph, with a gradient for alpha and beta only while they are trained."""
+        return self.graph() if self.training else self.graph().detached()
+
+    def pairs(self, a: Tensor, b: Tensor) -> PairGraph:
+        """The whole graph of pairs ``(a[i], b[i])`` of rows ``(B,E)``."""
+        return infer(self._current(), self.unpacked(a), self.unpacked(b))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything beside tensors that is needed to build this model again over its network."""
+        return {
+            "levels": list(self.levels),
+            "nodes": list(self.widths),
+            "options": self.options.to_json(),
+            "origin": self.origin,
+            "report": self.report,
+        }
+
+
+def _found(base: SimilarityModel, levels: Sequence[str] | None) -> list[Layer]:
+    """The layers of the levels in order of execution."""
+    layers = base.layers
+    wanted = list(base.stages[-LEVELS:] if levels is None else levels)
+    known = [layer.name for layer in layers]
+    unknown = [name for name in wanted if name not in known]
+    if unknown or not wanted or len(set(wanted)) < len(wanted):
+        what = f"'{unknown[0]}'" if unknown else f"{wanted}"
+        raise ModelError(
+            f"Expected different layers of {base.name} as levels, got {what}; "
+            "`simexplain layers` lists them."
+        )
+    return [layer for layer in layers if layer.name in wanted]
+
+
+def _widths(nodes: int | Sequence[int], levels: int) -> tuple[int, ...]:
+    widths = (nodes,) * levels if isinstance(nodes, int) else tuple(nodes)
+    if len(widths) != levels or any(width < 1 for width in widths):
+        raise ModelError(
+            f"Expected a number of nodes, one for all or for each of {levels} levels, got {nodes}."
+        )
+    return widths
+
+
+def _head(channels: int, width: int, *, bias: bool) -> nn.Linear:
+    head = nn.Linear(channels, width, bias=bias)
+    nn.init.kaiming_normal_(head.weight, mode="fan_out")
+    if bias:
+        nn.init.zeros_(head.bias)
+    return head

@@ -1,0 +1,80 @@
+"""Folders of pictures: what is found, labels, batches, broken files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from simexplain.data.folders import Batches, Record, pictures_in
+from simexplain.data.preprocessing import Preprocess
+from simexplain.errors import ImageError
+
+SMALL = Preprocess(size=(16, 16))
+
+
+def picture(path: Path, colour: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 16), (colour, 255 - colour, 60)).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number, name in enumerate(("b/2.png", "b/1.JPG", "a/x/deep.png", "a/y.webp")):
+        picture(tmp_path / name, 40 * number)
+    picture(tmp_path / ".hidden" / "z.png")
+    picture(tmp_path / "a" / ".thumb.png")
+    (tmp_path / "a" / "notes.txt").write_text("not a picture")
+    return tmp_path
+
+
+def test_classes_are_the_first_folders_in_order(folder: Path) -> None:
+    records = pictures_in(folder, labelled=True)
+    names = [(record.path.relative_to(folder).as_posix(), record.label) for record in records]
+    assert names == [("a/x/deep.png", "a"), ("a/y.webp", "a"), ("b/1.JPG", "b"), ("b/2.png", "b")]
+
+
+def test_without_labels_every_picture_counts(folder: Path) -> None:
+    picture(folder / "loose.png")
+    records = pictures_in(str(folder), labelled=False)
+    assert len(records) == 5
+    assert all(record.label is None for record in records)
+
+
+def test_what_is_wrong_is_said(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="is none; check the path"):
+        pictures_in(tmp_path / "nowhere", labelled=False)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImageError, match="found none"):
+        pictures_in(tmp_path / "empty", labelled=False)
+    picture(folder / "single" / "x" / "only.png")
+    with pytest.raises(ImageError, match=r"only 'x'.*--unlabelled"):
+        pictures_in(folder / "single", labelled=True)
+    picture(folder / "loose.png")
+    with pytest.raises(ImageError, match=r"'loose\.png' beside them"):
+        pictures_in(folder, labelled=True)
+
+
+def test_batches_keep_order_and_leave_broken_pictures_out(folder: Path) -> None:
+    (folder / "a" / "y.webp").write_bytes(b"RIFF broken")
+    records = pictures_in(folder, labelled=True)
+    batches = Batches(records, SMALL, size=3)
+    for _ in range(2):
+        found = list(batches)
+        assert [places for places, _ in found] == [[0, 2], [3]]
+        assert list(batches.broken) == [folder / "a" / "y.webp"]
+    assert len(batches) == 2
+    expected = SMALL(Image.open(records[3].path).convert("RGB"))[0]
+    torch.testing.assert_close(found[1][1][0], expected)
+    assert [places for places, _ in batches.over([3, 0])] == [[3, 0]]
+
+
+def test_a_batch_of_broken_pictures_only_is_no_batch(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"")
+    records = [Record(tmp_path / "x.png"), Record(tmp_path / "gone.png")]
+    batches = Batches(records, SMALL)
+    assert list(batches) == []
+    assert len(batches.broken) == 2
