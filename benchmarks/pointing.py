@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from simexplain import CAMS, Comparison, SimilarityModel, Trace, load_model, similarity_weights
 from simexplain import trace as trace_model
-from simexplain.methods.similarity_attention import fuse
+from simexplain.methods.layer_maps import fuse
 
 SETTINGS = ("same", "category")
 CHUNK = 20

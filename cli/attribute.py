@@ -88,12 +88,13 @@ def command(
 def _place(result: Attribution, text: str) -> tuple[int, int]:
     """``LEVEL:NODE`` as numbers."""
     level, _, node = text.rpartition(":")
-    if not level or not node.isdigit():
+    if not level or not (node.isascii() and node.isdigit()):
         raise click.BadParameter(
             f"expected LEVEL:NODE such as 2:17 or {result.levels[-1]}:17, got {text!r}.",
             param_hint="--decompose",
         )
-    number = int(level) if level.lstrip("-").isdigit() else level
+    digits = level.removeprefix("-")
+    number = int(level) if digits.isascii() and digits.isdigit() else level
     found = result.node(number, int(node))
     return found.level, found.node
 

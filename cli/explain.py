@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from simexplain.comparison import ARCHITECTURES, positives_of
 from simexplain.explaining_files import explain_files
 from simexplain.explanation import SCALES
-from simexplain.methods import METHODS
+from simexplain.methods import METHODS, options_of
 from simexplain.methods.cams import CAMS
 from simexplain.methods.weights import WEIGHTS
 from simexplain.picturing import verdict
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from simexplain.explanation import Explanation
 
 _FOLDER = "explanation"
+_OWN_OPTIONS = ("weights", "cam", "through_weights", "keep_negative")
+"""Options of the default method that have a name of their own here."""
 
 
 @click.command("explain")
@@ -40,7 +43,14 @@ _FOLDER = "explanation"
 )
 @click.option("--different", is_flag=True, help="The pair of a siamese comparison is dissimilar.")
 @click.option("--positives", default=1, show_default=True, help="For set: how many are positives.")
-@click.option("--method", type=click.Choice(list(METHODS)), default="sam", show_default=True)
+@click.option(
+    "--method",
+    type=click.Choice(list(METHODS)),
+    metavar="NAME",
+    default="sam",
+    show_default=True,
+    help=f"One of {', '.join(METHODS)}.",
+)
 @click.option(
     "--layer", multiple=True, help="Layer to explain; repeat to multiply several layers' maps."
 )
@@ -57,6 +67,10 @@ _FOLDER = "explanation"
 )
 @click.option("--through-weights", is_flag=True, help="Gradient through the weights as well.")
 @click.option("--keep-negative", is_flag=True, help="Keep negative evidence in the saved maps.")
+@click.option(
+    "--option", "more", metavar="NAME=VALUE", multiple=True,
+    help="Any option of the method, such as score=held; repeat.",
+)  # fmt: skip
 @click.option("--magnify", default=1.0, show_default=True, help="Enlarge the images, finer maps.")
 @click.option("--scale", type=click.Choice(SCALES), default="image", show_default=True,
               help="Full heat: each image's own maximum, or one shared by all.")  # fmt: skip
@@ -93,6 +107,7 @@ def command(
         network = model_from(model, given)
     layer = network.stages if given.pop("sweep") else given["layer"] or None
     given.update(cam=_cams(given["cam"]), layer=layer)
+    given = _for_method(given)
     with busy(f"Explaining {len(paths)} images"):
         result = explain_files(
             network, paths, arch, different=different, positives=positives, **given
@@ -103,6 +118,44 @@ def command(
         click.echo(json.dumps(manifest(result, files), indent=2, ensure_ascii=False))
     else:
         report(result, files)
+
+
+def _for_method(given: dict[str, Any]) -> dict[str, Any]:
+    """Leaves options out that the method has not, unless they were given on purpose."""
+    context = click.get_current_context()
+    fields = {field.name: field for field in options_of(METHODS[given["method"]])}
+    for name in _OWN_OPTIONS:
+        source = context.get_parameter_source(name)
+        if name not in fields and source is ParameterSource.DEFAULT:
+            del given[name]
+    for pair in given.pop("more"):
+        name, equals, text = pair.partition("=")
+        if not equals or name not in fields:
+            raise click.BadParameter(
+                f"expected NAME=VALUE with an option of {given['method']} "
+                f"({', '.join(fields)}), got {pair!r}.",
+                param_hint="--option",
+            )
+        given[name] = _as_default(fields[name].default, name, text)
+    return given
+
+
+def _as_default(default: Any, name: str, text: str) -> Any:
+    """The text as a value of the kind that the option has."""
+    if isinstance(default, bool):
+        known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if text.lower() in known:
+            return known[text.lower()]
+    elif isinstance(default, (int, float)):
+        try:
+            return type(default)(text)
+        except ValueError:
+            pass
+    else:
+        return text
+    raise click.BadParameter(
+        f"expected {name} to be a {type(default).__name__}, got {text!r}.", param_hint="--option"
+    )
 
 
 def report(result: Explanation, files: dict[str, str]) -> None:

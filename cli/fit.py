@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,6 +117,10 @@ def _check_file(out: Path, *, force: bool) -> None:
         raise OutputError(f"There is no folder '{out.parent}' to write '{out.name}' into.")
     if out.exists() and not force:
         raise OutputError(f"'{out}' is there already; choose another file or say --force.")
+    try:
+        tempfile.TemporaryDirectory(prefix=".simexplain-", dir=out.absolute().parent).cleanup()
+    except OSError as error:
+        raise OutputError(f"'{out}' cannot be written ({error.strerror}).") from error
 
 
 @contextmanager

@@ -30,7 +30,8 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     ) -> tuple[int, int]:
         """``(height, width)``; one number makes both."""
         parts = str(value).lower().split("x")
-        if not all(part.isdigit() and int(part) > 0 for part in parts) or len(parts) > 2:
+        digits = all(part.isascii() and part.isdigit() for part in parts)
+        if not digits or not all(map(int, parts)) or len(parts) > 2:
             self.fail(f"expected a size such as 224 or 384x128 (height x width), got {value!r}.")
         return int(parts[0]), int(parts[-1])
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from simexplain.data.images import read_picture as read_picture
     from simexplain.data.preprocessing import Preprocess as Preprocess
     from simexplain.errors import SimexplainError as SimexplainError
+    from simexplain.evaluation.evaluating import evaluate_faithfulness as evaluate_faithfulness
+    from simexplain.evaluation.faithfulness import faithfulness as faithfulness
+    from simexplain.evaluation.items import Item as Item
+    from simexplain.evaluation.sanity import sanity_check as sanity_check
     from simexplain.explaining import explain as explain
     from simexplain.explaining_files import explain_files as explain_files
     from simexplain.explanation import Explanation as Explanation
@@ -46,6 +50,7 @@ _HOMES = {
     "CAMS": "methods.cams",
     "Comparison": "comparison",
     "Explanation": "explanation",
+    "Item": "evaluation.items",
     "METHODS": "methods",
     "PRESETS": "models.avsl_options",
     "Preprocess": "data.preprocessing",
@@ -59,11 +64,14 @@ _HOMES = {
     "as_similarity_model": "models.embedder",
     "attribute": "attribution.attributing",
     "attribute_files": "attribution.attributing_files",
+    "evaluate_faithfulness": "evaluation.evaluating",
     "explain": "explaining",
     "explain_files": "explaining_files",
+    "faithfulness": "evaluation.faithfulness",
     "fit": "fitting.posthoc",
     "load_model": "models.loading",
     "read_picture": "data.images",
+    "sanity_check": "evaluation.sanity",
     "save_model": "models.writing",
     "similarity_weights": "methods.weights",
     "trace": "tracing",

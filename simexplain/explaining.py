@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError, first_line
 from simexplain.explanation import Explanation, versions
-from simexplain.methods import METHODS, Method
+from simexplain.methods import METHODS, PIXELS, Method, options_of
 from simexplain.methods.similarity_attention import AttentionMaps
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
@@ -86,7 +86,7 @@ def explain_view(
     check_images(comparison)
     chosen = _method(method, options)
     with _magnified(view, magnify):
-        layers = _layers(model, view, layer)
+        layers = _layers(model, view, layer, chosen)
         found = chosen(model, view, layers, max_batch=max_batch)
     own, moved = found.embeddings, None
     if view is not comparison:
@@ -181,7 +181,7 @@ def _method(method: str | Method, options: dict[str, Any]) -> Method:
     if method not in METHODS:
         raise ComparisonError(f"Expected method to be one of {', '.join(METHODS)}, got '{method}'.")
     made = METHODS[method]
-    known = list(getattr(made, "__dataclass_fields__", {}))
+    known = [field.name for field in options_of(made)]
     unknown = [name for name in options if name not in known]
     if unknown:
         raise ComparisonError(
@@ -190,7 +190,16 @@ def _method(method: str | Method, options: dict[str, Any]) -> Method:
     return made(**options)
 
 
-def _layers(model: SimilarityModel, view: Comparison, layer: Layers) -> tuple[str, ...]:
+def _layers(
+    model: SimilarityModel, view: Comparison, layer: Layers, method: Method
+) -> tuple[str, ...]:
+    if not getattr(method, "uses_layers", True):
+        if layer is not None:
+            raise ModelError(
+                f"Method '{_name(method)}' works on pixels and takes no layer, got {layer!r}; "
+                "leave it away."
+            )
+        return (PIXELS,)
     if layer is None:
         found = model.layers_for(view.anchor)
         return (next(candidate.name for candidate in found if candidate.default),)

@@ -50,7 +50,8 @@ class Explanation:
     Attributes:
         maps: ``(B,K,h,w)`` as the method defines them, not scaled; float32 or float64.
         layer_maps: For each layer its own maps ``(B,K,h,w)``.
-        weights: ``(B,E)``, the weight vector of each comparison.
+        weights: ``(B,E)``, the weight vector of each comparison, or ``(B,K,E)``, the direction of
+            each image.
         scores: ``(B,K)``, the score whose gradient the maps are made of.
         embeddings: ``(B,K,E)``, unit rows at the model's own input size.
         distances: ``(B,K-1)``, from the anchor to each other image, at that size.

@@ -41,6 +41,8 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
     Raises:
         ModelError: If there is none; suggests the closest names.
     """
+    if reason := getattr(network, "sealed", ""):  # a black box
+        raise ModelError(reason)
     modules: dict[str, nn.Module] = dict(network.named_modules())
     if name and name in modules:
         return modules[name]

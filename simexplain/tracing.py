@@ -162,6 +162,32 @@ def trace(
     )
 
 
+def rerun(model: Traceable, images: Tensor, layer: str, output: Tensor) -> Tensor:
+    """Embeddings ``(M,E)`` when one layer gives another output, differentiable in that output.
+
+    Args:
+        model: The model; it is evaluated with every submodule in eval mode.
+        images: Preprocessed images ``(M,3,H,W)``.
+        layer: Its name, with ``@call`` where it runs more than once.
+        output: What the layer shall give, shaped as what it gave.
+
+    Raises:
+        ModelError: If there is no such layer.
+    """
+    name, call = split_call(layer)
+    seen: list[int] = []
+
+    def replaced(module: nn.Module, args: Any, old: Any) -> Any:
+        seen.append(1)
+        if call is not None and len(seen) != call + 1:
+            return None
+        torch.set_grad_enabled(True)  # from here to the end of this forward pass
+        return with_first(old, output.clone())
+
+    with listening(model.network, {name: replaced}), undisturbed(model.network), torch.no_grad():
+        return model.embed(images.detach().clone())
+
+
 def _joined(chunks: Sequence[Tensor], count: int) -> Tensor:
     """Chunks as one tensor, without what filled up the last one."""
     whole = chunks[0] if len(chunks) == 1 else torch.cat(list(chunks))

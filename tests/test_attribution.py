@@ -243,7 +243,8 @@ def test_saving_refuses_to_replace_and_loading_to_guess(found: Attribution, tmp_
     with pytest.raises(OutputError, match="is there already"):
         one.save(tmp_path)
     found.save(tmp_path, force=True)
-    assert not (tmp_path / "graph.png").exists() or (tmp_path / "graph_0000.png").exists()
+    assert not (tmp_path / "graph.png").exists()
+    assert (tmp_path / "graph_0000.png").exists()
     one.save(tmp_path, force=True)
     assert not (tmp_path / "graph_0000.png").exists()
     assert Attribution.load(tmp_path).heads[0][1] is not None
@@ -295,6 +296,16 @@ def test_wrong_input_is_told_in_a_sentence(
         found.top(3, by="beauty")
     with pytest.raises(ComparisonError, match="Expected a pair below 3"):
         found.figure(3)
+    with pytest.raises(ComparisonError, match="Expected image tensors, got str"):
+        attribute(model, "a.jpg", pair[1])
+    with pytest.raises(ComparisonError, match="max_batch of at least 1"):
+        attribute(model, *pair, max_batch=-1)
+    with pytest.raises(ComparisonError, match="Expected a node of 0 to 23"):
+        found.figure(node=99)
+    undefined = small_avsl()
+    undefined.alphas[0].data.fill_(torch.nan)
+    with pytest.raises(ModelError, match="NaN in alpha, beta"):
+        attribute(undefined, *pair)
     broken = small_avsl()
     broken.network.stage1[0].weight.data.fill_(torch.nan)
     with pytest.raises(ModelError, match="not finite"):

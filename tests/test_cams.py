@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from simexplain.methods.cams import CAMS, channel_weights
-from simexplain.methods.similarity_attention import fuse, unit_scaled
+from simexplain.methods.layer_maps import fuse, unit_scaled
 
 
 @pytest.fixture

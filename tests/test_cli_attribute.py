@@ -175,6 +175,7 @@ def test_bad_input_to_attribute(
                                                      "--decompose", "7:1")  # fmt: skip
     assert "Expected a node of 0 to 7" in fails("attribute", avsl, "a.png", "b.jpg",
                                                 "--decompose", "1:99")  # fmt: skip
+    assert "LEVEL:NODE" in fails("attribute", avsl, "a.png", "b.jpg", "--decompose", "2:²", code=2)
     assert "LEVEL:NODE" in fails("attribute", avsl, "a.png", "b.jpg", "--decompose", "x", code=2)
     assert "--top" in fails("attribute", avsl, "a.png", "b.jpg", "--top", "-1", code=2)
     assert "Missing argument" in fails("attribute", avsl, "a.png", code=2)
@@ -198,10 +199,39 @@ def test_bad_input_to_fit(here: Path, fails: Callable[..., str]) -> None:
     assert "at least two pictures" in fails("fit", *common, "flat", "--unlabelled")
     assert "layers of" in fails("fit", *common, "good", "--level", "layer9")
     assert "nodes of at least 1" in fails("fit", *common, "good", "--nodes", "0")
+    assert "63 bits" in fails("fit", *common, "good", "--seed", "9" * 25)
+    (here / "black").mkdir()
+    for number in range(3):
+        Image.new("RGB", (9, 9)).save(here / "black" / f"{number}.png")
+    assert "look alike to layer" in fails("fit", *common, "black", "--unlabelled")
     assert "Missing option '--out'" in fails("fit", NETWORK, "good", *QUICK, code=2)
     assert "no folder 'deep'" in fails("fit", NETWORK, "good", *QUICK, "--out", "deep/avsl.pt")
     assert "is a folder" in fails("fit", NETWORK, "good", *QUICK, "--out", "empty")
     assert "is there already" in fails("fit", NETWORK, "good", *QUICK, "--out", "a.png")
+
+
+def test_one_level_and_levels_of_one_node(here: Path, run: Callable[..., Run]) -> None:
+    classes(here / "good")
+    done = run("fit", NETWORK, "good", "--out", "one.pt", *QUICK, "--level", "layer4")
+    assert done.code == 0, done.err
+    done = run("attribute", "one.pt", "a.png", "b.jpg", "--decompose", "0:3", "--out", "out")
+    assert done.code == 0, done.err
+    assert "no lower node stands in for it" in done.out
+    done = run("fit", NETWORK, "good", "--out", "few.pt", *QUICK, "--nodes", "1")
+    assert done.code == 0, done.err
+    done = run("attribute", "few.pt", "a.png", "b.jpg")
+    assert "has one node" in done.err
+
+
+def test_replacing_leaves_no_picture_of_the_earlier_result(
+    work: Path, here: Path, run: Callable[..., Run]
+) -> None:
+    avsl = work / "avsl.pt"
+    assert run("attribute", avsl, "a.png", "b.jpg", "--out", "out").code == 0
+    again = ("a.png", "b.jpg", "whole.jpg", "--out", "out", "--force")
+    assert run("attribute", avsl, *again).code == 0
+    names = {path.name for path in (here / "out").glob("*.png")}
+    assert names == {"graph_0000.png", "graph_0001.png", "ranking.png"}
 
 
 def test_skipped_pictures_are_told(here: Path, run: Callable[..., Run]) -> None:
@@ -221,7 +251,7 @@ def test_a_network_without_a_name_is_refused_before_the_work(here: Path, fails) 
     program = torch.export.export(TinyNet().eval(), (torch.rand(1, 3, 64, 64),))
     torch.export.save(program, here / "tiny.pt2")
     said = fails("fit", "tiny.pt2", "good", "--out", "avsl.pt", "--nodes", "8")
-    assert "backbone" in said
+    assert "torchvision:NAME rebuilds, got a ExportedNetwork" in said
 
 
 def test_ctrl_c_leaves_nothing(here: Path) -> None:

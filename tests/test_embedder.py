@@ -84,8 +84,6 @@ def test_wrappers_are_taken_off(tiny: nn.Module) -> None:
 def test_what_is_no_module(tiny: nn.Module) -> None:
     with pytest.raises(ModelError, match="load_model"):
         as_similarity_model("model.pt")
-    with pytest.raises(ModelError, match="TorchScript"):
-        as_similarity_model(torch.jit.trace(tiny, torch.zeros(1, 3, 24, 32)))
     with pytest.raises(ModelError, match="euclidean, squared, cosine"):
         as_similarity_model(tiny, distance="far")
     with pytest.raises(ModelError, match="unsqueeze"):

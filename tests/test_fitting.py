@@ -157,6 +157,18 @@ def test_fitting_leaves_modes_alone(folder: Path, base: SimilarityModel) -> None
     )
     assert len(list(made("once"))) == 1
     assert [module.training for module in base.network.modules()] == modes
+    model = fit(base, folder, labelled=False, **QUICK)
+    assert [module.training for module in base.network.modules()] == modes
+    assert not model.training
+
+
+def test_one_class_of_several_pictures_is_told_from_single_ones(
+    folder: Path, base: SimilarityModel
+) -> None:
+    records = pictures_in(folder, labelled=True)
+    chosen = [*records[:3], records[5], records[10]]
+    model = fit(base, chosen, **QUICK)
+    assert all(alpha.std() > 0 for alpha in model.alphas)
 
 
 def test_the_cache_spares_the_second_pass(folder: Path, base: SimilarityModel) -> None:

@@ -37,6 +37,13 @@ def test_classes_are_the_first_folders_in_order(folder: Path) -> None:
     assert names == [("a/x/deep.png", "a"), ("a/y.webp", "a"), ("b/1.JPG", "b"), ("b/2.png", "b")]
 
 
+def test_class_folders_may_be_links(folder: Path, tmp_path_factory) -> None:
+    linked = tmp_path_factory.mktemp("linked")
+    for name in "ab":
+        (linked / name).symlink_to(folder / name, target_is_directory=True)
+    assert len(pictures_in(linked, labelled=True)) == 4
+
+
 def test_without_labels_every_picture_counts(folder: Path) -> None:
     picture(folder / "loose.png")
     records = pictures_in(str(folder), labelled=False)

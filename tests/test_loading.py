@@ -224,17 +224,27 @@ def test_pickled_module(tmp_path: Path, network: nn.Module, images: torch.Tensor
     assert same(load_model(path, trust_pickle=True), network, images)
 
 
-def test_torchscript_and_onnx_are_refused_with_the_reason(
-    tmp_path: Path, network: nn.Module
+def test_torchscript_is_run_only_if_trusted(
+    tmp_path: Path, network: nn.Module, images: torch.Tensor
 ) -> None:
     traced = torch.jit.trace(network, torch.zeros(1, 3, *SIZE))
     for suffix in ("pt", "pt2", "pth"):
-        traced.save(tmp_path / f"script.{suffix}")
-        assert "TorchScript" in refusal(tmp_path / f"script.{suffix}")
+        path = tmp_path / f"script.{suffix}"
+        traced.save(path)
+        assert "TorchScript program, which runs while it is loaded" in refusal(path)
+        model = load_model(path, trust_pickle=True, size=SIZE, distance="cosine")
+        assert torch.allclose(model.embed(images), unit(network, images), atol=1e-5)
+        assert model.preprocess.size == SIZE
+        with pytest.raises(ModelError, match="occlusion, sbsm, random_masks"):
+            _ = model.layers
+    assert torch.allclose(
+        as_similarity_model(traced).embed(images), unit(network, images), atol=1e-5
+    )
+
+
+def test_damaged_onnx(tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(b"\x08\x07\x12\x07pytorch")
     assert "ONNX" in refusal(tmp_path / "net.onnx")
-    with pytest.raises(ModelError, match="TorchScript"):
-        as_similarity_model(traced)
 
 
 def test_bad_names() -> None:

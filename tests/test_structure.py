@@ -18,7 +18,13 @@ MOST_LINES, MOST_FUNCTION_LINES = 300, 40
 LEVELS = [
     ["simexplain.errors"],
     ["simexplain.comparison", "simexplain.networks", "simexplain.publishing"],
-    ["simexplain.tracing", "simexplain.data", "simexplain.rendering", "simexplain.graph"],
+    [
+        "simexplain.tracing",
+        "simexplain.data",
+        "simexplain.rendering",
+        "simexplain.graph",
+        "simexplain.metrics",
+    ],
     ["simexplain.surveying"],
     ["simexplain.models"],
     ["simexplain.methods"],
@@ -27,7 +33,7 @@ LEVELS = [
     ["simexplain.saving"],
     ["simexplain.explaining"],
     ["simexplain.explaining_files"],
-    ["simexplain.fitting", "simexplain.attribution"],
+    ["simexplain.fitting", "simexplain.attribution", "simexplain.evaluation"],
     ["simexplain"],
     ["simexplain_cli"],
     ["simexplain.__main__"],

@@ -57,6 +57,8 @@ def attribute(
             [avsl.distance(rows_a[n : n + 1], rows_b[n : n + 1])[0] for n in range(count)]
         )
         graph = avsl.graph().detached()
+    if not bool(distances.isfinite().all()):
+        raise ModelError("A distance is not finite; look for NaN in alpha, beta or the edges.")
     units = zip(avsl.unpacked(rows_a).embeddings, avsl.unpacked(rows_b).embeddings, strict=True)
     return Attribution(
         distances=distances,
@@ -106,6 +108,12 @@ def _roles(roles: Sequence[str] | None, count: int) -> tuple[str, ...]:
 
 def _pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both sides as ``(B,3,H,W)``."""
+    for side in (a, b):
+        if not isinstance(side, Tensor):
+            raise ComparisonError(
+                f"Expected image tensors, got {type(side).__name__}; use attribute_files for "
+                "picture files."
+            )
     first, second = (side.unsqueeze(0) if side.dim() == 3 else side for side in (a, b))
     if (
         any(side.dim() != 4 or not side.is_floating_point() for side in (first, second))
@@ -128,7 +136,9 @@ def _split(rows: Tensor, splits: Sequence[int], count: int) -> tuple[Tensor, Ten
 
 def _run(model: AVSL, images: Tensor, max_batch: int | None) -> tuple[list[Tensor], Tensor]:
     """Feature maps per level ``(M,C,h,w)`` and rows ``(M,E)``, without any graph."""
-    size = max_batch or len(images)
+    size = len(images) if max_batch is None else max_batch
+    if size < 1:
+        raise ComparisonError(f"Expected max_batch of at least 1, got {max_batch}.")
     found, rows = [], []
     with torch.no_grad(), undisturbed(model.network):
         for start in range(0, len(images), size):
@@ -156,6 +166,11 @@ def _warnings(model: AVSL, reliabilities: Sequence[Tensor]) -> tuple[str, ...]:
         )
     if len(model.levels) > 1 and int(model.edge_updates) == 0:
         said.append("The edges were never set, so no lower node stands in for a higher one.")
+    if alone := [n for n, width in enumerate(model.widths) if width == 1]:
+        said.append(
+            f"Level {alone[0]} has one node, whose unit embedding is 1 or -1 for every picture; "
+            "fit more nodes or more pictures."
+        )
     upper = [level.std() for level in reliabilities[1:] if level[0].numel() > 1]
     if upper and float(max(upper)) < _FLAT_BELOW:
         said.append(

@@ -38,6 +38,8 @@ def draw_graph(attribution: Attribution, index: int, level: int | str, node: int
     """
     number = attribution.level(level)
     _check(attribution, index)
+    if node is not None:
+        attribution.node(number, node, index)
     reliable = reliable_nodes(attribution, number, index)
     ends = reliable[:_FRAMED], reliable[-_FRAMED:] if len(reliable) > 2 * _FRAMED else ()
     cards = _Cards(attribution, index)
@@ -46,6 +48,8 @@ def draw_graph(attribution: Attribution, index: int, level: int | str, node: int
     if number > 0:
         chosen = _unreliable(attribution, number, index, taken) if node is None else node
         branch = _branch(attribution, cards, number, chosen, index)
+    if node is not None and branch is None:
+        branch = _alone(cards, attribution.node(number, node, index))
     return attribution_graph(
         pictures=_thumbnails(attribution, index),
         captions=_captions(attribution, index),
@@ -160,6 +164,11 @@ def _branch(
         others=len(others),
         below=below,
     )
+
+
+def _alone(cards: _Cards, node: Node) -> Branch:
+    """A node that was asked for although nothing stands in for it."""
+    return Branch(cards(node), own=node.contribution, stand_ins=(), rest=0.0, others=0)
 
 
 def _unreliable(attribution: Attribution, level: int, index: int, taken: set[int]) -> int:

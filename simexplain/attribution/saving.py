@@ -24,7 +24,7 @@ MANIFEST = "attribution.json"
 _ARRAYS, _GRAPH, _RANKING, _TABLE = "attribution.npz", "graph.png", "ranking.png", "nodes.csv"
 MAIN_FILES = (MANIFEST, _ARRAYS, _GRAPH, _RANKING, _TABLE)
 """What an attribution of one pair writes."""
-_KIND = Kind("attribution", MANIFEST, _ARRAYS, ("graph_", "ranking_"), SCHEMA)
+_KIND = Kind("attribution", MANIFEST, _ARRAYS, ("graph",), SCHEMA)
 _PAIR_PARTS = ("nodes", "reliabilities", "rectified", "inflows", "sensitivities")
 
 

@@ -47,7 +47,10 @@ def pictures_in(folder: str | Path, *, labelled: bool) -> list[Record]:
     if not root.is_dir():
         raise ImageError(f"Expected a folder of pictures, but '{root}' is none; check the path.")
     try:
-        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+        # Folders may be links to elsewhere, which rglob follows only where it starts.
+        below = [path for child in root.iterdir() if child.is_dir() for path in child.rglob("*")]
+        found = [*root.iterdir(), *below]
+        paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
     except OSError as error:
         raise ImageError(f"'{root}' cannot be read ({error.strerror or error}).") from error
     inside = [path.relative_to(root) for path in paths if path.is_file()]

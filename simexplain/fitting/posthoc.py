@@ -60,6 +60,8 @@ class PostHoc:
         for name in ("nodes", "epochs", "steps", "batch_size"):
             if not getattr(self, name) >= 1:
                 raise ModelError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ModelError(f"Expected a seed of at most 63 bits, got {self.seed}.")
 
     def __call__(
         self,
@@ -86,6 +88,9 @@ class PostHoc:
         vectors, places = _pooled(passes, options.pooling)
         broken = passes.batches.broken
         labels = _labels(passes.batches.records, places, broken, labelled=labelled)
+        for name, level in zip(passes.levels, vectors, strict=True):
+            if float((level - level[0]).abs().max()) <= 1e-6 * float(level.abs().max()):
+                raise ImageError(f"All pictures look alike to layer '{name}'; give different ones.")
         heads = []
         for number, level in enumerate(vectors):
             passes.progress("Fitting the heads", number, len(vectors))
@@ -101,7 +106,9 @@ class PostHoc:
         _install(fitted, heads)
         rows = _edges(fitted, passes)
         self._reliability(fitted, rows, labels, generator)
-        return fitted.eval()
+        for own in (fitted, *fitted.heads.modules(), fitted.alphas, fitted.betas):
+            own.training = False  # not eval(), which would reach into the user's network
+        return fitted
 
     def _head(
         self,
@@ -179,7 +186,8 @@ def fit(
         **options: Of :class:`PostHoc`, such as ``nodes=128``.
 
     Returns:
-        The fitted model, in evaluation mode; ``save_model`` writes it.
+        The fitted model in evaluation mode, its network in the mode it was in; ``save_model``
+        writes it.
 
     Raises:
         ImageError: If the folder has too few pictures or classes.

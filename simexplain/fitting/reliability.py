@@ -80,6 +80,8 @@ def trained_reliability(
     Returns:
         The graph with what was learned.
     """
+    if not graph.slopes:  # one level: nothing stands in, nothing to learn
+        return graph
     always = [torch.isinf(offset) for offset in graph.offsets]
     steepness = [torch.ones_like(part, requires_grad=True) for part in graph.slopes]
     shift = [torch.zeros_like(part, requires_grad=True) for part in graph.slopes]
@@ -92,7 +94,7 @@ def trained_reliability(
         return replace(graph, slopes=slopes, offsets=kept)
 
     with torch.enable_grad():
-        for _ in range(steps if graph.slopes else 0):
+        for _ in range(steps):
             chosen = _balanced(labels.cpu(), generator).to(labels.device)
             part = rows[chosen]
             loss = _same_class_nearer(broadcast(current(), part, part), labels[chosen])
@@ -119,6 +121,10 @@ def _balanced(labels: Tensor, generator: torch.Generator) -> Tensor:
     classes, counts = torch.unique(labels, return_counts=True)
     usable = classes[counts > 1]
     drawn = usable[torch.randperm(len(usable), generator=generator)[:_CLASSES]]
+    if len(usable) == 1:  # single pictures of other classes are all there is to tell it from
+        single = classes[counts == 1]
+        order = torch.randperm(len(single), generator=generator)[: _CLASSES - 1]
+        drawn = torch.cat((drawn, single[order]))
     found = []
     for label in drawn:
         members = (labels == label).nonzero().flatten()

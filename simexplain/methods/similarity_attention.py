@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from simexplain.comparison import Comparison
-from simexplain.errors import ComparisonError, ModelError
-from simexplain.methods.cams import CAMS
+from simexplain.errors import ModelError
+from simexplain.methods.layer_maps import check_cams, fuse, layer_cams
 from simexplain.methods.weights import FLAT_BELOW, flat_factors, scaled_weights, weight_rule
 from simexplain.tracing import Trace, Traceable, trace
 
@@ -27,7 +26,8 @@ class AttentionMaps:
     Attributes:
         maps: The map of each image ``(B,K,h,w)``; the product over layers where there are several.
         layer_maps: For each layer its own maps ``(B,K,h,w)``.
-        weights: The weight vector of each comparison ``(B,E)``, as published.
+        weights: The weight vector of each comparison ``(B,E)``, as published, or the direction
+            of each image ``(B,K,E)`` in methods that have one.
         scores: ``w . f`` for each image ``(B,K)``.
         embeddings: Unit rows ``(B,K,E)``.
         warnings: What a user must know before trusting the maps.
@@ -67,6 +67,8 @@ class SimilarityAttention:
             as negative values.
     """
 
+    uses_layers: ClassVar[bool] = True
+
     weights: str = "paper"
     cam: str | tuple[str, ...] | None = None
     through_weights: bool = False
@@ -74,9 +76,7 @@ class SimilarityAttention:
 
     def __post_init__(self) -> None:
         weight_rule(self.weights)
-        for name in (self.cam,) if isinstance(self.cam, str) else self.cam or ():
-            if name not in CAMS:
-                raise ComparisonError(f"Expected cam to be one of {', '.join(CAMS)}, got '{name}'.")
+        check_cams(self.cam)
 
     def __call__(
         self,
@@ -127,7 +127,13 @@ class SimilarityAttention:
         # Published weights where they can be represented, else the maps keep the factor.
         scale = torch.where(log_scale > _SMALLEST_LOG, log_scale, 0.0).exp() / _HALF_SCALE
         with torch.set_grad_enabled(create_graph):
-            layer_maps = self._maps(traced, gradients, scale.repeat_interleave(images.count))
+            layer_maps = layer_cams(
+                traced.maps,
+                gradients,
+                self.cam,
+                scale=scale.repeat_interleave(images.count),
+                keep_negative=self.keep_negative,
+            )
             layer_maps = {layer: images.restacked(maps) for layer, maps in layer_maps.items()}
             published = weights * log_scale.exp().unsqueeze(1)
             return AttentionMaps(
@@ -151,37 +157,6 @@ class SimilarityAttention:
             alone[:, place] = rows[:, place]
             own.append(scaled_weights(embeddings.like(alone), self.weights)[0])
         return torch.stack(own, dim=1)
-
-    def _maps(
-        self, traced: Trace, gradients: dict[str, Tensor], scale: Tensor
-    ) -> dict[str, Tensor]:
-        activations = traced.maps
-        names = self._cams(tuple(activations), activations)
-        found = {}
-        for layer, name in names.items():
-            gradient = gradients[layer].to(torch.promote_types(gradients[layer].dtype, scale.dtype))
-            raw = CAMS[name](
-                activations[layer].to(gradient.dtype),
-                gradient * scale.view(-1, 1, 1, 1).to(gradient),
-            )
-            found[layer] = raw if self.keep_negative else raw.relu()
-        return found
-
-    def _cams(self, layers: tuple[str, ...], maps: dict[str, Tensor]) -> dict[str, str]:
-        """The formula for each layer."""
-        if isinstance(self.cam, str):
-            return dict.fromkeys(layers, self.cam)
-        if self.cam is not None:
-            if len(self.cam) != len(layers):
-                raise ModelError(
-                    f"Expected one cam for each of {len(layers)} layers, got {len(self.cam)}."
-                )
-            return dict(zip(layers, self.cam, strict=True))
-        coarsest = min(maps[layer].shape[2:].numel() for layer in layers)
-        return {
-            layer: "grad_cam" if maps[layer].shape[2:].numel() == coarsest else "layer_cam"
-            for layer in layers
-        }
 
     def _warnings(
         self, embeddings: Comparison, weights: Tensor, log_scale: Tensor
@@ -212,27 +187,6 @@ class SimilarityAttention:
                 "the maps of that comparison are scaled up by a constant."
             )
         return tuple(found)
-
-
-def fuse(maps: Sequence[Tensor]) -> Tensor:
-    """Several maps ``(B,K,h,w)`` as one: the product of their positive parts, each scaled to one.
-
-    All are brought to the finest grid bilinearly. A single map is returned as it is, with its sign.
-    """
-    if len(maps) == 1:
-        return maps[0]
-    finest = max((m.shape[-2:] for m in maps), key=math.prod)
-    product = torch.ones(())
-    for single in maps:
-        grown = F.interpolate(single, size=tuple(finest), mode="bilinear", align_corners=False)
-        product = product.to(grown) * unit_scaled(grown.relu())
-    return product
-
-
-def unit_scaled(maps: Tensor) -> Tensor:
-    """Maps ``(...,h,w)`` divided by their largest absolute value; a zero map stays zero."""
-    top = maps.abs().amax(dim=(-2, -1), keepdim=True)
-    return maps / torch.where(top > 0, top, torch.ones_like(top))
 
 
 def check_embeddings(rows: Tensor, roles: Sequence[str]) -> None:

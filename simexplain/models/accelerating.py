@@ -73,9 +73,9 @@ class _Fast(Embedder):
             name=f"{original.name} (fast)",
         )
 
-    def embed(self, images: Tensor) -> Tensor:
+    def vectors(self, images: Tensor) -> Tensor:
         """As for every embedder."""
-        return super().embed(images.contiguous(memory_format=torch.channels_last))
+        return super().vectors(images.contiguous(memory_format=torch.channels_last))
 
 
 def _fold(network: nn.Module, convolution: str, norm: str) -> None:

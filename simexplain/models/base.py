@@ -50,6 +50,13 @@ class SimilarityModel(nn.Module, ABC):
     def embed(self, images: Tensor) -> Tensor:
         """Embeddings of preprocessed images ``(M,3,H,W)``: unit rows ``(M,E)``, float32 or 64."""
 
+    def vectors(self, images: Tensor) -> Tensor:
+        """Embeddings ``(M,E)`` before they are brought to unit length, where the model does that.
+
+        A model whose rows are no unit vectors gives its rows.
+        """
+        return self.embed(images)
+
     @abstractmethod
     def distance(self, q: Tensor, g: Tensor) -> Tensor:
         """Distances ``(Q,G)`` of embeddings ``(Q,E)`` and ``(G,E)``; smaller is closer."""

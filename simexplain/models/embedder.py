@@ -52,6 +52,14 @@ class Embedder(SimilarityModel):
         Raises:
             ModelError: If the network does not return one vector per image.
         """
+        return F.normalize(self.vectors(images), dim=1)
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """What the network returns ``(M,E)``, not normalised; float32 or float64.
+
+        Raises:
+            ModelError: If the network does not return one vector per image.
+        """
         if images.dim() != 4:
             raise ModelError(
                 f"Expected images of shape (M,3,H,W), got {tuple(images.shape)}; "
@@ -70,7 +78,7 @@ class Embedder(SimilarityModel):
             )
         if vectors.dtype not in (torch.float32, torch.float64):
             vectors = vectors.float()
-        return F.normalize(vectors, dim=1)
+        return vectors
 
     def distance(self, q: Tensor, g: Tensor) -> Tensor:
         """Distances ``(Q,G)`` of unit rows ``(Q,E)`` and ``(G,E)``, as named at construction."""
@@ -109,9 +117,15 @@ def as_similarity_model(
         )
     module = _unwrapped(module)
     if isinstance(module, torch.jit.ScriptModule):
-        raise ModelError(
-            "TorchScript modules do not let simexplain tap a layer; pass the original nn.Module "
-            "or export it with torch.export."
+        from simexplain.models.blackbox import BlackBox  # which is built on this module
+
+        return BlackBox(
+            module,
+            output=output,
+            preprocess=preprocess or _assumed(module),
+            distance=distance,
+            name=name,
+            batch_size=batch_size,
         )
     return Embedder(
         module,

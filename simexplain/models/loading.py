@@ -13,6 +13,7 @@ from simexplain.errors import ModelError, first_line
 from simexplain.models.avsl_files import avsl_from, split_state
 from simexplain.models.backbones import ZOOS, Backbone, build_backbone
 from simexplain.models.base import SimilarityModel
+from simexplain.models.blackbox import load_blackbox
 from simexplain.models.checkpoints import (
     FORMAT_KEY,
     SCHEMA,
@@ -27,12 +28,6 @@ from simexplain.models.exported import load_exported
 from simexplain.models.rebuilding import rebuilt
 
 RANDOM = "random"
-_REFUSED = {
-    "torchscript": "a TorchScript program, whose layers cannot be tapped; save the state_dict or "
-    "export the network with torch.export (.pt2)",
-    "onnx": "an ONNX graph, whose layers cannot be tapped and have no gradients; load the network "
-    "in PyTorch and save its state_dict or export it with torch.export (.pt2)",
-}
 
 
 @dataclass(frozen=True)
@@ -62,11 +57,12 @@ def load_model(
     Args:
         source: ``timm:NAME``, ``torchvision:NAME``, or a file: one that :func:`save_model` wrote,
             a ``state_dict`` (.pt, .pth, Lightning .ckpt) or ``.safetensors`` together with
-            ``backbone``, or a ``torch.export`` program (.pt2).
+            ``backbone``, a ``torch.export`` program (.pt2), or one
+            without layers: TorchScript (with ``trust_pickle``) or .onnx.
         weights: For a name: a file of weights, or ``random``. None is the zoo's pretrained ones.
         backbone: For a file of weights: the network it belongs to, ``timm:NAME``.
         keep_head: The last linear layer in the file makes the embedding and is no classifier.
-        trust_pickle: Load pickled modules, which can run any code in the file.
+        trust_pickle: Load pickled modules and TorchScript, which can run any code in the file.
         size: ``(height, width)`` of the input where it is not the network's own.
         fit: ``crop``, ``squash`` or ``pad`` in place of the network's own way.
         distance: ``euclidean`` (default), ``squared`` or ``cosine``.
@@ -87,10 +83,10 @@ def load_model(
 
 def _from_file(path: Path, wanted: _Wanted) -> SimilarityModel:
     kind = kind_of(path)
-    if kind in _REFUSED:
-        raise ModelError(f"'{path}' is {_REFUSED[kind]}.")
+    distance = wanted.distance or "euclidean"
+    if kind in ("torchscript", "onnx"):
+        return load_blackbox(path, kind=kind, distance=distance, trust=wanted.trust_pickle)
     if kind == "exported":
-        distance = wanted.distance or "euclidean"
         return load_exported(path, trust=wanted.trust_pickle, distance=distance)
     if kind == "safetensors":
         return _from_state(read_safetensors(path), path, wanted)

@@ -94,9 +94,9 @@ def backbone_of(model: nn.Module) -> str:
     config: dict[str, Any] = getattr(wrapped.network, "pretrained_cfg", {})
     if not config:
         raise ModelError(
-            f"Expected backbone='timm:NAME' or 'torchvision:NAME' for a "
-            f"{type(wrapped.network).__name__}; export any other network with torch.export.save "
-            "to a .pt2 file."
+            f"Expected a network that timm:NAME or torchvision:NAME rebuilds, got a "
+            f"{type(wrapped.network).__name__}; say backbone= if it is one, or write it with "
+            "torch.export.save (an AVSL model over it can be kept in memory only)."
         )
     return f"timm:{config['architecture']}"
 

@@ -1,0 +1,144 @@
+"""Does the margin follow what a map calls important? Deletion and insertion on comparisons."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simexplain.comparison import Comparison
+from simexplain.data.preprocessing import Preprocess
+from simexplain.errors import ComparisonError
+from simexplain.evaluation.results import FaithfulnessScores
+from simexplain.explaining import check_images, embeddings_of
+from simexplain.explanation import Explanation
+from simexplain.methods.directions import margin_directions
+from simexplain.metrics.curves import BASELINES, Curve, Score, deletion, insertion
+from simexplain.models.base import SimilarityModel
+from simexplain.models.embedder import as_similarity_model
+from simexplain.tracing import trace
+
+MASKINGS = ("each", "together")
+"""Which images lose pixels at the same time: one while all others are held, or all."""
+
+
+def faithfulness(
+    model: nn.Module,
+    comparison: Comparison,
+    maps: Explanation | Tensor,
+    *,
+    masking: str = "each",
+    steps: int = 20,
+    baseline: str = "blur",
+    max_batch: int | None = None,
+) -> FaithfulnessScores:
+    """How much of the margin of similarities goes with the hottest pixels, and comes with them.
+
+    With ``each`` the score of image ``i`` is ``d_i . f(x_i)``, the part of the margin that the
+    image has a say in: ``d_i`` is its direction (``margin_directions``) at the embeddings of the
+    whole images, which are held. With ``together`` all images lose the same share of their pixels
+    at once, and the score is the margin itself; for a pair, the similarity of the two. Beware that
+    two deleted pictures may be alike as well: two black ones are one and the same, and their
+    similarity of 1 leaves nothing to lose, so that normalised areas are NaN; ``mean`` and ``blur``
+    keep the tone of each picture.
+
+    Args:
+        model: A similarity model, or any ``nn.Module`` that returns an embedding.
+        comparison: Preprocessed images ``(3,H,W)``.
+        maps: An explanation of these images, or maps ``(B,K,h,w)`` of any range; where they are
+            signed, negative heat counts as the least important.
+        masking: ``each`` or ``together``.
+        steps: Equal fractions into which the pixels are cut.
+        baseline: ``blur``, ``mean`` or ``black``; black before the model's normalisation.
+        max_batch: Bounds the images in one forward pass; results do not depend on it.
+
+    Raises:
+        ComparisonError: If images, maps or options do not fit.
+        ModelError: If the model cannot be used.
+    """
+    wrapped = as_similarity_model(model)
+    check_images(comparison)
+    heat = maps.maps if isinstance(maps, Explanation) else maps
+    stack = comparison.stacked()
+    if heat.dim() != 4 or heat.shape[:2] != stack.shape[:2]:
+        raise ComparisonError(
+            f"Expected maps ({stack.shape[0]},{stack.shape[1]},h,w) for these comparisons, got "
+            f"{tuple(heat.shape)}."
+        )
+    if masking not in MASKINGS or baseline not in BASELINES:
+        raise ComparisonError(
+            f"Expected masking of {', '.join(MASKINGS)} and baseline of {', '.join(BASELINES)}, "
+            f"got '{masking}' and '{baseline}'."
+        )
+    ground = black_of(wrapped.preprocess) if baseline == "black" else baseline
+    options: dict[str, Any] = {"steps": steps, "baseline": ground, "max_batch": max_batch}
+    found = []
+    for index, scores in enumerate(_scores(wrapped, comparison, masking, max_batch)):
+        parts = [(stack[index], heat[index])]
+        if masking == "each":
+            parts = list(zip(stack[index], heat[index], strict=True))
+        found.append(
+            [
+                (deletion(score, *part, **options), insertion(score, *part, **options))
+                for score, part in zip(scores, parts, strict=True)
+            ]
+        )
+    roles = comparison.roles if masking == "each" else ("all",)
+    return _collected(found, roles, {"masking": masking, "steps": steps, "baseline": baseline})
+
+
+def black_of(preprocess: Preprocess) -> Tensor:
+    """Black as the network sees it, ``(3,1,1)``."""
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (preprocess.mean, preprocess.std))
+    return -mean / std
+
+
+def _scores(
+    model: SimilarityModel, comparison: Comparison, masking: str, max_batch: int | None
+) -> list[list[Score]]:
+    """The scores of each comparison, one for each image or one for all."""
+    rows = embeddings_of(model, comparison, max_batch)
+    if masking == "each":
+        directions = margin_directions(comparison.like(rows))
+        return [[_along(model, direction, max_batch) for direction in own] for own in directions]
+    return [[_margin(model, comparison, max_batch)] for _ in range(comparison.batch)]
+
+
+def _along(model: SimilarityModel, direction: Tensor, max_batch: int | None) -> Score:
+    def score(images: Tensor) -> Tensor:
+        return trace(model, images, (), max_batch=max_batch).embeddings @ direction
+
+    return score
+
+
+def _margin(model: SimilarityModel, comparison: Comparison, max_batch: int | None) -> Score:
+    """The margin of whole groups ``(M,K,3,H,W)`` with the roles of the comparison."""
+    cut = 1 + comparison.positives.shape[1]
+
+    def score(groups: Tensor) -> Tensor:
+        rows = trace(model, groups.flatten(0, 1), (), max_batch=max_batch).embeddings
+        stack = rows.view(*groups.shape[:2], -1)
+        embeddings = Comparison(stack[:, 0], stack[:, 1:cut], stack[:, cut:])
+        return (margin_directions(embeddings)[:, 0] * stack[:, 0]).sum(dim=1)
+
+    return score
+
+
+def _collected(
+    found: list[list[tuple[Curve, Curve]]], roles: tuple[str, ...], settings: dict[str, Any]
+) -> FaithfulnessScores:
+    def each(number: int, name: str) -> Tensor:
+        rows = [[getattr(curves[number], name) for curves in row] for row in found]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    return FaithfulnessScores(
+        roles=roles,
+        deletion=each(0, "area"),
+        insertion=each(1, "area"),
+        raw_deletion=each(0, "raw_area"),
+        raw_insertion=each(1, "raw_area"),
+        whole=each(0, "whole"),
+        empty=each(0, "empty"),
+        settings=settings,
+    )

@@ -1,0 +1,239 @@
+"""What was measured: plain numbers that can be read as tables and written as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simexplain.errors import ComparisonError
+from simexplain.metrics.intervals import Interval, bootstrap_difference
+from simexplain.publishing import Kind, published
+
+SCHEMA = 1
+Row = dict[str, str | int | float]
+
+
+class Measured:
+    """A result that can be written to a file."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; what is undefined (NaN) is null."""
+        raise NotImplementedError
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Writes :meth:`to_json` to a file, whole or not at all.
+
+        Args:
+            path: The file; folders are made.
+            force: Replace a file that is there.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            OutputError: If the file is there already or cannot be written.
+        """
+        target = Path(path)
+        kind = Kind("evaluation", target.name, "", (), SCHEMA)
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+        with published(target.parent, [target.name], kind, force=force) as draft:
+            (draft / target.name).write_text(text + "\n", encoding="utf-8")
+        return target
+
+
+@dataclass(frozen=True)
+class FaithfulnessScores(Measured):
+    """Areas of deletion and insertion curves of ``B`` comparisons.
+
+    Attributes:
+        roles: Of the images in the columns; only ``all`` where they were masked together.
+        deletion: ``(B,C)`` float64, areas normalised as :class:`~simexplain.metrics.curves.Curve`
+            says; lower is better, NaN where the whole image scores no higher than the deleted one.
+        insertion: ``(B,C)``; higher is better, NaN likewise.
+        raw_deletion: ``(B,C)``, in units of the score, always defined.
+        raw_insertion: ``(B,C)``.
+        whole: ``(B,C)``, score of the whole images.
+        empty: ``(B,C)``, score of the fully deleted images.
+        settings: How it was measured.
+    """
+
+    roles: tuple[str, ...]
+    deletion: Tensor
+    insertion: Tensor
+    raw_deletion: Tensor
+    raw_insertion: Tensor
+    whole: Tensor
+    empty: Tensor
+    settings: Mapping[str, Any]
+
+    @property
+    def gain(self) -> Tensor:
+        """``raw_insertion - raw_deletion`` ``(B,C)``: always defined, higher is better.
+
+        Random maps are near zero. It depends on how much score there is to lose, so compare
+        methods on the same images only.
+        """
+        return self.raw_insertion - self.raw_deletion
+
+    def table(self) -> list[Row]:
+        """One row for each image of each comparison, with the same columns in all rows."""
+        return [
+            {
+                "comparison": index,
+                "image": place,
+                "role": role,
+                "deletion": float(self.deletion[index, place]),
+                "insertion": float(self.insertion[index, place]),
+                "gain": float(self.gain[index, place]),
+                "whole": float(self.whole[index, place]),
+                "empty": float(self.empty[index, place]),
+            }
+            for index in range(len(self.deletion))
+            for place, role in enumerate(self.roles)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; what is undefined (NaN) is null."""
+        areas = ("deletion", "insertion", "raw_deletion", "raw_insertion", "whole", "empty")
+        said = {name: getattr(self, name) for name in (*areas, "gain", "settings")}
+        return _manifest("faithfulness", roles=self.roles, **said)
+
+
+@dataclass(frozen=True)
+class MethodScores:
+    """What one method reached over a data set.
+
+    Attributes:
+        values: For each metric one number an item, NaN where undefined: the mean over its images.
+        intervals: For each metric the mean over items with its confidence interval.
+        seconds: Median time of an explanation, from the files to the maps.
+        forwards: Median number of images that passed forward through the network for it.
+    """
+
+    values: Mapping[str, tuple[float, ...]]
+    intervals: Mapping[str, Interval]
+    seconds: float
+    forwards: float
+
+
+@dataclass(frozen=True)
+class Evaluation(Measured):
+    """Methods side by side on the same items.
+
+    Attributes:
+        methods: By the names that were given; controls are in brackets.
+        items: The paths of each item.
+        chance: What a random point (``pointing``) and a flat map (``energy``) reach; NaN without
+            masks.
+        broken: For each item and method that gave no number the reason.
+        settings: How it was measured.
+    """
+
+    methods: Mapping[str, MethodScores]
+    items: tuple[tuple[str, ...], ...]
+    chance: Mapping[str, float]
+    broken: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    def difference(self, one: str, other: str, metric: str = "gain") -> Interval:
+        """By how much one method's mean exceeds another's on the items where both have a value.
+
+        Raises:
+            ComparisonError: If there is no such method or metric.
+        """
+        for name in (one, other):
+            if name not in self.methods or metric not in self.methods[name].values:
+                raise ComparisonError(
+                    f"Expected methods of {', '.join(self.methods)} and a measured metric, got "
+                    f"'{name}' and '{metric}'."
+                )
+        left, right = (self.methods[name].values[metric] for name in (one, other))
+        return bootstrap_difference(
+            left, right, level=self.settings["level"], seed=self.settings["seed"]
+        )
+
+    def table(self) -> list[Row]:
+        """One row a method: mean, ends of the interval and count for each metric, and the cost."""
+        rows = []
+        for name, scores in self.methods.items():
+            row: Row = {"method": name}
+            for metric, interval in scores.intervals.items():
+                row[metric] = interval.mean
+                row[f"{metric}_low"], row[f"{metric}_high"] = interval.low, interval.high
+                row[f"{metric}_count"] = interval.count
+            rows.append({**row, "seconds": scores.seconds, "forwards": scores.forwards})
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; what is undefined (NaN) is null."""
+        return _manifest(
+            "evaluation",
+            methods={name: asdict(scores) for name, scores in self.methods.items()},
+            items=self.items,
+            chance=self.chance,
+            broken=self.broken,
+            settings=self.settings,
+        )
+
+
+@dataclass(frozen=True)
+class SanityScores(Measured):
+    """How alike maps stay while the network forgets, from the last layer on.
+
+    Attributes:
+        depths: ``(D,)``, how many layers were forgotten each time; the first is 0.
+        layers: The last layer that was forgotten each time; empty for none.
+        agreement: For each measure in ``AGREEMENTS`` values ``(D,B,K)``, NaN where there was no
+            map to compare or one was flat.
+        roles: Of the ``K`` images.
+        broken: For each depth without maps the reason.
+        settings: How it was measured.
+    """
+
+    depths: tuple[int, ...]
+    layers: tuple[str, ...]
+    agreement: Mapping[str, Tensor]
+    roles: tuple[str, ...]
+    broken: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    def table(self) -> list[Row]:
+        """One row a depth with the mean of each measure over all images."""
+        return [
+            {
+                "forgotten": depth,
+                "layer": layer,
+                **{name: float(v[number].nanmean()) for name, v in self.agreement.items()},
+            }
+            for number, (depth, layer) in enumerate(zip(self.depths, self.layers, strict=True))
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; what is undefined (NaN) is null."""
+        names = ("depths", "layers", "agreement", "roles", "broken", "settings")
+        said = {name: getattr(self, name) for name in names}
+        return _manifest("sanity", **said)
+
+
+def _manifest(kind: str, **said: Any) -> dict[str, Any]:
+    return {"schema": SCHEMA, "kind": kind, **{name: plain(v) for name, v in said.items()}}
+
+
+def plain(value: Any) -> Any:
+    """The same as lists, dicts, strings and finite numbers; NaN and infinity become None."""
+    if isinstance(value, Tensor):
+        return plain(value.detach().to("cpu", torch.float64).tolist())
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int, bool)) else str(value)

@@ -1,0 +1,107 @@
+"""The similarity taken apart exactly: what each position of each image adds to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn import functional as F
+
+from simexplain.comparison import Comparison
+from simexplain.errors import ModelError
+from simexplain.methods.directions import margin_directions
+from simexplain.methods.layer_maps import fuse
+from simexplain.methods.position_parts import EXACT, position_parts
+from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
+from simexplain.models.base import SimilarityModel
+from simexplain.tracing import trace
+
+_FAR_OFF = 0.05
+_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Activation decomposition (Zhu et al. 2019; Stylianou et al. 2019), signed and exact.
+
+    Each image's score is its cosine to the positives minus that to the negatives, the others held.
+    The map of an image at one layer is what each position adds to that score, by
+    ``position_parts``. Biases and all else that no position gives are spread evenly over the map,
+    so that a map sums to its score; for tails that are not linear but for an integration error,
+    which a warning tells.
+
+    Attributes:
+        steps: Points of the quadrature for tails that are not linear.
+        keep_negative: Leave the signs; else negative values are cut off, and no map adds up.
+    """
+
+    uses_layers: ClassVar[bool] = True
+
+    steps: int = 16
+    keep_negative: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ModelError(f"Expected steps of at least 1, got {self.steps}.")
+
+    def __call__(
+        self,
+        model: SimilarityModel,
+        images: Comparison,
+        layers: Sequence[str],
+        *,
+        max_batch: int | None = None,
+    ) -> AttentionMaps:
+        """Maps for preprocessed images.
+
+        Args:
+            model: The model to explain.
+            images: Images ``(3,H,W)`` in a comparison.
+            layers: One layer, or several whose positive parts are multiplied.
+            max_batch: Bounds the images of one forward pass.
+
+        Raises:
+            ModelError: If a layer cannot be used or the embeddings are zero or not finite.
+        """
+        flat = images.stacked().flatten(0, 1)
+        rows = trace(model, flat, (), max_batch=max_batch).embeddings
+        units = images.restacked(F.normalize(rows, dim=1))
+        check_embeddings(units, images.roles)
+        directions = margin_directions(images.like(units))
+        found, worst = {}, 0.0
+        size = min(max_batch or _AT_ONCE, _AT_ONCE)
+        for layer in layers:
+            parts = []
+            for start in range(0, len(flat), size):
+                chosen = slice(start, start + size)
+                done = position_parts(
+                    model,
+                    flat[chosen],
+                    layer,
+                    directions=directions.flatten(0, 1)[chosen].unsqueeze(0),
+                    steps=self.steps,
+                )
+                rest = done.rest[:, 0, None, None] / done.parts[0, 0].numel()
+                parts.append((done.parts[:, 0] + rest) / done.lengths[:, None, None])
+                worst = max(worst, float(done.residual.max()))
+            maps = images.restacked(torch.cat(parts))
+            found[layer] = maps if self.keep_negative else maps.relu()
+        return AttentionMaps(
+            maps=fuse(list(found.values())),
+            layer_maps=found,
+            weights=directions,
+            scores=(units * directions).sum(dim=2),
+            embeddings=units,
+            warnings=self._warnings(worst),
+        ).detached()
+
+    def _warnings(self, worst: float) -> tuple[str, ...]:
+        if worst <= EXACT:
+            return ()
+        advice = "" if worst < _FAR_OFF else "; more steps or a later layer bring it down"
+        return (
+            f"The tail above the layer is not linear, so {self.steps} Jacobians were averaged; the "
+            f"maps add up to the score but for {worst:.1%} of the vector's length{advice}.",
+        )

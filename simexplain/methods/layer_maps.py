@@ -1,0 +1,93 @@
+"""From activations and gradients at several layers to one map per image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from simexplain.errors import ComparisonError, ModelError
+from simexplain.methods.cams import CAMS
+
+Cams = str | tuple[str, ...] | None
+"""A formula for all layers, one for each, or None: Grad-CAM at the coarsest, LayerCAM elsewhere."""
+
+
+def check_cams(cam: Cams) -> None:
+    """Refuses unknown formulas.
+
+    Raises:
+        ComparisonError: If a name is not in ``CAMS``.
+    """
+    for name in (cam,) if isinstance(cam, str) else cam or ():
+        if name not in CAMS:
+            raise ComparisonError(f"Expected cam to be one of {', '.join(CAMS)}, got '{name}'.")
+
+
+def layer_cams(
+    activations: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    cam: Cams,
+    *,
+    scale: Tensor,
+    keep_negative: bool,
+) -> dict[str, Tensor]:
+    """The map ``(M,h,w)`` of every layer.
+
+    Args:
+        activations: Per layer ``(M,C,h,w)``.
+        gradients: Likewise.
+        cam: See :data:`Cams`.
+        scale: What each image's gradient is multiplied by first, ``(M,)``.
+        keep_negative: Leave out the final ReLU.
+
+    Raises:
+        ModelError: If there is not one formula for each layer.
+    """
+    found = {}
+    for layer, name in _formulas(activations, cam).items():
+        kind = torch.promote_types(gradients[layer].dtype, scale.dtype)
+        gradient = gradients[layer].to(kind)
+        raw = CAMS[name](
+            activations[layer].to(kind), gradient * scale.view(-1, 1, 1, 1).to(gradient)
+        )
+        found[layer] = raw if keep_negative else raw.relu()
+    return found
+
+
+def _formulas(maps: Mapping[str, Tensor], cam: Cams) -> dict[str, str]:
+    if isinstance(cam, str):
+        return dict.fromkeys(maps, cam)
+    if cam is not None:
+        if len(cam) != len(maps):
+            raise ModelError(f"Expected one cam for each of {len(maps)} layers, got {len(cam)}.")
+        return dict(zip(maps, cam, strict=True))
+    coarsest = min(grid.shape[2:].numel() for grid in maps.values())
+    return {
+        layer: "grad_cam" if grid.shape[2:].numel() == coarsest else "layer_cam"
+        for layer, grid in maps.items()
+    }
+
+
+def fuse(maps: Sequence[Tensor]) -> Tensor:
+    """Several maps ``(B,K,h,w)`` as one: the product of their positive parts, each scaled to one.
+
+    All are brought to the finest grid bilinearly. A single map is returned as it is, with its sign.
+    """
+    if len(maps) == 1:
+        return maps[0]
+    finest = max((m.shape[-2:] for m in maps), key=math.prod)
+    product = torch.ones(())
+    for single in maps:
+        grown = F.interpolate(single, size=tuple(finest), mode="bilinear", align_corners=False)
+        product = product.to(grown) * unit_scaled(grown.relu())
+    return product
+
+
+def unit_scaled(maps: Tensor) -> Tensor:
+    """Maps ``(...,h,w)`` divided by their largest absolute value; a zero map stays zero."""
+    top = maps.abs().amax(dim=(-2, -1), keepdim=True)
+    return maps / torch.where(top > 0, top, torch.ones_like(top))

@@ -1,0 +1,284 @@
+"""Gradients with respect to the pixels, computed by captum on the score of each image.
+
+Captum explains a function that gives one number per input. Here that is ``s = d . f(x)`` with the
+direction ``d`` that raises the margin of the comparison, held constant; captum never sees that
+several images belong together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from simexplain.comparison import Comparison
+from simexplain.methods.scoring import (
+    FILLS,
+    Question,
+    ask,
+    check_choice,
+    check_range,
+    differentiable_scores,
+    scores_of,
+    unscaled,
+)
+from simexplain.methods.similarity_attention import AttentionMaps
+from simexplain.models.base import SimilarityModel
+
+_INCOMPLETE = 0.05
+_ROUNDING = 1e-5
+
+Scores = Callable[[Tensor, Tensor], Tensor]
+
+
+def _strongest(gradient: Tensor) -> Tensor:
+    return gradient.gather(1, gradient.abs().argmax(dim=1, keepdim=True)).squeeze(1)
+
+
+def _summed(gradient: Tensor) -> Tensor:
+    return gradient.sum(dim=1)
+
+
+CHANNELS: dict[str, Callable[[Tensor], Tensor]] = {"max": _strongest, "sum": _summed}
+"""How three colours become one map, ``(M,3,H,W) -> (M,H,W)``: the strongest, or their sum."""
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """The gradient of the score, as Simonyan et al. (2013, arXiv 1312.6034), section 3.
+
+    ``max over channels of |ds/dx|``: where the smallest change moves the score most, whichever way.
+
+    Attributes:
+        channels: ``max`` (published) or ``sum`` over the colours.
+        signed: Keep the sign: where a brighter pixel raises the score.
+    """
+
+    uses_layers: ClassVar[bool] = False
+
+    channels: str = "max"
+    signed: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("channels", self.channels, CHANNELS)
+
+    def __call__(
+        self,
+        model: SimilarityModel,
+        images: Comparison,
+        layers: Sequence[str] = (),
+        *,
+        max_batch: int | None = None,
+    ) -> AttentionMaps:
+        """Maps ``(B,K,H,W)`` for preprocessed images; see :class:`AttentionMaps`."""
+        question = ask(model, images, max_batch)
+        gradient = _in_parts(question, max_batch, _gradient)
+        return question.answer(CHANNELS[self.channels](gradient if self.signed else gradient.abs()))
+
+    def forwards(self, images: Comparison) -> int:
+        """Images that pass through the network for these comparisons."""
+        return 2 * images.batch * images.count
+
+
+@dataclass(frozen=True)
+class InputXGradient:
+    """The gradient times the pixel, as Shrikumar et al. (2016, arXiv 1605.01713).
+
+    The pixel is counted from the mean colour that preprocessing subtracts.
+
+    Attributes:
+        keep_negative: Leave out the final ReLU, so that evidence against the score stays.
+    """
+
+    uses_layers: ClassVar[bool] = False
+
+    keep_negative: bool = True
+
+    def __call__(
+        self,
+        model: SimilarityModel,
+        images: Comparison,
+        layers: Sequence[str] = (),
+        *,
+        max_batch: int | None = None,
+    ) -> AttentionMaps:
+        """Maps ``(B,K,H,W)`` for preprocessed images; see :class:`AttentionMaps`."""
+        question = ask(model, images, max_batch)
+
+        def attribute(scores: Scores, part: Tensor, directions: Tensor, _: slice) -> Tensor:
+            from captum.attr import InputXGradient as Captum
+
+            found = Captum(scores).attribute(
+                part.requires_grad_(), additional_forward_args=directions
+            )
+            return unscaled(found)
+
+        return question.answer(_map(_in_parts(question, max_batch, attribute), self.keep_negative))
+
+    def forwards(self, images: Comparison) -> int:
+        """Images that pass through the network for these comparisons."""
+        return 2 * images.batch * images.count
+
+
+@dataclass(frozen=True)
+class SmoothGrad:
+    """The mean gradient over noisy copies of an image (Smilkov et al. 2017, arXiv 1706.03825).
+
+    Every image gets the same draws, so that its map does not depend on its neighbours in a batch.
+    They come from a generator of their own: captum's noise tunnel would draw from torch's.
+
+    Attributes:
+        noise: Standard deviation as a share of the range of each image's values.
+        samples: Noisy copies of each image.
+        seed: Of the noise.
+        keep_negative: Leave out the final ReLU, so that evidence against the score stays.
+    """
+
+    uses_layers: ClassVar[bool] = False
+
+    noise: float = 0.15
+    samples: int = 16
+    seed: int = 0
+    keep_negative: bool = True
+
+    def __post_init__(self) -> None:
+        check_range("noise", self.noise, 0, 10)
+        check_range("samples", self.samples, 1, 100_000)
+
+    def __call__(
+        self,
+        model: SimilarityModel,
+        images: Comparison,
+        layers: Sequence[str] = (),
+        *,
+        max_batch: int | None = None,
+    ) -> AttentionMaps:
+        """Maps ``(B,K,H,W)`` for preprocessed images; see :class:`AttentionMaps`."""
+        question = ask(model, images, max_batch)
+        generator = torch.Generator().manual_seed(self.seed)
+        spread = question.images.flatten(1)
+        spread = (spread.amax(dim=1) - spread.amin(dim=1)).view(-1, 1, 1, 1) * self.noise
+        total = torch.zeros_like(question.images)
+        for _ in range(self.samples):
+            # Drawn on the CPU: the same noise whatever the device.
+            draw = torch.randn(question.images.shape[1:], generator=generator)
+            noisy = question.images + spread * draw.to(question.images)
+            total += _in_parts(question, max_batch, _gradient, noisy)
+        return question.answer(_map(total / self.samples, self.keep_negative))
+
+    def forwards(self, images: Comparison) -> int:
+        """Images that pass through the network for these comparisons."""
+        return (self.samples + 1) * images.batch * images.count
+
+
+@dataclass(frozen=True)
+class IntegratedGradients:
+    """Gradients along the line from a baseline (Sundararajan et al. 2017, arXiv 1703.01365).
+
+    ``(x - b) * integral of ds/dx at b + t (x - b)`` over ``t`` from 0 to 1, by Gauss-Legendre. Its
+    sum is the score of the image minus that of the baseline; a warning says where it is not.
+
+    Attributes:
+        steps: Points of the integral.
+        baseline: A name in ``FILLS``: ``blur``, ``mean`` or ``black``.
+        keep_negative: Leave out the final ReLU, so that evidence against the score stays.
+    """
+
+    uses_layers: ClassVar[bool] = False
+
+    steps: int = 32
+    baseline: str = "blur"
+    keep_negative: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("baseline", self.baseline, FILLS)
+        check_range("steps", self.steps, 1, 100_000)
+
+    def __call__(
+        self,
+        model: SimilarityModel,
+        images: Comparison,
+        layers: Sequence[str] = (),
+        *,
+        max_batch: int | None = None,
+    ) -> AttentionMaps:
+        """Maps ``(B,K,H,W)`` for preprocessed images; see :class:`AttentionMaps`."""
+        question = ask(model, images, max_batch)
+        baselines = FILLS[self.baseline](model, question.images)
+
+        def attribute(scores: Scores, part: Tensor, directions: Tensor, place: slice) -> Tensor:
+            from captum.attr import IntegratedGradients as Captum
+
+            found = Captum(scores).attribute(
+                part,
+                baselines=baselines[place],
+                additional_forward_args=directions,
+                n_steps=self.steps,
+                internal_batch_size=max(question.size, len(part)),
+            )
+            return unscaled(found)
+
+        found = _in_parts(question, max_batch, attribute)
+        below = scores_of(model, baselines, question.directions, max_batch)
+        sums = found.sum(dim=(1, 2, 3)).to(question.scores)
+        warnings = self._warnings(images, sums, question.scores - below)
+        return question.answer(_map(found, self.keep_negative), warnings)
+
+    def forwards(self, images: Comparison) -> int:
+        """Images that pass through the network for these comparisons."""
+        return (self.steps + 2) * images.batch * images.count
+
+    def _warnings(self, images: Comparison, sums: Tensor, differences: Tensor) -> tuple[str, ...]:
+        """Where the sum of a map is not the difference that it should account for."""
+        delta = (sums - differences).abs()
+        bad = (delta > _INCOMPLETE * differences.abs() + _ROUNDING).nonzero().flatten().tolist()
+        if not bad:
+            return ()
+        worst = max(bad, key=lambda index: float(delta[index]))
+        comparison, place = divmod(worst, images.count)
+        return (
+            f"The maps of {len(bad)} of {len(sums)} images do not add up to their scores; the "
+            f"furthest off is the {images.roles[place]} (image {place + 1} of comparison "
+            f"{comparison + 1}), whose map adds up to {float(sums[worst]):.3g} where the score "
+            f"differs from that of the baseline by {float(differences[worst]):.3g}; use more "
+            f"steps than {self.steps}, or occlusion where that changes nothing, since a part of "
+            "the model (in AVSL the certainties) then passes no gradient on.",
+        )
+
+
+def _gradient(scores: Scores, part: Tensor, directions: Tensor, _: slice) -> Tensor:
+    """The gradient of each image's own score ``(m,3,H,W)``."""
+    from captum.attr import Saliency as Captum
+
+    found = Captum(scores).attribute(
+        part.requires_grad_(), abs=False, additional_forward_args=directions
+    )
+    return unscaled(found)
+
+
+def _in_parts(
+    question: Question,
+    max_batch: int | None,
+    attribute: Callable[[Scores, Tensor, Tensor, slice], Tensor],
+    images: Tensor | None = None,
+) -> Tensor:
+    """What ``attribute`` finds for every image ``(M,3,H,W)``, as many at once as may be."""
+    images = question.images if images is None else images
+    size = question.model.batch_size or max_batch or len(images)
+    found = []
+    with differentiable_scores(question.model) as scores:
+        for start in range(0, len(images), size):
+            place = slice(start, start + size)
+            # A copy: captum asks for gradients of the very tensor it is given.
+            part = images[place].detach().clone()
+            found.append(attribute(scores, part, question.directions[place], place))
+    return torch.cat(found)
+
+
+def _map(attributions: Tensor, keep_negative: bool) -> Tensor:
+    """Attributions ``(M,3,H,W)`` as maps ``(M,H,W)``: colours are summed with their sign."""
+    maps = attributions.sum(dim=1)
+    return maps if keep_negative else maps.relu()

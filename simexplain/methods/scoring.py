@@ -1,0 +1,199 @@
+"""What methods on pixels share: the score of each image, perturbed images and what to fill with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+from simexplain.comparison import Comparison
+from simexplain.errors import ComparisonError, ModelError
+from simexplain.methods.directions import margin_directions
+from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
+from simexplain.models.base import SimilarityModel
+from simexplain.networks import undisturbed
+from simexplain.tracing import trace
+
+PIXELS = "pixels"
+"""The one "layer" of methods that work on pixels."""
+
+PERTURBED_AT_ONCE = 32
+"""Perturbed copies in one forward pass where the caller sets no bound."""
+
+# Gradients of a pixel are small numbers, which half precision would round to zero.
+_HALF_SCALE = 1024.0
+_BLUR = 0.125
+"""Standard deviation of the blur as a share of the shorter side: shapes go, the tone stays."""
+
+
+def _blurred(model: SimilarityModel, images: Tensor) -> Tensor:
+    shorter = min(images.shape[-2:])
+    sigma = _BLUR * shorter
+    radius = min(math.ceil(3 * sigma), shorter - 1)  # the border is mirrored that far
+    blurred: Tensor = gaussian_blur(images, [2 * radius + 1] * 2, [sigma] * 2)
+    return blurred
+
+
+def _mean_coloured(model: SimilarityModel, images: Tensor) -> Tensor:
+    return images.mean(dim=(2, 3), keepdim=True).expand_as(images)
+
+
+def _black(model: SimilarityModel, images: Tensor) -> Tensor:
+    prepare = model.preprocess
+    mean, std = (
+        images.new_tensor(values).view(1, 3, 1, 1) for values in (prepare.mean, prepare.std)
+    )
+    return (-mean / std).expand_as(images)
+
+
+FILLS: dict[str, Callable[[SimilarityModel, Tensor], Tensor]] = {
+    "blur": _blurred,
+    "mean": _mean_coloured,
+    "black": _black,
+}
+"""What takes the place of pixels that are hidden, ``(model, (M,3,H,W)) -> (M,3,H,W)``: the image
+heavily blurred, its own mean colour, or black before the model's normalisation."""
+
+
+def check_choice(what: str, chosen: str, table: dict[str, Callable[..., Tensor]]) -> None:
+    """Refuses a name that is not in a table.
+
+    Raises:
+        ComparisonError: If it is not.
+    """
+    if chosen not in table:
+        raise ComparisonError(f"Expected {what} to be one of {', '.join(table)}, got '{chosen}'.")
+
+
+def check_range(what: str, value: float, low: float, high: float) -> None:
+    """Refuses a number outside ``[low, high]``.
+
+    Raises:
+        ComparisonError: If it is outside.
+    """
+    if not low <= value <= high:
+        raise ComparisonError(f"Expected {what} between {low:g} and {high:g}, got {value:g}.")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every image: how its pixels move its score ``s = d . f(x)``.
+
+    The direction ``d`` is that of the margin (similarity to the positives minus similarity to the
+    negatives) and held constant, so a higher score of any image raises the margin.
+
+    Attributes:
+        model: The model that is asked.
+        comparison: The images with their roles.
+        images: The images, flat ``(M,3,H,W)`` with ``M = B * K``, detached; at least float32.
+        directions: A direction for each image ``(M,E)``.
+        scores: The score of each image ``(M,)``.
+        embeddings: Rows ``(M,E)``.
+        size: Images in one forward pass.
+    """
+
+    model: SimilarityModel
+    comparison: Comparison
+    images: Tensor
+    directions: Tensor
+    scores: Tensor
+    embeddings: Tensor
+    size: int
+
+    def answer(self, maps: Tensor, warnings: tuple[str, ...] = ()) -> AttentionMaps:
+        """The result of a method from its maps ``(M,h,w)``."""
+        maps = self.comparison.restacked(maps.detach().to(self.scores.device, self.scores.dtype))
+        return AttentionMaps(
+            maps=maps,
+            layer_maps={PIXELS: maps},
+            weights=self.comparison.restacked(self.directions),
+            scores=self.comparison.restacked(self.scores),
+            embeddings=self.comparison.restacked(self.embeddings),
+            warnings=warnings,
+        )
+
+
+def ask(model: SimilarityModel, images: Comparison, max_batch: int | None) -> Question:
+    """Embeds all images once and says in which direction each should move.
+
+    Args:
+        model: The model; nothing of it is changed.
+        images: Images ``(3,H,W)`` in a comparison.
+        max_batch: Bounds the images of one forward pass.
+
+    Raises:
+        ModelError: If an embedding is zero or not finite.
+    """
+    flat = images.stacked().flatten(0, 1).detach()
+    if flat.dtype not in (torch.float32, torch.float64):
+        flat = flat.float()  # sums over masks and steps; the model gets its own type from embed
+    rows = trace(model, flat, (), max_batch=max_batch).embeddings
+    check_embeddings(images.restacked(rows), images.roles)
+    directions = margin_directions(images.like(images.restacked(rows))).flatten(0, 1)
+    scores = (directions * rows).sum(dim=1)
+    size = model.batch_size or max_batch or PERTURBED_AT_ONCE
+    return Question(model, images, flat, directions, scores, rows, size)
+
+
+def scores_of(
+    model: SimilarityModel, images: Tensor, directions: Tensor, max_batch: int | None
+) -> Tensor:
+    """The score ``d . f(x)`` of each image ``(M,)``, without a graph.
+
+    Args:
+        model: The model; nothing of it is changed.
+        images: Preprocessed images ``(M,3,H,W)``.
+        directions: A direction for each ``(M,E)``, or one for all ``(1,E)``.
+        max_batch: Bounds the images of one forward pass.
+    """
+    rows = trace(model, images, (), max_batch=max_batch).embeddings
+    return (rows * directions).sum(dim=1)
+
+
+@contextmanager
+def differentiable_scores(model: SimilarityModel) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """Inside: a function ``(images, directions) -> scaled scores`` to differentiate by pixels.
+
+    Scores are scaled by a power of two, so that gradients survive half precision; give what comes
+    of them to :func:`unscaled`. Modes and the random state are as before afterwards.
+
+    Raises:
+        ModelError: If the model gives no gradient with respect to its input.
+    """
+
+    def scores(images: Tensor, directions: Tensor) -> Tensor:
+        count, fixed = len(images), model.batch_size or len(images)
+        filled = images
+        if missing := -count % fixed:
+            filled = torch.cat((images, images[-1:].detach().expand(missing, *images.shape[1:])))
+        # Copies, since a network may normalise its input in place.
+        rows = torch.cat([model.embed(part.clone()) for part in torch.split(filled, fixed)])[:count]
+        if not rows.requires_grad:
+            raise _without_gradient(model)
+        return (rows * directions).sum(dim=1) * _HALF_SCALE
+
+    try:
+        with undisturbed(model.network), torch.enable_grad():
+            yield scores
+    except RuntimeError as error:
+        # Parameters may have a gradient where the images, detached somewhere inside, have none.
+        if "not have been used in the graph" in str(error):
+            raise _without_gradient(model) from error
+        raise
+
+
+def unscaled(gradients: Tensor) -> Tensor:
+    """Gradients of scores from gradients of scaled scores."""
+    return gradients.detach() / _HALF_SCALE
+
+
+def _without_gradient(model: SimilarityModel) -> ModelError:
+    return ModelError(
+        f"{model.name} gives no gradient with respect to its input pixels; use a method that needs "
+        "none: occlusion, sbsm or random_masks."
+    )

@@ -1,0 +1,128 @@
+"""The Grad-CAM family on a similarity: one map per image, from the similarity's own gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from simexplain.comparison import Comparison
+from simexplain.errors import ComparisonError
+from simexplain.methods.directions import margin_directions
+from simexplain.methods.layer_maps import Cams, check_cams, fuse, layer_cams
+from simexplain.methods.raw_vectors import RawVectors
+from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
+from simexplain.models.base import SimilarityModel
+from simexplain.tracing import trace
+
+SCORES = {
+    "cosine": "of the unit embeddings",
+    "dot": "of the vectors before normalisation",
+    "held": "cosine with the lengths of the vectors held constant",
+}
+"""The similarities that can be asked for."""
+
+_CANCELS_BELOW = 1e-3
+
+
+@dataclass(frozen=True)
+class SimilarityCAM:
+    """Grad-CAM, HiResCAM, LayerCAM or Grad-CAM++ (``CAMS``) of a similarity, for every image.
+
+    Each image's score is its similarity to the positives minus that to the negatives, all other
+    images held (``margin_directions``). One forward and one backward pass serve the whole batch.
+
+    The cosine does not change when all features grow alike, so its gradient is orthogonal to the
+    vector. With average pooling, a linear tail without bias and no final ReLU its map sums to zero
+    however similar the images are, and a map scaled to its own maximum says nothing about how
+    much. ``held`` is free of that: its map then sums to the cosine.
+
+    Attributes:
+        score: ``cosine``, ``dot`` or ``held``, see ``SCORES``.
+        cam: A formula in ``CAMS`` for all layers, or one per layer.
+        keep_negative: Leave out the final ReLU.
+    """
+
+    uses_layers: ClassVar[bool] = True
+
+    score: str = "cosine"
+    cam: Cams = None
+    keep_negative: bool = False
+
+    def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise ComparisonError(
+                f"Expected score to be one of {', '.join(SCORES)}, got '{self.score}'."
+            )
+        check_cams(self.cam)
+
+    def __call__(
+        self,
+        model: SimilarityModel,
+        images: Comparison,
+        layers: Sequence[str],
+        *,
+        max_batch: int | None = None,
+    ) -> AttentionMaps:
+        """Maps for preprocessed images.
+
+        Args:
+            model: The model to explain.
+            images: Images ``(3,H,W)`` in a comparison.
+            layers: One or several layer names.
+            max_batch: Bounds the images of one forward pass.
+
+        Raises:
+            ModelError: If a layer cannot be used or the embeddings are zero or not finite.
+        """
+        source = model if self.score == "cosine" else RawVectors(model)
+        traced = trace(source, images.stacked().flatten(0, 1), layers, max_batch=max_batch)
+        vectors = traced.embeddings.detach()
+        units = images.restacked(F.normalize(vectors, dim=1))
+        check_embeddings(units, images.roles)
+        others = images.like(images.restacked(vectors) if self.score == "dot" else units)
+        directions = margin_directions(others)
+        flat = directions.flatten(0, 1)
+        with torch.enable_grad():
+            scores = (traced.embeddings * flat).sum(dim=1)
+            if self.score == "held":
+                scores = scores / vectors.norm(dim=1)
+        gradients = traced.gradients(scores.sum())
+        with torch.no_grad():
+            signed = layer_cams(
+                traced.maps, gradients, self.cam, scale=torch.ones_like(scores), keep_negative=True
+            )
+            found = {
+                layer: images.restacked(maps if self.keep_negative else maps.relu())
+                for layer, maps in signed.items()
+            }
+        return AttentionMaps(
+            maps=fuse(list(found.values())),
+            layer_maps=found,
+            weights=directions,
+            scores=images.restacked(scores.detach()),
+            embeddings=units,
+            warnings=self._warnings(signed),
+        ).detached()
+
+    def _warnings(self, signed: dict[str, Tensor]) -> tuple[str, ...]:
+        if self.score != "cosine":
+            return ()
+        cancelled = [
+            layer
+            for layer, maps in signed.items()
+            if bool(
+                (maps.sum(dim=(1, 2)).abs() < _CANCELS_BELOW * maps.abs().sum(dim=(1, 2))).any()
+            )
+        ]
+        if not cancelled:
+            return ()
+        return (
+            f"At layer {cancelled[0]} the evidence for and against cancels exactly, as the cosine "
+            "does not change with the length of the vector; the map shows where, not how much, and "
+            "score='held' does both.",
+        )
