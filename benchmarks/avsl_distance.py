@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from statistics import median
 
 import torch
 from avsl_distance_page import page
+from reporting import added_memory, publish
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -250,21 +250,7 @@ def peak_memory(setting: Setting, name: str) -> float | None:
     published(small, few, few)  # libraries and their threads are no cost of a call,
     faiss_index(small, few)  # but the buffers of a method are
     run = methods(graph, rows, setting.regime)[name][0]
-    status = Path("/proc/self/status")
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the data
-        before = _kibibytes(status.read_text(), "VmRSS")
-        run()
-        return (_kibibytes(status.read_text(), "VmHWM") - before) / 1024
-    except OSError:
-        return None
-
-
-def _kibibytes(status: str, field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+)", status)
-    if not found:
-        raise OSError(f"{field} is not in the status of the process.")
-    return int(found[1])
+    return added_memory(run)
 
 
 def measure(setting: Setting, rounds: int, *, memory: bool) -> list[Row]:
@@ -318,11 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             agreed += agreements(setting)
             print(f"{images} images, {regime}: done", flush=True)
     text = page(options, busy, rows, agreed)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text, encoding="utf-8")
-    else:
-        print(text)
+    publish(text, options.out)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import multiprocessing
 import os
 import platform
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from statistics import median
 
 import torch
 from explain_methods import FAST, METHODS, OURS, PLAIN, Run, Setting, difference
+from reporting import added_memory, publish
 
 from simexplain import as_similarity_model
 
@@ -50,21 +50,7 @@ def peak_memory(setting: Setting, name: str, layer: str) -> float | None:
     small = replace(setting, size=64, triplets=1)
     METHODS[name](module, small.images(), layer)()  # imports and thread pools are no cost of a call
     run = METHODS[name](module, setting.images(), layer)
-    status = Path("/proc/self/status")
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
-        before = _kibibytes(status.read_text(), "VmRSS")
-        run()
-        return (_kibibytes(status.read_text(), "VmHWM") - before) / 1024
-    except OSError:
-        return None
-
-
-def _kibibytes(status: str, field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+)", status)
-    if not found:
-        raise OSError(f"{field} is not in the status of the process.")
-    return int(found[1])
+    return added_memory(run)
 
 
 def measured_memory(setting: Setting, layer: str) -> dict[str, float | None]:
@@ -281,11 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\n".join(table(rows[-len(METHODS) :], "")), flush=True)
     model = as_similarity_model(setting.module())
     text = page(setting, options.rounds, rows, own, where, model.default_layer)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text, encoding="utf-8")
-    else:
-        print(text)
+    publish(text, options.out)
 
 
 if __name__ == "__main__":

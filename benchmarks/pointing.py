@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pointing_page import page
+from reporting import publish
 from scenes import Scene, compose_scenes, read_stamps
 from torch import Tensor
 from torch.nn import functional as F
@@ -231,11 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     chance = tuple(float(value) for value in np.mean(areas, axis=0))
     text = page(TABLES, scores, options, layers, chance)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text, encoding="utf-8")
-    else:
-        print(text)
+    publish(text, options.out)
 
 
 if __name__ == "__main__":

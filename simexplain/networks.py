@@ -51,6 +51,11 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
     raise ModelError(f"The model has no layer '{name}'; {hint}")
 
 
+def at_least_single(tensor: Tensor) -> Tensor:
+    """The tensor itself in float32 or float64, any other type as float32."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
 def first_tensor(output: Any) -> Tensor | None:
     """The tensor that a layer returned, or the first of a tuple or list, else None."""
     if isinstance(output, (tuple, list)) and output:

@@ -59,6 +59,11 @@ def check_writable(folder: Path, names: Iterable[str], *, force: bool) -> None:
         )
 
 
+def numbered(index: int, count: int) -> str:
+    """What tells the files of one of several results apart; nothing where there is only one."""
+    return "" if count == 1 else f"_{index:04d}"
+
+
 @contextmanager
 def published(folder: Path, names: list[str], kind: Kind, *, force: bool) -> Iterator[Path]:
     """Gives an empty folder to write into; afterwards its files are in place, all or none.

@@ -14,7 +14,7 @@ from PIL import Image
 
 from simexplain.data.preprocessing import Preprocess
 from simexplain.explanation import Explanation
-from simexplain.publishing import Kind, published, read_back
+from simexplain.publishing import Kind, numbered, published, read_back
 from simexplain.rendering.overlay import RENDERERS
 from simexplain.rendering.panel import png_of
 
@@ -79,7 +79,7 @@ def file_names(explanation: Explanation) -> dict[str, str]:
     """The name of each file by its kind; numbered where there are several comparisons."""
     names = {"manifest": MANIFEST, "maps": _ARRAYS}
     for index in range(len(explanation)):
-        tag = "" if len(explanation) == 1 else f"_{index:04d}"
+        tag = numbered(index, len(explanation))
         names[f"figure{tag}"] = f"explanation{tag}.png"
         for place, role in enumerate(explanation.roles):
             names[f"heatmap{tag}_{place}"] = f"heatmap{tag}_{place}_{role}.png"
@@ -94,7 +94,7 @@ def _write(
     styles: Sequence[str],
 ) -> None:
     for index in range(len(explanation)):
-        tag = "" if len(explanation) == 1 else f"_{index:04d}"
+        tag = numbered(index, len(explanation))
         figure = explanation.figure(index, styles=styles, by_layer=True)
         (draft / names[f"figure{tag}"]).write_bytes(png_of(figure))
         for place in range(len(explanation.roles)):

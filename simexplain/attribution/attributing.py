@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from simexplain.attribution.result import Attribution
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explanation import versions
+from simexplain.graph.inference import infer
+from simexplain.graph.tiled import gathered
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_options import ORIGINS
 from simexplain.networks import undisturbed
@@ -52,14 +54,15 @@ def attribute(
     splits = [1 if single else count, count]
     rows_a, rows_b = _split(rows, splits, count)
     with torch.no_grad():
-        pairs = avsl.pairs(rows_a, rows_b)
-        distances = torch.cat(
-            [avsl.distance(rows_a[n : n + 1], rows_b[n : n + 1])[0] for n in range(count)]
-        )
         graph = avsl.graph().detached()
+        known_a, known_b = avsl.unpacked(rows_a), avsl.unpacked(rows_b)
+        pairs = infer(graph, known_a, known_b)
+        # The way of model.distance, not the sum of the pairs, or the residual would test nothing.
+        own = torch.arange(count, device=rows_a.device).unsqueeze(1)
+        distances = gathered(graph, known_a, known_b, own)[:, 0]
     if not bool(distances.isfinite().all()):
         raise ModelError("A distance is not finite; look for NaN in alpha, beta or the edges.")
-    units = zip(avsl.unpacked(rows_a).embeddings, avsl.unpacked(rows_b).embeddings, strict=True)
+    units = zip(known_a.embeddings, known_b.embeddings, strict=True)
     return Attribution(
         distances=distances,
         pairs=pairs,

@@ -16,7 +16,7 @@ from simexplain.attribution.result import Attribution
 from simexplain.data.preprocessing import Preprocess
 from simexplain.graph.inference import PairGraph
 from simexplain.models.avsl_options import ORIGINS
-from simexplain.publishing import Kind, published, read_back
+from simexplain.publishing import Kind, numbered, published, read_back
 from simexplain.rendering.panel import png_of
 
 SCHEMA = 1
@@ -89,7 +89,7 @@ def save_attribution(
     files = {kind: str(folder / name) for kind, name in names.items()}
     with published(folder, list(names.values()), _KIND, force=force) as draft:
         for index in range(len(attribution)):
-            tag = _tag(attribution, index)
+            tag = numbered(index, len(attribution))
             level, taken = node or (-1, None)
             figure = attribution.figure(index, level=level, node=taken)
             (draft / names[f"graph{tag}"]).write_bytes(png_of(figure))
@@ -106,13 +106,9 @@ def file_names(attribution: Attribution) -> dict[str, str]:
     """The name of each file by its kind; graphs are numbered where there are several pairs."""
     names = {"manifest": MANIFEST, "arrays": _ARRAYS, "table": _TABLE, "ranking": _RANKING}
     for index in range(len(attribution)):
-        tag = _tag(attribution, index)
+        tag = numbered(index, len(attribution))
         names[f"graph{tag}"] = f"graph{tag}.png"
     return names
-
-
-def _tag(attribution: Attribution, index: int) -> str:
-    return "" if len(attribution) == 1 else f"_{index:04d}"
 
 
 def _write_table(attribution: Attribution, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +21,12 @@ SCHEMA = 1
 Row = dict[str, str | int | float]
 
 
-class Measured:
+class Measured(ABC):
     """A result that can be written to a file."""
 
+    @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; what is undefined (NaN) is null."""
-        raise NotImplementedError
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Writes :meth:`to_json` to a file, whole or not at all.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from simexplain.data.folders import Batches
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import undisturbed
+from simexplain.networks import at_least_single, undisturbed
 from simexplain.tracing import trace
 
 Progress = Callable[[str, int, int], None]
@@ -68,4 +68,4 @@ class FeaturePasses:
     def _run(self, images: Tensor) -> list[Tensor]:
         with torch.no_grad(), undisturbed(self.model.network):
             found = trace(self.model, images, self.levels, differentiable=True).maps.values()
-        return [level if level.dtype == torch.float64 else level.float() for level in found]
+        return [at_least_single(level) for level in found]

@@ -27,7 +27,6 @@ from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
 
 _UNLABELLED_STEEPNESS, _UNLABELLED_SHIFT = 0.5, 2.0
-_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -273,7 +272,8 @@ def _edges(model: AVSL, passes: FeaturePasses) -> Tensor:
     """Sets the edges to their mean over all pictures; returns the rows ``(M,E)``."""
     rows, seen = [], 0
     for places, maps in passes("Finding edges"):
-        model.update_edges(maps, momentum=seen / (seen + len(places)))
+        cams = model.cams(maps)
+        model.update_edges(maps, seen / (seen + len(places)), cams)
         seen += len(places)
-        rows.append(model.rows(maps))
+        rows.append(model.rows(maps, cams))
     return torch.cat(rows)

@@ -16,7 +16,7 @@ from simexplain.errors import ComparisonError, ModelError
 from simexplain.methods.directions import margin_directions
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import undisturbed
+from simexplain.networks import at_least_single, undisturbed
 from simexplain.tracing import trace
 
 PIXELS = "pixels"
@@ -129,9 +129,8 @@ def ask(model: SimilarityModel, images: Comparison, max_batch: int | None) -> Qu
     Raises:
         ModelError: If an embedding is zero or not finite.
     """
-    flat = images.stacked().flatten(0, 1).detach()
-    if flat.dtype not in (torch.float32, torch.float64):
-        flat = flat.float()  # sums over masks and steps; the model gets its own type from embed
+    # For sums over masks and steps; the model gets its own type from embed.
+    flat = at_least_single(images.stacked().flatten(0, 1).detach())
     rows = trace(model, flat, (), max_batch=max_batch).embeddings
     check_embeddings(images.restacked(rows), images.roles)
     directions = margin_directions(images.like(images.restacked(rows))).flatten(0, 1)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from simexplain.errors import ComparisonError
+from simexplain.networks import at_least_single
 
 
 def grown(heatmaps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -21,8 +21,7 @@ def grown(heatmaps: Tensor, size: tuple[int, int]) -> Tensor:
         raise ComparisonError(
             f"Expected heatmaps (...,h,w) with at least one pixel, got {tuple(heatmaps.shape)}."
         )
-    heat = heatmaps.detach()
-    heat = heat if heat.dtype in (torch.float32, torch.float64) else heat.float()
+    heat = at_least_single(heatmaps.detach())
     if not bool(heat.isfinite().all()):
         raise ComparisonError(
             "Expected finite heatmaps, got NaN or infinity; look for it in the model's weights."

@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from simexplain.errors import ModelError
 from simexplain.models.avsl import AVSL
-from simexplain.models.avsl_files import avsl_from, avsl_tensors
+from simexplain.models.avsl_files import avsl_from, avsl_tensors, split_state
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import Embedder
 from simexplain.models.exported import ExportedNetwork
@@ -37,7 +37,7 @@ def accelerated(model: SimilarityModel) -> SimilarityModel:
             that cannot be rewritten (exported programs).
     """
     if isinstance(model, AVSL):
-        heads = {key.removeprefix("avsl."): value for key, value in avsl_tensors(model).items()}
+        _, heads = split_state(avsl_tensors(model))
         return avsl_from(accelerated(model.base), model.to_json(), heads, model.name)
     if not isinstance(model, Embedder) or isinstance(model.network, ExportedNetwork):
         raise ModelError(

@@ -19,6 +19,7 @@ from simexplain.models.avsl_options import ORIGINS, AVSLOptions, avsl_options
 from simexplain.models.base import DISTANCES, SimilarityModel
 from simexplain.models.embedder import as_similarity_model
 from simexplain.models.layers import Layer
+from simexplain.networks import at_least_single
 from simexplain.tracing import trace
 
 LEVELS = 3
@@ -92,15 +93,13 @@ class AVSL(SimilarityModel):
             self.register_buffer(f"edges_{number}", torch.zeros(low, high))
         # In the state_dict, so that training resumed continues the average instead of replacing it.
         self.register_buffer("edge_updates", torch.zeros((), dtype=torch.long))
-        reference = next(self.base.parameters(), None)
-        if reference is not None:
+        if (reference := next(self.base.parameters(), None)) is not None:
             self._place(reference)
 
     def _place(self, reference: Tensor) -> None:
         """Heads live where the network does, in at least single precision."""
         exact = torch.float64 if reference.dtype == torch.float64 else torch.float32
-        own = (self.heads, self.alphas, self.betas)
-        for part in own:
+        for part in (self.heads, self.alphas, self.betas):
             part.to(reference.device, exact)
         for name, buffer in list(self.named_buffers(recurse=False)):
             kind = exact if buffer.is_floating_point() else buffer.dtype
@@ -123,13 +122,13 @@ class AVSL(SimilarityModel):
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """One pass: the feature map ``(M,C,h,w)`` of every level, float32 or 64, in the graph."""
         maps = trace(self.base, images, self.levels, differentiable=True).maps.values()
-        exact = (torch.float32, torch.float64)
-        return [grid if grid.dtype in exact else grid.float() for grid in maps]
+        return [at_least_single(grid) for grid in maps]
 
-    def rows(self, maps: Sequence[Tensor]) -> Tensor:
+    def rows(self, maps: Sequence[Tensor], cams: Sequence[Tensor] | None = None) -> Tensor:
         """Feature maps of all levels as embedding rows ``(M, 2 * sum of r)``.
 
         No gradient passes through the certainties, nor through anything that builds edges.
+        ``cams`` are those of the maps, where they were made already.
         """
         embeddings = [
             head(pooled(grid, self.options.pooling))
@@ -137,7 +136,7 @@ class AVSL(SimilarityModel):
         ]
         with torch.no_grad():
             rule = CERTAINTIES[self.options.certainty]
-            certainties = [rule(cams) for cams in self.cams(maps)]
+            certainties = [rule(grid) for grid in (self.cams(maps) if cams is None else cams)]
         return pack(embeddings, certainties)
 
     def cams(self, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -160,22 +159,31 @@ class AVSL(SimilarityModel):
     def forward(self, images: Tensor) -> Tensor:
         """The same as :meth:`embed`; in training mode the batch also updates the edges."""
         maps = self.feature_maps(images)
-        if self.training:
-            self.update_edges(maps)
-        return self.rows(maps)
+        if not self.training:
+            return self.rows(maps)
+        with torch.no_grad():
+            cams = self.cams(maps)
+        self.update_edges(maps, cams=cams)
+        return self.rows(maps, cams)
 
     @torch.no_grad()
-    def update_edges(self, maps: Sequence[Tensor], momentum: float | None = None) -> None:
+    def update_edges(
+        self,
+        maps: Sequence[Tensor],
+        momentum: float | None = None,
+        cams: Sequence[Tensor] | None = None,
+    ) -> None:
         """Moves the edges towards those of a batch (Eq. 3 and 4); the first batch sets them.
 
         Args:
             maps: From :meth:`feature_maps`.
             momentum: In place of the option: the share of the old edges that is kept.
+            cams: Those of the maps, where they were made already.
         """
         kept = self.options.momentum if momentum is None else momentum
         if int(self.edge_updates) == 0:
             kept = 0.0
-        cams = self.cams(maps)
+        cams = self.cams(maps) if cams is None else cams
         for edges, low, high in zip(self.edges, cams, cams[1:], strict=False):
             edges.mul_(kept).add_(overlap(low, high), alpha=1 - kept)
         self.edge_updates += 1

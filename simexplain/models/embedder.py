@@ -14,6 +14,7 @@ from simexplain.data.preprocessing import IMAGENET, Preprocess
 from simexplain.errors import ModelError
 from simexplain.models.backbones import preprocess_of_timm
 from simexplain.models.base import DISTANCES, SimilarityModel
+from simexplain.networks import at_least_single
 
 Output = Callable[[Any], Tensor] | str | int | None
 
@@ -76,9 +77,7 @@ class Embedder(SimilarityModel):
                 f"{tuple(vectors.shape)}; add pooling to the model or pick the embedding with "
                 "output=."
             )
-        if vectors.dtype not in (torch.float32, torch.float64):
-            vectors = vectors.float()
-        return vectors
+        return at_least_single(vectors)
 
     def distance(self, q: Tensor, g: Tensor) -> Tensor:
         """Distances ``(Q,G)`` of unit rows ``(Q,E)`` and ``(G,E)``, as named at construction."""
