@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from simexplain.comparison import ARCHITECTURES, positives_of
 from simexplain.explaining_files import explain_files
 from simexplain.explanation import SCALES
-from simexplain.methods import METHODS, options_of
+from simexplain.methods import METHODS, PIXELS, options_of
 from simexplain.methods.cams import CAMS
 from simexplain.methods.weights import WEIGHTS
 from simexplain.picturing import verdict
@@ -141,7 +141,7 @@ def _for_method(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_default(default: Any, name: str, text: str) -> Any:
-    """The text as a value of the kind that the option has."""
+    """The text as a value of the kind that the option has; paths and names stay text."""
     if isinstance(default, bool):
         known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         if text.lower() in known:
@@ -160,7 +160,8 @@ def _as_default(default: Any, name: str, text: str) -> Any:
 
 def report(result: Explanation, files: dict[str, str]) -> None:
     """Prints what was found, for a person."""
-    click.echo(f"{result.model}, layer {result.layer}, method {result.method}")
+    where = "" if result.layers == (PIXELS,) else f"layer {result.layer}, "
+    click.echo(f"{result.model}, {where}method {result.method}")
     rows = [("image", "role", "distance", "peak (x, y)")]
     distances = [None, *result.distances[0].tolist()]
     for picture, role, distance, peak in zip(

@@ -14,9 +14,13 @@ from simexplain.errors import SimexplainError
 COMMANDS = {
     "explain": "Heatmaps of what makes images alike or different to a model.",
     "attribute": "Take a distance apart: which nodes of which level make it up.",
+    "match": "Tell which region of one picture answers to which of another.",
+    "compare": "Methods side by side on the same images, with their scores.",
+    "evaluate": "How faithful methods are over a data set, with intervals.",
     "fit": "Fit AVSL to a trained network, which attribute needs.",
+    "bank": "Grad-weights of a labelled folder, for the method weight_bank.",
     "layers": "List the layers of a model that can carry a heatmap.",
-    "demo": "Explain a bundled triplet with a pretrained network, without a network connection.",
+    "demo": "Explain a bundled triplet, without a network connection.",
 }
 """Every command and its line in the overview; the module of the same name holds the command."""
 

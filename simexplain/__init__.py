@@ -16,17 +16,27 @@ if TYPE_CHECKING:
     from simexplain.data.images import read_picture as read_picture
     from simexplain.data.preprocessing import Preprocess as Preprocess
     from simexplain.errors import SimexplainError as SimexplainError
+    from simexplain.evaluation.comparing import compare_files as compare_files
+    from simexplain.evaluation.comparing import compare_methods as compare_methods
+    from simexplain.evaluation.comparison_result import MethodComparison as MethodComparison
     from simexplain.evaluation.evaluating import evaluate_faithfulness as evaluate_faithfulness
     from simexplain.evaluation.faithfulness import faithfulness as faithfulness
+    from simexplain.evaluation.item_sources import read_comparisons as read_comparisons
+    from simexplain.evaluation.item_sources import sample_comparisons as sample_comparisons
     from simexplain.evaluation.items import Item as Item
     from simexplain.evaluation.sanity import sanity_check as sanity_check
     from simexplain.explaining import explain as explain
     from simexplain.explaining_files import explain_files as explain_files
     from simexplain.explanation import Explanation as Explanation
+    from simexplain.fitting.bank import build_bank as build_bank
     from simexplain.fitting.posthoc import fit as fit
+    from simexplain.matching.matching import match as match
+    from simexplain.matching.matching_files import match_files as match_files
+    from simexplain.matching.result import Matching as Matching
     from simexplain.methods import METHODS as METHODS
     from simexplain.methods.cams import CAMS as CAMS
     from simexplain.methods.similarity_attention import SimilarityAttention as SimilarityAttention
+    from simexplain.methods.weight_bank import WeightBank as WeightBank
     from simexplain.methods.weights import WEIGHTS as WEIGHTS
     from simexplain.methods.weights import similarity_weights as similarity_weights
     from simexplain.models.accelerating import accelerated as accelerated
@@ -52,6 +62,8 @@ _HOMES = {
     "Explanation": "explanation",
     "Item": "evaluation.items",
     "METHODS": "methods",
+    "Matching": "matching.result",
+    "MethodComparison": "evaluation.comparison_result",
     "PRESETS": "models.avsl_options",
     "Preprocess": "data.preprocessing",
     "RENDERERS": "rendering.overlay",
@@ -60,17 +72,25 @@ _HOMES = {
     "SimilarityModel": "models.base",
     "Trace": "tracing",
     "WEIGHTS": "methods.weights",
+    "WeightBank": "methods.weight_bank",
     "accelerated": "models.accelerating",
     "as_similarity_model": "models.embedder",
     "attribute": "attribution.attributing",
     "attribute_files": "attribution.attributing_files",
+    "build_bank": "fitting.bank",
+    "compare_files": "evaluation.comparing",
+    "compare_methods": "evaluation.comparing",
     "evaluate_faithfulness": "evaluation.evaluating",
     "explain": "explaining",
     "explain_files": "explaining_files",
     "faithfulness": "evaluation.faithfulness",
     "fit": "fitting.posthoc",
     "load_model": "models.loading",
+    "read_comparisons": "evaluation.item_sources",
+    "match": "matching.matching",
+    "match_files": "matching.matching_files",
     "read_picture": "data.images",
+    "sample_comparisons": "evaluation.item_sources",
     "sanity_check": "evaluation.sanity",
     "save_model": "models.writing",
     "similarity_weights": "methods.weights",

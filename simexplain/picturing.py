@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from simexplain.errors import ComparisonError
-from simexplain.rendering.overlay import RENDERERS
+from simexplain.methods import PIXELS
+from simexplain.rendering.overlay import FULL_HEAT, RENDERERS, robust
 from simexplain.rendering.panel import Tile, panel
 
 if TYPE_CHECKING:
@@ -63,9 +65,30 @@ def verdict(explanation: Explanation, index: int = 0) -> str:
 def footer(explanation: Explanation) -> str:
     """What one must know to cite the figure: model, layer, method and options."""
     chosen = [f"{key} {value}" for key, value in explanation.options.items() if value]
-    return "   ·   ".join(
-        (explanation.model, f"layer {explanation.layer}", f"method {explanation.method}", *chosen)
-    )
+    where = [] if explanation.layers == (PIXELS,) else [f"layer {explanation.layer}"]
+    drawn = []
+    if on_pixels(explanation):
+        drawn = [f"heat smoothed, full at its {100 * FULL_HEAT:g}th percentile"]
+    said = (explanation.model, *where, f"method {explanation.method}", *chosen, *drawn)
+    return "   ·   ".join(said)
+
+
+def on_pixels(explanation: Explanation) -> bool:
+    """Whether the maps have a value of its own for every pixel."""
+    fine = explanation.maps.shape[-2:] == explanation.images.shape[-2:]
+    return explanation.layers == (PIXELS,) and fine
+
+
+def heat_of(explanation: Explanation, index: int) -> NDArray[np.float32]:
+    """The heat that the figure draws ``(K,H,W)`` in [0, 1].
+
+    That of ``heatmaps``; of maps on pixels, whose largest values are far above all others, a
+    smoothed one on a robust scale (:func:`~simexplain.rendering.overlay.robust`).
+    """
+    heatmaps: NDArray[np.float32] = explanation.heatmaps_at(index).cpu().numpy()
+    if not on_pixels(explanation):
+        return heatmaps
+    return robust(heatmaps, shared=explanation.scale == "shared")
 
 
 def _question(explanation: Explanation) -> str:
@@ -82,7 +105,7 @@ def _question(explanation: Explanation) -> str:
 
 
 def _tiles(explanation: Explanation, index: int, *, by_layer: bool) -> list[Tile]:
-    heatmaps = explanation.heatmaps_at(index).cpu().numpy()
+    heatmaps = heat_of(explanation, index)
     distances = [None, *explanation.distances[index].tolist()]
     peaks = explanation.peaks(index)
     shown = explanation.layer_maps if by_layer and len(explanation.layers) > 1 else {}

@@ -13,7 +13,8 @@ from conftest import TinyNet
 from torch import Tensor, nn
 
 from simexplain import Comparison, as_similarity_model, explain
-from simexplain.errors import ModelError
+from simexplain.errors import ModelError, SimexplainError
+from simexplain.methods import METHODS
 from simexplain.methods.perturbation import SBSM, Occlusion, RandomMasks
 from simexplain.methods.pixel_gradients import (
     InputXGradient,
@@ -21,7 +22,12 @@ from simexplain.methods.pixel_gradients import (
     Saliency,
     SmoothGrad,
 )
-from simexplain.models.blackbox import BlackBox, load_blackbox
+from simexplain.models.blackbox import (
+    WITH_GRADIENTS,
+    WITHOUT_GRADIENTS,
+    BlackBox,
+    load_blackbox,
+)
 
 BY_ANSWERS = {
     "occlusion": Occlusion(window=0.3, stride=0.2),
@@ -147,12 +153,38 @@ def test_layers_are_refused(black: BlackBox, triplet: Comparison) -> None:
     one_sentence(caught)
 
 
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_the_methods_named_are_those_that_work(
+    tiny: TinyNet, triplet: Comparison, differentiable: bool
+) -> None:
+    @torch.set_grad_enabled(differentiable)
+    def program(images: Tensor) -> Tensor:
+        return tiny(images)
+
+    black = BlackBox(program, name="mine", differentiable=differentiable)
+
+    def works(name: str) -> bool:
+        try:
+            explain(black, triplet, name, **quick.get(name, {}))
+        except SimexplainError:
+            return False
+        return True
+
+    quick = {"random_masks": {"masks": 4}, "smoothgrad": {"samples": 1}}
+    work = [name for name in METHODS if works(name)]
+    assert set(work) == {*WITHOUT_GRADIENTS, *(WITH_GRADIENTS if differentiable else ())}
+    with pytest.raises(ModelError) as caught:
+        explain(black, triplet, "sam")
+    named = one_sentence(caught).rpartition(": ")[2].rstrip(".").split(", ")
+    assert sorted(named) == sorted(work)
+
+
 def test_gradients_of_a_graph_are_refused(
     tiny: TinyNet, triplet: Comparison, tmp_path: Path
 ) -> None:
     model = load_blackbox(graph(tiny, tmp_path / "net.onnx"), kind="onnx")
     for method in BY_GRADIENTS.values():
-        with pytest.raises(ModelError, match="occlusion, sbsm or random_masks") as caught:
+        with pytest.raises(ModelError, match="occlusion, sbsm, random_masks") as caught:
             explain(model, triplet, method)
         one_sentence(caught)
 

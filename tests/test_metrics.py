@@ -11,7 +11,8 @@ from scipy import stats
 from torch import Tensor, nn
 
 from simexplain.errors import ComparisonError, ModelError
-from simexplain.metrics.curves import BASELINES, baseline_of, blurred, deletion, insertion, ranks
+from simexplain.metrics.curves import BASELINES, baseline_of, deletion, insertion, ranks
+from simexplain.metrics.fills import FILLS, blurred
 from simexplain.metrics.intervals import bootstrap_difference, bootstrap_mean
 from simexplain.metrics.maps import grown
 from simexplain.metrics.masks import (
@@ -148,6 +149,7 @@ def test_baselines() -> None:
     colour = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
     assert baseline_of(image, colour)[1, :, 4, 5].tolist() == [1, 2, 3]
     assert set(BASELINES) == {"blur", "mean", "black"}
+    assert BASELINES is FILLS
 
 
 def test_curves_refuse_what_does_not_fit() -> None:

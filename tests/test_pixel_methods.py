@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simexplain import Comparison, as_similarity_model, explain
+from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.methods.perturbation import SBSM, Occlusion, RandomMasks, _enlarged
 from simexplain.methods.pixel_gradients import (
@@ -22,7 +23,9 @@ from simexplain.methods.pixel_gradients import (
     Saliency,
     SmoothGrad,
 )
-from simexplain.methods.scoring import FILLS
+from simexplain.methods.scoring import filled
+from simexplain.metrics.curves import baseline_of
+from simexplain.metrics.fills import FILLS
 
 QUICK = {
     "saliency": Saliency(),
@@ -163,7 +166,7 @@ def test_integrated_gradients_by_a_loop(
     )
 
     def naive(score: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-        low = FILLS[baseline](model, image[None])[0]
+        low = filled(model, image[None], baseline)[0]
         line = [
             weight * gradient(score, low + (0.5 + point) * (image - low))
             for point, weight in zip(points, weights, strict=True)
@@ -192,7 +195,7 @@ def test_integrated_gradients_are_complete(images: Tensor, baseline: str) -> Non
     assert found.warnings == ()
     flat = comparison.stacked()[0]
     with torch.no_grad():
-        rows, low = unit(network, flat), unit(network, FILLS[baseline](model, flat))
+        rows, low = unit(network, flat), unit(network, filled(model, flat, baseline))
         differences = ((rows - low) * plain_direction(rows, "triplet")).sum(dim=1)
     assert differences.abs().max() > 1e-4
     assert same(found.maps[0].sum(dim=(1, 2)), differences, 3e-4)
@@ -214,6 +217,23 @@ def test_what_is_missing_of_the_score_is_said(images: Tensor) -> None:
     assert said.endswith(".")
 
 
+def test_what_is_hidden_is_filled_as_in_curves(images: Tensor) -> None:
+    shown = Preprocess(mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
+    model = as_similarity_model(smooth_network(), preprocess=shown)
+    for name in ("blur", "mean"):
+        assert torch.equal(filled(model, images, name), baseline_of(images, name))
+    black = filled(model, images, "black")
+    assert black.shape == images.shape
+    assert not shown.undo(black).any()
+    flat = torch.full((1, 3, 9, 30), 0.3)
+    assert same(filled(model, flat, "blur"), flat, 1e-6)
+    ramp = torch.arange(32.0).expand(1, 3, 8, 32)
+    blur = filled(model, ramp, "blur")[0, 0, 0]
+    # Of a slope only inside pixels count at the border: their mean, not a mirrored image.
+    weights = (-0.5 * torch.arange(32.0).square()).exp()  # an eighth of 8 is one pixel
+    assert float(blur[0]) == pytest.approx(float((weights * ramp[0, 0, 0]).sum() / weights.sum()))
+
+
 def hidden(image: Tensor, fill: Tensor, top: int, left: int, side: int) -> Tensor:
     copy = image.clone()
     copy[:, top : top + side, left : left + side] = fill[:, top : top + side, left : left + side]
@@ -233,7 +253,7 @@ def test_windows_by_a_loop(tiny: TinyNet, images: Tensor, kind: str, fill: str) 
     def naive(tops: list[int], lefts: list[int], change: Callable[[Tensor], Tensor]) -> Callable:
         @torch.no_grad()
         def maps(score: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-            low = FILLS[fill](model, image[None])[0]
+            low = filled(model, image[None], fill)[0]
             total, count = torch.zeros(2, height, width, dtype=torch.float64)
             for top in tops:
                 for left in lefts:
@@ -460,7 +480,7 @@ def test_models_without_gradient(name: str, how: str, tiny: TinyNet, images: Ten
             with torch.no_grad():
                 return self.net(x) * self.scale
 
-    with pytest.raises(ModelError, match="occlusion, sbsm or random_masks") as caught:
+    with pytest.raises(ModelError, match="occlusion, sbsm, random_masks") as caught:
         QUICK[name](as_similarity_model(Cut()), arranged(images, "pair"))
     assert str(caught.value).endswith(".")
 

@@ -21,7 +21,15 @@ from PIL import Image
 from simexplain import Comparison, Explanation, as_similarity_model, explain
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError
-from simexplain.rendering.overlay import CONTOUR_LEVELS, RENDERERS, contour, overlay, spotlight
+from simexplain.picturing import footer, heat_of
+from simexplain.rendering.overlay import (
+    CONTOUR_LEVELS,
+    RENDERERS,
+    contour,
+    overlay,
+    robust,
+    spotlight,
+)
 from simexplain.rendering.panel import Tile, panel
 
 SHAPES = [(40, 60), (1, 1), (1, 500), (500, 1), (3, 7), (257, 5), (600, 40)]
@@ -211,6 +219,41 @@ def test_bad_arguments() -> None:
         result.figure(styles=("glow",))
     with pytest.raises(ComparisonError, match="scale"):
         replace(result, scale="none")
+
+
+def test_robust_heat_is_not_blinded_by_single_pixels() -> None:
+    random = np.random.default_rng(0)
+    heat = random.uniform(0, 0.02, (2, 120, 160)).astype(np.float32)
+    heat[0, 40:80, 40:80] += 0.05  # what there is to see
+    heat[0, 5, 5] = 1
+    assert heat[0, 40:80, 40:80].mean() < 0.07
+    drawn = robust(heat)
+    assert drawn.dtype == np.float32
+    assert drawn[0, 45:75, 45:75].min() > 0.7
+    assert drawn[0, 90:, 90:].max() < 0.35
+    assert drawn.min() >= 0
+    assert drawn.max() == 1
+    assert (drawn[1] == 1).mean() == pytest.approx(0.005, abs=0.001)
+    shared = robust(heat, shared=True)
+    assert shared[1].max() < 0.5  # on the scale of the first
+    assert not robust(np.zeros((1, 8, 8), np.float32)).any()
+    single = np.zeros((1, 300, 300), np.float32)
+    single[0, 7, 9] = 1
+    assert robust(single).max() == 1
+    assert robust(single)[0, 200:].max() == 0
+
+
+def test_maps_on_pixels_are_drawn_robustly_and_kept_as_they_are() -> None:
+    result, plain = explained(3, method="saliency"), explained(3)
+    drawn = heat_of(result, 0)
+    np.testing.assert_allclose(drawn, robust(result.heatmaps_at(0).numpy()))
+    assert drawn.mean() > result.heatmaps.mean()
+    assert result.heatmaps.amax(dim=(2, 3)).eq(1).all()
+    np.testing.assert_array_equal(heat_of(plain, 0), plain.heatmaps_at(0).numpy())
+    assert "heat smoothed, full at its 99.5th percentile" in footer(result)
+    assert "layer" not in footer(result)
+    assert "heat" not in footer(plain)
+    assert "layer last" in footer(plain)
 
 
 class _Images(HTMLParser):

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from conftest import TinyNet, plain_maps, varied
+from tails import POOLS, Curved, Tailed, randomised
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -95,46 +96,6 @@ def test_the_cosine_s_map_cancels_and_says_so(images: Tensor) -> None:
     torch.testing.assert_close(held.maps.sum(dim=(2, 3)), held.scores, rtol=1e-3, atol=1e-4)
 
 
-class GeM(nn.Module):
-    def forward(self, grid: Tensor) -> Tensor:
-        return grid.clamp_min(1e-6).pow(3).mean(dim=(2, 3)).pow(1 / 3)
-
-
-POOLS = {
-    "average": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-    "max": lambda: nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten()),
-    "gem": GeM,
-    "flatten": nn.Flatten,
-}
-
-
-class Tailed(nn.Module):
-    """A convolution, then a pooling, then perhaps batch norm and a linear layer."""
-
-    def __init__(self, pool: str, *, norm: bool, linear: bool, bias: bool) -> None:
-        super().__init__()
-        self.body = nn.Conv2d(3, 6, 3, stride=4, padding=1)
-        self.body.weight.data.mul_(5)  # GeM's floor of 1e-6 shall be small beside the activations
-        self.act = nn.ReLU()
-        self.pool = POOLS[pool]()
-        width = 6 * 6 * 8 if pool == "flatten" else 6
-        self.norm = nn.BatchNorm1d(width) if norm else nn.Identity()
-        self.head = nn.Linear(width, 9, bias=bias) if linear else nn.Identity()
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.norm(self.pool(self.act(self.body(images)))))
-
-
-def randomised(network: nn.Module) -> nn.Module:
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm1d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-            module.weight.data.uniform_(0.5, 2)
-            module.bias.data.normal_()
-    return network.eval()
-
-
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize(
     ("norm", "linear", "bias"),
@@ -177,10 +138,6 @@ def test_residual_is_rounding_on_networks_of_timm(name: str) -> None:
 
 
 def test_tails_that_are_not_linear_are_integrated_and_said_to_be(images: Tensor) -> None:
-    class Curved(Tailed):
-        def forward(self, images: Tensor) -> Tensor:
-            return torch.tanh(super().forward(images) * 4)
-
     network = Curved("average", norm=False, linear=True, bias=True).eval()
     pair = Comparison.pair(images[:1], images[1:2])
     result = explain(network, pair, "decomposition", "act")

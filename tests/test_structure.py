@@ -33,7 +33,12 @@ LEVELS = [
     ["simexplain.saving"],
     ["simexplain.explaining"],
     ["simexplain.explaining_files"],
-    ["simexplain.fitting", "simexplain.attribution", "simexplain.evaluation"],
+    [
+        "simexplain.fitting",
+        "simexplain.attribution",
+        "simexplain.evaluation",
+        "simexplain.matching",
+    ],
     ["simexplain"],
     ["simexplain_cli"],
     ["simexplain.__main__"],

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from simexplain.attribution.account import Account, over
 from simexplain.data.images import Picture
 from simexplain.data.preprocessing import Geometry, Preprocess
-from simexplain.graph.cams import linearised, node_cams
+from simexplain.graph.cams import directed_cams, node_cams
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,15 +98,10 @@ class Attribution(Account):
         """
         number = self.level(level)
         weight, bias = self.heads[number]
-        features = linearised(self.features[number][index], str(self.options["pooling"]))
         a, b = self.embeddings[number][index]
         pull = self.sensitivities[number][index] * (a - b)
-        means = node_cams(features, weight, bias, "avg").mean(dim=(2, 3))
-        steps = torch.stack((pull, -pull)) / means.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        cams = torch.einsum("nc,nchw->nhw", steps @ weight, features)
-        if bias is not None:
-            cams = cams + (steps @ bias)[:, None, None]
-        return cams / cams[0].numel()
+        pulls, pooling = torch.stack((pull, -pull)), str(self.options["pooling"])
+        return directed_cams(self.features[number][index], weight, bias, pulls, pooling)
 
     @property
     def views(self) -> NDArray[np.uint8]:

@@ -2,59 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from simexplain.comparison import Comparison, positives_of
-from simexplain.data.images import read_picture
-from simexplain.data.preprocessing import Geometry, prepared
 from simexplain.errors import ComparisonError, SimexplainError
-from simexplain.evaluation.faithfulness import faithfulness
-from simexplain.evaluation.items import Item, read_mask
+from simexplain.evaluation.items import Item
+from simexplain.evaluation.measuring import CONTROLS, METRICS, Asked, asked, means, measured, timed
+from simexplain.evaluation.recipes import Recipe
 from simexplain.evaluation.results import Evaluation, MethodScores
-from simexplain.explaining import Layers
 from simexplain.explaining_files import explain_files
 from simexplain.explanation import Explanation
-from simexplain.methods import Method
 from simexplain.metrics.intervals import bootstrap_mean
-from simexplain.metrics.masks import chance, energy, mean_valid, pointing
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
-from simexplain.tracing import listening
-
-Recipe = tuple[str | Method, Layers, Mapping[str, Any]]
-"""A method, its layers and its options, as ``explain_files`` takes them."""
-
-METRICS = ("deletion", "insertion", "gain", "pointing", "energy")
-"""What is measured; all but deletion are the better the higher."""
-
-_COARSE = 7
-
-
-def _random(maps: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.rand((*maps.shape[:2], _COARSE, _COARSE), generator=generator)
-
-
-def _centre(maps: Tensor, generator: torch.Generator) -> Tensor:
-    """A hill in the middle, where photographers put things."""
-    side = torch.linspace(-1, 1, 4 * _COARSE)
-    hill = (-2 * (side[:, None].square() + side[None].square())).exp()
-    return hill.expand(*maps.shape[:2], -1, -1)
-
-
-CONTROLS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
-    "random": _random,
-    "centre": _centre,
-}
-"""Maps that know nothing of the network: what a method must beat."""
 
 
 @dataclass
@@ -178,19 +143,19 @@ class _Run:
     def measure(self, number: int, item: Item) -> None:
         """All methods on one item; what cannot be measured is noted."""
         try:
-            asked = _asked(self.model, item)
+            question = asked(self.model, item)
         except SimexplainError as error:
             self.errors[f"item {number}"] = error
             for tally in self.tallies.values():
                 tally.add({})
             return
-        self._count_chance(asked)
+        self._count_chance(question)
         sample: Explanation | None = None
         for name, recipe in self.methods.items():
             found: dict[str, float] = {}
             try:
                 explanation, seconds, forwards = self._explained(item, recipe)
-                found = self._scored(asked, explanation)
+                found = self._scored(question, explanation)
             except SimexplainError as error:
                 self.errors[f"item {number}, {name}"] = error
             else:
@@ -203,89 +168,33 @@ class _Run:
             found = {}
             if sample is not None:
                 maps = CONTROLS[name](sample.maps, generator).to(sample.maps.device)
-                found = self._scored(asked, replace(sample, maps=maps))
+                found = self._scored(question, replace(sample, maps=maps))
             self.tallies[_bracketed(name)].add(found)
 
     def _explained(self, item: Item, recipe: Recipe) -> tuple[Explanation, float, int]:
         method, layer, options = recipe
-        start = time.perf_counter()
-        with _counted(self.model.network) as passed:
-            explanation = explain_files(
+        return timed(
+            self.model,
+            lambda: explain_files(
                 self.model, item.paths, item.arch, method, layer, different=item.different,
                 positives=item.positives, max_batch=self.max_batch, **options,
-            )  # fmt: skip
-            explanation.maps.cpu()  # an accelerator may still be at work
-        return explanation, time.perf_counter() - start, sum(passed)
+            ),
+        )  # fmt: skip
 
-    def _scored(self, asked: _Asked, explanation: Explanation) -> dict[str, float]:
+    def _scored(self, question: Asked, explanation: Explanation) -> dict[str, float]:
         """Every metric of one item, as the mean over its images."""
-        scores = faithfulness(
-            self.model, asked.comparison, explanation, max_batch=self.max_batch, **self.curves
-        )
-        found = {name: mean_valid(getattr(scores, name)) for name in METRICS[:3]}
-        heats = [(place, explanation.on_picture(place)[1]) for place in asked.masks]
-        pairs = [
-            (asked.seen(place, torch.from_numpy(heat))[None], asked.mask(place)[None])
-            for place, heat in heats
-        ]
-        if pairs:
-            hits = torch.cat([pointing(heat, mask, self.tolerance) for heat, mask in pairs])
-            shares = torch.cat([energy(heat, mask) for heat, mask in pairs])
-            found |= {"pointing": mean_valid(hits), "energy": mean_valid(shares)}
-        return found
+        return means(
+            measured(
+                self.model, question, explanation, self.curves, tolerance=self.tolerance,
+                max_batch=self.max_batch,
+            )
+        )  # fmt: skip
 
-    def _count_chance(self, asked: _Asked) -> None:
-        masks = [asked.mask(place)[None] for place in asked.masks]
-        if masks:
-            hits = torch.cat([chance(mask, self.tolerance) for mask in masks])
-            self.hits.append(mean_valid(hits))
-            self.areas.append(mean_valid(torch.cat([chance(mask) for mask in masks])))
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """One item as tensors: what all methods are measured on."""
-
-    comparison: Comparison
-    masks: Mapping[int, Tensor]
-    geometries: Sequence[Geometry]
-
-    def mask(self, place: int) -> Tensor:
-        return self.seen(place, self.masks[place])
-
-    def seen(self, place: int, picture: Tensor) -> Tensor:
-        """The part of a picture ``(H,W)`` that the network saw."""
-        left, top, right, bottom = self.geometries[place].box
-        rows = slice(math.floor(top), math.ceil(bottom))
-        return picture[rows, math.floor(left) : math.ceil(right)]
-
-
-def _asked(model: SimilarityModel, item: Item) -> _Asked:
-    near = positives_of(
-        item.arch, len(item.paths), different=item.different, positives=item.positives
-    )
-    pictures = [read_picture(path) for path in item.paths]
-    views, geometries = prepared(model.preprocess, pictures)
-    comparison = Comparison(views[:1], views[None, 1 : 1 + near], views[None, 1 + near :])
-    masks = {
-        place: read_mask(path, (picture.image.height, picture.image.width))
-        for place, (path, picture) in enumerate(zip(item.masks or (), pictures, strict=False))
-        if path is not None
-    }
-    return _Asked(comparison, masks, geometries)
-
-
-@contextmanager
-def _counted(network: nn.Module) -> Iterator[list[int]]:
-    """Notes how many images each forward pass through the network takes."""
-    passed: list[int] = []
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        first = args[0] if args else None
-        passed.append(len(first) if isinstance(first, Tensor) else 1)
-
-    with listening(network, {"": note}):
-        yield passed
+    def _count_chance(self, question: Asked) -> None:
+        levels = question.chances(self.tolerance)
+        if levels:
+            self.hits.append(levels["pointing"])
+            self.areas.append(levels["energy"])
 
 
 def _bracketed(name: str) -> str:

@@ -8,14 +8,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from simexplain.errors import ComparisonError
+from simexplain.evaluation.tables import aligned, cost, number, ranged
 from simexplain.metrics.intervals import Interval, bootstrap_difference
 from simexplain.publishing import Kind, published
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SCHEMA = 1
 Row = dict[str, str | int | float]
@@ -160,6 +164,54 @@ class Evaluation(Measured):
             left, right, level=self.settings["level"], seed=self.settings["seed"]
         )
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that have a value for some item: without masks, none needs them."""
+        every = next(iter(self.methods.values())).intervals
+        return tuple(
+            name for name in every if any(m.intervals[name].count for m in self.methods.values())
+        )
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Methods that gave no number on any item, with the reason on the first."""
+        found: dict[str, str] = {}
+        for where, reason in self.broken.items():
+            name = where.partition(", ")[2]
+            if name in self.methods and not self.methods[name].intervals["gain"].count:
+                found.setdefault(name, reason)
+        return found
+
+    def figure(self) -> Figure:
+        """Means with their intervals as dots, one panel a metric, controls and chance in grey."""
+        from simexplain.evaluation.evaluation_pictures import draw_evaluation
+
+        return draw_evaluation(self)
+
+    def __str__(self) -> str:
+        """The table as plain text: each mean with the ends of its interval."""
+        head = ("method", *self.metrics, "forwards", "seconds")
+        skipped, lines = self.skipped, [head]
+        for name, scores in self.methods.items():
+            if name not in skipped:
+                found = [ranged(scores.intervals[metric], metric) for metric in self.metrics]
+                passed = f"{scores.forwards:g}" if scores.forwards else ""
+                spent = (passed, cost(scores.seconds) if scores.seconds else "")
+                lines.append((name, *found, *spent))
+        if any(value == value for value in self.chance.values()):
+            levels = [
+                number(self.chance[name], name) if name in self.chance else ""
+                for name in self.metrics
+            ]
+            lines.append(("(chance)", *levels, "", ""))
+        return aligned(lines)
+
+    def _repr_html_(self) -> str:
+        """What Jupyter shows: the figure."""
+        from simexplain.rendering.panel import as_html
+
+        return as_html(self.figure(), "faithfulness of methods")
+
     def table(self) -> list[Row]:
         """One row a method: mean, ends of the interval and count for each metric, and the cost."""
         rows = []
@@ -179,6 +231,7 @@ class Evaluation(Measured):
             methods={name: asdict(scores) for name, scores in self.methods.items()},
             items=self.items,
             chance=self.chance,
+            skipped=self.skipped,
             broken=self.broken,
             settings=self.settings,
         )

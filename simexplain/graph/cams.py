@@ -51,6 +51,32 @@ def node_cams(features: Tensor, weight: Tensor, bias: Tensor | None, pooling: st
     return F.conv2d(linearised(features, pooling), weight[:, :, None, None], bias)
 
 
+def directed_cams(
+    features: Tensor, weight: Tensor, bias: Tensor | None, pulls: Tensor, pooling: str
+) -> Tensor:
+    """How much each position adds to ``pull . f``, where ``f`` is the unit embedding of a level.
+
+    The embedding is the mean of the node CAMs over all positions, scaled to unit length, so for
+    every direction ``pull`` its product with it is a sum over positions.
+
+    Args:
+        features: ``(M,C,h,w)``.
+        weight: The linear head ``(r,C)``.
+        bias: ``(r,)`` or None.
+        pulls: A direction for each image ``(M,r)``.
+        pooling: A name in :data:`POOLINGS`.
+
+    Returns:
+        ``(M,h,w)``, signed; the sum over positions is ``pull . f``.
+    """
+    means = F.linear(pooled(features, pooling), weight, bias)
+    steps = pulls / means.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    cams = torch.einsum("mc,mchw->mhw", steps @ weight, linearised(features, pooling))
+    if bias is not None:
+        cams = cams + (steps @ bias)[:, None, None]
+    return cams / cams[0].numel()
+
+
 def _spread(values: Tensor) -> Tensor:
     """The sample standard deviation over the last axis; 0 for a single position."""
     if values.shape[-1] < 2:

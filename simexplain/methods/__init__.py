@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
+from simexplain.methods.avsl_maps import AVSLMaps
+from simexplain.methods.bank_maps import BankMaps
 from simexplain.methods.decomposition import Decomposition
 from simexplain.methods.perturbation import SBSM, Occlusion, RandomMasks
 from simexplain.methods.pixel_gradients import (
@@ -31,6 +33,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "occlusion": Occlusion,
     "sbsm": SBSM,
     "random_masks": RandomMasks,
+    "weight_bank": BankMaps,
+    "avsl": AVSLMaps,
 }
 """Every method by name: called with its options it gives ``(model, images, layers) -> maps``."""
 

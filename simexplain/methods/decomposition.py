@@ -6,20 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch.nn import functional as F
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ModelError
 from simexplain.methods.directions import margin_directions
 from simexplain.methods.layer_maps import fuse
-from simexplain.methods.position_parts import EXACT, position_parts
+from simexplain.methods.position_parts import EXACT, trace_vectors
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.models.base import SimilarityModel
-from simexplain.tracing import trace
 
 _FAR_OFF = 0.05
-_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -66,28 +63,19 @@ class Decomposition:
             ModelError: If a layer cannot be used or the embeddings are zero or not finite.
         """
         flat = images.stacked().flatten(0, 1)
-        rows = trace(model, flat, (), max_batch=max_batch).embeddings
-        units = images.restacked(F.normalize(rows, dim=1))
+        traced = trace_vectors(model, flat, layers, max_batch=max_batch)
+        units = images.restacked(F.normalize(traced.vectors, dim=1))
         check_embeddings(units, images.roles)
         directions = margin_directions(images.like(units))
         found, worst = {}, 0.0
-        size = min(max_batch or _AT_ONCE, _AT_ONCE)
         for layer in layers:
-            parts = []
-            for start in range(0, len(flat), size):
-                chosen = slice(start, start + size)
-                done = position_parts(
-                    model,
-                    flat[chosen],
-                    layer,
-                    directions=directions.flatten(0, 1)[chosen].unsqueeze(0),
-                    steps=self.steps,
-                )
-                rest = done.rest[:, 0, None, None] / done.parts[0, 0].numel()
-                parts.append((done.parts[:, 0] + rest) / done.lengths[:, None, None])
-                worst = max(worst, float(done.residual.max()))
-            maps = images.restacked(torch.cat(parts))
+            done = traced.parts(
+                layer, directions=directions.flatten(0, 1).unsqueeze(0), steps=self.steps
+            )
+            rest = done.rest[:, 0, None, None] / done.parts[0, 0].numel()
+            maps = images.restacked((done.parts[:, 0] + rest) / done.lengths[:, None, None])
             found[layer] = maps if self.keep_negative else maps.relu()
+            worst = max(worst, float(done.residual.max()))
         return AttentionMaps(
             maps=fuse(list(found.values())),
             layer_maps=found,

@@ -13,14 +13,15 @@ from torch.nn import functional as F
 
 from simexplain.comparison import Comparison
 from simexplain.methods.scoring import (
-    FILLS,
     Question,
     ask,
     check_choice,
     check_range,
+    filled,
     scores_of,
 )
 from simexplain.methods.similarity_attention import AttentionMaps
+from simexplain.metrics.fills import FILLS
 from simexplain.models.base import SimilarityModel
 
 
@@ -59,7 +60,7 @@ class Occlusion:
         from captum.attr import Occlusion as Captum
 
         question = ask(model, images, max_batch)
-        fills = FILLS[self.fill](model, question.images)
+        fills = filled(model, question.images, self.fill)
         window, stride = _in_pixels(images, self.window, self.stride)
         # One image after the other: then a batch is full of perturbed copies of one image.
         tool = Captum(lambda copies, d: scores_of(model, copies, d, question.size))
@@ -124,7 +125,7 @@ class SBSM:
     ) -> AttentionMaps:
         """Maps ``(B,K,H,W)`` for preprocessed images; see :class:`AttentionMaps`."""
         question = ask(model, images, max_batch)
-        fills = FILLS[self.fill](model, question.images)
+        fills = filled(model, question.images, self.fill)
         window, corners = self._windows(images)
         total = torch.zeros_like(question.images[:, 0])
         covered = torch.zeros_like(total[0])
@@ -196,7 +197,7 @@ class RandomMasks:
     ) -> AttentionMaps:
         """Maps ``(B,K,H,W)`` for preprocessed images; see :class:`AttentionMaps`."""
         question = ask(model, images, max_batch)
-        fills = FILLS[self.fill](model, question.images)
+        fills = filled(model, question.images, self.fill)
         cells, shifts = self._drawn()
         size = question.size
         parts = [slice(start, start + size) for start in range(0, self.masks, size)]

@@ -16,16 +16,17 @@ from torch import Tensor
 
 from simexplain.comparison import Comparison
 from simexplain.methods.scoring import (
-    FILLS,
     Question,
     ask,
     check_choice,
     check_range,
     differentiable_scores,
+    filled,
     scores_of,
     unscaled,
 )
 from simexplain.methods.similarity_attention import AttentionMaps
+from simexplain.metrics.fills import FILLS
 from simexplain.models.base import SimilarityModel
 
 _INCOMPLETE = 0.05
@@ -207,7 +208,7 @@ class IntegratedGradients:
     ) -> AttentionMaps:
         """Maps ``(B,K,H,W)`` for preprocessed images; see :class:`AttentionMaps`."""
         question = ask(model, images, max_batch)
-        baselines = FILLS[self.baseline](model, question.images)
+        baselines = filled(model, question.images, self.baseline)
 
         def attribute(scores: Scores, part: Tensor, directions: Tensor, place: slice) -> Tensor:
             from captum.attr import IntegratedGradients as Captum

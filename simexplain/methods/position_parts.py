@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from simexplain.methods.jacobians import JacobianProducts, Progress, Ticker
 from simexplain.methods.raw_vectors import RawVectors
 from simexplain.models.base import SimilarityModel
 from simexplain.tracing import Trace, rerun, trace
@@ -16,7 +17,7 @@ from simexplain.tracing import Trace, rerun, trace
 EXACT = 1e-5
 """Relative error below which a tail counts as linear along the way from zero."""
 
-_DIRECTIONS = 32
+_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def position_parts(
     *,
     directions: Tensor | None = None,
     steps: int = 16,
+    max_batch: int | None = None,
+    progress: Progress | None = None,
 ) -> PositionParts:
     """Takes the vectors of images apart into the positions of one layer.
 
@@ -68,84 +71,145 @@ def position_parts(
         images: Preprocessed images ``(M,3,H,W)``.
         layer: The layer.
         directions: ``(D,M,E)``: parts of ``d . v`` for these directions only, which costs ``D``
-            backward passes in place of ``E``. Rows and vectors then are ``(M,D)``.
+            backward passes. Rows and vectors then are ``(M,D)``. All dimensions cost ``E`` or
+            about ``h * w`` of them, whichever is less.
         steps: Points of the quadrature where it is needed; each costs one forward pass.
+        max_batch: Bounds the images in one forward pass; results do not depend on it.
+        progress: Called after each group of backward passes; starts again from the first where it
+            turns out that Jacobians must be averaged.
 
     Raises:
         ModelError: If the layer cannot be used.
     """
+    traced = trace_vectors(model, images, (layer,), max_batch=max_batch)
+    return traced.parts(layer, directions=directions, steps=steps, progress=progress)
+
+
+def trace_vectors(
+    model: SimilarityModel,
+    images: Tensor,
+    layers: Sequence[str],
+    *,
+    max_batch: int | None = None,
+) -> TracedVectors:
+    """Runs the model once on images ``(M,3,H,W)`` and opens it at some layers.
+
+    Raises:
+        ModelError: If a layer cannot be used.
+    """
     raw = RawVectors(model)
-    traced = trace(raw, images, (layer,))
-    (output,) = traced.outputs[layer]
-    grid = _gridder(traced, layer)
-    wanted = _Directions(directions, traced.embeddings)
-    point = output.detach()
-    vectors = wanted.of(traced.embeddings.detach())
-    lengths = traced.embeddings.detach().square().sum(dim=1).sqrt()
-    rest = wanted.of(rerun(raw, images, layer, torch.zeros_like(point)).detach())
-    here = wanted.contracted(traced.embeddings, output, point, grid)
-    found = PositionParts(here, rest, vectors, lengths, 1)
-    if float(found.residual.max()) <= EXACT:
-        return found
-    blank = trace(raw, torch.zeros_like(images), (layer,))
-    start = blank.outputs[layer][0].detach()
-    places, weights = np.polynomial.legendre.leggauss(steps)
-    parts = torch.zeros_like(here)
-    for place, weight in zip((places + 1) / 2, weights / 2, strict=True):
-        between = (start + place * (point - start)).requires_grad_()
-        rows = rerun(raw, images, layer, between)
-        parts += float(weight) * wanted.contracted(rows, between, point - start, grid)
-    # Not the vector of the blank image: what passes by the layer still comes from the image.
-    rest = wanted.of(rerun(raw, images, layer, start).detach())
-    return PositionParts(parts, rest, vectors, lengths, steps)
+    size = model.batch_size or min(max_batch or _AT_ONCE, _AT_ONCE, len(images))
+    return TracedVectors(raw, images, trace(raw, images, layers, max_batch=size), size)
 
 
-class _Directions:
-    """Which projections of the vectors are taken apart: all dimensions, or some directions."""
+@dataclass(frozen=True)
+class TracedVectors:
+    """Vectors that are not normalised, with the graphs down to some layers, of one forward pass.
 
-    def __init__(self, directions: Tensor | None, rows: Tensor) -> None:
-        self.given = directions
-        self.width = rows.shape[1] if directions is None else len(directions)
+    Attributes:
+        model: What was run.
+        images: ``(M,3,H,W)``.
+        trace: The pass.
+        size: Images of each chunk of the trace; the last one is filled up where the model takes
+            no other number.
+    """
 
-    def of(self, rows: Tensor) -> Tensor:
-        """The projections ``(M,D)`` of rows ``(M,E)``."""
-        if self.given is None:
-            return rows
-        return torch.einsum("dme,me->md", self.given.to(rows), rows)
+    model: RawVectors
+    images: Tensor
+    trace: Trace
+    size: int
 
-    def planes(self, start: int, rows: Tensor) -> Tensor:
-        """A few directions ``(d,M,E)``."""
-        end = min(start + _DIRECTIONS, self.width)
-        if self.given is not None:
-            return self.given[start:end].to(rows)
-        chosen = rows.new_zeros((end - start, *rows.shape))
-        for number, plane in enumerate(chosen):
-            plane[:, start + number] = 1
-        return chosen
+    @property
+    def vectors(self) -> Tensor:
+        """``(M,E)``, without a graph."""
+        return self.trace.embeddings.detach()
 
-    def contracted(
-        self, rows: Tensor, point: Tensor, change: Tensor, grid: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """``J change`` position by position ``(M,D,h,w)``, a few rows of ``J`` at a time."""
-        features = grid(change)
-        found: list[Tensor] = []
-        for start in range(0, self.width, _DIRECTIONS):
-            gradients = _gradients(rows, point, self.planes(start, rows.detach()))
-            found += [(grid(g).to(features.dtype) * features).sum(dim=1) for g in gradients]
-        return torch.stack(found, dim=1)
+    def parts(
+        self,
+        layer: str,
+        *,
+        directions: Tensor | None = None,
+        steps: int = 16,
+        progress: Progress | None = None,
+    ) -> PositionParts:
+        """The vectors by the positions of a traced layer; see :func:`position_parts`."""
+        tails = [_Tail(self, layer, number, directions) for number in range(self._chunks(layer))]
+        work = sum(tail.products.groups for tail in tails)
+        tick = Ticker(progress, work)
+        whole = _joined([tail.direct(tick) for tail in tails])
+        # One answer for all images, so that it does not depend on how they were batched.
+        if float(whole.residual.max()) <= EXACT:
+            return whole
+        tick = Ticker(progress, work * steps)
+        return _joined([tail.integrated(steps, tick) for tail in tails])
+
+    def _chunks(self, layer: str) -> int:
+        return len(self.trace.outputs[layer])
 
 
-def _gridder(traced: Trace, layer: str) -> Callable[[Tensor], Tensor]:
-    count = len(traced.embeddings)
-    return lambda tensor: traced.to_grid(layer, tensor)[:count]
+class _Tail:
+    """The part of a model above one layer, for the images of one chunk of a trace."""
 
-
-def _gradients(rows: Tensor, point: Tensor, chosen: Tensor) -> list[Tensor]:
-    """One gradient for each plane of ``chosen``; in one batch where the operators allow it."""
-    try:
-        (batch,) = torch.autograd.grad(
-            rows, point, chosen, retain_graph=True, is_grads_batched=True
+    def __init__(
+        self, whole: TracedVectors, layer: str, number: int, directions: Tensor | None
+    ) -> None:
+        self.model, self.layer = whole.model, layer
+        chosen = slice(number * whole.size, (number + 1) * whole.size)
+        self.output = whole.trace.outputs[layer][number]
+        with torch.enable_grad():
+            self.rows = whole.trace.embeddings[chosen]
+        images = whole.images[chosen]
+        filling = images[-1:].expand(len(self.output) - len(images), *images.shape[1:])
+        self.images = torch.cat((images, filling))
+        self.directions = None if directions is None else directions[:, chosen].to(self.rows)
+        self.products = JacobianProducts(
+            whole.trace, layer, self.output, self.rows, self.directions
         )
-        return list(batch)
-    except RuntimeError:
-        return [torch.autograd.grad(rows, point, plane, retain_graph=True)[0] for plane in chosen]
+
+    def direct(self, tick: Ticker) -> PositionParts:
+        """``J A``, and what is left of the vectors where the layer gives zeros."""
+        point = self.output.detach()
+        parts = self.products(self.rows, self.output, point, tick)
+        return self._found(parts, torch.zeros_like(point), 1)
+
+    def integrated(self, steps: int, tick: Ticker) -> PositionParts:
+        """The mean Jacobian from a blank image's output, times the way from there."""
+        point = self.output.detach()
+        blank = torch.zeros_like(self.images[:1])
+        first = trace(self.model, blank, (self.layer,)).outputs[self.layer][0][:1]
+        start = first.detach().expand_as(point)
+        places, weights = np.polynomial.legendre.leggauss(steps)
+        parts = self.rows.detach().new_zeros(())
+        for place, weight in zip((places + 1) / 2, weights / 2, strict=True):
+            between = (start + place * (point - start)).requires_grad_()
+            rows = self._rerun(between)
+            parts = parts + float(weight) * self.products(rows, between, point - start, tick)
+        # Not the vector of the blank image: what passes by the layer still comes from the image.
+        return self._found(parts, start, steps)
+
+    def _rerun(self, output: Tensor) -> Tensor:
+        rows = rerun(self.model, self.images, self.layer, output)
+        with torch.enable_grad():
+            return rows[: len(self.rows)]
+
+    def _found(self, parts: Tensor, start: Tensor, steps: int) -> PositionParts:
+        rest, rows = self._rerun(start).detach(), self.rows.detach()
+        lengths = rows.square().sum(dim=1).sqrt()
+        return PositionParts(parts, self._projected(rest), self._projected(rows), lengths, steps)
+
+    def _projected(self, rows: Tensor) -> Tensor:
+        """The projections ``(m,D)`` of rows ``(m,E)``, or the rows themselves."""
+        if self.directions is None:
+            return rows
+        return torch.einsum("dme,me->md", self.directions, rows)
+
+
+def _joined(chunks: Sequence[PositionParts]) -> PositionParts:
+    """Chunks of images as one."""
+    return PositionParts(
+        parts=torch.cat([chunk.parts for chunk in chunks]),
+        rest=torch.cat([chunk.rest for chunk in chunks]),
+        vectors=torch.cat([chunk.vectors for chunk in chunks]),
+        lengths=torch.cat([chunk.lengths for chunk in chunks]),
+        steps=chunks[0].steps,
+    )

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.methods.directions import margin_directions
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
+from simexplain.metrics.fills import FILLS
 from simexplain.models.base import SimilarityModel
+from simexplain.models.blackbox import WITHOUT_GRADIENTS
 from simexplain.networks import at_least_single, undisturbed
 from simexplain.tracing import trace
 
@@ -27,40 +27,24 @@ PERTURBED_AT_ONCE = 32
 
 # Gradients of a pixel are small numbers, which half precision would round to zero.
 _HALF_SCALE = 1024.0
-_BLUR = 0.125
-"""Standard deviation of the blur as a share of the shorter side: shapes go, the tone stays."""
 
 
-def _blurred(model: SimilarityModel, images: Tensor) -> Tensor:
-    shorter = min(images.shape[-2:])
-    sigma = _BLUR * shorter
-    radius = min(math.ceil(3 * sigma), shorter - 1)  # the border is mirrored that far
-    blurred: Tensor = gaussian_blur(images, [2 * radius + 1] * 2, [sigma] * 2)
-    return blurred
-
-
-def _mean_coloured(model: SimilarityModel, images: Tensor) -> Tensor:
-    return images.mean(dim=(2, 3), keepdim=True).expand_as(images)
-
-
-def _black(model: SimilarityModel, images: Tensor) -> Tensor:
+def black_of(model: SimilarityModel) -> Tensor:
+    """Black as the network sees it, after the model's normalisation, ``(3,1,1)``."""
     prepare = model.preprocess
     mean, std = (
-        images.new_tensor(values).view(1, 3, 1, 1) for values in (prepare.mean, prepare.std)
+        torch.tensor(values, dtype=torch.float64).view(3, 1, 1)
+        for values in (prepare.mean, prepare.std)
     )
-    return (-mean / std).expand_as(images)
+    return -mean / std
 
 
-FILLS: dict[str, Callable[[SimilarityModel, Tensor], Tensor]] = {
-    "blur": _blurred,
-    "mean": _mean_coloured,
-    "black": _black,
-}
-"""What takes the place of pixels that are hidden, ``(model, (M,3,H,W)) -> (M,3,H,W)``: the image
-heavily blurred, its own mean colour, or black before the model's normalisation."""
+def filled(model: SimilarityModel, images: Tensor, fill: str) -> Tensor:
+    """What takes the place of hidden pixels, by a name in ``FILLS``: ``(M,3,H,W)`` like images."""
+    return FILLS[fill](images, black_of(model))
 
 
-def check_choice(what: str, chosen: str, table: dict[str, Callable[..., Tensor]]) -> None:
+def check_choice(what: str, chosen: str, table: Mapping[str, object]) -> None:
     """Refuses a name that is not in a table.
 
     Raises:
@@ -194,5 +178,5 @@ def unscaled(gradients: Tensor) -> Tensor:
 def _without_gradient(model: SimilarityModel) -> ModelError:
     return ModelError(
         f"{model.name} gives no gradient with respect to its input pixels; use a method that needs "
-        "none: occlusion, sbsm or random_masks."
+        f"none: {', '.join(WITHOUT_GRADIENTS)}."
     )

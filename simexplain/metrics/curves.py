@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from simexplain.errors import ComparisonError
+from simexplain.metrics.fills import FILLS
 from simexplain.metrics.maps import grown
 
 Score = Callable[[Tensor], Tensor]
 """From ``M`` images ``(M,3,H,W)``, or ``M`` groups of them ``(M,K,3,H,W)``, to scores ``(M,)``."""
-
-BLUR = 1 / 8
-"""The standard deviation of the baseline ``blur``, as a share of the image's shorter side."""
 
 _FLAT = 1e-5
 
@@ -68,7 +66,8 @@ def deletion(
         heatmaps: ``(h,w)`` or ``(K,h,w)``, any range and sign, upsampled bilinearly. Of equally hot
             pixels the one that comes first row by row goes first.
         steps: How many equal fractions the pixels are cut into; ``T`` is one more.
-        baseline: A name in :data:`BASELINES`, or a tensor that broadcasts to ``images``.
+        baseline: A name in :data:`BASELINES`, or a tensor that broadcasts to ``images``. ``black``
+            is zero; of normalised images give the colour as a tensor ``(3,1,1)``.
         max_batch: Bounds the images in one call of ``score``; at least one variant is passed.
 
     Raises:
@@ -126,44 +125,12 @@ def baseline_of(images: Tensor, baseline: str | Tensor) -> Tensor:
         raise ComparisonError(
             f"Expected baseline to be one of {', '.join(BASELINES)}, got '{baseline}'."
         )
-    return BASELINES[baseline](images.detach())
+    ground: Tensor = BASELINES[baseline](images.detach(), torch.zeros(3, 1, 1))
+    return ground
 
 
-def blurred(images: Tensor) -> Tensor:
-    """Images ``(...,3,H,W)`` under a Gaussian of :data:`BLUR` times their shorter side.
-
-    At the borders the weights inside the image are scaled to one, so a flat image stays as it is.
-    """
-    height, width = images.shape[-2:]
-    exact = images.to(torch.promote_types(images.dtype, torch.float32))
-    sigma = BLUR * min(height, width)
-    rows, columns = (_gaussian(side, sigma).to(exact) for side in (height, width))
-    return (rows @ exact @ columns.T).to(images.dtype)
-
-
-def mean_colour(images: Tensor) -> Tensor:
-    """Each image ``(...,3,H,W)`` in its own mean colour."""
-    return images.mean(dim=(-2, -1), keepdim=True).expand_as(images)
-
-
-def black(images: Tensor) -> Tensor:
-    """Zeros: black in images in [0, 1]; of normalised images give the colour as a tensor."""
-    return torch.zeros_like(images)
-
-
-BASELINES: dict[str, Callable[[Tensor], Tensor]] = {
-    "blur": blurred,
-    "mean": mean_colour,
-    "black": black,
-}
-"""What may take the place of deleted pixels; a new one is one function and one line here."""
-
-
-def _gaussian(side: int, sigma: float) -> Tensor:
-    """Weights ``(side,side)`` of every pixel in the blur of every other, rows adding to one."""
-    places = torch.arange(side, dtype=torch.float64)
-    weights = (-0.5 * ((places[:, None] - places[None]) / max(sigma, 1e-3)).square()).exp()
-    return weights / weights.sum(dim=1, keepdim=True)
+BASELINES = FILLS
+"""What may take the place of deleted pixels: the same as in methods that hide parts."""
 
 
 def _curve(

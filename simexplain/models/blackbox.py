@@ -30,8 +30,8 @@ from simexplain.models.layers import Layer
 WITHOUT_GRADIENTS = ("occlusion", "sbsm", "random_masks")
 """Names of the methods that need nothing but embeddings."""
 
-WITH_GRADIENTS = ("integrated_gradients", "saliency", "smoothgrad")
-"""Names of the methods that need a gradient with respect to the pixels as well."""
+WITH_GRADIENTS = ("integrated_gradients", "saliency", "smoothgrad", "input_x_gradient")
+"""Those that need a gradient of the pixels as well; a test runs all METHODS, which lie above."""
 
 _TYPES = {
     "tensor(float)": torch.float32,

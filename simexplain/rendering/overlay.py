@@ -19,6 +19,11 @@ COLOURMAP = "inferno"
 
 CONTOUR_LEVELS = (0.25, 0.5, 0.75)
 
+FULL_HEAT = 0.995
+"""The share of pixels below the full heat of a map with single bright pixels."""
+
+_SMOOTH = 1 / 120
+
 
 def overlay(picture: Pixels, heatmap: Heat) -> Pixels:
     """The heat in colour over the picture, more opaque where it is hotter.
@@ -49,6 +54,29 @@ def contour(picture: Pixels, heatmap: Heat) -> Pixels:
 def spotlight(picture: Pixels, heatmap: Heat) -> Pixels:
     """The picture itself, lit where the heat is and dark elsewhere."""
     return _mixed(np.zeros_like(picture), picture, 0.14 + 0.86 * np.sqrt(heatmap.clip(0, 1)))
+
+
+def robust(heatmaps: Heat, *, shared: bool = False) -> Heat:
+    """Maps of single pixels made visible: smoothed slightly, and scaled without the outliers.
+
+    A few pixels of a gradient are far above all others, so that a map divided by its maximum looks
+    empty. Here each map is smoothed by a Gaussian of 1/120 of its shorter side, divided by the
+    quantile :data:`FULL_HEAT` of its values, and cut off at one.
+
+    Args:
+        heatmaps: ``(K,H,W)``, non-negative.
+        shared: One scale for all of them.
+
+    Returns:
+        ``(K,H,W)`` in [0, 1]; a zero map stays zero.
+    """
+    sigma = max(1e-3, _SMOOTH * min(heatmaps.shape[1:]))
+    smooth = np.stack([cv2.GaussianBlur(heatmap, (0, 0), sigma) for heatmap in heatmaps])
+    groups = smooth[None] if shared else smooth[:, None]
+    full = np.quantile(groups.reshape(len(groups), -1), FULL_HEAT, axis=1)
+    full = np.where(full > 0, full, groups.reshape(len(groups), -1).max(axis=1))
+    scaled: Heat = (groups / np.where(full > 0, full, 1)[:, None, None, None]).clip(0, 1)
+    return scaled.reshape(heatmaps.shape).astype(np.float32)
 
 
 RENDERERS: dict[str, Renderer] = {"overlay": overlay, "contour": contour, "spotlight": spotlight}

@@ -1,0 +1,93 @@
+"""``simexplain bank``: grad-weights of a labelled folder, for maps without a backward pass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from simexplain.fitting.bank import BankOptions, build_bank
+
+from .fit import _check_file, _few, _progress
+from .options import busy, model_from, model_options
+
+_OWN = BankOptions()
+
+
+@click.command("bank")
+@click.argument("model")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The file to write.")
+@click.option("--force", is_flag=True, help="Replace the file if it is there.")
+@click.option("--layer", help="Layer of the maps. [the model's default]")
+@click.option(
+    "--triplets", default=_OWN.triplets, show_default=True, help="Drawn for each picture."
+)
+@click.option(
+    "--margin",
+    default=_OWN.margin,
+    show_default=True,
+    help="Of the triplet loss on squared distances of unit embeddings.",
+)
+@click.option("--seed", default=_OWN.seed, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@model_options
+def command(
+    model: str,
+    folder: Path,
+    out: Path,
+    force: bool,
+    layer: str | None,
+    triplets: int,
+    margin: float,
+    seed: int,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Store what sets the pictures of each class apart, for maps without a backward pass.
+
+    FOLDER has a sub-folder of pictures for each class. The method weight_bank then explains any
+    picture with the weights of the most similar ones in the bank. Example:
+
+    \b
+      simexplain bank timm:tf_efficientnet_lite0 pictures/ --out bank.safetensors
+      simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg --arch siamese \\
+        --method weight_bank --option bank=bank.safetensors
+    """  # noqa: D301 - click wants the backspace character
+    _check_file(out, force=force)
+    with busy(f"Loading {model}"):
+        network = model_from(model, given)
+    with _progress() as progress:
+        bank = build_bank(
+            network,
+            folder,
+            progress=progress,
+            layer=layer,
+            triplets=triplets,
+            margin=margin,
+            seed=seed,
+        )
+    bank.save(out, force=force)
+    told = dict(bank.report)
+    skipped = told.pop("skipped", [])
+    if as_json:
+        said = {
+            "schema": 1, "model": bank.model, "layer": bank.layer,
+            "channels": bank.weights.shape[1], "report": dict(bank.report), "file": str(out),
+        }  # fmt: skip
+        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+        return
+    click.echo(f"{bank.model}, layer {bank.layer}, {bank.weights.shape[1]} channels")
+    click.echo(f"{told['images']} images of {told['classes']} classes")
+    click.echo(f"{told['active']:.0%} of {told['triplets']} triplets each have a loss above zero")
+    if told["left_out"]:
+        click.echo(
+            f"Warning: {told['left_out']} pictures are left out, being alone in their class or "
+            "without a triplet whose loss is above zero.",
+            err=True,
+        )
+    if skipped:
+        click.echo(f"Warning: {len(skipped)} pictures cannot be read: {_few(skipped)}.", err=True)
+    click.echo(f"bank: {out}")

@@ -1,0 +1,100 @@
+"""``simexplain compare``: several methods on one comparison, side by side, with their scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from simexplain.comparison import ARCHITECTURES, positives_of
+from simexplain.evaluation.comparing import compare_files
+from simexplain.evaluation.saving import COMPARISON_FILES
+from simexplain.picturing import verdict
+from simexplain.publishing import check_writable
+from simexplain.rendering.overlay import RENDERERS
+
+from .options import busy, free_folder, model_from, model_options
+from .recipes import asked_recipes, bar, measuring_options
+
+if TYPE_CHECKING:
+    from simexplain.evaluation.comparison_result import MethodComparison
+
+_FOLDER = "comparison"
+
+
+@click.command("compare")
+@click.argument("model")
+@click.argument("images", type=click.Path(), nargs=-1, required=True)
+@click.option("--arch", type=click.Choice(list(ARCHITECTURES)), required=True,
+              help="siamese, triplet, quadruplet or set, as for explain.")  # fmt: skip
+@click.option("--different", is_flag=True, help="The pair of a siamese comparison is dissimilar.")
+@click.option("--positives", default=1, show_default=True, help="For set: how many are positives.")
+@click.option("--mask", "masks", multiple=True, type=click.Path(), metavar="FILE",
+              help="What the map of an image should point at: once for each image, in their order, "
+              "none where there is no mask. Light or opaque marks it; a cut-out picture can be its "
+              "own mask.")  # fmt: skip
+@measuring_options
+@click.option("--style", type=click.Choice(list(RENDERERS)), default="overlay", show_default=True,
+              help="How to draw.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
+@click.option("--force", is_flag=True, help="Replace a comparison that is in the folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@model_options
+def command(
+    model: str,
+    images: tuple[str, ...],
+    arch: str,
+    masks: tuple[str, ...],
+    style: str,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Explain IMAGES by several methods, and measure how faithful each of them is to MODEL.
+
+    IMAGES are the anchor, then positives, then negatives. Methods that do not apply to the model
+    are skipped with the reason. Example:
+
+    \b
+      simexplain compare timm:tf_efficientnet_lite0 a.jpg b.jpg c.jpg --arch triplet \\
+        --method sam:weights=signed --method decomposition
+    """  # noqa: D301 - click wants the backspace character
+    positives_of(arch, len(images), different=given["different"], positives=given["positives"])
+    if masks and len(masks) != len(images):
+        raise click.BadParameter(
+            f"expected it once for each of {len(images)} images (none for no mask), got "
+            f"{len(masks)}.",
+            param_hint="--mask",
+        )
+    recipes = asked_recipes(given)
+    out = out or free_folder(Path(_FOLDER))
+    check_writable(out, COMPARISON_FILES, force=force)
+    with busy(f"Loading {model}"):
+        network = model_from(model, given)
+    known = [None if mask == "none" else mask for mask in masks] or None
+    with bar(f"Comparing {len(recipes)} methods") as progress:
+        result = compare_files(
+            network, images, arch, recipes, masks=known, progress=progress, **given
+        )
+    with busy(f"Writing {out}"):
+        files = result.save(out, force=force, style=style)
+    if as_json:
+        click.echo(json.dumps(result.to_json(files), indent=2, ensure_ascii=False))
+    else:
+        report(result, files)
+
+
+def report(result: MethodComparison, files: dict[str, str]) -> None:
+    """Prints the table, for a person."""
+    click.echo(f"{result.first.model}, {verdict(result.first)}")
+    click.echo(str(result))
+    for note in result.notes:
+        click.echo(f"Warning: {note}", err=True)
+    for method in result.methods:
+        for warning in method.explanation.warnings:
+            click.echo(f"Warning: {method.name}: {warning}", err=True)
+    for kind, path in files.items():
+        click.echo(f"{kind}: {path}")

@@ -1,0 +1,114 @@
+"""``simexplain evaluate``: models and methods measured on data sets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from simexplain.evaluation.evaluating import evaluate_faithfulness
+from simexplain.evaluation.item_sources import SAMPLED, read_comparisons, sample_comparisons
+from simexplain.evaluation.measuring import CONTROLS
+from simexplain.evaluation.saving import EVALUATION_FILES, save_evaluation
+from simexplain.publishing import check_writable
+
+from .options import busy, model_from, model_options
+from .recipes import asked_recipes, bar, measuring_options
+
+if TYPE_CHECKING:
+    from simexplain.evaluation.items import Item
+    from simexplain.evaluation.results import Evaluation
+
+_SAMPLED, _LISTED = 50, 3
+
+
+@click.group("evaluate")
+def command() -> None:
+    """Measure explanations on a data set."""
+
+
+@command.command("faithfulness")
+@click.argument("model")
+@click.argument("data", type=click.Path(path_type=Path))
+@measuring_options
+@click.option("--comparisons", type=click.IntRange(1), metavar="N",
+              help=f"How many to draw from a folder [{_SAMPLED}], or the first N lines of a file "
+              "[all].")  # fmt: skip
+@click.option("--arch", type=click.Choice(list(SAMPLED)), default="triplet", show_default=True,
+              help="What to draw from a folder.")  # fmt: skip
+@click.option("--control", "controls", type=click.Choice(list(CONTROLS)), multiple=True,
+              default=list(CONTROLS), show_default=True,
+              help="Maps that know nothing of the network, measured as well; repeat.")  # fmt: skip
+@click.option("--level", default=0.95, show_default=True, type=click.FloatRange(0.5, 0.999),
+              help="Of the confidence intervals.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path),
+              help="Folder for results.json, values.csv and results.png. [none]")  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace an evaluation that is in the folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@model_options
+def faithfulness(
+    model: str,
+    data: Path,
+    comparisons: int | None,
+    arch: str,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Measure how faithful methods are to MODEL over the comparisons of DATA.
+
+    DATA is a CSV file with the columns anchor, positives, negatives, or a folder with a sub-folder
+    of pictures for each class, from which comparisons are drawn. Examples:
+
+    \b
+      simexplain evaluate faithfulness timm:tf_efficientnet_lite0 comparisons.csv --out scores
+      simexplain evaluate faithfulness timm:tf_efficientnet_lite0 pictures/ --comparisons 20 \\
+        --method sam:weights=signed --method decomposition
+    """  # noqa: D301 - click wants the backspace character
+    recipes = asked_recipes(given)
+    if out is not None:
+        check_writable(out, EVALUATION_FILES, force=force)
+    items = _items(data, comparisons, arch, given["seed"])
+    with busy(f"Loading {model}"):
+        network = model_from(model, given)
+    with bar(f"Measuring {len(recipes)} methods on {len(items)} comparisons") as progress:
+        result = evaluate_faithfulness(network, items, recipes, progress=progress, **given)
+    files = {} if out is None else save_evaluation(result, out, force=force)
+    if as_json:
+        said = {**result.to_json(), "files": files}
+        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+    else:
+        report(result, files)
+
+
+def _items(data: Path, count: int | None, arch: str, seed: int) -> list[Item]:
+    if data.is_dir():
+        return sample_comparisons(data, count or _SAMPLED, arch=arch, seed=seed)
+    return read_comparisons(data)[:count]
+
+
+def report(result: Evaluation, files: dict[str, str]) -> None:
+    """Prints the table, for a person."""
+    done = len(result.items) - sum(", " not in where for where in result.broken)
+    level = f"{100 * result.settings['level']:g} %"
+    click.echo(
+        f"{result.settings['model']}, {done} of {len(result.items)} comparisons measured, means "
+        f"with {level} intervals"
+    )
+    click.echo(str(result))
+    for name, reason in result.skipped.items():
+        click.echo(f"Skipped {name}: {reason}")
+    broken = {
+        where: reason
+        for where, reason in result.broken.items()
+        if where.partition(", ")[2] not in result.skipped
+    }
+    for where, reason in list(broken.items())[:_LISTED]:
+        click.echo(f"Warning: {where}: {reason}", err=True)
+    if len(broken) > _LISTED:
+        click.echo(f"Warning: {len(broken) - _LISTED} more, listed by --json.", err=True)
+    for kind, path in files.items():
+        click.echo(f"{kind}: {path}")

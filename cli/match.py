@@ -1,0 +1,142 @@
+"""``simexplain match``: which region of one picture answers to which of another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from simexplain.matching.factors import SCORES, STYLES
+from simexplain.matching.matching import Patience
+from simexplain.matching.matching_files import match_files
+from simexplain.matching.pictures import default_points, summary
+from simexplain.matching.saving import MAIN_FILES, manifest
+from simexplain.publishing import check_writable
+
+from .options import aligned, busy, free_folder, model_from, model_options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from simexplain.matching.points import Point
+    from simexplain.matching.result import Matching
+
+_FOLDER = "matching"
+
+
+class Place(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """``120,85``: x from the left edge and y from the upper one, in pixels of the picture."""
+
+    name = "X,Y"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, float]:
+        """``(x, y)``."""
+        try:
+            x, y = (float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"expected a point such as 120,85 (x,y in pixels), got {value!r}.")
+        return x, y
+
+
+@click.command("match")
+@click.argument("model")
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.option(
+    "--at", "points", type=Place(), multiple=True,
+    help="A point of A in pixels: show what answers to it in B; repeat. [the strongest matches]",
+)  # fmt: skip
+@click.option("--layer", help="Layer whose positions are matched. [the model's default]")
+@click.option("--score", type=click.Choice(list(SCORES)), default="cosine", show_default=True,
+              help="; ".join(f"{name}: {score.about}" for name, score in SCORES.items()) + ".",
+)  # fmt: skip
+@click.option("--style", type=click.Choice(list(STYLES)), default="exact", show_default=True,
+              help="; ".join(f"{name}: {about}" for name, about in STYLES.items()) + ".",
+)  # fmt: skip
+@click.option("--steps", default=16, show_default=True, type=click.IntRange(min=1),
+              help="Jacobians to average where the network above the layer is not linear.",
+)  # fmt: skip
+@click.option("--top", default=8, show_default=True, type=click.IntRange(min=0),
+              help="How many pairs of positions to list.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
+@click.option("--force", is_flag=True, help="Replace a matching that is in the folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@model_options
+def command(
+    model: str,
+    a: str,
+    b: str,
+    points: tuple[Point, ...],
+    layer: str | None,
+    score: str,
+    style: str,
+    steps: int,
+    top: int,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Tell which region of picture A answers to which region of picture B.
+
+    The score of the two is taken apart, exactly, into what every pair of their positions adds.
+    MODEL is timm:NAME, torchvision:NAME or a file. Example:
+
+    \b
+      simexplain match timm:tf_efficientnet_lite0 a.jpg b.jpg --at 120,85
+    """  # noqa: D301 - click wants the backspace character
+    out = out or free_folder(Path(_FOLDER))
+    check_writable(out, MAIN_FILES, force=force)
+    with busy(f"Loading {model}"):
+        network = model_from(model, given)
+    patience = Patience(lambda text: click.echo(f"Note: {text}", err=True))
+    with busy("Matching 2 images"):
+        result = match_files(
+            network, a, b, layer, score=score, style=style, steps=steps, progress=patience
+        )
+    chosen = points or None
+    with busy(f"Writing {out}"):
+        files = result.save(out, force=force, points=chosen, top=top)
+    if as_json:
+        said = manifest(result, files, chosen, top)
+        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+    else:
+        report(result, chosen, top)
+        for warning in result.warnings:
+            click.echo(f"Warning: {warning}", err=True)
+        for kind, path in files.items():
+            click.echo(f"{kind}: {path}")
+
+
+def report(result: Matching, points: Sequence[Point] | None, top: int) -> None:
+    """Prints what was found, for a person."""
+    first, second = (picture.path for picture in result.pictures[0])
+    click.echo(f"{result.model}, layer {result.layer}, style {result.style}")
+    click.echo(f"{first} and {second}")
+    click.echo(summary(result, 0))
+    shown = default_points(result, 0) if points is None else points
+    answers = [result.best(*point) for point in shown]
+    for title, pairs in (
+        ("What answers most to a point", answers),
+        ("The strongest pairs of positions", result.top(top)),
+        (
+            "Each other's best, by what is particular to the two",
+            result.top(top, mutual=True, by="specific"),
+        ),
+    ):
+        if pairs:
+            rows = [("in A (x, y)", "in B (x, y)", "adds", "share", "particular")]
+            rows += [
+                (_pixel(p.a), _pixel(p.b), f"{p.value:+.6f}", f"{p.share:+.2%}",
+                 f"{p.specific:+.6f}")
+                for p in pairs
+            ]  # fmt: skip
+            click.echo(f"\n{title}\n{aligned(rows)}")
+
+
+def _pixel(point: Point) -> str:
+    return f"{point[0]:.0f}, {point[1]:.0f}"

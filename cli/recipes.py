@@ -1,0 +1,76 @@
+"""What commands share that put several methods side by side: which ones, and how to measure."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from simexplain.errors import ComparisonError
+from simexplain.evaluation.faithfulness import MASKINGS
+from simexplain.evaluation.recipes import Recipe, quick_methods, ready, recipes_of
+from simexplain.methods import METHODS
+from simexplain.metrics.curves import BASELINES
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_OPTIONS = (
+    click.option(
+        "--method", "methods", multiple=True, metavar="NAME[@LAYER+LAYER][:OPTION=VALUE,...]",
+        help=f"Such as sam@blocks.6:weights=signed; repeat. NAME is one of {', '.join(METHODS)}. "
+        f"[{', '.join(quick_methods())}]",
+    ),
+    click.option("--all", "every", is_flag=True, help="Every method that applies; some are slow."),
+    click.option("--steps", default=20, show_default=True, type=click.IntRange(1),
+                 help="Points of the deletion and insertion curves."),
+    click.option("--baseline", type=click.Choice(list(BASELINES)), default="blur",
+                 show_default=True, help="What deleted pixels become."),
+    click.option("--masking", type=click.Choice(MASKINGS), default="each", show_default=True,
+                 help="Delete from one image while the others are held, or from all together."),
+    click.option("--tolerance", default=0.0, show_default=True, type=click.FloatRange(0),
+                 help="Pixels around a mask that still count as hits."),
+    click.option("--max-batch", type=click.IntRange(1), help="Most images in one pass."),
+    click.option("--seed", default=0, show_default=True, help="Of everything that is drawn."),
+)  # fmt: skip
+
+
+def measuring_options(command: F) -> F:
+    """Adds the choice of methods and how they are measured."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def asked_recipes(given: dict[str, Any]) -> dict[str, Recipe]:
+    """Takes ``methods`` and ``every`` out of ``given``: the recipes to run.
+
+    Raises:
+        click.BadParameter: If a method or an option is unknown or has a wrong value.
+    """
+    texts, every = given.pop("methods"), given.pop("every")
+    if every:
+        texts = (*texts, *(name for name in METHODS if name not in texts))
+    try:
+        recipes = recipes_of(texts or None)
+        for recipe in recipes.values():
+            ready(recipe)
+    except ComparisonError as error:
+        raise click.BadParameter(str(error), param_hint="--method") from error
+    return recipes
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on a terminal, nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done, of: bars.update(task, completed=done, total=of)

@@ -1,0 +1,286 @@
+"""The verb: put several methods side by side on one comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simexplain.comparison import Comparison
+from simexplain.errors import ComparisonError, SimexplainError, first_line
+from simexplain.evaluation.comparison_result import ComparedMethod, MethodComparison
+from simexplain.evaluation.faithfulness import MASKINGS
+from simexplain.evaluation.items import Item
+from simexplain.evaluation.measuring import CONTROLS, Asked, asked, means, measured, timed
+from simexplain.evaluation.recipes import Recipe, Recipes, ready, recipes_of
+from simexplain.explaining import check_images, embeddings_of, explain
+from simexplain.explaining_files import explain_files
+from simexplain.explanation import Explanation
+from simexplain.metrics.curves import BASELINES
+from simexplain.metrics.maps import grown
+from simexplain.metrics.masks import mean_valid
+from simexplain.metrics.stability import AGREEMENTS
+from simexplain.models.base import SimilarityModel
+from simexplain.models.embedder import as_similarity_model
+
+Progress = Callable[[int, int], None]
+
+_AGREEMENTS = ("spearman", "cosine")
+_MOST_RANKED = 112
+"""Heatmaps are compared on grids of at most this side: finer ones hold nothing more."""
+
+
+def compare_methods(
+    model: nn.Module,
+    comparison: Comparison,
+    methods: Recipes = None,
+    *,
+    masks: Sequence[Tensor | None] | None = None,
+    masking: str = "each",
+    steps: int = 20,
+    baseline: str = "blur",
+    tolerance: float = 0,
+    max_batch: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> MethodComparison:
+    """Explains one comparison of image tensors by several methods, and measures each of them.
+
+    Args:
+        model: A similarity model, or any ``nn.Module`` that returns an embedding.
+        comparison: One comparison (``B`` = 1) of preprocessed images ``(3,H,W)``.
+        methods: Names like ``decomposition``, or texts like ``sam@blocks.6:weights=signed``
+            (``NAME[@LAYER+LAYER][:OPTION=VALUE,...]``); or recipes ``(method, layer, options)`` by
+            name; None for all methods on layers, integrated gradients and occlusion.
+        masks: For each image a boolean mask ``(H,W)`` of what its map should point at, or None.
+        masking: As for ``faithfulness``.
+        steps: As for ``faithfulness``.
+        baseline: As for ``faithfulness``.
+        tolerance: Of the pointing game, in pixels of the images.
+        max_batch: Bounds the images in one forward pass; maps do not depend on it.
+        seed: Of the random map that all are measured against.
+        progress: Called with the number of methods done and of all after each of them.
+
+    Returns:
+        The maps with their scores. Methods that do not apply are left out, with the reason.
+
+    Raises:
+        ComparisonError: If images, masks or options do not fit.
+        SimexplainError: If none of the methods applies: the reason of the first.
+    """
+    wrapped = as_similarity_model(model)
+    check_images(comparison)
+    if comparison.batch != 1:
+        raise ComparisonError(
+            f"Expected one comparison, got {comparison.batch}; compare them one by one, or many at "
+            "once with evaluate_faithfulness."
+        )
+    question = Asked(comparison, _masks(masks, comparison))
+
+    def explained(recipe: Recipe) -> Explanation:
+        method, layer, options = recipe
+        return explain(wrapped, comparison, method, layer, max_batch=max_batch, **options)
+
+    run = _Run(wrapped, question, masking, steps, baseline, tolerance, max_batch, seed)
+    return run.compared(recipes_of(methods), explained, (), progress)
+
+
+def compare_files(
+    model: nn.Module,
+    paths: Sequence[str | Path],
+    arch: str = "triplet",
+    methods: Recipes = None,
+    *,
+    masks: Sequence[str | Path | None] | None = None,
+    different: bool = False,
+    positives: int = 1,
+    masking: str = "each",
+    steps: int = 20,
+    baseline: str = "blur",
+    tolerance: float = 0,
+    max_batch: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> MethodComparison:
+    """The same for picture files, with the heat on the pictures themselves.
+
+    Args:
+        model: As for :func:`compare_methods`.
+        paths: Picture files, anchor first, then positives, then negatives.
+        arch: ``siamese``, ``triplet``, ``quadruplet`` or ``set``.
+        methods: As for :func:`compare_methods`.
+        masks: For each picture the mask file of what its map should point at, or None; see
+            ``Item``.
+        different: The other image of a siamese pair is a negative.
+        positives: How many images after the anchor are positives, for ``set``.
+        masking: As for ``faithfulness``.
+        steps: As for ``faithfulness``.
+        baseline: As for ``faithfulness``.
+        tolerance: Of the pointing game, in pixels of the pictures.
+        max_batch: Bounds the images in one forward pass; maps do not depend on it.
+        seed: Of the random map that all are measured against.
+        progress: Called with the number of methods done and of all after each of them.
+
+    Raises:
+        ImageError: If a picture or a mask cannot be read.
+        ComparisonError: If there are too few or too many pictures, or options do not fit.
+        SimexplainError: If none of the methods applies: the reason of the first.
+    """
+    wrapped = as_similarity_model(model)
+    given = None if masks is None else tuple(masks)
+    item = Item(tuple(paths), arch, given, different=different, positives=positives)
+    recipes = recipes_of(methods)
+    question = asked(wrapped, item)
+
+    def explained(recipe: Recipe) -> Explanation:
+        method, layer, options = recipe
+        if options.get("magnify", 1) != 1:  # then the pictures' own finer detail is shown
+            return explain_files(
+                wrapped, paths, arch, method, layer, different=different, positives=positives,
+                max_batch=max_batch, **options,
+            )  # fmt: skip
+        found = explain(wrapped, question.comparison, method, layer, max_batch=max_batch, **options)
+        return replace(found, pictures=question.pictures, geometries=question.geometries)
+
+    notes = tuple(note for picture in question.pictures for note in picture.notes)
+    run = _Run(wrapped, question, masking, steps, baseline, tolerance, max_batch, seed)
+    return run.compared(recipes, explained, wrapped.preprocess.notes + notes, progress)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is the same for all methods."""
+
+    model: SimilarityModel
+    question: Asked
+    masking: str
+    steps: int
+    baseline: str
+    tolerance: float
+    max_batch: int | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Refuses before the first method runs what would be refused after it."""
+        if self.masking not in MASKINGS or self.baseline not in BASELINES or self.steps < 1:
+            raise ComparisonError(
+                f"Expected masking of {', '.join(MASKINGS)}, baseline of {', '.join(BASELINES)} "
+                f"and at least one step, got '{self.masking}', '{self.baseline}' and {self.steps}."
+            )
+
+    def compared(
+        self,
+        recipes: Mapping[str, Recipe],
+        explained: Callable[[Recipe], Explanation],
+        notes: tuple[str, ...],
+        progress: Progress | None,
+    ) -> MethodComparison:
+        """All methods, one after the other; those that do not apply are noted."""
+        reasons = {name: ready(recipe) for name, recipe in recipes.items()}
+        self._warm_up()
+        found: list[ComparedMethod] = []
+        skipped: dict[str, SimexplainError] = {}
+        for done, (name, recipe) in enumerate(recipes.items()):
+            try:
+                if reasons[name]:
+                    raise ComparisonError(reasons[name])
+                found.append(self._one(name, recipe, explained, found))
+            except torch.OutOfMemoryError:
+                raise
+            except SimexplainError as error:
+                skipped[name] = error
+            except RuntimeError as error:  # torch, of a network that a method does not suit
+                skipped[name] = SimexplainError(f"{type(error).__name__}: {first_line(error)}.")
+            if progress is not None:
+                progress(done + 1, len(recipes))
+        if not found:
+            raise next(iter(skipped.values()))
+        return MethodComparison(
+            methods=tuple(found),
+            random=self._random(found[0].explanation),
+            chance=self.question.chances(self.tolerance),
+            skipped={name: str(error) for name, error in skipped.items()},
+            masks=self.question.masks,
+            notes=notes,
+            settings={**self._curves(), "tolerance": self.tolerance, "seed": self.seed},
+        )
+
+    def _curves(self) -> dict[str, Any]:
+        return {"masking": self.masking, "steps": self.steps, "baseline": self.baseline}
+
+    def _warm_up(self) -> None:
+        """The dry run that finds layers and the first pass are no method's cost.
+
+        Raises:
+            ModelError: If the model gives no embeddings of these images.
+        """
+        embeddings_of(self.model, self.question.comparison, self.max_batch)
+        try:
+            self.model.layers_for(self.question.comparison.anchor)
+        except SimexplainError:  # a black box has none
+            return
+
+    def _one(
+        self,
+        name: str,
+        recipe: Recipe,
+        explained: Callable[[Recipe], Explanation],
+        before: Sequence[ComparedMethod],
+    ) -> ComparedMethod:
+        explanation, seconds, forwards = timed(self.model, lambda: explained(recipe))
+        reference = before[0].explanation if before else explanation
+        return ComparedMethod(
+            name=name,
+            asked=dict(recipe[2]),
+            explanation=explanation,
+            scores=self._scores(explanation),
+            agreement=_agreement(reference, explanation),
+            forwards=forwards,
+            seconds=seconds,
+        )
+
+    def _scores(self, explanation: Explanation) -> dict[str, tuple[float, ...]]:
+        return measured(
+            self.model, self.question, explanation, self._curves(), tolerance=self.tolerance,
+            max_batch=self.max_batch,
+        )  # fmt: skip
+
+    def _random(self, sample: Explanation) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(self.seed)
+        maps = CONTROLS["random"](sample.maps, generator).to(sample.maps.device)
+        return means(self._scores(replace(sample, maps=maps)))
+
+
+def _agreement(one: Explanation, other: Explanation) -> dict[str, float]:
+    """How alike the drawn heatmaps of two explanations are, as the mean over images."""
+    pairs = list(zip(_drawn(one), _drawn(other), strict=True))
+    return {
+        name: mean_valid(torch.tensor([AGREEMENTS[name](*pair) for pair in pairs]))
+        for name in _AGREEMENTS
+    }
+
+
+def _drawn(explanation: Explanation) -> Tensor:
+    height, width = explanation.images.shape[-2:]
+    shrink = min(1.0, _MOST_RANKED / max(height, width))
+    size = (max(1, round(height * shrink)), max(1, round(width * shrink)))
+    return grown(explanation.heatmaps_at(0), size)
+
+
+def _masks(masks: Sequence[Tensor | None] | None, comparison: Comparison) -> dict[int, Tensor]:
+    size = tuple(comparison.anchor.shape[-2:])
+    given = [None] * comparison.count if masks is None else list(masks)
+    known = [mask for mask in given if mask is not None]
+    if len(given) != comparison.count or any(
+        tuple(mask.shape) != size or mask.dtype != torch.bool for mask in known
+    ):
+        shapes = ["None" if mask is None else str(tuple(mask.shape)) for mask in given]
+        raise ComparisonError(
+            f"Expected a boolean mask of shape {size} or None for each of {comparison.count} "
+            f"images, got {', '.join(shapes)}."
+        )
+    return {place: mask.cpu() for place, mask in enumerate(given) if mask is not None}

@@ -1,0 +1,237 @@
+"""Several methods on one comparison, side by side: what was found, as text, figure and files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from simexplain.evaluation.measuring import means
+from simexplain.evaluation.results import SCHEMA, Row, plain
+from simexplain.evaluation.tables import aligned, cost, number
+from simexplain.explanation import Explanation, versions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class ComparedMethod:
+    """What one method found and reached on the comparison.
+
+    Attributes:
+        name: As it was asked for.
+        asked: The options that were asked for; all of them are in ``explanation.options``.
+        explanation: Its maps and warnings, with the pictures where files were compared.
+        scores: ``deletion``, ``insertion``, ``gain`` and, with masks, ``pointing`` and ``energy``:
+            one number an image, NaN where undefined; one for all where they are masked together.
+        agreement: ``spearman`` and ``cosine`` with the first method's heatmaps, as drawn: means
+            over the images, NaN where all maps are flat.
+        forwards: How many images passed forward through the network for the explanation.
+        seconds: For the explanation alone, of one run, without reading the pictures.
+    """
+
+    name: str
+    asked: Mapping[str, Any]
+    explanation: Explanation
+    scores: Mapping[str, tuple[float, ...]]
+    agreement: Mapping[str, float]
+    forwards: int
+    seconds: float
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The mean over images of each score."""
+        return means(self.scores)
+
+
+@dataclass(frozen=True)
+class MethodComparison:
+    """Methods side by side on one comparison; a notebook shows the figure by itself.
+
+    Attributes:
+        methods: In the order in which they were asked for; the first is what others are compared
+            with under ``agreement``.
+        random: What a random map reaches in the same scores: what a method must beat.
+        chance: With masks, what a random point (``pointing``) and a flat map (``energy``) reach.
+        skipped: Methods that do not apply here, each with the reason.
+        masks: For the places that have one, a boolean mask ``(H0,W0)``.
+        notes: What to know of the pictures, whatever the method.
+        settings: How it was measured.
+    """
+
+    methods: tuple[ComparedMethod, ...]
+    random: Mapping[str, float]
+    chance: Mapping[str, float]
+    skipped: Mapping[str, str]
+    masks: Mapping[int, Tensor]
+    notes: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> ComparedMethod:
+        for method in self.methods:
+            if method.name == name:
+                return method
+        raise KeyError(name)
+
+    @property
+    def first(self) -> Explanation:
+        """The first method's explanation, which tells all that does not depend on the method."""
+        return self.methods[0].explanation
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of the scores that were measured."""
+        return tuple(self.methods[0].scores)
+
+    def best(self, metric: str) -> str:
+        """The method with the best mean of a score; empty where none has a value."""
+        sign = -1 if metric == "deletion" else 1
+        found = {m.name: sign * m.means[metric] for m in self.methods}
+        known = {name: value for name, value in found.items() if value == value}
+        return max(known, key=lambda name: known[name]) if known else ""
+
+    def table(self) -> list[Row]:
+        """One row a method, the random map last: mean scores, agreement and cost."""
+        rows: list[Row] = [
+            {
+                "method": method.name,
+                "layer": method.explanation.layer,
+                **method.means,
+                **method.agreement,
+                "forwards": method.forwards,
+                "seconds": method.seconds,
+            }
+            for method in self.methods
+        ]
+        empty = dict.fromkeys(("spearman", "cosine"), float("nan"))
+        rows.append(
+            {"method": "(random)", "layer": "", **self.random, **empty, "forwards": 0, "seconds": 0}
+        )
+        return rows
+
+    def __str__(self) -> str:
+        """The table as plain text, with what was skipped."""
+        head = ("method", *self.metrics, "agreement", "forwards", "seconds")
+        lines = [head]
+        for method in self.methods:
+            scores = [number(method.means[name], name) for name in self.metrics]
+            agrees = number(method.agreement["spearman"], "agreement")
+            spent = (str(method.forwards), cost(method.seconds))
+            lines.append((method.name, *scores, agrees, *spent))
+        blank = ("", "", "")
+        lines.append(("(random)", *(number(self.random[n], n) for n in self.metrics), *blank))
+        if self.chance:
+            levels = [number(self.chance[n], n) if n in self.chance else "" for n in self.metrics]
+            lines.append(("(chance)", *levels, *blank))
+        return "\n".join((aligned(lines), *self.remarks()))
+
+    def remarks(self) -> list[str]:
+        """Sentences that a reader of the table needs: undefined images, skipped methods."""
+        said = []
+        undefined = self.undefined()
+        if undefined:
+            said.append(
+                "Deletion and insertion leave out images that gain by being covered: "
+                f"{', '.join(undefined)}."
+            )
+        said += [f"Skipped {name}: {reason}" for name, reason in self.skipped.items()]
+        return said
+
+    def undefined(self) -> list[str]:
+        """Images whose normalised areas are not defined, the same for all methods."""
+        values = self.methods[0].scores["deletion"]
+        names = self.first.roles if len(values) == len(self.first.roles) else ("all",)
+        return [
+            f"{role} (image {place + 1})"
+            for place, (role, value) in enumerate(zip(names, values, strict=True))
+            if value != value
+        ]
+
+    def figure(self, style: str = "overlay") -> Figure:
+        """A row of overlays for each method below the pictures, with its scores beside it.
+
+        Args:
+            style: A name in ``RENDERERS``.
+
+        Raises:
+            ComparisonError: If there is no such style.
+        """
+        from simexplain.evaluation.comparison_pictures import draw_methods
+
+        return draw_methods(self, style)
+
+    def save(
+        self, folder: str | Path, *, force: bool = False, style: str = "overlay"
+    ) -> dict[str, str]:
+        """Writes ``comparison.png``, ``comparison.json`` and ``comparison.npz``, all or none.
+
+        Args:
+            folder: Made if missing.
+            force: Replace these files; others stay.
+            style: As for :meth:`figure`.
+
+        Returns:
+            What was written, by kind.
+
+        Raises:
+            OutputError: If files are there already, or the folder cannot be written.
+        """
+        from simexplain.evaluation.saving import save_comparison
+
+        return save_comparison(self, Path(folder), force=force, style=style)
+
+    def to_json(self, files: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """The JSON contract of ``compare``; keys may be added in later versions, never changed."""
+        first = self.first
+        paths: list[str | None] = [picture.path for picture in first.pictures]
+        said = {
+            "architecture": first.architecture,
+            "model": first.model,
+            "images": [
+                {"path": path, "role": role}
+                for path, role in zip(
+                    paths or [None] * len(first.roles), first.roles, strict=True
+                )
+            ],
+            "distances": first.distances[0],
+            "condition": asdict(first.condition()),
+            "methods": [_told(place, method) for place, method in enumerate(self.methods)],
+            "random": self.random,
+            "chance": self.chance,
+            "skipped": [{"name": n, "reason": reason} for n, reason in self.skipped.items()],
+            "undefined": self.undefined(),
+            "settings": self.settings,
+            "warnings": self.notes,
+            "files": files or {},
+            "versions": versions(),
+        }  # fmt: skip
+        return {"schema": SCHEMA, **{name: plain(value) for name, value in said.items()}}
+
+    def _repr_html_(self) -> str:
+        """What Jupyter shows: the figure."""
+        from simexplain.rendering.panel import as_html
+
+        names = ", ".join(method.name for method in self.methods)
+        return as_html(self.figure(), f"methods side by side: {names}")
+
+
+def _told(place: int, method: ComparedMethod) -> dict[str, Any]:
+    explanation = method.explanation
+    return {
+        "name": method.name,
+        "method": explanation.method,
+        "layer": explanation.layer,
+        "layers": explanation.layers,
+        "options": explanation.options,
+        **method.means,
+        "agreement": method.agreement,
+        "forwards": method.forwards,
+        "seconds": method.seconds,
+        "warnings": explanation.warnings,
+        "per_image": method.scores,
+        "maps": f"maps_{place}",
+    }

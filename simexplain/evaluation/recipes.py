@@ -1,0 +1,139 @@
+"""Which methods to put side by side: from names and short texts to recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field
+from typing import Any
+
+from simexplain.errors import ComparisonError, SimexplainError
+from simexplain.explaining import Layers
+from simexplain.methods import METHODS, Method, options_of
+
+Recipe = tuple[str | Method, Layers, Mapping[str, Any]]
+"""A method, its layers and its options, as ``explain_files`` takes them."""
+
+Recipes = Mapping[str, Recipe] | Sequence[str] | None
+"""Recipes by name, texts as :func:`recipe_from` takes them, or None for :func:`quick_methods`."""
+
+_QUICK = ("avsl", "integrated_gradients", "occlusion")
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def quick_methods() -> tuple[str, ...]:
+    """All methods on layers or levels, and on pixels one by gradients and one by covering."""
+    layered = [name for name, made in METHODS.items() if getattr(made, "uses_layers", True)]
+    return (*layered, *(name for name in _QUICK if name in METHODS and name not in layered))
+
+
+def recipes_of(methods: Recipes) -> dict[str, Recipe]:
+    """Recipes by name, whatever they were given as.
+
+    Raises:
+        ComparisonError: If a method or an option is unknown, or there is none or one given twice.
+    """
+    if isinstance(methods, Mapping):
+        found = dict(methods)
+        for method, _, options in found.values():
+            if isinstance(method, str):
+                _check_options(method, options)
+    else:
+        texts = quick_methods() if methods is None else tuple(methods)
+        found = {text: recipe_from(text) for text in texts}
+        if len(found) != len(texts):
+            raise ComparisonError(f"Expected every method once, got {', '.join(texts)}.")
+    if not found:
+        raise ComparisonError("Expected at least one method, got none.")
+    return found
+
+
+def recipe_from(text: str) -> Recipe:
+    """A recipe from ``NAME[@LAYER+LAYER][:OPTION=VALUE,...]``, such as ``sam:weights=signed``.
+
+    Values are read as what the option is by default: a number, true or false, else text. Besides
+    its own options every method takes ``magnify``.
+
+    Raises:
+        ComparisonError: If the method, an option or a value does not fit.
+    """
+    head, colon, tail = text.partition(":")
+    name, at, layers = head.partition("@")
+    _check_options(name, {})
+    defaults = {"magnify": 1.0, **{field.name: _default(field) for field in _fields(name)}}
+    options: dict[str, Any] = {}
+    for pair in tail.split(",") if colon else ():
+        option, equals, value = pair.partition("=")
+        if not equals or option not in defaults:
+            raise ComparisonError(
+                f"Expected OPTION=VALUE with an option of {name} ({', '.join(defaults)}), got "
+                f"'{pair}' in '{text}'."
+            )
+        options[option] = _valued(defaults[option], option, value)
+    chosen = tuple(layers.split("+"))
+    if at and not all(chosen):
+        raise ComparisonError(f"Expected a layer after '@' in '{text}'.")
+    return name, (chosen if len(chosen) > 1 else chosen[0]) if at else None, options
+
+
+def ready(recipe: Recipe) -> str:
+    """Why a recipe cannot be carried out whatever the model; empty where nothing is known.
+
+    Raises:
+        SimexplainError: If an option has a value that the method does not take.
+    """
+    method, _, options = recipe
+    if not isinstance(method, str):
+        return ""
+    made: Callable[..., Any] = METHODS[method]
+    missing = [
+        field.name
+        for field in _fields(method)
+        if _default(field) is MISSING and field.name not in options
+    ]
+    if missing:
+        try:
+            made()
+        except SimexplainError as error:
+            return str(error)
+        except TypeError:
+            return f"It needs the option {missing[0]}, which has no default."
+    own = {name: value for name, value in options.items() if name not in ("magnify", "scale")}
+    if own:  # what was asked for is checked before anything is run
+        made(**own)
+    return ""
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    if name not in METHODS:
+        raise ComparisonError(f"Expected methods of {', '.join(METHODS)}, got '{name}'.")
+    known = ["magnify", "scale", *(field.name for field in _fields(name))]
+    for option in options:
+        if option not in known:
+            raise ComparisonError(
+                f"Method '{name}' has the options {', '.join(known)}, got '{option}'."
+            )
+
+
+def _fields(name: str) -> tuple[Field[Any], ...]:
+    return tuple(field for field in options_of(METHODS[name]) if field.init)
+
+
+def _default(field: Field[Any]) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _valued(default: Any, option: str, text: str) -> Any:
+    """The text as a value of the kind that the option has."""
+    if isinstance(default, bool):
+        if text.lower() in _TRUTH:
+            return _TRUTH[text.lower()]
+    elif isinstance(default, (int, float)):
+        try:
+            return type(default)(text)
+        except ValueError:
+            pass
+    else:
+        return text
+    raise ComparisonError(f"Expected {option} to be a {type(default).__name__}, got '{text}'.")

@@ -1,0 +1,228 @@
+"""The verb: which region of one image answers to which region of another."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from simexplain.data.preprocessing import Preprocess
+from simexplain.errors import ComparisonError, ModelError
+from simexplain.explanation import versions
+from simexplain.matching.factors import SCORES, Factors, check_choices, pair_matrix
+from simexplain.matching.result import Matching
+from simexplain.methods.jacobians import Progress
+from simexplain.methods.position_parts import EXACT, PositionParts, position_parts
+from simexplain.models.avsl import AVSL
+from simexplain.models.base import SimilarityModel
+from simexplain.models.embedder import as_similarity_model
+
+_LONG = 20.0
+_TRIED = 1.0
+_FAR_OFF = 0.05
+
+
+def match(
+    model: nn.Module,
+    a: Tensor,
+    b: Tensor,
+    layer: str | None = None,
+    *,
+    score: str = "cosine",
+    style: str = "exact",
+    steps: int = 16,
+    max_batch: int | None = None,
+    progress: Progress | None = None,
+) -> Matching:
+    """Takes the score of pairs of images apart into all pairs of their positions (Zhu et al. 2019).
+
+    Each image's vector is a sum over the positions of a layer (``position_parts``), so the score of
+    two images is a sum over pairs of positions. It is exact, with biases spread evenly over the
+    positions, wherever the network above the layer is linear, and but for an integration error,
+    which is told, where it is not. The model is left as it was.
+
+    Args:
+        model: A similarity model, or any ``nn.Module`` that returns an embedding.
+        a: Preprocessed images ``(B,3,H,W)``, or one ``(3,H,W)`` for all pairs.
+        b: The image that each is compared with ``(B,3,H',W')``, perhaps of another size.
+        layer: A layer, or None for the model's default.
+        score: ``cosine``; ``dot`` of the vectors as they are; ``squared``, the squared Euclidean
+            distance of the unit embeddings.
+        style: ``exact``, or ``zhu``: no biases, maps scaled to their maximum and cut off at zero.
+        steps: Points of the quadrature where the network above the layer is not linear.
+        max_batch: Bounds the images in one forward pass; results do not depend on it.
+        progress: Called with how much of the work is done and how much there is. Without it, a
+            Python warning tells of work that will take longer than 20 seconds.
+
+    Raises:
+        ComparisonError: If images or choices do not fit.
+        ModelError: If the model or the layer cannot be used.
+    """
+    check_choices(score, style)
+    wrapped = _expected(model)
+    first, second = _sides(a, b)
+    for name, number in (("steps", steps), ("max_batch", max_batch)):
+        if number is not None and number < 1:
+            raise ComparisonError(f"Expected {name} of at least 1, got {number}.")
+    if layer is None:
+        layer = next(found.name for found in wrapped.layers_for(first) if found.default)
+    waited = progress or Patience(lambda text: warnings.warn(text, stacklevel=3))
+    found = [
+        position_parts(wrapped, side, layer, steps=steps, max_batch=max_batch, progress=waited)
+        for side in (first, second)
+    ]
+    result = matching_from(
+        factors_of(found[0]),
+        factors_of(found[1]),
+        images=(first, second),
+        preprocess=wrapped.preprocess,
+        score=score,
+        style=style,
+        layer=layer,
+        model=wrapped.name,
+    )
+    return replace(result, warnings=result.warnings + _integration(found, result, layer))
+
+
+def matching_from(
+    a: Factors,
+    b: Factors,
+    images: tuple[Tensor, Tensor],
+    preprocess: Preprocess,
+    *,
+    score: str = "cosine",
+    style: str = "exact",
+    layer: str = "",
+    model: str = "",
+) -> Matching:
+    """A matching from what the positions of both sides add to their vectors; no model is run.
+
+    Args:
+        a: Factors of the first images, such as an index keeps; float16 will do.
+        b: Factors of the second images, in the same basis. One image on either side is compared
+            with all of the other.
+        images: Preprocessed images of both sides ``(B,3,H,W)`` or ``(1,3,H,W)``, whose pixels are
+            counted and which figures show.
+        preprocess: How they were preprocessed.
+        score: As for :func:`match`.
+        style: As for :func:`match`.
+        layer: The layer of the factors.
+        model: Name of the model.
+
+    Raises:
+        ComparisonError: If names are unknown or factors or images do not fit together.
+        ModelError: If a vector is not finite, or zero where its direction counts.
+    """
+    check_choices(score, style)
+    for side, factors in (("first", a), ("second", b)):
+        _check_vectors(factors.vectors, side, unit=SCORES[score].unit)
+    matrix, values = pair_matrix(a, b, score=score, style=style)
+    count = len(matrix)
+    if any(len(side) not in (1, count) or side.dim() != 4 for side in images):
+        raise ComparisonError(
+            f"Expected images (B,3,H,W) of {count} pairs, got {tuple(images[0].shape)} and "
+            f"{tuple(images[1].shape)}."
+        )
+    expanded = [side.detach().expand(count, *side.shape[1:]) for side in images]
+    said = "Style zhu leaves biases out: the matrix adds up to the score but for the residual."
+    return Matching(
+        matrix=matrix,
+        score=values,
+        score_name=score,
+        style=style,
+        layer=layer,
+        model=model,
+        images=(expanded[0], expanded[1]),
+        preprocess=preprocess,
+        warnings=(said,) if style == "zhu" else (),
+        versions=versions(),
+    )
+
+
+def factors_of(parts: PositionParts) -> Factors:
+    """What the positions of images add to their vectors, as factors of a matching."""
+    return Factors(parts.parts.detach(), parts.rest.detach(), parts.vectors.detach())
+
+
+class Patience:
+    """Tells once, a second into the work, that it will take long."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell: Callable[[str], None] | None = tell
+        self.started = self.latest = time.monotonic()
+        self.done = 0
+
+    def __call__(self, done: int, work: int) -> None:
+        """Listens to how much of the work is done; where it begins again, so does the clock."""
+        if done <= self.done:
+            self.started = self.latest
+        self.done, self.latest = done, time.monotonic()
+        spent = self.latest - self.started
+        ahead = spent / done * (work - done)
+        if self.tell is not None and spent > _TRIED and ahead > _LONG:
+            self.tell(
+                f"Taking the vectors of one side apart will take about {ahead:.0f} seconds more; a "
+                "later layer or fewer steps is quicker."
+            )
+            self.tell = None
+
+
+def _expected(model: nn.Module) -> SimilarityModel:
+    wrapped = as_similarity_model(model)
+    if isinstance(wrapped, AVSL):
+        raise ModelError(
+            f"Expected a network with one vector for each image, got the AVSL model "
+            f"{wrapped.name}; attribute takes its distance apart."
+        )
+    return wrapped
+
+
+def _sides(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sides as batches, one image or as many as the other has."""
+    for side in (a, b):
+        if not isinstance(side, Tensor):
+            raise ComparisonError(
+                f"Expected image tensors, got {type(side).__name__}; use match_files for picture "
+                "files."
+            )
+    first, second = (side.unsqueeze(0) if side.dim() == 3 else side for side in (a, b))
+    if (
+        any(side.dim() != 4 or not side.is_floating_point() for side in (first, second))
+        or not len(first) * len(second)
+        or (len(first) != len(second) and 1 not in (len(first), len(second)))
+    ):
+        raise ComparisonError(
+            f"Expected two batches of float images (B,3,H,W), as many or one on a side, got "
+            f"{tuple(a.shape)} and {tuple(b.shape)}; use match_files for picture files."
+        )
+    return first, second
+
+
+def _check_vectors(vectors: Tensor, side: str, *, unit: bool) -> None:
+    for bad, what in (
+        (~vectors.isfinite().all(dim=1), "is not finite"),
+        ((vectors == 0).all(dim=1) & unit, "is the zero vector, which has no direction"),
+    ):
+        if bool(bad.any()):
+            raise ModelError(
+                f"The vector of the {side} image of pair {int(bad.nonzero()[0, 0]) + 1} {what}; "
+                "look for NaN in the weights or the input, or for dead weights."
+            )
+
+
+def _integration(found: list[PositionParts], result: Matching, layer: str) -> tuple[str, ...]:
+    """What to know where Jacobians were averaged."""
+    steps = max(parts.steps for parts in found)
+    worst = max(float(parts.residual.max()) for parts in found)
+    if steps == 1 and worst <= EXACT:
+        return ()
+    missing = float(result.residual.abs().max())
+    advice = "; more steps or a later layer bring it down" if worst > _FAR_OFF else ""
+    return (
+        f"The network above {layer} is not linear, so {steps} Jacobians were averaged on the way "
+        f"from a blank image; that leaves out {worst:.1g} of a vector's length and {missing:.1g} "
+        f"of the score{advice}.",
+    )

@@ -1,0 +1,281 @@
+"""The result of matching: what every pair of positions adds, with everything needed to show it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from simexplain.data.images import Picture
+from simexplain.data.preprocessing import Geometry, Preprocess
+from simexplain.errors import ComparisonError
+from simexplain.matching.factors import SCORES
+from simexplain.matching.points import Frame, Point, PositionPair
+from simexplain.matching.ranking import centred, strongest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SIDES = ("a", "b")
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The scores of ``B`` pairs of images as sums over all pairs of their positions.
+
+    Attributes:
+        matrix: ``(B,h,w,h',w')``, signed: what position ``(i,j)`` of the first image and ``(k,l)``
+            of the second add to the score together.
+        score: ``(B,)``, from the vectors themselves.
+        score_name: A name in ``SCORES``.
+        style: A name in ``STYLES``.
+        layer: The layer whose positions they are.
+        model: Name of the model.
+        images: The preprocessed images of both sides, ``(B,3,H,W)`` and ``(B,3,H',W')``.
+        preprocess: How to make ``images`` visible again.
+        warnings: What to know before trusting it.
+        versions: Of the packages that made it.
+        pictures: The original pictures of each pair where files were matched, else empty.
+        geometries: Where the images lie in the pictures; points are in pixels of the picture
+            wherever they are known.
+    """
+
+    matrix: Tensor
+    score: Tensor
+    score_name: str
+    style: str
+    layer: str
+    model: str
+    images: tuple[Tensor, Tensor]
+    preprocess: Preprocess
+    warnings: tuple[str, ...]
+    versions: Mapping[str, str]
+    pictures: tuple[tuple[Picture, Picture], ...] = field(default=(), repr=False)
+    geometries: tuple[tuple[Geometry, Geometry], ...] = field(default=(), repr=False)
+
+    def __len__(self) -> int:
+        return len(self.matrix)
+
+    @property
+    def residual(self) -> Tensor:
+        """The sum of the matrix minus the score ``(B,)``, float64, CPU: rounding or integration.
+
+        With style ``zhu`` it is also, with its sign turned, the share of the biases.
+        """
+        return self.matrix.cpu().double().sum(dim=(1, 2, 3, 4)) - self.score.cpu().double()
+
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """What each position adds in all, ``(B,h,w)`` and ``(B,h',w')``; each sums to the score.
+
+        For average pooling without a head and the cosine they are the maps of Stylianou et al.
+        2019. Style ``zhu`` divides each map by its maximum and cuts it off at zero.
+        """
+        return self._shown(self.matrix.sum(dim=(3, 4))), self._shown(self.matrix.sum(dim=(1, 2)))
+
+    def at(self, x: float, y: float, side: str = "a", index: int = 0) -> Tensor:
+        """Which places of the other image answer to a point: a signed map ``(h',w')``.
+
+        The row of the matrix at the point, interpolated bilinearly between the four nearest
+        positions with pixel centres at half-integers; beyond the outermost centres the edge goes
+        on. It sums to the marginal at that point. Style ``zhu`` treats it as any of its maps.
+
+        Args:
+            x: In pixels of the picture where files were matched, else of the tensor.
+            y: Likewise, from the upper edge.
+            side: ``a`` for a point of the first image, ``b`` for one of the second.
+            index: Which pair.
+
+        Raises:
+            ComparisonError: If there is no such pair or side, or the network did not see the point.
+        """
+        return self._shown(self._row(x, y, side, index)[None])[0]
+
+    def best(self, x: float, y: float, side: str = "a", index: int = 0) -> PositionPair:
+        """The position of the other image that answers most to a point, and what they add.
+
+        For ``squared`` that is the position with the least distance.
+
+        Args:
+            x: As for :meth:`at`.
+            y: As for :meth:`at`.
+            side: As for :meth:`at`.
+            index: As for :meth:`at`.
+
+        Raises:
+            ComparisonError: As for :meth:`at`.
+        """
+        weights = self.frame(side, index).weights(x, y, self.matrix).flatten()
+        values, special = self._flat(index), centred(self._flat(index))
+        if side == "b":
+            values, special = values.T, special.T
+        row = weights @ values
+        place = int((row * self.sign).argmax())
+        other = self.frame(SIDES[1 - SIDES.index(side)], index).centre(place)
+        a, b = ((x, y), other) if side == "a" else (other, (x, y))
+        # Whether the position that the point lies in is in turn the best one for its answer.
+        mutual = int((values[:, place] * self.sign).argmax()) == int(weights.argmax())
+        numbers = float(row[place]), float((weights @ special)[place])
+        return self._pair(a, b, *numbers, mutual, index)
+
+    def interaction(self) -> Tensor:
+        """What is particular to each pair of positions ``(B,h,w,h',w')``: the matrix, centred.
+
+        A few strong positions answer most to all others, whatever those show. So the matrix is the
+        sum of three parts, as in a two-way analysis of variance: what each position of the first
+        image adds on average, what each of the second adds on average (both with the overall mean
+        of the matrix, which is taken off once), and this one, whose rows and columns sum to zero.
+        """
+        flat = torch.stack([centred(self._flat(index)) for index in range(len(self))])
+        return flat.reshape(self.matrix.shape)
+
+    def top(
+        self, n: int = 8, index: int = 0, *, mutual: bool = False, by: str = "value"
+    ) -> tuple[PositionPair, ...]:
+        """The strongest pairs of positions: those that bring the images closest.
+
+        Args:
+            n: How many at most.
+            index: Which pair of images.
+            mutual: Only positions that are each other's best; then no position comes twice.
+            by: ``value``, what they add; ``specific``, what of it is particular to the two (then
+                mutual pairs that add less than an average pair are left out).
+
+        Raises:
+            ComparisonError: If there is no such pair of images or ranking.
+        """
+        values = self._flat(index)
+        special = centred(values)
+        first, second = (self.frame(side, index) for side in SIDES)
+        return tuple(
+            self._pair(
+                first.centre(entry.row),
+                second.centre(entry.column),
+                float(values[entry.row, entry.column]),
+                float(special[entry.row, entry.column]),
+                entry.mutual,
+                index,
+            )
+            for entry in strongest(values, n, sign=self.sign, mutual=mutual, by=by)
+        )
+
+    @property
+    def sign(self) -> int:
+        """1 where larger parts bring images closer, -1 for distances."""
+        return SCORES[self.score_name].sign
+
+    def frame(self, side: str, index: int = 0) -> Frame:
+        """Where the positions of one image lie.
+
+        Raises:
+            ComparisonError: If there is no such pair or side.
+        """
+        if side not in SIDES:
+            raise ComparisonError(f"Expected side to be one of {', '.join(SIDES)}, got '{side}'.")
+        if not -len(self) <= index < len(self):
+            raise ComparisonError(
+                f"Expected a pair below {len(self)}, got {index}; counting starts at 0."
+            )
+        place = SIDES.index(side)
+        image = self.images[place]
+        axes = self.matrix.shape[1 + 2 * place : 3 + 2 * place]
+        return Frame(
+            name=f"'{self.pictures[index][place].path}'" if self.pictures else f"image {side}",
+            view=(int(image.shape[-2]), int(image.shape[-1])),
+            grid=(int(axes[0]), int(axes[1])),
+            geometry=self.geometries[index][place] if self.geometries else None,
+        )
+
+    def figure(
+        self, index: int = 0, *, points: Sequence[Point] | None = None, lines: int = 6
+    ) -> Figure:
+        """A figure of pair ``index``: strongest mutual pairs, marginals, and a row for each point.
+
+        Args:
+            index: Which pair.
+            points: Points ``(x, y)`` of the first image, as for :meth:`at`; the first positions of
+                the strongest mutual pairs unless given.
+            lines: How many mutual pairs to connect, ranked by what is particular to them.
+
+        Raises:
+            ComparisonError: If there is no such pair, or the network did not see a point.
+        """
+        from simexplain.matching.pictures import draw_matching
+
+        return draw_matching(self, index, points, lines)
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        force: bool = False,
+        points: Sequence[Point] | None = None,
+        top: int = 8,
+    ) -> dict[str, str]:
+        """Writes a figure of each pair, ``matching.npz`` and ``matching.json``, all or none.
+
+        Args:
+            folder: Made if missing.
+            force: Replace the files of a matching that is there already.
+            points: Of the first image of each pair, for figures and JSON.
+            top: How many pairs of positions the JSON lists.
+
+        Returns:
+            What was written, by kind.
+
+        Raises:
+            OutputError: If files are there already, or the folder cannot be written.
+            ComparisonError: If the network did not see a point.
+        """
+        from simexplain.matching.saving import save_matching
+
+        return save_matching(self, Path(folder), force=force, points=points, top=top)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Matching:
+        """Reads what :meth:`save` wrote; no code in it is ever run.
+
+        The original pictures are not stored; points still are in their pixels.
+
+        Raises:
+            OutputError: If the folder holds no matching or a damaged one.
+        """
+        from simexplain.matching.saving import load_matching
+
+        return load_matching(Path(folder))
+
+    def _repr_html_(self) -> str:
+        """What Jupyter shows: the figures of the first pairs."""
+        from simexplain.rendering.panel import as_html
+
+        return "\n".join(
+            as_html(self.figure(index), f"Matching of pair {index + 1}")
+            for index in range(min(len(self), _SHOWN))
+        )
+
+    def _row(self, x: float, y: float, side: str, index: int) -> Tensor:
+        weights = self.frame(side, index).weights(x, y, self.matrix)
+        axes = "hw,hwkl->kl" if side == "a" else "kl,hwkl->hw"
+        return torch.einsum(axes, weights, self.matrix[index])
+
+    def _flat(self, index: int) -> Tensor:
+        """The matrix of one pair of images as ``(h*w,h'*w')``."""
+        self.frame("a", index)
+        return self.matrix[index].flatten(2).flatten(0, 1)
+
+    def _pair(
+        self, a: Point, b: Point, value: float, specific: float, mutual: bool, index: int
+    ) -> PositionPair:
+        score = float(self.score[index])
+        return PositionPair(a, b, value, value / score if score else 0.0, specific, mutual)
+
+    def _shown(self, maps: Tensor) -> Tensor:
+        """Maps ``(M,h,w)`` in the way of the style."""
+        if self.style != "zhu":
+            return maps
+        top = maps.amax(dim=(1, 2), keepdim=True)
+        return (maps / torch.where(top > 0, top, torch.ones_like(top))).clamp_min(0)

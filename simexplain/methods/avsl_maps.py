@@ -1,0 +1,189 @@
+"""Maps of an AVSL model: where each image agrees with the others, over all levels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from simexplain.comparison import Comparison
+from simexplain.errors import ComparisonError, ModelError
+from simexplain.graph.cams import directed_cams
+from simexplain.graph.inference import Rows, infer
+from simexplain.methods.scoring import PIXELS, check_choice
+from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
+from simexplain.models.avsl import AVSL
+from simexplain.models.avsl_options import ORIGINS
+from simexplain.models.base import SimilarityModel
+from simexplain.networks import undisturbed
+
+Towards = Callable[[Tensor, Tensor], Tensor]
+
+
+def _to_the_other(own: Tensor, other: Tensor) -> Tensor:
+    return other
+
+
+def _closer(own: Tensor, other: Tensor) -> Tensor:
+    return other - own
+
+
+EVIDENCE: dict[str, Towards] = {"agreement": _to_the_other, "distance": _closer}
+"""From the unit embedding of an image and of the other to the direction that counts as evidence.
+
+``agreement`` counts products of nodes: ``sum of lambda a b`` of a pair, on either image alone.
+``distance`` counts the nodes themselves with the sign turned: ``-sum of lambda (a - b)^2``, spread
+over both images; all maps together then add up to what the distances of a comparison are.
+"""
+
+
+@dataclass(frozen=True)
+class AVSLMaps:
+    """The node CAMs of each image, weighted by sensitivities and summed over nodes and levels.
+
+    AVSL's distance of a pair is ``sum over levels and nodes of lambda (a - b)^2`` with the
+    sensitivities ``lambda`` of Eq. 11 (Zhang et al., section 3.4), which is
+    ``sum of lambda a^2 + sum of lambda b^2 - 2 s`` with the agreement ``s = sum of lambda a b``.
+    A node's embedding is the mean of its CAM (Eq. 2), so ``s`` is a sum over the positions of
+    either image, and the map is that sum. With several others each counts with its own
+    sensitivities: the anchor's map is the mean over its positives minus the mean over its
+    negatives, a positive's map is its part of that mean, a negative's the same with the sign
+    turned. Levels are brought to the finest grid bilinearly, with their sums kept (exactly where
+    grids are whole multiples). No gradients are needed.
+
+    Attributes:
+        evidence: ``agreement`` or ``distance``, see ``EVIDENCE``.
+        level: The layer of one level; all levels unless given.
+        keep_negative: Leave out the final ReLU.
+    """
+
+    uses_layers: ClassVar[bool] = False  # the model's levels are fixed
+
+    evidence: str = "agreement"
+    level: str = ""
+    keep_negative: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("evidence", self.evidence, EVIDENCE)
+
+    def __call__(
+        self,
+        model: SimilarityModel,
+        images: Comparison,
+        layers: Sequence[str] = (),
+        *,
+        max_batch: int | None = None,
+    ) -> AttentionMaps:
+        """Maps ``(B,K,h,w)`` at the finest level's grid; see :class:`AttentionMaps`.
+
+        ``scores`` are the sums of the maps before the ReLU, and ``weights`` the directions
+        ``(B,K,E)`` whose product with an embedding row is its score.
+
+        Raises:
+            ModelError: If the model is no AVSL model, or an embedding is not finite.
+            ComparisonError: If it has no such level.
+        """
+        avsl, wanted = _expected(model), self._wanted(model)
+        features, flat = _run(avsl, images.stacked().flatten(0, 1).detach(), max_batch)
+        rows = images.restacked(flat)
+        check_embeddings(rows, images.roles)
+        with torch.no_grad():
+            pulls = self._pulls(avsl, images, rows)
+            levels = [
+                directed_cams(grid, weight, bias, pull.flatten(0, 1), avsl.options.pooling)
+                for grid, (weight, bias), pull in zip(features, avsl.weights, pulls, strict=True)
+            ]
+            total = images.restacked(_summed([levels[number] for number in wanted]))
+            kept = [
+                pull if number in wanted else torch.zeros_like(pull)
+                for number, pull in enumerate(pulls)
+            ]
+            weights = torch.cat(kept, dim=2)
+            weights = torch.cat((weights, torch.zeros_like(weights)), dim=2)  # the certainties
+            maps = total if self.keep_negative else total.relu()
+            return AttentionMaps(
+                maps=maps,
+                layer_maps={PIXELS: maps},
+                weights=weights,
+                scores=(weights * rows).sum(dim=2),
+                embeddings=rows,
+                warnings=_warnings(avsl),
+            )
+
+    def _wanted(self, model: SimilarityModel) -> list[int]:
+        levels = _expected(model).levels
+        if self.level and self.level not in levels:
+            raise ComparisonError(
+                f"Expected level to be one of {', '.join(levels)}, got '{self.level}'."
+            )
+        return [levels.index(self.level)] if self.level else list(range(len(levels)))
+
+    def _pulls(self, model: AVSL, images: Comparison, rows: Tensor) -> list[Tensor]:
+        """The direction of each image at each level ``(B,K,r)``."""
+        count = images.count
+        known = model.unpacked(rows.flatten(0, 1))
+        units, sure = (
+            [part.view(images.batch, count, -1) for part in parts]
+            for parts in (known.embeddings, known.certainties)
+        )
+        anchor = Rows(*(tuple(part[:, :1] for part in parts) for parts in (units, sure)))
+        others = Rows(*(tuple(part[:, 1:] for part in parts) for parts in (units, sure)))
+        pairs = infer(model.graph().detached(), anchor, others)
+        near, far = images.positives.shape[1], images.negatives.shape[1]
+        signs = rows.new_tensor([1 / max(1, near)] * near + [-1 / max(1, far)] * far)
+        towards, found = EVIDENCE[self.evidence], []
+        for a, b, sensitivity in zip(
+            anchor.embeddings, others.embeddings, pairs.sensitivities, strict=True
+        ):
+            share = sensitivity * signs.view(1, -1, 1)
+            own = (share * towards(a.expand_as(b), b)).sum(dim=1, keepdim=True)
+            found.append(torch.cat((own, share * towards(b, a.expand_as(b))), dim=1))
+        return found
+
+
+def _expected(model: SimilarityModel) -> AVSL:
+    if not isinstance(model, AVSL):
+        raise ModelError(
+            f"Expected an AVSL model for method 'avsl', got {model.name}, which has no heads on "
+            "its lower levels; fit some with simexplain fit (simexplain.fit)."
+        )
+    return model
+
+
+def _run(model: AVSL, images: Tensor, max_batch: int | None) -> tuple[list[Tensor], Tensor]:
+    """Feature maps per level ``(M,C,h,w)`` and rows ``(M,E)``, without any graph."""
+    found, rows = [], []
+    with torch.no_grad(), undisturbed(model.network):
+        for part in torch.split(images, max_batch or len(images)):
+            maps = [grid.detach() for grid in model.feature_maps(part)]
+            found.append(maps)
+            rows.append(model.rows(maps))
+    return [torch.cat(level) for level in zip(*found, strict=True)], torch.cat(rows)
+
+
+def _summed(levels: Sequence[Tensor]) -> Tensor:
+    """Maps ``(M,h,w)`` of several grids as one at the finest, the sum of each map kept."""
+    finest = max((level.shape[-2:] for level in levels), key=math.prod)
+    total = torch.zeros(())
+    for level in levels:
+        grown = F.interpolate(
+            level.unsqueeze(1), size=tuple(finest), mode="bilinear", align_corners=False
+        )
+        total = total.to(grown) + grown[:, 0] * (level[0].numel() / math.prod(finest))
+    return total
+
+
+def _warnings(model: AVSL) -> tuple[str, ...]:
+    if model.origin == "untrained":
+        return (f"This model has {ORIGINS['untrained']}; fit or train it first.",)
+    if model.origin == "unlabelled":
+        return (
+            f"This model has {ORIGINS['unlabelled']}: nodes are directions of variance, not "
+            "learned concepts.",
+        )
+    return ()
