@@ -47,6 +47,7 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/explain.py --out docs/benchmarks/explain.md
+	@echo "Pointing and faithfulness need folders of cut-outs: see benchmarks/faithfulness.py"
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache simexplain-demo

@@ -10,8 +10,7 @@ import click
 
 from simexplain.fitting.bank import BankOptions, build_bank
 
-from .fit import _check_file, _few, _progress
-from .options import busy, model_from, model_options
+from .options import busy, check_file, few, model_from, model_options, progress_bars
 
 _OWN = BankOptions()
 
@@ -56,10 +55,10 @@ def command(
       simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg --arch siamese \\
         --method weight_bank --option bank=bank.safetensors
     """  # noqa: D301 - click wants the backspace character
-    _check_file(out, force=force)
+    check_file(out, force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
-    with _progress() as progress:
+    with progress_bars() as progress:
         bank = build_bank(
             network,
             folder,
@@ -89,5 +88,5 @@ def command(
             err=True,
         )
     if skipped:
-        click.echo(f"Warning: {len(skipped)} pictures cannot be read: {_few(skipped)}.", err=True)
+        click.echo(f"Warning: {len(skipped)} pictures cannot be read: {few(skipped)}.", err=True)
     click.echo(f"bank: {out}")

@@ -15,8 +15,8 @@ from simexplain.picturing import verdict
 from simexplain.publishing import check_writable
 from simexplain.rendering.overlay import RENDERERS
 
-from .options import busy, free_folder, model_from, model_options
-from .recipes import asked_recipes, bar, measuring_options
+from .options import busy, free_folder, model_from, model_options, progress_bar
+from .recipes import asked_recipes, measuring_options
 
 if TYPE_CHECKING:
     from simexplain.evaluation.comparison_result import MethodComparison
@@ -75,7 +75,7 @@ def command(
     with busy(f"Loading {model}"):
         network = model_from(model, given)
     known = [None if mask == "none" else mask for mask in masks] or None
-    with bar(f"Comparing {len(recipes)} methods") as progress:
+    with progress_bar(f"Comparing {len(recipes)} methods") as progress:
         result = compare_files(
             network, images, arch, recipes, masks=known, progress=progress, **given
         )

@@ -14,8 +14,8 @@ from simexplain.evaluation.measuring import CONTROLS
 from simexplain.evaluation.saving import EVALUATION_FILES, save_evaluation
 from simexplain.publishing import check_writable
 
-from .options import busy, model_from, model_options
-from .recipes import asked_recipes, bar, measuring_options
+from .options import busy, model_from, model_options, progress_bar
+from .recipes import asked_recipes, measuring_options
 
 if TYPE_CHECKING:
     from simexplain.evaluation.items import Item
@@ -74,7 +74,7 @@ def faithfulness(
     items = _items(data, comparisons, arch, given["seed"])
     with busy(f"Loading {model}"):
         network = model_from(model, given)
-    with bar(f"Measuring {len(recipes)} methods on {len(items)} comparisons") as progress:
+    with progress_bar(f"Measuring {len(recipes)} methods on {len(items)} comparisons") as progress:
         result = evaluate_faithfulness(network, items, recipes, progress=progress, **given)
     files = {} if out is None else save_evaluation(result, out, force=force)
     if as_json:

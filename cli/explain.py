@@ -10,9 +10,10 @@ import click
 from click.core import ParameterSource
 
 from simexplain.comparison import ARCHITECTURES, positives_of
+from simexplain.errors import ComparisonError
 from simexplain.explaining_files import explain_files
 from simexplain.explanation import SCALES
-from simexplain.methods import METHODS, PIXELS, options_of
+from simexplain.methods import METHODS, PIXELS, option_from, options_of
 from simexplain.methods.cams import CAMS
 from simexplain.methods.weights import WEIGHTS
 from simexplain.picturing import verdict
@@ -136,26 +137,11 @@ def _for_method(given: dict[str, Any]) -> dict[str, Any]:
                 f"({', '.join(fields)}), got {pair!r}.",
                 param_hint="--option",
             )
-        given[name] = _as_default(fields[name].default, name, text)
-    return given
-
-
-def _as_default(default: Any, name: str, text: str) -> Any:
-    """The text as a value of the kind that the option has; paths and names stay text."""
-    if isinstance(default, bool):
-        known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if text.lower() in known:
-            return known[text.lower()]
-    elif isinstance(default, (int, float)):
         try:
-            return type(default)(text)
-        except ValueError:
-            pass
-    else:
-        return text
-    raise click.BadParameter(
-        f"expected {name} to be a {type(default).__name__}, got {text!r}.", param_hint="--option"
-    )
+            given[name] = option_from(fields[name].default, name, text)
+        except ComparisonError as error:
+            raise click.BadParameter(str(error), param_hint="--option") from error
+    return given
 
 
 def report(result: Explanation, files: dict[str, str]) -> None:

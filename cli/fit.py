@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from simexplain.errors import OutputError
 from simexplain.fitting.posthoc import PostHoc, fit
 from simexplain.models.avsl_options import ORIGINS, PRESETS
 from simexplain.models.writing import check_savable, save_model
 
-from .options import busy, model_from, model_options
-
-if TYPE_CHECKING:
-    from simexplain.fitting.passes import Progress
+from .options import busy, check_file, few, model_from, model_options, progress_bars
 
 _OWN = PostHoc()
 
@@ -70,13 +62,13 @@ def command(
     \b
       simexplain fit timm:tf_efficientnet_lite0 pictures/ --out avsl.pt
     """  # noqa: D301 - click wants the backspace character
-    _check_file(out, force=force)
+    check_file(out, force=force)
     if given["fast"]:
         raise click.UsageError("--fast changes the network, which could then not be saved.")
     with busy(f"Loading {model}"):
         network = model_from(model, given)
     check_savable(network)
-    with _progress() as progress:
+    with progress_bars() as progress:
         fitted = fit(
             network,
             folder,
@@ -101,43 +93,5 @@ def command(
     skipped = told.pop("skipped", [])
     click.echo(", ".join(f"{name} {value}" for name, value in told.items()))
     if skipped:
-        click.echo(f"Warning: {len(skipped)} pictures cannot be read: {_few(skipped)}.", err=True)
+        click.echo(f"Warning: {len(skipped)} pictures cannot be read: {few(skipped)}.", err=True)
     click.echo(f"model: {out}")
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _check_file(out: Path, *, force: bool) -> None:
-    """Says what stands in the way before the long work, not after it."""
-    if out.is_dir():
-        raise OutputError(f"Expected a file to write, but '{out}' is a folder.")
-    if not out.absolute().parent.is_dir():
-        raise OutputError(f"There is no folder '{out.parent}' to write '{out.name}' into.")
-    if out.exists() and not force:
-        raise OutputError(f"'{out}' is there already; choose another file or say --force.")
-    try:
-        tempfile.TemporaryDirectory(prefix=".simexplain-", dir=out.absolute().parent).cleanup()
-    except OSError as error:
-        raise OutputError(f"'{out}' cannot be written ({error.strerror}).") from error
-
-
-@contextmanager
-def _progress() -> Iterator[Progress | None]:
-    """A bar on a terminal, nothing in a pipe."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress as Bars
-
-    with Bars(console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)
-
-        yield show

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from simexplain.data.preprocessing import FITS
+from simexplain.errors import OutputError
 from simexplain.models.base import DISTANCES
 from simexplain.models.loading import RANDOM, load_model
 
 if TYPE_CHECKING:
+    from simexplain.fitting.passes import Progress
     from simexplain.models.base import SimilarityModel
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -93,6 +97,60 @@ def busy(what: str) -> Iterator[None]:
 
     with Console(stderr=True).status(what):
         yield
+
+
+@contextmanager
+def progress_bars(begun: str = "") -> Iterator[Progress | None]:
+    """A bar for everything that is told of on a terminal, nothing in a pipe.
+
+    Args:
+        begun: What has a bar at once, before it is known how much there is to do.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        tasks = {begun: bars.add_task(begun, total=None)} if begun else {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """One bar on a terminal, nothing in a pipe."""
+    with progress_bars(what) as show:
+        yield None if show is None else partial(show, what)
+
+
+def check_file(out: Path, *, force: bool) -> None:
+    """Says what stands in the way before the long work, not after it.
+
+    Raises:
+        OutputError: If the file is there already (without ``force``) or cannot be written.
+    """
+    if out.is_dir():
+        raise OutputError(f"Expected a file to write, but '{out}' is a folder.")
+    if not out.absolute().parent.is_dir():
+        raise OutputError(f"There is no folder '{out.parent}' to write '{out.name}' into.")
+    if out.exists() and not force:
+        raise OutputError(f"'{out}' is there already; choose another file or say --force.")
+    try:
+        tempfile.TemporaryDirectory(prefix=".simexplain-", dir=out.absolute().parent).cleanup()
+    except OSError as error:
+        raise OutputError(f"'{out}' cannot be written ({error.strerror}).") from error
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three names."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
 from simexplain.errors import ComparisonError
 from simexplain.evaluation.faithfulness import MASKINGS
-from simexplain.evaluation.recipes import Recipe, quick_methods, ready, recipes_of
+from simexplain.evaluation.recipes import Recipe, quick_methods, recipes_of, settled
 from simexplain.methods import METHODS
 from simexplain.metrics.curves import BASELINES
 
@@ -55,22 +53,6 @@ def asked_recipes(given: dict[str, Any]) -> dict[str, Recipe]:
         texts = (*texts, *(name for name in METHODS if name not in texts))
     try:
         recipes = recipes_of(texts or None)
-        for recipe in recipes.values():
-            ready(recipe)
+        return {name: settled(recipe) for name, recipe in recipes.items()}
     except ComparisonError as error:
         raise click.BadParameter(str(error), param_hint="--method") from error
-    return recipes
-
-
-@contextmanager
-def bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on a terminal, nothing in a pipe."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(what, total=None)
-        yield lambda done, of: bars.update(task, completed=done, total=of)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError, first_line
 from simexplain.explanation import Explanation, versions
-from simexplain.methods import METHODS, PIXELS, Method, options_of
+from simexplain.methods import METHODS, PIXELS, ChoosesLayers, Method, options_of, takes_layers
 from simexplain.methods.similarity_attention import AttentionMaps
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
@@ -45,7 +45,8 @@ def explain(
             calls wrap it once with ``as_similarity_model``: that remembers the default layer.
         comparison: Preprocessed images ``(3,H,W)``; they are moved to the model's device and type.
         method: A name in ``METHODS`` or an object like ``SimilarityAttention(weights="signed")``.
-        layer: A layer, several to be multiplied, or None for the model's default.
+        layer: A layer, several to be multiplied, or None for the
+            method's own choice, else the model's default.
         magnify: Enlarges the images by this factor before the network, for finer maps; the
             result reports how far that moved the embeddings.
         scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
@@ -193,12 +194,19 @@ def _method(method: str | Method, options: dict[str, Any]) -> Method:
 def _layers(
     model: SimilarityModel, view: Comparison, layer: Layers, method: Method
 ) -> tuple[str, ...]:
-    if not getattr(method, "uses_layers", True):
-        if layer is not None:
-            raise ModelError(
-                f"Method '{_name(method)}' works on pixels and takes no layer, got {layer!r}; "
-                "leave it away."
-            )
+    own = None
+    if isinstance(method, ChoosesLayers) and (layer is None or not takes_layers(method)):
+        own = method.layers_for(model, view.anchor)
+    if layer is not None and not takes_layers(method):
+        what = f"has layers of its own ({', '.join(own)})" if own else "works on pixels"
+        known = ", ".join(field.name for field in options_of(method))
+        raise ModelError(
+            f"Method '{_name(method)}' {what} and takes no layer, got {layer!r}; leave it away "
+            f"(the method's options are {known or 'none'})."
+        )
+    if own is not None:
+        return own
+    if not takes_layers(method):
         return (PIXELS,)
     if layer is None:
         found = model.layers_for(view.anchor)

@@ -20,6 +20,8 @@ from simexplain.comparison import architecture, roles
 from simexplain.data.images import Picture
 from simexplain.data.preprocessing import Geometry, Preprocess
 from simexplain.errors import ComparisonError
+from simexplain.methods import METHODS
+from simexplain.metrics.maps import peak_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,9 +52,10 @@ class Explanation:
     Attributes:
         maps: ``(B,K,h,w)`` as the method defines them, not scaled; float32 or float64.
         layer_maps: For each layer its own maps ``(B,K,h,w)``.
-        weights: ``(B,E)``, the weight vector of each comparison, or ``(B,K,E)``, the direction of
-            each image.
-        scores: ``(B,K)``, the score whose gradient the maps are made of.
+        weights: ``(B,E)``, the weight vector of each comparison; or ``(B,K,E)``, the direction of
+            each image; or, of a bank, ``(B,K,C)``, the channel weights of each image.
+        scores: ``(B,K)``, the score whose gradient the maps are made of, or what else the method
+            explains.
         embeddings: ``(B,K,E)``, unit rows at the model's own input size.
         distances: ``(B,K-1)``, from the anchor to each other image, at that size.
         positives: ``P``.
@@ -67,7 +70,8 @@ class Explanation:
         moved: ``(B,K)``, the cosine distance that magnifying moved each embedding; None without.
         scale: ``image`` draws each map to its own maximum, ``shared`` to that of its comparison.
         pictures: The original pictures where files were explained (then ``B`` is 1), else empty.
-        geometries: Where the images lie in the pictures.
+        geometries: Where the images lie in the pictures; kept where the pictures are not, as
+            after loading.
     """
 
     maps: Tensor
@@ -116,8 +120,13 @@ class Explanation:
 
     @property
     def layer(self) -> str:
-        """The layers in one string."""
-        return " x ".join(self.layers)
+        """The layers in one string, joined as their maps are."""
+        return (" + " if self.joined == "sum" else " x ").join(self.layers)
+
+    @property
+    def joined(self) -> str:
+        """What the maps of several layers are joined to: their ``product`` or ``sum``."""
+        return str(getattr(METHODS.get(self.method), "joined", "product"))
 
     @property
     def heatmaps(self) -> Tensor:
@@ -165,33 +174,40 @@ class Explanation:
     def peaks(self, index: int = 0) -> list[tuple[float, float] | None]:
         """Where the evidence of each image is highest, ``(x, y)``; None for an empty map.
 
-        In pixels of the original picture where files were explained, else of the image.
+        In pixels of the original picture where files were explained, else of the image. Of a flat
+        maximum the middle, see :func:`~simexplain.metrics.maps.peak_of`.
         """
-        found: list[tuple[float, float] | None] = []
-        for place, heatmap in enumerate(self.heatmaps_at(index)):
-            if not bool(heatmap.max() > 0):
-                found.append(None)
-                continue
-            row, column = divmod(int(heatmap.argmax()), heatmap.shape[1])
-            x, y = column + 0.5, row + 0.5
-            if self.geometries:
-                x, y = self.geometries[place].point_to_original(x, y)
-            found.append((x, y))
-        return found
+        found = self.view_peaks(index)
+        if not self.geometries:
+            return found
+        return [
+            peak and geometry.point_to_original(*peak)
+            for peak, geometry in zip(found, self.geometries, strict=True)
+        ]
+
+    def view_peaks(self, index: int = 0) -> list[tuple[float, float] | None]:
+        """The same in pixels of :attr:`images`, whatever was explained."""
+        places = [peak_of(heatmap) for heatmap in self.heatmaps_at(index)]
+        return [place and (place[1] + 0.5, place[0] + 0.5) for place in places]
 
     def on_picture(
-        self, place: int, index: int = 0
+        self, place: int, index: int = 0, *, raw: bool = False
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """A picture and its heatmap at the picture's own resolution.
 
         Args:
             place: Which of the ``K`` images.
             index: Which comparison.
+            raw: The heat of :attr:`heatmaps`, for measuring; else, of maps on pixels, the smoothed
+                one on a robust scale that figures show.
 
         Returns:
             RGB ``(H0,W0,3)`` and heat ``(H0,W0)`` in [0, 1]; zero where the network saw nothing.
         """
-        heatmap = self.heatmaps_at(index)[place].cpu().numpy()
+        from simexplain.picturing import heat_of
+
+        heatmaps = self.heatmaps_at(index).cpu().numpy() if raw else heat_of(self, index)
+        heatmap: NDArray[np.float32] = heatmaps[place]
         if not self.pictures:
             return self.preprocess.undo(self.images[index, place]), heatmap
         return np.asarray(self.pictures[place].image), self.geometries[place].to_original(heatmap)
@@ -234,7 +250,8 @@ class Explanation:
     def load(cls, folder: str | Path) -> Explanation:
         """Reads what :meth:`save` wrote; no code in it is ever run.
 
-        The pictures become the network's view of them; the originals are not stored.
+        The pictures become the network's view of them; the originals are not stored, but where
+        the views lie in them, so that :meth:`peaks` are as before.
 
         Raises:
             OutputError: If the folder holds no explanation or a damaged one.

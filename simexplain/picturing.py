@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from simexplain.explanation import Explanation
 
 _THUMBNAIL = 560
+_PERCENTILE = f"{100 * FULL_HEAT:g}th"
 
 
 def draw_explanation(
@@ -49,6 +50,8 @@ def draw_explanation(
         footer=footer(explanation),
         notes=explanation.warnings,
         styles=styles,
+        scale=full_heat([explanation]),
+        joined=explanation.joined,
     )
 
 
@@ -68,7 +71,7 @@ def footer(explanation: Explanation) -> str:
     where = [] if explanation.layers == (PIXELS,) else [f"layer {explanation.layer}"]
     drawn = []
     if on_pixels(explanation):
-        drawn = [f"heat smoothed, full at its {100 * FULL_HEAT:g}th percentile"]
+        drawn = [f"heat smoothed, full at its {_PERCENTILE} percentile"]
     said = (explanation.model, *where, f"method {explanation.method}", *chosen, *drawn)
     return "   ·   ".join(said)
 
@@ -77,6 +80,14 @@ def on_pixels(explanation: Explanation) -> bool:
     """Whether the maps have a value of its own for every pixel."""
     fine = explanation.maps.shape[-2:] == explanation.images.shape[-2:]
     return explanation.layers == (PIXELS,) and fine
+
+
+def full_heat(explanations: Sequence[Explanation]) -> str:
+    """What full heat is in the drawings of these explanations, for a legend."""
+    fine = [on_pixels(explanation) for explanation in explanations]
+    if all(fine):
+        return f"the {_PERCENTILE} percentile"
+    return f"the maximum (on pixels, the {_PERCENTILE} percentile)" if any(fine) else "the maximum"
 
 
 def heat_of(explanation: Explanation, index: int) -> NDArray[np.float32]:
@@ -107,7 +118,7 @@ def _question(explanation: Explanation) -> str:
 def _tiles(explanation: Explanation, index: int, *, by_layer: bool) -> list[Tile]:
     heatmaps = heat_of(explanation, index)
     distances = [None, *explanation.distances[index].tolist()]
-    peaks = explanation.peaks(index)
+    peaks = explanation.view_peaks(index)
     shown = explanation.layer_maps if by_layer and len(explanation.layers) > 1 else {}
     more = {
         layer: explanation.drawn(maps[index][None])[0].cpu().numpy()
@@ -127,7 +138,8 @@ def _tiles(explanation: Explanation, index: int, *, by_layer: bool) -> list[Tile
             tiles.append(_from_picture(explanation, place, tile))
         else:
             picture = explanation.preprocess.undo(explanation.images[index, place])
-            tiles.append(replace(tile, picture=picture))
+            peak = tile.peak and (tile.peak[0] - 0.5, tile.peak[1] - 0.5)
+            tiles.append(replace(tile, picture=picture, peak=peak))
     return tiles
 
 
@@ -141,6 +153,7 @@ def _from_picture(explanation: Explanation, place: int, tile: Tile) -> Tile:
     thumbnail = picture.image.resize((small[1], small[0]), Image.Resampling.LANCZOS)
     left, top, right, bottom = reduced.box
     whole = (left, top) == (0, 0) and (right, bottom) == (small[1], small[0])
+    peak = tile.peak and reduced.point_to_original(*tile.peak)
     return replace(
         tile,
         picture=np.asarray(thumbnail),
@@ -148,5 +161,5 @@ def _from_picture(explanation: Explanation, place: int, tile: Tile) -> Tile:
         more=tuple((label, reduced.to_original(heatmap)) for label, heatmap in tile.more),
         caption=Path(picture.path).name,
         box=None if whole else reduced.box,
-        peak=tile.peak and (tile.peak[0] * shrink - 0.5, tile.peak[1] * shrink - 0.5),
+        peak=peak and (peak[0] - 0.5, peak[1] - 0.5),
     )

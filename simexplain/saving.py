@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from simexplain.data.preprocessing import Preprocess
+from simexplain.data.preprocessing import Geometry, Preprocess
 from simexplain.explanation import Explanation
 from simexplain.publishing import Kind, numbered, published, read_back
 from simexplain.rendering.overlay import RENDERERS
@@ -52,10 +52,17 @@ def _comparison(explanation: Explanation, index: int) -> dict[str, Any]:
     peaks = explanation.peaks(index)
     paths: list[str | None] = [picture.path for picture in explanation.pictures]
     paths = paths or [None] * len(peaks)
+    places: list[dict[str, Any] | None] = [place.to_json() for place in explanation.geometries]
+    places = places or [None] * len(peaks)
     return {
         "images": [
-            {"path": path, "role": role, "peak": peak and [round(v, 1) for v in peak]}
-            for path, role, peak in zip(paths, explanation.roles, peaks, strict=True)
+            {
+                "path": path,
+                "role": role,
+                "peak": peak and [round(v, 1) for v in peak],
+                "geometry": place,
+            }
+            for path, role, peak, place in zip(paths, explanation.roles, peaks, places, strict=True)
         ],
         "distances": explanation.distances[index].tolist(),
         "scores": explanation.scores[index].tolist(),
@@ -101,25 +108,32 @@ def _write(
             picture, heatmap = explanation.on_picture(place, index)
             drawn = Image.fromarray(RENDERERS[styles[0]](picture, heatmap))
             drawn.save(draft / names[f"heatmap{tag}_{place}"], compress_level=3)
+    np.savez_compressed(draft / _ARRAYS, **arrays_of(explanation))
+    text = json.dumps(said, indent=2, ensure_ascii=False)
+    (draft / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def arrays_of(explanation: Explanation) -> dict[str, Any]:
+    """Everything of an explanation that is no plain JSON, by name."""
     arrays = {name: getattr(explanation, name).cpu().numpy() for name in _TENSORS}
     for number, layer in enumerate(explanation.layers):
         arrays[f"layer_{number}"] = explanation.layer_maps[layer].cpu().numpy()
     if explanation.moved is not None:
         arrays["moved"] = explanation.moved.cpu().numpy()
-    np.savez_compressed(draft / _ARRAYS, views=explanation.views, **arrays)
-    text = json.dumps(said, indent=2, ensure_ascii=False)
-    (draft / MANIFEST).write_text(text, encoding="utf-8")
+    return {"views": explanation.views, **arrays}
 
 
 def load_explanation(folder: Path) -> Explanation:
     """Reads an explanation; see ``Explanation.load``."""
-    return read_back(folder, _KIND, _restored)
+    return read_back(folder, _KIND, restored)
 
 
-def _restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
+def restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
+    """The explanation with this :func:`manifest` and these arrays (:func:`arrays_of`)."""
     preprocess = Preprocess.from_json(said["preprocess"])
     tensors: dict[str, Any] = {name: torch.from_numpy(arrays[name]) for name in _TENSORS}
     first = said["comparisons"][0]["images"]
+    places = [image.get("geometry") for image in first]  # which older versions did not write
     return Explanation(
         **tensors,
         layer_maps={
@@ -137,4 +151,5 @@ def _restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
         versions=said["versions"],
         moved=torch.from_numpy(arrays["moved"]) if "moved" in arrays else None,
         scale=said["scale"],
+        geometries=tuple(map(Geometry.from_json, places)) if all(places) else (),
     )

@@ -9,7 +9,7 @@ from conftest import TinyNet
 from torch import Tensor
 from torch.nn import functional as F
 
-from simexplain import Comparison, attribute, explain
+from simexplain import Comparison, attribute, explain, sanity_check
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.graph.cams import directed_cams
 from simexplain.models.avsl import AVSL
@@ -76,6 +76,31 @@ def test_one_level_of_a_pair_is_that_of_the_account(
     assert found.maps.shape[-2:] == account.features[level].shape[-2:]
 
 
+@PRESETS
+def test_layers_are_the_levels_with_their_own_maps(preset: str, images: Tensor) -> None:
+    model = small_avsl(preset)
+    result = explain(model, everything(images), "avsl", keep_negative=True)
+    assert result.layers == LEVELS == tuple(result.layer_maps)
+    assert result.layer == "stage1 + stage2 + stage3"  # added, not multiplied
+    sizes = [tuple(maps.shape[-2:]) for maps in result.layer_maps.values()]
+    assert len(set(sizes)) > 1, "each level keeps its own grid"
+    sums = torch.stack([maps.sum(dim=(2, 3)) for maps in result.layer_maps.values()])
+    torch.testing.assert_close(sums.sum(dim=0), result.scores)
+    cut = explain(model, everything(images), "avsl")
+    for level in LEVELS:
+        one = explain(model, everything(images), "avsl", level=level, keep_negative=True)
+        assert one.layers == (level,)
+        torch.testing.assert_close(one.maps, result.layer_maps[level])
+        assert torch.equal(cut.layer_maps[level], one.maps.relu())
+
+
+def test_sanity_check_takes_the_model_s_own_levels(images: Tensor) -> None:
+    pair = Comparison.pair(images[:1], images[1:2])
+    found = sanity_check(small_avsl(), pair, "avsl", depths=[2])
+    assert found.settings["layers"] == LEVELS
+    assert not found.broken
+
+
 def test_agreement_by_a_loop_over_nodes(images: Tensor) -> None:
     model = small_avsl()
     comparison = Comparison.triplet(images[:1], images[1:2], images[2:3])
@@ -124,5 +149,11 @@ def test_refusals(tiny: TinyNet, images: Tensor) -> None:
         explain(small_avsl(), pair, "avsl", level="stem")
     with pytest.raises(ComparisonError, match="agreement, distance"):
         explain(small_avsl(), pair, "avsl", evidence="x")
+    with pytest.raises(ModelError) as caught:
+        explain(small_avsl(), pair, "avsl", "stage1")
+    assert str(caught.value) == (
+        "Method 'avsl' has layers of its own (stage1, stage2, stage3) and takes no layer, got "
+        "'stage1'; leave it away (the method's options are evidence, level, keep_negative)."
+    )
     said = explain(small_avsl(), pair, "avsl").warnings
     assert "never trained" in said[0]

@@ -20,6 +20,7 @@ from simexplain import (
     METHODS,
     Comparison,
     Item,
+    MethodComparison,
     as_similarity_model,
     compare_files,
     compare_methods,
@@ -41,8 +42,8 @@ CONTRACT = {
     "chance", "skipped", "undefined", "settings", "warnings", "files", "versions",
 }  # fmt: skip
 METHOD_CONTRACT = {
-    "name", "method", "layer", "layers", "options", "deletion", "insertion", "gain", "agreement",
-    "forwards", "seconds", "warnings", "per_image", "maps",
+    "name", "method", "layer", "layers", "options", "asked", "deletion", "insertion", "gain",
+    "agreement", "forwards", "seconds", "warnings", "per_image", "maps",
 }  # fmt: skip
 TEXTS = ("sam", "sam@last:weights=signed", "similarity_cam:score=held", "saliency")
 FINE = (
@@ -305,6 +306,58 @@ def test_a_comparison_is_saved_whole_and_keeps_the_contract(named, tmp_path: Pat
     (tmp_path / "out" / "mine.txt").touch()
     found.save(tmp_path / "out", force=True)
     assert (tmp_path / "out" / "mine.txt").exists()
+
+
+def same(one: object, other: object) -> bool:
+    return json.dumps(one) == json.dumps(other)  # where NaN is NaN
+
+
+def test_a_saved_comparison_is_the_same_after_loading(named, tmp_path: Path) -> None:
+    paths, masks = pictures(tmp_path)
+    texts = [*TEXTS, "sam@last+act:magnify=2,cam=layer_cam", "sam@no_layer"]
+    before = compare_files(named, paths, "triplet", texts, masks=masks, steps=2)
+    files = before.save(tmp_path / "out")
+    after = MethodComparison.load(tmp_path / "out")
+    assert str(after) == str(before)
+    assert [method.name for method in after.methods] == texts[:-1]
+    for one, other in zip(after.methods, before.methods, strict=True):
+        assert same(one.scores, other.scores)
+        assert same(one.agreement, other.agreement)
+        assert same(one.asked, other.asked)
+        for name in ("maps", "weights", "scores", "embeddings", "distances"):
+            found = getattr(one.explanation, name)
+            assert torch.equal(found, getattr(other.explanation, name)), name
+        assert np.array_equal(one.explanation.views, other.explanation.views)
+        assert one.explanation.peaks() == other.explanation.peaks()
+        assert one.explanation.layers == other.explanation.layers
+        for layer, maps in other.explanation.layer_maps.items():
+            assert torch.equal(one.explanation.layer_maps[layer], maps)
+    assert after.methods[-1].explanation.images.shape[-2:] == (48, 48)
+    assert same([after.random, after.chance], [before.random, before.chance])
+    assert after.skipped == before.skipped
+    assert after.settings == before.settings
+    assert after.masks.keys() == before.masks.keys()
+    for place, mask in after.masks.items():
+        assert tuple(mask.shape) == (24, 24)
+        share = float(before.masks[place].double().mean())
+        assert float(mask.double().mean()) == pytest.approx(share, abs=0.1)
+    assert len(after.figure().axes) == len(before.figure().axes)
+    again = after.save(tmp_path / "again")
+    assert again.keys() == files.keys()
+    with pytest.raises(OutputError, match="holds no comparison of methods"):
+        MethodComparison.load(tmp_path)
+
+
+def test_pointing_and_energy_are_measured_on_maps_as_they_are(named, tmp_path: Path) -> None:
+    paths, masks = pictures(tmp_path)
+    found = compare_files(named, paths, "triplet", ["saliency"], masks=masks, steps=1)
+    (method,) = found.methods
+    for place, mask in found.masks.items():
+        heat = torch.from_numpy(method.explanation.on_picture(place, raw=True)[1])
+        left, top, right, bottom = method.explanation.geometries[place].box
+        seen = slice(math.floor(top), math.ceil(bottom)), slice(math.floor(left), math.ceil(right))
+        share = float((heat * mask)[seen].sum() / heat[seen].sum())
+        assert method.scores["energy"][place] == pytest.approx(share, rel=1e-5)
 
 
 def test_the_table_has_a_line_a_method_and_the_random_map(tiny, triplet) -> None:

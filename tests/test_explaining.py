@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from simexplain import (
     trace,
 )
 from simexplain.errors import ComparisonError, ModelError
+from simexplain.models.base import SimilarityModel
 from simexplain.models.loading import load_model
 
 
@@ -212,6 +214,27 @@ def test_magnify_reports_how_far_embeddings_moved(tiny: TinyNet, triplet: Compar
         result.moved[0], 1 - (rows * plain.embeddings[0]).sum(1), atol=1e-5, rtol=1e-3
     )
     assert plain.moved is None
+
+
+@dataclass(frozen=True)
+class OwnLayers(SimilarityAttention):
+    """A method that looks at the images and at what the model has before it names layers."""
+
+    wanted: tuple[str, ...] | None = ("act", "last")
+
+    def layers_for(self, model: SimilarityModel, images: Tensor) -> tuple[str, ...] | None:
+        assert {layer.name for layer in model.layers_for(images)} >= {"act", "last"}
+        assert images.shape[-2:] == (48, 64), "the images as magnified"
+        return self.wanted
+
+
+def test_a_method_may_name_its_own_layers(tiny: TinyNet, triplet: Comparison) -> None:
+    found = explain(tiny, triplet, OwnLayers(), magnify=2)
+    assert found.layers == ("act", "last")
+    asked = explain(tiny, triplet, layer=["act", "last"], magnify=2)
+    assert torch.equal(found.maps, asked.maps)
+    assert explain(tiny, triplet, OwnLayers(), "body", magnify=2).layers == ("body",)
+    assert explain(tiny, triplet, OwnLayers(wanted=None), magnify=2).layers == ("last",)
 
 
 def test_several_layers_and_their_formulas(tiny: TinyNet, triplet: Comparison) -> None:

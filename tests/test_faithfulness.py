@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from avsl_cases import small_avsl
+from conftest import TinyNet
 from PIL import Image
 from torch import Tensor, nn
 
 from simexplain import Comparison, Preprocess, as_similarity_model, explain
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError
 from simexplain.evaluation.evaluating import evaluate_faithfulness
-from simexplain.evaluation.faithfulness import black_of, faithfulness
+from simexplain.evaluation.faithfulness import faithfulness
 from simexplain.evaluation.items import Item, read_mask
 from simexplain.evaluation.sanity import sanity_check
+from simexplain.methods.scoring import black_of
 
 PREPARE = Preprocess(size=(24, 24), fit="squash")
 
@@ -112,6 +115,47 @@ def test_areas_of_a_corner_are_known() -> None:
     assert found.insertion[0].tolist() == pytest.approx([7.5 / 8] * 2, abs=1e-6)
 
 
+@pytest.mark.parametrize("masking", ["each", "together"])
+def test_areas_are_undefined_where_covering_costs_little(masking: str, tiny, images) -> None:
+    images = images[[0, 2, 1]] if masking == "together" else images  # whose margin falls
+    comparison = Comparison.triplet(images[:1], images[1:2], images[2:3])
+    maps = torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(0))
+    rows = [nn.functional.normalize(tiny(x[None]), dim=1)[0].detach() for x in images[:3]]
+    sizes = torch.tensor([float((rows[1] - rows[2]).norm()), 1.0, 1.0])  # of the directions
+    sizes = sizes[:1] if masking == "together" else sizes
+    free = faithfulness(tiny, comparison, maps, masking=masking, steps=3, least=0)
+    costs = (free.whole - free.empty)[0] / sizes
+    assert float(costs.max()) > 0
+    limit = float(costs.max()) * 0.999
+    kept = faithfulness(tiny, comparison, maps, masking=masking, steps=3, least=limit)
+    assert kept.settings["least"] == limit
+    assert torch.equal(kept.deletion[0].isfinite(), costs == costs.max())
+    assert torch.equal(kept.insertion.isfinite(), kept.deletion.isfinite())
+    assert torch.equal(kept.gain, free.gain)
+    none = faithfulness(tiny, comparison, maps, masking=masking, steps=3, least=limit * 1.01)
+    assert bool(none.deletion.isnan().all())
+    with pytest.raises(ComparisonError, match="least between 0 and 1"):
+        faithfulness(tiny, comparison, maps, least=2)
+
+
+def test_the_limit_knows_the_length_of_rows(images) -> None:
+    """Rows of an AVSL model are no unit vectors."""
+    model = small_avsl().float()
+    comparison = Comparison.pair(images[:1], images[1:2])
+    rows = model.embed(images[:2]).detach()
+    free = faithfulness(model, comparison, torch.rand(1, 2, 4, 4), steps=2, least=0)
+    shares = (free.whole - free.empty)[0] / float(rows[0].norm() * rows[1].norm())
+    for index in range(2):
+        for factor, defined in ((0.99, True), (1.01, False)):
+            limit = float(shares[index]) * factor
+            if limit > 0:
+                found = faithfulness(
+                    model, comparison, torch.rand(1, 2, 4, 4), steps=2, least=limit
+                )
+                assert bool(found.deletion[0, index].isfinite()) is defined
+    assert float(shares.max()) > 0
+
+
 def test_results_do_not_depend_on_max_batch_and_take_explanations(tiny, images) -> None:
     comparison = Comparison.triplet(images[:2], images[2:4], images[4:])
     found = explain(tiny, comparison, layer="last")
@@ -130,7 +174,8 @@ def test_results_do_not_depend_on_max_batch_and_take_explanations(tiny, images) 
 
 
 def test_black_is_black_before_normalisation() -> None:
-    assert torch.allclose(black_of(PREPARE), PREPARE(Image.new("RGB", (24, 24)))[0][:, :1, :1])
+    found = black_of(as_similarity_model(TinyNet(), preprocess=PREPARE))
+    assert torch.allclose(found.float(), PREPARE(Image.new("RGB", (24, 24)))[0][:, :1, :1])
 
 
 def test_what_does_not_fit_is_refused(tiny, images) -> None:

@@ -11,7 +11,7 @@ from avsl_cases import small_avsl
 from conftest import TinyNet
 from torch import Tensor, nn
 
-from simexplain import AVSL, Comparison, build_bank, explain
+from simexplain import AVSL, Comparison, as_similarity_model, build_bank, explain
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.methods import METHODS, PIXELS, options_of
 
@@ -57,9 +57,11 @@ def test_every_image_of_every_comparison_gets_a_map(
     width = 2 * sum(network.widths) if isinstance(network, AVSL) else 10
     assert result.embeddings.shape == (2, 3, width)
     assert result.method == method
-    layers = (PIXELS,) if not METHODS[method].uses_layers else result.layers
-    assert result.layers == layers
-    assert list(result.layer_maps) == list(layers)
+    if METHODS[method].uses_layers or isinstance(network, AVSL):
+        assert set(result.layers) <= {layer.name for layer in as_similarity_model(network).layers}
+    else:
+        assert result.layers == (PIXELS,)
+    assert list(result.layer_maps) == list(result.layers)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,7 +14,7 @@ from simexplain.errors import ComparisonError, ModelError
 from simexplain.metrics.curves import BASELINES, baseline_of, deletion, insertion, ranks
 from simexplain.metrics.fills import FILLS, blurred
 from simexplain.metrics.intervals import bootstrap_difference, bootstrap_mean
-from simexplain.metrics.maps import grown
+from simexplain.metrics.maps import grown, peak_of
 from simexplain.metrics.masks import (
     best_iou,
     chance,
@@ -85,6 +85,21 @@ def test_normalised_is_one_for_the_whole_image_and_zero_for_the_deleted_one() ->
     rises = deletion(lambda x: -total(x), image, heat, baseline="black", steps=3)
     assert math.isnan(rises.area)
     assert math.isfinite(rises.raw_area)
+
+
+def test_areas_are_not_normalised_by_less_than_asked() -> None:
+    image, heat = ramp()
+    for curve in (deletion, insertion):
+        options = {"baseline": "black", "steps": 3}
+        plain = curve(total, image, heat, **options)  # from 630 to 0
+        above = curve(total, image, heat, least=629.9, **options)
+        assert above.area == plain.area
+        below = curve(total, image, heat, least=630, **options)
+        assert math.isnan(below.area)
+        assert bool(below.normalised.isnan().all())
+        assert below.raw_area == plain.raw_area
+    with pytest.raises(ComparisonError, match="least to be at least 0"):
+        deletion(total, image, heat, least=-1)
 
 
 def test_fractions_are_those_of_whole_pixels() -> None:
@@ -518,3 +533,28 @@ def test_paired_differences_are_surer_than_two_means() -> None:
     assert bootstrap_difference([1.0, NAN, 3.0], [0.0, 1.0, NAN]).count == 1
     with pytest.raises(ComparisonError, match="as many"):
         bootstrap_difference([1.0], [1.0, 2.0])
+
+
+# --------------------------------------------------------------------------- peaks
+
+
+def test_the_peak_of_a_flat_maximum_is_its_middle() -> None:
+    heat = torch.zeros(9, 12)
+    heat[2:7, 1:4] = 1
+    heat[8, 9:] = 1  # as high, but another one
+    assert peak_of(heat) == (4, 2)
+    heat[3, 2] = 2
+    assert peak_of(heat) == (3, 2)
+    ring = torch.zeros(7, 7)
+    ring[1:6, 1:6], ring[2:5, 2:5] = 1, 0
+    assert peak_of(ring) == (1, 3)  # on it, not in the hole
+    assert peak_of(torch.zeros(3, 3)) is None
+    assert peak_of(-torch.ones(3, 3)) is None
+
+
+def test_the_peak_of_an_upsampled_map_at_the_border_is_no_corner() -> None:
+    coarse = torch.zeros(4, 4)
+    coarse[0, 3] = 0.7
+    assert peak_of(grown(coarse, (64, 64))) == (3, 59)  # of the flat part of 8 x 8 pixels
+    coarse[2, 1] = 0.8
+    assert peak_of(grown(coarse, (64, 64))) == (39, 23)  # of four around the cell's centre

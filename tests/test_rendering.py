@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from avsl_cases import small_avsl
 from conftest import TinyNet
 from pictures import noise
 from PIL import Image
@@ -21,7 +22,7 @@ from PIL import Image
 from simexplain import Comparison, Explanation, as_similarity_model, explain
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError
-from simexplain.picturing import footer, heat_of
+from simexplain.picturing import footer, full_heat, heat_of
 from simexplain.rendering.overlay import (
     CONTOUR_LEVELS,
     RENDERERS,
@@ -254,6 +255,23 @@ def test_maps_on_pixels_are_drawn_robustly_and_kept_as_they_are() -> None:
     assert "layer" not in footer(result)
     assert "heat" not in footer(plain)
     assert "layer last" in footer(plain)
+    assert legend_of(result) == "evidence, share of the 99.5th percentile"
+    assert legend_of(plain) == "evidence, share of the maximum"
+    assert full_heat([plain, result]) == "the maximum (on pixels, the 99.5th percentile)"
+
+
+def legend_of(result: Explanation) -> str:
+    (found,) = {axes.get_ylabel() for axes in result.figure().axes if not axes.images} - {""}
+    return found
+
+
+def test_levels_that_are_added_are_not_called_a_product() -> None:
+    images = torch.rand(3, 3, 24, 32, generator=torch.Generator().manual_seed(0))
+    triplet = Comparison.triplet(*images[:, None])
+    figure = explain(small_avsl().float(), triplet, "avsl").figure(by_layer=True)
+    rows = [axes.get_ylabel() for axes in figure.axes if axes.images and axes.get_ylabel()]
+    assert rows == ["sum", "stage1", "stage2", "stage3"]
+    assert any("layer stage1 + stage2 + stage3" in text.get_text() for text in figure.texts)
 
 
 class _Images(HTMLParser):

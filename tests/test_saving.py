@@ -13,10 +13,13 @@ import pytest
 import torch
 from conftest import TinyNet
 from pictures import noise
+from PIL import Image
 
 from simexplain import Comparison, Explanation, as_similarity_model, explain, explain_files
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import OutputError, SimexplainError
+from simexplain.picturing import heat_of
+from simexplain.rendering.overlay import RENDERERS
 
 CONTRACT = {
     "schema", "architecture", "method", "layer", "images", "distances", "condition", "warnings",
@@ -79,6 +82,51 @@ def test_round_trip(tmp_path: Path, batch: int, options: dict[str, object]) -> N
     assert after.condition() == before.condition()
     after.figure(batch - 1).savefig(tmp_path / "figure.png")
     assert after.save(tmp_path / "again").keys() == files.keys()
+
+
+def test_peaks_of_pictures_keep_their_unit(from_files: Explanation, tmp_path: Path) -> None:
+    from_files.save(tmp_path / "out")
+    after = Explanation.load(tmp_path / "out")
+    assert not after.pictures
+    assert after.geometries == from_files.geometries
+    assert after.peaks() == from_files.peaks() != after.view_peaks()
+    crosses = [
+        tuple(float(v[0]) + 0.5 for v in axes.lines[0].get_data())
+        for axes in after.figure().axes
+        if axes.lines and axes.images  # drawn on the network's view of the picture
+    ]
+    assert crosses == after.view_peaks()
+    after.save(tmp_path / "again")
+    assert Explanation.load(tmp_path / "again").peaks() == from_files.peaks()
+
+
+def test_folders_of_older_versions_load_without_geometries(
+    from_files: Explanation, tmp_path: Path
+) -> None:
+    from_files.save(tmp_path / "out")
+    path = tmp_path / "out" / "explanation.json"
+    said = json.loads(path.read_text(encoding="utf-8"))
+    for part in (said, said["comparisons"][0]):
+        for image in part["images"]:
+            del image["geometry"]
+    path.write_text(json.dumps(said), encoding="utf-8")
+    after = Explanation.load(tmp_path / "out")
+    assert after.geometries == ()
+    assert after.peaks() == after.view_peaks() == from_files.view_peaks()
+
+
+def test_heatmap_files_of_maps_on_pixels_are_drawn_as_the_figure_is(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = as_similarity_model(TinyNet().eval(), preprocess=Preprocess((24, 32)), name="tiny")
+    result = explain(model, Comparison.triplet(*torch.randn(3, 1, 3, 24, 32)), "saliency")
+    files = result.save(tmp_path / "out")
+    for place in range(3):
+        drawn = np.asarray(Image.open(files[f"heatmap_{place}"]))
+        picture = result.preprocess.undo(result.images[0, place])
+        assert np.array_equal(drawn, RENDERERS["overlay"](picture, heat_of(result, 0)[place]))
+        true = result.heatmaps[0, place].numpy()
+        assert not np.array_equal(drawn, RENDERERS["overlay"](picture, true))
+        assert np.array_equal(result.on_picture(place, raw=True)[1], true)
 
 
 def test_float64_and_fused_layers_survive(tmp_path: Path) -> None:

@@ -16,10 +16,20 @@ from pictures import noise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simexplain import Comparison, WeightBank, as_similarity_model, build_bank, explain
+from simexplain import (
+    Comparison,
+    Item,
+    WeightBank,
+    as_similarity_model,
+    build_bank,
+    compare_files,
+    evaluate_faithfulness,
+    explain,
+)
 from simexplain.data.folders import Record
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError
+from simexplain.evaluation.recipes import recipes_of
 from simexplain.methods.bank_maps import BankMaps
 from simexplain.models.base import SimilarityModel
 
@@ -268,6 +278,46 @@ def test_a_bank_of_another_model_is_refused(model: SimilarityModel, pictures: Te
     assert "made at layer last, got act" in refused(model, "act")
     assert "no layer 'nowhere'" in refused(model, "nowhere")
     assert "weights for 5 channels" in refused(model, weights=bank.weights[:, :5])
+
+
+def test_the_layer_is_that_of_the_bank_where_none_is_named(
+    model: SimilarityModel, pictures: Tensor
+) -> None:
+    bank = build_bank(model, (pictures, LABELS), margin=1.0, layer="act")
+    comparison = Comparison.pair(pictures[:1], pictures[1:2])
+    assert model.default_layer != "act"
+    found = explain(model, comparison, "weight_bank", bank=bank)
+    assert found.layers == ("act",)
+    named = explain(model, comparison, "weight_bank", "act", bank=bank)
+    assert torch.equal(found.maps, named.maps)
+
+
+def test_a_bank_is_read_once_for_all_items(
+    model: SimilarityModel, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        noise(30, 40, seed=ord(name)).save(here / f"{name}.png")
+    views = torch.stack([model.preprocess(noise(30, 40, seed=n))[0] for n in range(4)]).double()
+    build_bank(model, (views, "aabb"), margin=4.0, triplets=4).save(here / "x.bank")
+    read, load = [], WeightBank.load
+    monkeypatch.setattr(WeightBank, "load", lambda path: read.append(path) or load(path))
+    recipes = recipes_of(["weight_bank:bank=x.bank,neighbours=1", "sam"])
+    items = [Item(("a.png", "b.png"), "siamese"), Item(("a.png", "c.png"), "siamese")] * 2
+    scores = evaluate_faithfulness(model, items, recipes, steps=1)
+    assert not scores.broken
+    assert read == ["x.bank"]
+    found = compare_files(model, ["a.png", "b.png"], "siamese", recipes, steps=1)
+    assert read == ["x.bank"] * 2
+    name = "weight_bank:bank=x.bank,neighbours=1"
+    assert found[name].asked["bank"] == found[name].explanation.options["bank"] == "x.bank"
+    json.dumps(found.to_json())
+    missing = {"w": ("weight_bank", None, {"bank": "nowhere"})}
+    with pytest.raises(OutputError, match="no bank 'nowhere'"):
+        compare_files(model, ["a.png", "b.png"], "siamese", missing, steps=1)
+    with pytest.raises(OutputError, match="no bank 'nowhere'"):
+        evaluate_faithfulness(model, items[:1], missing, steps=1)
+    without = compare_files(model, ["a.png", "b.png"], "siamese", ["weight_bank", "sam"], steps=1)
+    assert "the method's option bank=FILE" in without.skipped["weight_bank"]
 
 
 def test_what_cannot_make_a_bank(model: SimilarityModel, pictures: Tensor, tmp_path: Path) -> None:

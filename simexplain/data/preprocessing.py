@@ -90,6 +90,31 @@ class Geometry:
             min(max((y + top) / sy, 0.0), float(height)),
         )
 
+    def point_from_original(self, x: float, y: float) -> tuple[float, float]:
+        """A point ``(x, y)`` of the picture in pixels of the view; the inverse, also outside it."""
+        (sy, sx), (top, left) = self.scale, self.offset
+        return x * sx - left, y * sy - top
+
+    def from_original(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """A mask of the picture ``(H0,W0)`` as the view sees it ``(H,W)``; False where padded."""
+        found = []
+        for place, scale in enumerate(self.scale):
+            pixels = (np.arange(self.size[place]) + 0.5 + self.offset[place]) / scale
+            found.append(np.floor(pixels).astype(int))
+        inside = [(n >= 0) & (n < most) for n, most in zip(found, self.original, strict=True)]
+        rows, columns = (n.clip(0, most - 1) for n, most in zip(found, self.original, strict=True))
+        return np.asarray(mask[np.ix_(rows, columns)] & np.outer(*inside))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON from which :meth:`from_json` makes an equal object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Geometry:
+        """The counterpart of :meth:`to_json`."""
+        pairs: dict[str, Any] = {name: tuple(pair) for name, pair in values.items()}
+        return cls(**pairs)
+
 
 @dataclass(frozen=True)
 class Preprocess:

@@ -16,7 +16,7 @@ from simexplain.evaluation.comparison_result import ComparedMethod, MethodCompar
 from simexplain.evaluation.faithfulness import MASKINGS
 from simexplain.evaluation.items import Item
 from simexplain.evaluation.measuring import CONTROLS, Asked, asked, means, measured, timed
-from simexplain.evaluation.recipes import Recipe, Recipes, ready, recipes_of
+from simexplain.evaluation.recipes import Recipe, Recipes, ready, recipes_of, settled
 from simexplain.explaining import check_images, embeddings_of, explain
 from simexplain.explaining_files import explain_files
 from simexplain.explanation import Explanation
@@ -180,6 +180,7 @@ class _Run:
         progress: Progress | None,
     ) -> MethodComparison:
         """All methods, one after the other; those that do not apply are noted."""
+        recipes = {name: settled(recipe) for name, recipe in recipes.items()}
         reasons = {name: ready(recipe) for name, recipe in recipes.items()}
         self._warm_up()
         found: list[ComparedMethod] = []

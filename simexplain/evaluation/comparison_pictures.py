@@ -34,7 +34,7 @@ from simexplain.evaluation.comparison_layout import (
     shortened,
 )
 from simexplain.evaluation.tables import cost, number
-from simexplain.picturing import heat_of, verdict
+from simexplain.picturing import full_heat, heat_of, verdict
 from simexplain.rendering.overlay import COLOURMAP, RENDERERS
 from simexplain.rendering.panel import ROLE_COLOURS, ShownFigure
 
@@ -156,12 +156,12 @@ def _picture(
 
 def _peak(axes: Axes, explanation: Explanation, place: int, width: int) -> None:
     """A cross at the map's true maximum on a picture drawn ``width`` pixels wide."""
-    peak = explanation.peaks()[place]
+    whole, peaks = explanation.images.shape[-1], explanation.view_peaks
+    if explanation.pictures:
+        whole, peaks = explanation.pictures[place].image.width, explanation.peaks
+    peak = peaks()[place]
     if peak is None:
         return
-    whole = explanation.images.shape[-1]
-    if explanation.pictures:
-        whole = explanation.pictures[place].image.width
     x, y = (value * width / whole - 0.5 for value in peak)
     axes.plot(x, y, marker="+", color="white", markersize=8, markeredgewidth=2.2)
     axes.plot(x, y, marker="+", color="black", markersize=7, markeredgewidth=0.9)
@@ -189,6 +189,7 @@ def _headings(figure: Figure, plan: Plan, result: MethodComparison) -> None:
         say(figure, plan, x, bottom, about, ha="center", size=6.5, color=FAINT)
     say(figure, plan, plan.score(len(said) - 1), bottom, "images, seconds", ha="center",
          size=6.5, color=FAINT)  # fmt: skip
+    scale = full_heat([method.explanation for method in result.methods])
     wide = min(2.6, (plan.scores - 1) * SCORE)
     left = plan.score(0) - 0.3
     box = (left / plan.width, 1 - (plan.head + 0.18) / plan.height, wide / plan.width,
@@ -199,8 +200,7 @@ def _headings(figure: Figure, plan: Plan, result: MethodComparison) -> None:
     bar.set_ticks([0, 0.5, 1])
     bar.ax.tick_params(labelsize=6.5, colors=FAINT, length=2, pad=1)
     bar.outline.set_visible(False)
-    say(figure, plan, left, plan.head, "evidence, share of each map's maximum",
-         size=7, color=FAINT)  # fmt: skip
+    say(figure, plan, left, plan.head, f"evidence, share of {scale}", size=7, color=FAINT)
 
 
 def _label(figure: Figure, plan: Plan, row: int, method: ComparedMethod) -> None:
@@ -268,10 +268,7 @@ def _notes(result: MethodComparison, plan: Plan) -> list[tuple[str, str]]:
     """Lines below the figure, each with its colour: what was left out, what rows to distrust."""
     plain = []
     if result.undefined():
-        plain.append(
-            "Deletion and insertion leave out images that gain by being covered: "
-            f"{', '.join(result.undefined())}."
-        )
+        plain.append(result.left_out())
     if len(result.first.roles) > len(plan.widths):
         count = len(result.first.roles)
         plain.append(f"The first {len(plan.widths)} of {count} images are shown.")

@@ -131,13 +131,7 @@ class MethodComparison:
 
     def remarks(self) -> list[str]:
         """Sentences that a reader of the table needs: undefined images, skipped methods."""
-        said = []
-        undefined = self.undefined()
-        if undefined:
-            said.append(
-                "Deletion and insertion leave out images that gain by being covered: "
-                f"{', '.join(undefined)}."
-            )
+        said = [self.left_out()] if self.undefined() else []
         said += [f"Skipped {name}: {reason}" for name, reason in self.skipped.items()]
         return said
 
@@ -150,6 +144,13 @@ class MethodComparison:
             for place, (role, value) in enumerate(zip(names, values, strict=True))
             if value != value
         ]
+
+    def left_out(self) -> str:
+        """What to say of :meth:`undefined` images."""
+        return (
+            "Deletion and insertion leave out images that covering costs next to nothing, or "
+            f"helps: {', '.join(self.undefined())}."
+        )
 
     def figure(self, style: str = "overlay") -> Figure:
         """A row of overlays for each method below the pictures, with its scores beside it.
@@ -183,6 +184,19 @@ class MethodComparison:
         from simexplain.evaluation.saving import save_comparison
 
         return save_comparison(self, Path(folder), force=force, style=style)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> MethodComparison:
+        """Reads what :meth:`save` wrote; no code in it is ever run.
+
+        The pictures become the network's view of them, and so do the masks.
+
+        Raises:
+            OutputError: If the folder holds no comparison of methods or a damaged one.
+        """
+        from simexplain.evaluation.saving import load_comparison
+
+        return load_comparison(Path(folder))
 
     def to_json(self, files: Mapping[str, str] | None = None) -> dict[str, Any]:
         """The JSON contract of ``compare``; keys may be added in later versions, never changed."""
@@ -227,6 +241,7 @@ def _told(place: int, method: ComparedMethod) -> dict[str, Any]:
         "layer": explanation.layer,
         "layers": explanation.layers,
         "options": explanation.options,
+        "asked": method.asked,
         **method.means,
         "agreement": method.agreement,
         "forwards": method.forwards,

@@ -13,7 +13,7 @@ from torch import nn
 from simexplain.errors import ComparisonError, SimexplainError
 from simexplain.evaluation.items import Item
 from simexplain.evaluation.measuring import CONTROLS, METRICS, Asked, asked, means, measured, timed
-from simexplain.evaluation.recipes import Recipe
+from simexplain.evaluation.recipes import Recipe, settled
 from simexplain.evaluation.results import Evaluation, MethodScores
 from simexplain.explaining_files import explain_files
 from simexplain.explanation import Explanation
@@ -132,7 +132,8 @@ class _Run:
         max_batch: int | None,
         seed: int,
     ) -> None:
-        self.model, self.methods, self.controls = model, methods, controls
+        self.model, self.controls = model, controls
+        self.methods = {name: _settled(recipe) for name, recipe in methods.items()}
         self.curves: dict[str, Any] = {"masking": masking, "steps": steps, "baseline": baseline}
         self.tolerance, self.max_batch, self.seed = tolerance, max_batch, seed
         self.tallies = {name: _Tally() for name in (*methods, *map(_bracketed, controls))}
@@ -195,6 +196,14 @@ class _Run:
         if levels:
             self.hits.append(levels["pointing"])
             self.areas.append(levels["energy"])
+
+
+def _settled(recipe: Recipe) -> Recipe:
+    """The recipe with its files read once; where its options do not fit, every item says so."""
+    try:
+        return settled(recipe)
+    except (SimexplainError, TypeError):
+        return recipe
 
 
 def _bracketed(name: str) -> str:

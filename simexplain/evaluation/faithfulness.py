@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from simexplain.comparison import Comparison
-from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError
 from simexplain.evaluation.results import FaithfulnessScores
 from simexplain.explaining import check_images, embeddings_of
 from simexplain.explanation import Explanation
 from simexplain.methods.directions import margin_directions
+from simexplain.methods.scoring import black_of, check_range
 from simexplain.metrics.curves import BASELINES, Curve, Score, deletion, insertion
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
@@ -21,6 +21,9 @@ from simexplain.tracing import trace
 
 MASKINGS = ("each", "together")
 """Which images lose pixels at the same time: one while all others are held, or all."""
+
+LEAST = 0.05
+"""The share of the largest possible score that covering has to cost for areas to be normalised."""
 
 
 def faithfulness(
@@ -31,6 +34,7 @@ def faithfulness(
     masking: str = "each",
     steps: int = 20,
     baseline: str = "blur",
+    least: float = LEAST,
     max_batch: int | None = None,
 ) -> FaithfulnessScores:
     """How much of the margin of similarities goes with the hottest pixels, and comes with them.
@@ -43,6 +47,11 @@ def faithfulness(
     similarity of 1 leaves nothing to lose, so that normalised areas are NaN; ``mean`` and ``blur``
     keep the tone of each picture.
 
+    Areas are normalised by what covering the whole image costs. Where that is little, the quotient
+    grows without bound, so it is NaN where the cost is below ``least`` times the largest score that
+    a row of that length could have, ``|d_i| |f(x_i)|`` (together: that of the anchor). This depends
+    on the images alone, so the same ones are left out whatever the maps.
+
     Args:
         model: A similarity model, or any ``nn.Module`` that returns an embedding.
         comparison: Preprocessed images ``(3,H,W)``.
@@ -51,6 +60,7 @@ def faithfulness(
         masking: ``each`` or ``together``.
         steps: Equal fractions into which the pixels are cut.
         baseline: ``blur``, ``mean`` or ``black``; black before the model's normalisation.
+        least: See above, in [0, 1]; 0 normalises whatever falls at all.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
 
     Raises:
@@ -71,36 +81,37 @@ def faithfulness(
             f"Expected masking of {', '.join(MASKINGS)} and baseline of {', '.join(BASELINES)}, "
             f"got '{masking}' and '{baseline}'."
         )
-    ground = black_of(wrapped.preprocess) if baseline == "black" else baseline
+    check_range("least", least, 0, 1)
+    ground = black_of(wrapped) if baseline == "black" else baseline
     options: dict[str, Any] = {"steps": steps, "baseline": ground, "max_batch": max_batch}
+    rows = embeddings_of(wrapped, comparison, max_batch)
+    directions = margin_directions(comparison.like(rows))
+    gaps = (least * directions.norm(dim=2) * rows.norm(dim=2)).tolist()
     found = []
-    for index, scores in enumerate(_scores(wrapped, comparison, masking, max_batch)):
+    for index, scores in enumerate(_scores(wrapped, comparison, directions, masking, max_batch)):
         parts = [(stack[index], heat[index])]
         if masking == "each":
             parts = list(zip(stack[index], heat[index], strict=True))
         found.append(
             [
-                (deletion(score, *part, **options), insertion(score, *part, **options))
-                for score, part in zip(scores, parts, strict=True)
+                tuple(curve(score, *part, least=gap, **options) for curve in (deletion, insertion))
+                for score, part, gap in zip(scores, parts, gaps[index], strict=False)
             ]
         )
     roles = comparison.roles if masking == "each" else ("all",)
-    return _collected(found, roles, {"masking": masking, "steps": steps, "baseline": baseline})
-
-
-def black_of(preprocess: Preprocess) -> Tensor:
-    """Black as the network sees it, ``(3,1,1)``."""
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (preprocess.mean, preprocess.std))
-    return -mean / std
+    settings = {"masking": masking, "steps": steps, "baseline": baseline, "least": least}
+    return _collected(found, roles, settings)
 
 
 def _scores(
-    model: SimilarityModel, comparison: Comparison, masking: str, max_batch: int | None
+    model: SimilarityModel,
+    comparison: Comparison,
+    directions: Tensor,
+    masking: str,
+    max_batch: int | None,
 ) -> list[list[Score]]:
     """The scores of each comparison, one for each image or one for all."""
-    rows = embeddings_of(model, comparison, max_batch)
     if masking == "each":
-        directions = margin_directions(comparison.like(rows))
         return [[_along(model, direction, max_batch) for direction in own] for own in directions]
     return [[_margin(model, comparison, max_batch)] for _ in range(comparison.batch)]
 
@@ -126,7 +137,7 @@ def _margin(model: SimilarityModel, comparison: Comparison, max_batch: int | Non
 
 
 def _collected(
-    found: list[list[tuple[Curve, Curve]]], roles: tuple[str, ...], settings: dict[str, Any]
+    found: list[list[tuple[Curve, ...]]], roles: tuple[str, ...], settings: dict[str, Any]
 ) -> FaithfulnessScores:
     def each(number: int, name: str) -> Tensor:
         rows = [[getattr(curves[number], name) for curves in row] for row in found]

@@ -136,7 +136,7 @@ def measured(
     hits = [math.nan] * question.comparison.count
     shares = list(hits)
     for place in question.masks:
-        heat = torch.from_numpy(explanation.on_picture(place)[1])
+        heat = torch.from_numpy(explanation.on_picture(place, raw=True)[1])
         pair = question.seen(place, heat)[None], question.mask(place)[None]
         hits[place] = float(pointing(*pair, tolerance))
         shares[place] = float(energy(*pair))

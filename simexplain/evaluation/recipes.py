@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field
 from typing import Any
 
 from simexplain.errors import ComparisonError, SimexplainError
 from simexplain.explaining import Layers
-from simexplain.methods import METHODS, Method, options_of
+from simexplain.methods import METHODS, Method, option_from, options_of, takes_layers
 
 Recipe = tuple[str | Method, Layers, Mapping[str, Any]]
 """A method, its layers and its options, as ``explain_files`` takes them."""
@@ -17,12 +17,12 @@ Recipes = Mapping[str, Recipe] | Sequence[str] | None
 """Recipes by name, texts as :func:`recipe_from` takes them, or None for :func:`quick_methods`."""
 
 _QUICK = ("avsl", "integrated_gradients", "occlusion")
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_OF_THE_VIEW = ("magnify", "scale")
 
 
 def quick_methods() -> tuple[str, ...]:
     """All methods on layers or levels, and on pixels one by gradients and one by covering."""
-    layered = [name for name, made in METHODS.items() if getattr(made, "uses_layers", True)]
+    layered = [name for name in METHODS if takes_layers(name)]
     return (*layered, *(name for name in _QUICK if name in METHODS and name not in layered))
 
 
@@ -68,7 +68,7 @@ def recipe_from(text: str) -> Recipe:
                 f"Expected OPTION=VALUE with an option of {name} ({', '.join(defaults)}), got "
                 f"'{pair}' in '{text}'."
             )
-        options[option] = _valued(defaults[option], option, value)
+        options[option] = option_from(defaults[option], option, value)
     chosen = tuple(layers.split("+"))
     if at and not all(chosen):
         raise ComparisonError(f"Expected a layer after '@' in '{text}'.")
@@ -76,37 +76,50 @@ def recipe_from(text: str) -> Recipe:
 
 
 def ready(recipe: Recipe) -> str:
-    """Why a recipe cannot be carried out whatever the model; empty where nothing is known.
+    """Why a recipe cannot be carried out whatever the model; empty where nothing is known."""
+    method, _, options = recipe
+    missing = _missing(method, options)
+    if not isinstance(method, str) or not missing:
+        return ""
+    try:
+        METHODS[method]()
+    except SimexplainError as error:
+        return str(error)
+    except TypeError:
+        pass
+    return f"It needs the option {missing[0]}, which has no default."
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with its options checked and as the method keeps them: files are read once.
+
+    A bank given by its file, for one, becomes the bank with that name.
 
     Raises:
         SimexplainError: If an option has a value that the method does not take.
     """
-    method, _, options = recipe
-    if not isinstance(method, str):
-        return ""
-    made: Callable[..., Any] = METHODS[method]
-    missing = [
+    method, layer, options = recipe
+    own = {name: value for name, value in options.items() if name not in _OF_THE_VIEW}
+    if not own or not isinstance(method, str) or _missing(method, options):
+        return recipe
+    made: Any = METHODS[method](**own)
+    kept = {name: getattr(made, name, value) for name, value in own.items()}
+    return method, layer, {**options, **kept}
+
+
+def _missing(method: str | Method, options: Mapping[str, Any]) -> list[str]:
+    """Options that have to be given and are not."""
+    return [
         field.name
-        for field in _fields(method)
+        for field in (_fields(method) if isinstance(method, str) else ())
         if _default(field) is MISSING and field.name not in options
     ]
-    if missing:
-        try:
-            made()
-        except SimexplainError as error:
-            return str(error)
-        except TypeError:
-            return f"It needs the option {missing[0]}, which has no default."
-    own = {name: value for name, value in options.items() if name not in ("magnify", "scale")}
-    if own:  # what was asked for is checked before anything is run
-        made(**own)
-    return ""
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
     if name not in METHODS:
         raise ComparisonError(f"Expected methods of {', '.join(METHODS)}, got '{name}'.")
-    known = ["magnify", "scale", *(field.name for field in _fields(name))]
+    known = [*_OF_THE_VIEW, *(field.name for field in _fields(name))]
     for option in options:
         if option not in known:
             raise ComparisonError(
@@ -122,18 +135,3 @@ def _default(field: Field[Any]) -> Any:
     if field.default_factory is not MISSING:
         return field.default_factory()
     return field.default
-
-
-def _valued(default: Any, option: str, text: str) -> Any:
-    """The text as a value of the kind that the option has."""
-    if isinstance(default, bool):
-        if text.lower() in _TRUTH:
-            return _TRUTH[text.lower()]
-    elif isinstance(default, (int, float)):
-        try:
-            return type(default)(text)
-        except ValueError:
-            pass
-    else:
-        return text
-    raise ComparisonError(f"Expected {option} to be a {type(default).__name__}, got '{text}'.")

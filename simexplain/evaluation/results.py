@@ -60,7 +60,7 @@ class FaithfulnessScores(Measured):
     Attributes:
         roles: Of the images in the columns; only ``all`` where they were masked together.
         deletion: ``(B,C)`` float64, areas normalised as :class:`~simexplain.metrics.curves.Curve`
-            says; lower is better, NaN where the whole image scores no higher than the deleted one.
+            says; lower is better, NaN where covering costs next to nothing or even helps.
         insertion: ``(B,C)``; higher is better, NaN likewise.
         raw_deletion: ``(B,C)``, in units of the score, always defined.
         raw_insertion: ``(B,C)``.
@@ -82,8 +82,10 @@ class FaithfulnessScores(Measured):
     def gain(self) -> Tensor:
         """``raw_insertion - raw_deletion`` ``(B,C)``: always defined, higher is better.
 
-        Random maps are near zero. It depends on how much score there is to lose, so compare
-        methods on the same images only.
+        Random maps are not at zero: under ``blur`` a coarse random map may well gain, since the
+        score does not fall evenly with the share that is covered. So compare with a random map,
+        as ``compare_methods`` and ``evaluate_faithfulness`` do; and as it depends on how much
+        score there is to lose, compare methods on the same images only.
         """
         return self.raw_insertion - self.raw_deletion
 

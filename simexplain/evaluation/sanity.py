@@ -12,7 +12,7 @@ from simexplain.comparison import Comparison
 from simexplain.errors import ModelError
 from simexplain.evaluation.results import SanityScores
 from simexplain.explaining import Layers, explain
-from simexplain.methods import PIXELS, Method
+from simexplain.methods import Method, takes_layers
 from simexplain.metrics.randomising import randomisable, randomised
 from simexplain.metrics.stability import AGREEMENTS
 from simexplain.models.embedder import as_similarity_model
@@ -56,7 +56,7 @@ def sanity_check(
         raise ModelError(f"{wrapped.name} has no parameters that could be randomised.")
     chosen = _depths(depths, len(names))
     own = explain(wrapped, comparison, method, layer, max_batch=max_batch, **options)
-    used = layer if layer is not None or own.layers == (PIXELS,) else own.layers
+    used = own.layers if layer is None and takes_layers(method) else layer
     found: list[Tensor] = []
     broken: dict[str, str] = {}
     for depth in chosen:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from simexplain.evaluation.results import SCHEMA, Evaluation
-from simexplain.publishing import Kind, published
+from simexplain.publishing import Kind, published, read_back
 from simexplain.rendering.panel import png_of
+from simexplain.saving import arrays_of, manifest, restored
 
 if TYPE_CHECKING:
     from simexplain.evaluation.comparison_result import MethodComparison
@@ -21,6 +24,9 @@ _COMPARISON = {
     "manifest": "comparison.json",
     "maps": "comparison.npz",
 }
+_KIND = Kind(
+    "comparison of methods", _COMPARISON["manifest"], _COMPARISON["maps"], (), SCHEMA
+)  # fmt: skip
 COMPARISON_FILES = tuple(_COMPARISON.values())
 """What a comparison of methods writes."""
 
@@ -35,16 +41,72 @@ def save_comparison(
     """Writes a comparison of methods; see ``MethodComparison.save``."""
     names = _COMPARISON
     files = {what: str(folder / name) for what, name in names.items()}
-    kind = Kind("comparison of methods", names["manifest"], names["maps"], (), SCHEMA)
-    with published(folder, list(names.values()), kind, force=force) as draft:
+    with published(folder, list(names.values()), _KIND, force=force) as draft:
         (draft / names["figure"]).write_bytes(png_of(result.figure(style)))
-        arrays: dict[str, Any] = {
-            f"maps_{place}": method.explanation.maps[0].cpu().numpy()
-            for place, method in enumerate(result.methods)
-        }
-        np.savez_compressed(draft / names["maps"], views=result.first.views[0], **arrays)
+        np.savez_compressed(draft / names["maps"], **_arrays(result))
         _write_json(draft / names["manifest"], result.to_json(files))
     return files
+
+
+def _arrays(result: MethodComparison) -> dict[str, Any]:
+    """The views, the maps of each method, and under ``method_N...`` what is left of it."""
+    first = result.first
+    found: dict[str, Any] = {"views": first.views[0]}
+    for place, method in enumerate(result.methods):
+        arrays = arrays_of(method.explanation)
+        found[f"maps_{place}"] = arrays.pop("maps")[0]
+        known = {"views"} if np.array_equal(arrays["views"], first.views) else set()
+        if len(method.explanation.layers) == 1:
+            known.add("layer_0")
+        found[f"method_{place}"] = np.array(json.dumps(manifest(method.explanation, {})))
+        found |= {f"method_{place}_{k}": part for k, part in arrays.items() if k not in known}
+    for place, mask in result.masks.items():
+        seen = mask.numpy()
+        if first.pictures:  # else, as after loading, masks lie on the views already
+            seen = first.geometries[place].from_original(seen)
+        found[f"mask_{place}"] = seen
+    return found
+
+
+def load_comparison(folder: Path) -> MethodComparison:
+    """Reads a comparison of methods; see ``MethodComparison.load``."""
+    return read_back(folder, _KIND, _restored)
+
+
+def _restored(said: dict[str, Any], arrays: dict[str, Any]) -> MethodComparison:
+    from simexplain.evaluation.comparison_result import ComparedMethod, MethodComparison
+
+    methods = []
+    for place, one in enumerate(said["methods"]):
+        own = {"views": arrays["views"][None], "maps": arrays[f"maps_{place}"][None]}
+        own["layer_0"] = own["maps"]
+        start = f"method_{place}_"
+        own |= {k.removeprefix(start): part for k, part in arrays.items() if k.startswith(start)}
+        explanation = restored(json.loads(str(arrays[f"method_{place}"])), own)
+        scores = {name: tuple(map(_float, values)) for name, values in one["per_image"].items()}
+        same = {name: one[name] for name in ("name", "asked", "forwards", "seconds")}
+        agreement = {name: _float(value) for name, value in one["agreement"].items()}
+        methods.append(
+            ComparedMethod(explanation=explanation, scores=scores, agreement=agreement, **same)
+        )
+    return MethodComparison(
+        methods=tuple(methods),
+        random={name: _float(value) for name, value in said["random"].items()},
+        chance={name: _float(value) for name, value in said["chance"].items()},
+        skipped={one["name"]: one["reason"] for one in said["skipped"]},
+        masks={
+            place: torch.from_numpy(arrays[f"mask_{place}"])
+            for place in range(len(said["images"]))
+            if f"mask_{place}" in arrays
+        },
+        notes=tuple(said["warnings"]),
+        settings=said["settings"],
+    )
+
+
+def _float(value: float | None) -> float:
+    """The counterpart of what ``plain`` makes of NaN."""
+    return math.nan if value is None else value
 
 
 def save_evaluation(result: Evaluation, folder: Path, *, force: bool) -> dict[str, str]:

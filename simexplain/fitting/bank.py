@@ -31,7 +31,7 @@ _TOLD = ("triplets", "margin", "seed")
 
 @dataclass(frozen=True)
 class BankOptions:
-    """How a bank is made.
+    """How a bank is made; the defaults are choices of ours.
 
     Attributes:
         layer: The layer of the maps; the model's default unless given.

@@ -73,8 +73,7 @@ class Frame:
             )
         if self.geometry is None:
             return x, y
-        (sy, sx), (above, before) = self.geometry.scale, self.geometry.offset
-        return x * sx - before, y * sy - above
+        return self.geometry.point_from_original(x, y)
 
     def weights(self, x: float, y: float, like: Tensor) -> Tensor:
         """Bilinear weights ``(h,w)`` of a point: four neighbours, the edge going on outside.

@@ -74,7 +74,7 @@ def _image(matching: Matching, index: int, place: int) -> dict[str, Any]:
         "path": matching.pictures[index][place].path if matching.pictures else None,
         "grid": list(frame.grid),
         "seen": _rounded(frame.box),
-        "geometry": None if frame.geometry is None else asdict(frame.geometry),
+        "geometry": frame.geometry and frame.geometry.to_json(),
     }
 
 
@@ -131,7 +131,7 @@ def _restored(said: dict[str, Any], arrays: dict[str, Any]) -> Matching:
     for pair in said["matchings"]:
         kept = [image["geometry"] for image in pair["images"]]
         if all(kept):
-            first, second = (Geometry(**{k: tuple(v) for k, v in one.items()}) for one in kept)
+            first, second = (Geometry.from_json(one) for one in kept)
             geometries.append((first, second))
     return Matching(
         matrix=torch.from_numpy(arrays["matrix"]),

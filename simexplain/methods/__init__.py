@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import Field, fields, is_dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor
+
+from simexplain.errors import ComparisonError
 from simexplain.methods.avsl_maps import AVSLMaps
 from simexplain.methods.bank_maps import BankMaps
 from simexplain.methods.decomposition import Decomposition
+from simexplain.methods.focus import Focus
 from simexplain.methods.perturbation import SBSM, Occlusion, RandomMasks
 from simexplain.methods.pixel_gradients import (
     InputXGradient,
@@ -19,11 +23,13 @@ from simexplain.methods.pixel_gradients import (
 from simexplain.methods.scoring import PIXELS as PIXELS
 from simexplain.methods.similarity_attention import AttentionMaps, SimilarityAttention
 from simexplain.methods.similarity_cam import SimilarityCAM
+from simexplain.models.base import SimilarityModel
 
 Method = Callable[..., AttentionMaps]
 
 METHODS: dict[str, Callable[..., Method]] = {
     "sam": SimilarityAttention,
+    "focus": Focus,
     "similarity_cam": SimilarityCAM,
     "decomposition": Decomposition,
     "saliency": Saliency,
@@ -39,6 +45,54 @@ METHODS: dict[str, Callable[..., Method]] = {
 """Every method by name: called with its options it gives ``(model, images, layers) -> maps``."""
 
 
+@runtime_checkable
+class ChoosesLayers(Protocol):
+    """A method that names its layers itself where the user names none."""
+
+    def layers_for(self, model: SimilarityModel, images: Tensor) -> tuple[str, ...] | None:
+        """The layers for these images, such as the anchors ``(B,3,H,W)`` of comparisons.
+
+        None leaves the choice to the model (its default layer). ``model.layers_for(images)`` has
+        the layers to choose from. A method with ``uses_layers = False`` has exactly these layers.
+
+        Raises:
+            ModelError: If the method cannot be used with this model.
+        """
+
+
+def takes_layers(method: str | Method) -> bool:
+    """Whether a user may name the layers of a method, given by name or as an object."""
+    made = METHODS[method] if isinstance(method, str) else method
+    return bool(getattr(made, "uses_layers", True))
+
+
 def options_of(method: Any) -> tuple[Field[Any], ...]:
     """The options of a method in :data:`METHODS`: the fields of its dataclass."""
     return fields(method) if is_dataclass(method) else ()
+
+
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def option_from(default: Any, option: str, text: str) -> Any:
+    """The text of an option as a value of the kind that its default has; names stay text.
+
+    Args:
+        default: A number, true or false, or anything else for text.
+        option: Its name, for the error.
+        text: What was written.
+
+    Raises:
+        ComparisonError: If it is no such value.
+    """
+    if isinstance(default, bool):
+        if text.lower() in _TRUTH:
+            return _TRUTH[text.lower()]
+    elif isinstance(default, (int, float)):
+        try:
+            return type(default)(text)
+        except ValueError:
+            pass
+    else:
+        return text
+    raise ComparisonError(f"Expected {option} to be a {type(default).__name__}, got '{text}'.")

@@ -15,7 +15,7 @@ from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.graph.cams import directed_cams
 from simexplain.graph.inference import Rows, infer
-from simexplain.methods.scoring import PIXELS, check_choice
+from simexplain.methods.scoring import check_choice
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_options import ORIGINS
@@ -63,6 +63,7 @@ class AVSLMaps:
     """
 
     uses_layers: ClassVar[bool] = False  # the model's levels are fixed
+    joined: ClassVar[str] = "sum"  # of the levels' maps
 
     evidence: str = "agreement"
     level: str = ""
@@ -70,6 +71,16 @@ class AVSLMaps:
 
     def __post_init__(self) -> None:
         check_choice("evidence", self.evidence, EVIDENCE)
+
+    def layers_for(self, model: SimilarityModel, images: Tensor) -> tuple[str, ...]:
+        """The layers of the levels, the lowest first.
+
+        Raises:
+            ModelError: If the model is no AVSL model.
+            ComparisonError: If it has no such level.
+        """
+        levels = _expected(model).levels
+        return tuple(levels[number] for number in self._wanted(model))
 
     def __call__(
         self,
@@ -81,8 +92,9 @@ class AVSLMaps:
     ) -> AttentionMaps:
         """Maps ``(B,K,h,w)`` at the finest level's grid; see :class:`AttentionMaps`.
 
-        ``scores`` are the sums of the maps before the ReLU, and ``weights`` the directions
-        ``(B,K,E)`` whose product with an embedding row is its score.
+        ``layer_maps`` has the map of each level at its own grid, whose sums add up to those of the
+        maps where nothing is cut off. ``scores`` are the sums of the maps before the ReLU, and
+        ``weights`` the directions ``(B,K,E)`` whose product with an embedding row is its score.
 
         Raises:
             ModelError: If the model is no AVSL model, or an embedding is not finite.
@@ -99,16 +111,17 @@ class AVSLMaps:
                 for grid, (weight, bias), pull in zip(features, avsl.weights, pulls, strict=True)
             ]
             total = images.restacked(_summed([levels[number] for number in wanted]))
+            own = {avsl.levels[number]: images.restacked(levels[number]) for number in wanted}
             kept = [
                 pull if number in wanted else torch.zeros_like(pull)
                 for number, pull in enumerate(pulls)
             ]
             weights = torch.cat(kept, dim=2)
             weights = torch.cat((weights, torch.zeros_like(weights)), dim=2)  # the certainties
-            maps = total if self.keep_negative else total.relu()
+            cut = (lambda maps: maps) if self.keep_negative else torch.relu
             return AttentionMaps(
-                maps=maps,
-                layer_maps={PIXELS: maps},
+                maps=cut(total),
+                layer_maps={layer: cut(maps) for layer, maps in own.items()},
                 weights=weights,
                 scores=(weights * rows).sum(dim=2),
                 embeddings=rows,

@@ -45,11 +45,13 @@ class BankMaps:
     nearest images in a :class:`WeightBank`. Each image is mapped by itself: the map tells what set
     its neighbours apart from other classes when the bank was made, not what this comparison does.
 
+    Built from the paper's abstract and the SAM paper's account of it; the rest is ours.
+
     Attributes:
         bank: A bank or the file of one.
         neighbours: How many images of the bank lend their weights.
-        channels: Keep only so many channels, those with the largest ``|alpha|`` (the paper's
-            experiments keep 50); 0 for all.
+        channels: Keep only so many channels, those with the largest ``|alpha|``; 0 for all. Both
+            the option and its default are choices of ours.
         keep_negative: Leave out the final ReLU.
     """
 
@@ -76,8 +78,8 @@ class BankMaps:
         if bank is None or bank == "":
             raise ComparisonError(
                 "Method 'weight_bank' needs a bank of grad-weights; make one from a labelled "
-                "folder with simexplain bank MODEL FOLDER --out FILE (build_bank) and say "
-                "--option bank=FILE (bank=)."
+                "folder with simexplain bank MODEL FOLDER --out FILE (build_bank) and give it as "
+                "the method's option bank=FILE."
             )
         if not isinstance(bank, (WeightBank, BankName)):
             bank = WeightBank.load(bank)
@@ -89,6 +91,10 @@ class BankMaps:
             ("keep_negative", keep_negative),
         ):  # fmt: skip
             object.__setattr__(self, name, value)
+
+    def layers_for(self, model: SimilarityModel, images: Tensor) -> tuple[str, ...]:
+        """The layer of the bank."""
+        return (self.bank.bank.layer,)
 
     def __call__(
         self,
@@ -151,8 +157,8 @@ def _fitting_layer(bank: WeightBank, model: SimilarityModel, layers: Sequence[st
     for layer in layers:
         find_layer(model.network, split_call(layer)[0])  # which says so where there is none
     raise ModelError(
-        f"The bank '{bank}' was made at layer {bank.layer}, got {' x '.join(layers)}; say "
-        f"--layer {bank.layer} (layer=) or make a bank at that layer."
+        f"The bank '{bank}' was made at layer {bank.layer}, got {' x '.join(layers)}; leave "
+        "the layer away or make a bank at that layer."
     )
 
 

@@ -26,9 +26,11 @@ class AttentionMaps:
     Attributes:
         maps: The map of each image ``(B,K,h,w)``; the product over layers where there are several.
         layer_maps: For each layer its own maps ``(B,K,h,w)``.
-        weights: The weight vector of each comparison ``(B,E)``, as published, or the direction
-            of each image ``(B,K,E)`` in methods that have one.
-        scores: ``w . f`` for each image ``(B,K)``.
+        weights: The weight vector of each comparison ``(B,E)``, as published; the direction of
+            each image ``(B,K,E)`` in methods that have one; or the channel weights of each image
+            ``(B,K,C)`` where they come from a bank.
+        scores: ``w . f`` for each image ``(B,K)``; with channel weights the sum of its map before
+            anything is cut off.
         embeddings: Unit rows ``(B,K,E)``.
         warnings: What a user must know before trusting the maps.
     """

@@ -31,7 +31,8 @@ class Curve:
         raw: The scores ``(T,)``, float64.
         normalised: ``(raw - empty) / (whole - empty)``, ``(T,)``: 1 is the score of the whole image
             and 0 that of the fully deleted one; values beyond both can occur. NaN where the whole
-            image scores no higher than the deleted one, since there is then nothing to lose.
+            image does not score higher than the deleted one by ``least``, since there is then
+            nothing to lose and the quotient tells of what happens between the two alone.
         area: Under ``normalised`` by the trapezoid rule, which equals
             ``(raw_area - empty) / (whole - empty)``; low is good for deletion, high for insertion.
         raw_area: Under ``raw``, always defined.
@@ -56,6 +57,7 @@ def deletion(
     steps: int = 20,
     baseline: str | Tensor = "blur",
     max_batch: int | None = None,
+    least: float = 0,
 ) -> Curve:
     """The score while pixels are replaced by a baseline, the hottest first.
 
@@ -69,12 +71,14 @@ def deletion(
         baseline: A name in :data:`BASELINES`, or a tensor that broadcasts to ``images``. ``black``
             is zero; of normalised images give the colour as a tensor ``(3,1,1)``.
         max_batch: Bounds the images in one call of ``score``; at least one variant is passed.
+        least: By how much the whole image has to score higher than the deleted one for areas to be
+            normalised, in units of the score; never less than what rounding alone makes.
 
     Raises:
         ComparisonError: If shapes or options do not fit.
     """
     ground = baseline_of(images, baseline)
-    return _curve(score, ground, images, heatmaps, steps, max_batch, falling=True)
+    return _curve(score, ground, images, heatmaps, steps, max_batch, least, falling=True)
 
 
 def insertion(
@@ -85,6 +89,7 @@ def insertion(
     steps: int = 20,
     baseline: str | Tensor = "blur",
     max_batch: int | None = None,
+    least: float = 0,
 ) -> Curve:
     """The score while pixels are revealed from a baseline, the hottest first.
 
@@ -94,7 +99,7 @@ def insertion(
         ComparisonError: If shapes or options do not fit.
     """
     ground = baseline_of(images, baseline)
-    return _curve(score, images, ground, heatmaps, steps, max_batch, falling=False)
+    return _curve(score, images, ground, heatmaps, steps, max_batch, least, falling=False)
 
 
 def ranks(heatmaps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -140,11 +145,12 @@ def _curve(
     heatmaps: Tensor,
     steps: int,
     max_batch: int | None,
+    least: float,
     *,
     falling: bool,
 ) -> Curve:
     """The score while ``then`` turns into ``first`` from the hottest pixel on."""
-    _check(first, heatmaps, steps)
+    _check(first, heatmaps, steps, least)
     first, then = first.detach(), then.detach()
     size = (int(first.shape[-2]), int(first.shape[-1]))
     rank = ranks(heatmaps.to(first.device), size)
@@ -165,14 +171,14 @@ def _curve(
             )
         parts.append(values.detach().to("cpu", torch.float64))
     fractions = torch.tensor(counts, dtype=torch.float64) / pixels
-    return _summed(fractions, torch.cat(parts), falling=falling)
+    return _summed(fractions, torch.cat(parts), least, falling=falling)
 
 
-def _summed(fractions: Tensor, raw: Tensor, *, falling: bool) -> Curve:
+def _summed(fractions: Tensor, raw: Tensor, least: float, *, falling: bool) -> Curve:
     whole, empty = (float(raw[0 if falling else -1]), float(raw[-1 if falling else 0]))
     gap = whole - empty
-    # Rounding alone makes a gap of this size.
-    scale = gap if gap > _FLAT * max(abs(whole), abs(empty)) else float("nan")
+    rounding = _FLAT * max(abs(whole), abs(empty))
+    scale = gap if gap > max(least, rounding) else float("nan")
     area = float(torch.trapezoid(raw, fractions))
     return Curve(
         fractions=fractions,
@@ -185,7 +191,7 @@ def _summed(fractions: Tensor, raw: Tensor, *, falling: bool) -> Curve:
     )
 
 
-def _check(images: Tensor, heatmaps: Tensor, steps: int) -> None:
+def _check(images: Tensor, heatmaps: Tensor, steps: int, least: float) -> None:
     if images.dim() not in (3, 4) or not images.is_floating_point():
         raise ComparisonError(
             f"Expected one float image (3,H,W) or several (K,3,H,W), got {tuple(images.shape)} of "
@@ -196,5 +202,7 @@ def _check(images: Tensor, heatmaps: Tensor, steps: int) -> None:
             f"Expected one heatmap (h,w) for each image of {tuple(images.shape)}, got "
             f"{tuple(heatmaps.shape)}."
         )
+    if not least >= 0:
+        raise ComparisonError(f"Expected least to be at least 0, got {least}.")
     if steps < 1:
         raise ComparisonError(f"Expected at least one step, got {steps}.")

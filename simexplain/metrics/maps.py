@@ -1,12 +1,17 @@
-"""Heatmaps brought to another size, in one way for every metric."""
+"""Heatmaps brought to another size and their peaks, in one way for everything."""
 
 from __future__ import annotations
 
+import cv2
+import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
 from simexplain.errors import ComparisonError
 from simexplain.networks import at_least_single
+
+_EQUAL = 1e-6
+"""Rounding alone makes equal values of an upsampled float32 map this different."""
 
 
 def grown(heatmaps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -35,3 +40,23 @@ def grown(heatmaps: Tensor, size: tuple[int, int]) -> Tensor:
         flat, size=list(size), mode="bilinear", align_corners=False, antialias=smaller
     )
     return made.view(*heat.shape[:-2], *size)
+
+
+def peak_of(heatmap: Tensor) -> tuple[int, int] | None:
+    """The pixel ``(row, column)`` where a heatmap ``(H,W)`` is highest; None if nothing is above 0.
+
+    Maps made of blocks have flat maxima, and so have upsampled ones at the border, where the first
+    pixel is a corner of the block. Here it is, of all pixels as high as the first maximum and
+    connected with it, the one nearest to their centre; of equally near ones the first, row by row.
+    """
+    top = float(heatmap.max())
+    if not top > 0:
+        return None
+    row, column = divmod(int(heatmap.argmax()), heatmap.shape[1])
+    flat = (heatmap >= top * (1 - _EQUAL)).cpu().numpy().astype(np.uint8)
+    if flat.sum() > 1:
+        _, parts = cv2.connectedComponents(flat, connectivity=4)
+        own = np.argwhere(parts == parts[row, column])
+        nearest = np.square(own - own.mean(axis=0)).sum(axis=1).argmin()
+        row, column = own[nearest].tolist()
+    return row, column

@@ -25,7 +25,9 @@ def pointing(heatmaps: Tensor, masks: Tensor, tolerance: float = 0) -> Tensor:
     """The pointing game (Zhang et al. 2016): whether the hottest pixel lies in the mask.
 
     Args:
-        heatmaps: ``(M,h,w)``, upsampled bilinearly to the masks. Of equal maxima the first counts.
+        heatmaps: ``(M,h,w)``, upsampled bilinearly to the masks. Of equal maxima the first counts,
+            as in public implementations, so that of a flat maximum it is the upper left corner;
+            ``Explanation.peaks`` names its middle.
         masks: ``(M,H,W)``, boolean.
         tolerance: How far outside the mask still hits, in its pixels, between pixel centres; the
             paper allows 15.

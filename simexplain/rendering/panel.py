@@ -84,6 +84,8 @@ def panel(
     footer: str,
     notes: Sequence[str] = (),
     styles: Sequence[str] = ("overlay",),
+    scale: str = "the maximum",
+    joined: str = "product",
 ) -> Figure:
     """Draws a comparison.
 
@@ -95,6 +97,8 @@ def panel(
         footer: Model, layer and method, so that the figure can be cited.
         notes: Warnings, printed below.
         styles: Names in ``RENDERERS``, one row each below the pictures.
+        scale: What full heat is, for the legend.
+        joined: What the heatmap is of those in ``more``, such as their product.
 
     Returns:
         A figure that belongs to no window and no global state.
@@ -117,8 +121,8 @@ def panel(
     step = (top - bottom) / len(blocks)
     for number, block in enumerate(blocks):
         area = (margin / width, top - (number + 1) * step, 1 - (legend + 0.2) / width, step)
-        _block(figure, block, columns, styles, area, 0.55 / (height * step))
-    _legend(figure, (1 - legend / width, bottom, top, 0.13 / width))
+        _block(figure, block, columns, styles, area, 0.55 / (height * step), joined)
+    _legend(figure, (1 - legend / width, bottom, top, 0.13 / width), scale)
     _footer(figure, footer, wrapped, foot, height, width)
     return figure
 
@@ -146,6 +150,7 @@ def _block(
     styles: Sequence[str],
     area: tuple[float, float, float, float],
     head: float,
+    joined: str,
 ) -> None:
     """One line of images with their renderings below each other."""
     left, bottom, right, height = area
@@ -168,7 +173,7 @@ def _block(
         ]
         labels = ["", *[""] * len(styles), *(label for label, _ in tile.more)]
         if tile.more:
-            labels[1] = "product"
+            labels[1] = joined
         for row, drawn in enumerate(drawings):
             axes = figure.add_subplot(grid[row, column])
             axes.imshow(drawn, interpolation="nearest" if drawn.shape[0] < 64 else "antialiased")
@@ -216,14 +221,14 @@ def _dress(axes: Axes, tile: Tile, *, first: bool, peak: bool) -> None:
         )
 
 
-def _legend(figure: Figure, place: tuple[float, float, float, float]) -> None:
+def _legend(figure: Figure, place: tuple[float, float, float, float], scale: str) -> None:
     left, bottom, top, width = place
     axes = figure.add_axes((left, bottom + 0.12 * (top - bottom), width, 0.5 * (top - bottom)))
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), COLOURMAP), cax=axes)
     bar.set_ticks([0, *CONTOUR_LEVELS, 1])
     bar.ax.tick_params(labelsize=7, colors=_FAINT, length=2)
     bar.outline.set_visible(False)
-    bar.set_label("evidence, share of the maximum", size=8, color=_FAINT)
+    bar.set_label(f"evidence, share of {scale}", size=8, color=_FAINT)
 
 
 def _footer(

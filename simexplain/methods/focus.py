@@ -1,0 +1,178 @@
+"""The regions on which a comparison turns, found in one forward pass: simexplain's own method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from simexplain.comparison import Comparison
+from simexplain.errors import ComparisonError
+from simexplain.methods.cams import layer_cam
+from simexplain.methods.layer_maps import unit_scaled
+from simexplain.methods.raw_vectors import RawVectors
+from simexplain.methods.rivals import rivals_of
+from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
+from simexplain.models.base import SimilarityModel
+from simexplain.tracing import Trace, trace
+
+_LAYERS = 3
+
+
+@dataclass(frozen=True)
+class Focus:
+    """Position by position: more like the images on its own side than like those on the other?
+
+    1. At the coarsest layer every position ``p`` with features ``A_p`` is asked by itself. With
+       ``d`` the mean of the unit embeddings that support the image minus those that oppose it
+       (``rivals_of``), and ``alpha`` the gradient of ``d . v`` there, averaged over positions, its
+       evidence is ``c_p = |d| cos(alpha, A_p)``; for average pooling alone ``d . A_p / |A_p|``.
+       Unlike in Grad-CAM, a position that speaks for the other side cannot be drawn along by the
+       length of its features. Without opposing images ``c`` is measured from its mean.
+    2. The gradient of ``sum_p softplus(contrast c_p) |A_p|`` carries that to finer layers
+       (LayerCAM): one backward pass, in which each position counts by the sigmoid of its evidence.
+    3. The maps of the finer layers are multiplied with each other, with ``sigmoid(contrast c)``
+       and with ``1 + matching m``, where ``m`` says how much better a position finds its like in
+       the supporting images than in the opposing ones (``Rivals.matched``), scaled to one.
+    4. A Gaussian moves maxima from contours into the regions they surround; a power makes the map
+       as selective as the evidence is. It leaves the order of the positions alone.
+
+    One forward and one backward pass serve all images. How it was found and what it reaches is told
+    in the documentation ("Focus").
+
+    Attributes:
+        contrast: Steepness of softplus and sigmoid, per unit of cosine.
+        matching: Weight of the matched positions; 0 leaves that factor out.
+        smoothing: Standard deviation of the Gaussian as a share of the side of the map; 0 for none.
+        sharpness: The power.
+    """
+
+    uses_layers: ClassVar[bool] = True
+    joined: ClassVar[str] = "focus"
+
+    contrast: float = 20.0
+    matching: float = 3.0
+    smoothing: float = 0.07
+    sharpness: float = 3.0
+
+    def __post_init__(self) -> None:
+        told = f"contrast {self.contrast}, matching {self.matching}, smoothing {self.smoothing}"
+        fits = self.contrast > 0 and self.matching >= 0 and 0 <= self.smoothing <= 0.5
+        if not fits or not 0 < self.sharpness < math.inf:
+            raise ComparisonError(
+                "Expected contrast and sharpness above 0, matching of at least 0 and smoothing "
+                f"between 0 and 0.5, got {told} and sharpness {self.sharpness}."
+            )
+
+    def layers_for(self, model: SimilarityModel, images: Tensor) -> tuple[str, ...] | None:
+        """The last layer of each of the three coarsest resolutions, where there are so many."""
+        return tuple(model.stages[-_LAYERS:]) or None
+
+    def __call__(
+        self,
+        model: SimilarityModel,
+        images: Comparison,
+        layers: Sequence[str],
+        *,
+        max_batch: int | None = None,
+    ) -> AttentionMaps:
+        """Maps for preprocessed images, on the grid of the finest layer.
+
+        Args:
+            model: The model to explain.
+            images: Images ``(3,H,W)`` in a comparison.
+            layers: One or several layer names; evidence is taken at the one with the fewest
+                positions, the last of those if there are several.
+            max_batch: Bounds the images of one forward pass.
+
+        Raises:
+            ModelError: If a layer cannot be used or the embeddings are zero or not finite.
+        """
+        flat = images.stacked().flatten(0, 1)
+        traced = trace(RawVectors(model), flat, layers, max_batch=max_batch)
+        units = images.restacked(F.normalize(traced.embeddings.detach(), dim=1))
+        check_embeddings(units, images.roles)
+        rivals = rivals_of(images)
+        directions = rivals.directions(units)
+        sizes = {layer: maps.shape[-2:].numel() for layer, maps in traced.maps.items()}
+        order = sorted(layers, key=lambda layer: (sizes[layer], -layers.index(layer)))
+        cells, found = _evidence(
+            traced, order, directions.flatten(0, 1), rivals.unopposed, self.contrast
+        )
+        with torch.no_grad():
+            matched = rivals.matched(images.restacked(traced.maps[order[min(1, len(order) - 1)]]))
+            joined = self._joined(
+                [found[layer] for layer in order[1:] or order], cells, matched.flatten(0, 1)
+            )
+        return AttentionMaps(
+            maps=images.restacked(joined),
+            layer_maps={layer: images.restacked(found[layer]) for layer in layers},
+            weights=directions,
+            scores=(units * directions).sum(dim=2),
+            embeddings=units,
+            warnings=(),
+        ).detached()
+
+    def _joined(self, cams: Sequence[Tensor], cells: Tensor, matched: Tensor) -> Tensor:
+        """One map ``(M,h,w)`` from those of the layers and what was asked of the positions."""
+        grid = max((cam.shape[-2:] for cam in cams), key=math.prod)
+        first, *finer = (_grown(unit_scaled(cam), grid) for cam in cams)
+        told = torch.sigmoid(self.contrast * _grown(cells, grid))
+        product = first * told * (1 + self.matching * unit_scaled(_grown(matched, grid)))
+        for cam in finer:
+            product = product * unit_scaled(self._smoothed(cam))
+        smooth: Tensor = unit_scaled(self._smoothed(unit_scaled(product))) ** self.sharpness
+        return smooth
+
+    def _smoothed(self, maps: Tensor) -> Tensor:
+        """Maps ``(M,h,w)`` under the Gaussian; nothing is taken to lie beyond their borders."""
+        if self.smoothing == 0:
+            return maps
+        sigma = self.smoothing * math.sqrt(maps.shape[-2:].numel())
+        rows, columns = (_spread(side, sigma).to(maps) for side in maps.shape[-2:])
+        return rows @ maps @ columns.T
+
+
+def _evidence(
+    traced: Trace,
+    order: Sequence[str],
+    directions: Tensor,
+    unopposed: tuple[bool, ...],
+    contrast: float,
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """The ``c`` of every position of the coarsest layer ``(M,h,w)``, and the map of every layer."""
+    top, *finer = order
+    alone = torch.tensor(unopposed).repeat(len(directions) // len(unopposed))
+    with torch.enable_grad():
+        maps = traced.maps
+        margin = (traced.embeddings * directions).sum()
+        alpha = F.normalize(traced.gradients(margin)[top].mean(dim=(2, 3)), dim=1)
+        cosines = torch.einsum("mchw,mc->mhw", F.normalize(maps[top], dim=1), alpha)
+        cells = cosines * directions.norm(dim=1).to(cosines).view(-1, 1, 1)
+        level = cells.detach().mean(dim=(1, 2), keepdim=True)
+        cells = cells - level * alone.to(level).view(-1, 1, 1)
+        evidence = F.softplus(contrast * cells) * maps[top].detach().norm(dim=1)
+    found = {top: evidence.detach()}
+    if finer:
+        gradients = traced.gradients(evidence.sum())
+        # Some layers have values of both signs: only what is there can be evidence.
+        found |= {name: layer_cam(maps[name].detach().relu(), gradients[name]) for name in finer}
+    return cells.detach(), found
+
+
+def _grown(maps: Tensor, grid: Sequence[int]) -> Tensor:
+    size = tuple(grid)
+    grown = F.interpolate(maps.unsqueeze(1), size=size, mode="bilinear", align_corners=False)
+    return grown.squeeze(1)
+
+
+def _spread(side: int, sigma: float) -> Tensor:
+    """Weights ``(side,side)`` of a Gaussian that is cut off, not renormalised, at the borders."""
+    places = torch.arange(side, dtype=torch.float64)
+    weights = (-0.5 * ((places[:, None] - places[None]) / sigma).square()).exp()
+    return weights / weights.sum(dim=1).amax()

@@ -1,0 +1,82 @@
+"""For each image of a comparison: which images speak for one of its regions, and which against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from simexplain.comparison import Comparison
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """Places in a comparison, one entry for each of its ``K`` images.
+
+    A region of the anchor or of a positive counts as evidence as far as it is more like the images
+    on its own side than like the negatives. A region of a negative counts as far as it is its own
+    and not the anchor's, which is what keeps the two apart; so do both images of a dissimilar pair.
+    Where nobody speaks against, in a comparison without negatives, a region is measured against the
+    rest of its own image.
+
+    Attributes:
+        supporting: The images a region should be like; the image itself where it is to differ.
+        opposing: The images it should not be like; empty where nobody speaks against.
+    """
+
+    supporting: tuple[tuple[int, ...], ...]
+    opposing: tuple[tuple[int, ...], ...]
+
+    @property
+    def unopposed(self) -> tuple[bool, ...]:
+        """For each image whether its regions are measured against the rest of the image."""
+        return tuple(not places for places in self.opposing)
+
+    def directions(self, units: Tensor) -> Tensor:
+        """Mean of the supporting minus mean of the opposing unit rows, ``(B,K,E) -> (B,K,E)``."""
+        found = []
+        for near, far in zip(self.supporting, self.opposing, strict=True):
+            direction = units[:, list(near)].mean(dim=1)
+            found.append(direction - units[:, list(far)].mean(dim=1) if far else direction)
+        return torch.stack(found, dim=1)
+
+    def matched(self, maps: Tensor) -> Tensor:
+        """How much better each position finds its like among the supporting images.
+
+        The best cosine of a position's features with any position of the supporting images, minus
+        the best with any of the opposing images or, where there are none, the mean of the former.
+
+        Args:
+            maps: Feature maps ``(B,K,C,h,w)``.
+
+        Returns:
+            ``(B,K,h,w)``, at least 0.
+        """
+        cells = F.normalize(maps, dim=2).flatten(3)
+        found = []
+        for own, (near, far) in enumerate(zip(self.supporting, self.opposing, strict=True)):
+            found_near = _best(cells, own, near)
+            against = _best(cells, own, far) if far else found_near.mean(dim=1, keepdim=True)
+            found.append((found_near - against).relu())
+        return torch.stack(found, dim=1).view(*maps.shape[:2], *maps.shape[-2:])
+
+
+def rivals_of(images: Comparison) -> Rivals:
+    """Who speaks for and against the regions of each image of a comparison."""
+    count = images.positives.shape[1]
+    near = tuple(range(1, 1 + count))
+    far = tuple(range(1 + count, 1 + count + images.negatives.shape[1]))
+    return Rivals(
+        supporting=(near or (0,), *((0,) for _ in near), *((place,) for place in far)),
+        opposing=(far, *(far for _ in near), *((0,) for _ in far)),
+    )
+
+
+def _best(cells: Tensor, own: int, others: tuple[int, ...]) -> Tensor:
+    """The highest cosine of each position of one image with any of some others, ``(B,h*w)``."""
+    tops = [
+        torch.einsum("bcp,bcr->bpr", cells[:, own], cells[:, other]).amax(dim=2) for other in others
+    ]
+    return torch.stack(tops).amax(dim=0)
