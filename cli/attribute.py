@@ -14,7 +14,7 @@ from simexplain.attribution.saving import MAIN_FILES, manifest
 from simexplain.models.avsl_options import ORIGINS
 from simexplain.publishing import check_writable
 
-from .options import aligned, busy, free_folder, model_from, model_options
+from .options import aligned, busy, free_folder, model_from, model_options, tell_files
 
 if TYPE_CHECKING:
     from simexplain.attribution.account import Decomposition, Node
@@ -79,10 +79,7 @@ def command(
         click.echo(json.dumps(said, indent=2, ensure_ascii=False))
     else:
         report(result, top, parts)
-        for warning in result.warnings:
-            click.echo(f"Warning: {warning}", err=True)
-        for kind, path in files.items():
-            click.echo(f"{kind}: {path}")
+        tell_files(files, result.warnings)
 
 
 def _place(result: Attribution, text: str) -> tuple[int, int]:

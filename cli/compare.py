@@ -15,7 +15,7 @@ from simexplain.picturing import verdict
 from simexplain.publishing import check_writable
 from simexplain.rendering.overlay import RENDERERS
 
-from .options import busy, free_folder, model_from, model_options, progress_bar
+from .options import busy, free_folder, model_from, model_options, progress_bar, tell_files
 from .recipes import asked_recipes, measuring_options
 
 if TYPE_CHECKING:
@@ -91,10 +91,5 @@ def report(result: MethodComparison, files: dict[str, str]) -> None:
     """Prints the table, for a person."""
     click.echo(f"{result.first.model}, {verdict(result.first)}")
     click.echo(str(result))
-    for note in result.notes:
-        click.echo(f"Warning: {note}", err=True)
-    for method in result.methods:
-        for warning in method.explanation.warnings:
-            click.echo(f"Warning: {method.name}: {warning}", err=True)
-    for kind, path in files.items():
-        click.echo(f"{kind}: {path}")
+    own = [f"{one.name}: {text}" for one in result.methods for text in one.explanation.warnings]
+    tell_files(files, (*result.notes, *own))

@@ -14,7 +14,7 @@ from simexplain.evaluation.measuring import CONTROLS
 from simexplain.evaluation.saving import EVALUATION_FILES, save_evaluation
 from simexplain.publishing import check_writable
 
-from .options import busy, model_from, model_options, progress_bar
+from .options import busy, model_from, model_options, progress_bar, tell_files
 from .recipes import asked_recipes, measuring_options
 
 if TYPE_CHECKING:
@@ -106,9 +106,7 @@ def report(result: Evaluation, files: dict[str, str]) -> None:
         for where, reason in result.broken.items()
         if where.partition(", ")[2] not in result.skipped
     }
-    for where, reason in list(broken.items())[:_LISTED]:
-        click.echo(f"Warning: {where}: {reason}", err=True)
+    said = [f"{where}: {reason}" for where, reason in list(broken.items())[:_LISTED]]
     if len(broken) > _LISTED:
-        click.echo(f"Warning: {len(broken) - _LISTED} more, listed by --json.", err=True)
-    for kind, path in files.items():
-        click.echo(f"{kind}: {path}")
+        said.append(f"{len(broken) - _LISTED} more, listed by --json.")
+    tell_files(files, said)

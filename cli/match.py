@@ -15,7 +15,7 @@ from simexplain.matching.pictures import default_points, summary
 from simexplain.matching.saving import MAIN_FILES, manifest
 from simexplain.publishing import check_writable
 
-from .options import aligned, busy, free_folder, model_from, model_options
+from .options import aligned, busy, free_folder, model_from, model_options, tell_files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,10 +106,7 @@ def command(
         click.echo(json.dumps(said, indent=2, ensure_ascii=False))
     else:
         report(result, chosen, top)
-        for warning in result.warnings:
-            click.echo(f"Warning: {warning}", err=True)
-        for kind, path in files.items():
-            click.echo(f"{kind}: {path}")
+        tell_files(files, result.warnings)
 
 
 def report(result: Matching, points: Sequence[Point] | None, top: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -168,3 +168,11 @@ def free_folder(base: Path) -> Path:
     while (folder := base.with_name(f"{base.name}-{number}")).exists():
         number += 1
     return folder
+
+
+def tell_files(files: Mapping[str, str], warnings: Iterable[str] = ()) -> None:
+    """The end of what a command prints for a person: warnings, then what was written."""
+    for warning in warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    for kind, path in files.items():
+        click.echo(f"{kind}: {path}")

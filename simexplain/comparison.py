@@ -164,6 +164,38 @@ def positives_of(arch: str, count: int, *, different: bool = False, positives: i
     return positives
 
 
+def paired(a: Tensor, b: Tensor, files: str, *, one_size: bool = False) -> tuple[Tensor, Tensor]:
+    """Both sides of ``B`` pairs as batches; one image for all pairs stays a batch of one.
+
+    Args:
+        a: ``(B,3,H,W)``, or one image ``(3,H,W)``.
+        b: Likewise.
+        files: What takes picture files in place of tensors, for the error.
+        one_size: Both sides must have images of the same size.
+
+    Raises:
+        ComparisonError: If they are not float images, as many on both sides or one on a side.
+    """
+    for side in (a, b):
+        if not isinstance(side, Tensor):
+            raise ComparisonError(
+                f"Expected image tensors, got {type(side).__name__}; use {files} for picture files."
+            )
+    first, second = (side.unsqueeze(0) if side.dim() == 3 else side for side in (a, b))
+    if (
+        any(side.dim() != 4 or not side.is_floating_point() for side in (first, second))
+        or not len(first) * len(second)
+        or (len(first) != len(second) and 1 not in (len(first), len(second)))
+        or (one_size and first.shape[1:] != second.shape[1:])
+    ):
+        size = " of one size" if one_size else ""
+        raise ComparisonError(
+            f"Expected two batches of float images (B,3,H,W){size}, as many or one on a side, got "
+            f"{tuple(a.shape)} and {tuple(b.shape)}; use {files} for picture files."
+        )
+    return first, second
+
+
 def _checked(stack: Tensor, what: str) -> Tensor:
     if stack.dim() < 2:
         raise ComparisonError(

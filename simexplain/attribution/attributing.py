@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from simexplain.attribution.result import Attribution
+from simexplain.comparison import paired
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explanation import versions
 from simexplain.graph.inference import infer
@@ -44,12 +45,13 @@ def attribute(
         ComparisonError: If images or roles do not fit.
     """
     avsl = expected_avsl(model)
-    first, second = _pairs(a, b)
-    count = len(first)
+    first, second = paired(a, b, "attribute_files", one_size=True)
+    count = max(len(first), len(second))
     told = _roles(roles, count)
     # One image compared with many is run once.
-    single = count > 1 and (a.dim() == 3 or len(a) == 1)
-    images = torch.cat((first[:1] if single else first, second))
+    single = len(first) == 1 < count
+    second = second.expand(count, *second.shape[1:])
+    images = torch.cat((first, second))
     features, rows = _run(avsl, images, max_batch)
     splits = [1 if single else count, count]
     rows_a, rows_b = _split(rows, splits, count)
@@ -74,7 +76,7 @@ def attribute(
             (weight.detach(), None if bias is None else bias.detach())
             for weight, bias in avsl.weights
         ),
-        images=torch.stack((first, second), dim=1),
+        images=torch.stack((first.expand_as(second), second), dim=1),
         preprocess=avsl.preprocess,
         roles=told,
         model=avsl.name,
@@ -107,29 +109,6 @@ def _roles(roles: Sequence[str] | None, count: int) -> tuple[str, ...]:
             f"Expected one role of positive, negative or '' for each of {count} pairs, got {told}."
         )
     return told
-
-
-def _pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sides as ``(B,3,H,W)``."""
-    for side in (a, b):
-        if not isinstance(side, Tensor):
-            raise ComparisonError(
-                f"Expected image tensors, got {type(side).__name__}; use attribute_files for "
-                "picture files."
-            )
-    first, second = (side.unsqueeze(0) if side.dim() == 3 else side for side in (a, b))
-    if (
-        any(side.dim() != 4 or not side.is_floating_point() for side in (first, second))
-        or first.shape[1:] != second.shape[1:]
-        or (len(first) != len(second) and 1 not in (len(first), len(second)))
-        or not len(first) * len(second)
-    ):
-        raise ComparisonError(
-            f"Expected two batches of float images (B,3,H,W) of one size, got {tuple(a.shape)} and "
-            f"{tuple(b.shape)}; use attribute_files for picture files."
-        )
-    count = max(len(first), len(second))
-    return first.expand(count, *first.shape[1:]), second.expand(count, *second.shape[1:])
 
 
 def _split(rows: Tensor, splits: Sequence[int], count: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from simexplain.comparison import paired
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explanation import versions
@@ -63,7 +64,7 @@ def match(
     """
     check_choices(score, style)
     wrapped = _expected(model)
-    first, second = _sides(a, b)
+    first, second = paired(a, b, "match_files")
     for name, number in (("steps", steps), ("max_batch", max_batch)):
         if number is not None and number < 1:
             raise ComparisonError(f"Expected {name} of at least 1, got {number}.")
@@ -178,27 +179,6 @@ def _expected(model: nn.Module) -> SimilarityModel:
             f"{wrapped.name}; attribute takes its distance apart."
         )
     return wrapped
-
-
-def _sides(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sides as batches, one image or as many as the other has."""
-    for side in (a, b):
-        if not isinstance(side, Tensor):
-            raise ComparisonError(
-                f"Expected image tensors, got {type(side).__name__}; use match_files for picture "
-                "files."
-            )
-    first, second = (side.unsqueeze(0) if side.dim() == 3 else side for side in (a, b))
-    if (
-        any(side.dim() != 4 or not side.is_floating_point() for side in (first, second))
-        or not len(first) * len(second)
-        or (len(first) != len(second) and 1 not in (len(first), len(second)))
-    ):
-        raise ComparisonError(
-            f"Expected two batches of float images (B,3,H,W), as many or one on a side, got "
-            f"{tuple(a.shape)} and {tuple(b.shape)}; use match_files for picture files."
-        )
-    return first, second
 
 
 def _check_vectors(vectors: Tensor, side: str, *, unit: bool) -> None:
