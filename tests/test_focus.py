@@ -191,6 +191,14 @@ def load_wrapped(network: nn.Module):
     return as_similarity_model(network)
 
 
+def test_half_precision_gives_maps_in_single(tiny: TinyNet, images: Tensor) -> None:
+    comparison = compared(images, "triplet")
+    wanted = explain(tiny, comparison, "focus", LAYERS).maps
+    half = explain(tiny.bfloat16(), comparison, "focus", LAYERS).maps
+    assert half.dtype == torch.float32
+    assert F.cosine_similarity(half.flatten(2), wanted.flatten(2), dim=2).min() > 0.95
+
+
 @pytest.mark.parametrize(
     "options",
     [{"contrast": 0}, {"matching": -0.1}, {"smoothing": 0.6}, {"sharpness": 0}],

@@ -19,6 +19,7 @@ from simexplain.methods.raw_vectors import RawVectors
 from simexplain.methods.rivals import rivals_of
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.models.base import SimilarityModel
+from simexplain.networks import at_least_single
 from simexplain.tracing import Trace, trace
 
 _LAYERS = 3
@@ -95,7 +96,8 @@ class Focus:
         """
         flat = images.stacked().flatten(0, 1)
         traced = trace(RawVectors(model), flat, layers, max_batch=max_batch)
-        units = images.restacked(F.normalize(traced.embeddings.detach(), dim=1))
+        vectors = at_least_single(traced.embeddings.detach())
+        units = images.restacked(F.normalize(vectors, dim=1))
         check_embeddings(units, images.roles)
         rivals = rivals_of(images)
         directions = rivals.directions(units)
@@ -105,7 +107,8 @@ class Focus:
             traced, order, directions.flatten(0, 1), rivals.unopposed, self.contrast
         )
         with torch.no_grad():
-            matched = rivals.matched(images.restacked(traced.maps[order[min(1, len(order) - 1)]]))
+            middle = at_least_single(traced.maps[order[min(1, len(order) - 1)]])
+            matched = rivals.matched(images.restacked(middle))
             joined = self._joined(
                 [found[layer] for layer in order[1:] or order], cells, matched.flatten(0, 1)
             )
@@ -149,9 +152,10 @@ def _evidence(
     top, *finer = order
     alone = torch.tensor(unopposed).repeat(len(directions) // len(unopposed))
     with torch.enable_grad():
-        maps = traced.maps
-        margin = (traced.embeddings * directions).sum()
-        alpha = F.normalize(traced.gradients(margin)[top].mean(dim=(2, 3)), dim=1)
+        maps = {layer: at_least_single(grid) for layer, grid in traced.maps.items()}
+        margin = (at_least_single(traced.embeddings) * directions).sum()
+        slope = at_least_single(traced.gradients(margin)[top])
+        alpha = F.normalize(slope.mean(dim=(2, 3)), dim=1)
         cosines = torch.einsum("mchw,mc->mhw", F.normalize(maps[top], dim=1), alpha)
         cells = cosines * directions.norm(dim=1).to(cosines).view(-1, 1, 1)
         level = cells.detach().mean(dim=(1, 2), keepdim=True)
@@ -161,7 +165,10 @@ def _evidence(
     if finer:
         gradients = traced.gradients(evidence.sum())
         # Some layers have values of both signs: only what is there can be evidence.
-        found |= {name: layer_cam(maps[name].detach().relu(), gradients[name]) for name in finer}
+        found |= {
+            name: layer_cam(maps[name].detach().relu(), at_least_single(gradients[name]))
+            for name in finer
+        }
     return cells.detach(), found
 
 
