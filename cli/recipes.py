@@ -22,7 +22,7 @@ _OPTIONS = (
         f"[{', '.join(quick_methods())}]",
     ),
     click.option("--all", "every", is_flag=True, help="Every method that applies; some are slow."),
-    click.option("--steps", default=20, show_default=True, type=click.IntRange(1),
+    click.option("--steps", default=20, show_default=True, type=click.IntRange(2),
                  help="Points of the deletion and insertion curves."),
     click.option("--baseline", type=click.Choice(list(BASELINES)), default="blur",
                  show_default=True, help="What deleted pixels become."),

@@ -89,6 +89,7 @@ def explain_view(
     with _magnified(view, magnify):
         layers = _layers(model, view, layer, chosen)
         found = chosen(model, view, layers, max_batch=max_batch)
+    _check_finite(found)
     own, moved = found.embeddings, None
     if view is not comparison:
         own = embeddings_of(model, comparison, max_batch)
@@ -170,6 +171,14 @@ def _enlarged(stack: Tensor, magnify: float) -> Tensor:
     size = [max(1, round(side * magnify)) for side in stack.shape[-2:]]
     flat = F.interpolate(stack.flatten(0, 1), size=size, mode="bilinear", align_corners=False)
     return flat.view(*stack.shape[:3], *size)
+
+
+def _check_finite(found: AttentionMaps) -> None:
+    if not bool(found.maps.isfinite().all()):
+        raise ModelError(
+            "A map is not finite although the embeddings are; look for overflow in half precision "
+            "or in the method's options."
+        )
 
 
 def _method(method: str | Method, options: dict[str, Any]) -> Method:

@@ -199,9 +199,25 @@ def test_half_precision_gives_maps_in_single(tiny: TinyNet, images: Tensor) -> N
     assert F.cosine_similarity(half.flatten(2), wanted.flatten(2), dim=2).min() > 0.95
 
 
+def test_positions_are_matched_a_few_at_a_time(
+    tiny: TinyNet, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison = compared(images, "set")
+    wanted = explain(tiny, comparison, "focus", LAYERS).maps
+    monkeypatch.setattr("simexplain.methods.rivals._ROWS", 7)
+    assert torch.allclose(explain(tiny, comparison, "focus", LAYERS).maps, wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"contrast": 0}, {"matching": -0.1}, {"smoothing": 0.6}, {"sharpness": 0}],
+    [
+        {"contrast": 0},
+        {"contrast": math.inf},
+        {"matching": math.inf},
+        {"matching": -0.1},
+        {"smoothing": 0.6},
+        {"sharpness": 0},
+    ],
 )
 def test_options_that_make_no_sense(options: dict[str, float]) -> None:
     with pytest.raises(ComparisonError, match="Expected contrast and sharpness"):

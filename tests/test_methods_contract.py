@@ -119,3 +119,13 @@ def test_results_save_and_load(
     again = type(result).load(tmp_path / "out")
     assert torch.equal(again.maps, result.maps)
     assert again.method == method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_callers_no_grad_is_no_hindrance(
+    network: nn.Module, triplets: Comparison, method: str, options: dict[str, Any]
+) -> None:
+    wanted = explain(network, triplets, method, **options).maps
+    with torch.no_grad():
+        assert torch.equal(explain(network, triplets, method, **options).maps, wanted)
+        assert not torch.is_grad_enabled()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from simexplain import Comparison, SimilarityModel, as_similarity_model, explain
 from simexplain.errors import ModelError
+from simexplain.methods import METHODS
 from simexplain.methods.jacobians import JacobianProducts
 from simexplain.methods.position_parts import PositionParts, position_parts
 
@@ -58,7 +61,7 @@ def test_forward_and_backward_products_give_the_same_parts(
     model = as_similarity_model(Wide(pool, curved=curved).eval())
     forward = position_parts(model, images, "act", steps=3)
     assert forward.parts.shape == (6, 40, 3, 4)
-    assert forward.steps == (3 if curved else 1)
+    assert forward.steps == (3 if curved else 0)
     same(forward, backwards(monkeypatch, model, images, "act", steps=3), rtol=1e-4, atol=1e-5)
 
 
@@ -194,3 +197,20 @@ def test_layers_that_do_not_feed_the_vector_are_refused(images: Tensor) -> None:
     model = as_similarity_model(Cut("average", norm=False, linear=True, bias=True).eval())
     with pytest.raises(ModelError, match="no gradient reaches it"):
         position_parts(model, images, "act")
+
+
+def test_rounding_in_half_precision_is_no_curve(tiny: TinyNet, images: Tensor) -> None:
+    parts = position_parts(as_similarity_model(tiny.bfloat16()), images.bfloat16(), "last")
+    assert parts.steps == 0
+    assert 1e-5 < float(parts.residual.max()) < 0.05
+
+
+def test_maps_that_are_not_finite_are_refused(tiny: TinyNet, images: Tensor) -> None:
+    def broken(
+        model: SimilarityModel, pair: Comparison, layers: tuple[str, ...], **options: object
+    ):
+        found = METHODS["sam"]()(model, pair, layers, **options)
+        return replace(found, maps=found.maps * torch.nan)
+
+    with pytest.raises(ModelError, match="A map is not finite"):
+        explain(tiny, Comparison.pair(images[:1], images[1:2]), broken, "last")

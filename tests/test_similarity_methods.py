@@ -111,7 +111,7 @@ def test_decomposition_adds_up_for_every_tail(
     assert float(difference.max()) < 1e-5 * max(1.0, float(result.scores.abs().max()))
     assert not any("Jacobians" in warning for warning in result.warnings)
     parts = position_parts(as_similarity_model(network), images, "act")
-    assert parts.steps == 1
+    assert parts.steps == 0
     assert float(parts.residual.max()) < 1e-5
 
 

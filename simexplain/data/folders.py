@@ -65,7 +65,7 @@ def pictures_in(folder: str | Path, *, labelled: bool) -> list[Record]:
         what = f"'{loose[0]}' beside them" if loose else f"only '{classes.pop()}'"
         raise ImageError(
             f"Expected at least two sub-folders in '{root}', each a class of pictures, got {what}; "
-            "without labels say --unlabelled (labelled=False)."
+            "only fit works without labels (--unlabelled, labelled=False)."
         )
     return [Record(root / path, path.parts[0]) for path in seen]
 

@@ -68,6 +68,8 @@ def recipe_from(text: str) -> Recipe:
                 f"Expected OPTION=VALUE with an option of {name} ({', '.join(defaults)}), got "
                 f"'{pair}' in '{text}'."
             )
+        if option in options:
+            raise ComparisonError(f"Expected every option once, got '{option}' twice in '{text}'.")
         options[option] = option_from(defaults[option], option, value)
     chosen = tuple(layers.split("+"))
     if at and not all(chosen):

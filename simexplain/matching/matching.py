@@ -16,7 +16,7 @@ from simexplain.explanation import versions
 from simexplain.matching.factors import SCORES, Factors, check_choices, pair_matrix
 from simexplain.matching.result import Matching
 from simexplain.methods.jacobians import Progress
-from simexplain.methods.position_parts import EXACT, PositionParts, position_parts
+from simexplain.methods.position_parts import PositionParts, position_parts
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
@@ -197,7 +197,7 @@ def _integration(found: list[PositionParts], result: Matching, layer: str) -> tu
     """What to know where Jacobians were averaged."""
     steps = max(parts.steps for parts in found)
     worst = max(float(parts.residual.max()) for parts in found)
-    if steps == 1 and worst <= EXACT:
+    if steps == 0:
         return ()
     missing = float(result.residual.abs().max())
     advice = "; more steps or a later layer bring it down" if worst > _FAR_OFF else ""

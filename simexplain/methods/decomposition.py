@@ -75,7 +75,8 @@ class Decomposition:
             rest = done.rest[:, 0, None, None] / done.parts[0, 0].numel()
             maps = images.restacked((done.parts[:, 0] + rest) / done.lengths[:, None, None])
             found[layer] = maps if self.keep_negative else maps.relu()
-            worst = max(worst, float(done.residual.max()))
+            if done.steps:
+                worst = max(worst, float(done.residual.max()))
         return AttentionMaps(
             maps=fuse(list(found.values())),
             layer_maps=found,

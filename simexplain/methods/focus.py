@@ -63,11 +63,11 @@ class Focus:
 
     def __post_init__(self) -> None:
         told = f"contrast {self.contrast}, matching {self.matching}, smoothing {self.smoothing}"
-        fits = self.contrast > 0 and self.matching >= 0 and 0 <= self.smoothing <= 0.5
-        if not fits or not 0 < self.sharpness < math.inf:
+        fits = 0 < self.contrast < math.inf and 0 <= self.matching < math.inf
+        if not (fits and 0 <= self.smoothing <= 0.5 and 0 < self.sharpness < math.inf):
             raise ComparisonError(
-                "Expected contrast and sharpness above 0, matching of at least 0 and smoothing "
-                f"between 0 and 0.5, got {told} and sharpness {self.sharpness}."
+                "Expected contrast and sharpness above 0, matching of at least 0, all finite, and "
+                f"smoothing between 0 and 0.5, got {told} and sharpness {self.sharpness}."
             )
 
     def layers_for(self, model: SimilarityModel, images: Tensor) -> tuple[str, ...] | None:
@@ -161,9 +161,9 @@ def _evidence(
         level = cells.detach().mean(dim=(1, 2), keepdim=True)
         cells = cells - level * alone.to(level).view(-1, 1, 1)
         evidence = F.softplus(contrast * cells) * maps[top].detach().norm(dim=1)
+        gradients = traced.gradients(evidence.sum()) if finer else {}
     found = {top: evidence.detach()}
     if finer:
-        gradients = traced.gradients(evidence.sum())
         # Some layers have values of both signs: only what is there can be evidence.
         found |= {
             name: layer_cam(maps[name].detach().relu(), at_least_single(gradients[name]))

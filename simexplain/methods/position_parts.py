@@ -29,7 +29,7 @@ class PositionParts:
         rest: What no position gives: biases, class tokens ``(M,E)``.
         vectors: The vectors themselves ``(M,E)``.
         lengths: Their lengths ``(M,)``, of the whole vectors also where directions were given.
-        steps: Jacobians averaged; 1 where the tail is linear.
+        steps: Jacobians averaged; 0 where the tail is linear and one serves.
     """
 
     parts: Tensor
@@ -138,13 +138,18 @@ class TracedVectors:
         tick = Ticker(progress, work)
         whole = _joined([tail.direct(tick) for tail in tails])
         # One answer for all images, so that it does not depend on how they were batched.
-        if float(whole.residual.max()) <= EXACT:
+        if float(whole.residual.max()) <= _rounding(self.trace.outputs[layer][0].dtype):
             return whole
         tick = Ticker(progress, work * steps)
         return _joined([tail.integrated(steps, tick) for tail in tails])
 
     def _chunks(self, layer: str) -> int:
         return len(self.trace.outputs[layer])
+
+
+def _rounding(kind: torch.dtype) -> float:
+    """:data:`EXACT`, or what rounding alone leaves of vectors in half precision."""
+    return max(EXACT, 8 * torch.finfo(kind).eps)
 
 
 class _Tail:
@@ -170,7 +175,7 @@ class _Tail:
         """``J A``, and what is left of the vectors where the layer gives zeros."""
         point = self.output.detach()
         parts = self.products(self.rows, self.output, point, tick)
-        return self._found(parts, torch.zeros_like(point), 1)
+        return self._found(parts, torch.zeros_like(point), 0)
 
     def integrated(self, steps: int, tick: Ticker) -> PositionParts:
         """The mean Jacobian from a blank image's output, times the way from there."""

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from simexplain.comparison import Comparison
 
+_ROWS = 1024
+
 
 @dataclass(frozen=True)
 class Rivals:
@@ -76,7 +78,10 @@ def rivals_of(images: Comparison) -> Rivals:
 
 def _best(cells: Tensor, own: int, others: tuple[int, ...]) -> Tensor:
     """The highest cosine of each position of one image with any of some others, ``(B,h*w)``."""
-    tops = [
-        torch.einsum("bcp,bcr->bpr", cells[:, own], cells[:, other]).amax(dim=2) for other in others
-    ]
+    tops = []
+    for other in others:
+        # Not all pairs of positions at once: on a fine grid they would not fit into memory.
+        parts = torch.split(cells[:, own], _ROWS, dim=2)
+        best = [torch.einsum("bcp,bcr->bpr", part, cells[:, other]).amax(dim=2) for part in parts]
+        tops.append(torch.cat(best, dim=1))
     return torch.stack(tops).amax(dim=0)

@@ -91,7 +91,7 @@ class SimilarityCAM:
             scores = (traced.embeddings * flat).sum(dim=1)
             if self.score == "held":
                 scores = scores / vectors.norm(dim=1)
-        gradients = traced.gradients(scores.sum())
+            gradients = traced.gradients(scores.sum())
         with torch.no_grad():
             signed = layer_cams(
                 traced.maps, gradients, self.cam, scale=torch.ones_like(scores), keep_negative=True
