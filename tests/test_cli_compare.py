@@ -57,10 +57,10 @@ def test_json_is_pure_and_keeps_the_contract(run: Callable[..., Run], here: Path
 
 
 def test_a_set_and_a_dissimilar_pair(run: Callable[..., Run]) -> None:
-    pair = (NETWORK, *PICTURES[:2], "--arch", "siamese", "--different", *FAST, "--steps", "1")
+    pair = (NETWORK, *PICTURES[:2], "--arch", "siamese", "--different", *FAST, "--steps", "2")
     said = json.loads(run("compare", *pair, "--method", "sam", "--json").out)
     assert [image["role"] for image in said["images"]] == ["anchor", "negative"]
-    many = (NETWORK, *PICTURES, "--arch", "set", "--positives", "2", *FAST, "--steps", "1")
+    many = (NETWORK, *PICTURES, "--arch", "set", "--positives", "2", *FAST, "--steps", "2")
     said = json.loads(run("compare", *many, "--method", "sam", "--json").out)
     assert [image["role"] for image in said["images"]] == ["anchor", "positive", "positive"]
 
