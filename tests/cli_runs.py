@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,22 @@ def simexplain(*arguments: object, cwd: Path, script: bool = False) -> Run:
     )  # fmt: skip
     assert "Traceback" not in done.stdout + done.stderr, done.stderr
     return Run(done.returncode, done.stdout, done.stderr)
+
+
+def interrupted(*arguments: object, cwd: Path, seconds: float) -> Run:
+    """A run that is stopped with Ctrl-C after so long; it must not have ended before."""
+    started = subprocess.Popen(
+        [sys.executable, "-m", "simexplain", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment(),
+        # A shell's background jobs ignore Ctrl-C, and hand that on to all that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    time.sleep(seconds)
+    assert started.poll() is None, "it ended before it could be interrupted"
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=120)
+    assert "Traceback" not in err
+    return Run(started.returncode, out, err)
 
 
 def environment() -> dict[str, str]:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cli_runs import NETWORK, Run, environment, simexplain
+from cli_runs import NETWORK, Run, interrupted, simexplain
 from conftest import DEMO
 from PIL import Image
 
@@ -257,15 +253,9 @@ def test_a_network_without_a_name_is_refused_before_the_work(here: Path, fails) 
 def test_ctrl_c_leaves_nothing(here: Path) -> None:
     classes(here / "many", count=6, each=40)
     before = sorted(here.rglob("*"))
-    started = subprocess.Popen(
-        [sys.executable, "-m", "simexplain", "fit", "timm:resnet50", "many", "--out", "avsl.pt",
-         "--untrained"],
-        cwd=here, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    time.sleep(12)
-    started.send_signal(signal.SIGINT)
-    out, err = started.communicate(timeout=120)
-    assert "Traceback" not in err
-    assert (started.returncode, out) == (130, "")
-    assert err.strip() == "Error: Interrupted; nothing was written."
+    done = interrupted(
+        "fit", "timm:resnet50", "many", "--out", "avsl.pt", "--untrained", cwd=here, seconds=12
+    )
+    assert (done.code, done.out) == (130, "")
+    assert done.err.strip() == "Error: Interrupted; nothing was written."
     assert sorted(here.rglob("*")) == before
