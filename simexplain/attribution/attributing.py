@@ -48,12 +48,10 @@ def attribute(
     first, second = paired(a, b, "attribute_files", one_size=True)
     count = max(len(first), len(second))
     told = _roles(roles, count)
-    # One image compared with many is run once.
-    single = len(first) == 1 < count
     second = second.expand(count, *second.shape[1:])
     images = torch.cat((first, second))
     features, rows = _run(avsl, images, max_batch)
-    splits = [1 if single else count, count]
+    splits = [len(first), count]  # one image compared with many is run once
     rows_a, rows_b = _split(rows, splits, count)
     with torch.no_grad():
         graph = avsl.graph().detached()
