@@ -47,7 +47,10 @@ def interrupted(*arguments: object, cwd: Path, seconds: float) -> Run:
     started.send_signal(signal.SIGINT)
     out, err = started.communicate(timeout=120)
     assert "Traceback" not in err
-    return Run(started.returncode, out, err)
+    # Python ends itself by the signal where that struck inside exec(), whatever the code does then;
+    # to a shell the two are the same.
+    code = 130 if started.returncode == -signal.SIGINT else started.returncode
+    return Run(code, out, err)
 
 
 def environment() -> dict[str, str]:
