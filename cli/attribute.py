@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from simexplain.attribution.attributing import expected_avsl
 from simexplain.attribution.attributing_files import attribute_files
 from simexplain.attribution.saving import MAIN_FILES, manifest
 from simexplain.models.avsl_options import ORIGINS
+from simexplain.models.avsl_runs import expected_avsl
 from simexplain.publishing import check_writable
 
 from .options import aligned, busy, free_folder, model_from, model_options, tell_files

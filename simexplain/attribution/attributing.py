@@ -14,8 +14,7 @@ from simexplain.explanation import versions
 from simexplain.graph.inference import infer
 from simexplain.graph.tiled import gathered
 from simexplain.models.avsl import AVSL
-from simexplain.models.avsl_options import ORIGINS
-from simexplain.networks import undisturbed
+from simexplain.models.avsl_runs import expected_avsl, features_and_rows, origin_warnings
 
 ROLES = ("positive", "negative", "")
 _FLAT_BELOW = 0.01
@@ -85,21 +84,6 @@ def attribute(
     )
 
 
-def expected_avsl(model: nn.Module) -> AVSL:
-    """The model itself.
-
-    Raises:
-        ModelError: If it is no AVSL model; says how to make one.
-    """
-    if not isinstance(model, AVSL):
-        name = getattr(model, "name", type(model).__name__)
-        raise ModelError(
-            f"Expected an AVSL model to attribute a distance, got {name}, which has no heads on "
-            "its lower levels; fit some with simexplain fit (simexplain.fit)."
-        )
-    return model
-
-
 def _roles(roles: Sequence[str] | None, count: int) -> tuple[str, ...]:
     told = ("",) * count if roles is None else tuple(roles)
     if len(told) != count or any(role not in ROLES for role in told):
@@ -116,34 +100,19 @@ def _split(rows: Tensor, splits: Sequence[int], count: int) -> tuple[Tensor, Ten
 
 def _run(model: AVSL, images: Tensor, max_batch: int | None) -> tuple[list[Tensor], Tensor]:
     """Feature maps per level ``(M,C,h,w)`` and rows ``(M,E)``, without any graph."""
-    size = len(images) if max_batch is None else max_batch
-    if size < 1:
+    if max_batch is not None and max_batch < 1:
         raise ComparisonError(f"Expected max_batch of at least 1, got {max_batch}.")
-    found, rows = [], []
-    with torch.no_grad(), undisturbed(model.network):
-        for start in range(0, len(images), size):
-            # A network may normalise its input in place.
-            maps = model.feature_maps(images[start : start + size].clone())
-            found.append(maps)
-            rows.append(model.rows(maps))
-    row = torch.cat(rows)
+    features, row = features_and_rows(model, images, max_batch)
     if not bool(row.isfinite().all()):
         raise ModelError(
             "An embedding is not finite, so its distance is undefined; look for NaN in the weights "
             "or the input."
         )
-    return [torch.cat(level) for level in zip(*found, strict=True)], row
+    return features, row
 
 
 def _warnings(model: AVSL, reliabilities: Sequence[Tensor]) -> tuple[str, ...]:
-    said = []
-    if model.origin == "untrained":
-        said.append(f"This model has {ORIGINS['untrained']}; fit or train it first.")
-    if model.origin == "unlabelled":
-        said.append(
-            f"This model has {ORIGINS['unlabelled']}: the account adds up, but nodes are "
-            "directions of variance, not learned concepts."
-        )
+    said = [*origin_warnings(model, still="the account adds up, but ")]
     if len(model.levels) > 1 and int(model.edge_updates) == 0:
         said.append("The edges were never set, so no lower node stands in for a higher one.")
     if alone := [n for n, width in enumerate(model.widths) if width == 1]:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from torch import nn
 
-from simexplain.attribution.attributing import attribute, expected_avsl
+from simexplain.attribution.attributing import attribute
 from simexplain.attribution.result import Attribution
 from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import prepared
 from simexplain.errors import ComparisonError
+from simexplain.models.avsl_runs import expected_avsl
 
 
 def attribute_files(

@@ -15,7 +15,7 @@ from simexplain.errors import ComparisonError, SimexplainError, first_line
 from simexplain.evaluation.comparison_result import ComparedMethod, MethodComparison
 from simexplain.evaluation.faithfulness import MASKINGS
 from simexplain.evaluation.items import Item
-from simexplain.evaluation.measuring import CONTROLS, Asked, asked, means, measured, timed
+from simexplain.evaluation.measuring import Asked, asked, controlled, means, measured, timed
 from simexplain.evaluation.recipes import Recipe, Recipes, ready, recipes_of, settled
 from simexplain.explaining import check_images, embeddings_of, explain
 from simexplain.explaining_files import explain_files
@@ -251,9 +251,7 @@ class _Run:
         )  # fmt: skip
 
     def _random(self, sample: Explanation) -> dict[str, float]:
-        generator = torch.Generator().manual_seed(self.seed)
-        maps = CONTROLS["random"](sample.maps, generator).to(sample.maps.device)
-        return means(self._scores(replace(sample, maps=maps)))
+        return means(self._scores(controlled(sample, "random", self.seed)))
 
 
 def _agreement(one: Explanation, other: Explanation) -> dict[str, float]:

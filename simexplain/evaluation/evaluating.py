@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-import torch
 from torch import nn
 
 from simexplain.errors import ComparisonError, SimexplainError
 from simexplain.evaluation.items import Item
-from simexplain.evaluation.measuring import CONTROLS, METRICS, Asked, asked, means, measured, timed
+from simexplain.evaluation.measuring import (
+    CONTROLS,
+    METRICS,
+    Asked,
+    asked,
+    controlled,
+    means,
+    measured,
+    timed,
+)
 from simexplain.evaluation.recipes import Recipe, settled
 from simexplain.evaluation.results import Evaluation, MethodScores
 from simexplain.explaining_files import explain_files
@@ -165,11 +173,9 @@ class _Run:
                 self.tallies[name].forwards.append(forwards)
             self.tallies[name].add(found)
         for name in self.controls:
-            generator = torch.Generator().manual_seed(self.seed + number)
             found = {}
             if sample is not None:
-                maps = CONTROLS[name](sample.maps, generator).to(sample.maps.device)
-                found = self._scored(question, replace(sample, maps=maps))
+                found = self._scored(question, controlled(sample, name, self.seed + number))
             self.tallies[_bracketed(name)].add(found)
 
     def _explained(self, item: Item, recipe: Recipe) -> tuple[Explanation, float, int]:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,12 @@ CONTROLS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "centre": _centre,
 }
 """Maps that know nothing of the network: what a method must beat."""
+
+
+def controlled(sample: Explanation, control: str, seed: int) -> Explanation:
+    """An explanation with the maps of a control in place of its own."""
+    maps = CONTROLS[control](sample.maps, torch.Generator().manual_seed(seed))
+    return replace(sample, maps=maps.to(sample.maps.device))
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,8 @@ class Matching:
             ComparisonError: As for :meth:`at`.
         """
         weights = self.frame(side, index).weights(x, y, self.matrix).flatten()
-        values, special = self._flat(index), centred(self._flat(index))
+        values = self._flat(index)
+        special = centred(values)
         if side == "b":
             values, special = values.T, special.T
         row = weights @ values

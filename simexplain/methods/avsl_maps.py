@@ -9,18 +9,17 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from simexplain.comparison import Comparison
-from simexplain.errors import ComparisonError, ModelError
+from simexplain.errors import ComparisonError
 from simexplain.graph.cams import directed_cams
 from simexplain.graph.inference import Rows, infer
+from simexplain.methods.layer_maps import at_grid, finest_grid
 from simexplain.methods.scoring import check_choice
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.models.avsl import AVSL
-from simexplain.models.avsl_options import ORIGINS
+from simexplain.models.avsl_runs import expected_avsl, features_and_rows, origin_warnings
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import undisturbed
 
 Towards = Callable[[Tensor, Tensor], Tensor]
 
@@ -79,7 +78,7 @@ class AVSLMaps:
             ModelError: If the model is no AVSL model.
             ComparisonError: If it has no such level.
         """
-        levels = _expected(model).levels
+        levels = expected_avsl(model, "for method 'avsl'").levels
         return tuple(levels[number] for number in self._wanted(model))
 
     def __call__(
@@ -100,8 +99,8 @@ class AVSLMaps:
             ModelError: If the model is no AVSL model, or an embedding is not finite.
             ComparisonError: If it has no such level.
         """
-        avsl, wanted = _expected(model), self._wanted(model)
-        features, flat = _run(avsl, images.stacked().flatten(0, 1).detach(), max_batch)
+        avsl, wanted = expected_avsl(model, "for method 'avsl'"), self._wanted(model)
+        features, flat = features_and_rows(avsl, images.stacked().flatten(0, 1).detach(), max_batch)
         rows = images.restacked(flat)
         check_embeddings(rows, images.roles)
         with torch.no_grad():
@@ -125,11 +124,11 @@ class AVSLMaps:
                 weights=weights,
                 scores=(weights * rows).sum(dim=2),
                 embeddings=rows,
-                warnings=_warnings(avsl),
+                warnings=origin_warnings(avsl),
             )
 
     def _wanted(self, model: SimilarityModel) -> list[int]:
-        levels = _expected(model).levels
+        levels = expected_avsl(model, "for method 'avsl'").levels
         if self.level and self.level not in levels:
             raise ComparisonError(
                 f"Expected level to be one of {', '.join(levels)}, got '{self.level}'."
@@ -159,44 +158,11 @@ class AVSLMaps:
         return found
 
 
-def _expected(model: SimilarityModel) -> AVSL:
-    if not isinstance(model, AVSL):
-        raise ModelError(
-            f"Expected an AVSL model for method 'avsl', got {model.name}, which has no heads on "
-            "its lower levels; fit some with simexplain fit (simexplain.fit)."
-        )
-    return model
-
-
-def _run(model: AVSL, images: Tensor, max_batch: int | None) -> tuple[list[Tensor], Tensor]:
-    """Feature maps per level ``(M,C,h,w)`` and rows ``(M,E)``, without any graph."""
-    found, rows = [], []
-    with torch.no_grad(), undisturbed(model.network):
-        for part in torch.split(images, max_batch or len(images)):
-            maps = [grid.detach() for grid in model.feature_maps(part)]
-            found.append(maps)
-            rows.append(model.rows(maps))
-    return [torch.cat(level) for level in zip(*found, strict=True)], torch.cat(rows)
-
-
 def _summed(levels: Sequence[Tensor]) -> Tensor:
     """Maps ``(M,h,w)`` of several grids as one at the finest, the sum of each map kept."""
-    finest = max((level.shape[-2:] for level in levels), key=math.prod)
+    finest = finest_grid(levels)
     total = torch.zeros(())
     for level in levels:
-        grown = F.interpolate(
-            level.unsqueeze(1), size=tuple(finest), mode="bilinear", align_corners=False
-        )
-        total = total.to(grown) + grown[:, 0] * (level[0].numel() / math.prod(finest))
+        grown = at_grid(level, finest)
+        total = total.to(grown) + grown * (level[0].numel() / math.prod(finest))
     return total
-
-
-def _warnings(model: AVSL) -> tuple[str, ...]:
-    if model.origin == "untrained":
-        return (f"This model has {ORIGINS['untrained']}; fit or train it first.",)
-    if model.origin == "unlabelled":
-        return (
-            f"This model has {ORIGINS['unlabelled']}: nodes are directions of variance, not "
-            "learned concepts.",
-        )
-    return ()

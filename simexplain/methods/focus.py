@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
 from simexplain.methods.cams import layer_cam
-from simexplain.methods.layer_maps import unit_scaled
+from simexplain.methods.layer_maps import at_grid, finest_grid, unit_scaled
 from simexplain.methods.raw_vectors import RawVectors
 from simexplain.methods.rivals import rivals_of
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
+from simexplain.metrics.fills import gaussian
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import at_least_single
 from simexplain.tracing import Trace, trace
@@ -123,10 +124,10 @@ class Focus:
 
     def _joined(self, cams: Sequence[Tensor], cells: Tensor, matched: Tensor) -> Tensor:
         """One map ``(M,h,w)`` from those of the layers and what was asked of the positions."""
-        grid = max((cam.shape[-2:] for cam in cams), key=math.prod)
-        first, *finer = (_grown(unit_scaled(cam), grid) for cam in cams)
-        told = torch.sigmoid(self.contrast * _grown(cells, grid))
-        product = first * told * (1 + self.matching * unit_scaled(_grown(matched, grid)))
+        grid = finest_grid(cams)
+        first, *finer = (at_grid(unit_scaled(cam), grid) for cam in cams)
+        told = torch.sigmoid(self.contrast * at_grid(cells, grid))
+        product = first * told * (1 + self.matching * unit_scaled(at_grid(matched, grid)))
         for cam in finer:
             product = product * unit_scaled(self._smoothed(cam))
         smooth: Tensor = unit_scaled(self._smoothed(unit_scaled(product))) ** self.sharpness
@@ -137,8 +138,10 @@ class Focus:
         if self.smoothing == 0:
             return maps
         sigma = self.smoothing * math.sqrt(maps.shape[-2:].numel())
-        rows, columns = (_spread(side, sigma).to(maps) for side in maps.shape[-2:])
-        return rows @ maps @ columns.T
+        rows, columns = (gaussian(side, sigma) for side in maps.shape[-2:])
+        # Cut off, not renormalised, at the borders: the same divisor for all rows of weights.
+        down, along = (weights / weights.sum(dim=1).amax() for weights in (rows, columns))
+        return down.to(maps) @ maps @ along.T.to(maps)
 
 
 def _evidence(
@@ -162,24 +165,9 @@ def _evidence(
         cells = cells - level * alone.to(level).view(-1, 1, 1)
         evidence = F.softplus(contrast * cells) * maps[top].detach().norm(dim=1)
         gradients = traced.gradients(evidence.sum()) if finer else {}
-    found = {top: evidence.detach()}
-    if finer:
-        # Some layers have values of both signs: only what is there can be evidence.
-        found |= {
-            name: layer_cam(maps[name].detach().relu(), at_least_single(gradients[name]))
-            for name in finer
-        }
-    return cells.detach(), found
-
-
-def _grown(maps: Tensor, grid: Sequence[int]) -> Tensor:
-    size = tuple(grid)
-    grown = F.interpolate(maps.unsqueeze(1), size=size, mode="bilinear", align_corners=False)
-    return grown.squeeze(1)
-
-
-def _spread(side: int, sigma: float) -> Tensor:
-    """Weights ``(side,side)`` of a Gaussian that is cut off, not renormalised, at the borders."""
-    places = torch.arange(side, dtype=torch.float64)
-    weights = (-0.5 * ((places[:, None] - places[None]) / sigma).square()).exp()
-    return weights / weights.sum(dim=1).amax()
+    # Some layers have values of both signs: only what is there can be evidence.
+    cams = {
+        name: layer_cam(maps[name].detach().relu(), at_least_single(gradients[name]))
+        for name in finer
+    }
+    return cells.detach(), {top: evidence.detach(), **cams}

@@ -79,12 +79,25 @@ def fuse(maps: Sequence[Tensor]) -> Tensor:
     """
     if len(maps) == 1:
         return maps[0]
-    finest = max((m.shape[-2:] for m in maps), key=math.prod)
+    grid = finest_grid(maps)
     product = torch.ones(())
     for single in maps:
-        grown = F.interpolate(single, size=tuple(finest), mode="bilinear", align_corners=False)
+        grown = at_grid(single, grid)
         product = product.to(grown) * unit_scaled(grown.relu())
     return product
+
+
+def finest_grid(maps: Sequence[Tensor]) -> tuple[int, int]:
+    """Rows and columns of the map ``(...,h,w)`` that has the most positions."""
+    height, width = max((single.shape[-2:] for single in maps), key=math.prod)
+    return int(height), int(width)
+
+
+def at_grid(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Maps ``(M,h,w)`` or ``(B,K,h,w)`` on a finer grid, bilinearly; in the graph they came in."""
+    flat = maps if maps.dim() == 4 else maps.unsqueeze(1)
+    grown = F.interpolate(flat, size=grid, mode="bilinear", align_corners=False)
+    return grown if maps.dim() == 4 else grown.squeeze(1)
 
 
 def unit_scaled(maps: Tensor) -> Tensor:

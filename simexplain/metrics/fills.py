@@ -23,8 +23,11 @@ def blurred(images: Tensor, black: Tensor | None = None) -> Tensor:
     height, width = images.shape[-2:]
     exact = images.to(torch.promote_types(images.dtype, torch.float32))
     sigma = BLUR * min(height, width)
-    rows, columns = (_gaussian(side, sigma).to(exact) for side in (height, width))
-    return (rows @ exact @ columns.T).to(images.dtype)
+    rows, columns = (gaussian(side, sigma) for side in (height, width))
+    down, along = (
+        (weights / weights.sum(dim=1, keepdim=True)).to(exact) for weights in (rows, columns)
+    )
+    return (down @ exact @ along.T).to(images.dtype)
 
 
 def mean_colour(images: Tensor, black: Tensor | None = None) -> Tensor:
@@ -41,8 +44,7 @@ FILLS: dict[str, Fill] = {"blur": blurred, "mean": mean_colour, "black": blacken
 """The image heavily blurred, its own mean colour, or black; one function and one line each."""
 
 
-def _gaussian(side: int, sigma: float) -> Tensor:
-    """Weights ``(side,side)`` of every pixel in the blur of every other, rows adding to one."""
+def gaussian(side: int, sigma: float) -> Tensor:
+    """Weights ``(side,side)`` of every place in the blur of every other, 1 for itself; float64."""
     places = torch.arange(side, dtype=torch.float64)
-    weights = (-0.5 * ((places[:, None] - places[None]) / max(sigma, 1e-3)).square()).exp()
-    return weights / weights.sum(dim=1, keepdim=True)
+    return (-0.5 * ((places[:, None] - places[None]) / max(sigma, 1e-3)).square()).exp()
