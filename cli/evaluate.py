@@ -14,6 +14,7 @@ from simexplain.evaluation.measuring import CONTROLS
 from simexplain.evaluation.saving import EVALUATION_FILES, save_evaluation
 from simexplain.publishing import check_writable
 
+from .evaluate_retrieval import retrieval
 from .options import busy, model_from, model_options, progress_bar, tell_files
 from .recipes import asked_recipes, measuring_options
 
@@ -26,7 +27,10 @@ _SAMPLED, _LISTED = 50, 3
 
 @click.group("evaluate")
 def command() -> None:
-    """Measure explanations on a data set."""
+    """Measure a model or explanations on a data set."""
+
+
+command.add_command(retrieval)
 
 
 @command.command("faithfulness")

@@ -16,7 +16,7 @@ COMMANDS = {
     "attribute": "Take a distance apart: which nodes of which level make it up.",
     "match": "Tell which region of one picture answers to which of another.",
     "compare": "Methods side by side on the same images, with their scores.",
-    "evaluate": "How faithful methods are over a data set, with intervals.",
+    "evaluate": "Retrieval of a model, faithfulness of methods, over a data set.",
     "fit": "Fit AVSL to a trained network, which attribute needs.",
     "bank": "Grad-weights of a labelled folder, for the method weight_bank.",
     "layers": "List the layers of a model that can carry a heatmap.",

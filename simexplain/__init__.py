@@ -13,8 +13,16 @@ if TYPE_CHECKING:
     from simexplain.attribution.attributing_files import attribute_files as attribute_files
     from simexplain.attribution.result import Attribution as Attribution
     from simexplain.comparison import Comparison as Comparison
+    from simexplain.data.augmenting import AUGMENTATIONS as AUGMENTATIONS
+    from simexplain.data.checking import check_training as check_training
+    from simexplain.data.dataset_split import DataSplit as DataSplit
+    from simexplain.data.datasets import DATASETS as DATASETS
+    from simexplain.data.datasets import read_dataset as read_dataset
+    from simexplain.data.folders import Record as Record
     from simexplain.data.images import read_picture as read_picture
     from simexplain.data.preprocessing import Preprocess as Preprocess
+    from simexplain.data.sampling import ClassBalanced as ClassBalanced
+    from simexplain.data.training_set import TrainingImages as TrainingImages
     from simexplain.errors import SimexplainError as SimexplainError
     from simexplain.evaluation.comparing import compare_files as compare_files
     from simexplain.evaluation.comparing import compare_methods as compare_methods
@@ -24,12 +32,31 @@ if TYPE_CHECKING:
     from simexplain.evaluation.item_sources import read_comparisons as read_comparisons
     from simexplain.evaluation.item_sources import sample_comparisons as sample_comparisons
     from simexplain.evaluation.items import Item as Item
+    from simexplain.evaluation.retrieval import evaluate_retrieval as evaluate_retrieval
+    from simexplain.evaluation.retrieval_result import Retrieval as Retrieval
     from simexplain.evaluation.sanity import sanity_check as sanity_check
     from simexplain.explaining import explain as explain
     from simexplain.explaining_files import explain_files as explain_files
     from simexplain.explanation import Explanation as Explanation
     from simexplain.fitting.bank import build_bank as build_bank
     from simexplain.fitting.posthoc import fit as fit
+    from simexplain.losses.avsl_distance import AVSLDistance as AVSLDistance
+    from simexplain.losses.avsl_objective import ABLATIONS as ABLATIONS
+    from simexplain.losses.avsl_objective import AVSLLoss as AVSLLoss
+    from simexplain.losses.classification import ClassHead as ClassHead
+    from simexplain.losses.classification import ClassificationLoss as ClassificationLoss
+    from simexplain.losses.classification import (
+        ClassificationMiningLoss as ClassificationMiningLoss,
+    )
+    from simexplain.losses.constraint import AttentionMaskLoss as AttentionMaskLoss
+    from simexplain.losses.masking import soft_mask as soft_mask
+    from simexplain.losses.metric_losses import LOSSES as LOSSES
+    from simexplain.losses.metric_losses import metric_loss as metric_loss
+    from simexplain.losses.mining import SimilarityMiningLoss as SimilarityMiningLoss
+    from simexplain.losses.objective import MetricLoss as MetricLoss
+    from simexplain.losses.objective import Objective as Objective
+    from simexplain.losses.parameter_groups import parameter_groups as parameter_groups
+    from simexplain.losses.quadruplet import QuadrupletLoss as QuadrupletLoss
     from simexplain.matching.matching import match as match
     from simexplain.matching.matching_files import match_files as match_files
     from simexplain.matching.result import Matching as Matching
@@ -54,23 +81,42 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ABLATIONS": "losses.avsl_objective",
+    "AUGMENTATIONS": "data.augmenting",
     "AVSL": "models.avsl",
+    "AVSLDistance": "losses.avsl_distance",
+    "AVSLLoss": "losses.avsl_objective",
     "AVSLOptions": "models.avsl_options",
+    "AttentionMaskLoss": "losses.constraint",
     "Attribution": "attribution.result",
     "CAMS": "methods.cams",
+    "ClassBalanced": "data.sampling",
+    "ClassHead": "losses.classification",
+    "ClassificationLoss": "losses.classification",
+    "ClassificationMiningLoss": "losses.classification",
     "Comparison": "comparison",
+    "DATASETS": "data.datasets",
+    "DataSplit": "data.dataset_split",
     "Explanation": "explanation",
     "Item": "evaluation.items",
+    "LOSSES": "losses.metric_losses",
     "METHODS": "methods",
     "Matching": "matching.result",
     "MethodComparison": "evaluation.comparison_result",
+    "MetricLoss": "losses.objective",
+    "Objective": "losses.objective",
     "PRESETS": "models.avsl_options",
     "Preprocess": "data.preprocessing",
+    "QuadrupletLoss": "losses.quadruplet",
     "RENDERERS": "rendering.overlay",
+    "Record": "data.folders",
+    "Retrieval": "evaluation.retrieval_result",
     "SimexplainError": "errors",
     "SimilarityAttention": "methods.similarity_attention",
+    "SimilarityMiningLoss": "losses.mining",
     "SimilarityModel": "models.base",
     "Trace": "tracing",
+    "TrainingImages": "data.training_set",
     "WEIGHTS": "methods.weights",
     "WeightBank": "methods.weight_bank",
     "accelerated": "models.accelerating",
@@ -78,9 +124,11 @@ _HOMES = {
     "attribute": "attribution.attributing",
     "attribute_files": "attribution.attributing_files",
     "build_bank": "fitting.bank",
+    "check_training": "data.checking",
     "compare_files": "evaluation.comparing",
     "compare_methods": "evaluation.comparing",
     "evaluate_faithfulness": "evaluation.evaluating",
+    "evaluate_retrieval": "evaluation.retrieval",
     "explain": "explaining",
     "explain_files": "explaining_files",
     "faithfulness": "evaluation.faithfulness",
@@ -88,12 +136,16 @@ _HOMES = {
     "load_model": "models.loading",
     "match": "matching.matching",
     "match_files": "matching.matching_files",
+    "metric_loss": "losses.metric_losses",
+    "parameter_groups": "losses.parameter_groups",
     "read_comparisons": "evaluation.item_sources",
+    "read_dataset": "data.datasets",
     "read_picture": "data.images",
     "sample_comparisons": "evaluation.item_sources",
     "sanity_check": "evaluation.sanity",
     "save_model": "models.writing",
     "similarity_weights": "methods.weights",
+    "soft_mask": "losses.masking",
     "trace": "tracing",
 }
 

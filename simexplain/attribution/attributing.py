@@ -11,9 +11,10 @@ from simexplain.attribution.result import Attribution
 from simexplain.comparison import paired
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explanation import versions
-from simexplain.graph.inference import infer
+from simexplain.graph.inference import Graph, PairGraph, Rows, infer
 from simexplain.graph.tiled import gathered
 from simexplain.models.avsl import AVSL
+from simexplain.models.avsl_options import INFERENCES
 from simexplain.models.avsl_runs import expected_avsl, features_and_rows, origin_warnings
 
 ROLES = ("positive", "negative", "")
@@ -55,7 +56,7 @@ def attribute(
     with torch.no_grad():
         graph = avsl.graph().detached()
         known_a, known_b = avsl.unpacked(rows_a), avsl.unpacked(rows_b)
-        pairs = infer(graph, known_a, known_b)
+        pairs, edges = _account(avsl, graph, known_a, known_b)
         # The way of model.distance, not the sum of the pairs, or the residual would test nothing.
         own = torch.arange(count, device=rows_a.device).unsqueeze(1)
         distances = gathered(graph, known_a, known_b, own)[:, 0]
@@ -65,7 +66,7 @@ def attribute(
     return Attribution(
         distances=distances,
         pairs=pairs,
-        edges=graph.edges,
+        edges=edges,
         levels=avsl.levels,
         embeddings=tuple(torch.stack(unit, dim=1) for unit in units),
         features=tuple(torch.stack(_split(f, splits, count), dim=1) for f in features),
@@ -82,6 +83,25 @@ def attribute(
         warnings=_warnings(avsl, pairs.reliabilities),
         versions=versions(),
     )
+
+
+def _account(model: AVSL, graph: Graph, a: Rows, b: Rows) -> tuple[PairGraph, tuple[Tensor, ...]]:
+    """The graph of the pairs and the edges, as they are to be told.
+
+    A mean over levels has no stand-ins. The edges and reliabilities that make the graph compute it
+    would be taken for something learned; sensitivities are exact as they are.
+    """
+    pairs = infer(graph, a, b)
+    if model.options.inference != "levels":
+        return pairs, graph.edges
+    told = PairGraph(
+        nodes=pairs.nodes,
+        reliabilities=tuple(torch.ones_like(level) for level in pairs.nodes),
+        rectified=pairs.nodes,
+        inflows=pairs.sensitivities,
+        sensitivities=pairs.sensitivities,
+    )
+    return told, tuple(torch.zeros_like(part) for part in graph.edges)
 
 
 def _roles(roles: Sequence[str] | None, count: int) -> tuple[str, ...]:
@@ -113,14 +133,18 @@ def _run(model: AVSL, images: Tensor, max_batch: int | None) -> tuple[list[Tenso
 
 def _warnings(model: AVSL, reliabilities: Sequence[Tensor]) -> tuple[str, ...]:
     said = [*origin_warnings(model, still="the account adds up, but ")]
-    if len(model.levels) > 1 and int(model.edge_updates) == 0:
+    inference = model.options.inference
+    if inference != "full":
+        said.append(f"This model measures an ablation: {INFERENCES[inference]}.")
+    if len(model.levels) > 1 and int(model.edge_updates) == 0 and inference == "full":
         said.append("The edges were never set, so no lower node stands in for a higher one.")
     if alone := [n for n, width in enumerate(model.widths) if width == 1]:
         said.append(
             f"Level {alone[0]} has one node, whose unit embedding is 1 or -1 for every picture; "
             "fit more nodes or more pictures."
         )
-    upper = [level.std() for level in reliabilities[1:] if level[0].numel() > 1]
+    learned = reliabilities[1:] if inference in ("full", "reliable") else ()
+    upper = [level.std() for level in learned if level[0].numel() > 1]
     if upper and float(max(upper)) < _FLAT_BELOW:
         said.append(
             f"Reliabilities hardly differ (standard deviation {float(max(upper)):.1g}), so which "

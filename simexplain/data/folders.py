@@ -26,10 +26,16 @@ class Record:
     Attributes:
         path: Where it is.
         label: Its class, or None where there are no labels.
+        group: What it was taken with or comes from (a camera, a vendor), where that is known:
+            retrieval can leave a query's own group out.
+        mask: A picture of the same size, white where the object is, or ``path`` itself where its
+            own alpha channel says so.
     """
 
     path: Path
     label: str | None = None
+    group: str | None = None
+    mask: Path | None = None
 
 
 def pictures_in(folder: str | Path, *, labelled: bool) -> list[Record]:

@@ -18,6 +18,7 @@ from simexplain.saving import arrays_of, manifest, restored
 
 if TYPE_CHECKING:
     from simexplain.evaluation.comparison_result import MethodComparison
+    from simexplain.evaluation.retrieval_result import Retrieval
 
 _COMPARISON = {
     "figure": "comparison.png",
@@ -33,6 +34,10 @@ COMPARISON_FILES = tuple(_COMPARISON.values())
 _EVALUATION = {"results": "results.json", "values": "values.csv", "figure": "results.png"}
 EVALUATION_FILES = tuple(_EVALUATION.values())
 """What an evaluation writes."""
+
+_RETRIEVAL = {"results": "retrieval.json", "queries": "queries.csv", "classes": "classes.csv"}
+RETRIEVAL_FILES = tuple(_RETRIEVAL.values())
+"""What an evaluation of retrieval writes."""
 
 
 def save_comparison(
@@ -145,6 +150,35 @@ def _values(result: Evaluation) -> list[list[Any]]:
             cells = ["" if value != value else repr(value) for value in found]
             rows.append([place, paths[0], name, *cells])
     return rows
+
+
+def save_retrieval(result: Retrieval, folder: Path, *, force: bool) -> dict[str, str]:
+    """Writes ``retrieval.json``, ``queries.csv`` and ``classes.csv``, a line a query and a class.
+
+    Args:
+        result: What was measured.
+        folder: Made if missing.
+        force: Replace these files; others stay.
+
+    Returns:
+        What was written, by kind.
+
+    Raises:
+        OutputError: If files are there already, or the folder cannot be written.
+    """
+    names = _RETRIEVAL
+    files = {what: str(folder / name) for what, name in names.items()}
+    kind = Kind("evaluation of retrieval", names["results"], "", (), SCHEMA)
+    tables = {"queries": result.table(), "classes": result.class_table()}
+    with published(folder, list(names.values()), kind, force=force) as draft:
+        _write_json(draft / names["results"], {**result.to_json(), "files": files})
+        for what, rows in tables.items():
+            with (draft / names[what]).open("w", encoding="utf-8", newline="") as opened:
+                writer = csv.DictWriter(opened, list(rows[0]))
+                writer.writeheader()
+                for row in rows:
+                    writer.writerow({k: "" if v != v else v for k, v in row.items()})
+    return files
 
 
 def _write_json(path: Path, said: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,18 +12,23 @@ from torch import Tensor, nn
 from simexplain.errors import ModelError
 from simexplain.graph.cams import CERTAINTIES, node_cams, overlap, pack, pooled
 from simexplain.graph.distances import distances
-from simexplain.graph.inference import Graph, PairGraph, Rows, infer, normalised_edges, unpack
+from simexplain.graph.inference import Graph, PairGraph, Rows, infer, unpack
 from simexplain.graph.neighbours import Neighbours, neighbours
 from simexplain.graph.surrogate import Surrogate
 from simexplain.models.avsl_options import ORIGINS, AVSLOptions, avsl_options
+from simexplain.models.avsl_parts import (
+    checked_widths,
+    eta_moments,
+    eta_scale,
+    found_levels,
+    new_head,
+    shared_graph,
+)
 from simexplain.models.base import DISTANCES, SimilarityModel
 from simexplain.models.embedder import as_similarity_model
 from simexplain.models.layers import Layer
 from simexplain.networks import at_least_single
 from simexplain.tracing import trace
-
-LEVELS = 3
-"""How many levels are taken where none are named: those of the paper's ResNet-50."""
 
 
 class AVSL(SimilarityModel):
@@ -44,6 +49,7 @@ class AVSL(SimilarityModel):
         origin: A key of ``ORIGINS``: how heads, edges and reliabilities came to be.
         report: What is known about that, as plain JSON values.
         edges_0, ...: Momentum buffers ``(r_low,r_high)`` of Eq. 4, part of the state_dict.
+        eta_0, ...: Mean and deviation of ``eta``, where the options standardise it.
     """
 
     edge_updates: Tensor
@@ -76,21 +82,23 @@ class AVSL(SimilarityModel):
         self.options = avsl_options(preset)
         self.preprocess, self.batch_size = self.base.preprocess, self.base.batch_size
         self.backbone = self.base.backbone
-        found = _found(self.base, levels)
+        found = found_levels(self.base, levels)
         self.levels = tuple(layer.name for layer in found)
-        self.widths = _widths(nodes, len(found))
+        self.widths = checked_widths(nodes, len(found))
         self.name = f"{self.base.name} AVSL"
         self.origin, self.report = origin, dict(report or {})
         if origin not in ORIGINS:
             raise ModelError(f"Expected origin to be one of {', '.join(ORIGINS)}, got {origin!r}.")
         self.heads = nn.ModuleList(
-            _head(layer.shape[0], width, bias=self.options.bias)
+            new_head(layer.shape[0], width, bias=self.options.bias)
             for layer, width in zip(found, self.widths, strict=True)
         )
         self.alphas = nn.ParameterList(torch.ones(width) for width in self.widths[1:])
         self.betas = nn.ParameterList(torch.zeros(width) for width in self.widths[1:])
         for number, (low, high) in enumerate(pairwise(self.widths)):
             self.register_buffer(f"edges_{number}", torch.zeros(low, high))
+            if self.options.eta == "standardised":
+                self.register_buffer(f"eta_{number}", torch.tensor([0.0, 1.0]))
         # In the state_dict, so that training resumed continues the average instead of replacing it.
         self.register_buffer("edge_updates", torch.zeros((), dtype=torch.long))
         if (reference := next(self.base.parameters(), None)) is not None:
@@ -164,7 +172,9 @@ class AVSL(SimilarityModel):
         with torch.no_grad():
             cams = self.cams(maps)
         self.update_edges(maps, cams=cams)
-        return self.rows(maps, cams)
+        rows = self.rows(maps, cams)
+        self.update_scales(rows)
+        return rows
 
     @torch.no_grad()
     def update_edges(
@@ -172,6 +182,7 @@ class AVSL(SimilarityModel):
         maps: Sequence[Tensor],
         momentum: float | None = None,
         cams: Sequence[Tensor] | None = None,
+        across: Callable[[Tensor], Tensor] = lambda own: own,
     ) -> None:
         """Moves the edges towards those of a batch (Eq. 3 and 4); the first batch sets them.
 
@@ -179,31 +190,40 @@ class AVSL(SimilarityModel):
             maps: From :meth:`feature_maps`.
             momentum: In place of the option: the share of the old edges that is kept.
             cams: Those of the maps, where they were made already.
+            across: The mean of a tensor over all processes that train together.
         """
         kept = self.options.momentum if momentum is None else momentum
         if int(self.edge_updates) == 0:
             kept = 0.0
         cams = self.cams(maps) if cams is None else cams
         for edges, low, high in zip(self.edges, cams, cams[1:], strict=False):
-            edges.mul_(kept).add_(overlap(low, high), alpha=1 - kept)
+            edges.mul_(kept).add_(across(overlap(low, high)), alpha=1 - kept)
         self.edge_updates += 1
+
+    @torch.no_grad()
+    def update_scales(self, rows: Tensor) -> None:
+        """Moves the scale of ``eta`` towards that of a batch of rows ``(M,E)``, by momentum.
+
+        Does nothing unless the options standardise ``eta``. The first batch sets it.
+        """
+        if self.options.eta != "standardised":
+            return
+        for scale, level in zip(self._scales, self.unpacked(rows).certainties[1:], strict=True):
+            untouched = bool(scale[0] == 0)  # a mean of standard deviations is above 0
+            kept = 0.0 if untouched else self.options.momentum
+            scale.mul_(kept).add_(eta_scale(eta_moments(level)), alpha=1 - kept)
+
+    @property
+    def _scales(self) -> tuple[Tensor, ...]:
+        if self.options.eta == "standardised":
+            return tuple(getattr(self, f"eta_{number}") for number in range(len(self.widths) - 1))
+        return tuple(edges.new_tensor([0.0, 1.0]) for edges in self.edges)
 
     def graph(self) -> Graph:
         """What all pairs share: normalised edges, and alpha and beta as Eq. 6 uses them."""
-        chosen = self.options
-        edges = tuple(
-            normalised_edges(part, chosen.k, ties=chosen.ties, epsilon=chosen.epsilon)
-            for part in self.edges
+        return shared_graph(
+            self.options, self.edges, self.alphas, self.betas, self._scales, self.widths[0]
         )
-        offsets = []
-        for part, beta in zip(edges, self.betas, strict=True):
-            offset: Tensor = chosen.scale * beta
-            if chosen.orphans == "keep":
-                always = torch.full_like(offset, torch.inf)
-                offset = torch.where(part.sum(dim=0) > 0, offset, always)
-            offsets.append(offset)
-        slopes = tuple(chosen.scale * alpha for alpha in self.alphas)
-        return Graph(edges, slopes, tuple(offsets), self.widths[0])
 
     def unpacked(self, rows: Tensor) -> Rows:
         """Embedding rows level by level."""
@@ -266,35 +286,3 @@ class AVSL(SimilarityModel):
             "origin": self.origin,
             "report": self.report,
         }
-
-
-def _found(base: SimilarityModel, levels: Sequence[str] | None) -> list[Layer]:
-    """The layers of the levels in order of execution."""
-    layers = base.layers
-    wanted = list(base.stages[-LEVELS:] if levels is None else levels)
-    known = [layer.name for layer in layers]
-    unknown = [name for name in wanted if name not in known]
-    if unknown or not wanted or len(set(wanted)) < len(wanted):
-        what = f"'{unknown[0]}'" if unknown else f"{wanted}"
-        raise ModelError(
-            f"Expected different layers of {base.name} as levels, got {what}; "
-            "`simexplain layers` lists them."
-        )
-    return [layer for layer in layers if layer.name in wanted]
-
-
-def _widths(nodes: int | Sequence[int], levels: int) -> tuple[int, ...]:
-    widths = (nodes,) * levels if isinstance(nodes, int) else tuple(nodes)
-    if len(widths) != levels or any(width < 1 for width in widths):
-        raise ModelError(
-            f"Expected a number of nodes, one for all or for each of {levels} levels, got {nodes}."
-        )
-    return widths
-
-
-def _head(channels: int, width: int, *, bias: bool) -> nn.Linear:
-    head = nn.Linear(channels, width, bias=bias)
-    nn.init.kaiming_normal_(head.weight, mode="fan_out")
-    if bias:
-        nn.init.zeros_(head.bias)
-    return head

@@ -11,6 +11,14 @@ from simexplain.graph.cams import CERTAINTIES, POOLINGS
 
 TIES = ("first", "all")
 ORPHANS = ("keep", "drop")
+ETAS = ("raw", "standardised")
+INFERENCES = {
+    "full": "unreliable nodes are corrected from the level below along edges (the paper)",
+    "reliable": "the top level alone, each node weighted by its reliability",
+    "top": "the top level alone",
+    "levels": "the mean of all levels, that of their concatenated embeddings at unit length",
+}
+"""How a distance is inferred from the nodes; all but ``full`` are ablations (Table 2)."""
 ORIGINS = {
     "untrained": "heads that were never trained: its nodes mean nothing yet",
     "labelled": "heads trained on the frozen network from labelled images",
@@ -37,6 +45,11 @@ class AVSLOptions:
         orphans: A node without any positive edge: ``keep`` its own value with reliability 1, or
             ``drop`` its unreliable share.
         momentum: Gamma of Eq. 4. The first batch always sets the edges.
+        eta: How ``eta`` of Eq. 5 enters Eq. 6. ``raw``: as it is (the paper); it spans about a
+            thousandth, so that alpha matters once it is in the hundreds. ``standardised``: minus
+            its mean and over its standard deviation in training, which gives alpha and beta one
+            scale.
+        inference: How a distance is inferred, a name in :data:`INFERENCES`.
     """
 
     pooling: str = "avg"
@@ -48,6 +61,8 @@ class AVSLOptions:
     epsilon: float = 0.0
     orphans: str = "keep"
     momentum: float = 0.5
+    eta: str = "raw"
+    inference: str = "full"
 
     def __post_init__(self) -> None:
         choices: dict[str, tuple[str, ...]] = {
@@ -55,6 +70,8 @@ class AVSLOptions:
             "certainty": tuple(CERTAINTIES),
             "ties": TIES,
             "orphans": ORPHANS,
+            "eta": ETAS,
+            "inference": tuple(INFERENCES),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:

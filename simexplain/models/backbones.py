@@ -80,7 +80,7 @@ def _from_timm(name: str, pretrained: bool, outputs: int, size: tuple[int, int] 
     classifier = network.pretrained_cfg.get("classifier") or ""
     first = classifier if isinstance(classifier, str) else classifier[0]
     if state is not None:
-        _load_in_order(network, state)
+        _load_in_order(network, state, head=f"{first}.")
     return Backbone(network, preprocess_of_timm(network), first, f"timm:{name}")
 
 
@@ -157,16 +157,22 @@ PACKAGED: dict[str, Callable[[], dict[str, Tensor] | None]] = {
 """Weights that come in Python packages, for networks that need no model hub then."""
 
 
-def _load_in_order(network: nn.Module, state: dict[str, Tensor]) -> None:
-    """Loads weights whose names differ but whose order and shapes are the same."""
-    own = network.state_dict()
-    values = list(state.values())[: len(own)]
-    if [v.shape for v in values] != [v.shape for v in own.values()]:
-        raise ModelError(
-            "The packaged weights do not fit the network any more; install the version of timm in "
-            "simexplain's constraints file."
-        )
-    network.load_state_dict(dict(zip(own, values, strict=True)))
+def _load_in_order(network: nn.Module, state: dict[str, Tensor], head: str) -> None:
+    """Loads weights whose names differ but whose order and shapes are the same.
+
+    A last layer (its names start with ``head``) of another width than the file's stays as it is.
+    """
+    whole = network.state_dict()
+    body = {key: value for key, value in whole.items() if not key.startswith(head)}
+    for own in (whole, body):
+        values = list(state.values())[: len(own)]
+        if [v.shape for v in values] == [v.shape for v in own.values()]:
+            network.load_state_dict({**whole, **dict(zip(own, values, strict=True))})
+            return
+    raise ModelError(
+        "The packaged weights do not fit the network any more; install the version of timm in "
+        "simexplain's constraints file."
+    )
 
 
 @contextmanager

@@ -1,0 +1,149 @@
+"""``simexplain evaluate retrieval``: Recall@K and MAP@R on labelled pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from simexplain.data.dataset_split import DataSplit, everything
+from simexplain.data.datasets import DATASETS, read_dataset
+from simexplain.data.folders import Record
+from simexplain.evaluation.retrieval import RECALLS, evaluate_retrieval
+from simexplain.evaluation.retrieval_result import Retrieval
+from simexplain.evaluation.saving import RETRIEVAL_FILES, save_retrieval
+from simexplain.publishing import check_writable
+
+from .options import busy, model_from, model_options, progress_bars, tell_files
+
+_LISTED = 3
+_OWN = "own"
+_SHARE = 0.5
+_SPLITS = ("all", "train", "test")
+
+
+@click.command("retrieval")
+@click.argument("model")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--gallery", type=click.Path(path_type=Path),
+              help="Folder of classes to search. [the queries themselves]")  # fmt: skip
+@click.option("--kind", type=click.Choice(list(DATASETS)), default="folder",
+              show_default=True, help="What DATA is.")  # fmt: skip
+@click.option("--split", type=click.Choice(_SPLITS),
+              help="Which pictures are queries. [test where DATA says which those are, else all]",
+)  # fmt: skip
+@click.option("--train-share", type=click.FloatRange(0, 1, min_open=True, max_open=True),
+              help="With --split, where DATA does not say: this share of the classes, the first by "
+              f"name, trains, the others test. [{_SHARE}]")  # fmt: skip
+@click.option("--group", metavar="name|own|REGEX",
+              help="Leave the query's own group out of the gallery: pictures of the same file name "
+              "without its ending, of the same group in DATA, or where the expression's group in "
+              "parentheses finds the same in the path.")  # fmt: skip
+@click.option("--k", "ks", type=click.IntRange(1), multiple=True, default=RECALLS,
+              show_default=True, help="Of Recall@K; repeat.")  # fmt: skip
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
+              help="Pictures in one forward pass.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path),
+              help="Folder for retrieval.json, queries.csv and classes.csv. [none]")  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace an evaluation that is in the folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@model_options
+def retrieval(
+    model: str,
+    data: Path,
+    kind: str,
+    split: str | None,
+    train_share: float | None,
+    gallery: Path | None,
+    group: str | None,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+    ks: tuple[int, ...],
+    batch_size: int,
+    **given: Any,
+) -> None:
+    """Measure whether the nearest pictures are of the query's own class.
+
+    DATA has a sub-folder of pictures for each class, or is what --kind says. Each picture is a
+    query once and searches all others, or the folder given by --gallery. Examples:
+
+    \b
+      simexplain evaluate retrieval timm:tf_efficientnet_lite0 pictures/ --out scores
+      simexplain evaluate retrieval model.pt pictures/ --split test --train-share 0.5
+      simexplain evaluate retrieval model.pt queries/ --gallery gallery/ --k 1 --k 10
+    """  # noqa: D301 - click wants the backspace character
+    if out is not None:
+        check_writable(out, RETRIEVAL_FILES, force=force)
+    rule = None if group == _OWN else group
+    asked = read_dataset(kind, data, train_share=train_share or _SHARE, group=rule)
+    split, queries, sought = _chosen(asked, split, gallery, rule)
+    shared = not asked.told and split != "all"
+    if train_share is not None and not shared:
+        why = (
+            "DATA says itself what trains" if asked.told else "say --split test (or train) with it"
+        )
+        raise click.BadParameter(why, param_hint="--train-share")
+    with busy(f"Loading {model}"):
+        network = model_from(model, given)
+    with progress_bars("Embedding queries") as progress:
+        result = evaluate_retrieval(
+            network,
+            queries,
+            sought,
+            ks=ks,
+            grouped=group is not None,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    protocol: dict[str, Any] = {"data": str(data), "kind": kind, "split": split, "group": group}
+    if shared:
+        protocol["train_share"] = train_share or _SHARE
+    result = replace(result, settings={**result.settings, **protocol})
+    files = {} if out is None else save_retrieval(result, out, force=force)
+    if as_json:
+        said = {**result.to_json(), "files": files}
+        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+    else:
+        report(result, files)
+
+
+def _chosen(
+    data: DataSplit, split: str | None, gallery: Path | None, rule: str | None
+) -> tuple[str, Sequence[Record], Sequence[Record] | None]:
+    """Which split it is, the queries and, where it is another set, the gallery."""
+    split = split or ("test" if data.told else "all")
+    queries = {"train": data.train, "test": data.queries, "all": everything(data)}[split]
+    if gallery is not None:
+        return split, queries, everything(read_dataset("folder", gallery, group=rule))
+    return split, queries, data.gallery if split == "test" else None
+
+
+def report(result: Retrieval, files: dict[str, str]) -> None:
+    """Prints the tables, for a person."""
+    settings = result.settings
+    among = "searched among themselves"
+    if settings["gallery"] == "separate":
+        among = f"searched in {_counted(len(result.gallery), 'picture', 'pictures')}"
+    left = ", without their own groups" if settings["own group"] == "ignored" else ""
+    asked = _counted(len(result.queries) - result.left_out, "query", "queries")
+    click.echo(f"{settings['model']}, {settings['split']}: {asked}, {among}{left}")
+    click.echo(str(result))
+    said = []
+    if result.left_out:
+        said.append(
+            f"{_counted(result.left_out, 'query has', 'queries have')} nothing of the same class "
+            "to find and take no part in the means."
+        )
+    said += [f"left out: {reason}" for reason in list(result.broken.values())[:_LISTED]]
+    if len(result.broken) > _LISTED:
+        said.append(f"{len(result.broken) - _LISTED} more, listed by --json.")
+    tell_files(files, said)
+
+
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"

@@ -1,0 +1,232 @@
+"""Whether a data set can be trained on: all that is wrong, before anything is computed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+from simexplain.data.dataset_split import DataSplit, everything, few, relative
+from simexplain.data.folders import Record
+from simexplain.data.images import read_picture
+from simexplain.data.mask_files import mask_of
+from simexplain.errors import ImageError
+
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
+_EIGHTH = 8
+
+
+def check_training(
+    split: DataSplit,
+    *,
+    classes: int,
+    each: int,
+    deep: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[str, ...]:
+    """Finds all that would spoil a training run or its evaluation.
+
+    Args:
+        split: The data set; read it with ``strict=False`` to have its own problems told here too.
+        classes: Different classes in a batch.
+        each: Pictures of each. Where it is 1 a class may have a single picture.
+        deep: Open every picture and mask; else only look whether the files are there.
+        progress: Called with the number of pictures looked at and of all.
+
+    Returns:
+        What is odd, but can be trained on; a sentence each.
+
+    Raises:
+        ImageError: If anything is wrong: everything, in one line.
+    """
+    problems = [*split.problems, *_unfit_classes(split, classes, each)]
+    odd = _odd_classes(split, each)
+    shared = {r.path.resolve() for r in split.train} & {
+        r.path.resolve() for r in (*split.queries, *(split.gallery or ()))
+    }
+    if shared:
+        told = few([relative(path, split.root.resolve()) for path in sorted(shared)])
+        problems.append(f"{_count(len(shared), 'picture')} both to train on and to test: {told}")
+    looks = _looks(everything(split), deep, progress)
+    problems += _broken(split, looks)
+    odd += _odd_files(split, looks)
+    if problems:
+        raise ImageError(
+            f"'{split.name}' cannot be trained on, {_count(len(problems), 'problem')}: "
+            f"{'; '.join(problems)}."
+        )
+    return tuple(odd)
+
+
+def _unfit_classes(split: DataSplit, classes: int, each: int) -> list[str]:
+    problems = []
+    sizes = Counter(record.label for record in split.train)
+    if split.empty:
+        what = _count(len(split.empty), "class folder")
+        problems.append(f"{what} without a picture: {few(split.empty)}")
+    unlabelled = [relative(r.path, split.root) for r in split.train if r.label is None]
+    if unlabelled:
+        problems.append(f"no class for {few(unlabelled)}")
+    singles = sorted(label for label, size in sizes.items() if label is not None and size == 1)
+    if singles and each > 1:
+        what = f"{_count(len(singles), 'class', 'classes')} to train on with a single picture"
+        problems.append(f"{what}, which has no positive: {few(singles)}")
+    least = max(2, classes)
+    if len(split.classes) < least:
+        have = _count(len(split.classes), "class", "classes")
+        problems.append(f"{have} to train on where a batch needs {least}")
+    return problems
+
+
+def _odd_classes(split: DataSplit, each: int) -> list[str]:
+    odd = []
+    sizes = Counter(record.label for record in split.train if record.label is not None)
+    small = sorted(label for label, size in sizes.items() if 1 < size < each)
+    if small:
+        odd.append(
+            f"{_count(len(small), 'class', 'classes')} with fewer than {each} pictures, which are "
+            f"repeated in a batch: {few(small)}."
+        )
+    both = sorted(set(split.classes) & {r.label for r in split.queries if r.label is not None})
+    if both:
+        odd.append(
+            f"{_count(len(both), 'class', 'classes')} both to train on and to test, so that the "
+            f"test is not zero-shot: {few(both)}."
+        )
+    if not split.queries:
+        odd.append("There are no test pictures, so that nothing can be evaluated.")
+    found = Counter(r.label for r in (split.queries if split.gallery is None else split.gallery))
+    least = 2 if split.gallery is None else 1
+    lost = [relative(r.path, split.root) for r in split.queries if found[r.label] < least]
+    if lost:
+        odd.append(
+            f"{_count(len(lost), 'test picture')} without another of the class to be found: "
+            f"{few(lost)}."
+        )
+    return odd
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What opening a picture showed."""
+
+    wrong: str = ""
+    mask_wrong: str = ""
+    unmasked: bool = False
+    digest: bytes = b""
+
+
+def _looks(
+    records: Iterable[Record], deep: bool, progress: Callable[[int, int], None] | None
+) -> dict[Path, _Look]:
+    """Each file once, several at a time: Pillow decodes outside of Python's lock."""
+    once = {record.path: record for record in records}
+    found: dict[Path, _Look] = {}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        looks = pool.map(_deep if deep else _shallow, once.values())
+        for path, look in zip(once, looks, strict=True):
+            found[path] = look
+            if progress is not None:
+                progress(len(found), len(once))
+    return found
+
+
+def _shallow(record: Record) -> _Look:
+    wrong = "" if record.path.is_file() else "is not there"
+    missing = record.mask is not None and not record.mask.is_file()
+    return _Look(wrong, "is not there" if missing else "", record.mask is None)
+
+
+def _deep(record: Record) -> _Look:
+    if not record.path.is_file():
+        return _shallow(record)
+    try:
+        content = record.path.read_bytes()
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        size = _decoded(record.path, content)
+    except ImageError as error:
+        return _Look(_reason(error, record.path))
+    except OSError as error:
+        return _Look(f"cannot be read ({error.strerror or error})")
+    if record.mask is not None and not record.mask.is_file():
+        return _Look("", "is not there", digest=digest)
+    try:
+        return _Look(unmasked=mask_of(record, size) is None, digest=digest)
+    except ImageError as error:
+        return _Look("", _reason(error, record.mask), digest=digest)
+
+
+def _decoded(path: Path, content: bytes) -> tuple[int, int]:
+    """Height and width of a picture that can be read to its end.
+
+    Raises:
+        ImageError: If it cannot.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(BytesIO(content)) as opened:
+            warnings.simplefilter("ignore")  # of damaged metadata, which read_picture forgives
+            if opened.format == "JPEG":
+                height, width = opened.height, opened.width
+                turned = opened.getexif().get(_ORIENTATION) in _TURNED
+                # Every byte is read all the same, but an eighth of the pixels computed.
+                opened.draft("RGB", (width // _EIGHTH, height // _EIGHTH))
+                opened.load()
+                return (width, height) if turned else (height, width)
+    except Exception:  # whatever it is, read_picture knows how to say it
+        pass
+    image = read_picture(path).image
+    return image.height, image.width
+
+
+def _reason(error: ImageError, path: Path | None) -> str:
+    """What an error says of a file, without its name and what to do."""
+    text = str(error).replace(f"'{path}' ", "", 1)
+    if "size of its picture" in text:
+        return text.partition(" picture, ")[2].rstrip(".").replace(", got", " expected,")
+    return text.partition(";")[0].rstrip(".")
+
+
+def _broken(split: DataSplit, looks: dict[Path, _Look]) -> list[str]:
+    problems = []
+    wrong = [(path, look.wrong) for path, look in looks.items() if look.wrong]
+    if wrong:
+        told = few([f"{relative(path, split.root)} {why}" for path, why in wrong], quote="")
+        problems.append(f"{_count(len(wrong), 'picture')} that cannot be read: {told}")
+    masks = [(path, look.mask_wrong) for path, look in looks.items() if look.mask_wrong]
+    if masks:
+        told = few([f"{relative(path, split.root)}: {why}" for path, why in masks], quote="")
+        problems.append(f"{_count(len(masks), 'picture')} whose mask does not fit: {told}")
+    return problems
+
+
+def _odd_files(split: DataSplit, looks: dict[Path, _Look]) -> list[str]:
+    odd = []
+    if any(record.mask for record in split.train):
+        bare = [r.path for r in split.train if looks[r.path].unmasked]
+        if bare:
+            told = few([relative(path, split.root) for path in bare])
+            odd.append(
+                f"{len(bare)} of {_count(len(split.train), 'picture')} have no mask: {told}."
+            )
+    trained = {looks[r.path].digest for r in split.train} - {b""}
+    own = {record.path for record in split.train}
+    tested = {r.path for r in (*split.queries, *(split.gallery or ()))} - own
+    copies = sorted(relative(p, split.root) for p in tested if looks[p].digest in trained)
+    if copies:
+        odd.append(
+            f"{_count(len(copies), 'test picture')} with the same content as one to train on: "
+            f"{few(copies)}."
+        )
+    return odd
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"

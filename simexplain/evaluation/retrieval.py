@@ -1,0 +1,245 @@
+"""Retrieval over a data set: whether the nearest images are of the query's own class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simexplain.data.folders import Batches, Record
+from simexplain.errors import ComparisonError, ImageError, ModelError
+from simexplain.evaluation.retrieval_result import Retrieval
+from simexplain.metrics.ranking import rank, same
+from simexplain.models.base import SimilarityModel
+from simexplain.models.embedder import as_similarity_model
+from simexplain.networks import undisturbed
+
+RECALLS = (1, 2, 4, 8)
+"""The K of Recall@K on CUB-200-2011 and Cars196 in the papers."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Pictures of a data set and their embeddings.
+
+    Attributes:
+        rows: ``(M,E)``, as the model gives them.
+        records: The ``M`` pictures.
+        broken: Pictures that could not be read, each with the reason.
+    """
+
+    rows: Tensor
+    records: tuple[Record, ...]
+    broken: Mapping[Path, str]
+
+
+@torch.no_grad()
+def embedded(
+    model: nn.Module,
+    records: Sequence[Record],
+    *,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+    what: str = "Embedding pictures",
+) -> Embedded:
+    """Embeds pictures in batches; the model is left as it was.
+
+    Args:
+        model: A similarity model, or any ``nn.Module`` that returns an embedding.
+        records: The pictures.
+        batch_size: Pictures in one forward pass, unless the model takes one number only.
+        progress: Called with ``what``, the pictures done and all of them after each batch.
+        what: What the progress is called.
+
+    Raises:
+        ImageError: If there are no pictures, or none can be read.
+        ModelError: If an embedding is not finite; names the picture.
+    """
+    base = as_similarity_model(model)
+    if not records:
+        raise ImageError("Expected at least one picture to embed, got none.")
+    batches = Batches(records, base.preprocess, base.batch_size or batch_size)
+    rows, places = [], []
+    with undisturbed(base):
+        for part, images in batches:
+            found = _embedded(base, images)
+            bad = (~found.isfinite().all(dim=1)).nonzero().flatten().tolist()
+            if bad:
+                raise ModelError(
+                    f"Expected finite embeddings, but the one of '{records[part[bad[0]]].path}' "
+                    "is not; check the model."
+                )
+            rows.append(found)
+            places += part
+            if progress is not None:
+                progress(what, len(places) + len(batches.broken), len(records))
+    if not rows:
+        first = next(iter(batches.broken.values()))
+        raise ImageError(f"None of {len(records)} pictures can be read, the first because: {first}")
+    return Embedded(torch.cat(rows), tuple(records[n] for n in places), dict(batches.broken))
+
+
+def _embedded(model: SimilarityModel, images: Tensor) -> Tensor:
+    """Embeddings ``(M,E)``; a model with one batch size gets copies to fill the last one."""
+    missing = (model.batch_size or len(images)) - len(images)
+    if missing:
+        images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
+    return model.embed(images)[: len(images) - missing]
+
+
+def evaluate_retrieval(
+    model: nn.Module,
+    queries: Sequence[Record],
+    gallery: Sequence[Record] | None = None,
+    *,
+    ks: Sequence[int] = RECALLS,
+    grouped: bool = False,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> Retrieval:
+    """Recall@K and MAP@R of a model on labelled pictures, by its own distance.
+
+    Relevant are the gallery's pictures of the query's class. The query's own file is never counted,
+    under whatever path it is in the gallery; a copy of it under another name is. Of equal distances
+    the relevant picture comes last. Queries for which nothing relevant is left are counted and take
+    no part in any mean. Pictures that cannot be read are listed and left out on both sides.
+
+    Args:
+        model: A similarity model, or any ``nn.Module`` that returns an embedding.
+        queries: Pictures with labels.
+        gallery: What to search; None for the queries themselves.
+        ks: The K of Recall@K.
+        grouped: Leave a query's own group out of its gallery, relevant or not. Every picture then
+            needs a group.
+        batch_size: Pictures in one forward pass.
+        progress: Called with what is done, how far it is, and how far it goes.
+
+    Raises:
+        ImageError: If there are no queries or no gallery, or none of them can be read.
+        ModelError: If an embedding is not finite.
+        ComparisonError: If a label or a group is missing, a K is below 1, or no query has a
+            relevant picture in the gallery.
+    """
+    _check(queries, gallery, ks, grouped)
+    base = as_similarity_model(model)
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    asked = embedded(base, queries, what="Embedding queries", **options)
+    sought = None
+    if gallery is not None:
+        sought = embedded(base, gallery, what="Embedding gallery", **options)
+    return ranked_retrieval(base, asked, sought, ks=ks, grouped=grouped, progress=progress)
+
+
+@torch.no_grad()
+def ranked_retrieval(
+    model: nn.Module,
+    queries: Embedded,
+    gallery: Embedded | None = None,
+    *,
+    ks: Sequence[int] = RECALLS,
+    grouped: bool = False,
+    block: int | None = None,
+    progress: Progress | None = None,
+) -> Retrieval:
+    """As :func:`evaluate_retrieval`, of pictures that are embedded already.
+
+    Args:
+        model: The model that embedded them; its ``distance`` is used.
+        queries: From :func:`embedded`.
+        gallery: From :func:`embedded`; None for the queries themselves.
+        ks: The K of Recall@K.
+        grouped: Leave a query's own group out of its gallery.
+        block: Queries ranked at a time; None for as many as make some two million pairs.
+        progress: Called with what is done, how far it is, and how far it goes.
+
+    Raises:
+        ComparisonError: As for :func:`evaluate_retrieval`.
+    """
+    base = as_similarity_model(model)
+    sought = queries if gallery is None else gallery
+    _check(queries.records, None if gallery is None else gallery.records, ks, grouped)
+    files = same(*_numbered(_file, queries.records, sought.records))
+    groups = same(*_numbered(lambda record: record.group, queries.records, sought.records))
+    with undisturbed(base):
+        ranking = rank(
+            base.distance,
+            queries.rows,
+            sought.rows,
+            same(*_numbered(lambda record: record.label, queries.records, sought.records)),
+            (lambda part: files(part) | groups(part)) if grouped else files,
+            block=block,
+            progress=_named(progress),
+        )
+    if not ranking.answerable.any():
+        raise ComparisonError(_unanswerable(queries, gallery, grouped))
+    broken = {str(path): reason for path, reason in {**queries.broken, **sought.broken}.items()}
+    settings = {
+        "model": base.name, "gallery": "queries" if gallery is None else "separate",
+        "own file": "ignored", "own group": "ignored" if grouped else "counted",
+        "ties": "relevant last",
+    }  # fmt: skip
+    wanted = tuple(sorted(set(ks)))
+    return Retrieval(ranking, queries.records, sought.records, wanted, broken, settings)
+
+
+def _check(
+    queries: Sequence[Record], gallery: Sequence[Record] | None, ks: Sequence[int], grouped: bool
+) -> None:
+    """Says what is missing before the long work, not after it."""
+    if not queries or (gallery is not None and not gallery):
+        what = "query" if not queries else "gallery picture"
+        raise ImageError(f"Expected at least one {what}, got none; check the folder or the split.")
+    if not ks or min(ks) < 1:
+        raise ComparisonError(f"Expected K of at least 1 for Recall@K, got {list(ks)}.")
+    for record in (*queries, *(gallery or ())):
+        if record.label is None or (grouped and record.group is None):
+            what = "class" if record.label is None else "group"
+            raise ComparisonError(
+                f"Expected a {what} for every picture, but '{record.path}' has none; give its "
+                f"Record {'a label' if what == 'class' else 'one, or say --group name'}."
+            )
+
+
+def _file(record: Record) -> Path:
+    """The file itself: links and different spellings of a path lead to one."""
+    return record.path.resolve()
+
+
+def _numbered(
+    key: Callable[[Record], Hashable], queries: Sequence[Record], gallery: Sequence[Record]
+) -> tuple[Tensor, Tensor]:
+    """Equal numbers for equal keys, -1 for None: ``(Q,)`` and ``(G,)``."""
+    numbers: dict[Hashable, int] = {None: -1}
+    found = [
+        [numbers.setdefault(key(record), len(numbers)) for record in records]
+        for records in ((queries,) if queries is gallery else (queries, gallery))
+    ]
+    return torch.tensor(found[0]), torch.tensor(found[-1])
+
+
+def _named(progress: Progress | None) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress("Ranking", done, total)
+
+
+def _unanswerable(queries: Embedded, gallery: Embedded | None, grouped: bool) -> str:
+    """Why no query has anything to find."""
+    labels = {record.label for record in (gallery or queries).records}
+    example = queries.records[0].label
+    outside = " of another group" if grouped else ""
+    if gallery is None:
+        why = f"two pictures{outside} in some class, but no class of {len(labels)} has them"
+    elif not labels & {record.label for record in queries.records}:
+        why = (
+            f"classes of the queries in the gallery, but it has none of them (such as '{example}')"
+        )
+    else:
+        why = f"another picture{outside} of some query's class in the gallery, but there is none"
+    return f"Expected {why}; check the folders{' and the groups' if grouped else ''}."

@@ -1,0 +1,223 @@
+"""What retrieval reached: means over queries, over classes, and a line for each of both."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from simexplain.data.folders import Record
+from simexplain.evaluation.results import SCHEMA, Measured, Row, plain
+from simexplain.evaluation.tables import aligned, number
+from simexplain.metrics.ranking import Ranking
+
+_WORST = 10
+_AVERAGES = ("map_at_r", "r_precision", "average_precision")
+
+
+@dataclass(frozen=True)
+class ClassRetrieval:
+    """The means of one class over its queries that have something to find.
+
+    Attributes:
+        label: The class.
+        queries: How many those are.
+        recall: Recall@K by K; NaN without queries, as all that follows.
+        map_at_r: MAP@R.
+        r_precision: R-precision.
+        average_precision: mAP.
+        taken_for: The other class that most often stands first where its own does not; ties go to
+            the name that sorts first, None where there is no such class.
+    """
+
+    label: str
+    queries: int
+    recall: Mapping[int, float]
+    map_at_r: float
+    r_precision: float
+    average_precision: float
+    taken_for: str | None
+
+
+@dataclass(frozen=True)
+class Retrieval(Measured):
+    """How well images of a query's class are found.
+
+    Means are over the queries with a relevant image; see ``left_out`` for the others.
+
+    Attributes:
+        ranking: Where the relevant images stand for each query.
+        queries: The queries, in the order of the ranking.
+        gallery: The gallery, in the order of ``ranking.nearest``.
+        ks: The K of Recall@K.
+        broken: Pictures that could not be read, with the reason.
+        settings: How it was measured.
+    """
+
+    ranking: Ranking
+    queries: tuple[Record, ...]
+    gallery: tuple[Record, ...]
+    ks: tuple[int, ...]
+    broken: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    @cached_property
+    def recall(self) -> dict[int, float]:
+        """Recall@K in [0, 1] by K."""
+        return {k: _mean(self.ranking.recall(k)) for k in self.ks}
+
+    @property
+    def map_at_r(self) -> float:
+        """MAP@R in [0, 1]."""
+        return _mean(self.ranking.map_at_r)
+
+    @property
+    def r_precision(self) -> float:
+        """R-precision in [0, 1]."""
+        return _mean(self.ranking.r_precision)
+
+    @property
+    def average_precision(self) -> float:
+        """Mean average precision over the whole ranking, in (0, 1]."""
+        return _mean(self.ranking.average_precision)
+
+    @property
+    def left_out(self) -> int:
+        """Queries without any relevant image in the gallery, which take no part in a mean."""
+        return int((~self.ranking.answerable).sum())
+
+    @cached_property
+    def classes(self) -> tuple[ClassRetrieval, ...]:
+        """Every class of the queries, the worst first: by Recall at the smallest K, then MAP@R.
+
+        Classes whose queries all had nothing to find come last.
+        """
+        places: dict[str, list[int]] = {}
+        for place, record in enumerate(self.queries):
+            places.setdefault(str(record.label), []).append(place)
+        recalls = {k: self.ranking.recall(k) for k in self.ks}
+        found = [self._of(label, own, recalls) for label, own in places.items()]
+        return tuple(sorted(found, key=self._badness))
+
+    def _badness(self, one: ClassRetrieval) -> tuple[bool, float, float, str]:
+        if not one.queries:
+            return (True, 0, 0, one.label)
+        return (False, one.recall[self.ks[0]], one.map_at_r, one.label)
+
+    def _of(self, label: str, places: list[int], recalls: dict[int, Tensor]) -> ClassRetrieval:
+        ranking = self.ranking
+        answerable = [place for place in places if ranking.relevant[place]]
+        nearest = [self.gallery[row].label for row in ranking.nearest[answerable].tolist()]
+        mistaken = Counter(str(other) for other in nearest if other != label)
+        return ClassRetrieval(
+            label=label,
+            queries=len(answerable),
+            recall={k: _mean(values[places]) for k, values in recalls.items()},
+            map_at_r=_mean(ranking.map_at_r[places]),
+            r_precision=_mean(ranking.r_precision[places]),
+            average_precision=_mean(ranking.average_precision[places]),
+            taken_for=min(mistaken, key=lambda name: (-mistaken[name], name), default=None),
+        )
+
+    def class_mean(self, name: str, k: int | None = None) -> float:
+        """The mean over classes, which counts a class of three as much as one of three hundred.
+
+        Args:
+            name: ``recall``, ``map_at_r``, ``r_precision`` or ``average_precision``.
+            k: For ``recall``, one of ``ks``.
+        """
+        values = [
+            one.recall[k] if k is not None else getattr(one, name)
+            for one in self.classes
+            if one.queries
+        ]
+        return sum(values) / len(values)
+
+    def table(self) -> list[Row]:
+        """One row a query: what it is, where the first relevant image stands, what came first."""
+        ranking, rows = self.ranking, []
+        for place, record in enumerate(self.queries):
+            row: Row = {"query": str(record.path), "class": str(record.label)}
+            row["group"] = record.group or ""
+            for name in ("candidates", "relevant", "first"):
+                row[name] = int(getattr(ranking, name)[place])
+            for name in _AVERAGES:
+                row[name] = float(getattr(ranking, name)[place])
+            nearest = int(ranking.nearest[place])
+            near = self.gallery[nearest] if nearest >= 0 else None
+            row["nearest"] = "" if near is None else str(near.path)
+            row["nearest_class"] = "" if near is None else str(near.label)
+            rows.append(row)
+        return rows
+
+    def class_table(self) -> list[Row]:
+        """One row a class, the worst first."""
+        rows = []
+        for one in self.classes:
+            row: Row = {"class": one.label, "queries": one.queries}
+            row |= {f"recall_at_{k}": value for k, value in one.recall.items()}
+            row |= {name: getattr(one, name) for name in _AVERAGES}
+            rows.append({**row, "taken_for": one.taken_for or ""})
+        return rows
+
+    def __str__(self) -> str:
+        """Means over queries and over classes, then the worst classes, as plain text."""
+        head = ("", *(f"Recall@{k}" for k in self.ks), "MAP@R", "R-precision")
+        by_query = [*self.recall.values(), self.map_at_r, self.r_precision]
+        by_class = [self.class_mean("recall", k) for k in self.ks]
+        by_class += [self.class_mean("map_at_r"), self.class_mean("r_precision")]
+        means = [
+            head,
+            ("mean over queries", *map(number, by_query)),
+            ("mean over classes", *map(number, by_class)),
+        ]
+        counted = [one for one in self.classes if one.queries]
+        worst = counted[:_WORST]
+        title = (
+            "class" if len(worst) == len(counted) else f"worst {_WORST} of {len(counted)} classes"
+        )
+        rows: list[tuple[str, ...]] = [
+            (title, "queries", *(f"Recall@{k}" for k in self.ks), "MAP@R", "taken for")
+        ]
+        for one in worst:
+            values = [number(value) for value in (*one.recall.values(), one.map_at_r)]
+            rows.append((one.label, str(one.queries), *values, one.taken_for or "-"))
+        return f"{aligned(means)}\n\n{aligned(rows)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; what is undefined (NaN) is null."""
+        by_class = {name: self.class_mean(name) for name in _AVERAGES}
+        said = {
+            "recall": self.recall,
+            **{name: getattr(self, name) for name in _AVERAGES},
+            "queries": len(self.queries) - self.left_out,
+            "left_out": self.left_out,
+            "gallery": len(self.gallery),
+            "class_mean": {
+                "recall": {k: self.class_mean("recall", k) for k in self.ks},
+                **by_class,
+            },
+            "classes": [
+                {
+                    "class": one.label,
+                    "queries": one.queries,
+                    "recall": one.recall,
+                    **{name: getattr(one, name) for name in _AVERAGES},
+                    "taken_for": one.taken_for,
+                }
+                for one in self.classes
+            ],
+            "broken": self.broken,
+            "settings": self.settings,
+        }
+        return {"schema": SCHEMA, "kind": "retrieval", **plain(said)}
+
+
+def _mean(values: Tensor) -> float:
+    """Over what is defined; NaN where nothing is."""
+    return float(values.nanmean()) if len(values) else math.nan

@@ -1,0 +1,1 @@
+"""Training objectives: similarity mining, AVSL, and what they are compared with."""

@@ -1,0 +1,97 @@
+"""Attention maps inside a training step: differentiable, from the pass that was made anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simexplain.methods.cams import grad_cam
+from simexplain.tracing import Trace
+
+_TOLERANCE = 1e-4
+
+
+def linear_maps(
+    activations: Tensor, head: nn.Linear | None, embeddings: Tensor, weights: Tensor
+) -> Tensor | None:
+    """Grad-CAM maps (Eq. 2) in closed form, where average pooling and a linear head end the net.
+
+    For ``e = W mean(A) + b``, ``f = e / |e|`` and the score ``w . f`` the gradient with respect to
+    every position of ``A`` is ``W^T (w - (w . f) f) / (|e| h w)``, so no backward pass is needed.
+
+    Args:
+        activations: ``(M,C,h,w)`` of the last layer, in the graph.
+        head: The linear layer behind the pooling, or None where the pooled vector is the embedding.
+        embeddings: Unit rows ``(M,E)`` of the same images: the closed form is only right if it
+            gives these.
+        weights: ``(M,E)``, constant.
+
+    Returns:
+        Maps ``(M,h,w)`` before the ReLU, differentiable; None where the network ends otherwise.
+    """
+    pooled = activations.mean(dim=(2, 3))
+    if head is not None and head.in_features != pooled.shape[1]:
+        return None
+    vectors = pooled if head is None else head(pooled)
+    if vectors.shape != embeddings.shape:
+        return None
+    sizes = vectors.norm(dim=1, keepdim=True)
+    rows = vectors / sizes.clamp_min(1e-12)
+    same = torch.allclose(rows.detach().float(), embeddings.detach().float(), atol=_TOLERANCE)
+    if not same or not bool((sizes.detach() > 0).all()):
+        return None
+    slopes = (weights - (weights * rows).sum(dim=1, keepdim=True) * rows) / sizes
+    alphas = slopes if head is None else slopes @ head.weight
+    return torch.einsum("mc,mchw->mhw", alphas, activations) / activations.shape[2:].numel()
+
+
+def last_linear(network: nn.Module) -> nn.Linear | None:
+    """The linear layer that a network lists last, if it has any."""
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    return linear[-1] if linear else None
+
+
+def attention_maps(
+    traced: Trace, network: nn.Module, layer: str, which: Tensor, weights: Tensor
+) -> Tensor:
+    """The maps of some images of a pass for a score ``w . f`` each, non-negative (Eq. 2).
+
+    Args:
+        traced: The pass, opened at the layer.
+        network: Where the linear head is looked for.
+        layer: Its name.
+        which: Places of the images in the pass ``(m,)``, each at most once.
+        weights: The weight vector of each ``(m,E)``, held constant.
+
+    Returns:
+        ``(m,h,w)``, differentiable with respect to everything below the layer and to the head.
+    """
+    activations, rows = traced.maps[layer], traced.embeddings
+    weights = weights.detach()
+    for head in _candidates(network):
+        found = linear_maps(activations[which], head, rows[which], weights)
+        if found is not None:
+            return found.relu()
+    through = torch.is_grad_enabled()
+    with torch.enable_grad():  # the score needs a graph even where the maps shall have none
+        score = (rows[which] * weights).sum()
+    gradients = traced.gradients(score, create_graph=through)[layer]
+    return grad_cam(activations[which], gradients[which]).relu()
+
+
+def _candidates(network: nn.Module) -> Sequence[nn.Linear | None]:
+    last = last_linear(network)
+    return (None,) if last is None else (last, None)
+
+
+def scaled_images(images: Tensor, scale: float) -> Tensor:
+    """Images at another size, antialiased; the same where the scale is one."""
+    if scale == 1:
+        return images
+    height, width = (max(1, round(scale * int(side))) for side in images.shape[2:])
+    return F.interpolate(
+        images, size=(height, width), mode="bilinear", align_corners=False, antialias=True
+    )

@@ -1,0 +1,80 @@
+"""Several processes that train together see one batch: what each computed, gathered for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+
+@dataclass(frozen=True)
+class Everyone:
+    """The processes of a training run; one alone if there are no others.
+
+    Attributes:
+        rank: The number of this process.
+        world: How many there are.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def present(cls) -> Everyone:
+        """The process group that is running now, or this process alone."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return cls()
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+    def gathered(self, own: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """The rows of all processes one after the other, differentiable.
+
+        Where every process computes the same loss from them and gradients of parameters are
+        averaged, as DDP does, training is the same as that of one process with the whole batch.
+        Every process must then go through the same ``backward``.
+
+        Args:
+            own: ``(m,...)`` of this process.
+            counts: How many rows each process has, where they differ.
+
+        Returns:
+            ``(sum of m,...)``.
+        """
+        if self.world == 1:
+            return own
+        most = max(counts) if counts is not None else len(own)
+        missing = most - len(own)
+        padded = torch.cat((own, own.new_zeros(missing, *own.shape[1:]))) if missing else own
+        if counts is not None and torch.is_grad_enabled() and not padded.requires_grad:
+            # A process without rows must still take part in the backward pass of the others.
+            padded = padded.requires_grad_()
+        parts = list(_Gathered.apply(padded.contiguous()))
+        if counts is not None:
+            parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
+        return torch.cat(parts)
+
+    def mean(self, own: Tensor) -> Tensor:
+        """The mean over all processes, without a gradient."""
+        if self.world == 1:
+            return own.detach()
+        total = own.detach().clone()
+        distributed.all_reduce(total)
+        return total / self.world
+
+
+class _Gathered(torch.autograd.Function):
+    """Rows of all processes; what each of them thinks of mine comes back added up."""
+
+    @staticmethod
+    def forward(ctx: object, own: Tensor) -> tuple[Tensor, ...]:
+        parts = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, own)
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx: object, *slopes: Tensor) -> Tensor:
+        total = torch.stack(slopes)
+        distributed.all_reduce(total)
+        return total[distributed.get_rank()]

@@ -1,0 +1,58 @@
+"""Soft-masking: an image without what its attention map shows (section 3.2 of the SAM paper)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from simexplain.errors import ComparisonError
+
+
+def attention_mask(
+    maps: Tensor, size: tuple[int, int], *, alpha: float = 10.0, beta: float = 0.5
+) -> Tensor:
+    """``sigmoid(alpha * (M - beta))`` of maps brought to the images' size, in (0, 1).
+
+    Maps are upsampled bilinearly and divided by their maximum; a map that is zero everywhere
+    stays zero, which hides next to nothing.
+
+    Args:
+        maps: ``(M,h,w)``, non-negative.
+        size: ``(H,W)`` of the images.
+        alpha: Steepness.
+        beta: The share of the maximum at which a pixel is half hidden.
+
+    Returns:
+        ``(M,H,W)``, differentiable in the maps.
+    """
+    grown = F.interpolate(maps.unsqueeze(1), size=size, mode="bilinear", align_corners=False)
+    top = grown.amax(dim=(2, 3), keepdim=True)
+    scaled = grown / top.where(top > 0, top.new_ones(()))
+    mask: Tensor = (alpha * (scaled.squeeze(1) - beta)).sigmoid()
+    return mask
+
+
+def soft_mask(images: Tensor, maps: Tensor, *, alpha: float = 10.0, beta: float = 0.5) -> Tensor:
+    """Images without the pixels of high attention: ``x * (1 - sigmoid(alpha * (M - beta)))``.
+
+    On preprocessed images a hidden pixel takes the data set's mean colour, which is zero there.
+
+    Args:
+        images: ``(M,3,H,W)``.
+        maps: ``(M,h,w)``, non-negative; any scale.
+        alpha: See :func:`attention_mask`.
+        beta: Likewise.
+
+    Returns:
+        ``(M,3,H,W)``, differentiable in both.
+
+    Raises:
+        ComparisonError: If there is not one map for each image.
+    """
+    if maps.dim() != 3 or images.dim() != 4 or len(maps) != len(images):
+        raise ComparisonError(
+            f"Expected images (M,3,H,W) and as many maps (M,h,w), got {tuple(images.shape)} and "
+            f"{tuple(maps.shape)}."
+        )
+    size = int(images.shape[2]), int(images.shape[3])
+    return images * (1 - attention_mask(maps, size, alpha=alpha, beta=beta)).unsqueeze(1)

@@ -1,0 +1,267 @@
+"""Similarity mining: what is left when the attended regions are hidden shall decide nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from simexplain.comparison import Comparison
+from simexplain.errors import ComparisonError, ModelError
+from simexplain.losses.attention import attention_maps, scaled_images
+from simexplain.losses.masking import soft_mask
+from simexplain.losses.objective import Batch, Term
+from simexplain.losses.tuples import Tuples, disjoint_tuples
+from simexplain.methods.weights import scaled_weights, weight_rule
+from simexplain.models.base import SimilarityModel
+from simexplain.tracing import trace
+
+MINING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "absolute": lambda positive, negative: (positive - negative).abs(),
+    "printed": lambda positive, negative: positive - negative,
+    "reversed": lambda positive, negative: (negative - positive).relu(),
+}
+"""Readings of Eq. 3 from the distances of masked positives and negatives to the masked anchor.
+
+``absolute``: the masked triplet shall be undecided, as the text says. ``printed``: the difference
+as it stands, whose minimum is a triplet that still holds. ``reversed``: a hinge on the reversed
+order."""
+
+
+def mining_loss(masked: Comparison, rule: str = "absolute") -> Tensor:
+    """``L_sm`` of embeddings of masked images: Eq. 3, 4 or 5 by the roles there are.
+
+    With positives and negatives, the rule summed over every (positive, negative) of a comparison:
+    one for a triplet (Eq. 3), two for a quadruplet (Eq. 5). With positives alone, minus their
+    distance (Eq. 4): what looked alike shall come apart. With negatives alone, which the paper
+    does not treat, their distance.
+
+    Args:
+        masked: Unit rows ``(E,)``.
+        rule: A key of :data:`MINING`.
+
+    Returns:
+        The mean over comparisons, a scalar.
+
+    Raises:
+        ComparisonError: If there is no such rule.
+    """
+    if rule not in MINING:
+        raise ComparisonError(f"Expected mining to be one of {', '.join(MINING)}, got {rule!r}.")
+    positive = _distances(masked.anchor, masked.positives)
+    negative = _distances(masked.anchor, masked.negatives)
+    if not negative.shape[1]:
+        return -positive.sum(dim=1).mean()
+    if not positive.shape[1]:
+        return negative.sum(dim=1).mean()
+    terms = MINING[rule](positive.unsqueeze(2), negative.unsqueeze(1))
+    return terms.sum(dim=(1, 2)).mean()
+
+
+def _distances(anchor: Tensor, others: Tensor) -> Tensor:
+    """Euclidean ``(B,n)``, with a defined gradient where two rows are the same."""
+    squared = (anchor.unsqueeze(1) - others).square().sum(dim=2)
+    return squared.clamp_min(1e-12).sqrt()
+
+
+@dataclass(frozen=True)
+class MiningOptions:
+    """How similarity mining is done; the defaults are the paper's where it says something.
+
+    Attributes:
+        arch: ``siamese`` (Eq. 4), ``triplet`` (Eq. 3) or ``quadruplet`` (Eq. 5).
+        weights: The rule of the weight vector, a key of ``WEIGHTS``.
+        rule: How Eq. 3 is read, a key of :data:`MINING`.
+        alpha: Steepness of the soft mask.
+        beta: Where on the scaled map a pixel is half hidden.
+        layer: The layer of the maps; the model's default layer unless given.
+        share: Mine only the hardest share of the comparisons of a batch, in (0, 1].
+        masked_scale: Size of the masked images relative to the images; 0.5 makes them cheaper.
+        through_mask: Let the gradient also pass through mask and map, as the paper does.
+    """
+
+    arch: str = "triplet"
+    weights: str = "paper"
+    rule: str = "absolute"
+    alpha: float = 10.0
+    beta: float = 0.5
+    layer: str | None = None
+    share: float = 1.0
+    masked_scale: float = 1.0
+    through_mask: bool = True
+
+    def __post_init__(self) -> None:
+        weight_rule(self.weights)
+        if self.rule not in MINING:
+            raise ComparisonError(
+                f"Expected the mining rule to be one of {', '.join(MINING)}, got {self.rule!r}."
+            )
+        if not 0 < self.masked_scale <= 1 or not 0 < self.share <= 1:
+            raise ComparisonError(
+                f"Expected share and masked_scale in (0, 1], got {self.share} and "
+                f"{self.masked_scale}."
+            )
+        if not self.alpha > 0:
+            raise ComparisonError(f"Expected alpha above 0, got {self.alpha}.")
+
+
+class SimilarityMiningLoss(Term):
+    """``L_sm`` as a term of an :class:`Objective`, or alone on a :class:`Comparison` of images.
+
+    As a term it picks disjoint comparisons out of the batch, so it costs one more forward and
+    backward pass of the batch and no more. Maps come from the pass that all terms share.
+    """
+
+    def __init__(self, options: MiningOptions | None = None, **changes: object) -> None:
+        """Takes options, or changes to the default ones by name."""
+        super().__init__()
+        self.options = replace(options or MiningOptions(), **changes)  # type: ignore[arg-type]
+
+    def layers(self, model: SimilarityModel) -> tuple[str, ...]:
+        """The layer of the maps."""
+        return (self.options.layer or model.default_layer,)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss of the comparisons that :func:`disjoint_tuples` finds in the batch."""
+        chosen = self.options
+        tuples = disjoint_tuples(
+            batch.embeddings,
+            batch.labels,
+            chosen.arch,
+            share=chosen.share,
+            generator=batch.generator,
+        )
+        return mined(batch, tuples, chosen, self.layers(batch.model)[0])
+
+    def on(self, model: SimilarityModel, images: Comparison) -> Tensor:
+        """The loss of comparisons of preprocessed images, in the model's present modes.
+
+        Args:
+            model: The model in training.
+            images: Pairs, triplets, quadruplets or any set of images ``(3,H,W)``.
+        """
+        flat = images.stacked().flatten(0, 1)
+        layer = self.layers(model)[0]
+        traced = trace(model, flat, (layer,), differentiable=True)
+        places = torch.arange(len(flat), device=flat.device).view(images.batch, images.count)
+        batch = Batch.alone(model, flat, traced)
+        return mined(batch, Tuples(places, images.positives.shape[1]), self.options, layer)
+
+
+def mined(batch: Batch, tuples: Tuples, options: MiningOptions, layer: str) -> Tensor:
+    """The mining loss of given comparisons, whose images each occur at most once."""
+    return mined_along(batch, tuples, tuple_weights(batch, tuples, options.weights), options, layer)
+
+
+def tuple_weights(batch: Batch, tuples: Tuples, rule: str) -> Tensor:
+    """The weight vector of its comparison for each image of all comparisons ``(T*K,E)``."""
+    weights = scaled_weights(tuples.of(batch.embeddings.detach()), rule)[0]
+    return weights.unsqueeze(1).expand(-1, tuples.places.shape[1], -1).flatten(0, 1)
+
+
+def own_maps(batch: Batch, own: Own, weights: Tensor, layer: str) -> Tensor:
+    """The maps ``(m,h,w)`` of this process's own images for scores ``w . f``, non-negative.
+
+    Args:
+        batch: The pass, opened at the layer.
+        own: Which images are meant.
+        weights: The weight vector of each image of all comparisons ``(T*K,E)``, held constant.
+        layer: The layer of the maps.
+    """
+    if not len(own.which):  # the other processes have all images of this step's comparisons
+        return batch.traced.maps[layer][own.which].sum(dim=1)
+    return attention_maps(batch.traced, batch.model.network, layer, own.which, weights[own.order])
+
+
+def mined_along(
+    batch: Batch, tuples: Tuples, weights: Tensor, options: MiningOptions, layer: str
+) -> Tensor:
+    """Hides what the maps of scores ``w . f`` show and takes the mining rule of what is left.
+
+    Args:
+        batch: The pass, opened at the layer.
+        tuples: Comparisons whose images each occur at most once.
+        weights: The weight vector of each image of all comparisons ``(T*K,E)``, held constant.
+        options: How masks are made; its weight rule is not read.
+        layer: The layer of the maps.
+    """
+    own = Own.of(batch, tuples.places.flatten())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and options.through_mask):
+        maps = own_maps(batch, own, weights, layer)
+    images = batch.images[own.which]
+    masked = soft_mask(images, maps, alpha=options.alpha, beta=options.beta)
+    hidden = batch.embeddings.new_zeros(0, batch.embeddings.shape[1])
+    if len(masked):
+        hidden = embed_again(batch.model, scaled_images(masked, options.masked_scale))
+    stack = own.together(batch, hidden).view(*tuples.places.shape, -1)
+    return mining_loss(tuples.arranged(stack), options.rule)
+
+
+@dataclass(frozen=True)
+class Own:
+    """Which of the images of all comparisons are this process's own.
+
+    Attributes:
+        which: Places of its own images in its pass ``(m,)``.
+        order: Places of the same images among those of all comparisons ``(m,)``.
+        orders: The same of every process, in the order of ranks.
+    """
+
+    which: Tensor
+    order: Tensor
+    orders: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, batch: Batch, places: Tensor) -> Own:
+        """Divides the images of all comparisons ``(T*K,)`` by the process that has them."""
+        each = len(batch.images)
+        orders = tuple(
+            ((places >= rank * each) & (places < (rank + 1) * each)).nonzero().flatten()
+            for rank in range(batch.everyone.world)
+        )
+        order = orders[batch.everyone.rank]
+        return cls(places[order] - batch.start, order, orders)
+
+    def together(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Rows of this process's images ``(m,E)`` as those of all comparisons ``(T*K,E)``."""
+        gathered = batch.everyone.gathered(rows, [len(order) for order in self.orders])
+        return gathered[torch.cat(self.orders).argsort()]
+
+
+def embed_again(model: SimilarityModel, images: Tensor) -> Tensor:
+    """Embeddings of masked images, which must not move batch-norm statistics.
+
+    Raises:
+        ModelError: If the model cannot take images of this size.
+    """
+    with _statistics_kept(model):
+        try:
+            return model.embed(images)
+        except RuntimeError as error:
+            if "size" not in str(error):
+                raise
+            raise ModelError(
+                f"The model does not take masked images of {tuple(images.shape[2:])}; "
+                "leave masked_scale at 1."
+            ) from error
+
+
+@contextmanager
+def _statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Batch norm normalises by the batch as before, but learns nothing from it."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm, norm.momentum) for norm in norms if norm.training]
+    counts = [norm.num_batches_tracked for norm, _ in kept if norm.num_batches_tracked is not None]
+    before = [int(count) for count in counts]
+    try:
+        for norm, _ in kept:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in kept:
+            norm.momentum = momentum
+        for count, value in zip(counts, before, strict=True):
+            count.fill_(value)

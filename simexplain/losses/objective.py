@@ -1,0 +1,232 @@
+"""A loss made of weighted terms that share one forward pass of the batch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simexplain.errors import ModelError
+from simexplain.losses.drawing import drawn_from
+from simexplain.losses.everyone import Everyone
+from simexplain.models.avsl import AVSL
+from simexplain.models.base import SimilarityModel
+from simexplain.tracing import Trace, trace
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass of a batch, as every term of an objective sees it.
+
+    ``M`` images are this process's own; ``N >= M`` those of all processes that train together,
+    in the order of their ranks. In one process they are the same.
+
+    Attributes:
+        model: The model in training.
+        images: Its own preprocessed images ``(M,3,H,W)``.
+        traced: The pass of these images, opened at the layers that the terms asked for.
+        embeddings: Rows of all processes ``(N,E)``, in the graph.
+        labels: Class numbers of all processes ``(N,)``.
+        masks: Where the object is, ``(M,H,W)`` in [0, 1]; NaN where an image has no mask. None
+            where no image has one.
+        everyone: The processes.
+        generator: The only source of chance in a step; the same in all processes.
+    """
+
+    model: SimilarityModel
+    images: Tensor
+    traced: Trace
+    embeddings: Tensor
+    labels: Tensor
+    masks: Tensor | None
+    everyone: Everyone
+    generator: torch.Generator
+
+    @classmethod
+    def alone(cls, model: SimilarityModel, images: Tensor, traced: Trace) -> Batch:
+        """Images without labels, of this process only."""
+        return cls(
+            model=model,
+            images=images,
+            traced=traced,
+            embeddings=traced.embeddings,
+            labels=torch.arange(len(images), device=images.device),
+            masks=None,
+            everyone=Everyone(),
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    @property
+    def start(self) -> int:
+        """Where the images of this process start among those of all."""
+        return self.everyone.rank * len(self.images)
+
+
+class Term(nn.Module, ABC):
+    """One part of an objective. Its parameters, such as proxies, are trained with the model."""
+
+    def layers(self, model: SimilarityModel) -> tuple[str, ...]:
+        """The layers whose maps the term reads."""
+        return ()
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss of a batch, a scalar."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What an objective found for one batch.
+
+    Attributes:
+        total: The weighted sum, to call ``backward`` on.
+        parts: Each term by name, before its weight, without a graph.
+        embeddings: Rows of all processes ``(N,E)``, without a graph.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    embeddings: Tensor
+
+
+class Objective(nn.Module):
+    """``L = sum of weight * term`` over one forward pass (Eq. 6 of similarity attention).
+
+    Use it in any training loop::
+
+        objective = Objective({
+            "triplet": (1.0, MetricLoss(losses.TripletMarginLoss(0.2))),
+            "mining": (0.05, SimilarityMiningLoss()),
+        })
+        objective(model, images, labels).total.backward()
+    """
+
+    def __init__(self, terms: Mapping[str, tuple[float, Term]]) -> None:
+        """Takes the terms.
+
+        Args:
+            terms: For each name, which must be an identifier, a weight and a term.
+
+        Raises:
+            ModelError: If there is no term, or a weight is not a finite number.
+        """
+        super().__init__()
+        if not terms:
+            raise ModelError("Expected at least one term in an objective, got none.")
+        for name, (weight, _) in terms.items():
+            if not abs(weight) < float("inf"):
+                raise ModelError(f"Expected a finite weight for '{name}', got {weight}.")
+        self.weights = {name: float(weight) for name, (weight, _) in terms.items()}
+        self.terms = nn.ModuleDict({name: term for name, (_, term) in terms.items()})
+
+    def forward(
+        self,
+        model: SimilarityModel,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        masks: Tensor | None = None,
+        seed: int = 0,
+    ) -> Losses:
+        """The loss of a batch; model modes stay as they are.
+
+        Args:
+            model: The model in training.
+            images: Preprocessed ``(M,3,H,W)``.
+            labels: Class numbers ``(M,)``.
+            masks: ``(M,H,W)`` in [0, 1], for terms that want them; NaN where there is none.
+            seed: Of this step, for terms that draw; give every step another one.
+
+        Raises:
+            ModelError: If the shapes do not fit, or a term cannot work on this batch.
+        """
+        batch = run_batch(model, images, labels, self._layers(model), masks=masks, seed=seed)
+        parts = {name: term(batch) for name, term in self.terms.items()}
+        total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
+        return Losses(
+            total,
+            {name: part.detach() for name, part in parts.items()},
+            batch.embeddings.detach(),
+        )
+
+    def _layers(self, model: SimilarityModel) -> tuple[str, ...]:
+        wanted: dict[str, None] = {}
+        for term in self.terms.values():
+            assert isinstance(term, Term)
+            wanted |= dict.fromkeys(term.layers(model))
+        return tuple(wanted)
+
+
+def run_batch(
+    model: SimilarityModel,
+    images: Tensor,
+    labels: Tensor,
+    layers: Sequence[str],
+    *,
+    masks: Tensor | None = None,
+    seed: int = 0,
+) -> Batch:
+    """The one forward pass, in the model's present modes, and what all processes know of it.
+
+    Raises:
+        ModelError: If labels or masks do not fit the images.
+    """
+    if labels.shape != images.shape[:1]:
+        raise ModelError(
+            f"Expected a label for each of {len(images)} images, got {tuple(labels.shape)}."
+        )
+    if masks is not None and masks.shape != (len(images), *images.shape[2:]):
+        raise ModelError(
+            f"Expected masks of shape {(len(images), *images.shape[2:])}, "
+            f"got {tuple(masks.shape)}; prepare them as the images."
+        )
+    everyone = Everyone.present()
+    traced = trace(model, images, layers, differentiable=True)
+    return Batch(
+        model=model,
+        images=images,
+        traced=traced,
+        embeddings=everyone.gathered(traced.embeddings),
+        labels=everyone.gathered(labels),
+        masks=masks,
+        everyone=everyone,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+class MetricLoss(Term):
+    """Any loss on embeddings and labels, such as those of pytorch-metric-learning (L_ml)."""
+
+    def __init__(
+        self, loss: Callable[..., Tensor], miner: Callable[..., Any] | None = None
+    ) -> None:
+        """Takes the loss.
+
+        Args:
+            loss: ``(embeddings (N,E), labels (N,), indices or None) -> scalar``; a module's
+                parameters (proxies) are trained too.
+            miner: ``(embeddings, labels) -> indices`` for the loss, as in pytorch-metric-learning.
+        """
+        super().__init__()
+        self.loss, self.miner = loss, miner
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss on the rows of all processes.
+
+        Raises:
+            ModelError: If the model is AVSL, whose rows are no unit vectors.
+        """
+        if isinstance(batch.model, AVSL):
+            raise ModelError(
+                "Expected AVSLLoss for an AVSL model, got a loss on plain embeddings; its rows "
+                "hold several levels and their certainties."
+            )
+        with drawn_from(batch.generator):
+            found = None
+            if self.miner is not None:
+                found = self.miner(batch.embeddings.detach(), batch.labels)
+            return self.loss(batch.embeddings, batch.labels, found)

@@ -1,0 +1,1 @@
+"""Training of embedding models on lightning: what `simexplain train` does."""

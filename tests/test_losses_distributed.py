@@ -1,0 +1,89 @@
+"""Two processes with half of a batch each train as one with the whole batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from loss_cases import LABELS, pictures, smooth_model
+from torch import Tensor, distributed, multiprocessing, nn
+
+from simexplain.losses.classification import (
+    ClassHead,
+    ClassificationLoss,
+    ClassificationMiningLoss,
+)
+from simexplain.losses.constraint import AttentionMaskLoss
+from simexplain.losses.mining import SimilarityMiningLoss
+from simexplain.losses.objective import MetricLoss, Objective
+from simexplain.losses.quadruplet import QuadrupletLoss
+
+HALF = 6
+SPLITS = {
+    "even": LABELS,
+    # The only pairs lie in the first half; the second half gives at most a few negatives.
+    "few in the second": torch.tensor([0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8]),
+}
+
+
+def masks() -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    found = torch.rand(12, 12, 12, generator=generator, dtype=torch.float64)
+    found[[0, 7, 8]] = torch.nan
+    return found
+
+
+def step(images: Tensor, labels: Tensor, masks: Tensor | None) -> tuple[dict[str, float], Tensor]:
+    """One step's parts of the loss, and the gradient of everything as one row."""
+    torch.manual_seed(0)
+    model, head = smooth_model(), ClassHead(9, 5).double()
+    terms = {
+        "quadruplet": (1.0, MetricLoss(QuadrupletLoss())),
+        "mining": (0.3, SimilarityMiningLoss(layer="body", share=0.4)),
+        "bce": (0.5, ClassificationLoss(head)),
+        "bce_sm": (0.2, ClassificationMiningLoss(head, arch="siamese", layer="body")),
+        "mask": (0.4, AttentionMaskLoss(arch="siamese", layer="body")),
+    }
+    objective = Objective(terms)
+    found = objective(model, images, labels, masks=masks, seed=2)
+    found.total.backward()  # not autograd.grad, which leaves out what only other processes need
+    rows = [part.grad for part in [*model.parameters(), *objective.parameters()]]
+    parts = {name: float(part) for name, part in found.parts.items()}
+    return parts, nn.utils.parameters_to_vector(rows)
+
+
+def work(rank: int, folder: str) -> None:
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    own = slice(rank * HALF, (rank + 1) * HALF)
+    results = {}
+    for name, labels in SPLITS.items():
+        parts, gradient = step(pictures(12)[own], labels[own], masks()[own])
+        distributed.all_reduce(gradient)
+        # One process has masks and the other has none at all.
+        lone, _ = step(pictures(12)[own], labels[own], masks()[own] if rank == 0 else None)
+        results[name] = (parts, gradient / 2, lone["mask"])
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(work, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_two_processes_train_as_one(halves: list[dict], name: str) -> None:
+    parts, gradient = step(pictures(12), SPLITS[name], masks())
+    for half in halves:
+        found, averaged, _ = half[name]
+        assert found == pytest.approx(parts, rel=1e-9)
+        assert torch.allclose(averaged, gradient, atol=1e-9)
+    lone = masks()
+    lone[HALF:] = torch.nan
+    expected = step(pictures(12), SPLITS[name], lone)[0]["mask"]
+    assert [half[name][2] for half in halves] == pytest.approx([expected] * 2)

@@ -1,0 +1,417 @@
+"""Similarity mining: masks, tuples, maps in a step, Eq. 3 to 6, and what training with it does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import SharedNet
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simexplain import Comparison, SimilarityAttention, as_similarity_model, trace
+from simexplain.errors import ComparisonError, ModelError
+from simexplain.losses.attention import attention_maps, linear_maps
+from simexplain.losses.masking import attention_mask, soft_mask
+from simexplain.losses.mining import MINING, MiningOptions, SimilarityMiningLoss, mining_loss
+from simexplain.losses.objective import MetricLoss, Objective
+from simexplain.losses.tuples import SHAPES, disjoint_tuples
+
+
+class LinearNet(nn.Module):
+    """Convolutions, average pooling and a linear head: the closed form holds."""
+
+    def __init__(self, width: int = 6, *, head: bool = True) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.Softplus(), nn.Conv2d(8, 8, 3, 2, 1), nn.Softplus()
+        )
+        self.head = nn.Linear(8, width) if head else nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.body(images).mean(dim=(2, 3)))
+
+
+def seeded(net: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for part in net.parameters():
+            part.copy_(torch.randn(part.shape, generator=generator, dtype=part.dtype) * 0.4)
+    return net
+
+
+def pictures(count: int, side: int = 12, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(
+        count, 3, side, side, generator=torch.Generator().manual_seed(7), dtype=dtype
+    )
+
+
+@pytest.fixture
+def linear():
+    return as_similarity_model(seeded(LinearNet()).double())
+
+
+def test_soft_mask_is_the_formula_pixel_by_pixel() -> None:
+    maps = torch.tensor([[[0.0, 2.0], [4.0, 1.0]]])
+    images = torch.ones(1, 3, 2, 2) * 3
+    masked = soft_mask(images, maps, alpha=10, beta=0.5)
+    for row in range(2):
+        for column in range(2):
+            hidden = 1 / (1 + torch.exp(-10 * (maps[0, row, column] / 4 - 0.5)))
+            assert torch.allclose(masked[0, :, row, column], 3 * (1 - hidden).expand(3))
+
+
+def test_soft_mask_hides_the_peak_and_spares_an_empty_map() -> None:
+    maps = torch.zeros(2, 4, 4)
+    maps[0, 1, 1] = 5
+    mask = attention_mask(maps, (16, 16))
+    assert mask[0].amax() > 0.9
+    assert mask[1].amax() < 0.01
+    assert not mask.isnan().any()
+
+
+def test_soft_mask_refuses_maps_that_do_not_fit() -> None:
+    with pytest.raises(ComparisonError, match="as many maps"):
+        soft_mask(torch.ones(2, 3, 4, 4), torch.ones(1, 2, 2))
+
+
+@pytest.mark.parametrize("arch", SHAPES)
+def test_tuples_are_disjoint_and_rightly_labelled(arch: str) -> None:
+    labels = torch.arange(8).repeat_interleave(2)
+    rows = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    found = disjoint_tuples(rows, labels, arch, generator=torch.Generator().manual_seed(3))
+    flat = found.places.flatten().tolist()
+    assert len(set(flat)) == len(flat)
+    assert len(found) == {"siamese": 8, "triplet": 5, "quadruplet": 4}[arch]
+    for anchor, positive, *negatives in found.places.tolist():
+        assert labels[anchor] == labels[positive]
+        assert all(labels[other] != labels[anchor] for other in negatives)
+
+
+def test_negatives_are_the_nearest_that_are_left() -> None:
+    rows = torch.tensor([[0.0], [0.1], [5.0], [9.0], [3.0], [7.0]])
+    labels = torch.tensor([0, 0, 1, 2, 3, 4])
+    assert disjoint_tuples(rows, labels).places[0, 2] == 4
+
+
+def test_the_hardest_share_violates_most() -> None:
+    generator = torch.Generator().manual_seed(5)
+    rows, labels = torch.randn(24, 4, generator=generator), torch.arange(12).repeat_interleave(2)
+
+    def hardness(places: Tensor) -> Tensor:
+        a, p, n = rows[places].unbind(1)
+        return (a - p).norm(dim=1) - (a - n).norm(dim=1)
+
+    seed = torch.Generator().manual_seed(2)
+    whole = disjoint_tuples(rows, labels, generator=seed)
+    half = disjoint_tuples(rows, labels, share=0.5, generator=torch.Generator().manual_seed(2))
+    assert len(half) == round(len(whole) / 2)
+    assert hardness(half.places).min() >= hardness(whole.places).sort().values[-len(half)]
+
+
+def test_a_batch_without_a_pair_is_refused() -> None:
+    with pytest.raises(ComparisonError, match="several images of several classes"):
+        disjoint_tuples(torch.randn(3, 2), torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_closed_form_equals_autograd(head: bool) -> None:
+    model = as_similarity_model(seeded(LinearNet(head=head)).double())
+    traced = trace(model, pictures(4), ("body",), differentiable=True)
+    rows, grid = traced.embeddings, traced.maps["body"]
+    weights = torch.rand(4, rows.shape[1], dtype=torch.float64)
+    found = linear_maps(grid, model.network.head if head else None, rows, weights)
+    slopes = torch.autograd.grad((rows * weights).sum(), grid)[0]
+    plain = torch.einsum("mc,mchw->mhw", slopes.mean(dim=(2, 3)), grid)
+    assert found is not None
+    assert torch.allclose(found, plain, atol=1e-12)
+
+
+def test_closed_form_declines_another_end() -> None:
+    model = as_similarity_model(SharedNet())
+    layer = model.default_layer
+    traced = trace(model, pictures(2, 16, torch.float32), (layer,), differentiable=True)
+    linear_layer = nn.Linear(traced.maps[layer].shape[1], traced.embeddings.shape[1])
+    weights = torch.rand_like(traced.embeddings)
+    assert linear_maps(traced.maps[layer], linear_layer, traced.embeddings, weights) is None
+
+
+def test_both_forms_train_alike(linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The double backward is the reference for the gradient through the closed form."""
+    images = Comparison.triplet(*pictures(6).chunk(3))
+    loss = SimilarityMiningLoss(layer="body")
+    first = torch.autograd.grad(loss.on(linear, images), list(linear.parameters()))
+    monkeypatch.setattr("simexplain.losses.attention.linear_maps", lambda *_: None)
+    second = torch.autograd.grad(loss.on(linear, images), list(linear.parameters()))
+    for one, other in zip(first, second, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_maps_are_those_of_similarity_attention(linear) -> None:
+    images = Comparison.triplet(*pictures(6).chunk(3))
+    flat = images.stacked().flatten(0, 1)
+    explained = SimilarityAttention()(linear, images, ["body"])
+    traced = trace(linear, flat, ("body",), differentiable=True)
+    weights = explained.weights.unsqueeze(1).expand(-1, 3, -1).flatten(0, 1)
+    maps = attention_maps(traced, linear.network, "body", torch.arange(6), weights)
+    assert torch.allclose(images.restacked(maps), explained.maps, atol=1e-10)
+
+
+def naive(model, images: Comparison, rule: str, alpha: float, beta: float) -> Tensor:
+    """The loss restated image by image from the paper, with autograd and no sharing."""
+    total = torch.zeros((), dtype=torch.float64)
+    for b in range(images.batch):
+        stack = images.stacked()[b]
+        f = F.normalize(model.network(stack), dim=1).detach()
+        w = torch.ones_like(f[0])
+        for place, role in enumerate(images.roles[1:], start=1):
+            gap = (f[0] - f[place]).abs()
+            w = w * ((1 - gap) if role == "positive" else gap)
+        masked = []
+        for image in stack:
+            grid = model.network.body(image[None])
+            row = F.normalize(model.network.head(grid.mean(dim=(2, 3))), dim=1)[0]
+            slope = torch.autograd.grad((w * row).sum(), grid, create_graph=True)[0]
+            alphas = slope.mean(dim=(2, 3))[0]
+            heat = sum(alphas[c] * grid[0, c] for c in range(len(alphas))).relu()
+            up = F.interpolate(heat[None, None], image.shape[1:], mode="bilinear")[0, 0]
+            up = up / up.max()
+            masked.append(image * (1 - torch.sigmoid(alpha * (up - beta))))
+        g = F.normalize(model.network(torch.stack(masked)), dim=1)
+        roles = images.roles
+        near = [(g[0] - g[k]).norm() for k in range(1, len(g)) if roles[k] == "positive"]
+        far = [(g[0] - g[k]).norm() for k in range(1, len(g)) if roles[k] == "negative"]
+        if not far:
+            total = total - sum(near)
+        elif not near:
+            total = total + sum(far)
+        else:
+            for p in near:
+                for n in far:
+                    gap = p - n
+                    total = total + {
+                        "absolute": gap.abs(), "printed": gap, "reversed": (-gap).relu()
+                    }[rule]  # fmt: skip
+    return total / images.batch
+
+
+COMPARISONS = {
+    "siamese": lambda x: Comparison.pair(*x[:4].chunk(2)),
+    "different": lambda x: Comparison.pair(*x[:4].chunk(2), similar=False),
+    "triplet": lambda x: Comparison.triplet(*x[:6].chunk(3)),
+    "quadruplet": lambda x: Comparison.quadruplet(*x[:8].chunk(4)),
+    "set": lambda x: Comparison(x[:2], x[2:6].view(2, 2, *x.shape[1:]), x[6:8, None]),
+}
+
+
+@pytest.mark.parametrize("rule", MINING)
+@pytest.mark.parametrize("arch", COMPARISONS)
+def test_the_loss_is_the_papers(linear, arch: str, rule: str) -> None:
+    images = COMPARISONS[arch](pictures(8))
+    options = MiningOptions(layer="body", rule=rule, alpha=8, beta=0.4)
+    found = SimilarityMiningLoss(options).on(linear, images)
+    assert torch.allclose(found, naive(linear, images, rule, 8, 0.4), atol=1e-10)
+
+
+@pytest.mark.parametrize("arch", ["siamese", "triplet"])
+def test_its_gradient_is_that_of_finite_differences(linear, arch: str) -> None:
+    """In float64, through mask and map; the weights of a step are constants, so they are held."""
+    images = COMPARISONS[arch](pictures(6))
+    loss = SimilarityMiningLoss(layer="body")
+    fixed = rows_of(linear, images)
+    parameter = linear.network.body[2].weight
+    gradient = torch.autograd.grad(held(loss, linear, images, fixed), parameter)[0]
+    step = 1e-6
+    for place in [(0, 0, 0, 0), (3, 5, 1, 2), (7, 2, 2, 1)]:
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter[place] += sign * step
+            values.append(held(loss, linear, images, fixed).item())
+            with torch.no_grad():
+                parameter[place] -= sign * step
+        assert gradient[place].item() == pytest.approx(
+            (values[0] - values[1]) / (2 * step), rel=1e-4
+        )
+
+
+def rows_of(model, images: Comparison) -> Tensor:
+    return model.embed(images.stacked().flatten(0, 1)).detach()
+
+
+def held(loss: SimilarityMiningLoss, model, images: Comparison, rows: Tensor) -> Tensor:
+    """The loss with the weight vectors of other rows, as if nothing moved them."""
+    from simexplain.losses import mining
+
+    original = mining.scaled_weights
+    fixed = original(images.like(images.restacked(rows)), "paper")
+    mining.scaled_weights = lambda *_: fixed  # type: ignore[assignment]
+    try:
+        return loss.on(model, images)
+    finally:
+        mining.scaled_weights = original
+
+
+def masked_distances(model, images: Comparison) -> tuple[float, float]:
+    """Mean distances of masked positive and masked negative to the masked anchor."""
+    attention = SimilarityAttention()(model, images, ["body"])
+    flat = soft_mask(images.stacked().flatten(0, 1), attention.maps.flatten(0, 1))
+    with torch.no_grad():
+        found = images.like(images.restacked(model.embed(flat)))
+    positive = (found.anchor - found.positives[:, 0]).norm(dim=1).mean()
+    if not found.negatives.shape[1]:
+        return float(positive), 0.0
+    return float(positive), float((found.anchor - found.negatives[:, 0]).norm(dim=1).mean())
+
+
+def minimised(model, images: Comparison, **options: object) -> None:
+    loss = SimilarityMiningLoss(layer="body", **options)
+    optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        optimiser.zero_grad()
+        loss.on(model, images).backward()
+        optimiser.step()
+
+
+def test_minimising_drives_masked_distances_as_the_paper_says(linear) -> None:
+    """Pairs come apart when masked (Eq. 4); a masked triplet becomes undecided (Eq. 3)."""
+    pair = COMPARISONS["siamese"](pictures(8))
+    before = masked_distances(linear, pair)[0]
+    minimised(linear, pair)
+    assert masked_distances(linear, pair)[0] > 1.5 * before
+
+    other = as_similarity_model(seeded(LinearNet()).double())
+    triplet = COMPARISONS["triplet"](pictures(8))
+    near, far = masked_distances(other, triplet)
+    minimised(other, triplet)
+    after = masked_distances(other, triplet)
+    assert abs(after[0] - after[1]) < 0.2 * abs(near - far)
+
+
+def test_as_printed_the_triplet_is_made_to_hold_instead(linear) -> None:
+    triplet = COMPARISONS["triplet"](pictures(8))
+    near, far = masked_distances(linear, triplet)
+    minimised(linear, triplet, rule="printed")
+    after = masked_distances(linear, triplet)
+    assert after[0] - after[1] < near - far
+
+
+def test_without_the_mask_in_the_graph_the_gradient_differs(linear) -> None:
+    images = COMPARISONS["triplet"](pictures(6))
+    parameters = list(linear.parameters())
+    through = torch.autograd.grad(SimilarityMiningLoss(layer="body").on(linear, images), parameters)
+    stopped = SimilarityMiningLoss(layer="body", through_mask=False).on(linear, images)
+    assert torch.allclose(stopped, SimilarityMiningLoss(layer="body").on(linear, images))
+    cut = torch.autograd.grad(stopped, parameters)
+    assert not torch.allclose(through[0], cut[0], rtol=1e-3)
+
+
+def test_stopping_at_the_mask_works_without_a_linear_end(linear, monkeypatch) -> None:
+    images = COMPARISONS["triplet"](pictures(6))
+    loss = SimilarityMiningLoss(layer="body", through_mask=False)
+    expected = torch.autograd.grad(loss.on(linear, images), list(linear.parameters()))
+    monkeypatch.setattr("simexplain.losses.attention.linear_maps", lambda *_: None)
+    found = torch.autograd.grad(loss.on(linear, images), list(linear.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_an_objective_adds_its_terms_in_one_pass(linear, monkeypatch) -> None:
+    """Eq. 6, with a loss and a miner of pytorch-metric-learning: two forward passes in all."""
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    miners = pytest.importorskip("pytorch_metric_learning.miners")
+    images, labels = pictures(12), torch.arange(6).repeat_interleave(2)
+    metric = MetricLoss(losses.TripletMarginLoss(0.2), miners.BatchHardMiner())
+    objective = Objective({"ml": (1.0, metric), "sm": (0.3, SimilarityMiningLoss(layer="body"))})
+    calls: list[int] = []
+    embed = type(linear).embed
+    monkeypatch.setattr(type(linear), "embed", lambda s, x: (calls.append(len(x)), embed(s, x))[1])
+    found = objective(linear, images, labels, seed=4)
+    assert len(calls) == 2
+    assert calls[1] <= calls[0]
+    assert found.total.item() == pytest.approx(
+        float(found.parts["ml"]) + 0.3 * float(found.parts["sm"])
+    )
+    miner = miners.BatchHardMiner()
+    rows = linear.embed(images)
+    own = losses.TripletMarginLoss(0.2)(rows, labels, miner(rows, labels))
+    assert found.parts["ml"].item() == pytest.approx(own.item())
+    found.total.backward()
+    assert all(part.grad is not None for part in linear.parameters())
+
+
+def test_a_step_depends_on_its_seed_alone(linear) -> None:
+    images, labels = pictures(12), torch.arange(6).repeat_interleave(2)
+    objective = Objective({"sm": (1.0, SimilarityMiningLoss(layer="body"))})
+    state = torch.get_rng_state()
+    values = [objective(linear, images, labels, seed=seed).total.item() for seed in (1, 1, 2)]
+    assert values[0] == values[1] != values[2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_batch_norm_learns_nothing_from_masked_images() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    model = as_similarity_model(nn.Sequential(net, nn.Flatten()).train())
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    images, labels = pictures(6, dtype=torch.float32), torch.tensor([0, 0, 1, 1, 2, 2])
+    objective = Objective({"sm": (1.0, SimilarityMiningLoss(layer="0.2"))})
+    objective(model, images, labels)
+    after_one = [norm.running_mean.clone() for norm in norms]
+    assert [int(norm.num_batches_tracked) for norm in norms] == [1]
+    expected = 0.1 * net[0](images).mean(dim=(0, 2, 3))
+    assert torch.allclose(after_one[0], expected, atol=1e-6)
+    assert all(norm.momentum == 0.1 for norm in norms)
+
+
+def test_half_resolution_and_half_of_the_comparisons(linear, monkeypatch) -> None:
+    images, labels = pictures(12), torch.arange(6).repeat_interleave(2)
+    shapes: list[torch.Size] = []
+    embed = type(linear).embed
+    monkeypatch.setattr(
+        type(linear), "embed", lambda s, x: (shapes.append(x.shape), embed(s, x))[1]
+    )
+    whole = Objective({"sm": (1.0, SimilarityMiningLoss(layer="body"))})
+    less = SimilarityMiningLoss(layer="body", masked_scale=0.5, share=0.5)
+    whole(linear, images, labels)
+    Objective({"sm": (1.0, less)})(linear, images, labels)
+    assert shapes[3][2:] == (6, 6)
+    assert shapes[3][0] <= (shapes[1][0] + 3) / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rule": "both"}, "mining rule"),
+        ({"share": 0.0}, "share and masked_scale"),
+        ({"masked_scale": 2.0}, "share and masked_scale"),
+        ({"weights": "mine"}, "weights"),
+        ({"alpha": 0.0}, "alpha"),
+    ],
+)
+def test_options_are_checked(options, said: str) -> None:
+    with pytest.raises(ComparisonError, match=said):
+        MiningOptions(**options)
+
+
+def test_mining_loss_names_its_rules() -> None:
+    rows = Comparison.pair(torch.ones(1, 2), torch.ones(1, 2))
+    with pytest.raises(ComparisonError, match="absolute, printed, reversed"):
+        mining_loss(rows, "other")
+
+
+def test_identical_masked_images_have_a_gradient() -> None:
+    rows = torch.ones(2, 3, requires_grad=True)
+    mining_loss(Comparison.pair(rows, rows.detach())).backward()
+    assert rows.grad is not None
+    assert not rows.grad.isnan().any()
+
+
+def test_objective_refuses_what_does_not_fit(linear) -> None:
+    with pytest.raises(ModelError, match="at least one term"):
+        Objective({})
+    with pytest.raises(ModelError, match="finite weight"):
+        Objective({"sm": (float("nan"), SimilarityMiningLoss())})
+    objective = Objective({"sm": (1.0, SimilarityMiningLoss(layer="body"))})
+    with pytest.raises(ModelError, match="a label for each"):
+        objective(linear, pictures(4), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ModelError, match="masks of shape"):
+        objective(linear, pictures(4), torch.zeros(4, dtype=torch.long), masks=torch.ones(4, 2, 2))
