@@ -131,8 +131,9 @@ def read_market1501(root: Path, reading: Reading) -> DataSplit:
     """Market-1501: ``bounding_box_train``, ``query`` and ``bounding_box_test``.
 
     Persons are the classes. A group is a person before a camera (``0002_c1``), so that leaving out
-    the query's own group is the protocol: neither counts without the other. Junk (``-1``) is left out, as the protocol has it;
-    distractors (``0000``) stay in the gallery and are right for no query.
+    the query's own group is the protocol: neither counts without the other. Junk (``-1``) is left
+    out, as the protocol has it; distractors (``0000``) stay in the gallery and are right for no
+    query.
 
     Raises:
         ImageError: If the folder lies otherwise.

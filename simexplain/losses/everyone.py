@@ -68,13 +68,13 @@ class _Gathered(torch.autograd.Function):
     """Rows of all processes; what each of them thinks of mine comes back added up."""
 
     @staticmethod
-    def forward(ctx: object, own: Tensor) -> tuple[Tensor, ...]:
+    def forward(_: object, own: Tensor) -> tuple[Tensor, ...]:
         parts = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
         distributed.all_gather(parts, own)
         return tuple(parts)
 
     @staticmethod
-    def backward(ctx: object, *slopes: Tensor) -> Tensor:
+    def backward(_: object, *slopes: Tensor) -> Tensor:
         total = torch.stack(slopes)
         distributed.all_reduce(total)
         return total[distributed.get_rank()]
