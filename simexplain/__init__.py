@@ -77,6 +77,10 @@ if TYPE_CHECKING:
     from simexplain.rendering.overlay import RENDERERS as RENDERERS
     from simexplain.tracing import Trace as Trace
     from simexplain.tracing import trace as trace
+    from simexplain.training.options import TrainOptions as TrainOptions
+    from simexplain.training.recipes import RECIPES as RECIPES
+    from simexplain.training.result import TrainResult as TrainResult
+    from simexplain.training.training import train as train
 
 __version__ = "0.1.0"
 
@@ -108,6 +112,7 @@ _HOMES = {
     "PRESETS": "models.avsl_options",
     "Preprocess": "data.preprocessing",
     "QuadrupletLoss": "losses.quadruplet",
+    "RECIPES": "training.recipes",
     "RENDERERS": "rendering.overlay",
     "Record": "data.folders",
     "Retrieval": "evaluation.retrieval_result",
@@ -116,6 +121,8 @@ _HOMES = {
     "SimilarityMiningLoss": "losses.mining",
     "SimilarityModel": "models.base",
     "Trace": "tracing",
+    "TrainOptions": "training.options",
+    "TrainResult": "training.result",
     "TrainingImages": "data.training_set",
     "WEIGHTS": "methods.weights",
     "WeightBank": "methods.weight_bank",
@@ -147,6 +154,7 @@ _HOMES = {
     "similarity_weights": "methods.weights",
     "soft_mask": "losses.masking",
     "trace": "tracing",
+    "train": "training.training",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -9,8 +9,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -21,6 +23,7 @@ import simexplain
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "simexplain" / "data" / "demo"
 TAUGHT = (ROOT / "README.md", ROOT / "docs" / "quick-start.md")
+TRAINING = (ROOT / "docs" / "training.md", ROOT / "docs" / "training-avsl.md")
 NEEDED = ("mkdocs", "material", "mkdocstrings", "mkdocs_click", "latex2mathml")
 MISSING = [name for name in NEEDED if find_spec(name) is None]
 _BLOCK = re.compile(r"(?P<skip><!-- not run: .+? -->\n)?```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.S | re.M)  # fmt: skip  # noqa: E501
@@ -121,7 +124,27 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "explanation" / "explanation.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("page", [*TAUGHT, ROOT / "docs" / "index.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", TRAINING, ids=lambda page: page.name)
+def test_training_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops of one's own, in order, in one namespace; what they trained can be loaded."""
+    pytest.importorskip("pytorch_metric_learning")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "documentation"}
+    codes = blocks(page, "python")
+    assert len(codes) == 2
+    for code in codes:
+        exec(
+            compile(code.replace("pretrained=True", "pretrained=False"), str(page), "exec"),
+            namespace,
+        )
+    (written,) = tmp_path.glob("*.pt")
+    assert simexplain.load_model(written).default_layer
+    assert all(0 < float(loss) < 1000 for loss in namespace["found"].parts.values())
+
+
+@pytest.mark.parametrize(
+    "page", [*TAUGHT, *TRAINING, ROOT / "docs" / "index.md"], ids=lambda page: page.name
+)
 def test_command_lines_are_understood(page: Path) -> None:
     """Every option and choice that a page names exists; nothing is run."""
     lines = [line for code in blocks(page, "bash") for line in code.splitlines()]
@@ -129,7 +152,8 @@ def test_command_lines_are_understood(page: Path) -> None:
     assert len(shown) >= 3
     context = click.Context(cli)
     for name, *arguments in shown:
-        cli.get_command(context, name).make_context(name, list(arguments))
+        with suppress(click.exceptions.Exit):  # options that list something and end
+            cli.get_command(context, name).make_context(name, list(arguments))
 
 
 def test_pictures_of_the_pages_are_there_and_small() -> None:

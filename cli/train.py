@@ -1,0 +1,191 @@
+"""``simexplain train``: a network whose distances mean dissimilarity, from a folder of pictures."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from simexplain.data.datasets import DATASETS
+from simexplain.training.datasource import Source
+from simexplain.training.recipes import RECIPES, recipe_named
+from simexplain.training.run_folder import CHECKPOINT, first_process
+from simexplain.training.training import check_extra, train
+
+from .options import aligned, tell_files
+from .train_options import given_settings, training_options
+
+if TYPE_CHECKING:
+    from simexplain.training.recording import Listeners
+    from simexplain.training.result import TrainResult
+
+
+def _list_recipes(context: click.Context, option: click.Parameter, asked: bool) -> None:
+    if asked and not context.resilient_parsing:
+        rows = [(name, recipe.kind, recipe.about) for name, recipe in RECIPES.items()]
+        click.echo(aligned([("recipe", "kind", "what it trains"), *rows]))
+        context.exit()
+
+
+def _show_recipe(context: click.Context, option: click.Parameter, name: str | None) -> None:
+    if name and not context.resilient_parsing:
+        values = recipe_named(name).values.items()
+        shown = [(setting, json.dumps(value), source) for setting, (value, source) in values]
+        click.echo(aligned([("setting", "value", "source"), *shown]))
+        context.exit()
+
+
+@click.command("train")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--force", is_flag=True, help="Replace a run that is in the folder.")
+@click.option("--resume", is_flag=True, help="Go on with the run in the folder, exactly.")
+@click.option("--recipe", type=click.Choice(list(RECIPES)), metavar="NAME",
+              help="Settings of a paper, where none are given.")  # fmt: skip
+@click.option("--list-recipes", is_flag=True, is_eager=True, expose_value=False,
+              callback=_list_recipes, help="List the recipes and end.")  # fmt: skip
+@click.option("--show-recipe", metavar="NAME", is_eager=True, expose_value=False,
+              callback=_show_recipe, help="Show a recipe with its sources and end.")  # fmt: skip
+@click.option("--kind", type=click.Choice(list(DATASETS)),
+              help="What DATA is. [that of the recipe, else folder]")  # fmt: skip
+@click.option("--train-share", type=click.FloatRange(0, 1, min_open=True, max_open=True),
+              default=0.5, show_default=True,
+              help="Classes to train on, where DATA does not say.")  # fmt: skip
+@click.option("--group", metavar="RULE",
+              help="Group of a picture for --grouped: name, or a regular expression"
+              " with one group in parentheses.")  # fmt: skip
+@click.option("--masks", metavar="FOLDER", help="Folder of masks, or alpha.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@training_options
+def command(
+    data: Path,
+    out: Path,
+    force: bool,
+    resume: bool,
+    recipe: str | None,
+    kind: str | None,
+    train_share: float,
+    group: str | None,
+    masks: str | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Train a network so that distances between its embeddings mean dissimilarity.
+
+    DATA is a folder with a sub-folder of pictures for each class (the first half of the classes
+    trains, the rest is held out), or another data set by --kind. Every epoch retrieval is measured
+    and attention is drawn; model.pt is the best model. Examples:
+
+    \b
+      simexplain train pictures/ --out trained
+      simexplain train pictures/ --out trained --mining triplet --gamma 0.05
+      simexplain train CUB/ --recipe avsl-proxyanchor-cub --out cub --devices 2
+      simexplain train pictures/ --out trained --resume
+    """  # noqa: D301 - click wants the backspace character
+    if resume and force:
+        raise click.UsageError("--resume goes on with a run, --force replaces it; say one of them.")
+    check_extra()
+    kind = kind or (recipe_named(recipe).kind if recipe else "folder")
+    source = Source(kind, train_share, group, masks)
+    settings = given_settings(given)
+    try:
+        with _listening(quiet=as_json) as listeners:
+            result = train(
+                data, out=out, source=source, recipe=recipe, resume=resume, force=force,
+                listeners=listeners, **settings,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        _interrupted(out)
+    if not first_process():
+        return
+    if as_json:
+        click.echo(json.dumps(result.to_json(), indent=2, ensure_ascii=False))
+    else:
+        report(result)
+
+
+def _interrupted(out: Path) -> None:
+    """Says how to go on, where there is something to go on with."""
+    if not (out / CHECKPOINT).exists():
+        raise KeyboardInterrupt
+    if first_process():
+        words = [word for word in sys.argv[1:] if word not in ("--resume", "--force")]
+        again = shlex.join(["simexplain", *words, "--resume"])
+        click.echo(f"Error: Interrupted; go on with: {again}", err=True)
+    raise click.exceptions.Exit(130)
+
+
+def report(result: TrainResult) -> None:
+    """Prints what came of it, for a person."""
+    if result.untrained:
+        names = list(result.reached)
+        rows = [
+            (what, *(f"{values[name]:.3f}" for name in names))
+            for what, values in (
+                ("before training", result.untrained),
+                (f"epoch {result.best_epoch}, the best", result.reached),
+            )
+        ]
+        click.echo(aligned([("", *map(_titled, names)), *rows]))
+    tell_files(result.files, result.warnings)
+
+
+def _titled(name: str) -> str:
+    return "MAP@R" if name == "map_at_r" else name.capitalize()
+
+
+def epoch_line(row: dict[str, Any], epochs: int | None = None) -> str:
+    """A row of ``metrics.csv`` in a line."""
+    number = f"epoch {row['epoch']:>3}" + (f"/{epochs}" if epochs else "")
+    said = [number]
+    if "loss" in row:
+        said.append(f"loss {row['loss']:.4f}")
+    said += [f"{_titled(n)} {v:.3f}" for n, v in row.items() if n.startswith(("recall", "map_at"))]
+    return "  ".join([*said, f"{row['seconds']:.0f} s"])
+
+
+@contextmanager
+def _listening(*, quiet: bool) -> Iterator[Listeners | None]:
+    """Bars and a line an epoch on a terminal, the lines alone in a pipe, nothing for JSON."""
+    from simexplain.training.recording import Listeners
+
+    if not sys.stderr.isatty() or not first_process():
+        told = None if quiet or not first_process() else _echo
+        yield Listeners(epoch=told)
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
+        main = bars.add_task("Training", total=None)
+        side = bars.add_task("", visible=False)
+
+        def step(done: int, total: int, loss: float) -> None:
+            bars.update(main, completed=done, total=total, description=f"Training, loss {loss:.4f}")
+
+        def work(what: str, done: int, total: int) -> None:
+            bars.update(side, completed=done, total=total, description=what, visible=done < total)
+
+        def epoch(row: dict[str, Any]) -> None:
+            bars.console.print(epoch_line(row), highlight=False, soft_wrap=True)
+
+        yield Listeners(step, epoch, work)
+
+
+def _echo(row: dict[str, Any]) -> None:
+    click.echo(epoch_line(row))
+    sys.stdout.flush()

@@ -1,0 +1,219 @@
+"""The training step for lightning: one objective, frozen statistics, chance from the step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from simexplain.errors import ModelError
+from simexplain.losses.everyone import Everyone
+from simexplain.losses.objective import Objective
+from simexplain.models.base import SimilarityModel
+from simexplain.training.optimising import (
+    clip_groups,
+    drop_idle,
+    mining_factor,
+    optimiser_for,
+    set_rates,
+)
+from simexplain.training.options import TrainOptions
+from simexplain.training.place import Place, step_seed
+
+Batches = Callable[[int], Sequence[Sequence[Any]]]
+"""All batches of an epoch, as indices of the training set; always as many."""
+
+
+class Recording(Protocol):
+    """What a module tells of its run; all three may take their time."""
+
+    def begun(self, module: TrainingModule) -> None:
+        """Before the first step."""
+
+    def stepped(self, module: TrainingModule) -> None:
+        """After every step."""
+
+    def epoch_over(self, module: TrainingModule) -> None:
+        """After the last step of an epoch; the place has turned."""
+
+
+class TrainingModule(LightningModule):  # type: ignore[misc]
+    """Trains a model on an objective; use it in any lightning ``Trainer``.
+
+    Give the trainer ``use_distributed_sampler=False`` and ``reload_dataloaders_every_n_epochs=1``:
+    batches come whole from ``batches`` and are shared by the processes in the order of ranks, and
+    the first loader begins where :attr:`place` says. Nothing is drawn but from the seed, the epoch
+    and the step, so that a run that goes on from a place is the run that never stopped.
+
+    Attributes:
+        model: What is trained.
+        objective: On what.
+        options: How.
+        place: Where the run is.
+        record: Told of what happens.
+        steps: Of an epoch.
+        latest: The losses of the last step by name, means over all processes.
+        means: Those of the last epoch.
+    """
+
+    def __init__(
+        self,
+        model: SimilarityModel,
+        objective: Objective,
+        options: TrainOptions,
+        *,
+        data: Dataset[Any],
+        batches: Batches,
+        record: Recording | None = None,
+    ) -> None:
+        """Takes what is trained.
+
+        Args:
+            model: In any mode; while it trains it is in training mode.
+            objective: Its terms named ``mining`` and ``bce_mining`` follow the mining schedule.
+            options: How.
+            data: The training set; items have ``image``, ``label`` and maybe ``mask``.
+            batches: All batches of an epoch; every epoch has as many as the first.
+            record: Told of what happens, in the first process alone.
+        """
+        super().__init__()
+        self.model, self.objective, self.options = model, objective, options
+        self.place, self.record = Place(), record
+        self.latest: dict[str, Tensor] = {}
+        self.means: dict[str, float] = {}
+        self._resumed: dict[str, Any] | None = None
+        self._data, self._batches = data, batches
+        self.steps = len(batches(0))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimiser; learning rates are set at every step, so there is no scheduler."""
+        return optimiser_for(self.model, self.objective, self.options)
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """What is left of the present epoch, this process's share of every batch."""
+        everyone = Everyone.present()
+        rest = self._batches(self.place.epoch)[self.place.batch :]
+        return DataLoader(
+            self._data,
+            batch_sampler=[share(batch, everyone) for batch in rest],
+            num_workers=self.options.workers,
+            # Workers' seeds are drawn even where none is used; not from the caller's state.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Learning rates and seed of this step, modes of the layers."""
+        optimiser = self.optimizers(use_pl_optimizer=False)
+        set_rates(optimiser, self.options, self.place.step, self.steps)
+        torch.manual_seed(step_seed(self.options.seed, self.place.step, self.global_rank))
+        set_training(self.model, freeze_bn=self.options.freeze_bn)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        losses = self._present()(
+            self.model,
+            batch["image"],
+            batch["label"],
+            masks=batch.get("mask"),
+            seed=step_seed(self.options.seed, self.place.step),
+        )
+        total: Tensor = losses.total
+        self.latest = {"loss": total.detach(), **losses.parts, **self._inner_parts()}
+        return total
+
+    def _inner_parts(self) -> dict[str, Tensor]:
+        """What terms tell of their own parts, such as the levels of AVSL."""
+        return {
+            f"{name}/{part}": value.detach()
+            for name, term in self.objective.terms.items()
+            for part, value in getattr(term, "latest", {}).items()
+        }
+
+    def _present(self) -> Objective:
+        """The terms that count at this step, with their weights at it."""
+        factor = mining_factor(self.options, self.place.step, self.steps)
+        weights = {
+            name: weight * (factor if name in ("mining", "bce_mining") else 1.0)
+            for name, weight in self.objective.weights.items()
+        }
+        terms: dict[str, Any] = dict(self.objective.terms.items())
+        return Objective({name: (w, terms[name]) for name, w in weights.items() if w})
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Warm-up of the heads: the network gets no gradient, nor do its moments."""
+        drop_idle(optimizer)
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any
+    ) -> None:
+        """Each group by itself."""
+        clip_groups(optimizer, self.options.clip)
+
+    def on_train_start(self) -> None:
+        """Goes on where the state says, if there is one, and tells the record."""
+        if self._resumed is not None:
+            self.optimizers(use_pl_optimizer=False).load_state_dict(self._resumed["optimiser"])
+            self.trainer.precision_plugin.load_state_dict(self._resumed["precision"])
+            self._resumed = None
+        self._tell("begun")
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Counts the step."""
+        everyone = Everyone.present()
+        self.latest = {name: everyone.mean(value) for name, value in self.latest.items()}
+        if not bool(self.latest["loss"].isfinite()):
+            raise ModelError(
+                f"The loss is no longer finite at step {self.place.step + 1}; begin anew with "
+                "smaller learning rates (--lr, --head-lr, --proxy-lr) or with --clip."
+            )
+        self.place.count(self.latest)
+        self._tell("stepped")
+
+    def on_train_epoch_end(self) -> None:
+        """Turns to the next epoch."""
+        self.means = self.place.means()
+        self.place.turn()
+        self._tell("epoch_over")
+
+    def _tell(self, what: str) -> None:
+        """The first process records; the others wait for it where that takes long."""
+        if self.record is not None and self.trainer.is_global_zero:
+            getattr(self.record, what)(self)
+        if what != "stepped":
+            self.trainer.strategy.barrier()
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values from which :meth:`restore` goes on exactly here."""
+        return {
+            "model": self.model.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimiser": self.optimizers(use_pl_optimizer=False).state_dict(),
+            "precision": self.trainer.precision_plugin.state_dict(),
+            "place": self.place.to_state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from :meth:`state`; call it before the trainer starts."""
+        self.model.load_state_dict(state["model"])
+        self.objective.load_state_dict(state["objective"])
+        self.place = Place.from_state(state["place"])
+        self._resumed = state
+
+
+def share(batch: Sequence[Any], everyone: Everyone) -> list[Any]:
+    """The part of a batch that one process computes; those of all ranks in order are the batch."""
+    each = len(batch) // everyone.world
+    return list(batch[everyone.rank * each : (everyone.rank + 1) * each])
+
+
+def set_training(model: nn.Module, *, freeze_bn: bool) -> None:
+    """Training mode, with batch norm on its own statistics where they are frozen."""
+    model.train()
+    if freeze_bn:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = False

@@ -1,0 +1,70 @@
+"""Where a run is: everything from which it goes on exactly as if it had never stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Place:
+    """The progress of a run; the only state beside tensors of model, objective and optimiser.
+
+    Attributes:
+        epoch: Epochs that are over.
+        batch: Batches of the present epoch that are over.
+        step: Steps taken in all.
+        sums: Of the losses of the present epoch by name, in double precision.
+        rows: What was measured after each epoch, plain JSON values.
+        best: The best score so far, or None.
+        best_epoch: Its epoch; 0 for none.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    best: float | None = None
+    best_epoch: int = 0
+
+    def count(self, losses: Mapping[str, Tensor]) -> None:
+        """Notes one step and its losses."""
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, torch.zeros(())).to(value.device) + value.double()
+        self.batch += 1
+        self.step += 1
+
+    def means(self) -> dict[str, float]:
+        """The mean of each loss over the present epoch so far."""
+        # Terms that began within the epoch are averaged over all of it, as they were added.
+        return {name: float(value) / max(1, self.batch) for name, value in self.sums.items()}
+
+    def turn(self) -> None:
+        """The epoch is over."""
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
+
+    def to_state(self) -> dict[str, Any]:
+        """Tensors and plain values from which :meth:`from_state` makes an equal object."""
+        sums = {name: value.detach().cpu() for name, value in self.sums.items()}
+        return {**vars(self), "sums": sums, "rows": [dict(row) for row in self.rows]}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Place:
+        """The counterpart of :meth:`to_state`."""
+        return cls(**{**state, "rows": [dict(row) for row in state["rows"]]})
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The seed of one step, from the run's: all chance of a step depends on nothing else.
+
+    Args:
+        seed: Of the run.
+        step: Steps taken before.
+        rank: Of the process, where processes shall draw differently.
+    """
+    return (seed * 1_000_003 + step * 1_009 + rank) % 2**63

@@ -1,0 +1,180 @@
+"""What a run writes while it trains: rows, models, checkpoints, maps, and what it tells."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from simexplain.data.dataset_split import DataSplit
+from simexplain.data.folders import Record
+from simexplain.evaluation.retrieval import evaluate_retrieval
+from simexplain.models.avsl import AVSL
+from simexplain.models.base import SimilarityModel
+from simexplain.models.writing import save_model
+from simexplain.training.module import TrainingModule
+from simexplain.training.options import TrainOptions, best_column
+from simexplain.training.place import Place
+from simexplain.training.run_folder import ATTENTION, LAST, MODEL, TENSORBOARD, RunFolder
+from simexplain.training.watching import attention_picture
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Listeners:
+    """Whom a run tells how it goes; each may be None.
+
+    Attributes:
+        step: Called after every step with the steps done, those of the whole run, and the loss.
+        epoch: Called with every row of ``metrics.csv``.
+        work: Called with other work by name, how far it is, and how far it goes.
+    """
+
+    step: Callable[[int, int, float], None] | None = None
+    epoch: Callable[[Row], None] | None = None
+    work: Callable[[str, int, int], None] | None = None
+
+
+@dataclass
+class Recorder:
+    """Notes a run in its folder; only the first of several processes does.
+
+    Attributes:
+        folder: Where to.
+        split: The data, for the evaluation.
+        options: Of the run.
+        watched: The triplets whose maps are drawn.
+        known: What else every checkpoint says, plain values.
+        listeners: Whom it tells.
+        writer: Of TensorBoard, once the run has begun and where it is installed.
+    """
+
+    folder: RunFolder
+    split: DataSplit
+    options: TrainOptions
+    watched: Sequence[tuple[Record, Record, Record]]
+    known: Mapping[str, Any]
+    listeners: Listeners = field(default_factory=Listeners)
+    writer: Any = None
+    _begun: float = field(default_factory=time.monotonic)
+
+    def begun(self, module: TrainingModule) -> None:
+        """Before the first step: the untrained network's row, and a checkpoint to resume from."""
+        self.writer = _tensorboard(self.folder, module.place.step)
+        if not module.place.rows:
+            row: Row = {"epoch": 0, "step": 0, "seconds": 0.0}
+            self._tell(module.place, {**row, **self.measured(module.model)})
+            self._draw(module.model, 0)
+            self.keep(module)
+        self._begun = time.monotonic()
+
+    def stepped(self, module: TrainingModule) -> None:
+        """After a step within an epoch."""
+        place, every = module.place, self.options.checkpoint_every
+        loss = float(module.latest["loss"])
+        if self.listeners.step is not None:
+            self.listeners.step(place.step, module.steps * self.options.epochs, loss)
+        if self.writer is not None:
+            values = {f"train/{name}": float(value) for name, value in module.latest.items()}
+            self._log({**values, **_rates(module)}, place.step)
+        # The last step of an epoch is kept with what is measured after it.
+        if every and place.step % every == 0 and place.batch < module.steps:
+            self.keep(module)
+
+    def epoch_over(self, module: TrainingModule) -> None:
+        """After the last step of an epoch, which the place has turned already."""
+        place = module.place
+        row: Row = {
+            "epoch": place.epoch,
+            "step": place.step,
+            "seconds": round(time.monotonic() - self._begun, 3),
+            **{f"loss/{name}".replace("loss/loss", "loss"): v for name, v in module.means.items()},
+            **_rates(module),
+        }
+        if place.epoch % self.options.eval_every == 0 or place.epoch == self.options.epochs:
+            row |= self.measured(module.model)
+            self._draw(module.model, place.epoch)
+            self._improve(module, self.score(row))
+        self._save(module, LAST)
+        self._tell(place, row)
+        self.keep(module)
+        self._begun = time.monotonic()
+
+    def measured(self, model: SimilarityModel) -> Row:
+        """Recall@K and MAP@R on the held-out pictures; nothing where there are none."""
+        if not self.split.queries:
+            return {}
+        found = evaluate_retrieval(
+            model,
+            self.split.queries,
+            self.split.gallery,
+            ks=self.options.ks,
+            grouped=self.options.grouped,
+            batch_size=max(32, self.options.batch_size),
+            progress=self.listeners.work,
+        )
+        recalls = {f"recall@{k}": value for k, value in found.recall.items()}
+        return {**recalls, "map_at_r": found.map_at_r}
+
+    def score(self, row: Row) -> float:
+        """What the best model is chosen by; without held-out pictures it is the last one."""
+        if not self.split.queries:
+            return float(row["epoch"])
+        return float(row[best_column(self.options)])
+
+    def keep(self, module: TrainingModule) -> None:
+        """Everything from which the run can go on."""
+        self.folder.write_checkpoint({**self.known, **module.state()})
+        if self.writer is not None:
+            self.writer.flush()
+
+    def _improve(self, module: TrainingModule, reached: float) -> None:
+        place = module.place
+        if place.best is None or reached > place.best:
+            place.best, place.best_epoch = reached, place.epoch
+            self._save(module, MODEL)
+
+    def _save(self, module: TrainingModule, name: str) -> None:
+        model = module.model
+        if isinstance(model, AVSL):
+            model.report = {"epochs": module.place.epoch, "steps": module.place.step}
+        save_model(model, self.folder.path / name)
+
+    def _draw(self, model: SimilarityModel, epoch: int) -> None:
+        if self.watched:
+            title = f"Attention on validation triplets after epoch {epoch} of {self.options.epochs}"
+            picture = attention_picture(model, self.watched, title=title)
+            self.folder.write(f"{ATTENTION}/epoch_{epoch:03d}.png", picture)
+
+    def _tell(self, place: Place, row: Row) -> None:
+        place.rows.append(row)
+        self.folder.write_rows(place.rows)
+        if self.writer is not None:
+            measured = {f"test/{n}": v for n, v in row.items() if n.startswith(("recall", "map"))}
+            self._log(measured, place.step)
+        if self.listeners.epoch is not None:
+            self.listeners.epoch(row)
+
+    def _log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+
+def _tensorboard(folder: RunFolder, step: int) -> Any:
+    """A writer that forgets what an interrupted run wrote after this step; None without one."""
+    if find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder.path / TENSORBOARD), purge_step=step + 1)
+
+
+def _rates(module: TrainingModule) -> dict[str, float]:
+    """The learning rate of each group at the last step."""
+    optimiser: torch.optim.Optimizer = module.optimizers(use_pl_optimizer=False)
+    return {f"lr/{group['name']}": group["lr"] for group in optimiser.param_groups}

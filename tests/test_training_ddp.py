@@ -1,0 +1,146 @@
+"""Two processes that share every batch train the network that one process trains."""
+
+from __future__ import annotations
+
+import csv
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lightning")
+pytest.importorskip("pytorch_metric_learning")
+
+import torch
+from cli_runs import environment
+from training_cases import TINY, state_of, striped
+
+from simexplain.errors import ModelError
+from simexplain.losses.everyone import Everyone
+from simexplain.training.module import share
+from simexplain.training.options import TrainOptions
+from simexplain.training.training import train
+
+if not torch.distributed.is_available():
+    pytest.skip("PyTorch was built without torch.distributed", allow_module_level=True)
+
+# Plain gradient descent, since Adam would hide a gradient that is twice as large.
+CASES: dict[str, dict[str, Any]] = {
+    "mining": {
+        "mining": "triplet", "mining_start": 1, "warmup_epochs": 1, "bce": 0.1,
+        "optimiser": "sgd", "lr": 0.05, "head_lr": 0.05, "proxy_lr": 0.05,
+    },
+    "avsl": {
+        "avsl": True, "loss": "proxy_anchor", "optimiser": "sgd", "lr": 1e-3, "head_lr": 1e-3,
+        "clip": 10.0,
+    },
+}  # fmt: skip
+SCRIPT = """
+import json, sys, torch
+torch.set_num_threads(1)
+from simexplain.training.training import train
+if __name__ == "__main__":
+    data, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    result = train(data, out=out, devices=2, **settings)
+    print("ended", result.best_epoch, len(result.rows))
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return striped(tmp_path_factory.mktemp("data"))
+
+
+def trained_by_two(data: Path, out: Path, settings: dict[str, Any]) -> str:
+    """Runs the script as a user would; lightning starts the second process from it."""
+    script = out.parent / "script.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    done = subprocess.run(
+        [sys.executable, script, data, out, json.dumps(settings)],
+        env={**environment(), "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def rows_of(out: Path) -> list[dict[str, str]]:
+    with (out / "metrics.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(case: str, data: Path, tmp_path: Path) -> None:
+    settings = {**TINY, "steps": 3, **CASES[case]}
+    alone = train(data, out=tmp_path / "one", **settings)
+    said = trained_by_two(data, tmp_path / "two", settings)
+    assert said.count(f"ended {alone.best_epoch} 3") == 2, said
+    one, two = state_of(tmp_path / "one" / "last.pt"), state_of(tmp_path / "two" / "last.pt")
+    begun = state_of_untrained(settings)
+    moved = max(float((one[n] - begun[n]).abs().max()) for n in begun)
+    assert moved > 1e-3, moved
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-3 * moved, msg=name)
+    for first, second in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
+        if first["epoch"] != "0":
+            assert float(second["loss"]) == pytest.approx(float(first["loss"]), rel=1e-3)
+    # What several began one can go on with, since a checkpoint knows nothing of processes.
+    longer = train(data, out=tmp_path / "two", resume=True, devices=1, epochs=3)
+    assert [row["epoch"] for row in longer.rows] == [0, 1, 2, 3]
+
+
+def state_of_untrained(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    from simexplain.training.building import build_model
+
+    model = build_model(TrainOptions(**settings))
+    own = model.base.network if settings.get("avsl") else model.network
+    return {n: t for n, t in own.state_dict().items() if t.is_floating_point()}
+
+
+def test_the_shares_of_a_batch_are_the_batch() -> None:
+    batch = list(range(12))
+    parts = [share(batch, Everyone(rank, 3)) for rank in range(3)]
+    assert parts[0] + parts[1] + parts[2] == batch
+    with pytest.raises(ModelError, match="3 processes can share evenly"):
+        TrainOptions(classes=4, each=2, devices=3)
+
+
+def test_the_command_line_starts_two_processes_and_speaks_once(data: Path, tmp_path: Path) -> None:
+    given = [
+        "--backbone", "timm:test_efficientnet", "--no-pretrained", "--size", "32", "--embedding",
+        "12", "--classes", "4", "--each", "2", "--epochs", "1", "--watch", "0", "--steps", "2",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "simexplain", "train", data, "--out", tmp_path / "run",
+            "--accelerator", "cpu", "--devices", "2", "--json", *given,
+        ],
+        env={**environment(), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["best_epoch"] == 1
+    assert done.stderr == ""
+
+
+def test_parameters_without_a_part_in_the_embedding_are_found() -> None:
+    from simexplain.training.building import build_model
+    from simexplain.training.fitting_loop import has_idle
+
+    plain = build_model(TrainOptions(**TINY))
+    assert not has_idle(plain)
+    plain.network.extra = torch.nn.Linear(2, 2)
+    assert has_idle(plain)
+    full = {**TINY, "avsl": True, "loss": "proxy_anchor"}
+    model = build_model(TrainOptions(**full))
+    lower = build_model(TrainOptions(**full, levels=model.levels[:2]))
+    assert has_idle(lower)
+    assert has_idle(build_model(TrainOptions(**full, ablation="+M")))
+    assert all(parameter.grad is None for parameter in lower.parameters())

@@ -1,0 +1,181 @@
+"""A run that was killed and resumed is the run that was never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lightning")
+pytest.importorskip("pytorch_metric_learning")
+
+import torch
+from cli_runs import environment
+from training_cases import TINY, same, state_of, striped
+
+from simexplain.errors import ModelError, OutputError
+from simexplain.training.datasource import Source
+from simexplain.training.recording import Listeners
+from simexplain.training.training import train
+
+CASES: dict[str, dict[str, Any]] = {
+    "mining": {
+        "mining": "triplet", "augmentation": "avsl", "warmup_epochs": 1, "schedule": "cosine",
+        "freeze_bn": False, "mining_warmup": 2,
+    },
+    "avsl": {"avsl": True, "loss": "margin", "optimiser": "adam", "schedule": "step", "clip": 1.0},
+    "proxies": {"loss": "proxy_anchor", "optimiser": "sgd", "precision": "bf16", "bce": 0.1},
+}  # fmt: skip
+EVERY = {**TINY, "checkpoint_every": 2, "steps": 5, "watch": 1}
+KILLED = """
+import json, os, signal, sys, torch
+torch.set_num_threads(1)
+from simexplain.training.recording import Listeners
+from simexplain.training.training import train
+data, out, settings, at = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
+def step(done, total, loss):
+    if done == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+train(data, out=out, listeners=Listeners(step=step), **settings)
+"""
+
+
+class Killed(BaseException):
+    """Nothing catches it but the test."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return striped(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def rows_of(out: Path) -> list[dict[str, str]]:
+    with (out / "metrics.csv").open(encoding="utf-8") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    for name in ("model.pt", "last.pt"):
+        assert same(state_of(first / name), state_of(second / name)), name
+    assert rows_of(first) == rows_of(second)
+    for picture in (first / "attention").iterdir():
+        assert picture.read_bytes() == (second / "attention" / picture.name).read_bytes()
+    files = [run / "checkpoints" / "last.ckpt" for run in (first, second)]
+    ends = [torch.load(file, weights_only=True) for file in files]
+    assert ends[0]["place"]["step"] == ends[1]["place"]["step"] == 10
+    assert same(ends[0]["objective"], ends[1]["objective"])
+    moments = [end["optimiser"]["state"] for end in ends]
+    assert moments[0].keys() == moments[1].keys()
+    assert all(same(_tensors(moments[0][key]), _tensors(moments[1][key])) for key in moments[0])
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_interrupted_at_any_step_and_resumed_it_is_the_same(
+    case: str, data: Path, tmp_path: Path
+) -> None:
+    """Stopped again and again: within an epoch, after its last step, right after a checkpoint."""
+    settings = {**EVERY, **CASES[case]}
+    train(data, out=tmp_path / "whole", **settings)
+    for at in (1, 4, 5, 8, 10):
+
+        def step(done: int, total: int, loss: float, at: int = at) -> None:
+            if done == at:
+                raise Killed
+
+        with pytest.raises(Killed):
+            train(
+                data, out=tmp_path / "parts", resume=at > 1, listeners=Listeners(step=step),
+                **settings,
+            )  # fmt: skip
+    train(data, out=tmp_path / "parts", resume=True)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_killed_and_resumed_it_is_the_same(data: Path, tmp_path: Path) -> None:
+    """The real thing: SIGKILL at a step that nobody chose, reading in a worker process."""
+    settings = {**EVERY, **CASES["mining"]}
+    train(data, out=tmp_path / "whole", **settings)
+    at = random.SystemRandom().randint(1, 9)
+    done = subprocess.run(
+        [
+            sys.executable, "-c", KILLED, data, tmp_path / "killed",
+            json.dumps({**settings, "workers": 1}), str(at),
+        ],
+        env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "killed" / "results.json").exists()
+    train(data, out=tmp_path / "killed", resume=True, workers=0)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(data, out=out, **{**TINY, "epochs": 1})
+    return out
+
+
+def test_resuming_a_finished_run_gives_its_result(data: Path, finished: Path) -> None:
+    before = {p: p.read_bytes() for p in finished.rglob("*.pt")}
+    result = train(data, out=finished, resume=True)
+    assert result.best_epoch == 1
+    assert before == {p: p.read_bytes() for p in finished.rglob("*.pt")}
+
+
+def test_a_recipe_may_be_named_again(data: Path, tmp_path: Path) -> None:
+    """As the advice after Ctrl-C does: the same line with --resume."""
+    more = {k: v for k, v in TINY.items() if k not in ("classes", "epochs")}
+    source = Source(group="name")
+    given = {"recipe": "emoji-triplet", "source": source, **more, "classes": 0}
+    begun = train(data, out=tmp_path / "run", **given, epochs=1)
+    assert begun.options.classes == 4
+    again = train(data, out=tmp_path / "run", resume=True, **given, epochs=2)
+    assert again.options.classes == 4
+    assert len(again.rows) == 3
+
+
+def test_a_run_can_be_made_longer(data: Path, tmp_path: Path) -> None:
+    train(data, out=tmp_path / "run", **{**TINY, "epochs": 1})
+    longer = train(data, out=tmp_path / "run", resume=True, epochs=2)
+    whole = train(data, out=tmp_path / "whole", **TINY)
+    assert [row["recall@1"] for row in longer.rows] == [row["recall@1"] for row in whole.rows]
+    assert same(state_of(tmp_path / "run/last.pt"), state_of(tmp_path / "whole/last.pt"))
+
+
+def test_what_cannot_be_resumed_is_refused(data: Path, finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="leave --resume away"):
+        train(data, out=tmp_path / "none", resume=True)
+    with pytest.raises(ModelError, match=r"begun with lr=0\.0001, and cannot go on with 0\.5"):
+        train(data, out=finished, resume=True, lr=0.5)
+    other = striped(tmp_path / "other", classes=10)
+    with pytest.raises(OutputError, match="on other pictures"):
+        train(other, out=finished, resume=True)
+    with pytest.raises(OutputError, match="holds a run already"):
+        train(data, out=finished, **TINY)
+
+
+def test_a_damaged_checkpoint_is_told(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(b"PK no checkpoint")
+    with pytest.raises(OutputError, match=r"damaged.*say --force"):
+        train(data, out=tmp_path / "run", resume=True)
