@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from avsl_cases import small_avsl
 from conftest import SharedNet
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -152,7 +153,8 @@ def test_maps_are_those_of_similarity_attention(linear) -> None:
     explained = SimilarityAttention()(linear, images, ["body"])
     traced = trace(linear, flat, ("body",), differentiable=True)
     weights = explained.weights.unsqueeze(1).expand(-1, 3, -1).flatten(0, 1)
-    maps = attention_maps(traced, linear.network, "body", torch.arange(6), weights)
+    rows, which = traced.embeddings, torch.arange(6)
+    maps = attention_maps(traced, rows, linear.network, "body", which, weights)
     assert torch.allclose(images.restacked(maps), explained.maps, atol=1e-10)
 
 
@@ -303,6 +305,34 @@ def test_without_the_mask_in_the_graph_the_gradient_differs(linear) -> None:
     assert torch.allclose(stopped, SimilarityMiningLoss(layer="body").on(linear, images))
     cut = torch.autograd.grad(stopped, parameters)
     assert not torch.allclose(through[0], cut[0], rtol=1e-3)
+
+
+def test_mining_on_avsl_takes_all_levels_as_one_embedding() -> None:
+    """Both papers at once: unit rows of all levels, maps at the top level, by plain autograd."""
+    model = small_avsl()
+    images = Comparison.triplet(*pictures(6, 32).chunk(3))
+    found = SimilarityMiningLoss(layer="stage3").on(model, images)
+
+    def unit(batch: Tensor) -> tuple[Tensor, Tensor]:
+        maps = model.feature_maps(batch)
+        levels = model.unpacked(model.rows(maps)).embeddings
+        return torch.cat(levels, dim=1) / 3**0.5, maps[-1]
+
+    total = torch.zeros((), dtype=torch.float64)
+    for stack in images.stacked():
+        a, p, n = unit(stack)[0].detach()
+        weights = (1 - (a - p).abs()) * (a - n).abs()
+        masked = []
+        for image in stack:
+            row, grid = unit(image[None])
+            slope = torch.autograd.grad((row[0] * weights).sum(), grid, create_graph=True)[0]
+            heat = (slope.mean(dim=(2, 3), keepdim=True) * grid).sum(dim=1).relu()
+            masked.append(soft_mask(image[None], heat)[0])
+        a, p, n = unit(torch.stack(masked))[0]
+        total = total + ((a - p).norm() - (a - n).norm()).abs()
+    assert torch.allclose(found, total / images.batch, atol=1e-10)
+    found.backward()
+    assert all(weight.grad is not None for weight, _ in model.weights[1:])
 
 
 def test_stopping_at_the_mask_works_without_a_linear_end(linear, monkeypatch) -> None:

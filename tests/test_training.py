@@ -322,7 +322,7 @@ def test_wrong_settings_are_refused_in_one_sentence() -> None:
         {"loss": "none"}, {"epochs": 0}, {"lr": -1.0}, {"ks": ()}, {"size": (0, 3)}, {"classes": 1},
         {"devices": 3, "classes": 4}, {"warmup_epochs": 99}, {"bce_mining": 1.0},
         {"lr": "fast"}, {"k": 1.5},
-        {"avsl": 1}, {"avsl": True, "mining": "triplet"}, {"avsl": True, "loss": "quadruplet"},
+        {"avsl": 1}, {"avsl": True, "bce": 0.1}, {"avsl": True, "loss": "quadruplet"},
         {"lr": math.inf}, {"precision": "16", "accelerator": "cpu"}, {"size": 224},
         {"learning": 1}, {"lr": math.nan}, {"ks": (1, 0)},
         {"ks": ("1",)}, {"size": (1, 2, 3)},

@@ -55,12 +55,13 @@ def last_linear(network: nn.Module) -> nn.Linear | None:
 
 
 def attention_maps(
-    traced: Trace, network: nn.Module, layer: str, which: Tensor, weights: Tensor
+    traced: Trace, rows: Tensor, network: nn.Module, layer: str, which: Tensor, weights: Tensor
 ) -> Tensor:
     """The maps of some images of a pass for a score ``w . f`` each, non-negative (Eq. 2).
 
     Args:
         traced: The pass, opened at the layer.
+        rows: Unit rows of its images ``(M,E)``, in the graph.
         network: Where the linear head is looked for.
         layer: Its name.
         which: Places of the images in the pass ``(m,)``, each at most once.
@@ -69,8 +70,7 @@ def attention_maps(
     Returns:
         ``(m,h,w)``, differentiable with respect to everything below the layer and to the head.
     """
-    activations, rows = traced.maps[layer], traced.embeddings
-    weights = weights.detach()
+    activations, weights = traced.maps[layer], weights.detach()
     for head in _candidates(network):
         found = linear_maps(activations[which], head, rows[which], weights)
         if found is not None:

@@ -97,8 +97,8 @@ class ClassificationLoss(Term):
         Raises:
             ModelError: If labels or embeddings do not fit the head.
         """
-        self.head.check(batch.embeddings, batch.labels)
-        scores = self.head(batch.embeddings)
+        self.head.check(batch.units, batch.labels)
+        scores = self.head(batch.units)
         targets = F.one_hot(batch.labels.long(), self.head.classes)
         return F.binary_cross_entropy_with_logits(scores, targets.to(scores))
 
@@ -145,10 +145,10 @@ class ClassificationMiningLoss(Term):
             ModelError: If labels or embeddings do not fit the head.
             ComparisonError: If the batch has no such comparison.
         """
-        self.head.check(batch.embeddings, batch.labels)
+        self.head.check(batch.units, batch.labels)
         chosen = self.options
         tuples = disjoint_tuples(
-            batch.embeddings,
+            batch.units,
             batch.labels,
             chosen.arch,
             share=chosen.share,

@@ -95,9 +95,7 @@ class AttentionMaskLoss(Term):
             ComparisonError: If the batch has no such comparison.
             ModelError: If a mask leaves [0, 1].
         """
-        tuples = disjoint_tuples(
-            batch.embeddings, batch.labels, self.arch, generator=batch.generator
-        )
+        tuples = disjoint_tuples(batch.units, batch.labels, self.arch, generator=batch.generator)
         own = Own.of(batch, tuples.places.flatten())
         weights = tuple_weights(batch, tuples, self.weights)
         maps = at_least_single(own_maps(batch, own, weights, self.layers(batch.model)[0]))

@@ -13,7 +13,7 @@ from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.losses.attention import attention_maps, scaled_images
 from simexplain.losses.masking import soft_mask
-from simexplain.losses.objective import Batch, Term
+from simexplain.losses.objective import Batch, Term, unit_rows
 from simexplain.losses.tuples import Tuples, disjoint_tuples
 from simexplain.methods.weights import scaled_weights, weight_rule
 from simexplain.models.base import SimilarityModel
@@ -128,7 +128,7 @@ class SimilarityMiningLoss(Term):
         """The loss of the comparisons that :func:`disjoint_tuples` finds in the batch."""
         chosen = self.options
         tuples = disjoint_tuples(
-            batch.embeddings,
+            batch.units,
             batch.labels,
             chosen.arch,
             share=chosen.share,
@@ -158,7 +158,7 @@ def mined(batch: Batch, tuples: Tuples, options: MiningOptions, layer: str) -> T
 
 def tuple_weights(batch: Batch, tuples: Tuples, rule: str) -> Tensor:
     """The weight vector of its comparison for each image of all comparisons ``(T*K,E)``."""
-    weights = scaled_weights(tuples.of(batch.embeddings.detach()), rule)[0]
+    weights = scaled_weights(tuples.of(batch.units.detach()), rule)[0]
     return weights.unsqueeze(1).expand(-1, tuples.places.shape[1], -1).flatten(0, 1)
 
 
@@ -173,7 +173,9 @@ def own_maps(batch: Batch, own: Own, weights: Tensor, layer: str) -> Tensor:
     """
     if not len(own.which):  # the other processes have all images of this step's comparisons
         return batch.traced.maps[layer][own.which].sum(dim=1)
-    return attention_maps(batch.traced, batch.model.network, layer, own.which, weights[own.order])
+    rows = unit_rows(batch.model, batch.traced.embeddings)
+    network = batch.model.network
+    return attention_maps(batch.traced, rows, network, layer, own.which, weights[own.order])
 
 
 def mined_along(
@@ -193,7 +195,7 @@ def mined_along(
         maps = own_maps(batch, own, weights, layer)
     images = batch.images[own.which]
     masked = soft_mask(images, maps, alpha=options.alpha, beta=options.beta)
-    hidden = batch.embeddings.new_zeros(0, batch.embeddings.shape[1])
+    hidden = batch.units.new_zeros(0, batch.units.shape[1])
     if len(masked):
         hidden = embed_again(batch.model, scaled_images(masked, options.masked_scale))
     stack = own.together(batch, hidden).view(*tuples.places.shape, -1)
@@ -232,14 +234,14 @@ class Own:
 
 
 def embed_again(model: SimilarityModel, images: Tensor) -> Tensor:
-    """Embeddings of masked images, which must not move batch-norm statistics.
+    """Unit embeddings of masked images, which must not move batch-norm statistics.
 
     Raises:
         ModelError: If the model cannot take images of this size.
     """
     with _statistics_kept(model):
         try:
-            return model.embed(images)
+            return unit_rows(model, model.embed(images))
         except RuntimeError as error:
             if "size" not in str(error):
                 raise

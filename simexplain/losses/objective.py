@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,23 @@ class Batch:
     def start(self) -> int:
         """Where the images of this process start among those of all."""
         return self.everyone.rank * len(self.images)
+
+    @property
+    def units(self) -> Tensor:
+        """Unit rows of all processes ``(N,D)``, also of a model whose own rows are more."""
+        return unit_rows(self.model, self.embeddings)
+
+
+def unit_rows(model: SimilarityModel, rows: Tensor) -> Tensor:
+    """Embeddings of unit length ``(M,D)`` from a model's rows ``(M,E)``.
+
+    For AVSL those of all levels side by side, so that their squared distance is the mean of the
+    levels'; any other model's rows are such embeddings.
+    """
+    if not isinstance(model, AVSL):
+        return rows
+    levels = model.unpacked(rows).embeddings
+    return torch.cat(levels, dim=1) / math.sqrt(len(levels))
 
 
 class Term(nn.Module, ABC):

@@ -166,7 +166,6 @@ class TrainOptions:
                 "Expected a classifier for Grad-CAM mining, got bce of 0; give --bce a weight."
             )
         plain = [name for name in ("bce", "bce_mining") if getattr(self, name)]
-        plain += ["mining"] * (self.mining != "none")
         able = avsl_losses()
         if self.avsl and self.loss not in able:
             raise ModelError(f"Expected a loss of {', '.join(able)} for AVSL, got '{self.loss}'.")
