@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import log
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simexplain.errors import ModelError
-from simexplain.losses.mining import MiningOptions, mined_along
+from simexplain.losses.mining import MiningOptions, MiningTerm, mined_along
 from simexplain.losses.objective import Batch, Term
-from simexplain.losses.tuples import disjoint_tuples
-from simexplain.models.base import SimilarityModel
 
 
 class ClassHead(nn.Module):
@@ -103,7 +100,7 @@ class ClassificationLoss(Term):
         return F.binary_cross_entropy_with_logits(scores, targets.to(scores))
 
 
-class ClassificationMiningLoss(Term):
+class ClassificationMiningLoss(MiningTerm):
     """``L_bce-sm`` (section 4.1): similarity mining with Grad-CAM maps of the image's own class.
 
     The same as :class:`~simexplain.losses.mining.SimilarityMiningLoss`, but that the maps are
@@ -130,29 +127,17 @@ class ClassificationMiningLoss(Term):
             options: Of the mining; ``weights`` is not read.
             **changes: Of single options.
         """
-        super().__init__()
+        super().__init__(options, **changes)
         self.head = head
-        self.options = replace(options or MiningOptions(), **changes)  # type: ignore[arg-type]
-
-    def layers(self, model: SimilarityModel) -> tuple[str, ...]:
-        """The layer of the maps."""
-        return (self.options.layer or model.default_layer,)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The loss of the comparisons that ``disjoint_tuples`` finds in the batch.
+        """The loss of the comparisons that are found in the batch.
 
         Raises:
             ModelError: If labels or embeddings do not fit the head.
             ComparisonError: If the batch has no such comparison.
         """
         self.head.check(batch.units, batch.labels)
-        chosen = self.options
-        tuples = disjoint_tuples(
-            batch.units,
-            batch.labels,
-            chosen.arch,
-            share=chosen.share,
-            generator=batch.generator,
-        )
+        tuples = self.comparisons(batch)
         directions = self.head.directions(batch.labels[tuples.places.flatten()])
-        return mined_along(batch, tuples, directions, chosen, self.layers(batch.model)[0])
+        return mined_along(batch, tuples, directions, self.options, self.layers(batch.model)[0])

@@ -108,12 +108,8 @@ class MiningOptions:
             raise ComparisonError(f"Expected alpha above 0, got {self.alpha}.")
 
 
-class SimilarityMiningLoss(Term):
-    """``L_sm`` as a term of an :class:`Objective`, or alone on a :class:`Comparison` of images.
-
-    As a term it picks disjoint comparisons out of the batch, so it costs one more forward and
-    backward pass of the batch and no more. Maps come from the pass that all terms share.
-    """
+class MiningTerm(Term):
+    """What terms that hide attention have in common: options, a layer, comparisons of a batch."""
 
     def __init__(self, options: MiningOptions | None = None, **changes: object) -> None:
         """Takes options, or changes to the default ones by name."""
@@ -124,17 +120,31 @@ class SimilarityMiningLoss(Term):
         """The layer of the maps."""
         return (self.options.layer or model.default_layer,)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The loss of the comparisons that :func:`disjoint_tuples` finds in the batch."""
-        chosen = self.options
-        tuples = disjoint_tuples(
+    def comparisons(self, batch: Batch) -> Tuples:
+        """Those that :func:`disjoint_tuples` finds.
+
+        Raises:
+            ComparisonError: If there is none.
+        """
+        return disjoint_tuples(
             batch.units,
             batch.labels,
-            chosen.arch,
-            share=chosen.share,
+            self.options.arch,
+            share=self.options.share,
             generator=batch.generator,
         )
-        return mined(batch, tuples, chosen, self.layers(batch.model)[0])
+
+
+class SimilarityMiningLoss(MiningTerm):
+    """``L_sm`` as a term of an :class:`Objective`, or alone on a :class:`Comparison` of images.
+
+    As a term it picks disjoint comparisons out of the batch, so it costs one more forward and
+    backward pass of the batch and no more. Maps come from the pass that all terms share.
+    """
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss of the comparisons that are found in the batch."""
+        return mined(batch, self.comparisons(batch), self.options, self.layers(batch.model)[0])
 
     def on(self, model: SimilarityModel, images: Comparison) -> Tensor:
         """The loss of comparisons of preprocessed images, in the model's present modes.
