@@ -27,6 +27,7 @@ from simexplain.training.datasource import Source
 from simexplain.training.training import train
 
 KS = (1, 2, 4, 8)
+_KS = (1, 2, 8, 32, 128)
 COMMON: dict[str, Any] = {
     "size": (96, 96), "embedding": 128, "augmentation": "light", "lr": 1e-4, "head_lr": 1e-3,
     "weight_decay": 1e-4, "classes": 16, "each": 2, "grouped": True, "ks": KS, "watch": 0,
@@ -75,13 +76,20 @@ def rows(args: argparse.Namespace) -> list[Row]:
     for loss in ("margin", "proxy_anchor"):
         plain = {"loss": loss, "distance": "cosine"} if loss == "proxy_anchor" else {"loss": loss}
         name = {"margin": "Margin", "proxy_anchor": "ProxyAnchor"}[loss]
-        last = ("avsl", "ablation") if loss == "proxy_anchor" else ("avsl",)
-        found.append(Row(name, last, plain))
-        found.append(Row(f"{name} + AVSL", last, {**graph, "loss": loss}))
+        tables = ("avsl", f"ablation {loss}")
+        whole = {**graph, "loss": loss}
+        found.append(Row(name, tables, plain))
+        found += [
+            Row(f"{name} {part}", (f"ablation {loss}",), whole, {"inference": inference})
+            for part, inference in (
+                ("+ M", "top"),
+                ("+ M & R", "reliable"),
+                ("+ M (concat)", "levels"),
+            )
+        ]
+        found.append(Row(f"{name} + AVSL", tables, whole))
+        found += [Row(f"{name} + AVSL, k = {k}", (f"k {loss}",), whole, {"k": k}) for k in _KS]
     anchor = {**graph, "loss": "proxy_anchor"}
-    for name, inference in (("+ M", "top"), ("+ M (concat)", "levels"), ("+ M & R", "reliable")):
-        found.append(Row(f"ProxyAnchor {name}", ("ablation",), anchor, {"inference": inference}))
-    found += [Row(f"k = {k}", ("k",), anchor, {"k": k}) for k in (1, 8, 32, 128)]
     for width in args.widths:
         for name, settings in (("ProxyAnchor", plain), ("ProxyAnchor + AVSL", anchor)):
             changed = dict(settings) | ({"embedding": width} if width != 128 else {})
@@ -89,9 +97,14 @@ def rows(args: argparse.Namespace) -> list[Row]:
     return found
 
 
+def folder_of(row: Row, seed: int, args: argparse.Namespace) -> Path:
+    """Where a run is."""
+    return Path(args.runs / f"{row.run or 'plain'}-seed{seed}")
+
+
 def measured(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Recall@K of one row and seed at the last epoch, and at the best."""
-    folder = args.runs / f"{row.run or 'plain'}-seed{seed}"
+    folder = folder_of(row, seed, args)
     source = Source(train_share=0.6, group=args.group)
     if not (folder / "results.json").is_file():
         start = time.perf_counter()
@@ -135,6 +148,7 @@ def main() -> None:
     parser.add_argument("--group", default="name")
     parser.add_argument("--tables", nargs="+", help="only these")
     parser.add_argument("--threads", type=int, default=1, help="1 makes runs repeat bit for bit")
+    parser.add_argument("--done", action="store_true", help="train nothing; show what there is")
     parser.add_argument("--out", type=Path, help="write the page here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -143,7 +157,8 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {row.name: [] for row in wanted}
     for seed in args.seeds:
         for row in wanted:
-            results[row.name].append(measured(row, seed, args))
+            if not args.done or (folder_of(row, seed, args) / "results.json").is_file():
+                results[row.name].append({"seed": seed, **measured(row, seed, args)})
     text = page(args, wanted, results, COMMON)
     if args.out:
         args.out.write_text(text, encoding="utf-8")

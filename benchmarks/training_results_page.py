@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
@@ -26,16 +27,18 @@ TITLES = {
         "AVSL, Table 1: margin loss and proxy anchor with and without AVSL",
         "On CUB the paper gains 3.2 points with margin and 2.2 with proxy anchor.",
     ),
-    "ablation": (
+    "ablation proxy_anchor": (
         "AVSL, Table 2: what each part does",
         "On Cars196 the paper has 87.7 for the baseline, then 89.7 (+ M), 89.9 (+ M & R), 90.6 "
         "(concat) and 91.5 (AVSL). All rows but the first are one training run measured in "
         "different ways: the parts differ in how a distance is inferred.",
     ),
-    "k": (
+    "ablation margin": ("The same with the margin loss", "Not in the paper."),
+    "k proxy_anchor": (
         "AVSL, figure 5a: how many lower nodes stand in for a higher one",
-        "One run, trained with k = 32, measured with other k.",
+        "One run a seed, trained with k = 32, measured with other k. The gain is over the first.",
     ),
+    "k margin": ("The same with the margin loss", "Not in the paper."),
     "width": ("AVSL, figure 5b: the size of the embedding", "Nodes of each level for AVSL."),
 }
 Found = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -58,7 +61,7 @@ def page(
         "order and views, but a seed's runs share them.",
         "",
         f"`python benchmarks/training_results.py FOLDER --runs FOLDER --epochs {args.epochs} "
-        f"--gamma {args.gamma:g}`; torch {torch.__version__.split('+')[0]}, "
+        f"--gamma {args.gamma:g}{told(args.avsl)}`; torch {torch.__version__.split('+')[0]}, "
         f"Python {platform.python_version()}, processor only. Every run is a run of",
         "`simexplain train` with these settings and those of its row: "
         + ", ".join(f"`{name}={value}`" for name, value in common.items())
@@ -72,6 +75,11 @@ def page(
     return "\n".join(lines)
 
 
+def told(avsl: Mapping[str, Any]) -> str:
+    """The option that settings of AVSL were given by."""
+    return f" --avsl '{json.dumps(dict(avsl))}'" if avsl else ""
+
+
 def section(table: str, rows: Sequence[Row], results: Found) -> list[str]:
     """A table; the gain is over the plain row before it, or over the first."""
     title, said = TITLES[table]
@@ -82,18 +90,19 @@ def section(table: str, rows: Sequence[Row], results: Found) -> list[str]:
         "",
         said,
         "",
-        f"| row | {' | '.join(head)} | gain | settings |",
-        "| --- |" + " --- |" * (len(cuts) + 2),
+        f"| row | seeds | {' | '.join(head)} | gain | settings |",
+        "| --- |" + " --- |" * (len(cuts) + 3),
     ]
     reference = rows[0]
     for row in rows:
-        if table in ("architectures", "avsl", "width") and "+" not in row.name:
+        if table.startswith(("architectures", "avsl", "width")) and "+" not in row.name:
             reference = row
         cells = [spread([100 * seed["last"][cut] for seed in results[row.name]]) for cut in cuts]
         gained = "" if row is reference else gain(results[row.name], results[reference.name])
         shown = {**row.settings, **row.measured}
         options = ", ".join(f"`{name}={value}`" for name, value in shown.items())
-        lines.append(f"| {row.name} | {' | '.join(cells)} | {gained} | {options} |")
+        count = len(results[row.name])
+        lines.append(f"| {row.name} | {count} | {' | '.join(cells)} | {gained} | {options} |")
     return lines
 
 
@@ -105,9 +114,13 @@ def spread(values: Sequence[float]) -> str:
 
 
 def gain(own: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> str:
-    """The paired difference in Recall@1 with its standard error."""
-    pairs = zip(own, other, strict=False)
-    found = [100 * (a["last"]["recall@1"] - b["last"]["recall@1"]) for a, b in pairs]
+    """The paired difference in Recall@1 with its standard error, over the seeds of both."""
+    known = {one["seed"]: one["last"]["recall@1"] for one in other}
+    found = [
+        100 * (one["last"]["recall@1"] - known[one["seed"]]) for one in own if one["seed"] in known
+    ]
+    if not found:
+        return ""
     if len(found) == 1:
         return f"{found[0]:+.1f}"
     error = statistics.stdev(found) / len(found) ** 0.5

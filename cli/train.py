@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ import click
 from simexplain.data.datasets import DATASETS
 from simexplain.training.datasource import Source
 from simexplain.training.recipes import RECIPES, recipe_named
+from simexplain.training.resuming import begun_source
 from simexplain.training.run_folder import CHECKPOINT, first_process
 from simexplain.training.training import check_extra, train
 
@@ -43,7 +46,7 @@ def _show_recipe(context: click.Context, option: click.Parameter, name: str | No
 
 @click.command("train")
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--out", type=click.Path(), required=True, help="Folder of the run.")
 @click.option("--force", is_flag=True, help="Replace a run that is in the folder.")
 @click.option("--resume", is_flag=True, help="Go on with the run in the folder, exactly.")
 @click.option("--recipe", type=click.Choice(list(RECIPES)), metavar="NAME",
@@ -55,8 +58,7 @@ def _show_recipe(context: click.Context, option: click.Parameter, name: str | No
 @click.option("--kind", type=click.Choice(list(DATASETS)),
               help="What DATA is. [that of the recipe, else folder]")  # fmt: skip
 @click.option("--train-share", type=click.FloatRange(0, 1, min_open=True, max_open=True),
-              default=0.5, show_default=True,
-              help="Classes to train on, where DATA does not say.")  # fmt: skip
+              help="Classes to train on, where DATA does not say. [0.5]")  # fmt: skip
 @click.option("--group", metavar="RULE",
               help="Group of a picture for --grouped: name, or a regular expression"
               " with one group in parentheses.")  # fmt: skip
@@ -65,12 +67,12 @@ def _show_recipe(context: click.Context, option: click.Parameter, name: str | No
 @training_options
 def command(
     data: Path,
-    out: Path,
+    out: str,
     force: bool,
     resume: bool,
     recipe: str | None,
     kind: str | None,
-    train_share: float,
+    train_share: float | None,
     group: str | None,
     masks: str | None,
     as_json: bool,
@@ -91,8 +93,9 @@ def command(
     if resume and force:
         raise click.UsageError("--resume goes on with a run, --force replaces it; say one of them.")
     check_extra()
-    kind = kind or (recipe_named(recipe).kind if recipe else "folder")
-    source = Source(kind, train_share, group, masks)
+    said = {"kind": kind, "train_share": train_share, "group": group, "masks": masks}
+    source = _source(Path(out), recipe, said, resume=resume)
+    earlier = None if resume else _stamp(Path(out))
     settings = given_settings(given)
     try:
         with _listening(quiet=as_json) as listeners:
@@ -101,20 +104,45 @@ def command(
                 listeners=listeners, **settings,
             )  # fmt: skip
     except KeyboardInterrupt:
-        _interrupted(out)
+        _interrupted(Path(out), earlier)
     if not first_process():
         return
-    if as_json:
-        click.echo(json.dumps(result.to_json(), indent=2, ensure_ascii=False))
-    else:
-        report(result)
+    with _while_read():
+        if as_json:
+            # Names of files that are not UTF-8 become escapes of JSON's.
+            text = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
+            click.echo(text.encode("utf-8", "backslashreplace").decode())
+        else:
+            report(result)
 
 
-def _interrupted(out: Path) -> None:
-    """Says how to go on, where there is something to go on with."""
-    if not (out / CHECKPOINT).exists():
-        raise KeyboardInterrupt
+def _source(out: Path, recipe: str | None, said: dict[str, Any], *, resume: bool) -> Source | None:
+    """How the data are read: as said, else as the run was begun, else as the recipe's are."""
+    given = {name: value for name, value in said.items() if value is not None}
+    if resume:
+        return replace(begun_source(out), **given) if given else None
+    return Source(**{"kind": recipe_named(recipe).kind if recipe else "folder", **given})
+
+
+def _stamp(out: Path) -> tuple[int, int] | None:
+    """What tells one checkpoint from another, None where there is none."""
+    try:
+        found = (out / CHECKPOINT).stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _interrupted(out: Path, earlier: tuple[int, int] | None) -> None:
+    """Says how to go on, where there is something to go on with.
+
+    Args:
+        out: The folder of the run.
+        earlier: The stamp of the checkpoint that this run was to replace.
+    """
     if first_process():
+        if _stamp(out) == earlier:
+            raise KeyboardInterrupt
         words = [word for word in sys.argv[1:] if word not in ("--resume", "--force")]
         again = shlex.join(["simexplain", *words, "--resume"])
         click.echo(f"Error: Interrupted; go on with: {again}", err=True)
@@ -187,5 +215,15 @@ def _listening(*, quiet: bool) -> Iterator[Listeners | None]:
 
 
 def _echo(row: dict[str, Any]) -> None:
-    click.echo(epoch_line(row))
-    sys.stdout.flush()
+    with _while_read():
+        click.echo(epoch_line(row))
+
+
+@contextmanager
+def _while_read() -> Iterator[None]:
+    """Says what there is to say; who reads a pipe may go away, since the run matters more."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from simexplain.errors import ModelError
 from simexplain.networks import find_layer, first_tensor, split_call, undisturbed, with_first
@@ -203,6 +204,9 @@ def _forward(
             stack.enter_context(undisturbed(model.network))
             stack.enter_context(torch.no_grad())
             images = images.detach().clone()  # a network may normalise its input in place
+        elif taps:
+            # Training with maps takes gradients of gradients, which fused attention has not.
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for tap in taps:
             stack.enter_context(listening(model.network, {tap.module_name: tap}))
         embeddings = model.embed(images)

@@ -168,6 +168,66 @@ def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(here: Path, data: Pat
     assert not list((here / "run").rglob("*.part"))
 
 
+def test_an_interrupted_replacement_leaves_and_names_no_run(
+    run: Callable[..., Run], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = ("train", "data", "--out", "run", *QUICK, "--epochs", "1")
+    assert run(*start).code == 0
+    before = Path("run/checkpoints/last.ckpt").read_bytes()
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("simexplain.training.training.check_training", stop)
+        early = run(*start, "--force")
+    assert early.code == 130
+    assert early.err.strip() == "Error: Interrupted; nothing was written."
+    assert Path("run/checkpoints/last.ckpt").read_bytes() == before
+    monkeypatch.setattr("simexplain.training.recording.evaluate_retrieval", stop)
+    late = run(*start, "--force")
+    assert late.code == 130
+    assert "go on with: simexplain train data" in late.err
+    fresh = run("train", "data", "--out", "other", *QUICK, "--epochs", "1")
+    assert "go on with: simexplain train data --out other" in fresh.err
+    monkeypatch.undo()
+
+
+def test_how_data_are_read_needs_not_be_said_again(run: Callable[..., Run], data: Path) -> None:
+    more = ("--train-share", "0.75", "--group", "name", "--grouped", "--classes", "6")
+    begun = run("train", "data", "--out", "run", *QUICK, *more, "--epochs", "1")
+    assert begun.code == 0, begun.err
+    again = run("train", "data", "--out", "run", "--resume", "--epochs", "2")
+    assert again.code == 0, again.err
+    part = run("train", "data", "--out", "run", "--resume", "--epochs", "3", "--group", "name")
+    assert part.code == 0, part.err
+    other = run("train", "data", "--out", "run", "--resume", "--train-share", "0.5")
+    assert other.code == 1
+    assert "other pictures or masks" in other.err
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_reader_that_goes_away_stops_no_run(epochs: int, here: Path, data: Path) -> None:
+    """As ``| head -1`` does."""
+    started = subprocess.Popen(
+        [sys.executable, "-m", "simexplain", "train", "data", "--out", "run", *QUICK,
+         "--epochs", str(epochs)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here, env=environment(),
+    )  # fmt: skip
+    assert started.stdout is not None
+    assert started.stderr is not None
+    assert started.stdout.readline().startswith("epoch   0")
+    started.stdout.close()
+    assert started.wait(timeout=120) == 0
+    assert started.stderr.read() == ""
+    assert json.loads((here / "run" / "results.json").read_text(encoding="utf-8"))["epochs"][epochs]
+
+
+def test_an_empty_name_is_no_folder(fails: Callable[..., str], data: Path) -> None:
+    assert "an empty name" in fails("train", "data", "--out", "", *QUICK)
+    assert "lies within the data" in fails("train", "data", "--out", "data/run", *QUICK)
+
+
 def test_help_needs_no_lightning() -> None:
     code = (
         "import sys, simexplain_cli.train as t\n"

@@ -325,3 +325,37 @@ def test_every_kind_says_what_it_is() -> None:
         assert kind.about
         assert kind.layout
         assert not kind.about.endswith(".")
+
+
+@pytest.mark.parametrize("held", ["test", "val", "valid", "validation"])
+def test_held_out_pictures_may_lie_under_other_names(tmp_path: Path, held: str) -> None:
+    put(*(tmp_path / part / name / "1.png" for part in ("train", held) for name in "ab"))
+    split = read_dataset("folder", tmp_path)
+    assert told(split.train, tmp_path) == [("train/a/1.png", "a"), ("train/b/1.png", "b")]
+    assert told(split.queries, tmp_path) == [(f"{held}/a/1.png", "a"), (f"{held}/b/1.png", "b")]
+    assert split.told
+
+
+def test_val_beside_test_is_left_alone(tmp_path: Path) -> None:
+    put(*(tmp_path / part / name / "1.png" for part in ("train", "val", "test") for name in "ab"))
+    split = read_dataset("folder", tmp_path)
+    assert {path.split("/")[0] for path, _ in told(split.queries, tmp_path)} == {"test"}
+    assert len(split.train) == 2
+
+
+def test_a_stray_picture_in_a_part_is_named(tmp_path: Path) -> None:
+    put(*(tmp_path / part / name / "1.png" for part in ("train", "test") for name in "ab"))
+    put(tmp_path / "train" / "stray.png")
+    assert "no class for 'train/stray.png', which lie beside" in refused("folder", tmp_path)
+    split = read_dataset("folder", tmp_path, strict=False)
+    assert split.classes == ("a", "b")
+    assert len(split.problems) == 1
+
+
+def test_a_table_with_other_signs_between_its_columns_is_told(tmp_path: Path) -> None:
+    for sign, what in ((";", "semicolons"), ("\t", "tabs")):
+        table = tmp_path / "x.csv"
+        table.write_text(f"path{sign}label\na{sign}b\n", encoding="utf-8")
+        assert f"parted by {what}, save it with commas" in refused("csv", table)
+    table.write_text("file,label\na,b\n", encoding="utf-8")
+    assert "correct its first line" in refused("csv", table)

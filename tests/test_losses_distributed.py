@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from loss_cases import LABELS, pictures, smooth_model
+from loss_cases import LABELS, SmoothNet, pictures, smooth_model
 from torch import Tensor, distributed, multiprocessing, nn
 
+from simexplain.errors import ModelError
 from simexplain.losses.classification import (
     ClassHead,
     ClassificationLoss,
@@ -87,3 +88,54 @@ def test_two_processes_train_as_one(halves: list[dict], name: str) -> None:
     lone[HALF:] = torch.nan
     expected = step(pictures(12), SPLITS[name], lone)[0]["mask"]
     assert [half[name][2] for half in halves] == pytest.approx([expected] * 2)
+
+
+# ---------------------------------------------------------------- in DistributedDataParallel
+
+
+class Step(nn.Module):
+    """Network and objective in one module, so that DDP sees the whole computation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network, self.head = SmoothNet().double(), ClassHead(9, 5).double()
+        terms = {
+            "mining": (0.3, SimilarityMiningLoss(layer="body")),
+            "bce": (0.5, ClassificationLoss(self.head)),
+        }
+        self.objective = Objective(terms)
+
+    def forward(self, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        return self.objective(self.network, images, labels, seed=seed).total
+
+
+def slopes(step: nn.Module) -> Tensor:
+    return nn.utils.parameters_to_vector([part.grad for part in step.parameters()])
+
+
+def work_in_ddp(rank: int, folder: str) -> None:
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    own = slice(rank * HALF, (rank + 1) * HALF)
+    step = nn.parallel.DistributedDataParallel(Step())
+    step(pictures(12)[own], LABELS[own], 2).backward()
+    refused = ""
+    try:
+        network = nn.parallel.DistributedDataParallel(step.module.network)
+        step.module.objective(network, pictures(12)[own], LABELS[own])
+    except ModelError as error:
+        refused = str(error)
+    torch.save((slopes(step), refused), Path(folder) / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_in_ddp_the_objective_is_called_inside(tmp_path: Path) -> None:
+    multiprocessing.spawn(work_in_ddp, args=(str(tmp_path),), nprocs=2)
+    step = Step()
+    step(pictures(12), LABELS, 2).backward()
+    for rank in range(2):
+        found, refused = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.allclose(found, slopes(step), atol=1e-9)
+        assert "put a module in it whose forward calls the objective" in refused

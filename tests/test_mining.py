@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import re
+
+import numpy as np
 import pytest
 import torch
 from avsl_cases import small_avsl
@@ -15,6 +19,7 @@ from simexplain.losses.attention import attention_maps, linear_maps
 from simexplain.losses.masking import attention_mask, soft_mask
 from simexplain.losses.mining import MINING, MiningOptions, SimilarityMiningLoss, mining_loss
 from simexplain.losses.objective import MetricLoss, Objective
+from simexplain.losses.parameter_groups import parameter_groups
 from simexplain.losses.tuples import SHAPES, disjoint_tuples
 
 
@@ -438,10 +443,135 @@ def test_identical_masked_images_have_a_gradient() -> None:
 def test_objective_refuses_what_does_not_fit(linear) -> None:
     with pytest.raises(ModelError, match="at least one term"):
         Objective({})
-    with pytest.raises(ModelError, match="finite weight"):
+    with pytest.raises(ModelError, match="weight of 'sm' to be a finite number"):
         Objective({"sm": (float("nan"), SimilarityMiningLoss())})
     objective = Objective({"sm": (1.0, SimilarityMiningLoss(layer="body"))})
     with pytest.raises(ModelError, match="a label for each"):
         objective(linear, pictures(4), torch.zeros(3, dtype=torch.long))
     with pytest.raises(ModelError, match="masks of shape"):
         objective(linear, pictures(4), torch.zeros(4, dtype=torch.long), masks=torch.ones(4, 2, 2))
+
+
+# ---------------------------------------------------------------- any network, any loop
+
+
+class Attending(nn.Module):
+    """Patches, two layers of self-attention with the fused kernel, mean and a linear head."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 2, 12, dropout=0.0, batch_first=True)
+            for _ in range(2)
+        )
+        self.head = nn.Linear(width, 6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = self.patches(images).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            rows = block(rows)
+        return self.head(rows.mean(dim=1))
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, *args: object, **more: object) -> Tensor:
+    """Attention as its formula, which autograd differentiates as often as wanted."""
+    return torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, dim=-1) @ v
+
+
+def test_transformers_are_trained_through_their_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The fused kernel has no second derivative.
+    model = as_similarity_model(seeded(Attending().double()))
+    images, labels = pictures(6), torch.tensor([0, 0, 0, 1, 1, 1])
+    objective = Objective({"sm": (1.0, SimilarityMiningLoss(layer="patches"))})
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(objective(model, images, labels).total, parameters)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", written_out)
+    expected = torch.autograd.grad(objective(model, images, labels).total, parameters)
+    assert float(expected[0].abs().max()) > 0
+    for slope, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(slope, wanted)
+
+
+def test_a_timm_transformer_takes_a_step() -> None:
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("test_vit", num_classes=8, img_size=64)
+    labels = torch.arange(3).repeat_interleave(2)
+    enabled = torch.backends.cuda.flash_sdp_enabled()
+    objective = Objective({"sm": (1.0, SimilarityMiningLoss())})
+    objective(network, pictures(6, 64, torch.float32), labels).total.backward()
+    assert torch.backends.cuda.flash_sdp_enabled() == enabled
+    slopes = [p.grad for p in network.parameters() if p.grad is not None]
+    assert slopes
+    assert all(bool(slope.isfinite().all()) for slope in slopes)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, nn.DataParallel, torch.compile])
+def test_any_network_is_trained_as_the_model_it_becomes(wrap) -> None:
+    network = seeded(LinearNet().double())
+    images, labels = pictures(6), torch.tensor([0, 0, 1, 1, 2, 2])
+    objective = Objective({"sm": (1.0, SimilarityMiningLoss())})
+    expected = objective(as_similarity_model(network), images, labels).total
+    wrapped = wrap(network)
+    assert torch.equal(objective(wrapped, images, labels).total, expected)
+    assert not list(objective.parameters()), "the network is no part of the objective"
+    assert copy.deepcopy(objective)._known is None
+    images_of_it = Comparison.triplet(images[[0]], images[[1]], images[[2]])
+    loss = SimilarityMiningLoss()
+    alone = loss.on(wrapped, images_of_it)
+    assert torch.equal(alone, loss.on(as_similarity_model(network), images_of_it))
+    names = {group["name"] for group in parameter_groups(objective, wrapped, learning_rate=0.1)}
+    assert names == {"network", "heads"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"labels": [0, 0, 1, 1]}, "labels as a tensor, got list"),
+        ({"images": np.zeros((4, 3, 8, 8))}, "images as a tensor, got ndarray"),
+        ({"masks": np.zeros((4, 8, 8))}, "masks as a tensor, got ndarray"),
+        ({"images": torch.zeros(0, 3, 8, 8), "labels": torch.zeros(0)}, "at least one"),
+        ({"images": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)}, "of torch.uint8"),
+        ({"labels": torch.zeros(4)}, "whole numbers as labels"),
+        ({"seed": None}, "whole number as the seed of this step, got None"),
+        ({"model": "resnet18"}, "Expected an nn.Module, got str"),
+    ],
+)
+def test_raw_inputs_are_refused_in_a_sentence(linear, change: dict, said: str) -> None:
+    objective = Objective({"sm": (1.0, SimilarityMiningLoss())})
+    given = {"model": linear, "images": pictures(4, 8), "labels": torch.tensor([0, 0, 1, 1])}
+    with pytest.raises(ModelError, match=re.escape(said)):
+        objective(**given | change)
+
+
+@pytest.mark.parametrize(
+    ("terms", "said"),
+    [
+        ({"sm": SimilarityMiningLoss()}, "(weight, term) for 'sm', got SimilarityMiningLoss"),
+        ({"ml": (1.0, nn.Linear(1, 1))}, "for 'ml', got (float, Linear)"),
+        ({"a.b": (1.0, SimilarityMiningLoss())}, "an identifier as the name of a term, got 'a.b'"),
+        ({"sm": ("1", SimilarityMiningLoss())}, "weight of 'sm' to be a finite number, got '1'"),
+        ([SimilarityMiningLoss()], "{name: (weight, term)}"),
+    ],
+)
+def test_terms_that_are_none_are_refused(terms, said: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(said)):
+        Objective(terms)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"beta": "none"}, "beta to be a finite number, got 'none'"),
+        ({"alpha": float("nan")}, "alpha to be a finite number, got nan"),
+        ({"through_mask": "maybe"}, "through_mask to be true or false, got 'maybe'"),
+        ({"share": "x"}, "share to be a finite number, got 'x'"),
+        ({"share": True}, "share to be a finite number, got True"),
+        ({"layer": 3}, "layer to be a name, got 3"),
+        ({"foo": 1}, "options of mining among arch, weights, rule"),
+        ({"arch": "quintuplet"}, "arch to be one of siamese, triplet, quadruplet"),
+    ],
+)
+def test_options_of_mining_have_kinds(options: dict, said: str) -> None:
+    with pytest.raises(ComparisonError, match=re.escape(said)):
+        SimilarityMiningLoss(**options)

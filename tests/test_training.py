@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import signal
+import threading
 import warnings
 from dataclasses import replace
 from itertools import pairwise
@@ -276,7 +277,7 @@ def test_nothing_is_overwritten_silently(plain: Any, data: Path, tmp_path: Path)
     run.mkdir()
     (run / "model.pt").write_bytes(b"mine")
     (run / "notes.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(OutputError, match=r"holds a run already \(model.pt\).*--resume.*--force"):
+    with pytest.raises(OutputError, match=r"holds a run already \(model.pt\); say --force"):
         train(data, out=run, **TINY)
     assert (run / "model.pt").read_bytes() == b"mine"
     (run / "attention").mkdir()
@@ -287,6 +288,104 @@ def test_nothing_is_overwritten_silently(plain: Any, data: Path, tmp_path: Path)
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="is a file"):
         train(data, out=tmp_path / "file", **TINY)
+
+
+def test_what_is_not_of_a_run_is_never_removed(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    mine = [
+        run / "sub.part", run / "below" / "film.part", run / "tensorboard" / "other" / "keep",
+        run / "attention" / "epoch_x.png", run / "checkpoints" / "older.ckpt",
+    ]  # fmt: skip
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine", encoding="utf-8")
+    with pytest.raises(OutputError, match=r"\(checkpoints\).*; say --force"):
+        train(data, out=run, **TINY)
+    stale = [run / "attention/epoch_099.png", run / "tensorboard/events.out.tfevents.1.host"]
+    for path in stale:
+        path.touch()
+    train(data, out=run, force=True, **{**TINY, "epochs": 1})
+    assert all(path.read_text(encoding="utf-8") == "mine" for path in mine)
+    assert not any(path.exists() for path in stale)
+
+
+def test_a_run_lies_outside_its_data(tmp_path: Path) -> None:
+    data = striped(tmp_path / "data")
+    before = sorted(tmp_path.rglob("*"))
+    for out in (data, data / "trained", data / "class00" / "run", tmp_path / "x/../data/run"):
+        with pytest.raises(OutputError, match="lies within the data"):
+            train(data, out=out, force=True, **TINY)
+    split = Source().read(striped(tmp_path / "attention"))
+    with pytest.raises(OutputError, match=r"keeps its own files; choose another"):
+        train(split, out=tmp_path, force=True, **TINY)
+    with pytest.raises(OutputError, match="an empty name"):
+        train(data, out="", **TINY)
+    assert [path for path in sorted(tmp_path.rglob("*")) if "attention" not in str(path)] == before
+
+
+def test_folders_that_cannot_be_are_told_before(data: Path, tmp_path: Path) -> None:
+    for name in ("attention", "tensorboard", "checkpoints"):
+        run = tmp_path / f"with_{name}"
+        run.mkdir()
+        (run / name).touch()
+        for force in (False, True):
+            with pytest.raises(OutputError, match="is a file where a folder must go"):
+                train(data, out=run, force=force, **TINY)
+    for bad, said in (("x" * 300, "too long"), ("a\0b", "null"), ("caf\udce9", "in UTF-8")):
+        with pytest.raises(OutputError, match=f"{said}.*choose another folder") as caught:
+            train(data, out=tmp_path / bad, **TINY)
+        str(caught.value).encode()
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot be written.*choose another folder"):
+        train(data, out=tmp_path / "file" / "run", **TINY)
+
+
+def test_classes_need_no_name_in_utf_8(tmp_path: Path) -> None:
+    data = striped(tmp_path / "data")
+    try:
+        for number in (1, 5):
+            (data / f"class0{number}").rename(data / f"class0{number}_caf\udce9")
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 alone")
+    (data / "class05_caf\udce9" / "0.png").write_bytes(
+        (data / "class01_caf\udce9" / "0.png").read_bytes()
+    )
+    result = train(data, out=tmp_path / "run", **{**TINY, "epochs": 1, "watch": 2})
+    assert "caf" in result.warnings[0]
+    said = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert said["warnings"] == list(result.warnings)
+
+
+def test_no_thread_is_left(data: Path, tmp_path: Path) -> None:
+    def stop(done: int, total: int, loss: float) -> None:
+        raise KeyboardInterrupt
+
+    before = set(threading.enumerate())
+    train(data, out=tmp_path / "run", **{**TINY, "epochs": 1})
+    assert set(threading.enumerate()) == before
+    with pytest.raises(KeyboardInterrupt):
+        train(data, out=tmp_path / "other", listeners=Listeners(step=stop), **TINY)
+    assert set(threading.enumerate()) == before
+
+
+def test_gradients_that_are_off_are_on_within(data: Path, tmp_path: Path) -> None:
+    settings = {**TINY, "epochs": 1, "mining": "triplet"}
+    with torch.inference_mode():
+        first = train(data, out=tmp_path / "first", **settings)
+        assert torch.is_inference_mode_enabled()
+    with torch.no_grad():
+        train(data, out=tmp_path / "second", **settings)
+        assert not torch.is_grad_enabled()
+    assert first.rows[1]["loss"] > 0
+    assert same(state_of(tmp_path / "first/last.pt"), state_of(tmp_path / "second/last.pt"))
+
+
+def test_16_bits_need_a_gpu(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    with pytest.raises(ModelError, match=r"bf16 on a CPU, got 16.*--precision bf16"):
+        train(data, out=tmp_path / "run", **{**TINY, "accelerator": "auto", "precision": "16"})
+    assert not (tmp_path / "run").exists()
 
 
 # The parts
@@ -310,11 +409,25 @@ def test_a_file_is_written_whole_or_not_at_all(
 
 def test_what_a_killed_run_left_is_tidied_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "last.ckpt.part").touch()
+    (tmp_path / "checkpoints" / ".simexplain-last.ckpt.part").touch()
     (tmp_path / ".simexplain-abc").mkdir()
-    (tmp_path / "notes.txt").touch()
+    mine = {"notes.txt", "film.part", "model.pt.part"}
+    for name in mine:
+        (tmp_path / name).touch()
     RunFolder(tmp_path).tidy()
-    assert {path.name for path in tmp_path.rglob("*")} == {"checkpoints", "notes.txt"}
+    assert {path.name for path in tmp_path.rglob("*")} == {"checkpoints", *mine}
+
+
+def test_drafts_are_what_is_tidied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.replace", lambda *_: None)
+        patched.setattr("pathlib.Path.unlink", lambda *_, **__: None)
+        folder.write("checkpoints/last.ckpt", b"half")
+        folder.write("attention/epoch_001.png", b"half")
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
+    folder.tidy()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_wrong_settings_are_refused_in_one_sentence() -> None:
@@ -350,12 +463,14 @@ def test_every_range_and_choice_is_of_a_setting_and_holds_its_default() -> None:
 
 @pytest.mark.parametrize("bad", [{"margn": 1}, {"margin": "x", "negatives": "none"}])
 def test_wrong_settings_of_a_loss_are_refused(bad: dict[str, Any]) -> None:
-    options = TrainOptions(**{**TINY, "loss_options": tuple(bad.items())})
-    with pytest.raises(ModelError):
+    def build(**said: Any) -> None:
+        options = TrainOptions(**{**TINY, **said})
         build_objective(build_model(options), options, classes=4)
-    mining = replace(options, loss_options=(), mining="triplet", mining_options=(("share", 2.0),))
+
+    with pytest.raises(ModelError):
+        build(loss_options=tuple(bad.items()))
     with pytest.raises(ModelError, match=r"share.*\(0, 1\]"):
-        build_objective(build_model(mining), mining, classes=4)
+        build(mining="triplet", mining_options=(("share", 2.0),))
 
 
 def test_learning_rates_follow_their_schedules() -> None:

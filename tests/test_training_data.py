@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import threading
+import warnings
 from collections import Counter
 from dataclasses import replace
 from itertools import chain
@@ -16,10 +18,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from simexplain.data.augmenting import AUGMENTATIONS, Augmentation
-from simexplain.data.checking import check_training
+from simexplain.data.checking import check_training, check_views
 from simexplain.data.datasets import DataSplit, read_dataset
 from simexplain.data.folders import Record
 from simexplain.data.preprocessing import Preprocess
+from simexplain.data.quieting import pillow_quiet
 from simexplain.data.sampling import ClassBalanced, Shuffled
 from simexplain.data.training_set import TrainingImages
 from simexplain.errors import ImageError
@@ -395,3 +398,56 @@ def test_a_shallow_look_only_asks_whether_files_are_there(folder: Path) -> None:
     assert check_training(split, classes=2, each=2, deep=False) == ()
     (folder / "a" / "2.png").unlink()
     assert "a/2.png is not there" in refused(split, deep=False)
+
+
+# ---------------------------------------------------------------- other threads
+
+
+def test_pythons_warnings_are_as_before(folder: Path) -> None:
+    split = read_dataset("folder", folder, masks="alpha", strict=False)
+    before, filters = warnings.filters, list(warnings.filters)
+    for _ in range(20):  # threads meet by chance
+        check_training(split, classes=2, each=2)
+    assert warnings.filters is before
+    assert warnings.filters == filters
+
+
+def test_pillow_is_quiet_while_any_thread_reads() -> None:
+    before, filters = warnings.filters, list(warnings.filters)
+    inside, leave = threading.Barrier(3), threading.Event()
+
+    def read() -> None:
+        with pillow_quiet():
+            inside.wait(10)
+            leave.wait(10)
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    inside.wait(10)
+    with warnings.catch_warnings(record=True) as heard:  # whose lists of filters are copies
+        warnings.warn_explicit("damaged", UserWarning, "Image.py", 1, module="PIL.Image")
+        warnings.warn_explicit("other", UserWarning, "mine.py", 1, module="mine")
+        leave.set()
+        for thread in threads:
+            thread.join(10)
+        warnings.simplefilter("always")
+        warnings.warn_explicit("after", UserWarning, "Image.py", 2, module="PIL.Image")
+    assert [str(one.message) for one in heard][-1] == "after"
+    assert "damaged" not in [str(one.message) for one in heard]
+    assert warnings.filters is before
+    assert warnings.filters == filters
+
+
+def test_elongated_pictures_are_told_beforehand(folder: Path) -> None:
+    Image.new("RGB", (900, 5)).save(folder / "a" / "long.png")
+    Image.new("RGB", (5, 900)).save(folder / "d" / "tall.png")
+    split = read_dataset("folder", folder)
+    check_training(split, classes=2, each=2)  # they can be read
+    said = r"2 pictures too elongated .*: a/long.png of 900x5, d/tall.png of 5x900; crop or remove"
+    with pytest.raises(ImageError, match=said):
+        check_views(split, SMALL, AUGMENTATIONS["none"])
+    with pytest.raises(ImageError, match=r"1 picture too elongated .*: d/tall.png of 5x900"):
+        check_views(split, SMALL, AUGMENTATIONS["sam"])
+    check_views(split, replace(SMALL, fit="pad"), AUGMENTATIONS["none"])
+    check_views(replace(split, queries=()), SMALL, AUGMENTATIONS["sam"])

@@ -96,6 +96,33 @@ def test_two_processes_train_as_one(case: str, data: Path, tmp_path: Path) -> No
     assert [row["epoch"] for row in longer.rows] == [0, 1, 2, 3]
 
 
+TWICE = """
+import json, sys, torch
+torch.set_num_threads(1)
+from simexplain.errors import ModelError
+from simexplain.training.training import train
+if __name__ == "__main__":
+    data, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    for name in "ab":
+        print("ended", len(train(data, out=out + name, devices=2, **settings).rows))
+    try:
+        train(data, out=out + "c", **settings)
+    except ModelError as error:
+        print(error)
+"""
+
+
+def test_a_script_goes_on_in_all_its_processes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run on two devices shares them; one on one device would run in both."""
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", TWICE)
+    said = trained_by_two(data, tmp_path / "run", {**TINY, "steps": 2, "epochs": 1})
+    assert said.count("ended 2") == 4, said
+    assert said.count("goes on in 2 processes, got one device; begin it in a script of") == 2
+    assert not (tmp_path / "runc").exists()
+
+
 def state_of_untrained(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     from simexplain.training.building import build_model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ pytest.importorskip("pytorch_metric_learning")
 
 import torch
 from cli_runs import environment
+from pictures import noise
 from training_cases import TINY, same, state_of, striped
 
 from simexplain.errors import ModelError, OutputError
@@ -179,3 +181,135 @@ def test_a_damaged_checkpoint_is_told(data: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(b"PK no checkpoint")
     with pytest.raises(OutputError, match=r"damaged.*say --force"):
         train(data, out=tmp_path / "run", resume=True)
+
+
+DAMAGE: dict[str, Any] = {
+    **{f"no {name}": lambda state, name=name: state.pop(name) for name in (
+        "options", "data", "source", "recipe", "model", "objective", "optimiser", "precision",
+        "place",
+    )},
+    "a list of options": lambda state: state.update(options=[1]),
+    "an unknown option": lambda state: state["options"].update(learning=1),
+    "no step": lambda state: state["place"].pop("step"),
+    "a step in words": lambda state: state["place"].update(step="one"),
+    "more of a place": lambda state: state["place"].update(more=1),
+    "a tensor less": lambda state: state["model"].popitem(),
+    "another shape": lambda state: state["model"].update(
+        {name: torch.zeros(99) for name in list(state["model"])[:1]}
+    ),
+    "no groups": lambda state: state["optimiser"].pop("param_groups"),
+    "a group less": lambda state: state["optimiser"]["param_groups"].pop(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_what_a_checkpoint_lacks_is_told(
+    what: str, data: Path, finished: Path, tmp_path: Path
+) -> None:
+    state = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)
+    DAMAGE[what](state)
+    file = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    file.parent.mkdir(parents=True)
+    torch.save(state, file)
+    with pytest.raises(OutputError, match=r"^The checkpoint .* is damaged \(.*\); say --force"):
+        train(data, out=tmp_path / "run", resume=True, epochs=2)
+    assert [path.name for path in file.parent.parent.rglob("*.*")] == ["last.ckpt"]
+
+
+def test_how_data_are_read_is_known_to_the_run(data: Path, tmp_path: Path) -> None:
+    source = Source(train_share=0.75, group="name")
+    settings = {**TINY, "classes": 6, "grouped": True, "epochs": 1}
+    train(data, out=tmp_path / "run", source=source, **settings)
+    longer = train(data, out=tmp_path / "run", resume=True, epochs=2)
+    assert len(longer.rows) == 3
+    with pytest.raises(OutputError, match="other pictures or masks"):
+        train(data, out=tmp_path / "run", resume=True, source=Source(), epochs=3)
+
+
+def masks_for(data: Path, masks: Path, level: int) -> Path:
+    for path in data.rglob("*.png"):
+        mask = masks / path.relative_to(data)
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        noise(40, 40).convert("L").point(lambda value: 255 * (value > level)).save(mask)
+    return masks
+
+
+def test_masks_are_known_to_the_run_and_may_not_change(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = masks_for(data, tmp_path / "masks", 128)
+    other = masks_for(data, tmp_path / "other", 99)
+    monkeypatch.chdir(tmp_path)
+    settings = {**TINY, "mask_weight": 0.5, "epochs": 1}
+    train(data, out=tmp_path / "run", source=Source(masks="masks"), **settings)
+    monkeypatch.chdir(data)
+    train(data, out=tmp_path / "run", resume=True, epochs=2)
+    moved = masks.rename(tmp_path / "moved")
+    train(data, out=tmp_path / "run", resume=True, source=Source(masks=moved))
+    with pytest.raises(OutputError, match="other pictures or masks"):
+        train(data, out=tmp_path / "run", resume=True, source=Source(masks=other))
+
+
+def test_replaced_pictures_are_noticed(tmp_path: Path) -> None:
+    data = striped(tmp_path / "data")
+    train(data, out=tmp_path / "run", **{**TINY, "epochs": 1})
+    noise(40, 40).save(data / "class06" / "0.png")
+    with pytest.raises(OutputError, match="other pictures or masks"):
+        train(data, out=tmp_path / "run", resume=True, epochs=2)
+
+
+def test_a_run_stopped_in_its_first_evaluation_is_resumed(data: Path, tmp_path: Path) -> None:
+    settings = {**EVERY, **CASES["mining"]}
+
+    def work(what: str, done: int, total: int) -> None:
+        if what.startswith("Embedding"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(data, out=tmp_path / "parts", listeners=Listeners(work=work), **settings)
+    train(data, out=tmp_path / "parts", resume=True)
+    train(data, out=tmp_path / "whole", **settings)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_what_is_stopped_before_its_first_checkpoint_leaves_all_as_it_was(
+    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    shutil.copytree(finished, tmp_path / "old")
+    before = {path: path.read_bytes() for path in (tmp_path / "old").rglob("*.*")}
+    monkeypatch.setattr("os.fsync", stop)
+    for out in ("new", "old"):
+        with pytest.raises(KeyboardInterrupt):
+            train(data, out=tmp_path / out, force=True, **TINY)
+    assert not [path for path in (tmp_path / "new").rglob("*") if path.is_file()]
+    assert {path: path.read_bytes() for path in (tmp_path / "old").rglob("*.*")} == before
+    monkeypatch.undo()
+    train(data, out=tmp_path / "new", **{**TINY, "epochs": 1})
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_an_epoch_is_kept_before_it_is_told(at: int, data: Path, tmp_path: Path) -> None:
+    def epoch(row: dict[str, Any]) -> None:
+        if row["epoch"] == at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(data, out=tmp_path / "run", listeners=Listeners(epoch=epoch), **TINY)
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert [row["epoch"] for row in state["place"]["rows"]] == list(range(at + 1))
+    assert state["place"]["epoch"] == at
+
+
+def test_what_a_run_says_of_itself_follows(data: Path, tmp_path: Path) -> None:
+    run, more = tmp_path / "run", {k: v for k, v in TINY.items() if k != "epochs"}
+    train(data, out=run, source=Source(group="name"), recipe="emoji-triplet", **more, epochs=1)
+    train(data, out=run, resume=True, epochs=2)
+    said = json.loads((run / "options.json").read_text(encoding="utf-8"))
+    assert (said["options"]["epochs"], said["recipe"]) == (2, "emoji-triplet")
+    assert said["source"]["group"] == "name"
+    with pytest.raises(ModelError, match=r"has done 2 epochs already, and cannot go on to 1"):
+        train(data, out=run, resume=True, epochs=1)
+    assert json.loads((run / "options.json").read_text(encoding="utf-8")) == said

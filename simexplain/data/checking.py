@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +13,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from simexplain.data.augmenting import Augmentation
 from simexplain.data.dataset_split import DataSplit, everything, few, relative
 from simexplain.data.folders import Record
 from simexplain.data.images import read_picture
 from simexplain.data.mask_files import mask_of
+from simexplain.data.preprocessing import Preprocess
+from simexplain.data.quieting import pillow_quiet
 from simexplain.errors import ImageError
 
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
@@ -61,9 +63,47 @@ def check_training(
     if problems:
         raise ImageError(
             f"'{split.name}' cannot be trained on, {_count(len(problems), 'problem')}: "
-            f"{'; '.join(problems)}."
+            f"{'; '.join(problems)}; mend this in the data or choose another batch."
         )
     return tuple(odd)
+
+
+def check_views(
+    split: DataSplit, preprocess: Preprocess, augmentation: Augmentation | None = None
+) -> None:
+    """Finds pictures that can be read, but of which the network's preprocessing shows nothing.
+
+    Args:
+        split: A data set that :func:`check_training` has passed; only sizes are read again.
+        preprocess: As the network expects; pictures to search with and in all go through it.
+        augmentation: Those to train on, too, only where it leaves them as they are (None).
+
+    Raises:
+        ImageError: If there is one: all of them, in one line.
+    """
+    records = [*split.queries, *(split.gallery or ())]
+    if augmentation is None or augmentation.resize is None:
+        records = [*split.train, *records]
+
+    def why(path: Path) -> str:
+        with pillow_quiet(), Image.open(path) as opened:
+            try:
+                preprocess.geometry((opened.height, opened.width))
+            except ImageError:
+                return f"{opened.width}x{opened.height}"
+        return ""
+
+    paths = list(dict.fromkeys(record.path for record in records))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        sizes = [
+            (path, size) for path, size in zip(paths, pool.map(why, paths), strict=True) if size
+        ]
+    if sizes:
+        told = few([f"{relative(path, split.root)} of {size}" for path, size in sizes], quote="")
+        raise ImageError(
+            f"'{split.name}' cannot be trained on, {_count(len(sizes), 'picture')} too elongated "
+            f"for the network's view: {told}; crop or remove them."
+        )
 
 
 def _unfit_classes(split: DataSplit, classes: int, each: int) -> list[str]:
@@ -171,8 +211,8 @@ def _decoded(path: Path, content: bytes) -> tuple[int, int]:
         ImageError: If it cannot.
     """
     try:
-        with warnings.catch_warnings(), Image.open(BytesIO(content)) as opened:
-            warnings.simplefilter("ignore")  # of damaged metadata, which read_picture forgives
+        # Warnings of damaged metadata, which read_picture forgives.
+        with pillow_quiet(), Image.open(BytesIO(content)) as opened:
             if opened.format == "JPEG":
                 height, width = opened.height, opened.width
                 turned = opened.getexif().get(_ORIENTATION) in _TURNED

@@ -27,16 +27,23 @@ COLUMNS = ("path", "label", "split", "group", "mask")
 SPLITS = ("train", "test", "query", "gallery")
 """Values of the column ``split``."""
 
+HELD_OUT = ("test", "val", "valid", "validation")
+"""Folders beside ``train`` that are searched among themselves; the first that is there counts."""
+
 
 def read_folder(root: Path, reading: Reading) -> DataSplit:
     """Class folders, or ``train``, ``test`` (or ``query``, ``gallery``) with class folders each.
 
+    Without ``test``, ``val`` takes its place; with both, ``val`` is left for the user's own use.
+
     Raises:
         ImageError: If there is no picture, or none in a class folder.
     """
-    parts = [name for name in SPLITS if _has_classes(root / name)]
-    searched = ["query", "gallery"] if {"query", "gallery"} <= set(parts) else ["test"]
-    if not ({"train", "test"} <= set(parts) or len(searched) == 2):
+    parts = [name for name in ("train", *HELD_OUT, "query", "gallery") if _has_classes(root / name)]
+    searched = [name for name in HELD_OUT if name in parts][:1]
+    if {"query", "gallery"} <= set(parts):
+        searched = ["query", "gallery"]
+    if not searched or (len(searched) == 1 and "train" not in parts):
         records, loose, empty = _labelled(root, root, reading)
         train, queries = zero_shot(records, reading.train_share)
         name = root.resolve().name
@@ -57,13 +64,19 @@ def read_folder(root: Path, reading: Reading) -> DataSplit:
 
 
 def _has_classes(folder: Path) -> bool:
-    """Whether a folder holds folders and no picture, so that it is a part and not a class."""
+    """Whether a folder has folders of pictures, so that it is a part and not a class.
+
+    Pictures beside these belong to no class, which is told where they are read.
+    """
     try:
         inside = [child for child in folder.iterdir() if not child.name.startswith(".")]
+        return any(_has_pictures(child) for child in inside if child.is_dir())
     except OSError:
         return False
-    loose = any(child.suffix.lower() in SUFFIXES and child.is_file() for child in inside)
-    return any(child.is_dir() for child in inside) and not loose
+
+
+def _has_pictures(folder: Path) -> bool:
+    return any(path.suffix.lower() in SUFFIXES and path.is_file() for path in folder.rglob("*"))
 
 
 def _labelled(
@@ -136,11 +149,20 @@ def _lines(path: Path) -> tuple[list[str], list[tuple[int, Mapping[str | None, o
     if not {"path", "label"} <= set(header) or len(set(header)) < len(header):
         raise ImageError(
             f"Expected '{path}' to begin with a header of the columns path, label and, if wanted, "
-            f"{', '.join(COLUMNS[2:])}, each once, got {', '.join(header) or 'nothing'}."
+            f"{', '.join(COLUMNS[2:])}, each once, got {', '.join(header) or 'nothing'}; "
+            f"{_remedy(header)}."
         )
     if not lines:
         raise ImageError(f"Expected at least one picture in '{path}', found none below its header.")
     return header, [(number, {**line}) for number, line in lines]
+
+
+def _remedy(header: Sequence[str]) -> str:
+    """What to do about a header that does not fit."""
+    for sign, what in ((";", "semicolons"), ("\t", "tabs")):
+        if len(header) == 1 and sign in header[0]:
+            return f"its columns are parted by {what}, save it with commas"
+    return "correct its first line"
 
 
 def _row(

@@ -40,7 +40,7 @@ class DatasetKind:
 DATASETS: dict[str, DatasetKind] = {
     "folder": DatasetKind(
         "folders of pictures, one for each class",
-        "CLASS/picture, or train/CLASS/picture beside test/ (or query/ and gallery/)",
+        "CLASS/picture, or train/CLASS/picture beside test/ or val/ (or query/ and gallery/)",
         read_folder,
         grouped=True,
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from simexplain.data.quieting import pillow_quiet
 from simexplain.errors import ImageError
 
 _WHITE = (255, 255, 255, 255)
@@ -47,11 +47,9 @@ def read_picture(path: str | Path) -> Picture:
     """
     name = str(path)
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of damaged metadata, and from 89 million pixels; it refuses twice that.
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=_formats()) as opened:
-                return _read(name, opened)
+        # Pillow warns of damaged metadata, and from 89 million pixels; it refuses twice that.
+        with pillow_quiet(), Image.open(path, formats=_formats()) as opened:
+            return _read(name, opened)
     except FileNotFoundError as error:
         raise ImageError(f"There is no file '{name}'; check the path.") from error
     except IsADirectoryError as error:

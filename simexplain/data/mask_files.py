@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image, ImageOps
 
 from simexplain.data.folders import Record
 from simexplain.data.images import read_picture
+from simexplain.data.quieting import pillow_quiet
 from simexplain.errors import ImageError
 
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -46,8 +46,7 @@ def mask_of(record: Record, size: tuple[int, int]) -> NDArray[np.uint8] | None:
 
 def _alpha(path: Path) -> NDArray[np.uint8] | None:
     try:
-        with warnings.catch_warnings(), Image.open(path) as opened:
-            warnings.simplefilter("ignore")  # Pillow warns of damaged metadata
+        with pillow_quiet(), Image.open(path) as opened:  # it warns of damaged metadata
             if "A" not in opened.getbands() and "transparency" not in opened.info:
                 return None
             upright = ImageOps.exif_transpose(opened) or opened

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from simexplain.errors import ModelError
 from simexplain.graph.distances import distances
 from simexplain.losses.distance_losses import DISTANCE_LOSSES
-from simexplain.losses.metric_learning import check_settings
 from simexplain.losses.objective import Batch, Term
 from simexplain.losses.proxies import Proxies
 from simexplain.losses.proxy_anchor import LossOnDistances, Measured
+from simexplain.losses.settings import check_settings
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_options import AVSLOptions, avsl_options
 from simexplain.models.avsl_runs import expected_avsl

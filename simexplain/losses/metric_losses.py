@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from simexplain.errors import ModelError
-from simexplain.losses.metric_learning import check_settings, metric_learning
+from simexplain.losses.metric_learning import metric_learning
 from simexplain.losses.objective import MetricLoss
 from simexplain.losses.quadruplet import QuadrupletLoss
+from simexplain.losses.settings import check_settings
 
 
 def margin_loss(

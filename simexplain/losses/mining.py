@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.losses.attention import attention_maps, scaled_images
+from simexplain.losses.inputs import similarity_model
 from simexplain.losses.masking import soft_mask
 from simexplain.losses.objective import Batch, Term, unit_rows
-from simexplain.losses.tuples import Tuples, disjoint_tuples
+from simexplain.losses.settings import check_kind
+from simexplain.losses.statistics import statistics_kept
+from simexplain.losses.tuples import SHAPES, Tuples, disjoint_tuples
 from simexplain.methods.weights import scaled_weights, weight_rule
 from simexplain.models.base import SimilarityModel
 from simexplain.tracing import trace
@@ -94,6 +97,12 @@ class MiningOptions:
     through_mask: bool = True
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(MiningOptions).items():
+            check_kind(name, getattr(self, name), kind, ComparisonError)
+        if self.arch not in SHAPES:
+            raise ComparisonError(
+                f"Expected arch to be one of {', '.join(SHAPES)}, got {self.arch!r}."
+            )
         weight_rule(self.weights)
         if self.rule not in MINING:
             raise ComparisonError(
@@ -108,13 +117,31 @@ class MiningOptions:
             raise ComparisonError(f"Expected alpha above 0, got {self.alpha}.")
 
 
+def mining_options(options: MiningOptions, changes: Mapping[str, Any]) -> MiningOptions:
+    """Options with some of them replaced.
+
+    Raises:
+        ComparisonError: If there is no such option, or its value cannot be used.
+    """
+    known = [field.name for field in fields(MiningOptions)]
+    if unknown := [name for name in changes if name not in known]:
+        raise ComparisonError(
+            f"Expected options of mining among {', '.join(known)}, got {unknown[0]!r}."
+        )
+    return replace(options, **changes)
+
+
 class MiningTerm(Term):
     """What terms that hide attention have in common: options, a layer, comparisons of a batch."""
 
     def __init__(self, options: MiningOptions | None = None, **changes: object) -> None:
-        """Takes options, or changes to the default ones by name."""
+        """Takes options, or changes to the default ones by name.
+
+        Raises:
+            ComparisonError: If there is no such option, or its value cannot be used.
+        """
         super().__init__()
-        self.options = replace(options or MiningOptions(), **changes)  # type: ignore[arg-type]
+        self.options = mining_options(options or MiningOptions(), changes)
 
     def layers(self, model: SimilarityModel) -> tuple[str, ...]:
         """The layer of the maps."""
@@ -146,13 +173,14 @@ class SimilarityMiningLoss(MiningTerm):
         """The loss of the comparisons that are found in the batch."""
         return mined(batch, self.comparisons(batch), self.options, self.layers(batch.model)[0])
 
-    def on(self, model: SimilarityModel, images: Comparison) -> Tensor:
+    def on(self, model: nn.Module, images: Comparison) -> Tensor:
         """The loss of comparisons of preprocessed images, in the model's present modes.
 
         Args:
-            model: The model in training.
+            model: The model in training, as for :class:`Objective`.
             images: Pairs, triplets, quadruplets or any set of images ``(3,H,W)``.
         """
+        model = similarity_model(model)
         flat = images.stacked().flatten(0, 1)
         layer = self.layers(model)[0]
         traced = trace(model, flat, (layer,), differentiable=True)
@@ -249,7 +277,7 @@ def embed_again(model: SimilarityModel, images: Tensor) -> Tensor:
     Raises:
         ModelError: If the model cannot take images of this size.
     """
-    with _statistics_kept(model):
+    with statistics_kept(model):
         try:
             return unit_rows(model, model.embed(images))
         except RuntimeError as error:
@@ -259,21 +287,3 @@ def embed_again(model: SimilarityModel, images: Tensor) -> Tensor:
                 f"The model does not take masked images of {tuple(images.shape[2:])}; "
                 "leave masked_scale at 1."
             ) from error
-
-
-@contextmanager
-def _statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Batch norm normalises by the batch as before, but learns nothing from it."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [(norm, norm.momentum) for norm in norms if norm.training]
-    counts = [norm.num_batches_tracked for norm, _ in kept if norm.num_batches_tracked is not None]
-    before = [int(count) for count in counts]
-    try:
-        for norm, _ in kept:
-            norm.momentum = 0.0
-        yield
-    finally:
-        for norm, momentum in kept:
-            norm.momentum = momentum
-        for count, value in zip(counts, before, strict=True):
-            count.fill_(value)

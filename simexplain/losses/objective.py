@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from simexplain.errors import ModelError
 from simexplain.losses.drawing import drawn_from
 from simexplain.losses.everyone import Everyone
+from simexplain.losses.inputs import check_batch, similarity_model
+from simexplain.losses.settings import check_kind
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.tracing import Trace, trace
@@ -121,6 +123,22 @@ class Objective(nn.Module):
             "mining": (0.05, SimilarityMiningLoss()),
         })
         objective(model, images, labels).total.backward()
+
+    Where several processes train together (``torch.distributed``), every term works on the
+    embeddings of all. Each then needs the mean of all gradients. ``DistributedDataParallel``
+    takes it only of what its own ``forward`` computes, so that the objective has to be called
+    inside of it; ``objective(wrapped.module, ...)`` would leave each process its own gradient::
+
+        class Step(nn.Module):
+            def __init__(self, model, objective):
+                super().__init__()
+                self.model, self.objective = model, objective
+
+            def forward(self, images, labels, seed):
+                return self.objective(self.model, images, labels, seed=seed).total
+
+        step = DistributedDataParallel(Step(model, objective))
+        step(images, labels, seed).backward()
     """
 
     def __init__(self, terms: Mapping[str, tuple[float, Term]]) -> None:
@@ -130,20 +148,19 @@ class Objective(nn.Module):
             terms: For each name, which must be an identifier, a weight and a term.
 
         Raises:
-            ModelError: If there is no term, or a weight is not a finite number.
+            ModelError: If there is no term, a name cannot be used, or a weight is not a finite
+                number.
         """
         super().__init__()
-        if not terms:
-            raise ModelError("Expected at least one term in an objective, got none.")
-        for name, (weight, _) in terms.items():
-            if not abs(weight) < float("inf"):
-                raise ModelError(f"Expected a finite weight for '{name}', got {weight}.")
+        _check_terms(terms)
         self.weights = {name: float(weight) for name, (weight, _) in terms.items()}
         self.terms = nn.ModuleDict({name: term for name, (_, term) in terms.items()})
+        # In a tuple, which does not make them a part of this module.
+        self._known: tuple[nn.Module, SimilarityModel] | None = None
 
     def forward(
         self,
-        model: SimilarityModel,
+        model: nn.Module,
         images: Tensor,
         labels: Tensor,
         *,
@@ -153,7 +170,9 @@ class Objective(nn.Module):
         """The loss of a batch; model modes stay as they are.
 
         Args:
-            model: The model in training.
+            model: The model in training: a similarity model or any network that
+                :func:`as_similarity_model` takes, compiled or in ``DataParallel`` too (neither of
+                which is then made use of), but not in ``DistributedDataParallel``, see above.
             images: Preprocessed ``(M,3,H,W)``.
             labels: Class numbers ``(M,)``.
             masks: ``(M,H,W)`` in [0, 1], for terms that want them; NaN where there is none.
@@ -162,6 +181,7 @@ class Objective(nn.Module):
         Raises:
             ModelError: If the shapes do not fit, or a term cannot work on this batch.
         """
+        model = self._wrapped(model)
         batch = run_batch(model, images, labels, self._layers(model), masks=masks, seed=seed)
         parts = {name: term(batch) for name, term in self.terms.items()}
         total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
@@ -171,12 +191,46 @@ class Objective(nn.Module):
             batch.embeddings.detach(),
         )
 
+    def _wrapped(self, model: nn.Module) -> SimilarityModel:
+        """As a similarity model; the last is remembered, as looking up its layers takes a pass."""
+        if self._known is None or self._known[0] is not model:
+            self._known = (model, similarity_model(model))
+        return self._known[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the network, of which a copy would have its own."""
+        return {**self.__dict__, "_known": None}
+
     def _layers(self, model: SimilarityModel) -> tuple[str, ...]:
         wanted: dict[str, None] = {}
         for term in self.terms.values():
             assert isinstance(term, Term)
             wanted |= dict.fromkeys(term.layers(model))
         return tuple(wanted)
+
+
+def _check_terms(terms: Mapping[str, tuple[float, Term]]) -> None:
+    if not isinstance(terms, Mapping) or not terms:
+        raise ModelError(
+            f"Expected at least one term in an objective, got {terms!r}; "
+            "give {name: (weight, term)}."
+        )
+    for name, entry in terms.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ModelError(f"Expected an identifier as the name of a term, got {name!r}.")
+        pair = isinstance(entry, (tuple, list)) and len(entry) == 2
+        if not pair or not isinstance(entry[1], Term):
+            raise ModelError(
+                f"Expected (weight, term) for '{name}', got {_told(entry)}; losses on embeddings "
+                "become terms with MetricLoss(loss)."
+            )
+        check_kind(f"the weight of '{name}'", entry[0], float)
+
+
+def _told(entry: object) -> str:
+    if isinstance(entry, (tuple, list)):
+        return f"({', '.join(type(part).__name__ for part in entry)})"
+    return type(entry).__name__
 
 
 def run_batch(
@@ -191,17 +245,9 @@ def run_batch(
     """The one forward pass, in the model's present modes, and what all processes know of it.
 
     Raises:
-        ModelError: If labels or masks do not fit the images.
+        ModelError: If labels or masks do not fit the images, or are no tensors.
     """
-    if labels.shape != images.shape[:1]:
-        raise ModelError(
-            f"Expected a label for each of {len(images)} images, got {tuple(labels.shape)}."
-        )
-    if masks is not None and masks.shape != (len(images), *images.shape[2:]):
-        raise ModelError(
-            f"Expected masks of shape {(len(images), *images.shape[2:])}, "
-            f"got {tuple(masks.shape)}; prepare them as the images."
-        )
+    check_batch(images, labels, masks, seed)
     everyone = Everyone.present()
     traced = trace(model, images, layers, differentiable=True)
     return Batch(

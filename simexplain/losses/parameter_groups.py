@@ -10,6 +10,7 @@ from torch import nn
 from simexplain.errors import ModelError
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
+from simexplain.models.embedder import as_similarity_model
 
 GROUPS = {
     "network": "the network, without its embedding head",
@@ -22,7 +23,7 @@ GROUPS = {
 
 def parameter_groups(
     objective: nn.Module,
-    model: SimilarityModel,
+    model: nn.Module,
     *,
     learning_rate: float,
     rates: Mapping[str, float] | None = None,
@@ -35,7 +36,7 @@ def parameter_groups(
 
     Args:
         objective: An objective or any module whose parameters are to be trained too.
-        model: The model in training.
+        model: The model in training; any network that ``as_similarity_model`` takes.
         learning_rate: Of all groups that ``rates`` does not name.
         rates: Learning rates by name, keys of :data:`GROUPS`.
         weight_decay: Of all groups.
@@ -47,7 +48,7 @@ def parameter_groups(
     if unknown := [name for name in given if name not in GROUPS]:
         raise ModelError(f"Expected groups of {', '.join(GROUPS)}, got {unknown[0]!r}.")
     groups = []
-    for name, found in _grouped(objective, model).items():
+    for name, found in _grouped(objective, as_similarity_model(model)).items():
         trained = [parameter for parameter in found if parameter.requires_grad]
         if trained:
             rate = given.get(name, learning_rate)

@@ -16,7 +16,7 @@ from simexplain.losses.classification import (
 )
 from simexplain.losses.constraint import AttentionMaskLoss
 from simexplain.losses.metric_losses import metric_loss
-from simexplain.losses.mining import MiningOptions, SimilarityMiningLoss
+from simexplain.losses.mining import SimilarityMiningLoss
 from simexplain.losses.objective import Objective, Term
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_options import AVSLOptions
@@ -24,6 +24,8 @@ from simexplain.models.avsl_parts import LEVELS
 from simexplain.models.backbones import build_backbone
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
+from simexplain.networks import find_layer, split_call
+from simexplain.training.limits import mining_of
 from simexplain.training.options import TrainOptions
 
 
@@ -46,6 +48,7 @@ def build_model(options: TrainOptions) -> SimilarityModel:
             name=built.title or built.name,
         )
         model.backbone = built.name
+        _check_maps(model, options)
         # The same numbers in another order: a step of EfficientNet-Lite0 takes 0.6 of the time.
         model.to(memory_format=torch.channels_last)
         if options.avsl:
@@ -57,6 +60,20 @@ def build_model(options: TrainOptions) -> SimilarityModel:
             "choose another backbone."
         )
     return model
+
+
+def _check_maps(model: SimilarityModel, options: TrainOptions) -> None:
+    """Attention is drawn from maps, which a picture of a few pixels does not leave."""
+    if options.size is None:
+        return
+    try:
+        _ = model.default_layer
+    except ModelError as error:
+        height, width = options.size
+        raise ModelError(
+            f"Expected a size at which {options.backbone} has maps over the image, got "
+            f"{height}x{width}; choose a larger one (--size)."
+        ) from error
 
 
 def _avsl(base: SimilarityModel, options: TrainOptions) -> AVSL:
@@ -92,6 +109,8 @@ def build_objective(model: SimilarityModel, options: TrainOptions, classes: int)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed + 1)
         try:
+            if (layer := mining_of(options).layer) is not None:
+                find_layer(model.network, split_call(layer)[0])
             terms = {**_base(model, options, classes), **_more(options, classes)}
         except ModelError:
             raise
@@ -120,8 +139,7 @@ def _base(
 def _more(options: TrainOptions, classes: int) -> dict[str, tuple[float, Term]]:
     """Mining, the baselines of Table 1, and masks."""
     terms: dict[str, tuple[float, Term]] = {}
-    arch = "triplet" if options.mining == "none" else options.mining
-    mining = MiningOptions(**{"arch": arch, **dict(options.mining_options)})
+    mining = mining_of(options)
     if options.mining != "none":
         terms["mining"] = (options.gamma, SimilarityMiningLoss(mining))
     if options.bce:
@@ -131,6 +149,26 @@ def _more(options: TrainOptions, classes: int) -> dict[str, tuple[float, Term]]:
             term = ClassificationMiningLoss(head, mining)
             terms["bce_mining"] = (options.bce_mining, term)
     if options.mask_weight:
-        masks = AttentionMaskLoss(inside=options.mask_side == "inside", arch=arch)
+        masks = AttentionMaskLoss(inside=options.mask_side == "inside", arch=mining.arch)
         terms["masks"] = (options.mask_weight, masks)
     return terms
+
+
+def check_present(options: TrainOptions) -> None:
+    """Refuses devices that this host does not have, before lightning does.
+
+    Raises:
+        ModelError: If there are fewer than asked for, or none.
+    """
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    apple = int(torch.backends.mps.is_available())
+    wanted = options.accelerator
+    there = {"gpu": cards or apple, "mps": apple}.get(wanted)
+    if wanted == "auto" and (cards or apple):
+        there = cards or apple
+    if there is not None and there < options.devices:
+        what = "GPU" if wanted != "mps" else "Apple GPU"
+        raise ModelError(
+            f"Expected {options.devices} {what}{'s' * (options.devices > 1)} on this host, found "
+            f"{there or 'none'}; say --accelerator cpu or fewer --devices."
+        )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from simexplain.data.dataset_split import DataSplit, relative
+from simexplain.data.dataset_split import ALPHA, DataSplit, everything, relative
 from simexplain.data.datasets import read_dataset
 from simexplain.data.folders import Record
+from simexplain.errors import OutputError
+from simexplain.training.run_folder import FOLDERS
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,18 @@ class Source:
     group: str | None = None
     masks: str | Path | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values from which :meth:`from_json` makes an equal source, in any folder."""
+        masks = self.masks
+        if masks is not None and masks != ALPHA:
+            masks = str(Path(masks).resolve())
+        return {**asdict(self), "masks": masks}
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> Source:
+        """The counterpart of :meth:`to_json`."""
+        return cls(**said)
+
     def read(self, root: str | Path) -> DataSplit:
         """The data set; what does not match in it is kept for ``check_training``."""
         return read_dataset(
@@ -37,20 +52,83 @@ class Source:
         )  # fmt: skip
 
 
+def read_data(
+    data: str | Path | DataSplit, source: Source | None, begun: Mapping[str, Any] | None
+) -> tuple[DataSplit, dict[str, Any] | None]:
+    """The data of a run and how they were read, for a checkpoint.
+
+    Args:
+        data: What ``train`` was given.
+        source: How to read it; None for as the run was begun with, else the usual way.
+        begun: What the checkpoint to go on with says of that.
+    """
+    if isinstance(data, DataSplit):
+        return data, None
+    chosen = source or (Source.from_json(begun) if begun else Source())
+    return chosen.read(data), chosen.to_json()
+
+
+def check_apart(folder: Path, data: str | Path | DataSplit, split: DataSplit) -> None:
+    """Refuses a run within the data: its own pictures would be trained on by the next one.
+
+    Raises:
+        OutputError: If so, or if a picture lies where the run keeps its own files.
+    """
+    own = folder.resolve()
+    whole = Path() if isinstance(data, DataSplit) else Path(data)
+    within = not isinstance(data, DataSplit) and whole.is_dir()
+    if within and own.is_relative_to(whole.resolve()):
+        raise OutputError(
+            f"'{folder}' lies within the data '{whole}', where the next run would take what it "
+            "draws for a class; choose a folder outside."
+        )
+    files = (path for r in everything(split) for path in (r.path, r.mask) if path is not None)
+    # A NUL is in no name; check_training tells of it.
+    parents = [path for path in {file.parent for file in files} if "\0" not in str(path)]
+    kept = [own / name for name in FOLDERS]
+    inside = [p for p in sorted(parents) if any(p.resolve().is_relative_to(k) for k in kept)]
+    if inside:
+        raise OutputError(
+            f"There are pictures of the data in '{inside[0]}', where the run in '{folder}' keeps "
+            "its own files; choose another folder."
+        )
+
+
 def parts_of(split: DataSplit) -> dict[str, tuple[Record, ...]]:
     """The pictures by what they are for; no gallery where queries are searched themselves."""
     gallery = {} if split.gallery is None else {"gallery": split.gallery}
     return {"train": split.train, "queries": split.queries, **gallery}
 
 
-def fingerprint(split: DataSplit) -> str:
-    """The same for the same pictures in the same classes, wherever they lie."""
-    digest = hashlib.sha256()
+def fingerprint(split: DataSplit, progress: Callable[[int, int], None] | None = None) -> str:
+    """The same for the same pictures and masks in the same classes, wherever they lie.
+
+    Args:
+        split: The data; every file is read.
+        progress: Called with the number of pictures read and of all.
+    """
+    digest, known = hashlib.sha256(), dict[Path, str]()
+    total = sum(map(len, parts_of(split).values()))
+    done = 0
     for part, records in parts_of(split).items():
         for record in records:
+            own = "" if record.mask is None else _content(record.mask, known)
             told = (part, relative(record.path, split.root), record.label, record.group)
-            digest.update(repr(told).encode())
+            digest.update(repr((*told, _content(record.path, known), own)).encode())
+            done += 1
+            if progress is not None:
+                progress(done, total)
     return digest.hexdigest()
+
+
+def _content(path: Path, known: dict[Path, str]) -> str:
+    """A digest of a file; empty where it cannot be read, which ``check_training`` tells."""
+    if path not in known:
+        try:
+            known[path] = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        except (OSError, ValueError):
+            known[path] = ""
+    return known[path]
 
 
 def counts_of(split: DataSplit) -> dict[str, Any]:

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
+from simexplain.errors import ModelError
+from simexplain.losses.everyone import Everyone
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import undisturbed
+from simexplain.training.building import check_present
 from simexplain.training.module import TrainingModule
 from simexplain.training.options import TrainOptions
 
@@ -26,7 +29,9 @@ _LOGS = ("lightning.pytorch", "lightning.fabric", "lightning_fabric", "pytorch_l
 def run_epochs(module: TrainingModule, options: TrainOptions) -> None:
     """Trains what is left of the epochs; several devices share every batch.
 
-    Modes and random state of the caller, Python's warnings and what Ctrl-C does are as before.
+    Modes and random state of the caller, Python's warnings and what Ctrl-C does are as before. What
+    lightning says of several processes in the environment stays: they go through the rest of the
+    script together, and the next run on several devices finds them by it.
 
     Raises:
         KeyboardInterrupt: On Ctrl-C, after the devices were given back.
@@ -42,6 +47,28 @@ def run_epochs(module: TrainingModule, options: TrainOptions) -> None:
             if trainer.interrupted:
                 raise KeyboardInterrupt from error
             raise
+
+
+def check_devices(options: TrainOptions) -> None:
+    """Refuses what cannot be done on the devices and in the processes that there are.
+
+    Raises:
+        ModelError: If half precision would run on a CPU, where lightning takes bf16 for it, or one
+            device is asked for in a script that several processes go through.
+    """
+    if options.devices * options.nodes == 1 and Everyone.present().world > 1:
+        raise ModelError(
+            f"Expected a run on as many devices as an earlier one of this script, which goes on in "
+            f"{Everyone.present().world} processes, got one device; begin it in a script of its "
+            "own."
+        )
+    check_present(options)
+    card = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if options.precision == "16" and options.accelerator == "auto" and not card:
+        raise ModelError(
+            "Expected precision 32 or bf16 on a CPU, got 16, and there is no GPU; say --precision "
+            "bf16."
+        )
 
 
 def trainer_options(model: SimilarityModel, options: TrainOptions) -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
-from simexplain.errors import ModelError
+from simexplain.errors import ModelError, SimexplainError
 from simexplain.models.avsl_options import ETAS, PRESETS
 from simexplain.models.base import DISTANCES
+
+if TYPE_CHECKING:
+    from simexplain.losses.mining import MiningOptions
 
 MOST = float("inf")
 RANGES: dict[str, tuple[float, float]] = {
@@ -17,7 +21,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "lr": (0, MOST), "head_lr": (0, MOST), "proxy_lr": (0, MOST), "reliability_lr": (0, MOST),
     "weight_decay": (0, MOST), "momentum": (0, 1), "step_epochs": (1, MOST), "step_factor": (0, 1),
     "warmup_epochs": (0, MOST), "clip": (0, MOST), "epochs": (1, MOST),
-    "classes": (0, MOST), "each": (2, MOST), "steps": (0, MOST), "seed": (0, 2**31 - 1),
+    "classes": (0, MOST), "each": (2, MOST), "steps": (0, 100_000), "seed": (0, 2**31 - 1),
     "workers": (0, MOST), "devices": (1, MOST), "nodes": (1, MOST), "eval_every": (1, MOST),
     "checkpoint_every": (0, MOST), "watch": (0, MOST),
 }  # fmt: skip
@@ -101,3 +105,50 @@ def check_values(options: Any) -> None:
         if not least <= value <= most or value == MOST:
             to = "" if most == MOST else f" and at most {most:g}"
             raise ModelError(f"Expected {name} of at least {least:g}{to}, got {value:g}.")
+
+
+def check_terms(options: Any) -> None:
+    """Refuses settings of the loss and of mining that do not exist, do not fit or contradict.
+
+    Raises:
+        ModelError: If there is one.
+    """
+    from simexplain.losses.distance_losses import DISTANCE_LOSSES
+    from simexplain.losses.metric_losses import LOSSES
+    from simexplain.losses.settings import check_settings
+
+    for name in ("loss_options", "mining_options"):
+        for pair in getattr(options, name):
+            if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+                raise ModelError(f"Expected {name} as pairs (name, value), got {pair!r}.")
+    table: Mapping[str, Any] = DISTANCE_LOSSES if options.avsl else LOSSES
+    check_settings(options.loss, table[options.loss], dict(options.loss_options))
+    mining_of(options)
+    if options.mining == "none":
+        return
+    if not options.gamma:
+        raise ModelError(
+            f"Expected a weight above 0 for mining={options.mining!r}, got gamma of 0; say mining "
+            "none to train without it."
+        )
+    arch = dict(options.mining_options).get("arch", options.mining)
+    if arch != options.mining:
+        raise ModelError(
+            f"Expected mining over {options.mining}s, as --mining says, got the mining option "
+            f"arch={arch!r}; leave the option away."
+        )
+
+
+def mining_of(options: Any) -> MiningOptions:
+    """The options of mining, over triplets where nothing is said.
+
+    Raises:
+        ModelError: If one is unknown or cannot be used.
+    """
+    from simexplain.losses.mining import MiningOptions, mining_options
+
+    arch = "triplet" if options.mining == "none" else options.mining
+    try:
+        return mining_options(MiningOptions(arch=arch), dict(options.mining_options))
+    except SimexplainError as error:
+        raise ModelError(str(error)) from error

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_type_hints
 
+import numpy as np
+
 from simexplain.errors import ModelError
 from simexplain.models.backbones import DEFAULT_MODEL
-from simexplain.training.limits import avsl_losses, check_types, check_values
+from simexplain.training.limits import avsl_losses, check_terms, check_types, check_values
 
 USUAL_CLASSES = 16
 """Classes in a batch where nothing is said and there are as many."""
@@ -173,6 +175,7 @@ class TrainOptions:
             raise ModelError(
                 f"{plain[0]} needs one embedding for each image, which AVSL has not; leave one out."
             )
+        check_terms(self)
         if self.precision == "16" and self.accelerator == "cpu":
             raise ModelError("Expected precision 32 or bf16 on a CPU, got 16.")
 
@@ -200,7 +203,7 @@ class TrainOptions:
 
 
 def with_options(options: TrainOptions, said: Mapping[str, Any]) -> TrainOptions:
-    """The options with some of them replaced; lists become tuples.
+    """The options with some of them replaced; lists, mappings and numpy's numbers become plain.
 
     Raises:
         ModelError: If a setting is unknown or its value cannot be used.
@@ -222,4 +225,8 @@ def _plain(value: Any) -> Any:
 
 
 def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        value = tuple(value.items())
+    if isinstance(value, np.generic):
+        return value.item()
     return tuple(_tuples(part) for part in value) if isinstance(value, (tuple, list)) else value

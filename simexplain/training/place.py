@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -55,7 +55,22 @@ class Place:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Place:
-        """The counterpart of :meth:`to_state`."""
+        """The counterpart of :meth:`to_state`.
+
+        Raises:
+            ValueError: If something is missing, unknown or of another type.
+        """
+        kinds: dict[str, type | tuple[type, ...]] = {
+            "sums": dict,
+            "rows": list,
+            "best": (int, float, type(None)),
+        }
+        for entry in fields(cls):
+            if not isinstance(state.get(entry.name, cls), kinds.get(entry.name, int)):
+                raise ValueError(f"it has no {entry.name} of its place")
+        unknown = [name for name in state if name not in {entry.name for entry in fields(cls)}]
+        if unknown:
+            raise ValueError(f"its place has the unknown '{unknown[0]}'")
         return cls(**{**state, "rows": [dict(row) for row in state["rows"]]})
 
 

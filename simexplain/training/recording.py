@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -18,8 +19,7 @@ from simexplain.models.base import SimilarityModel
 from simexplain.models.writing import save_model
 from simexplain.training.module import TrainingModule
 from simexplain.training.options import TrainOptions, best_column
-from simexplain.training.place import Place
-from simexplain.training.run_folder import ATTENTION, LAST, MODEL, TENSORBOARD, RunFolder
+from simexplain.training.run_folder import ATTENTION, LAST, MODEL, OPTIONS, TENSORBOARD, RunFolder
 from simexplain.training.watching import attention_picture
 
 Row = dict[str, Any]
@@ -50,8 +50,10 @@ class Recorder:
         options: Of the run.
         watched: The triplets whose maps are drawn.
         known: What else every checkpoint says, plain values.
+        about: What ``options.json`` says.
         listeners: Whom it tells.
         writer: Of TensorBoard, once the run has begun and where it is installed.
+        broken: Pictures that an evaluation left out, with the reason.
     """
 
     folder: RunFolder
@@ -59,18 +61,27 @@ class Recorder:
     options: TrainOptions
     watched: Sequence[tuple[Record, Record, Record]]
     known: Mapping[str, Any]
+    about: Mapping[str, Any] = field(default_factory=dict)
     listeners: Listeners = field(default_factory=Listeners)
     writer: Any = None
+    broken: dict[str, str] = field(default_factory=dict)
     _begun: float = field(default_factory=time.monotonic)
 
     def begun(self, module: TrainingModule) -> None:
-        """Before the first step: the untrained network's row, and a checkpoint to resume from."""
-        self.writer = _tensorboard(self.folder, module.place.step)
-        if not module.place.rows:
-            row: Row = {"epoch": 0, "step": 0, "seconds": 0.0}
-            self._tell(module.place, {**row, **self.measured(module.model)})
-            self._draw(module.model, 0)
+        """Before the first step: the folder, and the untrained network's row."""
+        fresh = not module.place.rows
+        if fresh:
+            # The first thing that is written is what --resume takes, in place of an earlier run's:
+            # a run that is stopped before is no run, and leaves the earlier one as it was.
             self.keep(module)
+            self.folder.clear()
+        self.folder.write_json(OPTIONS, self.about)
+        self.writer = _tensorboard(self.folder, module.place.step)
+        if fresh:
+            row: Row = {"epoch": 0, "step": 0, "seconds": 0.0}
+            row |= self.measured(module.model)
+            self._draw(module.model, 0)
+            self._note(module, row)
         self._begun = time.monotonic()
 
     def stepped(self, module: TrainingModule) -> None:
@@ -101,8 +112,7 @@ class Recorder:
             self._draw(module.model, place.epoch)
             self._improve(module, self.score(row))
         self._save(module, LAST)
-        self._tell(place, row)
-        self.keep(module)
+        self._note(module, row)
         self._begun = time.monotonic()
 
     def measured(self, model: SimilarityModel) -> Row:
@@ -118,6 +128,7 @@ class Recorder:
             batch_size=max(32, self.options.batch_size),
             progress=self.listeners.work,
         )
+        self.broken |= found.broken
         recalls = {f"recall@{k}": value for k, value in found.recall.items()}
         return {**recalls, "map_at_r": found.map_at_r}
 
@@ -132,6 +143,13 @@ class Recorder:
         self.folder.write_checkpoint({**self.known, **module.state()})
         if self.writer is not None:
             self.writer.flush()
+
+    def close(self) -> None:
+        """Ends TensorBoard's thread."""
+        if self.writer is not None:
+            with suppress(OSError):
+                self.writer.close()
+            self.writer = None
 
     def _improve(self, module: TrainingModule, reached: float) -> None:
         place = module.place
@@ -151,12 +169,14 @@ class Recorder:
             picture = attention_picture(model, self.watched, title=title)
             self.folder.write(f"{ATTENTION}/epoch_{epoch:03d}.png", picture)
 
-    def _tell(self, place: Place, row: Row) -> None:
-        place.rows.append(row)
-        self.folder.write_rows(place.rows)
+    def _note(self, module: TrainingModule, row: Row) -> None:
+        """A row, kept before it is told: whoever listens may end the run."""
+        module.place.rows.append(row)
+        self.folder.write_rows(module.place.rows)
         if self.writer is not None:
             measured = {f"test/{n}": v for n, v in row.items() if n.startswith(("recall", "map"))}
-            self._log(measured, place.step)
+            self._log(measured, module.place.step)
+        self.keep(module)
         if self.listeners.epoch is not None:
             self.listeners.epoch(row)
 

@@ -6,8 +6,10 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,25 @@ import torch
 from simexplain.errors import DAMAGED, ModelError, OutputError, first_line
 from simexplain.models.checkpoints import read_torch
 from simexplain.publishing import check_writable
+from simexplain.training.options import TrainOptions
+from simexplain.training.place import Place
 
 MODEL, LAST = "model.pt", "last.pt"
 OPTIONS, RESULTS, METRICS = "options.json", "results.json", "metrics.csv"
 CHECKPOINT = "checkpoints/last.ckpt"
 ATTENTION, TENSORBOARD = "attention", "tensorboard"
+FOLDERS = ("checkpoints", ATTENTION, TENSORBOARD)
 FILES = (MODEL, LAST, OPTIONS, RESULTS, METRICS, CHECKPOINT)
 SCHEMA = 1
+_DRAFT = ".simexplain-"
+_LONGEST = f"{ATTENTION}/{_DRAFT}epoch_000000.png.part"
+_PICTURE = re.compile(r"epoch_\d{3,}\.png")
+_EVENTS = re.compile(r"events\.out\.tfevents\..+")
+_STATE: dict[str, type | tuple[type, ...]] = {
+    "options": dict, "data": str, "source": (dict, type(None)), "recipe": (str, type(None)),
+    "model": dict, "objective": dict, "optimiser": dict, "precision": dict, "place": dict,
+}  # fmt: skip
+"""What a checkpoint holds."""
 
 
 def first_process() -> bool:
@@ -38,23 +52,57 @@ def check_folder(folder: Path, *, resume: bool, force: bool) -> None:
         OutputError: If a run is there that is neither to be resumed nor replaced, or none is
             there to be resumed, or the folder cannot be written.
     """
-    there = [name for name in FILES if (folder / name).exists()]
-    if resume and not (folder / CHECKPOINT).is_file():
+    try:
+        # UnicodeError: SummaryWriter and torch.save write paths as UTF-8.
+        (folder / _LONGEST).as_posix().encode()
+        _check_names(folder)
+        there = [name for name in (*FILES, *FOLDERS) if _taken(folder / name)]
+        able = (folder / CHECKPOINT).is_file()
+        nearest = folder.absolute()
+        while not nearest.exists():
+            nearest = nearest.parent
+        writable = nearest.is_dir() and os.access(nearest, os.W_OK)
+    except UnicodeError as error:
+        raise OutputError(
+            f"Expected a folder with a name in UTF-8, got {str(folder)!a}; choose another folder."
+        ) from error
+    except OutputError:
+        raise
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise OutputError(f"'{folder}' cannot be written ({why}); choose another folder.") from None
+    if resume and not able:
         raise OutputError(
             f"Expected a run to resume in '{folder}', but there is no {CHECKPOINT}; leave "
             "--resume away to begin one."
         )
     if there and not resume and not force:
+        go_on = "--resume to go on with it, " if able else ""
         raise OutputError(
-            f"'{folder}' holds a run already ({there[0]}); say --resume to go on with it, --force "
-            "to replace it, or choose another folder."
+            f"'{folder}' holds a run already ({there[0]}); say {go_on}--force to replace it, or "
+            "choose another folder."
         )
-    check_writable(folder, FILES, force=True)
-    nearest = folder.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not os.access(nearest, os.W_OK):
+    if not writable:
         raise OutputError(f"'{folder}' cannot be written; choose another folder.")
+
+
+def _check_names(folder: Path) -> None:
+    """Refuses files where folders go, folders where files go, and names that are too long."""
+    check_writable(folder, FILES, force=True)
+    with suppress(FileNotFoundError, NotADirectoryError):
+        (folder / _LONGEST).lstat()
+    for name in FOLDERS:
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise OutputError(
+                f"'{folder / name}' is a file where a folder must go; choose another folder."
+            )
+
+
+def _taken(path: Path) -> bool:
+    """Whether a file is there, or a folder with more in it than half-written files of a run."""
+    if path.is_dir():
+        return any(not inside.name.startswith(_DRAFT) for inside in path.iterdir())
+    return path.exists()
 
 
 class RunFolder:
@@ -67,30 +115,32 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def begin(self) -> None:
-        """Makes the folder and removes what an earlier run left in it, and nothing else.
+    def clear(self) -> None:
+        """Removes what an earlier run left but its checkpoint, and nothing else.
 
         Raises:
             OutputError: If it cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             self.tidy()
             for name in FILES:
-                (self.path / name).unlink(missing_ok=True)
-            for picture in (self.path / ATTENTION).glob("epoch_*.png"):
-                picture.unlink()
-            shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)
-            (self.path / CHECKPOINT).parent.mkdir(exist_ok=True)
+                if name != CHECKPOINT:
+                    (self.path / name).unlink(missing_ok=True)
+            for name, pattern in ((ATTENTION, _PICTURE), (TENSORBOARD, _EVENTS)):
+                for path in (self.path / name).glob("*"):
+                    if pattern.fullmatch(path.name) and not path.is_dir():
+                        path.unlink()
         except OSError as error:
             raise self._unwritable(error) from error
 
     def tidy(self) -> None:
         """Removes what a run that was killed may have left half-written."""
-        for draft in self.path.rglob("*.part"):
-            draft.unlink(missing_ok=True)
-        for folder in self.path.glob(".simexplain-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in (self.path, *(self.path / name for name in FOLDERS)):
+            for draft in folder.glob(f"{_DRAFT}*"):
+                if draft.is_dir():
+                    shutil.rmtree(draft, ignore_errors=True)
+                else:
+                    draft.unlink(missing_ok=True)
 
     def write(self, name: str, content: bytes) -> Path:
         """A file, whole or not at all, on the disk when this returns.
@@ -99,7 +149,7 @@ class RunFolder:
             OutputError: If it cannot be written.
         """
         path = self.path / name
-        draft = path.with_name(f"{path.name}.part")
+        draft = path.with_name(f"{_DRAFT}{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with draft.open("wb") as file:
@@ -114,8 +164,9 @@ class RunFolder:
         return path
 
     def write_json(self, name: str, said: Mapping[str, Any]) -> Path:
-        """A JSON file."""
-        return self.write(name, json.dumps(said, indent=2, ensure_ascii=False).encode())
+        """A JSON file; what is not UTF-8 in names of files becomes an escape of JSON's."""
+        text = json.dumps(said, indent=2, ensure_ascii=False)
+        return self.write(name, text.encode("utf-8", "backslashreplace"))
 
     def write_rows(self, rows: Sequence[Mapping[str, Any]]) -> Path:
         """``metrics.csv``: one row an epoch; cells without a value are empty."""
@@ -142,17 +193,24 @@ class RunFolder:
         try:
             state: dict[str, Any] = read_torch(path, trust_pickle=False)
             schema = state["training"]
+            if schema == SCHEMA:
+                _check_state(state)
         except (OSError, ModelError, *DAMAGED) as error:
-            raise OutputError(
-                f"The checkpoint '{path}' is damaged ({first_line(error)}); say --force to begin "
-                "anew."
-            ) from error
+            raise self.damaged(error) from error
         if schema != SCHEMA:
             raise OutputError(
                 f"'{path}' was written in schema {schema}, but this version reads schema {SCHEMA}; "
                 "use a matching version of simexplain."
             )
         return state
+
+    def damaged(self, error: Exception) -> OutputError:
+        """What to say of a checkpoint that cannot be used."""
+        said = first_line(error).rstrip(".:")
+        return OutputError(
+            f"The checkpoint '{self.path / CHECKPOINT}' is damaged ({said}); say --force to begin "
+            "anew."
+        )
 
     def files(self) -> dict[str, str]:
         """What the run has written, by kind."""
@@ -171,3 +229,14 @@ class RunFolder:
         return OutputError(
             f"'{self.path}' cannot be written ({error.strerror or error}); choose another folder."
         )
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Raises one of ``DAMAGED`` where a checkpoint lacks something or has it in another shape."""
+    for name, kind in _STATE.items():
+        if name not in state:
+            raise ValueError(f"it has no {name}")
+        if not isinstance(state[name], kind):
+            raise ValueError(f"its {name} is a {type(state[name]).__name__}")
+    TrainOptions.from_json(state["options"])
+    Place.from_state(state["place"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -10,27 +10,36 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simexplain.data.checking import check_training
+import torch
+
+from simexplain.data.augmenting import AUGMENTATIONS
+from simexplain.data.checking import check_training, check_views
 from simexplain.data.dataset_split import DataSplit
 from simexplain.data.sampling import ClassBalanced
 from simexplain.data.training_set import TrainingImages
 from simexplain.errors import ImageError, ModelError, OutputError
 from simexplain.explanation import versions
 from simexplain.models.writing import check_savable
-from simexplain.training.datasource import Source, counts_of, fingerprint, searchable
-from simexplain.training.options import TrainOptions, with_options
+from simexplain.training.datasource import (
+    Source,
+    check_apart,
+    counts_of,
+    fingerprint,
+    read_data,
+    searchable,
+)
+from simexplain.training.effects import left_out, without_effect
+from simexplain.training.options import TrainOptions
 from simexplain.training.place import Place
-from simexplain.training.recipes import recipe_options
 from simexplain.training.result import TrainResult
-from simexplain.training.run_folder import OPTIONS, RESULTS, RunFolder, check_folder, first_process
+from simexplain.training.resuming import check_same, go_on, resolved
+from simexplain.training.run_folder import RESULTS, RunFolder, check_folder, first_process
 
 if TYPE_CHECKING:
     from simexplain.training.module import TrainingModule
-    from simexplain.training.recording import Listeners
+    from simexplain.training.recording import Listeners, Recorder
 
 NEEDED = {"lightning": "lightning", "pytorch_metric_learning": "pytorch-metric-learning"}
-MAY_CHANGE = ("epochs", "workers", "accelerator", "devices", "nodes", "watch", "checkpoint_every")
-"""What a resumed run may have otherwise than the run that it goes on with."""
 
 
 def train(
@@ -57,7 +66,8 @@ def train(
     Args:
         data: A folder or a file, read as ``source`` says, or a data set that was read before.
         out: The folder of the run.
-        source: How ``data`` is read; as a folder of class folders unless given.
+        source: How ``data`` is read; unless given as a folder of class folders, or as the run to
+            resume was begun.
         recipe: A name in ``RECIPES``, whose settings count where none are given.
         resume: Go on with the run in ``out`` from its last checkpoint, with its settings.
         force: Replace a run in ``out``.
@@ -67,36 +77,44 @@ def train(
     Raises:
         ImageError: If the data cannot be trained on: all reasons at once.
         ModelError: If a setting, the recipe or the network cannot be used, or a package is missing.
-        OutputError: If ``out`` is taken, cannot be written, or has nothing to resume.
+        OutputError: If ``out`` is taken, cannot be written, lies within the data, or has nothing
+            to resume.
         KeyboardInterrupt: On Ctrl-C; the last checkpoint stands.
     """
     check_extra()
-    from simexplain.training.fitting_loop import run_epochs
+    from simexplain.training.fitting_loop import check_devices, run_epochs
 
-    folder, read_as, first = RunFolder(Path(out)), source or Source(), first_process()
+    if not str(out):
+        raise OutputError("Expected a folder for the run, got an empty name; say '.' for this one.")
+    folder, first = RunFolder(Path(out)), first_process()
     if first:
         check_folder(folder.path, resume=resume, force=force)
     state = folder.read_checkpoint() if resume else None
     options = resolved(recipe, settings, state)
-    split = data if isinstance(data, DataSplit) else read_as.read(data)
+    check_devices(options)
+    split, read_as = read_data(data, source, state["source"] if state else None)
+    if first:
+        check_apart(folder.path, data, split)
     options = options.settled(len(split.classes))
-    warnings = checked(split, options, listeners)
-    known = {"options": options.to_json(), "data": fingerprint(split)}
-    if state is not None and state["data"] != known["data"]:
-        raise OutputError(
-            f"The run in '{folder.path}' was trained on other pictures than '{data}' has now; "
-            "give it the same data or begin another run."
-        )
-    module = prepared(split, options, folder, known, listeners)
+    known = {
+        "options": options.to_json(),
+        "data": fingerprint(split, _progress(listeners, "Reading pictures")),
+        "source": read_as,
+        "recipe": recipe or (state["recipe"] if state else None),
+    }
     if state is not None:
-        module.restore(state)
-        if first:
-            folder.tidy()
-    elif first:
-        folder.begin()
-        folder.write_json(OPTIONS, {**known, **described(split, options), "recipe": recipe})
-    run_epochs(module, options)
-    return _finished(folder, options, warnings, write=first)
+        check_same(folder, state, known, data)
+    warnings = checked(split, options, listeners)
+    # Training needs gradients, whatever the caller has switched off.
+    with torch.inference_mode(False), torch.enable_grad():
+        module, record = prepared(split, options, folder, known, listeners)
+        if state is not None:
+            go_on(module, state, record, write=first)
+        try:
+            run_epochs(module, options)
+        finally:
+            record.close()
+    return _finished(folder, options, (*warnings, *left_out(record.broken)), write=first)
 
 
 def check_extra() -> None:
@@ -113,33 +131,6 @@ def check_extra() -> None:
         )
 
 
-def resolved(
-    recipe: str | None, settings: Mapping[str, Any], state: Mapping[str, Any] | None
-) -> TrainOptions:
-    """The settings of a run: those given, else the recipe's, else those it was begun with.
-
-    Raises:
-        ModelError: If one cannot be used, or is not what the run to resume was begun with.
-    """
-    if state is None:
-        return with_options(recipe_options(recipe) if recipe else TrainOptions(), settings)
-    begun = TrainOptions.from_json(state["options"])
-    wanted = with_options(recipe_options(recipe) if recipe else begun, settings)
-    wanted = replace(wanted, classes=wanted.classes or begun.classes)
-    differing = [
-        name
-        for name, value in wanted.to_json().items()
-        if value != begun.to_json()[name] and name not in MAY_CHANGE
-    ]
-    if differing:
-        name = differing[0]
-        raise ModelError(
-            f"The run was begun with {name}={getattr(begun, name)!r}, and cannot go on with "
-            f"{getattr(wanted, name)!r}; leave it away or begin another run."
-        )
-    return wanted
-
-
 def checked(
     split: DataSplit, options: TrainOptions, listeners: Listeners | None
 ) -> tuple[str, ...]:
@@ -148,12 +139,11 @@ def checked(
     Raises:
         ImageError: If it cannot: all reasons at once.
     """
-    work = listeners.work if listeners is not None else None
     warnings = check_training(
         split,
         classes=options.classes,
         each=options.each,
-        progress=None if work is None else partial(work, "Checking pictures"),
+        progress=_progress(listeners, "Checking pictures"),
     )
     if options.mask_weight and not any(record.mask for record in split.train):
         raise ImageError(
@@ -165,7 +155,7 @@ def checked(
             f"Expected a test picture of '{split.name}' with another of its class to be found, got "
             "none; check the classes to test on and the groups."
         )
-    return warnings
+    return (*warnings, *without_effect(options, split))
 
 
 def prepared(
@@ -174,8 +164,8 @@ def prepared(
     folder: RunFolder,
     known: Mapping[str, Any],
     listeners: Listeners | None = None,
-) -> TrainingModule:
-    """The module that trains, with network, objective, batches and record; nothing is written.
+) -> tuple[TrainingModule, Recorder]:
+    """The module that trains, and what records it; nothing is written.
 
     Raises:
         ModelError: If the network or the objective cannot be built.
@@ -187,6 +177,7 @@ def prepared(
 
     model = build_model(options)
     check_savable(model)
+    check_views(split, model.preprocess, AUGMENTATIONS[options.augmentation])
     objective = build_objective(model, options, len(split.classes))
     images = TrainingImages(
         split.train, options.augmentation, model.preprocess, options.seed, classes=split.classes
@@ -204,11 +195,20 @@ def prepared(
         options,
         watched_triplets(split.queries, options.watch, options.seed),
         known,
+        {**known, **described(split, options)},
         listeners or Listeners(),
     )
-    return TrainingModule(
+    module = TrainingModule(
         model, objective, options, data=images, batches=balanced.indices, record=record
     )
+    return module, record
+
+
+def _progress(listeners: Listeners | None, what: str) -> Callable[[int, int], None] | None:
+    """Tells how far some work is, where anybody listens."""
+    if listeners is None or listeners.work is None:
+        return None
+    return partial(listeners.work, what)
 
 
 def described(split: DataSplit, options: TrainOptions) -> dict[str, Any]:
