@@ -17,7 +17,7 @@ COMMANDS = {
     "match": "Tell which region of one picture answers to which of another.",
     "compare": "Methods side by side on the same images, with their scores.",
     "evaluate": "Retrieval of a model, faithfulness of methods, over a data set.",
-    "train": "Train a network on class folders or a data set, with attention and retrieval.",
+    "train": "Train a network on a data set, with attention and retrieval.",
     "fit": "Fit AVSL to a trained network, which attribute needs.",
     "bank": "Grad-weights of a labelled folder, for the method weight_bank.",
     "layers": "List the layers of a model that can carry a heatmap.",
