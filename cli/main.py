@@ -52,8 +52,7 @@ class _Lazy(click.Group):
 def cli() -> None:
     """Why does this model say these images are alike?
 
-    simexplain draws, for any trained image-embedding model, which parts of each picture make a
-    pair similar or a triplet hold. MODEL is timm:NAME, torchvision:NAME or a file.
+    MODEL, in all commands, is timm:NAME, torchvision:NAME or a file.
     """
 
 
