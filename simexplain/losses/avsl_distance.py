@@ -8,6 +8,7 @@ from torch import Tensor
 
 from simexplain.graph.distances import distances
 from simexplain.losses.metric_learning import metric_learning
+from simexplain.losses.roots import rooted
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import DISTANCES
 
@@ -82,8 +83,3 @@ class AVSLDistance(_BaseDistance):  # type: ignore[misc]
         if self.root:
             found = rooted(found)
         return 1 - found / 2 if self.is_inverted else found
-
-
-def rooted(squared: Tensor) -> Tensor:
-    """The square root, with gradient 0 instead of infinity where a distance is 0."""
-    return squared.clamp_min(1e-12).sqrt()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.losses.mining import Own, own_maps, tuple_weights
 from simexplain.losses.objective import Batch, Term
 from simexplain.losses.tuples import SHAPES, disjoint_tuples
+from simexplain.methods.layer_maps import at_grid
 from simexplain.methods.weights import weight_rule
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import at_least_single
@@ -37,9 +37,7 @@ def wrong_energy(maps: Tensor, masks: Tensor) -> Tensor:
             f"Expected maps (M,h,w) and as many masks (M,H,W), got {tuple(maps.shape)} and "
             f"{tuple(masks.shape)}."
         )
-    size = int(masks.shape[1]), int(masks.shape[2])
-    stack = maps.unsqueeze(1)
-    grown = F.interpolate(stack, size=size, mode="bilinear", align_corners=False).squeeze(1)
+    grown = at_grid(maps, (int(masks.shape[1]), int(masks.shape[2])))
     total = grown.sum(dim=(1, 2))
     wrong: Tensor = (grown * (1 - masks)).sum(dim=(1, 2))
     return wrong / total.where(total > 0, total.new_ones(()))

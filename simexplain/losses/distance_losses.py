@@ -13,6 +13,7 @@ from simexplain.errors import ModelError
 from simexplain.losses.drawing import drawn_from
 from simexplain.losses.metric_learning import metric_learning
 from simexplain.losses.proxy_anchor import LossOnDistances, Measured, ProxyAnchor
+from simexplain.losses.roots import rooted
 
 
 class PairLoss(LossOnDistances):
@@ -58,8 +59,6 @@ class PairLoss(LossOnDistances):
 
     def forward(self, measured: Measured) -> Tensor:
         """The loss of the rows with each other."""
-        from simexplain.losses.avsl_distance import rooted
-
         given = rooted(measured.distances) if self.root else measured.distances
         with drawn_from(measured.generator):
             found = None if self.sampler is None else self.sampler(measured, given.detach())

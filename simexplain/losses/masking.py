@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from simexplain.errors import ComparisonError
+from simexplain.methods.layer_maps import at_grid, unit_scaled
 
 
 def attention_mask(
@@ -25,11 +25,8 @@ def attention_mask(
     Returns:
         ``(M,H,W)``, differentiable in the maps.
     """
-    grown = F.interpolate(maps.unsqueeze(1), size=size, mode="bilinear", align_corners=False)
-    top = grown.amax(dim=(2, 3), keepdim=True)
-    scaled = grown / top.where(top > 0, top.new_ones(()))
-    mask: Tensor = (alpha * (scaled.squeeze(1) - beta)).sigmoid()
-    return mask
+    scaled = unit_scaled(at_grid(maps, size))
+    return (alpha * (scaled - beta)).sigmoid()
 
 
 def soft_mask(images: Tensor, maps: Tensor, *, alpha: float = 10.0, beta: float = 0.5) -> Tensor:

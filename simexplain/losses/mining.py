@@ -15,6 +15,7 @@ from simexplain.losses.attention import attention_maps, scaled_images
 from simexplain.losses.inputs import similarity_model
 from simexplain.losses.masking import soft_mask
 from simexplain.losses.objective import Batch, Term, unit_rows
+from simexplain.losses.roots import rooted
 from simexplain.losses.settings import check_kind
 from simexplain.losses.statistics import statistics_kept
 from simexplain.losses.tuples import SHAPES, Tuples, disjoint_tuples
@@ -66,8 +67,7 @@ def mining_loss(masked: Comparison, rule: str = "absolute") -> Tensor:
 
 def _distances(anchor: Tensor, others: Tensor) -> Tensor:
     """Euclidean ``(B,n)``, with a defined gradient where two rows are the same."""
-    squared = (anchor.unsqueeze(1) - others).square().sum(dim=2)
-    return squared.clamp_min(1e-12).sqrt()
+    return rooted((anchor.unsqueeze(1) - others).square().sum(dim=2))
 
 
 @dataclass(frozen=True)

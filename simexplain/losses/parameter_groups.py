@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from simexplain.errors import ModelError
+from simexplain.losses.attention import last_linear
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
@@ -65,8 +66,8 @@ def _grouped(objective: nn.Module, model: SimilarityModel) -> dict[str, list[nn.
         if model.options.inference in ("full", "reliable"):
             reliability = [*model.alphas, *model.betas]
     else:
-        linear = [part for part in model.network.modules() if isinstance(part, nn.Linear)]
-        heads = list(linear[-1].parameters()) if linear else []
+        head = last_linear(model.network)
+        heads = [] if head is None else list(head.parameters())
         own = {id(parameter) for parameter in heads}
         network = [part for part in model.parameters() if id(part) not in own]
     known = {id(parameter) for parameter in model.parameters()}

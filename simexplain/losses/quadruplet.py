@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simexplain.errors import ComparisonError, ModelError
+from simexplain.losses.roots import rooted
 from simexplain.networks import at_least_single
 
 
@@ -155,8 +156,7 @@ class QuadrupletLoss(nn.Module):
 
     def _distances(self, rows: Tensor, one: Tensor, other: Tensor) -> Tensor:
         squares = (rows[one] - rows[other]).square().sum(dim=1)
-        # The slope of a root at zero is infinite.
-        return squares if self.squared else squares.clamp_min(1e-12).sqrt()
+        return squares if self.squared else rooted(squares)
 
 
 def _apart(rows: Tensor) -> Tensor:

@@ -31,7 +31,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "distance": tuple(DISTANCES),
     "preset": tuple(PRESETS),
     "eta": ETAS,
-    "mining": ("none", "siamese", "triplet", "quadruplet"),
     "mask_side": ("inside", "outside"),
     "optimiser": ("adamw", "adam", "sgd"),
     "schedule": ("constant", "cosine", "step"),
@@ -48,11 +47,13 @@ def choices() -> dict[str, tuple[str, ...]]:
     from simexplain.data.augmenting import AUGMENTATIONS
     from simexplain.losses.avsl_objective import ABLATIONS
     from simexplain.losses.metric_losses import LOSSES
+    from simexplain.losses.tuples import SHAPES
 
     return {
         **CHOICES,
         "ablation": tuple(ABLATIONS),
         "loss": tuple(LOSSES),
+        "mining": ("none", *SHAPES),
         "augmentation": tuple(AUGMENTATIONS),
     }
 
