@@ -46,13 +46,12 @@ class _Lazy(click.Group):
 @click.group(
     cls=_Lazy,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Documentation of a command: simexplain COMMAND --help",
 )
 @click.version_option(__version__, prog_name="simexplain")
 def cli() -> None:
-    """Why does this model say these images are alike?
-
-    MODEL, in all commands, is timm:NAME, torchvision:NAME or a file.
+    """\b
+    Why does this model say these images are alike?
+    MODEL is timm:NAME, torchvision:NAME or a file. More: simexplain COMMAND -h
     """
 
 

@@ -1,0 +1,1 @@
+"""Thousands of comparisons: shared images embedded once, resumable, over several processes."""

@@ -1,0 +1,1 @@
+"""One- and few-shot segmentation from attention maps."""
