@@ -157,8 +157,8 @@ def test_another_class_gives_another_map(head: ClassHead) -> None:
     batch = run_batch(model, images, LABELS, (layer,))
     options = mining.MiningOptions(layer=layer)
     with torch.no_grad():
-        right = mining.mined_along(batch, tuples, head.directions(LABELS), options, layer)
-        wrong = mining.mined_along(batch, tuples, head.directions(2 - LABELS), options, layer)
+        right = mining.mined_along(batch, tuples, head.directions(LABELS), options)
+        wrong = mining.mined_along(batch, tuples, head.directions(2 - LABELS), options)
     assert not torch.allclose(right, wrong, rtol=1e-3)
 
 

@@ -152,14 +152,15 @@ def test_both_forms_train_alike(linear, monkeypatch: pytest.MonkeyPatch) -> None
         assert torch.allclose(one, other, atol=1e-12)
 
 
-def test_maps_are_those_of_similarity_attention(linear) -> None:
+@pytest.mark.parametrize("layers", [("body",), ("body", "body.1"), ("body.0", "body")])
+def test_maps_are_those_of_similarity_attention(linear, layers: tuple[str, ...]) -> None:
     images = Comparison.triplet(*pictures(6).chunk(3))
     flat = images.stacked().flatten(0, 1)
-    explained = SimilarityAttention()(linear, images, ["body"])
-    traced = trace(linear, flat, ("body",), differentiable=True)
+    explained = SimilarityAttention()(linear, images, list(layers))
+    traced = trace(linear, flat, layers, differentiable=True)
     weights = explained.weights.unsqueeze(1).expand(-1, 3, -1).flatten(0, 1)
     rows, which = traced.embeddings, torch.arange(6)
-    maps = attention_maps(traced, rows, linear.network, "body", which, weights)
+    maps = attention_maps(traced, rows, linear.network, layers, which, weights)
     assert torch.allclose(images.restacked(maps), explained.maps, atol=1e-10)
 
 
@@ -196,7 +197,8 @@ def naive(model, images: Comparison, rule: str, alpha: float, beta: float) -> Te
                 for n in far:
                     gap = p - n
                     total = total + {
-                        "absolute": gap.abs(), "printed": gap, "reversed": (-gap).relu()
+                        "absolute": gap.abs(), "printed": gap, "reversed": (-gap).relu(),
+                        "held": (gap + 0.2).relu(),
                     }[rule]  # fmt: skip
     return total / images.batch
 
@@ -219,11 +221,12 @@ def test_the_loss_is_the_papers(linear, arch: str, rule: str) -> None:
     assert torch.allclose(found, naive(linear, images, rule, 8, 0.4), atol=1e-10)
 
 
+@pytest.mark.parametrize("layer", ["body", "body, body.1"])
 @pytest.mark.parametrize("arch", ["siamese", "triplet"])
-def test_its_gradient_is_that_of_finite_differences(linear, arch: str) -> None:
-    """In float64, through mask and map; the weights of a step are constants, so they are held."""
+def test_its_gradient_is_that_of_finite_differences(linear, arch: str, layer: str) -> None:
+    """In float64, through mask and maps; the weights of a step are constants, so they are held."""
     images = COMPARISONS[arch](pictures(6))
-    loss = SimilarityMiningLoss(layer="body")
+    loss = SimilarityMiningLoss(layer=layer)
     fixed = rows_of(linear, images)
     parameter = linear.network.body[2].weight
     gradient = torch.autograd.grad(held(loss, linear, images, fixed), parameter)[0]

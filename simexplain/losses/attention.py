@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simexplain.methods.cams import grad_cam
+from simexplain.methods.layer_maps import fuse, layer_cams
 from simexplain.tracing import Trace
 
 _TOLERANCE = 1e-4
@@ -55,31 +55,46 @@ def last_linear(network: nn.Module) -> nn.Linear | None:
 
 
 def attention_maps(
-    traced: Trace, rows: Tensor, network: nn.Module, layer: str, which: Tensor, weights: Tensor
+    traced: Trace,
+    rows: Tensor,
+    network: nn.Module,
+    layers: Sequence[str],
+    which: Tensor,
+    weights: Tensor,
 ) -> Tensor:
     """The maps of some images of a pass for a score ``w . f`` each, non-negative (Eq. 2).
 
+    Several layers give one map, as in ``explain``: Grad-CAM at the coarsest times LayerCAM at the
+    finer ones, each scaled to one.
+
     Args:
-        traced: The pass, opened at the layer.
+        traced: The pass, opened at the layers.
         rows: Unit rows of its images ``(M,E)``, in the graph.
         network: Where the linear head is looked for.
-        layer: Its name.
+        layers: Their names.
         which: Places of the images in the pass ``(m,)``, each at most once.
         weights: The weight vector of each ``(m,E)``, held constant.
 
     Returns:
-        ``(m,h,w)``, differentiable with respect to everything below the layer and to the head.
+        ``(m,h,w)``, differentiable with respect to everything below the layers and to the head.
     """
-    activations, weights = traced.maps[layer], weights.detach()
-    for head in _candidates(network):
-        found = linear_maps(activations[which], head, rows[which], weights)
+    activations, weights = traced.maps, weights.detach()
+    for head in _candidates(network) if len(layers) == 1 else ():
+        found = linear_maps(activations[layers[0]][which], head, rows[which], weights)
         if found is not None:
             return found.relu()
     through = torch.is_grad_enabled()
     with torch.enable_grad():  # the score needs a graph even where the maps shall have none
         score = (rows[which] * weights).sum()
-    gradients = traced.gradients(score, create_graph=through)[layer]
-    return grad_cam(activations[which], gradients[which]).relu()
+    gradients = traced.gradients(score, create_graph=through)
+    maps = layer_cams(
+        {layer: activations[layer][which] for layer in layers},
+        {layer: gradients[layer][which] for layer in layers},
+        None,
+        scale=weights.new_ones(len(which)),
+        keep_negative=False,
+    )
+    return fuse(list(maps.values()))
 
 
 def _candidates(network: nn.Module) -> Sequence[nn.Linear | None]:

@@ -140,4 +140,4 @@ class ClassificationMiningLoss(MiningTerm):
         self.head.check(batch.units, batch.labels)
         tuples = self.comparisons(batch)
         directions = self.head.directions(batch.labels[tuples.places.flatten()])
-        return mined_along(batch, tuples, directions, self.options, self.layers(batch.model)[0])
+        return mined_along(batch, tuples, directions, self.options)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from simexplain.errors import ComparisonError, ModelError
-from simexplain.losses.mining import Own, own_maps, tuple_weights
+from simexplain.losses.mining import Own, named_layers, own_maps, tuple_weights
 from simexplain.losses.objective import Batch, Term
 from simexplain.losses.tuples import SHAPES, disjoint_tuples
 from simexplain.methods.layer_maps import at_grid
@@ -71,7 +71,8 @@ class AttentionMaskLoss(Term):
                 person has crossed it out.
             arch: The comparisons that maps explain: ``siamese``, ``triplet`` or ``quadruplet``.
             weights: The rule of the weight vector, a key of ``WEIGHTS``.
-            layer: The layer of the maps; the model's default layer unless given.
+            layer: The layer of the maps, or several with commas between, whose maps are
+                multiplied; the model's default layer unless given.
 
         Raises:
             ComparisonError: If an option is unknown.
@@ -83,8 +84,8 @@ class AttentionMaskLoss(Term):
         self.inside, self.arch, self.weights, self.layer = inside, arch, weights, layer
 
     def layers(self, model: SimilarityModel) -> tuple[str, ...]:
-        """The layer of the maps."""
-        return (self.layer or model.default_layer,)
+        """The layers of the maps."""
+        return named_layers(self.layer, model)
 
     def forward(self, batch: Batch) -> Tensor:
         """The mean share over the images with a mask, of all processes; 0 where there is none.
@@ -96,7 +97,7 @@ class AttentionMaskLoss(Term):
         tuples = disjoint_tuples(batch.units, batch.labels, self.arch, generator=batch.generator)
         own = Own.of(batch, tuples.places.flatten())
         weights = tuple_weights(batch, tuples, self.weights)
-        maps = at_least_single(own_maps(batch, own, weights, self.layers(batch.model)[0]))
+        maps = at_least_single(own_maps(batch, own, weights, self.layers(batch.model)))
         allowed, known = self._allowed(batch, own.which, maps)
         shares = wrong_energy(maps, allowed) * known
         found = own.together(batch, torch.stack((shares, known), dim=1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
 
@@ -23,16 +23,20 @@ from simexplain.methods.weights import scaled_weights, weight_rule
 from simexplain.models.base import SimilarityModel
 from simexplain.tracing import trace
 
+HELD_MARGIN = 0.2
+"""By how much a masked negative shall stay farther than the positive under the rule ``held``."""
+
 MINING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "absolute": lambda positive, negative: (positive - negative).abs(),
     "printed": lambda positive, negative: positive - negative,
     "reversed": lambda positive, negative: (negative - positive).relu(),
+    "held": lambda positive, negative: (positive - negative + HELD_MARGIN).relu(),
 }
 """Readings of Eq. 3 from the distances of masked positives and negatives to the masked anchor.
 
 ``absolute``: the masked triplet shall be undecided, as the text says. ``printed``: the difference
-as it stands, whose minimum is a triplet that still holds. ``reversed``: a hinge on the reversed
-order."""
+as it stands, whose minimum is a triplet that still holds. ``held``: the same with an end, a hinge
+on the order with a margin. ``reversed``: a hinge on the reversed order."""
 
 
 def mining_loss(masked: Comparison, rule: str = "absolute") -> Tensor:
@@ -80,7 +84,8 @@ class MiningOptions:
         rule: How Eq. 3 is read, a key of :data:`MINING`.
         alpha: Steepness of the soft mask.
         beta: Where on the scaled map a pixel is half hidden.
-        layer: The layer of the maps; the model's default layer unless given.
+        layer: The layer of the maps, or several with commas between, whose maps are multiplied;
+            the model's default layer unless given.
         share: Mine only the hardest share of the comparisons of a batch, in (0, 1].
         masked_scale: Size of the masked images relative to the images; 0.5 makes them cheaper.
         through_mask: Let the gradient also pass through mask and map, as the paper does.
@@ -144,8 +149,8 @@ class MiningTerm(Term):
         self.options = mining_options(options or MiningOptions(), changes)
 
     def layers(self, model: SimilarityModel) -> tuple[str, ...]:
-        """The layer of the maps."""
-        return (self.options.layer or model.default_layer,)
+        """The layers of the maps."""
+        return named_layers(self.options.layer, model)
 
     def comparisons(self, batch: Batch) -> Tuples:
         """Those that :func:`disjoint_tuples` finds.
@@ -171,7 +176,7 @@ class SimilarityMiningLoss(MiningTerm):
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss of the comparisons that are found in the batch."""
-        return mined(batch, self.comparisons(batch), self.options, self.layers(batch.model)[0])
+        return mined(batch, self.comparisons(batch), self.options)
 
     def on(self, model: nn.Module, images: Comparison) -> Tensor:
         """The loss of comparisons of preprocessed images, in the model's present modes.
@@ -182,16 +187,20 @@ class SimilarityMiningLoss(MiningTerm):
         """
         model = similarity_model(model)
         flat = images.stacked().flatten(0, 1)
-        layer = self.layers(model)[0]
-        traced = trace(model, flat, (layer,), differentiable=True)
+        traced = trace(model, flat, self.layers(model), differentiable=True)
         places = torch.arange(len(flat), device=flat.device).view(images.batch, images.count)
         batch = Batch.alone(model, flat, traced)
-        return mined(batch, Tuples(places, images.positives.shape[1]), self.options, layer)
+        return mined(batch, Tuples(places, images.positives.shape[1]), self.options)
 
 
-def mined(batch: Batch, tuples: Tuples, options: MiningOptions, layer: str) -> Tensor:
+def named_layers(layer: str | None, model: SimilarityModel) -> tuple[str, ...]:
+    """The layers that an option names, with commas between; the model's default layer if none."""
+    return tuple((layer or model.default_layer).replace(" ", "").split(","))
+
+
+def mined(batch: Batch, tuples: Tuples, options: MiningOptions) -> Tensor:
     """The mining loss of given comparisons, whose images each occur at most once."""
-    return mined_along(batch, tuples, tuple_weights(batch, tuples, options.weights), options, layer)
+    return mined_along(batch, tuples, tuple_weights(batch, tuples, options.weights), options)
 
 
 def tuple_weights(batch: Batch, tuples: Tuples, rule: str) -> Tensor:
@@ -200,37 +209,34 @@ def tuple_weights(batch: Batch, tuples: Tuples, rule: str) -> Tensor:
     return weights.unsqueeze(1).expand(-1, tuples.places.shape[1], -1).flatten(0, 1)
 
 
-def own_maps(batch: Batch, own: Own, weights: Tensor, layer: str) -> Tensor:
+def own_maps(batch: Batch, own: Own, weights: Tensor, layers: Sequence[str]) -> Tensor:
     """The maps ``(m,h,w)`` of this process's own images for scores ``w . f``, non-negative.
 
     Args:
-        batch: The pass, opened at the layer.
+        batch: The pass, opened at the layers.
         own: Which images are meant.
         weights: The weight vector of each image of all comparisons ``(T*K,E)``, held constant.
-        layer: The layer of the maps.
+        layers: The layers of the maps.
     """
     if not len(own.which):  # the other processes have all images of this step's comparisons
-        return batch.traced.maps[layer][own.which].sum(dim=1)
+        return batch.traced.maps[layers[0]][own.which].sum(dim=1)
     rows = unit_rows(batch.model, batch.traced.embeddings)
     network = batch.model.network
-    return attention_maps(batch.traced, rows, network, layer, own.which, weights[own.order])
+    return attention_maps(batch.traced, rows, network, layers, own.which, weights[own.order])
 
 
-def mined_along(
-    batch: Batch, tuples: Tuples, weights: Tensor, options: MiningOptions, layer: str
-) -> Tensor:
+def mined_along(batch: Batch, tuples: Tuples, weights: Tensor, options: MiningOptions) -> Tensor:
     """Hides what the maps of scores ``w . f`` show and takes the mining rule of what is left.
 
     Args:
-        batch: The pass, opened at the layer.
+        batch: The pass, opened at the layers of the maps.
         tuples: Comparisons whose images each occur at most once.
         weights: The weight vector of each image of all comparisons ``(T*K,E)``, held constant.
         options: How masks are made; its weight rule is not read.
-        layer: The layer of the maps.
     """
     own = Own.of(batch, tuples.places.flatten())
     with torch.set_grad_enabled(torch.is_grad_enabled() and options.through_mask):
-        maps = own_maps(batch, own, weights, layer)
+        maps = own_maps(batch, own, weights, named_layers(options.layer, batch.model))
     images = batch.images[own.which]
     masked = soft_mask(images, maps, alpha=options.alpha, beta=options.beta)
     hidden = batch.units.new_zeros(0, batch.units.shape[1])
