@@ -38,6 +38,9 @@ def page(
     lines = [
         "# Measured results",
         "",
+        "What can be cut out of pictures with such maps is told in "
+        "[Segmentation, measured](segmentation-results.md).",
+        "",
         "## Do the maps point at the right thing?",
         "",
         "Each scene of 224 x 224 pixels shows two cut-out photographs of 106 pixels on grass, "

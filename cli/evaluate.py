@@ -14,7 +14,9 @@ from simexplain.evaluation.measuring import CONTROLS
 from simexplain.evaluation.saving import EVALUATION_FILES, save_evaluation
 from simexplain.publishing import check_writable
 
+from .evaluate_reid import reid
 from .evaluate_retrieval import retrieval
+from .evaluate_segmentation import segmentation
 from .options import busy, model_from, model_options, progress_bar, tell_files
 from .recipes import asked_recipes, measuring_options
 
@@ -31,6 +33,8 @@ def command() -> None:
 
 
 command.add_command(retrieval)
+command.add_command(reid)
+command.add_command(segmentation)
 
 
 @command.command("faithfulness")

@@ -15,6 +15,10 @@ COMMANDS = {
     "explain": "Heatmaps of what makes images alike or different to a model.",
     "attribute": "Take a distance apart: which nodes of which level make it up.",
     "match": "Tell which region of one picture answers to which of another.",
+    "search": "Find the pictures nearest to one, and why each was found.",
+    "index": "Embed a folder of pictures, to be searched and explained.",
+    "batch": "Explain thousands of comparisons from a CSV file, resumable.",
+    "segment": "Find in a picture what others show, and cut it out.",
     "compare": "Methods side by side on the same images, with their scores.",
     "evaluate": "Retrieval of a model, faithfulness of methods, over a data set.",
     "train": "Train a network on a data set, with attention and retrieval.",
@@ -43,16 +47,19 @@ class _Lazy(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
+_HELP = """\b
+Why does this model say these images are alike?
+MODEL is timm:NAME, torchvision:NAME or a file. More: simexplain COMMAND -h"""
+
+
 @click.group(
     cls=_Lazy,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help=_HELP,
 )
 @click.version_option(__version__, prog_name="simexplain")
 def cli() -> None:
-    """\b
-    Why does this model say these images are alike?
-    MODEL is timm:NAME, torchvision:NAME or a file. More: simexplain COMMAND -h
-    """
+    """Why does this model say these images are alike?"""
 
 
 def main() -> None:

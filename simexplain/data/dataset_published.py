@@ -14,9 +14,17 @@ from simexplain.errors import ImageError, first_line
 CUB_FOLDER = "CUB_200_2011"
 SOP_FOLDER = "Stanford_Online_Products"
 
+MARKET_FOLDER = "Market-1501-v15.09.15"
+
 # 0002_c1s1_000451_03.jpg of Market-1501, 0001_c1_1.png of CUHK03-NP.
 _PERSON = re.compile(r"^(?P<person>-1|\d+)_c(?P<camera>\d+)(?=[s_.])")
-_JUNK, _DISTRACTOR = "-1", 0
+JUNK = "-1"
+"""The label of boxes that show nobody rightly, in Market-1501."""
+
+
+def is_distractor(label: str | None) -> bool:
+    """Whether a person is none of those that are known, ``0000`` in Market-1501."""
+    return label is not None and label.isdigit() and int(label) == 0
 
 
 def read_cub(root: Path, reading: Reading) -> DataSplit:
@@ -131,14 +139,15 @@ def read_market1501(root: Path, reading: Reading) -> DataSplit:
     """Market-1501: ``bounding_box_train``, ``query`` and ``bounding_box_test``.
 
     Persons are the classes. A group is a person before a camera (``0002_c1``), so that leaving out
-    the query's own group is the protocol: neither counts without the other. Junk (``-1``) is left
-    out, as the protocol has it; distractors (``0000``) stay in the gallery and are right for no
-    query.
+    the query's own group is the protocol: neither counts without the other. Junk (``-1``) lies in
+    ``junk`` and in no other part, as the protocol has it; distractors (``0000``) stay in the
+    gallery and are right for no query. DukeMTMC-reID has the same folders and names.
 
     Raises:
         ImageError: If the folder lies otherwise.
     """
-    return masked(_persons(root, "Market-1501"), reading)
+    inner = root / MARKET_FOLDER
+    return masked(_persons(inner if inner.is_dir() else root, "Market-1501"), reading)
 
 
 def read_cuhk03(root: Path, reading: Reading) -> DataSplit:
@@ -166,12 +175,21 @@ def _persons(root: Path, name: str) -> DataSplit:
         )
     odd: list[str] = []
     train, queries, gallery = (_seen(folder, root, odd) for folder in folders)
-    # Distractors have no identity: they can only be found wrongly, never trained on.
+    # Distractors and junk have no identity: they can only be found wrongly, never trained on.
     known = [
-        tuple(r for r in part if int(r.label or 0) != _DISTRACTOR) for part in (train, queries)
+        tuple(r for r in part if r.label != JUNK and not is_distractor(r.label))
+        for part in (train, queries)
     ]
     problems = (f"names without person and camera: {few(odd)}",) if odd else ()
-    return DataSplit(known[0], known[1], gallery, name, root, problems)
+    return DataSplit(
+        known[0],
+        known[1],
+        tuple(record for record in gallery if record.label != JUNK),
+        name,
+        root,
+        problems,
+        junk=tuple(record for record in gallery if record.label == JUNK),
+    )
 
 
 def _seen(folder: Path, root: Path, odd: list[str]) -> tuple[Record, ...]:
@@ -181,6 +199,7 @@ def _seen(folder: Path, root: Path, odd: list[str]) -> tuple[Record, ...]:
         match = _PERSON.match(record.path.name)
         if match is None:
             odd.append(relative(record.path, root))
-        elif match["person"] != _JUNK:
-            records.append(Record(record.path, match["person"], match[0]))
+        else:
+            person, camera = match["person"], match["camera"]
+            records.append(Record(record.path, person, match[0], camera=camera))
     return tuple(records)

@@ -31,6 +31,8 @@ class DataSplit:
         empty: Class folders without a picture.
         told: Whether the data set says itself what trains and what tests; else the share of the
             classes decides.
+        junk: Pictures of the gallery that count neither for nor against a query: bad boxes of
+            persons in Market-1501. They are in no other part.
     """
 
     train: tuple[Record, ...]
@@ -41,6 +43,7 @@ class DataSplit:
     problems: tuple[str, ...] = ()
     empty: tuple[str, ...] = ()
     told: bool = True
+    junk: tuple[Record, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:

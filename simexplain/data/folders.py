@@ -30,12 +30,14 @@ class Record:
             retrieval can leave a query's own group out.
         mask: A picture of the same size, white where the object is, or ``path`` itself where its
             own alpha channel says so.
+        camera: Which camera took it, where that is known, as re-identification wants it.
     """
 
     path: Path
     label: str | None = None
     group: str | None = None
     mask: Path | None = None
+    camera: str | None = None
 
 
 def pictures_in(folder: str | Path, *, labelled: bool) -> list[Record]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from simexplain.saving import arrays_of, manifest, restored
 
 if TYPE_CHECKING:
     from simexplain.evaluation.comparison_result import MethodComparison
+    from simexplain.evaluation.reid_result import Reidentification
+    from simexplain.evaluation.results import Row
     from simexplain.evaluation.retrieval_result import Retrieval
 
 _COMPARISON = {
@@ -38,6 +41,13 @@ EVALUATION_FILES = tuple(_EVALUATION.values())
 _RETRIEVAL = {"results": "retrieval.json", "queries": "queries.csv", "classes": "classes.csv"}
 RETRIEVAL_FILES = tuple(_RETRIEVAL.values())
 """What an evaluation of retrieval writes."""
+
+_REID = {
+    "results": "reid.json", "queries": "queries.csv", "failures": "failures.csv",
+    "figure": "failures.png",
+}  # fmt: skip
+REID_FILES = tuple(_REID.values())
+"""What an evaluation of re-identification writes; the last one where a query failed."""
 
 
 def save_comparison(
@@ -173,12 +183,48 @@ def save_retrieval(result: Retrieval, folder: Path, *, force: bool) -> dict[str,
     with published(folder, list(names.values()), kind, force=force) as draft:
         _write_json(draft / names["results"], {**result.to_json(), "files": files})
         for what, rows in tables.items():
-            with (draft / names[what]).open("w", encoding="utf-8", newline="") as opened:
-                writer = csv.DictWriter(opened, list(rows[0]))
-                writer.writeheader()
-                for row in rows:
-                    writer.writerow({k: "" if v != v else v for k, v in row.items()})
+            _write_table(draft / names[what], list(rows[0]), rows)
     return files
+
+
+def save_reid(result: Reidentification, folder: Path, *, force: bool) -> dict[str, str]:
+    """Writes ``reid.json``, ``queries.csv``, ``failures.csv`` and, if any failed, ``failures.png``.
+
+    Args:
+        result: What was measured.
+        folder: Made if missing.
+        force: Replace these files; others stay.
+
+    Returns:
+        What was written, by kind.
+
+    Raises:
+        OutputError: If files are there already, or the folder cannot be written.
+        ImageError: If a picture of a failure cannot be read any more.
+    """
+    from simexplain.evaluation.reid_result import FAILURE_COLUMNS
+
+    names = {k: name for k, name in _REID.items() if result.failures or k != "figure"}
+    files = {what: str(folder / name) for what, name in names.items()}
+    kind = Kind("evaluation of re-identification", names["results"], "", ("failures",), SCHEMA)
+    with published(folder, list(names.values()), kind, force=force) as draft:
+        _write_json(draft / names["results"], {**result.to_json(), "files": files})
+        queries = result.table()
+        _write_table(draft / names["queries"], list(queries[0]), queries)
+        failures = [one.row() for one in result.failures]
+        _write_table(draft / names["failures"], FAILURE_COLUMNS, failures)
+        if result.failures:
+            (draft / names["figure"]).write_bytes(png_of(result.figure()))
+    return files
+
+
+def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
+    """A CSV file; what is undefined is left empty."""
+    with path.open("w", encoding="utf-8", newline="") as opened:
+        writer = csv.DictWriter(opened, columns)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: "" if v != v else v for k, v in row.items()})
 
 
 def _write_json(path: Path, said: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from simexplain.errors import ModelError
+from simexplain.losses.identity import PartIdentityLoss
 from simexplain.losses.metric_learning import metric_learning
 from simexplain.losses.objective import MetricLoss
 from simexplain.losses.quadruplet import QuadrupletLoss
@@ -90,8 +91,14 @@ def quadruplet_loss(
     return MetricLoss(QuadrupletLoss(margin, margin2, squared=squared))
 
 
+def identity_loss(classes: int, width: int, *, parts: int = 1, scale: float = 1.0) -> MetricLoss:
+    """Cross-entropy of a classifier of the persons, or of one for each part (Sun et al. 2018)."""
+    return MetricLoss(PartIdentityLoss(classes, width, parts=parts, scale=scale))
+
+
 LOSSES: dict[str, Callable[..., MetricLoss]] = {
     "contrastive": contrastive_loss,
+    "identity": identity_loss,
     "margin": margin_loss,
     "multi_similarity": multi_similarity_loss,
     "proxy_anchor": proxy_anchor_loss,

@@ -47,6 +47,7 @@ class Ranking:
     map_at_r: Tensor
     r_precision: Tensor
     average_precision: Tensor
+    trapezoid_precision: Tensor
 
     def __len__(self) -> int:
         return len(self.first)
@@ -112,6 +113,7 @@ def ranked(distances: Tensor, relevant: Tensor, ignored: Tensor | None = None) -
     valid = order <= counts[:, None]
     within = valid & (positions <= counts[:, None])
     precisions = order / positions.double()
+    before = torch.where(positions > 1, (order - 1) / (positions - 1).clamp_min(1).double(), 1.0)
     share = counts.double()
     share = share.masked_fill(counts == 0, torch.nan)
     parts = {
@@ -122,6 +124,7 @@ def ranked(distances: Tensor, relevant: Tensor, ignored: Tensor | None = None) -
         "map_at_r": (precisions * within).sum(dim=1) / share,
         "r_precision": within.sum(dim=1) / share,
         "average_precision": (precisions * valid).sum(dim=1) / share,
+        "trapezoid_precision": ((precisions + before) / 2 * valid).sum(dim=1) / share,
     }
     return Ranking(**{name: part.cpu() for name, part in parts.items()})
 

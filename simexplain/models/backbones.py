@@ -1,4 +1,7 @@
-"""Networks by name: ``timm:NAME`` and ``torchvision:NAME``, cut to their embedding."""
+"""Networks by name: ``timm:NAME`` and ``torchvision:NAME``, cut to their embedding.
+
+``pcb:`` before either makes the part-based baseline of person re-identification of it.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError, first_line
+from simexplain.models.pcb import PARTS, part_based, whole_persons
 
 DEFAULT_MODEL = "timm:tf_efficientnet_lite0"
 """What the demo and the documentation use: its weights come in a package of their own."""
@@ -30,6 +34,8 @@ class Backbone:
         classifier: Name of the layer that was taken off or kept, such as ``fc``.
         name: ``timm:NAME`` or ``torchvision:NAME``, which builds it again.
         title: What to call it where that is not its name.
+        parts: How many parts of the embedding, side by side, the last linear layer makes one by
+            one.
     """
 
     network: nn.Module
@@ -37,6 +43,7 @@ class Backbone:
     classifier: str
     name: str
     title: str = ""
+    parts: int = 1
 
 
 def build_backbone(
@@ -54,7 +61,7 @@ def build_backbone(
         ModelError: If the name is unknown or the weights cannot be had.
     """
     zoo, _, bare = name.partition(":")
-    if zoo not in ZOOS or not bare:
+    if zoo not in ZOOS or not bare or bare.startswith("pcb:"):
         raise ModelError(
             f"Expected a network as {' or '.join(f'{zoo}:NAME' for zoo in ZOOS)}, got '{name}'."
         )
@@ -133,9 +140,20 @@ def _from_torchvision(
     return Backbone(network, preprocess, classifier, f"torchvision:{name}")
 
 
+def _from_parts(
+    name: str, pretrained: bool, outputs: int, size: tuple[int, int] | None
+) -> Backbone:
+    """PCB over a network of one of the other zoos, such as ``timm:resnet50``."""
+    inner = build_backbone(name, pretrained=pretrained)
+    network = part_based(inner.network, inner.name, outputs)
+    prepare = whole_persons(inner.preprocess, size)
+    return Backbone(network, prepare, "reduction", f"pcb:{inner.name}", parts=PARTS)
+
+
 ZOOS: dict[str, Callable[[str, bool, int, tuple[int, int] | None], Backbone]] = {
     "timm": _from_timm,
     "torchvision": _from_torchvision,
+    "pcb": _from_parts,
 }
 """The model zoos by prefix; a new one is one function and one line here."""
 

@@ -152,6 +152,9 @@ def _stages(candidates: list[tuple[LayerRun, Tensor]]) -> list[LayerRun]:
     """The last map of each of the coarsest resolutions, or blocks spread over the depth."""
     cells = {run.name: grid.shape[2:].numel() for run, grid in candidates}
     blocks = {run.name for run, _ in candidates if type(run.module) is not nn.Sequential}
+    # What contains everything is the network itself, inside a wrapper.
+    first, *others = [{run.name} | _around(run.name) for run, _ in candidates]
+    blocks -= first.intersection(*others)
     last = {
         grid.shape[2:]: run
         for run, grid in candidates

@@ -24,9 +24,10 @@ def rebuilt(
     prefix = f"{built.classifier}."
     head = state.get(f"{prefix}weight") if built.classifier else None
     if head is not None and keep_head:
-        built = build_backbone(backbone, pretrained=False, outputs=len(head), size=size)
+        outputs = len(head) * built.parts
+        built = build_backbone(backbone, pretrained=False, outputs=outputs, size=size)
         load_fitting(built.network, state, source)
-        return built, len(head)
+        return built, outputs
     own = built.network.state_dict()
     kept = {k: v for k, v in state.items() if not (k.startswith(prefix) and k not in own)}
     load_fitting(built.network, kept, source)

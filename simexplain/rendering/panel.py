@@ -192,16 +192,18 @@ def _dress(axes: Axes, tile: Tile, *, first: bool, peak: bool) -> None:
     if first:
         said = tile.role if tile.distance is None else f"{tile.role}   d = {tile.distance:.3f}"
         axes.set_title(f"{said}\n", size=11, color=ROLE_COLOURS[tile.role], weight="bold", pad=-4)
-        _say(
-            axes,
-            0.5,
-            1.025,
+        # In points above the picture: a share of a tall one would run into the line over it.
+        axes.annotate(
             _shortened(tile.caption),
-            transform=axes.transAxes,
+            (0.5, 1),
+            xycoords="axes fraction",
+            xytext=(0, 5),
+            textcoords="offset points",
             ha="center",
             va="bottom",
             size=8,
             color=_FAINT,
+            parse_math=False,
         )
     elif peak and tile.peak is not None:
         axes.plot(*tile.peak, marker="+", color="white", markersize=9, markeredgewidth=2.4)

@@ -16,7 +16,7 @@ from simexplain.losses.classification import (
 )
 from simexplain.losses.constraint import AttentionMaskLoss
 from simexplain.losses.metric_losses import metric_loss
-from simexplain.losses.mining import SimilarityMiningLoss
+from simexplain.losses.mining import SimilarityMiningLoss, named_layers
 from simexplain.losses.objective import Objective, Term
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_options import AVSLOptions
@@ -54,7 +54,7 @@ def build_model(options: TrainOptions) -> SimilarityModel:
         if options.avsl:
             return _avsl(model, options)
     last = last_linear(model.network)
-    if last is None or last.out_features != options.embedding:
+    if last is None or last.out_features * built.parts != options.embedding:
         raise ModelError(
             f"Expected a network that ends in a linear layer, which {options.backbone} does not; "
             "choose another backbone."
@@ -109,8 +109,9 @@ def build_objective(model: SimilarityModel, options: TrainOptions, classes: int)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed + 1)
         try:
-            if (layer := mining_of(options).layer) is not None:
-                find_layer(model.network, split_call(layer)[0])
+            if (named := mining_of(options).layer) is not None:
+                for layer in named_layers(named, model):
+                    find_layer(model.network, split_call(layer)[0])
             terms = {**_base(model, options, classes), **_more(options, classes)}
         except ModelError:
             raise

@@ -39,7 +39,7 @@ def run_epochs(module: TrainingModule, options: TrainOptions) -> None:
     left = options.epochs - module.place.epoch
     if left < 1:
         return
-    with _as_before():
+    with as_before():
         trainer = Trainer(max_epochs=left, **trainer_options(module.model, options))
         try:
             trainer.fit(module)
@@ -110,7 +110,7 @@ def has_idle(model: SimilarityModel) -> bool:
 
 
 @contextmanager
-def _as_before() -> Iterator[None]:
+def as_before() -> Iterator[None]:
     """Silences lightning, and puts back what it and training change."""
     loggers = [logging.getLogger(name) for name in _LOGS]
     levels = [logger.level for logger in loggers]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simexplain.errors import ModelError
+from simexplain.training import reid_recipes
 from simexplain.training.options import TrainOptions, with_options
 
 Values = Mapping[str, tuple[Any, str]]
@@ -136,17 +137,6 @@ def _sam(arch: str, loss: str) -> Values:
     return {**_SAM_BASE, "mining": (arch, source), "loss": (loss, source)}
 
 
-_REID: Values = {
-    **_sam("triplet", "triplet"),
-    "size": ((384, 128), "PCB (Sun et al.), whose protocol section 4.2 follows"),
-    "augmentation": ("reid", "ours; PCB flips alone"),
-    "gamma": (0.2, "similarity attention, section 4.2"),
-    "epochs": (40, "similarity attention, section 4.2"),
-    "optimiser": ("adam", "similarity attention, section 4.2"),
-    "grouped": (True, "Market-1501: the query's person before its own camera does not count"),
-    "ks": ((1, 5, 10), "Market-1501"),
-    "lr": (1e-4, "ours; one embedding in place of PCB's six parts"),
-}
 _EMOJI: Values = {
     "size": ((96, 96), _LOOK),
     "embedding": (128, _LOOK),
@@ -231,8 +221,10 @@ RECIPES: dict[str, Recipe] = {
         "sop",
         {**_sam("triplet", "triplet"), "ks": ((1, 10, 100, 1000), "similarity attention, Table 2")},
     ),
-    "sam-reid-market1501": Recipe("similarity attention, Table 3", "market1501", _REID),
-    "sam-reid-cuhk03": Recipe("similarity attention, Table 3", "cuhk03", _REID),
+    "sam-reid-market1501": Recipe("similarity attention, Table 3", "market1501", reid_recipes.SAM),
+    "sam-reid-cuhk03": Recipe("similarity attention, Table 3", "cuhk03", reid_recipes.SAM),
+    "pcb-market1501": Recipe("its baseline, Table 3", "market1501", reid_recipes.PCB),
+    "pcb-cuhk03": Recipe("its baseline, Table 3", "cuhk03", reid_recipes.PCB),
     "emoji-triplet": Recipe("a baseline for small data", "folder", _EMOJI),
     "emoji-sam-triplet": Recipe(
         "similarity mining on small data",

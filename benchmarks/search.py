@@ -1,0 +1,245 @@
+"""Measures what explaining from an index costs, and how well part of a picture is found by itself.
+
+    python benchmarks/search.py STAMPS [--out docs/benchmarks/search.md]
+
+STAMPS has a folder of cut-outs (RGBA) for each category, such as ``stamps.py`` makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from PIL import Image
+from reporting import publish
+from scenes import Stamps, read_stamps
+from search_page import page
+from search_scenes import CrowdedScene, Query, compose_category, compose_same
+from torch import Tensor
+from torch.nn import functional as F
+
+from simexplain import GalleryIndex, SimilarityModel, build_index, load_model, match
+from simexplain.data.images import Picture
+from simexplain.data.preprocessing import prepared
+from simexplain.searching.agreement import agreement
+from simexplain.searching.explaining_hits import HitMaps, hit_maps
+from simexplain.searching.regions import Region, best_box, similarities
+from simexplain.searching.search_query import Asked, ask
+
+SETTINGS = {"same": compose_same, "category": compose_category}
+NETWORKS = {"EfficientNet-Lite0": "timm:tf_efficientnet_lite0"}
+KS = (1, 5)
+HITS = 5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one way of searching made of one query.
+
+    Attributes:
+        ranks: Of the right scenes, from 1.
+        overlaps: The IoU of its box with the nearest right piece, in every right scene; empty for
+            ways that make no box.
+    """
+
+    ranks: tuple[int, ...]
+    overlaps: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of the median round.
+
+    Attributes:
+        forward: One comparison by the network: the forward pass of two pictures.
+        explained: One hit explained from the index: maps over both pictures and the contrast.
+        ratio: Of the two, the median over rounds.
+        worst: The largest difference of a map from that of ``match``, over its largest value.
+        rounds: How many.
+    """
+
+    forward: float
+    explained: float
+    ratio: float
+    worst: float
+    rounds: int
+
+
+def overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of boxes ``(x, y, width, height)``."""
+    across = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    down = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    both = max(0.0, across) * max(0.0, down)
+    return both / (a[2] * a[3] + b[2] * b[3] - both)
+
+
+class Searching:
+    """A gallery, indexed, and the ways of searching it."""
+
+    def __init__(
+        self, model: SimilarityModel, scenes: Sequence[CrowdedScene], folder: Path
+    ) -> None:
+        self.model = model
+        for number, scene in enumerate(scenes):
+            scene.picture.save(folder / f"{number:04d}.png")
+        self.index: GalleryIndex = build_index(model, folder, folder / "gallery.index")
+        every = range(len(self.index))
+        self.parts = self.index.factors(every)
+
+    def answers(self, query: Query) -> dict[str, Answer]:
+        """What every way makes of a query."""
+        asked = self._asked(query)
+        assert asked.region is not None
+        assert asked.factors is not None
+        local = similarities(self.parts, asked.region)
+        whole = agreement(asked.factors, self.parts).images
+        cut = self._cut_out(query)
+        vectors = F.normalize(self.parts.vectors, dim=1)
+        ways: dict[str, tuple[Tensor, Tensor | None]] = {
+            "the whole picture": (self.index.embeddings @ asked.row[0], whole),
+            "the region cut out, embedded anew": (self.index.embeddings @ cut, None),
+            "the region against whole pictures": (vectors @ asked.region, None),
+            "the region against positions": (local.flatten(1).amax(dim=1), local),
+        }
+        found = {name: self._answer(query, *way) for name, way in ways.items()}
+        side = float(query.scene.picture.width)
+        frame = self._overlaps(query, lambda _: (0.0, 0.0, side, side))
+        found["the whole frame as box"] = Answer((), frame)
+        return found
+
+    def _asked(self, query: Query) -> Asked:
+        views, (geometry,) = prepared(self.index.preprocess, [Picture("", query.scene.picture)])
+        size = (query.scene.picture.height, query.scene.picture.width)
+        box = tuple(float(value) for value in query.scene.pieces[0].box)
+        region = Region.of_box((box[0], box[1], box[2], box[3]), size)
+        return ask(self.model, self.index, views, geometry, region)
+
+    def _cut_out(self, query: Query) -> Tensor:
+        x, y, width, height = query.scene.pieces[0].box
+        part: Image.Image = query.scene.picture.crop((x, y, x + width, y + height))
+        with torch.no_grad():
+            return self.model.embed(self.index.preprocess(part)[0][None])[0]
+
+    def _answer(self, query: Query, scores: Tensor, maps: Tensor | None) -> Answer:
+        order = scores.argsort(descending=True, stable=True).tolist()
+        ranks = tuple(order.index(place) + 1 for place in query.answers)
+        if maps is None:
+            return Answer(ranks, ())
+        boxes = {
+            place: best_box(maps[place], self.index.geometry(place)) for place in query.answers
+        }
+        return Answer(ranks, self._overlaps(query, boxes.__getitem__))
+
+    @staticmethod
+    def _overlaps(query: Query, box: Callable[[int], Sequence[float]]) -> tuple[float, ...]:
+        return tuple(
+            max(overlap(box(place), right) for right in boxes)
+            for place, boxes in query.answers.items()
+        )
+
+
+def regions(
+    source: str, stamps: Stamps, setting: str, size: int, options: argparse.Namespace
+) -> list[dict[str, list[Answer]]]:
+    """For each seed the answers of every way."""
+    model = load_model(source, size=(size, size), fit="squash")
+    found = []
+    for seed in options.seeds:
+        gallery, queries = SETTINGS[setting](stamps, options.scenes, options.queries, seed)
+        with tempfile.TemporaryDirectory() as folder:
+            searching = Searching(model, gallery, Path(folder))
+            told: dict[str, list[Answer]] = {}
+            for query in queries:
+                for way, answer in searching.answers(query).items():
+                    told.setdefault(way, []).append(answer)
+        found.append(told)
+    return found
+
+
+def chance(answers: Sequence[Answer], scenes: int, k: int) -> float:
+    """The chance that a random ranking has a right scene among its first ``k``."""
+    missed = []
+    for answer in answers:
+        wrong = scenes - len(answer.ranks)
+        missed.append(np.prod([(wrong - n) / (scenes - n) for n in range(k)]))
+    return 1 - float(np.mean(missed))
+
+
+def cost(source: str, scenes: Sequence[CrowdedScene], rounds: int) -> Cost:
+    """Explaining hits from an index against running the network on query and hit, side by side."""
+    model = load_model(source)
+    with tempfile.TemporaryDirectory() as folder:
+        searching = Searching(model, scenes, Path(folder))
+    index = searching.index
+    views, (geometry,) = prepared(index.preprocess, [Picture("", scenes[0].picture)])
+    asked = ask(model, index, views, geometry, None)
+    assert asked.factors is not None
+    distances, places = index.neighbours(asked.row, HITS + 1)
+    rows, rivals = places[0].tolist(), list(range(1, HITS + 1))
+    pair = torch.cat((views, prepared(index.preprocess, [Picture("", scenes[1].picture)])[0]))
+
+    def forward() -> None:
+        with torch.no_grad():
+            model.embed(pair)
+
+    def reasons() -> HitMaps:
+        assert asked.factors is not None
+        own, every = index.factors(rows[:HITS]), index.embeddings[places[0]]
+        return hit_maps(asked.factors, own, every, rivals, distances[0], index.distance_name)
+
+    times = [(_seconds(forward), _seconds(reasons) / HITS) for _ in range(rounds + 3)][3:]
+    maps = reasons()
+    worst = 0.0
+    for number, row in enumerate(rows[:HITS]):
+        other = prepared(index.preprocess, [Picture("", scenes[row].picture)])[0]
+        direct = match(model, views, other).marginals()
+        for own, wanted in zip((maps.query[number], maps.hits[number]), direct, strict=True):
+            worst = max(worst, float((own - wanted[0]).abs().max() / wanted.abs().max()))
+    return Cost(
+        median(first for first, _ in times),
+        median(second for _, second in times),
+        median(second / first for first, second in times),
+        worst,
+        rounds,
+    )
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("stamps", type=Path, help="folder of categories of cut-outs (RGBA)")
+    parser.add_argument("--scenes", type=int, default=100, help="in the gallery")
+    parser.add_argument("--queries", type=int, default=40, help="at most, for each seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 320, 448])
+    parser.add_argument("--rounds", type=int, default=40, help="of the cost")
+    parser.add_argument("--out", type=Path, help="write the page here instead of printing it")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    stamps = read_stamps(options.stamps)
+    gallery, _ = compose_same(stamps, max(HITS + 1, 12), 1, options.seeds[0])
+    costs = {name: cost(source, gallery, options.rounds) for name, source in NETWORKS.items()}
+    found = {
+        (name, setting, size): regions(source, stamps, setting, size, options)
+        for name, source in NETWORKS.items()
+        for setting in SETTINGS
+        for size in options.sizes
+    }
+    publish(page(options, costs, found, sum(map(len, stamps.values())), len(stamps)), options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""``simexplain batch``: thousands of comparisons from a CSV file, resumable."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from simexplain.batching.batching import explain_batch
+from simexplain.batching.folder import MANIFEST
+from simexplain.batching.options import ACCELERATORS, BatchOptions
+from simexplain.batching.table import check_extra
+from simexplain.methods import PIXELS
+from simexplain.training.run_folder import first_process
+
+from .explain import _cams, _for_method
+from .explain import command as explain_command
+from .options import busy, model_from, model_options, progress_bars, tell_files
+
+if TYPE_CHECKING:
+    from simexplain.batching.planning import Progress
+    from simexplain.batching.result import BatchResult
+
+_OF_EXPLAIN = (
+    "method", "layer", "sweep", "weights", "cam", "through_weights", "keep_negative", "more",
+    "magnify", "scale",
+)  # fmt: skip
+"""Options that mean what they mean for ``explain``."""
+_HOW = (
+    "shard_rows", "memory", "batch_size", "pictures", "figures", "strict", "devices", "nodes",
+    "accelerator",
+)  # fmt: skip
+_LISTED = 20
+
+
+@click.command(
+    "batch", params=[option for option in explain_command.params if option.name in _OF_EXPLAIN]
+)
+@click.argument("model")
+@click.argument("comparisons", type=click.Path())
+@click.option("--out", type=click.Path(), required=True, help="Folder of the batch.")
+@click.option("--resume", is_flag=True, help="Go on with the batch in the folder, exactly.")
+@click.option("--force", is_flag=True, help="Replace a batch that is in the folder.")
+@click.option("--root", type=click.Path(file_okay=False),
+              help="What relative paths are relative to. [the folder of COMPARISONS]")  # fmt: skip
+@click.option("--strict", is_flag=True, help="Refuse to begin while any row cannot be explained.")
+@click.option("--pictures", is_flag=True, help="Also draw a heatmap over every picture.")
+@click.option("--figures", is_flag=True, help="Also draw a figure of every row.")
+@click.option("--shard-rows", default=64, show_default=True, type=click.IntRange(min=1),
+              help="Rows written at a time; what an interruption costs at most.")  # fmt: skip
+@click.option("--memory", default=1.0, show_default=True, type=click.FloatRange(min=0),
+              help="Gigabytes to keep of pictures between rows, in each process.")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(min=1),
+              help="Pictures in one forward pass. [1 on a CPU, else 16]")  # fmt: skip
+@click.option("--accelerator", type=click.Choice(ACCELERATORS), default="auto", show_default=True,
+              help="Where to run.")  # fmt: skip
+@click.option("--devices", type=click.IntRange(min=1),
+              help="Processes on each host. [1, or those of torchrun]")  # fmt: skip
+@click.option("--nodes", default=1, show_default=True, type=click.IntRange(min=1),
+              help="Hosts, which must see one folder.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@model_options
+def command(
+    model: str,
+    comparisons: str,
+    out: str,
+    resume: bool,
+    force: bool,
+    root: str | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Explain every row of COMPARISONS, a CSV file, with pictures embedded once for all rows.
+
+    Its columns are anchor, positives and negatives (several paths in a cell are separated by ;) and
+    perhaps id. The folder gets a table, results.parquet, and the maps; rows that cannot be
+    explained are in the table with the reason. Examples:
+
+    \b
+      simexplain batch timm:tf_efficientnet_lite0 comparisons.csv --out batch
+      simexplain batch timm:tf_efficientnet_lite0 comparisons.csv --out batch --resume
+      torchrun --nproc-per-node 2 -m simexplain batch MODEL comparisons.csv --out batch
+    """  # noqa: D301 - click wants the backspace character
+    if resume and force:
+        raise click.UsageError(
+            "--resume goes on with a batch, --force replaces it; say one of them."
+        )
+    check_extra()
+    how = BatchOptions(**{name: given.pop(name) for name in _HOW})
+    earlier = None if resume else _stamp(out)
+    with busy(f"Loading {model}"):
+        network = model_from(model, given)
+    layer = network.stages if given.pop("sweep") else given["layer"] or None
+    given.update(cam=_cams(given["cam"]), layer=layer)
+    given = _for_method(given)
+    known: list[str] = []
+
+    def skipped(lines: Sequence[str]) -> None:
+        known.extend(lines)
+        _warn(lines)
+
+    try:
+        with _bars() as progress:
+            result = explain_batch(
+                network, comparisons, out, root=root, how=how, resume=resume, force=force,
+                progress=progress, skipped=skipped, **given,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        _interrupted(out, earlier)
+    if not first_process():
+        return
+    if as_json:
+        # Names of files that are not UTF-8 become escapes of JSON's.
+        text = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
+        click.echo(text.encode("utf-8", "backslashreplace").decode())
+    else:
+        report(result, known)
+
+
+@contextmanager
+def _bars() -> Iterator[Progress | None]:
+    """Bars on a terminal, of the first of several processes only."""
+    if not first_process():
+        yield None
+        return
+    with progress_bars() as bars:
+        yield bars
+
+
+def _warn(lines: Sequence[str]) -> None:
+    """Tells of all rows that are known not to work, before the work."""
+    rows = "row" if len(lines) == 1 else "rows"
+    click.echo(f"Warning: {len(lines)} {rows} cannot be explained and will be skipped:", err=True)
+    for line in lines[:_LISTED]:
+        click.echo(f"  {line}", err=True)
+    if len(lines) > _LISTED:
+        click.echo(f"  and {len(lines) - _LISTED} more, which the table has", err=True)
+
+
+def report(result: BatchResult, known: Sequence[str] = ()) -> None:
+    """Prints what came of it, for a person; ``known`` was told before."""
+    said = result.to_json()
+    layers = "" if said["layers"] == [PIXELS] else f"layers {', '.join(said['layers'])}, "
+    click.echo(f"{said['model']}, {layers}method {said['method']}")
+    click.echo(f"{said['rows']} rows, {said['explained']} explained, {said['failed']} failed")
+    if of := said["conditions"]["of"]:
+        click.echo(
+            f"the distances are as the roles demand in {said['conditions']['holds']} of {of}"
+        )
+    work = result.work
+    if work is None:
+        click.echo("all rows were done already")
+    elif work.forwards is not None:
+        click.echo(
+            f"{work.forwards} pictures went through the network; one by one it were {work.separate}"
+        )
+    fresh = [
+        f"{own}: {why}"
+        for own, why in result.failures.items()
+        if not any(line.endswith(why) for line in known)
+    ]
+    for line in fresh[:_LISTED]:
+        click.echo(f"Warning: row {line}", err=True)
+    first = next(iter(said["warnings"]), None)
+    tell_files(said["files"], () if first is None else (f"{first} (More: column warnings.)",))
+
+
+def _stamp(out: str) -> tuple[int, int] | None:
+    """What tells one manifest from another, None where there is none."""
+    try:
+        found = (Path(out) / MANIFEST).stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _interrupted(out: str, earlier: tuple[int, int] | None) -> None:
+    """Says how to go on, where there is something to go on with."""
+    if first_process():
+        if _stamp(out) == earlier:
+            raise KeyboardInterrupt
+        words = [word for word in sys.argv[1:] if word not in ("--resume", "--force")]
+        again = shlex.join(["simexplain", *words, "--resume"])
+        click.echo(f"Error: Interrupted; go on with: {again}", err=True)
+    raise click.exceptions.Exit(130)

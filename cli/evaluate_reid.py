@@ -1,0 +1,124 @@
+"""``simexplain evaluate reid``: persons found again before other cameras."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from simexplain.data.datasets import read_dataset
+from simexplain.evaluation.reid import RANKS, evaluate_reid
+from simexplain.evaluation.reid_result import Reidentification
+from simexplain.evaluation.saving import REID_FILES, save_reid
+from simexplain.publishing import check_writable
+
+from .options import busy, model_from, model_options, progress_bars, tell_files
+
+_LISTED = 3
+_DATASETS = ("market1501", "cuhk03")
+_MODEL = ("backbone", "keep_head", "untrained", "trust_pickle", "size", "fit", "distance", "fast")
+
+
+@click.command("reid")
+@click.argument("model")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--dataset", type=click.Choice(_DATASETS), default="market1501", show_default=True,
+              help="How FOLDER is laid out; DukeMTMC-reID is as market1501.")  # fmt: skip
+@click.option("--k", "ks", type=click.IntRange(1), multiple=True, default=RANKS,
+              show_default=True, help="Ranks of the CMC; repeat.")  # fmt: skip
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
+              help="Pictures in one forward pass.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path),
+              help="Folder for reid.json, queries.csv, failures.csv and failures.png. [none]",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace an evaluation that is in the folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@model_options
+def reid(
+    model: str,
+    folder: Path,
+    dataset: str,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+    ks: tuple[int, ...],
+    batch_size: int,
+    **given: Any,
+) -> None:
+    """Measure whether persons are found again before other cameras.
+
+    FOLDER has bounding_box_train, query and bounding_box_test, as published. Rank-1, rank-5,
+    rank-10 and mAP of single queries; the same person before the query's own camera and junk are
+    ignored. Examples:
+
+    \b
+      simexplain evaluate reid model.pt Market-1501-v15.09.15/ --out scores
+      simexplain evaluate reid model.pt cuhk03-np/detected/ --dataset cuhk03
+      simexplain evaluate reid timm:tf_efficientnet_lite0 Market/ --size 384x128 --fit squash
+    """  # noqa: D301 - click wants the backspace character
+    if out is not None:
+        check_writable(out, REID_FILES, force=force)
+    data = read_dataset(dataset, folder, strict=False)
+    again = _again(model, given)
+    with busy(f"Loading {model}"):
+        network = model_from(model, given)
+    with progress_bars("Embedding queries") as progress:
+        result = evaluate_reid(network, data, ks=ks, batch_size=batch_size, progress=progress)
+    protocol = {"folder": str(folder), "dataset": dataset}
+    result = replace(result, settings={**result.settings, **protocol})
+    files = {} if out is None else save_reid(result, out, force=force)
+    if as_json:
+        said = {**result.to_json(), "files": files, "warnings": list(data.problems)}
+        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+    else:
+        report(result, files, again, data.problems)
+
+
+def report(
+    result: Reidentification, files: dict[str, str], model: list[str], problems: Sequence[str]
+) -> None:
+    """Prints the table, for a person; ``model`` as words of a command."""
+    click.echo(
+        f"{result.settings['model']}, {result.settings['data']}: "
+        f"{_counted(len(result.queries) - result.left_out, 'query', 'queries')} of "
+        f"{_counted(result.persons, 'person', 'persons')}, searched in "
+        f"{_counted(result.searched, 'picture', 'pictures')} ({result.distractors} of "
+        f"distractors, {result.junk} more of junk ignored)"
+    )
+    click.echo(str(result))
+    if result.failures:
+        worst = result.failures[0]
+        paths = [str(record.path) for record in (worst.query, worst.right, worst.wrong)]
+        failed = _counted(len(result.failures), "query", "queries")
+        click.echo(f"{failed} found somebody else first; the worst, explained:")
+        words = [model[0], *paths, "--arch", "triplet", *model[1:]]
+        click.echo(f"  simexplain explain {shlex.join(words)}")
+    said = list(problems)
+    if result.left_out:
+        what = _counted(result.left_out, "query has", "queries have")
+        said.append(f"{what} no picture before another camera and take no part in the means.")
+    said += [f"left out: {reason}" for reason in list(result.broken.values())[:_LISTED]]
+    if len(result.broken) > _LISTED:
+        said.append(f"{len(result.broken) - _LISTED} more, listed by --json.")
+    tell_files(files, said)
+
+
+def _again(model: str, given: Mapping[str, Any]) -> list[str]:
+    """The model with its options as another command would be given them."""
+    words = [model]
+    for name in _MODEL:
+        value = given[name]
+        if value:
+            words.append(f"--{name.replace('_', '-')}")
+            if value is not True:
+                words.append("x".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    return words
+
+
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"

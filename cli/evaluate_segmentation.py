@@ -1,0 +1,140 @@
+"""``simexplain evaluate segmentation``: one- and few-shot, one- and two-way."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from simexplain.data.dataset_split import ALPHA
+from simexplain.publishing import check_writable
+from simexplain.segmentation.dataset import SegmentationData, read_masked
+from simexplain.segmentation.evaluating import OVERLAPS, evaluate_segmentation
+from simexplain.segmentation.pascal import FOLDS, is_pascal, read_pascal
+from simexplain.segmentation.saving import SCORE_FILES, save_scores
+from simexplain.segmentation.scores import SegmentationScores
+
+from .options import busy, model_from, model_options, progress_bars, tell_files
+from .segment_options import segment_options, segmenting_from
+
+_KINDS = ("pascal", "folder", "csv")
+_LISTED = 3
+
+
+@click.command("segmentation")
+@click.argument("model")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--kind", type=click.Choice(_KINDS),
+              help="What DATA is. [found out: a CSV file, PASCAL VOC 2012, or class folders]",
+)  # fmt: skip
+@click.option("--fold", "folds", type=click.IntRange(0, FOLDS - 1), multiple=True,
+              help="Of PASCAL-5i; repeat. [all four]")  # fmt: skip
+@click.option("--split", type=click.Choice(("all", "train", "test")),
+              help="PASCAL-5i: the fold's classes (test) or the other fifteen (train), for "
+              "choosing thresholds. Else which part of DATA. [test; all]")  # fmt: skip
+@click.option("--masks", metavar="FOLDER|alpha",
+              help="Of class folders: a folder with a mask of the same relative path for each "
+              "picture, or alpha for their alpha channels. [alpha]")  # fmt: skip
+@click.option("--ways", type=click.IntRange(1, 2), default=1, show_default=True,
+              help="Classes to find in a test picture.")  # fmt: skip
+@click.option("--shots", type=click.IntRange(1), default=1, show_default=True,
+              help="Supports for each class.")  # fmt: skip
+@click.option("--episodes", type=click.IntRange(1), default=1000, show_default=True,
+              help="Test pictures with their supports, drawn from each fold.")  # fmt: skip
+@click.option("--overlaps", type=click.Choice(list(OVERLAPS)), default="hotter", show_default=True,
+              help="Two ways: " + "; ".join(f"{k}: {v}" for k, v in OVERLAPS.items()) + ".",
+)  # fmt: skip
+@click.option("--seed", default=0, show_default=True, help="Of the drawing.")
+@segment_options
+@click.option("--out", type=click.Path(path_type=Path),
+              help="Folder for scores.json and episodes.csv. [none]")  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace an evaluation that is in the folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@model_options
+def segmentation(
+    model: str,
+    data: Path,
+    kind: str | None,
+    folds: tuple[int, ...],
+    split: str | None,
+    masks: str | None,
+    ways: int,
+    shots: int,
+    episodes: int,
+    overlaps: str,
+    seed: int,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Measure one- and few-shot segmentation of MODEL over DATA.
+
+    DATA is the folder of PASCAL VOC 2012 (its four folds of PASCAL-5i are measured), a CSV file
+    with the columns path, label, mask, or a folder with a sub-folder of pictures for each class.
+    Examples:
+
+    \b
+      simexplain evaluate segmentation timm:tf_efficientnet_lite0 VOCdevkit/ --fold 0
+      simexplain evaluate segmentation model.pt VOCdevkit/ --ways 2 --shots 5 --out scores
+      simexplain evaluate segmentation model.pt objects.csv --method sam:weights=paper
+    """  # noqa: D301 - click wants the backspace character
+    options = segmenting_from(given)
+    if out is not None:
+        check_writable(out, SCORE_FILES, force=force)
+    kind = kind or _kind(data)
+    with busy(f"Reading {data}"):
+        sets = _sets(kind, data, folds, split, masks)
+    with busy(f"Loading {model}"):
+        network = model_from(model, given)
+    with progress_bars() as progress:
+        result = evaluate_segmentation(
+            network, sets, ways=ways, shots=shots, episodes=episodes, seed=seed,
+            overlaps=overlaps, progress=progress, **options,
+        )  # fmt: skip
+    protocol = {"data": str(data), "kind": kind, "split": split}
+    result = replace(result, settings={**result.settings, **protocol})
+    files = {} if out is None else save_scores(result, out, force=force)
+    if as_json:
+        said = {**result.to_json(), "files": files}
+        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+    else:
+        report(result, files)
+
+
+def _kind(data: Path) -> str:
+    if data.suffix.lower() == ".csv":
+        return "csv"
+    return "pascal" if is_pascal(data) else "folder"
+
+
+def _sets(
+    kind: str, data: Path, folds: tuple[int, ...], split: str | None, masks: str | None
+) -> tuple[SegmentationData, ...]:
+    if kind == "pascal":
+        if masks is not None or split == "all":
+            what = "--masks" if masks is not None else "--split"
+            raise click.BadParameter("PASCAL-5i says itself; leave it away.", param_hint=what)
+        return tuple(read_pascal(data, fold, split or "test") for fold in folds or range(FOLDS))
+    if folds:
+        raise click.BadParameter("only PASCAL-5i has folds.", param_hint="--fold")
+    chosen = masks or (ALPHA if kind == "folder" else None)
+    return (read_masked(kind, data, masks=chosen, part=split or "all"),)
+
+
+def report(result: SegmentationScores, files: dict[str, str]) -> None:
+    """Prints the tables, for a person."""
+    settings = result.settings
+    count = sum(len(fold.episodes) for fold in result.folds)
+    click.echo(
+        f"{settings['model']}, {settings['method']}, {settings['by']}: {count} episodes, "
+        f"{settings['ways']}-way {settings['shots']}-shot"
+    )
+    click.echo(str(result))
+    said = [f"left out: {where}: {why}" for where, why in list(result.broken.items())[:_LISTED]]
+    if len(result.broken) > _LISTED:
+        said.append(f"{len(result.broken) - _LISTED} more, listed by --json.")
+    tell_files(files, said)

@@ -1,0 +1,160 @@
+"""``simexplain index``: embeddings of a gallery and what explains them, in one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from simexplain.errors import OutputError
+from simexplain.searching.index import (
+    GalleryIndex,
+    build_index,
+    open_index,
+    remove_from_index,
+    update_index,
+)
+from simexplain.searching.index_report import report_of
+from simexplain.searching.index_work import work_folder
+
+from .options import busy, check_file, model_from, model_options, progress_bars
+
+_LISTED = 3
+
+
+@click.command("index")
+@click.argument("model")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True,
+              help="The index. One that is there is brought up to date.")  # fmt: skip
+@click.option("--add", is_flag=True,
+              help="Add or refresh the pictures in FOLDER and leave all others in.")  # fmt: skip
+@click.option("--remove", is_flag=True,
+              help="Take FOLDER, or a picture, out of the index. MODEL is not loaded.")  # fmt: skip
+@click.option("--layer", help="Layer whose positions are kept. [the model's default]")
+@click.option("--no-basis", is_flag=True, help="Keep embeddings alone, which explain nothing.")
+@click.option("--width", type=click.IntRange(1), metavar="D",
+              help="Keep the D main dimensions of what positions add. [all, exact]")  # fmt: skip
+@click.option("--steps", type=click.IntRange(1), metavar="N",
+              help="Jacobians averaged where the network above the layer is curved.")  # fmt: skip
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
+              help="Pictures in one forward pass.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Make the index anew, whatever is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@model_options
+def command(
+    model: str,
+    folder: Path,
+    out: Path,
+    add: bool,
+    remove: bool,
+    force: bool,
+    as_json: bool,
+    batch_size: int,
+    layer: str | None,
+    no_basis: bool,
+    width: int | None,
+    steps: int | None,
+    **given: Any,
+) -> None:
+    """Embed a folder of pictures, to be searched and explained.
+
+    Beside each embedding lies what every position adds to it: simexplain search then tells why a
+    picture was found without running the network on it. The same command again brings the index up
+    to date, and goes on where it was killed. Examples:
+
+    \b
+      simexplain index timm:tf_efficientnet_lite0 pictures/ --out pictures.index
+      simexplain index timm:tf_efficientnet_lite0 more/ --out pictures.index --add
+      simexplain index timm:tf_efficientnet_lite0 pictures/old --out pictures.index --remove
+    """  # noqa: D301 - click wants the backspace character
+    if add + remove + force > 1:
+        raise click.UsageError("--add, --remove and --force exclude each other.")
+    check_file(out, force=True)
+    made = {"layer": layer, "width": width, "steps": steps, "no_basis": no_basis or None}
+    fresh = force or not (out.exists() or add or remove)
+    if not fresh:
+        _check_choices(open_index(out), made)
+    if remove:
+        _tell(remove_from_index(out, folder), as_json=as_json)
+        return
+    with busy(f"Loading {model}"):
+        network = model_from(model, given)
+    try:
+        with progress_bars() as progress:
+            if fresh:
+                index = build_index(
+                    network, folder, out, layer=layer, batch_size=batch_size, basis=not no_basis,
+                    width=width, steps=steps or 0, force=force, progress=progress,
+                )  # fmt: skip
+            else:
+                index = update_index(
+                    network, folder, out, drop=not add, batch_size=batch_size, progress=progress
+                )
+    except KeyboardInterrupt:
+        if not work_folder(out).is_dir():
+            raise
+        click.echo("Error: Interrupted; the same command goes on where it was.", err=True)
+        raise click.exceptions.Exit(130) from None
+    _tell(index, as_json=as_json)
+
+
+def _check_choices(index: GalleryIndex, made: dict[str, Any]) -> None:
+    """Refuses choices other than those with which an index was made.
+
+    Raises:
+        OutputError: If one differs; says what to do.
+    """
+    width = None if index.keeping.basis is None else index.keeping.basis.shape[1]
+    steps = index.keeping.steps if index.has_basis else None
+    own = {
+        "layer": index.layer, "width": width, "steps": steps,
+        "no_basis": not (index.has_basis or index.has_levels),
+    }  # fmt: skip
+    for name, value in made.items():
+        if value is not None and value != own[name]:
+            option = "--" + name.replace("_", "-")
+            raise OutputError(
+                f"'{index.path}' was not made with {option}"
+                f"{'' if value is True else f' {value}'}; leave it away, or make the index anew "
+                "with --force."
+            )
+
+
+def _tell(index: GalleryIndex, *, as_json: bool) -> None:
+    """Prints what was done."""
+    said = report_of(index)
+    if as_json:
+        text = json.dumps(said, indent=2, ensure_ascii=False)
+        click.echo(text.encode("utf-8", "backslashreplace").decode())
+        return
+    where = f", layer {index.layer}" if index.layer else ""
+    click.echo(f"{index.model_name}{where}: {_counted(len(index))}")
+    changes = said["changes"]
+    click.echo(", ".join(f"{number} {name}" for name, number in changes.items()))
+    click.echo(_kept(index, said))
+    broken = list(index.broken.values())
+    for reason in broken[:_LISTED]:
+        click.echo(f"Warning: left out: {reason}", err=True)
+    if len(broken) > _LISTED:
+        click.echo(f"Warning: {len(broken) - _LISTED} more, listed by --json.", err=True)
+    click.echo(f"index: {index.path}")
+
+
+def _kept(index: GalleryIndex, said: dict[str, Any]) -> str:
+    """What lies beside the embeddings."""
+    size = f"{said['bytes_per_image'] / 1000:.0f} kB a picture"
+    if index.has_levels:
+        return f"kept: embeddings and the maps of {len(index.level_maps([0]))} levels, {size}"
+    if not index.has_basis:
+        return f"kept: embeddings alone, {size}. {index.without_basis}"
+    basis = said["basis"]
+    across = f"{basis['grid'][0]}x{basis['grid'][1]}"
+    held = "" if basis["held"] == 1 else f", which hold {basis['held']:.1%} of them"
+    return f"kept: what {across} positions add in {basis['width']} dimensions{held}, {size}"
+
+
+def _counted(count: int) -> str:
+    return f"{count} picture{'' if count == 1 else 's'}"

@@ -1,0 +1,147 @@
+"""``simexplain search``: the nearest pictures of a gallery, and why each was found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from simexplain.publishing import check_writable
+from simexplain.searching.search import search
+from simexplain.searching.search_pictures import verdict
+from simexplain.searching.search_saving import MAIN_FILES, manifest
+
+from .options import (
+    aligned,
+    busy,
+    free_folder,
+    model_from,
+    model_options,
+    progress_bars,
+    tell_files,
+)
+
+if TYPE_CHECKING:
+    from simexplain.searching.regions import Box
+    from simexplain.searching.search_result import Hit, SearchResult
+
+_FOLDER = "search"
+
+
+class BoxType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """``40,60,120,90``: left, top, width and height in pixels of the picture."""
+
+    name = "X,Y,W,H"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Box:
+        """``(x, y, width, height)``."""
+        try:
+            x, y, width, height = (float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(
+                f"expected a box such as 40,60,120,90 (left,top,width,height in pixels), got "
+                f"{value!r}."
+            )
+        return x, y, width, height
+
+
+@click.command("search")
+@click.argument("model")
+@click.argument("query", type=click.Path())
+@click.argument("index", type=click.Path())
+@click.option("-k", "k", default=5, show_default=True, type=click.IntRange(min=1),
+              help="How many hits.")  # fmt: skip
+@click.option("--region", type=BoxType(),
+              help="Search for this part of the query alone, in pixels: left, top, width, height.",
+)  # fmt: skip
+@click.option("--mask", type=click.Path(),
+              help="Likewise: a picture of the query's size, white where it is.")  # fmt: skip
+@click.option("--root", type=click.Path(),
+              help="Where the gallery's pictures are now, if they were moved.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
+@click.option("--force", is_flag=True, help="Replace a search that is in the folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@model_options
+def command(
+    model: str,
+    query: str,
+    index: str,
+    k: int,
+    region: Box | None,
+    mask: str | None,
+    root: str | None,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Find the pictures nearest to QUERY and tell why each was found.
+
+    INDEX is a file made by simexplain index, or a folder of pictures, which is then indexed for
+    this search alone. For each hit the figure shows where it and the query agree, and what sets it
+    apart from the next class down; classes are the folders that the gallery is in, if it is. With
+    --region or --mask that part of the query is searched for, and boxed in every hit. Examples:
+
+    \b
+      simexplain index timm:tf_efficientnet_lite0 photos/ --out photos.index
+      simexplain search timm:tf_efficientnet_lite0 query.jpg photos.index --out found
+      simexplain search timm:tf_efficientnet_lite0 query.jpg photos/ --region 40,60,120,90
+    """  # noqa: D301 - click wants the backspace character
+    if region is not None and mask is not None:
+        raise click.UsageError("--region and --mask exclude each other; say one of them.")
+    out = out or free_folder(Path(_FOLDER))
+    check_writable(out, MAIN_FILES, force=force)
+    with busy(f"Loading {model}"):
+        network = model_from(model, given)
+    with progress_bars("Searching") as progress:
+        result = search(
+            network, query, index, k, region=region, mask=mask, root=root, progress=progress
+        )
+    with busy(f"Writing {out}"):
+        files = result.save(out, force=force)
+    if as_json:
+        click.echo(json.dumps(manifest(result, files), indent=2, ensure_ascii=False))
+    else:
+        report(result)
+        tell_files(files, result.warnings)
+
+
+def report(result: SearchResult) -> None:
+    """Prints what was found, for a person."""
+    layer = f", layer {result.layer}" if result.layer else ""
+    click.echo(f"{result.model}{layer}\n{verdict(result)}")
+    classes = any(hit.label is not None for hit in result.hits)
+    head = ["rank", "distance", *(["class"] if classes else []), "picture"]
+    reasons = result.query_maps is not None
+    head += ["agrees most at"] if reasons else []
+    head += ["box (x, y, w, h)"] if result.region is not None else []
+    head += ["set apart by", "from"]
+    rows = [head, *(_row(hit, result, classes=classes, reasons=reasons) for hit in result.hits)]
+    click.echo(aligned(rows))
+    if result.hits[0].levels:
+        click.echo("\nWhat each level adds to the distance")
+        layers = [layer for layer, _ in result.hits[0].levels]
+        shares = [[str(h.rank), *(f"{value:.4f}" for _, value in h.levels)] for h in result.hits]
+        click.echo(aligned([["rank", *layers], *shares]))
+
+
+def _row(hit: Hit, result: SearchResult, *, classes: bool, reasons: bool) -> list[str]:
+    row = [str(hit.rank), f"{hit.distance:.4f}", *([hit.label or "-"] if classes else [])]
+    row.append(_near(hit.path))
+    if reasons:
+        row.append("-" if hit.peak is None else f"{hit.peak[0]:.0f}, {hit.peak[1]:.0f}")
+    if result.region is not None:
+        row.append("-" if hit.box is None else ", ".join(f"{value:.0f}" for value in hit.box))
+    if hit.rival is None or hit.gap is None:
+        return [*row, "-", "-"]
+    other = hit.rival.label or _near(hit.rival.path)
+    return [*row, f"{hit.gap:+.4f}", f"{other} (rank {hit.rival.rank})"]
+
+
+def _near(path: str) -> str:
+    """A path as short as it can be written from here."""
+    here = Path.cwd()
+    full = Path(path)
+    return str(full.relative_to(here)) if full.is_relative_to(here) else path

@@ -1,0 +1,91 @@
+"""``simexplain segment``: find in a picture what other pictures show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from simexplain.publishing import check_writable
+from simexplain.segmentation.saving import MAIN_FILES, manifest
+from simexplain.segmentation.segmenting_files import segment_files
+
+from .options import busy, free_folder, model_from, model_options, tell_files
+from .segment_options import segment_options, segmenting_from
+
+if TYPE_CHECKING:
+    from simexplain.segmentation.result import Segmentation
+
+_FOLDER = "segmentation"
+
+
+@click.command("segment")
+@click.argument("model")
+@click.argument("test", type=click.Path())
+@click.argument("support", type=click.Path(), nargs=-1, required=True)
+@click.option("--other", "others", type=click.Path(), multiple=True,
+              help="A picture of another class, which the mask should leave out; repeat.",
+)  # fmt: skip
+@click.option("--support-mask", "support_masks", type=click.Path(), multiple=True,
+              help="Where the object is in a support, white or opaque; one for each support, in "
+              "their order. [none is needed]")  # fmt: skip
+@segment_options
+@click.option("--out", type=click.Path(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
+@click.option("--force", is_flag=True, help="Replace a segmentation that is in the folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@model_options
+def command(
+    model: str,
+    test: str,
+    support: tuple[str, ...],
+    others: tuple[str, ...],
+    support_masks: tuple[str, ...],
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Find in the picture TEST what the SUPPORT pictures show, and cut it out.
+
+    The attention map of TEST, compared with the supports, is the cue for GrabCut. MODEL is
+    timm:NAME, torchvision:NAME or a file. Examples:
+
+    \b
+      simexplain segment timm:tf_efficientnet_lite0 test.jpg cat.jpg
+      simexplain segment timm:tf_efficientnet_lite0 test.jpg cat.jpg --other dog.jpg
+    """  # noqa: D301 - click wants the backspace character
+    options = segmenting_from(given)
+    out = out or free_folder(Path(_FOLDER))
+    check_writable(out, MAIN_FILES, force=force)
+    with busy(f"Loading {model}"):
+        network = model_from(model, given)
+    with busy(f"Segmenting {test}"):
+        result = segment_files(
+            network, test, support, others, support_masks=support_masks or None, **options
+        )
+    with busy(f"Writing {out}"):
+        files = result.save(out, force=force)
+    if as_json:
+        click.echo(json.dumps(manifest(result, files), indent=2, ensure_ascii=False))
+    else:
+        report(result)
+        tell_files(files, result.warnings)
+
+
+def report(result: Segmentation) -> None:
+    """Prints what was found, for a person."""
+    click.echo(f"{result.model}, layer {' x '.join(result.layers)}, method {result.method}")
+    counts = [sum(one.role == role for one in result.images) for role in ("support", "other")]
+    against = f", {counts[1]} of another class" if counts[1] else ""
+    click.echo(f"{result.name}: {counts[0]} of the class sought{against}, by {result.by}")
+    if result.box is None:
+        click.echo("nothing was found")
+        return
+    left, top, right, bottom = result.box
+    height, width = result.mask.shape
+    click.echo(
+        f"the mask covers {result.share:.1%} of {width}x{height} pixels, from ({left}, {top}) to "
+        f"({right - 1}, {bottom - 1})"
+    )

@@ -1,0 +1,180 @@
+"""The verb: explain thousands of comparisons, into a folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from simexplain.batching.distributing import (
+    processes,
+    sums,
+    together,
+    write_alone,
+    write_together,
+)
+from simexplain.batching.folder import BatchFolder
+from simexplain.batching.identity import check_same, identity_of
+from simexplain.batching.options import Asked, BatchOptions, placed
+from simexplain.batching.planning import Plan, Progress, plan_rows
+from simexplain.batching.result import BatchResult, Work, open_batch
+from simexplain.batching.row_explaining import RowExplainer
+from simexplain.batching.rows import Rows, read_rows
+from simexplain.batching.shards import ShardWriter
+from simexplain.batching.table import check_extra
+from simexplain.errors import ComparisonError
+from simexplain.explaining import Layers
+from simexplain.explanation import Explanation
+from simexplain.methods import Method
+from simexplain.models.embedder import as_similarity_model
+from simexplain.training.run_folder import first_process
+
+_ON_CARD = 16
+
+
+def explain_batch(
+    model: nn.Module,
+    rows: Rows,
+    out: str | Path,
+    *,
+    root: str | Path | None = None,
+    method: str | Method = "sam",
+    layer: Layers = None,
+    magnify: float = 1,
+    scale: str = "image",
+    max_batch: int | None = None,
+    how: BatchOptions | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    skipped: Callable[[Sequence[str]], None] | None = None,
+    **options: Any,
+) -> BatchResult:
+    """Explains many comparisons as ``explain_files`` does one, into a folder.
+
+    Every distinct picture is read and goes through the network once, as long as memory allows and
+    the method asks no more of the network than embeddings, layers and gradients of these; maps are
+    the same. Rows are done in shards that are written whole, so that a run can be stopped at any
+    time and resumed. Rows that cannot be explained are in the table with the reason.
+
+    With several devices lightning starts the calling script again for each of them, so that a
+    script has to call this below ``if __name__ == "__main__":``; every one of them gets the result.
+
+    Args:
+        model: A similarity model, or any ``nn.Module`` that returns an embedding.
+        rows: A CSV file, or rows; see :func:`~simexplain.batching.rows.read_rows`.
+        out: The folder of the batch.
+        root: What relative paths are relative to; the folder of the CSV file unless given.
+        method: A name in ``METHODS`` or an object like ``SimilarityAttention(weights="signed")``.
+        layer: A layer, several to be multiplied, or None for the method's or the model's own.
+        magnify: As for ``explain_files``.
+        scale: As for ``explain_files``.
+        max_batch: Bounds the images in one forward pass of methods that need one for each row.
+        how: Everything that maps do not depend on.
+        resume: Go on with the batch in ``out``.
+        force: Replace a batch in ``out``.
+        progress: Called with what is done, how far it is, and how far it goes.
+        skipped: Called once before the work with a line for each row that is known not to work.
+        **options: Passed to a method given by name, such as ``weights="relative"``.
+
+    Raises:
+        ComparisonError: If the CSV file or an option cannot be used, or no row can be explained; or
+            with ``strict`` any row.
+        ModelError: If the model, a layer or a package cannot be used, or the batch to resume was
+            begun with another model or other settings.
+        OutputError: If ``out`` is taken or cannot be written, or was begun with other rows.
+        KeyboardInterrupt: On Ctrl-C; finished shards stand.
+    """
+    check_extra()
+    how = how or BatchOptions()
+    world = processes(how.devices, how.nodes)
+    folder, first = BatchFolder(Path(out)), first_process()
+    if first:
+        folder.check(resume=resume, force=force)
+    asked = Asked(method, layer, magnify, scale, max_batch, options)
+    wrapped = as_similarity_model(model)
+    read, base = read_rows(rows, root)
+    plan = plan_rows(read, base, wrapped.preprocess, size=how.shard_rows, progress=progress)
+    if how.strict and plan.problems:
+        listed = "; ".join(line.rstrip(".") for line in _problems(plan))
+        raise ComparisonError(
+            f"Expected rows that can all be explained (--strict), but {len(plan.problems)} of "
+            f"{len(plan.rows)} cannot: {listed}."
+        )
+    if plan.problems and first and skipped is not None:
+        skipped(_problems(plan))
+    said = identity_of(wrapped, plan, asked, how)
+    if resume:
+        check_same(folder.path, folder.read_manifest(), said)
+        if folder.complete:
+            return open_batch(out)
+    with placed(wrapped, how.accelerator, alone=world == (1, 1)) as device:
+        size = how.batch_size or (1 if device == "cpu" else _ON_CARD)
+        explainer = RowExplainer(
+            wrapped, plan, asked, memory=round(how.memory * 1e9), batch_size=size
+        )
+        with torch.inference_mode(False):
+            example = explainer.prove()
+        if first and not resume:
+            folder.clear()
+            folder.write_manifest({**said, **_described(example, explainer)})
+        work = _worked(explainer, folder, how, world, progress)
+    return BatchResult(Path(out), folder.read_manifest(), work)
+
+
+def _worked(
+    explainer: RowExplainer,
+    folder: BatchFolder,
+    how: BatchOptions,
+    world: tuple[int, int],
+    progress: Progress | None,
+) -> Work:
+    """Does what is left to do, and merges it once all processes are done."""
+    writer = ShardWriter(explainer, folder, how.pictures, how.figures)
+    pending = folder.pending(len(explainer.plan.shards))
+    told = None if progress is None else partial(progress, "Explaining")
+    begun = time.monotonic()
+    if world == (1, 1):
+        write_alone(writer, pending, told)
+    else:
+        devices, nodes = world
+        write_together(
+            writer, pending, told, accelerator=how.accelerator or "auto", devices=devices,
+            nodes=nodes,
+        )  # fmt: skip
+    forwards, rows, separate = sums(explainer.forwards, *explainer.asked_for)
+    together()
+    if first_process():
+        folder.merge(explainer.plan)
+    together()
+    return Work(
+        rows=int(rows),
+        shared=explainer.shared,
+        forwards=int(forwards) if explainer.shared else None,
+        separate=int(separate),
+        seconds=round(time.monotonic() - begun, 3),
+    )
+
+
+def _described(example: Explanation, explainer: RowExplainer) -> dict[str, Any]:
+    """What the manifest says of all rows beside that."""
+    return {
+        "method": example.method,
+        "layers": list(example.layers),
+        "options": dict(example.options),
+        "scale": example.scale,
+        "view": list(explainer.view),
+        "shared": explainer.shared,
+        "versions": dict(example.versions),
+    }
+
+
+def _problems(plan: Plan) -> list[str]:
+    """A line for each row that is known not to work."""
+    rows = ((number, plan.rows[number], why) for number, why in plan.problems.items())
+    return [f"{f'line {row.line}' if row.line else f'row {n}'}: {why}" for n, row, why in rows]

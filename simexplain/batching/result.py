@@ -1,0 +1,244 @@
+"""What came of a batch: its table, and the maps and the explanation of any row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from simexplain.batching.folder import RESULTS, SCHEMA, BatchFolder
+from simexplain.batching.planning import stamp_of
+from simexplain.batching.shards import PICTURE, TENSORS
+from simexplain.batching.table import OK, check_extra
+from simexplain.data.images import read_picture
+from simexplain.data.preprocessing import Geometry, Preprocess, prepared
+from simexplain.errors import DAMAGED, ComparisonError, OutputError, first_line
+from simexplain.explanation import Explanation
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_SHOWN = 20
+"""Warnings in the summary, the most common ones; all are in the table."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run did, which is less than the batch where it was resumed.
+
+    Attributes:
+        rows: Rows that this run explained or tried to.
+        shared: Whether pictures were embedded once for all their rows.
+        forwards: Pictures that went through the network for them, by all processes; None where
+            they are not shared and the method decides.
+        separate: As many as rows explained one by one send through.
+        seconds: From the first row to the last.
+    """
+
+    rows: int
+    shared: bool
+    forwards: int | None
+    separate: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """A batch on disk, whose table and maps are read when asked for.
+
+    Attributes:
+        folder: Where it is.
+        manifest: What was asked of it: settings, model, layers, versions.
+        work: What the run that just ended did; None for a batch that was opened.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any] = field(repr=False)
+    work: Work | None = None
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @cached_property
+    def table(self) -> pyarrow.Table:
+        """One row for each row of the CSV file, in its order; the columns are in the docs.
+
+        Raises:
+            OutputError: If it cannot be read.
+        """
+        from pyarrow import ArrowException, parquet
+
+        try:
+            return parquet.read_table(self.folder / RESULTS)
+        except (OSError, ArrowException) as error:
+            raise OutputError(
+                f"'{self.folder / RESULTS}' cannot be read ({first_line(error)}); make the batch "
+                "again."
+            ) from error
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """The reason for each row that could not be explained, by its id."""
+        columns = (self.table[name].to_pylist() for name in ("id", "status", "error"))
+        return {own: error for own, status, error in zip(*columns, strict=True) if status != OK}
+
+    def record(self, row: int | str) -> dict[str, Any]:
+        """A row of the table.
+
+        Args:
+            row: Its number, counted from 0, or its id.
+
+        Raises:
+            ComparisonError: If there is no such row.
+        """
+        number = row
+        if isinstance(row, str):
+            number = self._numbers.get(row, -1)
+        if not isinstance(number, int) or not 0 <= number < len(self):
+            raise ComparisonError(
+                f"Expected the number of a row, 0 to {len(self) - 1}, or its id, got {row!r}."
+            )
+        found: dict[str, Any] = self.table.slice(number, 1).to_pylist()[0]
+        return found
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        ids = self.table["id"].to_pylist()
+        return {own: number for number, own in reversed(list(enumerate(ids)))}
+
+    def maps(self, row: int | str) -> Tensor:
+        """The raw maps of a row ``(K,h,w)``: anchor, positives, negatives.
+
+        Raises:
+            ComparisonError: If there is no such row, or it was not explained.
+            OutputError: If the maps cannot be read.
+        """
+        return self._tensors(self._good(row), ("maps",))["maps"]
+
+    def explanation(self, row: int | str) -> Explanation:
+        """The explanation of a row as ``explain_files`` gives it; its pictures are read again.
+
+        Raises:
+            ComparisonError: If there is no such row, or it was not explained.
+            OutputError: If a picture has changed since, or the maps cannot be read.
+            ImageError: If a picture cannot be read.
+        """
+        record, said = self._good(row), self.manifest
+        layers = [f"layer_{number}" for number in range(len(said["layers"]))]
+        pictures = [f"{PICTURE}/{number}" for number in record["pictures"]]
+        stored = self._tensors(record, (*TENSORS, *layers), pictures)
+        maps = stored["maps"][None]
+        images, originals, geometries = self._views(record)
+        moved = stored.get("moved")
+        return Explanation(
+            maps=maps,
+            layer_maps={
+                layer: stored[name][None] if name in stored else maps
+                for layer, name in zip(said["layers"], layers, strict=True)
+            },
+            weights=stored["weights"][None],
+            scores=stored["scores"][None],
+            embeddings=torch.stack([stored[name] for name in pictures])[None],
+            distances=stored["distances"][None],
+            positives=len(record["positives"]),
+            images=images,
+            preprocess=Preprocess.from_json(said["model"]["preprocess"]),
+            method=said["method"],
+            model=said["model"]["name"],
+            layers=tuple(said["layers"]),
+            options=said["options"],
+            warnings=tuple(record["warnings"]),
+            versions=said["versions"],
+            moved=None if moved is None else moved[None],
+            scale=said["scale"],
+            pictures=originals,
+            geometries=geometries,
+        )
+
+    def _views(self, record: Mapping[str, Any]) -> tuple[Tensor, tuple[Any, ...], tuple[Any, ...]]:
+        """The pictures of a row as the network saw them, themselves, and where the views lie."""
+        pictures = []
+        for number in record["pictures"]:
+            path, *stamp = self.manifest["pictures"][number]
+            if list(stamp_of(Path(path))) != stamp:
+                raise OutputError(
+                    f"'{path}' is not what it was when the batch was made; restore it or make the "
+                    "batch again."
+                )
+            pictures.append(read_picture(path))
+        height, width = self.manifest["view"]
+        said = {**self.manifest["model"]["preprocess"], "size": [height, width]}
+        views, geometries = prepared(Preprocess.from_json(said), pictures)
+        places: tuple[Geometry, ...] = tuple(geometries)
+        return views[None], tuple(pictures), places
+
+    def _good(self, row: int | str) -> dict[str, Any]:
+        record = self.record(row)
+        if record["status"] != OK:
+            raise ComparisonError(
+                f"Row {record['row']} ('{record['id']}') was not explained: {record['error']}"
+            )
+        return record
+
+    def _tensors(
+        self, record: Mapping[str, Any], names: tuple[str, ...], others: list[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Those of some tensors of a row that there are, and others of its shard, by name."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / record["maps_file"]
+        try:
+            with safe_open(path, framework="pt") as file:
+                there = set(file.keys())
+                keys = {name: f"{record['maps_key']}/{name}" for name in names}
+                keys |= {name: name for name in others or []}
+                return {name: file.get_tensor(k) for name, k in keys.items() if k in there}
+        except (OSError, SafetensorError, *DAMAGED) as error:
+            raise OutputError(
+                f"'{path}' cannot be read ({first_line(error)}); make the batch again."
+            ) from error
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON that the command line prints; keys may be added, not changed."""
+        statuses = Counter(self.table["status"].to_pylist())
+        warnings = Counter(
+            warning for several in self.table["warnings"].to_pylist() for warning in several or ()
+        )
+        holds = [value for value in self.table["holds"].to_pylist() if value is not None]
+        return {
+            "schema": SCHEMA,
+            "rows": len(self),
+            "explained": statuses[OK],
+            "failed": len(self) - statuses[OK],
+            "conditions": {"holds": sum(holds), "of": len(holds)},
+            "model": self.manifest["model"]["name"],
+            "method": self.manifest["method"],
+            "layers": list(self.manifest["layers"]),
+            "pictures": len(self.manifest["pictures"]),
+            "failures": self.failures,
+            "warnings": dict(warnings.most_common(_SHOWN)),
+            "work": None if self.work is None else vars(self.work),
+            "files": BatchFolder(self.folder).files(),
+            "versions": dict(self.manifest["versions"]),
+        }
+
+
+def open_batch(folder: str | Path) -> BatchResult:
+    """Opens what :func:`~simexplain.batching.batching.explain_batch` wrote.
+
+    Raises:
+        OutputError: If there is no batch, a damaged one, or one that is not done.
+        ModelError: If pyarrow is not installed.
+    """
+    check_extra()
+    found = BatchFolder(Path(folder))
+    said = found.read_manifest()
+    if not found.complete:
+        raise OutputError(f"The batch in '{folder}' is not done; go on with it (--resume).")
+    return BatchResult(Path(folder), said)

@@ -1,0 +1,295 @@
+"""Explains row after row as ``explain_files`` does, with one pass for each picture if it can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simexplain.batching.keeping import Keep, uses_of
+from simexplain.batching.options import Asked
+from simexplain.batching.passes import Pass, Use, cut_pass
+from simexplain.batching.planning import Plan
+from simexplain.batching.reading import Reader, Size
+from simexplain.batching.recalling import Recalled, UnansweredError, blank, recalled_avsl
+from simexplain.comparison import Comparison
+from simexplain.errors import ComparisonError, ImageError, ModelError
+from simexplain.explaining import explain_view
+from simexplain.explanation import Explanation
+from simexplain.methods import METHODS, Method, takes_layers
+from simexplain.methods.avsl_maps import AVSLMaps
+from simexplain.methods.raw_vectors import RawVectors
+from simexplain.models.avsl import AVSL
+from simexplain.models.avsl_runs import features_and_rows
+from simexplain.models.base import SimilarityModel
+
+_TRIED = 6
+"""Rows that a network has to fail on before it is held to be the network's fault."""
+_CLOSE = 1e-3
+
+
+class RowExplainer:
+    """Explains the rows of a plan.
+
+    Attributes:
+        shared: Whether pictures are embedded once for all their rows. Found out by
+            :meth:`prove`: methods that perturb pixels, for instance, need the network for each row.
+        forwards: Pictures that went through the network so far for rows of a shared run.
+    """
+
+    def __init__(
+        self,
+        model: SimilarityModel,
+        plan: Plan,
+        asked: Asked,
+        *,
+        memory: int,
+        batch_size: int = 1,
+    ) -> None:
+        """Nothing is read or run yet.
+
+        Args:
+            model: The model.
+            plan: The rows.
+            asked: What is asked of them.
+            memory: Bytes to keep of pictures between rows.
+            batch_size: Pictures in one forward pass, unless the model takes one number only.
+        """
+        self.model, self.plan, self.asked = model, plan, asked
+        self.batch_size = model.batch_size or batch_size
+        self.shared = False
+        self.forwards = 0
+        self.own: Size = model.preprocess.size
+        height, width = (max(1, round(side * asked.magnify)) for side in self.own)
+        self.view: Size = (height, width)
+        self.reader = Reader(plan.pictures, model.preprocess, self.view)
+        self._chosen: Method | None = None
+        self._layers: tuple[str, ...] = ()
+        self._images: tuple[int, ...] = ()
+        self._uses: dict[int, dict[int, list[int]]] = {}
+        self._keep: Keep[Any] = Keep(memory, self._uses_of)
+        self._places: dict[int, int] = {}
+        self._proven: tuple[int, Explanation] | None = None
+        self._remembering: SimilarityModel = model
+
+    def begin(self, rows: Sequence[int]) -> None:
+        """Tells which rows will be asked for, in which order."""
+        images = [self.plan.images[row] for row in rows]
+        self._places = {row: place for place, row in enumerate(rows)}
+        self._uses = {size: dict(uses_of(images, size)) for size in {1, self.batch_size}}
+
+    @property
+    def asked_for(self) -> tuple[int, int]:
+        """Rows asked for, and pictures that they would send through the network one by one."""
+        times = 1 if self.asked.magnify == 1 else 2
+        rows = self._places
+        return len(rows), times * sum(len(self.plan.images[row]) for row in rows)
+
+    def prove(self) -> Explanation:
+        """Explains the first row that can be, and finds out whether pictures can be shared.
+
+        Where the same row comes out otherwise from memory, or cannot, every row is explained by the
+        network itself.
+
+        Raises:
+            ComparisonError: If an option does not fit, or no row can be explained.
+            ModelError: If the model, the method or a layer cannot be used.
+        """
+        failed: list[ModelError] = []
+        reason = next(iter(self.plan.problems.values()), "there is none")
+        for row in _spread(self.plan.order):
+            try:
+                found = self._plain(row, self.asked.method, self.asked.options)
+                break
+            except ImageError as error:
+                reason = str(error)
+            except ModelError as error:
+                failed.append(error)
+                if len(failed) == _TRIED:
+                    raise
+        else:
+            if failed:
+                raise failed[0]
+            raise ComparisonError(
+                f"None of {len(self.plan.rows)} rows can be explained, the first because: {reason}"
+            )
+        method = self.asked.method
+        self._chosen = METHODS[method](**self.asked.options) if isinstance(method, str) else method
+        self._layers = found.layers
+        self.shared = self._can_share() and self._agrees(row, found)
+        self.forwards = 0
+        if not self.shared:
+            self._proven = (row, found)
+        return found
+
+    def explain(self, row: int) -> Explanation:
+        """The explanation of a row; its ``images`` and ``pictures`` are left out where shared.
+
+        Raises:
+            SimexplainError: If it cannot be explained.
+        """
+        if self._proven is not None and self._proven[0] == row:
+            return self._proven[1]
+        self._keep.now = self._places.get(row, 0)
+        assert self._chosen is not None, "prove() comes first"
+        try:
+            if self.shared:
+                try:
+                    return self._recalled(row)
+                except UnansweredError:
+                    pass
+            return self._plain(row, self._chosen, {})
+        finally:
+            self._keep.release()
+
+    def pictured(self, row: int, found: Explanation) -> Explanation:
+        """The same with its pictures, for drawing."""
+        images = self.plan.images[row]
+        pictures = tuple(self.reader.picture(image) for image in images)
+        views = torch.stack([self.reader.tensor(image, self.view) for image in images])
+        return replace(found, pictures=pictures, images=views[None])
+
+    def _can_share(self) -> bool:
+        assert self._chosen is not None
+        if isinstance(self._chosen, AVSLMaps) and isinstance(self.model, AVSL):
+            self._remembering = recalled_avsl(self.model, self._levels)
+            return True
+        self._remembering = Recalled(self.model, self._layers, self._passes)
+        return takes_layers(self._chosen)
+
+    def _agrees(self, row: int, plain: Explanation) -> bool:
+        """Whether a row comes out from memory as it does from the network."""
+        try:
+            found = self._recalled(row)
+        except (ModelError, RuntimeError):
+            return False
+        finally:
+            self._keep.release()
+        pairs = (
+            (found.maps, plain.maps), (found.embeddings, plain.embeddings),
+            (found.scores, plain.scores), (found.distances, plain.distances),
+        )  # fmt: skip
+        return all(
+            a.shape == b.shape and bool((a - b).abs().max() <= _CLOSE * b.abs().max())
+            for a, b in pairs
+        )
+
+    def _plain(self, row: int, method: str | Method, options: dict[str, Any]) -> Explanation:
+        images = self.plan.images[row]
+        own = self._comparison(row, torch.stack([self._tensor(i, self.own) for i in images])[None])
+        view = own
+        if self.asked.magnify != 1:
+            large = torch.stack([self._tensor(image, self.view) for image in images])
+            view = self._comparison(row, large[None])
+        found = self._explained(self.model, own, view, method, options)
+        return self._told(images, found)
+
+    def _recalled(self, row: int) -> Explanation:
+        self._images = images = self.plan.images[row]
+        own = self._comparison(row, blank(self.own, len(images)))
+        view = own
+        if self.asked.magnify != 1:
+            view = self._comparison(row, blank(self.view, len(images)))
+        assert self._chosen is not None
+        return self._told(images, self._explained(self._remembering, own, view, self._chosen, {}))
+
+    def _explained(
+        self,
+        model: SimilarityModel,
+        own: Comparison,
+        view: Comparison,
+        method: str | Method,
+        options: dict[str, Any],
+    ) -> Explanation:
+        asked = self.asked
+        # What is remembered needs no bound, and is asked for all pictures of a row at a time.
+        bound = asked.max_batch if model is self.model else None
+        return explain_view(
+            model, own, view, method, asked.layer, magnify=asked.magnify, scale=asked.scale,
+            max_batch=bound, **options,
+        )  # fmt: skip
+
+    def _told(self, images: Sequence[int], found: Explanation) -> Explanation:
+        """With where the maps lie in the pictures, and all that the user should know."""
+        seen = [self.reader.seen[image] for image in images]
+        notes = self.model.preprocess.notes + tuple(note for one in seen for note in one.notes)
+        return replace(
+            found,
+            geometries=tuple(one.geometry for one in seen),
+            warnings=notes + found.warnings,
+        )
+
+    def _comparison(self, row: int, stack: Tensor) -> Comparison:
+        cut = 1 + len(self.plan.rows[row].positives)
+        return Comparison(stack[:, 0], stack[:, 1:cut], stack[:, cut:])
+
+    def _tensor(self, image: int, size: Size) -> Tensor:
+        def read() -> tuple[Tensor, int]:
+            tensor = self.reader.tensor(image, size)
+            return tensor, tensor.nbytes
+
+        found: Tensor = self._keep.take(("tensor", size, 1, image), read)
+        return found
+
+    def _passes(self, size: Size, raw: bool) -> list[Use]:
+        """Kept passes over the pictures of the present row, for images of one size."""
+        layers = self._layers if size == self.view else ()
+        source = RawVectors(self.model) if raw else self.model
+
+        def run(images: Tensor) -> tuple[Pass, int]:
+            made = cut_pass(source, images, layers)
+            return made, made.bytes
+
+        found = [self._grouped(image, size, raw, run) for image in self._images]
+        return [(made, place) for made, place in found]
+
+    def _levels(self, size: Size) -> list[Tensor]:
+        """The feature maps of every level of AVSL for the pictures of the present row."""
+        assert isinstance(self.model, AVSL)
+        avsl = self.model
+
+        def run(images: Tensor) -> tuple[list[Tensor], int]:
+            maps = features_and_rows(avsl, images, None)[0]
+            return maps, sum(level.nbytes for level in maps)
+
+        found = [self._grouped(image, size, False, run) for image in self._images]
+        levels = zip(*([level[place] for level in maps] for maps, place in found), strict=True)
+        return [torch.stack(level) for level in levels]
+
+    def _grouped(
+        self, image: int, size: Size, raw: bool, run: Callable[[Tensor], tuple[Any, int]]
+    ) -> tuple[Any, int]:
+        """What a run gave for the group of a picture, and the place of the picture in it.
+
+        Groups are fixed, so that what a picture gives does not depend on the rows around it.
+        """
+        group = image // self.batch_size
+
+        def make() -> tuple[tuple[Any, dict[int, int]], int]:
+            first = group * self.batch_size
+            numbers = range(first, min(first + self.batch_size, len(self.plan.pictures)))
+            readable, images = self.reader.readable(numbers, size)
+            self.forwards += len(readable)
+            made, cost = run(images)
+            return (made, {number: place for place, number in enumerate(readable)}), cost
+
+        made, places = self._keep.take(("pass", size, self.batch_size, group, raw), make)
+        if image not in places:
+            raise ImageError(self.reader.broken[image])
+        return made, places[image]
+
+    def _uses_of(self, key: Hashable) -> Sequence[int]:
+        """The places in the schedule at which something kept is needed."""
+        assert isinstance(key, tuple)
+        _, _, size, number, *_ = key
+        return self._uses.get(size, {}).get(number, ())
+
+
+def _spread(rows: Sequence[int]) -> list[int]:
+    """All rows, at first some that are far apart: neighbours may share what they fail on."""
+    first = rows[:: max(1, len(rows) // _TRIED)]
+    early = set(first)
+    return [*first, *(row for row in rows if row not in early)]

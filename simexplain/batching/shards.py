@@ -1,0 +1,123 @@
+"""A shard of a batch: its rows explained, its records, maps and pictures."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from simexplain.batching.folder import FIGURES, HEATMAPS, BatchFolder, maps_name
+from simexplain.batching.row_explaining import RowExplainer
+from simexplain.batching.table import Record, explained, failed
+from simexplain.errors import OutputError, SimexplainError, first_line
+from simexplain.explanation import Explanation
+from simexplain.rendering.overlay import RENDERERS
+from simexplain.rendering.panel import png_of
+
+TENSORS = ("maps", "weights", "scores", "distances", "moved")
+"""What a shard has of each row under ``KEY/NAME``, beside ``KEY/layer_N`` of several layers."""
+PICTURE = "picture"
+"""What a shard has of each picture, once for all rows: its embedding under ``picture/NUMBER``."""
+
+Listener = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """Explains shards and writes them.
+
+    Attributes:
+        explainer: For the rows.
+        folder: Where to.
+        pictures: Draw a heatmap over every picture.
+        figures: Draw a figure of every row.
+    """
+
+    explainer: RowExplainer
+    folder: BatchFolder
+    pictures: bool = False
+    figures: bool = False
+
+    def write(self, shard: int, told: Listener | None = None) -> None:
+        """Explains the rows of a shard and writes all that came of it.
+
+        A row that cannot be explained becomes a record that says why.
+
+        Args:
+            shard: Its number.
+            told: Called after each row with the rows of the shard that are done.
+
+        Raises:
+            OutputError: If a file cannot be written.
+        """
+        plan = self.explainer.plan
+        records: list[Record] = []
+        tensors: dict[str, Tensor] = {}
+        for done, row in enumerate(plan.shards[shard], start=1):
+            found = self._explained(row)
+            if isinstance(found, str):
+                records.append(failed(row, plan.rows[row], found))
+            else:
+                key = str(row)
+                file, images = maps_name(shard), plan.images[row]
+                records.append(explained(row, plan.rows[row], images, found, (file, key)))
+                tensors |= {f"{key}/{name}": value for name, value in tensors_of(found).items()}
+                for image, embedding in zip(images, found.embeddings[0], strict=True):
+                    tensors.setdefault(f"{PICTURE}/{image}", embedding.detach().cpu().clone())
+            if told is not None:
+                told(done)
+        self.folder.write_shard(shard, records, tensors)
+
+    def _explained(self, row: int) -> Explanation | str:
+        """A row's explanation, or why there is none."""
+        try:
+            try:
+                return self._tried(row)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                # What strikes from outside, such as the end of another process, is not the row's
+                # fault, and must not stand in the table: what is, comes again.
+                return self._tried(row)
+        except (torch.OutOfMemoryError, OutputError):
+            raise
+        except SimexplainError as error:
+            return str(error)
+        except RuntimeError as error:  # what a network raises of pictures that it cannot take
+            if "memory" in str(error):
+                raise
+            return f"The network failed ({first_line(error)})."
+
+    def _tried(self, row: int) -> Explanation:
+        found = self.explainer.explain(row)
+        if self.pictures or self.figures:
+            self._draw(row, self.explainer.pictured(row, found))
+        return found
+
+    def _draw(self, row: int, found: Explanation) -> None:
+        if self.figures:
+            self.folder.write(f"{FIGURES}/{row:06d}.png", png_of(found.figure()))
+        for place, role in enumerate(found.roles if self.pictures else ()):
+            picture, heatmap = found.on_picture(place)
+            buffer = io.BytesIO()
+            drawn = Image.fromarray(RENDERERS["overlay"](picture, heatmap))
+            drawn.save(buffer, "PNG", compress_level=3)
+            self.folder.write(f"{HEATMAPS}/{row:06d}_{place}_{role}.png", buffer.getvalue())
+
+
+def tensors_of(found: Explanation) -> dict[str, Tensor]:
+    """Everything of an explanation of one row that is no plain value, on the CPU."""
+    named = {name: getattr(found, name) for name in TENSORS}
+    if len(found.layers) > 1 or not torch.equal(found.layer_maps[found.layers[0]], found.maps):
+        layers = enumerate(found.layers)
+        named |= {f"layer_{number}": found.layer_maps[layer] for number, layer in layers}
+    # A copy of its own each: safetensors refuses tensors that share memory.
+    return {
+        name: value[0].detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in named.items()
+        if value is not None
+    }

@@ -1,0 +1,215 @@
+"""What re-identification reached: the CMC, mAP, each camera, and the queries that failed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from simexplain.data.dataset_published import JUNK, is_distractor
+from simexplain.data.folders import Record
+from simexplain.evaluation.results import SCHEMA, Measured, Row, plain
+from simexplain.evaluation.tables import aligned, number
+from simexplain.metrics.ranking import Ranking
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_LISTED = 20
+
+FAILURE_COLUMNS = (
+    "query", "person", "camera", "wrong", "wrong_person", "wrong_camera", "right", "right_person",
+    "right_camera", "first", "average_precision", "distance_wrong", "distance_right",
+)  # fmt: skip
+"""Of ``failures.csv``; see :class:`Failure`."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A query whose first candidate is somebody else: a triplet to be explained.
+
+    Attributes:
+        query: The query.
+        wrong: What stands first.
+        right: The nearest picture of the query's person.
+        first: The place of ``right``, from 2 on.
+        average_precision: Of the query.
+        distances: From the query to ``wrong`` and to ``right``.
+    """
+
+    query: Record
+    wrong: Record
+    right: Record
+    first: int
+    average_precision: float
+    distances: tuple[float, float]
+
+    def row(self) -> Row:
+        """One line of a table."""
+        row: Row = {"query": str(self.query.path), "person": str(self.query.label)}
+        row["camera"] = str(self.query.camera)
+        for name in ("wrong", "right"):
+            record = getattr(self, name)
+            row |= {name: str(record.path), f"{name}_person": str(record.label)}
+            row[f"{name}_camera"] = str(record.camera)
+        row |= {"first": self.first, "average_precision": self.average_precision}
+        return {
+            **row,
+            "distance_wrong": self.distances[0],
+            "distance_right": self.distances[1],
+        }
+
+
+@dataclass(frozen=True)
+class Reidentification(Measured):
+    """How well persons are found before other cameras.
+
+    Means are over the queries with a relevant picture; see ``left_out`` for the others.
+
+    Attributes:
+        ranking: Where the relevant pictures stand for each query.
+        queries: The queries, in the order of the ranking.
+        gallery: The gallery, in the order of ``ranking.nearest``; junk may be among it.
+        ks: Ranks of the CMC.
+        junk: Pictures of junk, all ignored, in the gallery or left out before.
+        failures: Queries whose first candidate is somebody else, the worst first.
+        broken: Pictures that could not be read, with the reason.
+        settings: How it was measured.
+    """
+
+    ranking: Ranking
+    queries: tuple[Record, ...]
+    gallery: tuple[Record, ...]
+    ks: tuple[int, ...]
+    junk: int
+    failures: tuple[Failure, ...]
+    broken: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    @cached_property
+    def rank(self) -> dict[int, float]:
+        """The CMC in [0, 1] by rank: how often the person is among the first so many."""
+        return {k: _mean(self.ranking.recall(k)) for k in self.ks}
+
+    @property
+    def map(self) -> float:
+        """Mean average precision in (0, 1]: the mean precision at the places of all relevant."""
+        return _mean(self.ranking.average_precision)
+
+    @property
+    def map_trapezoid(self) -> float:
+        """The same by trapezoids, as the authors' code for Market-1501 computes it."""
+        return _mean(self.ranking.trapezoid_precision)
+
+    @property
+    def left_out(self) -> int:
+        """Queries without a relevant picture in the gallery, which take no part in a mean."""
+        return int((~self.ranking.answerable).sum())
+
+    @property
+    def persons(self) -> int:
+        """How many the queries show."""
+        return len({record.label for record in self.queries})
+
+    @property
+    def searched(self) -> int:
+        """Pictures of the gallery without junk, distractors among them."""
+        return len(self.gallery) - sum(record.label == JUNK for record in self.gallery)
+
+    @property
+    def distractors(self) -> int:
+        """Pictures of the gallery that are right for no query."""
+        return sum(is_distractor(record.label) for record in self.gallery)
+
+    def cmc(self, most: int = 50) -> Tensor:
+        """The whole curve ``(most,)`` float64, from rank 1 on."""
+        first = self.ranking.first[self.ranking.answerable]
+        hits = first.clamp(max=most + 1).bincount(minlength=most + 2)[1 : most + 1]
+        curve: Tensor = hits.cumsum(dim=0).double() / len(first)
+        return curve
+
+    def cameras(self) -> list[Row]:
+        """One row for each camera of the queries: which of them is hard to search from."""
+        rows = []
+        for camera in sorted({str(record.camera) for record in self.queries}):
+            own = [n for n, record in enumerate(self.queries) if record.camera == camera]
+            row: Row = {"camera": camera, "queries": int(self.ranking.answerable[own].sum())}
+            row |= {f"rank_{k}": _mean(self.ranking.recall(k)[own]) for k in self.ks}
+            rows.append({**row, "map": _mean(self.ranking.average_precision[own])})
+        return rows
+
+    def table(self) -> list[Row]:
+        """One row a query: who it is, where the person first stands, what came first."""
+        ranking, rows = self.ranking, []
+        for place, record in enumerate(self.queries):
+            row: Row = {"query": str(record.path), "person": str(record.label)}
+            row["camera"] = str(record.camera)
+            for name in ("candidates", "relevant", "first"):
+                row[name] = int(getattr(ranking, name)[place])
+            for name in ("average_precision", "trapezoid_precision"):
+                row[name] = float(getattr(ranking, name)[place])
+            nearest = int(ranking.nearest[place])
+            near = self.gallery[nearest] if nearest >= 0 else None
+            row["nearest"] = "" if near is None else str(near.path)
+            row["nearest_person"] = "" if near is None else str(near.label)
+            row["nearest_camera"] = "" if near is None else str(near.camera)
+            rows.append(row)
+        return rows
+
+    def figure(self, most: int = 12) -> Figure:
+        """The worst failures as pictures: query, what came first, who was meant.
+
+        Args:
+            most: How many at most.
+
+        Raises:
+            ImageError: If a picture cannot be read any more.
+        """
+        from simexplain.evaluation.reid_pictures import draw_failures
+
+        return draw_failures(self.failures[:most], len(self.failures), str(self.settings["model"]))
+
+    def __str__(self) -> str:
+        """CMC and mAP over all queries and from each camera, as plain text."""
+        head = ("", *(f"rank-{k}" for k in self.ks), "mAP", "queries")
+        rows = [(*map(number, (*self.rank.values(), self.map)), str(self._counted))]
+        cells: list[tuple[str, ...]] = [head, ("all", *rows[0])]
+        for row in self.cameras():
+            values = [float(row[f"rank_{k}"]) for k in self.ks] + [float(row["map"])]
+            name = f"from camera {row['camera']}"
+            cells.append((name, *map(number, values), str(row["queries"])))
+        return aligned(cells)
+
+    @property
+    def _counted(self) -> int:
+        return len(self.queries) - self.left_out
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; what is undefined (NaN) is null."""
+        said = {
+            "rank": self.rank,
+            "map": self.map,
+            "map_trapezoid": self.map_trapezoid,
+            "queries": self._counted,
+            "left_out": self.left_out,
+            "persons": self.persons,
+            "gallery": self.searched,
+            "distractors": self.distractors,
+            "junk": self.junk,
+            "cmc": self.cmc(),
+            "cameras": self.cameras(),
+            "failed": len(self.failures),
+            "failures": [one.row() for one in self.failures[:_LISTED]],
+            "broken": self.broken,
+            "settings": self.settings,
+        }
+        return {"schema": SCHEMA, "kind": "reid", **plain(said)}
+
+
+def _mean(values: Tensor) -> float:
+    """Over what is defined; NaN where nothing is."""
+    return float(values.nanmean()) if len(values) else math.nan

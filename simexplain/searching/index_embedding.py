@@ -1,0 +1,222 @@
+"""What an index keeps of each picture: its embedding, and what every position adds to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from simexplain.errors import ModelError
+from simexplain.methods.position_parts import EXACT, PositionParts, position_parts
+from simexplain.models.avsl import AVSL
+from simexplain.models.avsl_runs import features_and_rows
+from simexplain.models.base import SimilarityModel
+from simexplain.networks import at_least_single, undisturbed
+from simexplain.searching.index_tails import UniformTail, uniform_tail
+from simexplain.tracing import trace
+
+PARTS, LEVELS, NOTHING = "parts", "levels", "nothing"
+"""What is kept beside the embeddings: parts of the vectors, maps of AVSL's levels, or nothing."""
+
+_TOP = 14
+"""The largest number of an image is stored between 2^14 and 2^15; float16 ends at 2^16."""
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How pictures become rows of an index.
+
+    Attributes:
+        kind: ``parts``, ``levels`` or ``nothing``.
+        layer: The layer of the parts; empty for other kinds.
+        steps: Jacobians averaged for each image where the tail above the layer is not linear.
+        normalised: Whether embeddings are the vectors at unit length.
+        reason: Why nothing is kept, for the user to read.
+        held: Share of the squared length of all parts of a sample that lies in the basis.
+        basis: Orthonormal columns ``(E,D)`` on which parts are projected; None to keep them whole.
+        tail: The network above the layer, where that is a matrix; it only saves time.
+    """
+
+    kind: str
+    layer: str = ""
+    steps: int = 16
+    normalised: bool = True
+    reason: str = ""
+    held: float = 1.0
+    basis: Tensor | None = field(default=None, repr=False)
+    tail: UniformTail | None = field(default=None, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but tensors, as plain JSON."""
+        return {k: value for k, value in vars(self).items() if k not in ("basis", "tail")}
+
+    def __call__(self, model: SimilarityModel, images: Tensor) -> dict[str, Tensor]:
+        """Columns of an index for preprocessed images ``(M,3,H,W)``, on the CPU.
+
+        Raises:
+            ModelError: If the model does not run on them.
+        """
+        if self.kind == LEVELS:
+            assert isinstance(model, AVSL)
+            features, rows = features_and_rows(model, images, len(images))
+            halves = [_halved(grid.detach()) for grid in features]
+            found = {f"level_{number}": half for number, (half, _) in enumerate(halves)}
+            found["level_scales"] = torch.stack([scale for _, scale in halves], dim=1)
+            return {"embeddings": _plain(rows), **found}
+        if self.kind == NOTHING:
+            return {"embeddings": _plain(trace(model, images, ()).embeddings)}
+        return self._of_parts(self.parts(model, images))
+
+    def parts(self, model: SimilarityModel, images: Tensor) -> PositionParts:
+        """What every position adds to the vectors of images ``(M,3,H,W)``; see the function."""
+        found = None if self.tail is None else self.tail.parts(model, images)
+        if found is not None:
+            return found
+        return position_parts(model, images, self.layer, steps=self.steps, max_batch=len(images))
+
+    def _of_parts(self, found: PositionParts) -> dict[str, Tensor]:
+        vectors, parts = found.vectors, found.parts.detach()
+        if self.basis is not None:
+            parts = torch.einsum("ed,mehw->mdhw", self.basis.to(parts), parts)
+        both = torch.cat((parts.flatten(1), found.rest.detach()), dim=1)
+        half, scales = _halved(both)
+        wide = parts[0].numel()
+        rows = F.normalize(vectors, dim=1) if self.normalised else vectors
+        lengths = found.lengths if self.normalised else torch.ones_like(found.lengths)
+        return {
+            "embeddings": _plain(rows),
+            "parts": half[:, :wide].reshape(parts.shape),
+            "rest": half[:, wide:],
+            "scales": scales,
+            "lengths": _plain(lengths),
+            "residuals": _plain(found.residual),
+        }
+
+
+def keeping_for(
+    model: SimilarityModel,
+    layer: str | None = None,
+    *,
+    steps: int = 0,
+    basis: bool = True,
+) -> Keeping:
+    """Finds out, on one image of noise, what can be kept for a model.
+
+    Args:
+        model: Any.
+        layer: The layer of the parts, or None for the model's default.
+        steps: Jacobians to average where the tail above the layer is not linear; with 0 nothing is
+            kept then.
+        basis: Whether to keep anything at all.
+
+    Raises:
+        ModelError: If the layer was named and cannot be used.
+    """
+    if isinstance(model, AVSL):
+        if layer is not None:
+            raise ModelError(
+                "Expected no layer for an AVSL model, whose index keeps the maps of its levels "
+                f"({', '.join(model.levels)}), got '{layer}'; leave it away."
+            )
+        none = Keeping(NOTHING, reason="it was made without a basis.")
+        return Keeping(LEVELS) if basis else none
+    if not basis:
+        return Keeping(NOTHING, reason="it was made without a basis (--no-basis).")
+    try:
+        chosen = layer or model.default_layer
+        image = model.example()
+        found = position_parts(model, image, chosen, steps=1)
+    except ModelError as error:
+        if layer is not None:
+            raise
+        return Keeping(NOTHING, reason=str(error))
+    if found.steps and not steps:
+        return Keeping(
+            NOTHING,
+            reason=f"The network above layer '{chosen}' is not linear, so its embedding is no sum "
+            "over positions; say --steps 16 (steps=16) for an approximate one.",
+        )
+    normalised = _normalised(model, image, found.vectors)
+    if normalised is None:
+        why = "The model's embeddings are neither its vectors nor those at unit length."
+        return Keeping(NOTHING, reason=why)
+    return Keeping(PARTS, chosen, steps or 16, normalised)
+
+
+def with_tail(keeping: Keeping, model: SimilarityModel) -> Keeping:
+    """The same made quick, where the network above the layer is a matrix."""
+    if keeping.kind != PARTS:
+        return keeping
+    image = model.example()
+    found = position_parts(model, image, keeping.layer, steps=1)
+    if found.steps:
+        return keeping
+    return replace(keeping, tail=uniform_tail(model, keeping.layer, image, found.rest[0]))
+
+
+def _normalised(model: SimilarityModel, image: Tensor, vectors: Tensor) -> bool | None:
+    """Whether rows are vectors at unit length (True), the vectors (False) or neither (None)."""
+    row = trace(model, image, ()).embeddings.detach()
+    for answer, like in ((True, F.normalize(vectors, dim=1)), (False, vectors)):
+        if row.shape == like.shape and bool((row - like).norm() <= EXACT * row.norm()):
+            return answer
+    return None
+
+
+def common_basis(
+    keeping: Keeping, model: SimilarityModel, images: Iterable[Tensor], width: int
+) -> Keeping:
+    """The same with the basis of ``width`` columns that holds most of what these images' parts are.
+
+    The principal axes of all positions' vectors, not centred: the squared length lost is least.
+
+    Args:
+        keeping: Of kind ``parts``.
+        model: The model.
+        images: Batches ``(M,3,H,W)`` of a sample of the gallery, at least one.
+        width: From 1 to the width of the embedding; that or more keeps everything, exactly.
+    """
+    total: Tensor | None = None
+    for batch in images:
+        parts = keeping.parts(model, batch).parts.detach().cpu().double()
+        if width >= parts.shape[1]:
+            return keeping
+        rows = parts.transpose(0, 1).flatten(1)
+        total = rows @ rows.T if total is None else total + rows @ rows.T
+    if total is None:
+        return keeping  # no picture can be read, which will be told
+    values, axes = torch.linalg.eigh(total)
+    # The sign of an axis is arbitrary; this makes it a matter of the numbers alone.
+    axes = axes.flip(1)[:, :width]
+    signs = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+    held = float(values.flip(0)[:width].sum() / values.sum().clamp_min(1e-300))
+    return replace(keeping, basis=(axes * signs).float().contiguous(), held=held)
+
+
+def run_rows(keeping: Keeping, model: SimilarityModel, images: Tensor) -> dict[str, Tensor]:
+    """Columns for a batch; the model is left as it was."""
+    with undisturbed(model):
+        return keeping(model, images)
+
+
+def _halved(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers ``(M,...)`` as float16 and a power of two to multiply each image's with ``(M,)``."""
+    flat = at_least_single(tensor).flatten(1)
+    _, exponents = torch.frexp(flat.abs().amax(dim=1).cpu())
+    scales = torch.exp2((exponents - 1 - _TOP).clamp(-120, 120).float())
+    half = flat / scales.to(flat).unsqueeze(1)
+    return half.half().cpu().reshape(tensor.shape), scales
+
+
+def doubled(half: Tensor, scales: Tensor) -> Tensor:
+    """The counterpart: float16 ``(M,...)`` with scales ``(M,)`` as float32."""
+    # In place: half becomes a new tensor here, and a second one of its size costs as much again.
+    return half.to(torch.float32, copy=True).mul_(scales.view(-1, *[1] * (half.dim() - 1)))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().contiguous()

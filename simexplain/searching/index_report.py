@@ -1,0 +1,45 @@
+"""What there is to tell of an index, as plain JSON."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from simexplain.searching.index_gallery import GalleryIndex
+
+
+def bytes_per_image(index: GalleryIndex) -> int:
+    """What one picture takes in the file, without the text of its path."""
+    own = [t for t in index.tensors.values() if t.dim() > 0 and len(t) == len(index)]
+    return sum(math.prod(tensor.shape[1:]) * tensor.dtype.itemsize for tensor in own)
+
+
+def report_of(index: GalleryIndex) -> dict[str, Any]:
+    """The JSON of ``simexplain index --json``; keys may be added, not changed."""
+    basis: dict[str, Any] | None = None
+    if index.has_basis:
+        _, width, height, across = index.tensors["parts"].shape
+        basis = {
+            "layer": index.layer,
+            "width": width,
+            "grid": [height, across],
+            "held": index.keeping.held,
+            "residual": float(index.tensors["residuals"].max()),
+        }
+    return {
+        "schema": 1,
+        "file": str(index.path),
+        "root": str(index.root),
+        "model": index.model_name,
+        "fingerprint": index.fingerprint,
+        "images": len(index),
+        "embedding": index.embeddings.shape[1],
+        "kept": index.keeping.kind,
+        "basis": basis,
+        "without_basis": index.without_basis,
+        "bytes_per_image": bytes_per_image(index),
+        "changes": None if index.changes is None else asdict(index.changes),
+        "broken": [{"path": path, "reason": why} for path, why in index.broken.items()],
+        "versions": index.said["versions"],
+    }

@@ -1,0 +1,205 @@
+"""What has to be done for an index: which pictures are new, changed or gone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from simexplain.errors import ImageError
+from simexplain.models.base import SimilarityModel
+from simexplain.searching.index_embedding import Keeping
+from simexplain.searching.index_file import SCHEMA
+from simexplain.searching.index_gallery import GalleryIndex
+from simexplain.searching.index_models import Identity
+from simexplain.searching.index_neighbours import distance_name_of
+from simexplain.searching.index_reading import Stat, absolute, digest_of
+from simexplain.searching.index_work import Work
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the rows of an index come to be.
+
+    Attributes:
+        identity: Of the model.
+        keeping: What is kept beside the embeddings.
+        distance: The model's distance by name, empty for one of its own.
+        width: Of a common basis that is still to be found.
+    """
+
+    identity: Identity
+    keeping: Keeping
+    distance: str
+    width: int | None = None
+
+    @classmethod
+    def of(cls, model: SimilarityModel, keeping: Keeping, width: int | None) -> Way:
+        """For a new index."""
+        identity = Identity.of(model)
+        return cls(identity, keeping, distance_name_of(model, len(identity.probe)), width)
+
+    @classmethod
+    def again(cls, old: GalleryIndex) -> Way:
+        """As an index was made."""
+        return cls(old.identity, old.keeping, old.distance_name)
+
+    @property
+    def key(self) -> str:
+        """Equal for rows that may stand in one index."""
+        said = {**self.to_json(), "width": self.width, "schema": SCHEMA}
+        found = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16)
+        if self.keeping.basis is not None:
+            found.update(self.keeping.basis.contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """What an index says of itself, without tensors."""
+        return {
+            "model": self.identity.name,
+            "weights": self.identity.weights,
+            "preprocess": self.identity.preprocess.to_json(),
+            "keeping": self.keeping.to_json(),
+            "distance": self.distance,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which pictures an index shall have, and from where.
+
+    Attributes:
+        root: The folder they are in.
+        paths: Absolute, in the order of the index.
+        stats: What the file system says of each now.
+        old: The index that is brought up to date, if any.
+        kept: Places in the old index of pictures that have not changed.
+        known: Places in the old index of all pictures, by the path that they have now.
+        broken: Pictures outside those given that could not be read earlier.
+    """
+
+    root: str
+    paths: tuple[str, ...]
+    stats: Mapping[str, Stat]
+    old: GalleryIndex | None = None
+    kept: Mapping[str, int] = field(default_factory=dict)
+    known: Mapping[str, int] = field(default_factory=dict)
+    broken: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def alien(self) -> bool:
+        """Whether an old index has none of the pictures."""
+        return self.old is not None and not self.known.keys() & set(self.paths)
+
+    def todo(self, work: Work) -> list[str]:
+        """Pictures that are neither kept nor done already, in order."""
+        done = {
+            path: stat
+            for part in work.parts
+            for path, stat in [
+                *part.pictures.items(),
+                *((p, s) for p, (s, _) in part.broken.items()),
+            ]
+        }
+        return [p for p in self.paths if p not in self.kept and done.get(p) != self.stats[p]]
+
+
+def planned(
+    paths: Sequence[str],
+    root: str,
+    old: GalleryIndex | None,
+    *,
+    drop: bool,
+    progress: Progress | None = None,
+) -> Plan:
+    """Compares a gallery with its index.
+
+    Args:
+        paths: Absolute, each once.
+        root: The folder they are in.
+        old: The index, if there is one.
+        drop: Whether pictures of the index that are not among the paths are taken out.
+        progress: Called while files are read to see whether their content has changed.
+    """
+    if old is None:
+        return Plan(root, tuple(paths), {path: Stat.of(path) for path in paths})
+    before = absolute([old.root])[0]
+    known = _located(old, before)
+    if drop and not known.keys() & set(paths):
+        known = _located(old, root)  # the gallery may have been moved
+    order, broken = list(paths), {}
+    if not drop:
+        order = list(dict.fromkeys((*known, *paths)))
+        root = before
+        given = set(paths)
+        broken = {p: why for p, why in old.broken.items() if str(Path(root, p)) not in given}
+    seen = _stats_of(old)
+    stats, kept = {}, {}
+    for done, path in enumerate(order):
+        place = known.get(path)
+        stats[path] = Stat.of(path)
+        if place is None:
+            continue
+        if not drop and path not in given:
+            stats[path], kept[path] = seen[place], place
+        elif _same(path, stats[path], seen[place], old.tensors["digests"][place]):
+            kept[path] = place
+        if progress is not None:
+            progress("Comparing pictures", done + 1, len(order))
+    return Plan(root, tuple(order), stats, old, kept, known, broken)
+
+
+def without(old: GalleryIndex, paths: Sequence[str]) -> Plan:
+    """An index without some of its pictures; folders stand for all below them.
+
+    Raises:
+        ImageError: If one is not in the index.
+    """
+    root = absolute([old.root])[0]
+    known = _located(old, root)
+    gone: set[str] = set()
+    for path in paths:
+        below = {name for name in known if name == path or name.startswith(path + os.sep)}
+        if not below:
+            raise ImageError(f"'{path}' is not in the index '{old.path}', nor anything below it.")
+        gone |= below
+    left = {path: place for path, place in known.items() if path not in gone}
+    seen = _stats_of(old)
+    stats = {path: seen[place] for path, place in left.items()}
+    return Plan(root, tuple(left), stats, old, left, known, dict(old.broken))
+
+
+def _located(old: GalleryIndex, root: str) -> dict[str, int]:
+    """Absolute paths of the pictures of an index, if they are below this folder."""
+    return {os.path.normpath(Path(root, name)): n for n, name in enumerate(old.paths)}
+
+
+def _stats_of(old: GalleryIndex) -> list[Stat]:
+    return [Stat(changed, size) for changed, size in old.tensors["stats"].tolist()]
+
+
+def _same(path: str, now: Stat, then: Stat, digest: Tensor) -> bool:
+    """Whether a picture is as it was: by its time and size, else by its content."""
+    if now == then:
+        return True
+    if now.size != then.size:
+        return False
+    try:
+        return digest_of(path) == bytes(digest.tolist())
+    except OSError:
+        return False
+
+
+def relative_to(path: str, root: str) -> str:
+    """Below the root with ``/``, else as it is."""
+    if Path(path).is_relative_to(root):
+        return Path(path).relative_to(root).as_posix()
+    return path

@@ -1,0 +1,143 @@
+"""What is done already of an index: parts on the disk, each whole or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from simexplain.errors import DAMAGED, OutputError
+from simexplain.searching.index_file import (
+    SCHEMA,
+    Column,
+    packed_texts,
+    read_columns,
+    unpacked_texts,
+    write_columns,
+)
+from simexplain.searching.index_reading import Stat
+
+_BASIS, _DRAFT = "basis.safetensors", "draft"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Pictures that were embedded together.
+
+    Attributes:
+        path: The file.
+        pictures: Absolute paths of those with a row, in the order of the rows, with their stats.
+        broken: Those without, each with its stat and the reason.
+    """
+
+    path: Path
+    pictures: Mapping[str, Stat]
+    broken: Mapping[str, tuple[Stat, str]]
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The columns of the pictures with a row."""
+        return read_columns(self.path, "part of an index")[1]
+
+
+class Work:
+    """The folder with the parts of an index that is being made; beside it and hidden.
+
+    Every part tells what it was made with, so that parts of another model or other options are
+    never taken for ours, whoever else may write here.
+    """
+
+    def __init__(self, index: Path, key: str) -> None:
+        """Looks at what is there; nothing is written yet.
+
+        Args:
+            index: The file that is to be made.
+            key: Equal for parts that may stand in one index.
+        """
+        self.path = work_folder(index)
+        self.key = key
+        self.parts = [part for file in self._files() if (part := self._read(file)) is not None]
+        self._next = 1 + max((int(file.stem) for file in self._files()), default=-1)
+
+    def add(
+        self,
+        columns: Mapping[str, Tensor],
+        pictures: Mapping[str, Stat],
+        broken: Mapping[str, tuple[Stat, str]],
+    ) -> None:
+        """Writes a part; when this returns, it will be there after a kill."""
+        path = self.path / f"{self._next:08d}.safetensors"
+        self._next += 1
+        said = {
+            "schema": SCHEMA,
+            "key": self.key,
+            "stats": [[stat.changed, stat.size] for stat in pictures.values()],
+            "broken": [[name, s.changed, s.size, why] for name, (s, why) in broken.items()],
+        }
+        kept = dict(columns) | packed_texts(list(pictures))
+        self._write(path, said, {name: Column.of(tensor) for name, tensor in kept.items()})
+        self.parts.append(Part(path, dict(pictures), dict(broken)))
+
+    def basis(self) -> tuple[Tensor, float] | None:
+        """The basis that was chosen when the work began, and the share that it holds."""
+        with contextlib.suppress(OutputError, *DAMAGED):
+            said, tensors = read_columns(self.path / _BASIS)
+            if said["key"] == self.key:
+                return tensors["basis"].clone(), float(said["held"])
+        return None
+
+    def keep_basis(self, basis: Tensor, held: float) -> None:
+        """Writes it, so that work resumed has the same."""
+        said = {"schema": SCHEMA, "key": self.key, "held": held}
+        self._write(self.path / _BASIS, said, {"basis": Column.of(basis)})
+
+    def publish(self, said: Mapping[str, object], columns: Mapping[str, Column], to: Path) -> None:
+        """Writes the index and puts it into place; then what it was made of is removed."""
+        self._write(to, said, columns)
+        self.remove()
+
+    def remove(self) -> None:
+        """Removes all that is unfinished, and nothing that is not ours."""
+        for file in (*self._files(), self.path / _BASIS, self.path / _DRAFT):
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+    def _write(self, path: Path, said: Mapping[str, object], columns: Mapping[str, Column]) -> None:
+        """A file, whole or not at all: the draft lies on the same disk."""
+        draft = self.path / _DRAFT
+        try:
+            self.path.mkdir(exist_ok=True)
+            write_columns(draft, dict(said), columns)
+            with draft.open("rb+") as file:
+                os.fsync(file.fileno())
+            draft.replace(path)
+        except OSError as error:
+            raise OutputError(
+                f"'{path}' cannot be written ({error.strerror or error}); what is done is kept in "
+                f"'{self.path}'."
+            ) from error
+
+    def _files(self) -> list[Path]:
+        if not self.path.is_dir():
+            return []
+        return sorted(path for path in self.path.glob("*.safetensors") if path.stem.isdigit())
+
+    def _read(self, path: Path) -> Part | None:
+        """A part, or None for one of another index or a damaged one."""
+        with contextlib.suppress(OutputError, *DAMAGED):
+            said, tensors = read_columns(path, "part of an index")
+            if said["key"] == self.key:
+                names = unpacked_texts(tensors)
+                pictures = dict(zip(names, (Stat(*pair) for pair in said["stats"]), strict=True))
+                broken = {name: (Stat(at, size), why) for name, at, size, why in said["broken"]}
+                return Part(path, pictures, broken)
+        return None
+
+
+def work_folder(index: Path) -> Path:
+    """Where the parts of an unfinished index lie."""
+    return index.absolute().parent / f".{index.name}.unfinished"

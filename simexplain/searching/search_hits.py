@@ -1,0 +1,194 @@
+"""From a ranking to hits that say why they were found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from simexplain.data.preprocessing import Geometry
+from simexplain.matching.factors import Factors, pair_matrix
+from simexplain.matching.points import Frame, PositionPair
+from simexplain.matching.ranking import centred, strongest
+from simexplain.models.avsl import AVSL
+from simexplain.models.base import SimilarityModel
+from simexplain.searching.explaining_hits import HitMaps, hit_maps, level_parts, region_maps
+from simexplain.searching.index_gallery import GalleryIndex
+from simexplain.searching.regions import best_box
+from simexplain.searching.search_query import Asked, Ranked
+from simexplain.searching.search_result import Hit, Rival
+
+_PAIRS = 5
+_BY_LEVEL = (
+    "An AVSL distance is no cosine, so hits are explained by what each level adds to it; "
+    "simexplain attribute shows the nodes and where they look."
+)
+_OWN_DISTANCE = (
+    "The model has a distance of its own, so contrast maps add up to the difference of the cosines."
+)
+
+
+@dataclass(frozen=True)
+class HitsFound:
+    """Hits with their reasons.
+
+    Attributes:
+        hits: The nearest first.
+        maps: Their maps, or None.
+        shown: Places in the index of all pictures that they are about.
+        searched: How many pictures were searched.
+        warnings: What to know before trusting it.
+    """
+
+    hits: tuple[Hit, ...]
+    maps: HitMaps | None
+    shown: tuple[int, ...]
+    searched: int
+    warnings: tuple[str, ...]
+
+
+def hits_of(
+    model: SimilarityModel, gallery: GalleryIndex, asked: Asked, ranking: Ranked
+) -> HitsFound:
+    """Says for the first pictures of a ranking why they were found, from the index alone."""
+    count = len(ranking.rivals)
+    order = list(dict.fromkeys([*range(count), *(r for r in ranking.rivals if r is not None)]))
+    places = [int(place) for place in ranking.places[order]]
+    at = {position: number for number, position in enumerate(order)}
+    rivals = [None if rival is None else at[rival] for rival in ranking.rivals]
+    hits = [_plain(gallery, ranking, position) for position in range(count)]
+    distances = ranking.distances[order]
+    maps: HitMaps | None = None
+    warnings: tuple[str, ...] = ()
+    if asked.factors is not None:
+        # All of a rival is needed where its best position counts, else its embedding alone.
+        needed = places if asked.region is not None else places[:count]
+        images = gallery.factors(needed)
+        maps = _maps(gallery, asked, images, places, rivals, distances)
+        hits = _explained(gallery, asked, hits, maps, images, places)
+        if asked.region is None and not gallery.distance_name:
+            warnings = (_OWN_DISTANCE,)
+    elif isinstance(model, AVSL):
+        hits = _by_level(model, gallery, asked.row, hits, places, rivals)
+        warnings = (_BY_LEVEL,)
+    else:
+        warnings = (f"Hits are listed without reasons: {gallery.without_basis}",)
+    return HitsFound(tuple(hits), maps, tuple(places), ranking.searched, warnings)
+
+
+def _plain(gallery: GalleryIndex, ranking: Ranked, position: int) -> Hit:
+    """A hit and its rival, as the ranking has them."""
+
+    def known(where: int) -> tuple[str, int, float, str | None]:
+        place = int(ranking.places[where])
+        distance = float(ranking.distances[where])
+        return str(gallery.file(place)), where + 1, distance, ranking.labels[where]
+
+    hit, rival = Hit(*known(position)), ranking.rivals[position]
+    if rival is None:
+        return hit
+    found = Rival(*known(rival))
+    return replace(hit, rival=found, gap=found.distance - hit.distance)
+
+
+def _maps(
+    gallery: GalleryIndex,
+    asked: Asked,
+    images: Factors,
+    places: Sequence[int],
+    rivals: Sequence[int | None],
+    distances: Tensor,
+) -> HitMaps:
+    assert asked.factors is not None
+    if asked.region is not None:
+        assert asked.coverage is not None
+        return region_maps(asked.factors, asked.coverage, asked.region, images, rivals)
+    rows = gallery.embeddings[torch.tensor(places)]
+    return hit_maps(asked.factors, images, rows, rivals, distances, gallery.distance_name)
+
+
+def _explained(
+    gallery: GalleryIndex,
+    asked: Asked,
+    hits: Sequence[Hit],
+    maps: HitMaps,
+    images: Factors,
+    places: Sequence[int],
+) -> list[Hit]:
+    assert asked.factors is not None
+    own = _frame(asked.geometry, asked.factors)
+    found = []
+    for number, hit in enumerate(hits):
+        geometry = gallery.geometry(places[number])
+        there = _frame(geometry, images)
+        hit = replace(
+            hit,
+            similarity=float(maps.similarity[number]),
+            residual=float(maps.residual[number]),
+            peak=there.centre(int(maps.hits[number].argmax())),
+            query_peak=own.centre(int(maps.query[number].argmax())),
+            gap_residual=None if hit.rival is None else float(maps.gap_residual[number]),
+        )
+        if asked.region is not None:
+            found.append(replace(hit, box=best_box(maps.hits[number], geometry)))
+            continue
+        one = Factors(
+            *(t[number : number + 1] for t in (images.parts, images.rest, images.vectors))
+        )
+        found.append(replace(hit, pairs=_pairs(asked.factors, one, own, there)))
+    return found
+
+
+def _frame(geometry: Geometry, factors: Factors) -> Frame:
+    height, width = factors.parts.shape[2:]
+    return Frame("", geometry.size, (int(height), int(width)), geometry)
+
+
+def _pairs(query: Factors, hit: Factors, own: Frame, there: Frame) -> tuple[PositionPair, ...]:
+    """Positions that are each other's best by what is particular to them."""
+    matrix, score = pair_matrix(query, hit)
+    values = matrix[0].flatten(2).flatten(0, 1)
+    special, total = centred(values), float(score[0])
+    return tuple(
+        PositionPair(
+            own.centre(entry.row),
+            there.centre(entry.column),
+            float(values[entry.row, entry.column]),
+            float(values[entry.row, entry.column]) / total if total else 0.0,
+            float(special[entry.row, entry.column]),
+            entry.mutual,
+        )
+        for entry in strongest(values, _PAIRS, sign=1, mutual=True, by="specific")
+    )
+
+
+def _by_level(
+    model: AVSL,
+    gallery: GalleryIndex,
+    row: Tensor,
+    hits: Sequence[Hit],
+    places: Sequence[int],
+    rivals: Sequence[int | None],
+) -> list[Hit]:
+    """What each level of an AVSL model adds to the distances, and to those of the rivals."""
+    parts = level_parts(model, row, gallery.embeddings[torch.tensor(places)])
+    found = []
+    for number, (hit, rival) in enumerate(zip(hits, rivals, strict=True)):
+        own = parts[number]
+        levels = tuple(zip(model.levels, own.tolist(), strict=True))
+        if rival is None:
+            found.append(replace(hit, levels=levels))
+            continue
+        gaps = parts[rival] - own
+        missing = (hit.gap or 0.0) - float(gaps.sum())
+        found.append(
+            replace(
+                hit,
+                levels=levels,
+                level_gaps=tuple(zip(model.levels, gaps.tolist(), strict=True)),
+                gap_residual=missing,
+            )
+        )
+    return found

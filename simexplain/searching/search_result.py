@@ -1,0 +1,179 @@
+"""The result of a search: the hits, why each was found, and everything needed to show it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+from torch import Tensor
+
+from simexplain.data.preprocessing import Geometry
+from simexplain.matching.points import Point, PositionPair
+from simexplain.searching.regions import Box
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The next picture down the ranking that is of another class than a hit.
+
+    Attributes:
+        path: Where it is.
+        rank: From 1; it may lie below the last hit.
+        distance: To the query.
+        label: Its class, or None where the gallery has no classes.
+    """
+
+    path: str
+    rank: int
+    distance: float
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One picture that was found. What is not known is None or empty.
+
+    Attributes:
+        path: Where it is.
+        rank: From 1.
+        distance: To the query, as the model measures it; of a region, one minus the cosine with the
+            best position.
+        label: Its class: the folder that it is in, where the whole gallery is in folders.
+        similarity: The cosine that the maps add up to.
+        residual: By how much at most the sum of a map misses it.
+        peak: Where the hit agrees most with the query, ``(x, y)`` in pixels of its picture.
+        query_peak: Where the query agrees most with the hit.
+        pairs: Positions of query (``a``) and hit (``b``) that are each other's best, the strongest
+            first.
+        box: Where the region was found, ``(x, y, width, height)``.
+        rival: What it is set apart from.
+        gap: The rival's distance less the hit's, which the contrast map adds up to.
+        gap_residual: What its sum misses of that.
+        levels: For AVSL, each layer with what it adds to the distance.
+        level_gaps: For AVSL, each layer with what it adds to the gap.
+    """
+
+    path: str
+    rank: int
+    distance: float
+    label: str | None = None
+    similarity: float | None = None
+    residual: float | None = None
+    peak: Point | None = None
+    query_peak: Point | None = None
+    pairs: tuple[PositionPair, ...] = ()
+    box: Box | None = None
+    rival: Rival | None = None
+    gap: float | None = None
+    gap_residual: float | None = None
+    levels: tuple[tuple[str, float], ...] = ()
+    level_gaps: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The nearest pictures of a query and why each was found.
+
+    Attributes:
+        query: Where the query is.
+        hits: The nearest first.
+        query_maps: ``(K,h,w)``, signed: what each position of the query adds to the similarity with
+            a hit; it sums to ``Hit.similarity``. None where the model has no such maps.
+        hit_maps: ``(K,h,w)``: what each position of a hit adds to it; for a region, the cosine of
+            each position with it.
+        contrast_maps: ``(K,h,w)``, signed: which positions of the query put the hit before its
+            rival; it sums to ``Hit.gap``. Zeros where there is no rival.
+        region: The box that was searched for, or that of the mask; None for the whole picture.
+        coverage: Which share of each position's cell it covers ``(h,w)``.
+        model: Name of the model.
+        layer: The layer of the maps.
+        distance_name: ``euclidean``, ``squared``, ``cosine`` or the model's own (empty).
+        index: The file or folder searched.
+        gallery: How many pictures were searched.
+        warnings: What to know before trusting it.
+        versions: Of the packages that made it.
+        pictures: Thumbnails ``(H,W,3)`` of the query, the hits and the rivals by path.
+        geometries: Where the network's view lies in the pictures, by path.
+    """
+
+    query: str
+    hits: tuple[Hit, ...]
+    query_maps: Tensor | None
+    hit_maps: Tensor | None
+    contrast_maps: Tensor | None
+    region: Box | None
+    coverage: Tensor | None
+    model: str
+    layer: str
+    distance_name: str
+    index: str
+    gallery: int
+    warnings: tuple[str, ...]
+    versions: Mapping[str, str]
+    pictures: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict, repr=False)
+    geometries: Mapping[str, Geometry] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.hits)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the hits, the nearest first."""
+        return tuple(hit.path for hit in self.hits)
+
+    def figure(self, lines: int = 3) -> Figure:
+        """The query on the left, a column for each hit: where they agree, what sets it apart.
+
+        Args:
+            lines: How many pairs of positions to number in each hit.
+        """
+        from simexplain.searching.search_pictures import draw_search
+
+        return draw_search(self, lines)
+
+    def to_json(self, files: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """The JSON contract of ``search``; keys may be added in later versions, never changed."""
+        from simexplain.searching.search_saving import manifest
+
+        return manifest(self, dict(files or {}))
+
+    def save(self, folder: str | Path, *, force: bool = False) -> dict[str, str]:
+        """Writes ``search.png``, ``search.npz`` and ``search.json``, all or none.
+
+        Args:
+            folder: Made if missing.
+            force: Replace the files of a search that is there already.
+
+        Returns:
+            What was written, by kind.
+
+        Raises:
+            OutputError: If files are there already, or the folder cannot be written.
+        """
+        from simexplain.searching.search_saving import save_search
+
+        return save_search(self, Path(folder), force=force)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SearchResult:
+        """Reads what :meth:`save` wrote; no code in it is ever run.
+
+        Raises:
+            OutputError: If the folder holds no search or a damaged one.
+        """
+        from simexplain.searching.search_saving import load_search
+
+        return load_search(Path(folder))
+
+    def _repr_html_(self) -> str:
+        """What Jupyter shows: the figure."""
+        from simexplain.rendering.panel import as_html
+
+        return as_html(self.figure(), f"What was found for {Path(self.query).name}, and why")

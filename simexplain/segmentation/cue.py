@@ -1,0 +1,190 @@
+"""From a heatmap to what a cut is told, and from there to a mask: one table of ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from simexplain.errors import ComparisonError
+from simexplain.methods.focus import Focus
+from simexplain.segmentation.grabcut import (
+    BACKGROUND,
+    OBJECT,
+    PROBABLE_BACKGROUND,
+    PROBABLE_OBJECT,
+    GrabCut,
+    Mask,
+    Pixels,
+    framed,
+    nearly_all,
+)
+
+Heat = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Cue:
+    """Thresholds that turn a heatmap into marks, as shares of its maximum.
+
+    Attributes:
+        sure: From here on a pixel is object, whatever the cut finds.
+        probable: From here on it is probably object.
+        background: Below it is background, whatever the cut finds; between this and ``probable``
+            it is probably background.
+
+    Raises:
+        ComparisonError: If they are not in that order.
+    """
+
+    sure: float
+    probable: float
+    background: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.background <= self.probable <= self.sure or self.probable == 0:
+            raise ComparisonError(
+                "Expected thresholds 0 <= background <= probable <= sure with probable above 0, "
+                f"got {self.background:g}, {self.probable:g} and {self.sure:g}."
+            )
+
+    def marks(self, heat: Heat, seen: Mask | None = None) -> Pixels:
+        """Marks ``(H,W)`` of a heatmap.
+
+        A pixel without heat is never object. ``sure`` above 1 leaves the cut free everywhere.
+
+        Args:
+            heat: ``(H,W)`` in [0, 1].
+            seen: ``(H,W)``, what the network saw; elsewhere a pixel is probably background.
+        """
+        marks = np.full(heat.shape, PROBABLE_BACKGROUND, dtype=np.uint8)
+        marks[heat < self.background] = BACKGROUND
+        marks[heat >= self.probable] = PROBABLE_OBJECT
+        marks[heat >= self.sure] = OBJECT
+        if seen is not None:
+            marks[~seen] = PROBABLE_BACKGROUND
+        return marks
+
+
+CUES: dict[str, Cue] = {
+    "focus": Cue(sure=0.6, probable=0.1, background=0.003),
+    "sam": Cue(sure=0.95, probable=0.2, background=0.05),
+}
+"""Thresholds by method, chosen on training categories; other methods have those of ``sam``."""
+
+
+def default_cue(method: object) -> Cue:
+    """The thresholds for a method, given by name or as an object."""
+    name = method if isinstance(method, str) else ""
+    if isinstance(method, Focus):
+        name = "focus"
+    return CUES.get(name, CUES["sam"])
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A mask and what the cut was told.
+
+    Attributes:
+        mask: ``(H,W)``.
+        marks: ``(H,W)`` of GrabCut's marks; None where nothing was cut.
+        note: What to know about it, or nothing.
+    """
+
+    mask: Mask
+    marks: Pixels | None = None
+    note: str = ""
+
+
+Refinement = Callable[[Pixels, Heat, Mask, Cue, GrabCut], Refined]
+"""``(picture, heat, seen, cue, cut) -> Refined``; the heat is not empty."""
+
+
+def cued(picture: Pixels, heat: Heat, seen: Mask, cue: Cue, cut: GrabCut) -> Refined:
+    """GrabCut from the marks of the heatmap, as in section 4.3 of the paper."""
+    marks = cue.marks(heat, seen)
+    if not np.isin(marks, (BACKGROUND, PROBABLE_BACKGROUND)).any():
+        note = "The map is hot everywhere, so that no pixel is background: the mask is everything."
+        return Refined(np.ones_like(seen), marks, note)
+    mask = cut(picture, marks)
+    note = "" if mask.any() else "The cut left nothing of the object; a lower sure threshold may."
+    return Refined(mask, marks, note)
+
+
+def thresholded(picture: Pixels, heat: Heat, seen: Mask, cue: Cue, cut: GrabCut) -> Refined:
+    """The pixels from the probable threshold on; the picture's colours play no part."""
+    return Refined(heat >= cue.probable)
+
+
+def otsu(picture: Pixels, heat: Heat, seen: Mask, cue: Cue, cut: GrabCut) -> Refined:
+    """Otsu's threshold of the heat that the network saw: two classes that differ the most."""
+    levels = np.round(heat * 255).clip(0, 255).astype(np.uint8)
+    split, _ = cv2.threshold(levels[seen][None], 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    return Refined(np.asarray((levels > split) & seen))
+
+
+def boxed(picture: Pixels, heat: Heat, seen: Mask, cue: Cue, cut: GrabCut) -> Refined:
+    """GrabCut from the box around the pixels above Otsu's threshold, as of a drawn rectangle."""
+    inside = otsu(picture, heat, seen, cue, cut).mask
+    if not inside.any():
+        inside = heat >= heat.max()
+    rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+    box = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    marks = framed((heat.shape[0], heat.shape[1]), box)
+    return Refined(cut(picture, marks), marks)
+
+
+def uncued(picture: Pixels, heat: Heat, seen: Mask, cue: Cue, cut: GrabCut) -> Refined:
+    """GrabCut from a rectangle around nearly the whole picture: the map plays no part."""
+    shape = heat.shape[0], heat.shape[1]
+    marks = framed(shape, nearly_all(shape))
+    return Refined(cut(picture, marks), marks)
+
+
+REFINEMENTS: dict[str, Refinement] = {
+    "grabcut": cued,
+    "threshold": thresholded,
+    "otsu": otsu,
+    "box": boxed,
+    "whole": uncued,
+}
+"""Ways from a heatmap to a mask: the paper's, and simpler ones to compare it with."""
+
+
+def refine(
+    picture: Pixels,
+    heat: Heat,
+    cue: Cue,
+    *,
+    by: str = "grabcut",
+    seen: Mask | None = None,
+    cut: GrabCut | None = None,
+) -> Refined:
+    """A mask from a heatmap.
+
+    Args:
+        picture: RGB ``(H,W,3)``.
+        heat: ``(H,W)`` in [0, 1]; an empty map gives an empty mask, with a note.
+        cue: The thresholds.
+        by: A name in :data:`REFINEMENTS`.
+        seen: ``(H,W)``, what the network saw; None for everything.
+        cut: How GrabCut runs.
+
+    Raises:
+        ComparisonError: If the name is unknown or shapes do not fit.
+    """
+    if by not in REFINEMENTS:
+        raise ComparisonError(f"Expected by to be one of {', '.join(REFINEMENTS)}, got '{by}'.")
+    if picture.ndim != 3 or picture.dtype != np.uint8 or heat.shape != picture.shape[:2]:
+        raise ComparisonError(
+            f"Expected a picture (H,W,3) of 8 bits and a heatmap of its size, got {picture.shape} "
+            f"of {picture.dtype} and {heat.shape}."
+        )
+    view = np.ones(heat.shape, dtype=bool) if seen is None else seen
+    if by != "whole" and not (heat > 0).any():
+        note = "The attention map of the test image is empty, and so is the mask."
+        return Refined(np.zeros(heat.shape, dtype=bool), note=note)
+    return REFINEMENTS[by](picture, heat, view, cue, cut or GrabCut())

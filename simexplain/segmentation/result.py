@@ -1,0 +1,148 @@
+"""The result of segmenting: a mask with everything needed to judge, show and keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from simexplain.segmentation.cue import Heat
+    from simexplain.segmentation.grabcut import Mask, Pixels
+
+ROLES = ("support", "other")
+
+
+@dataclass(frozen=True)
+class SupportImage:
+    """An image that tells what to look for, or what not to.
+
+    Attributes:
+        name: Its file; empty for tensors.
+        role: ``support``, or ``other`` for one of another class.
+        picture: RGB ``(h,w,3)``, as the network saw it.
+        heat: ``(h,w)`` float32 in [0, 1], its own attention map.
+    """
+
+    name: str
+    role: str
+    picture: Pixels = field(repr=False)
+    heat: Heat = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Which pixels of a test image show what the supports show.
+
+    Attributes:
+        mask: ``(H,W)`` boolean, at the picture's own resolution.
+        heat: ``(H,W)`` float32 in [0, 1], the attention map that it was made from.
+        marks: ``(H,W)`` uint8, what GrabCut was told: 0 background, 1 object, 2 probably
+            background, 3 probably object; None where nothing was cut.
+        picture: RGB ``(H,W,3)``.
+        name: The test image's file; empty for a tensor.
+        images: The supports, then those of other classes.
+        by: How the map became a mask, a name in ``REFINEMENTS``.
+        method: Name of the method.
+        model: Name of the model.
+        layers: The layers used.
+        options: Everything else that was chosen, as plain JSON values.
+        warnings: What to know before trusting it.
+        versions: Of the packages that made it.
+    """
+
+    mask: Mask = field(repr=False)
+    heat: Heat = field(repr=False)
+    marks: Pixels | None = field(repr=False)
+    picture: Pixels = field(repr=False)
+    name: str
+    images: tuple[SupportImage, ...] = field(repr=False)
+    by: str
+    method: str
+    model: str
+    layers: tuple[str, ...]
+    options: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    versions: Mapping[str, str] = field(repr=False)
+
+    @property
+    def share(self) -> float:
+        """The share of the picture's pixels in the mask."""
+        return float(self.mask.mean())
+
+    @property
+    def box(self) -> tuple[int, int, int, int] | None:
+        """Left, top, right, bottom of the mask in pixels, the last two outside; None if empty."""
+        if not self.mask.any():
+            return None
+        rows, columns = (np.flatnonzero(self.mask.any(axis=axis)) for axis in (1, 0))
+        return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+    def overlay(self) -> Pixels:
+        """The picture with the mask in colour and its outline ``(H,W,3)``."""
+        from simexplain.rendering.masks import outlined
+
+        return outlined(self.picture, self.mask)
+
+    def cutout(self, *, crop: bool = True) -> NDArray[np.uint8]:
+        """The object alone, RGBA ``(h,w,4)``, its edge smoothed over a pixel.
+
+        Args:
+            crop: Only the box around the mask; an empty mask gives the whole, transparent.
+        """
+        from simexplain.rendering.masks import cut_out
+
+        whole = cut_out(self.picture, self.mask)
+        if not crop or self.box is None:
+            return whole
+        left, top, right, bottom = self.box
+        return whole[top:bottom, left:right]
+
+    def figure(self) -> Figure:
+        """Test image, attention map, what the cut was told, result; below them the supports."""
+        from simexplain.segmentation.pictures import draw_segmentation
+
+        return draw_segmentation(self)
+
+    def save(self, folder: str | Path, *, force: bool = False) -> dict[str, str]:
+        """Writes mask, overlay, cut-out, figure, arrays and ``segmentation.json``, all or none.
+
+        Args:
+            folder: Made if missing.
+            force: Replace the files of a segmentation that is there already; others stay.
+
+        Returns:
+            What was written, by kind.
+
+        Raises:
+            OutputError: If files are there already, or the folder cannot be written.
+        """
+        from simexplain.segmentation.saving import save_segmentation
+
+        return save_segmentation(self, Path(folder), force=force)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Segmentation:
+        """Reads what :meth:`save` wrote; no code in it is ever run.
+
+        The mask is exact. Of large pictures, heat and picture come back at the size to which the
+        cut reduces them, enlarged.
+
+        Raises:
+            OutputError: If the folder holds no segmentation or a damaged one.
+        """
+        from simexplain.segmentation.saving import load_segmentation
+
+        return load_segmentation(Path(folder))
+
+    def _repr_html_(self) -> str:
+        """What Jupyter shows: the figure."""
+        from simexplain.rendering.panel import as_html
+
+        return as_html(self.figure(), f"Segmentation of {self.name or 'an image'}")
