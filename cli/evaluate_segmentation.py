@@ -75,7 +75,7 @@ def segmentation(
 
     DATA is the folder of PASCAL VOC 2012 (its four folds of PASCAL-5i are measured), a CSV file
     with the columns path, label, mask, or a folder with a sub-folder of pictures for each class.
-    Examples:
+    For example:
 
     \b
       simexplain evaluate segmentation timm:tf_efficientnet_lite0 VOCdevkit/ --fold 0
