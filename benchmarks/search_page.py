@@ -42,7 +42,9 @@ def page(
         "",
         f"`python benchmarks/search.py STAMPS --scenes {options.scenes} --queries "
         f"{options.queries} --seeds {' '.join(map(str, options.seeds))} --sizes "
-        f"{' '.join(map(str, options.sizes))}`; torch {torch.__version__.split('+')[0]}, Python "
+        f"{' '.join(map(str, options.sizes))} --rounds {options.rounds} "
+        "--out docs/benchmarks/search.md` makes this page; torch "
+        f"{torch.__version__.split('+')[0]}, Python "
         f"{platform.python_version()}, one thread of a processor.",
         f"STAMPS: {pictures} cut-out photographs of {kinds} categories that no choice in this",
         "project was tuned on (`benchmarks/stamps.py` makes the folder; the rule for boxes was",

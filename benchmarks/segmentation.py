@@ -6,7 +6,7 @@ categories, alone on white, are the supports.
     python benchmarks/segmentation.py --stamps FOLDER --scenes 16 --seeds 0 1 2 \
       --out docs/segmentation-results.md
 
-Thresholds are chosen on other categories:
+Thresholds are ranked, best on other categories than those of the table:
 
     python benchmarks/segmentation.py --stamps OTHER_FOLDER --scenes 14 --seeds 100 --tune
 """

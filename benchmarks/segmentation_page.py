@@ -57,11 +57,12 @@ def page(
         f"standard deviation over {len(options.seeds)} seeds of {options.scenes} scenes.",
         "",
         f"Network: `{options.model}` as it comes from ImageNet, never trained on these pictures. "
-        f"The thresholds (sure / probable / background) are the defaults: {cues}. They were chosen "
-        "on other categories of pictures, which are not in this table: by mean IoU "
-        "over the three settings on 14 scenes, from a coarse grid (`--tune`, with a quick cut). "
-        "*sam, relative / signed* has relative weights for pairs, and signed weights with the "
-        "support as anchor for triplets. Written by",
+        f"The thresholds (sure / probable / background) are the defaults: {cues}. They were "
+        "settled by hand after trials with several small grids on other categories of pictures, "
+        "which are not in this table; these trials were not kept. `--tune` ranks a grid that holds "
+        "them by mean IoU over the three settings, with a quick cut; on other pictures it may put "
+        "other thresholds first. *sam, relative / signed* has relative weights for pairs, and "
+        "signed weights with the support as anchor for triplets. Written by",
         "",
         f"    python benchmarks/segmentation.py --stamps FOLDER --scenes {options.scenes} "
         f"--seeds {seeds} --model {options.model} --out docs/segmentation-results.md",

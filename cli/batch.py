@@ -19,19 +19,13 @@ from simexplain.batching.table import check_extra
 from simexplain.methods import PIXELS
 from simexplain.training.run_folder import first_process
 
-from .explain import _cams, _for_method
-from .explain import command as explain_command
+from .method_options import method_from, method_options
 from .options import busy, model_from, model_options, progress_bars, tell_files
 
 if TYPE_CHECKING:
     from simexplain.batching.planning import Progress
     from simexplain.batching.result import BatchResult
 
-_OF_EXPLAIN = (
-    "method", "layer", "sweep", "weights", "cam", "through_weights", "keep_negative", "more",
-    "magnify", "scale",
-)  # fmt: skip
-"""Options that mean what they mean for ``explain``."""
 _HOW = (
     "shard_rows", "memory", "batch_size", "pictures", "figures", "strict", "devices", "nodes",
     "accelerator",
@@ -39,9 +33,8 @@ _HOW = (
 _LISTED = 20
 
 
-@click.command(
-    "batch", params=[option for option in explain_command.params if option.name in _OF_EXPLAIN]
-)
+@click.command("batch")
+@method_options
 @click.argument("model")
 @click.argument("comparisons", type=click.Path())
 @click.option("--out", type=click.Path(), required=True, help="Folder of the batch.")
@@ -96,9 +89,7 @@ def command(
     earlier = None if resume else _stamp(out)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
-    layer = network.stages if given.pop("sweep") else given["layer"] or None
-    given.update(cam=_cams(given["cam"]), layer=layer)
-    given = _for_method(given)
+    given = method_from(network, given)
     known: list[str] = []
 
     def skipped(lines: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from simexplain.data.datasets import read_dataset
 from simexplain.evaluation.reid import RANKS, evaluate_reid
 from simexplain.evaluation.reid_result import Reidentification
 from simexplain.evaluation.saving import REID_FILES, save_reid
+from simexplain.models.pcb import PCB
 from simexplain.publishing import check_writable
 
 from .options import busy, model_from, model_options, progress_bars, tell_files
@@ -67,6 +68,8 @@ def reid(
     again = _again(model, given)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
+    if any(isinstance(part, PCB) for part in network.modules()):
+        again += ["--cam", "hires_cam"]  # Grad-CAM mixes what the stripes want
     with progress_bars("Embedding queries") as progress:
         result = evaluate_reid(network, data, ks=ks, batch_size=batch_size, progress=progress)
     protocol = {"folder": str(folder), "dataset": dataset}

@@ -135,6 +135,9 @@ def report(result: SegmentationScores, files: dict[str, str]) -> None:
     )
     click.echo(str(result))
     said = [f"left out: {where}: {why}" for where, why in list(result.broken.items())[:_LISTED]]
+    if said:
+        asked = settings["episodes"] * len(result.folds)
+        said.insert(0, f"{asked - count} of {asked} episodes cannot be measured and are left out.")
     if len(result.broken) > _LISTED:
         said.append(f"{len(result.broken) - _LISTED} more, listed by --json.")
     tell_files(files, said)

@@ -51,8 +51,7 @@ class BoxType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 @click.argument("model")
 @click.argument("query", type=click.Path())
 @click.argument("index", type=click.Path())
-@click.option("-k", "k", default=5, show_default=True, type=click.IntRange(min=1),
-              help="How many hits.")  # fmt: skip
+@click.option("-k", "k", type=click.IntRange(min=1), help="How many hits. [5, or all there are]")
 @click.option("--region", type=BoxType(),
               help="Search for this part of the query alone, in pixels: left, top, width, height.",
 )  # fmt: skip
@@ -68,7 +67,7 @@ def command(
     model: str,
     query: str,
     index: str,
-    k: int,
+    k: int | None,
     region: Box | None,
     mask: str | None,
     root: str | None,
@@ -102,7 +101,7 @@ def command(
     with busy(f"Writing {out}"):
         files = result.save(out, force=force)
     if as_json:
-        click.echo(json.dumps(manifest(result, files), indent=2, ensure_ascii=False))
+        click.echo(_printable(json.dumps(manifest(result, files), indent=2, ensure_ascii=False)))
     else:
         report(result)
         tell_files(files, result.warnings)
@@ -111,7 +110,7 @@ def command(
 def report(result: SearchResult) -> None:
     """Prints what was found, for a person."""
     layer = f", layer {result.layer}" if result.layer else ""
-    click.echo(f"{result.model}{layer}\n{verdict(result)}")
+    click.echo(f"{result.model}{layer}\n{_printable(verdict(result))}")
     classes = any(hit.label is not None for hit in result.hits)
     head = ["rank", "distance", *(["class"] if classes else []), "picture"]
     reasons = result.query_maps is not None
@@ -144,4 +143,10 @@ def _near(path: str) -> str:
     """A path as short as it can be written from here."""
     here = Path.cwd()
     full = Path(path)
-    return str(full.relative_to(here)) if full.is_relative_to(here) else path
+    short = str(full.relative_to(here)) if full.is_relative_to(here) else path
+    return _printable(short.replace("\n", "\\n"))
+
+
+def _printable(text: str) -> str:
+    """With escapes for bytes of a file's name that are no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -39,6 +39,7 @@ from simexplain import (
 )
 from simexplain.batching.keeping import Keep
 from simexplain.batching.planning import nearest_first
+from simexplain.batching.row_explaining import RowExplainer
 from simexplain.batching.rows import read_rows
 from simexplain.errors import ComparisonError, ModelError, OutputError
 from simexplain.methods.weight_bank import probe_of
@@ -604,6 +605,71 @@ def test_force_replaces_a_batch_and_nothing_else(table: Path, tmp_path: Path) ->
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="is a file"):
         explain_batch(tiny_model(), table, tmp_path / "file")
+
+
+def test_two_runs_never_work_on_one_folder(table: Path, tmp_path: Path) -> None:
+    """A second run is refused wherever it comes upon the first, which ends as if it were alone."""
+    out, how = tmp_path / "out", BatchOptions(shard_rows=2)
+    refused = []
+
+    def struck(what: str, done: int, total: int) -> None:
+        if what == "Explaining" and done == 3:
+            for again in ({"resume": True}, {"force": True}):
+                with pytest.raises(OutputError, match="Another process works on the batch") as why:
+                    explain_batch(tiny_model(), table, out, how=how, **again)
+                refused.append(why)
+
+    def overtaken(what: str, done: int, total: int) -> None:
+        """Both find nothing there, and the other begins first."""
+        if what == "Checking pictures" and not out.exists():
+            explain_batch(tiny_model(), table, out, how=how, progress=struck)
+
+    with pytest.raises(OutputError, match="holds a batch already"):
+        explain_batch(tiny_model(), table, out, how=how, method="focus", progress=overtaken)
+    assert len(refused) == 2
+    explain_batch(tiny_model(), table, tmp_path / "whole", how=how)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_batch_that_another_run_has_ended_is_left_as_it_is(table: Path, tmp_path: Path) -> None:
+    """Here the other one ends between the look whether it is done and the work."""
+    out, how = tmp_path / "out", BatchOptions(shard_rows=2)
+    stopped(table, out)
+    done, proof = [], RowExplainer.prove
+
+    def proven(self: RowExplainer) -> Explanation:
+        found = proof(self)
+        if not done:
+            done.append(True)
+            explain_batch(tiny_model(), table, out, how=how, resume=True)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RowExplainer, "prove", proven)
+        explain_batch(tiny_model(), table, out, how=how, resume=True)
+    explain_batch(tiny_model(), table, tmp_path / "whole", how=how)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_failed_rows_in_a_batch_of_their_own_as_the_docs_say(folder: Path, tmp_path: Path) -> None:
+    good = (folder / "p1.png").read_bytes()
+    (folder / "p1.png").write_bytes(good[:200])
+    batch = explain_batch(tiny_model(), written(folder / "rows.csv"), tmp_path / "out")
+    failed = [row for row in batch.table.to_pylist() if row["status"] == "failed"]
+    assert 0 < len(failed) < len(ROWS)
+    (folder / "p1.png").write_bytes(good)
+    rows = [{key: row[key] for key in ("id", "anchor", "positives", "negatives")} for row in failed]
+    again = explain_batch(tiny_model(), rows, tmp_path / "again", root=batch.manifest["root"])
+    assert not again.failures
+    assert again.table["id"].to_pylist() == list(batch.failures)
+
+
+def test_strict_lists_no_more_than_can_be_read(folder: Path, tmp_path: Path) -> None:
+    rows = [{"anchor": "p0.png", "positives": f"gone{number}.png"} for number in range(50)]
+    with pytest.raises(ComparisonError, match=r"gone19\.png.* and 30 more\.$") as caught:
+        explain_batch(tiny_model(), rows, tmp_path / "out", root=folder,
+                      how=BatchOptions(strict=True))  # fmt: skip
+    assert "gone20" not in str(caught.value)
 
 
 def test_a_damaged_shard_is_done_again(table: Path, tmp_path: Path) -> None:

@@ -104,4 +104,5 @@ def test_the_benchmark_writes_its_page(stamps: Path, tmp_path: Path) -> None:
     rows = [line for line in text.splitlines() if line.startswith("| EfficientNet-Lite0, 64 ")]
     assert len(rows) == 2 * 5
     assert "**the region against positions**" in text
+    assert "--rounds 3 --out docs/benchmarks/search.md` makes this page" in text
     assert "| EfficientNet-Lite0, 224 |" in text

@@ -123,7 +123,7 @@ def test_thresholds_are_ranked(
     assert "| focus | " in bench.tuned(ranked)
 
 
-def test_the_defaults_are_in_the_grid_that_chose_them(bench: ModuleType) -> None:
+def test_the_defaults_are_in_the_grid_that_is_ranked(bench: ModuleType) -> None:
     for cue in CUES.values():
         assert cue.sure in bench.SURE
         assert cue.probable in bench.PROBABLE

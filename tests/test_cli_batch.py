@@ -107,6 +107,8 @@ def test_refusals(network: Path, table: Path, fails: Callable[..., str]) -> None
     error = fails("batch", network, bad, "--out", "x", "--strict")
     assert "1 of 10 cannot: line 2: There is no file" in error
     assert "no layer 'nope'" in fails("batch", network, table, "--out", "x", "--layer", "nope")
+    both = ("--sweep", "--layer", "body")
+    assert "say it or --layer" in fails("batch", network, table, "--out", "x", *both, code=2)
     assert "'a.png' is a file" in fails("batch", network, table, "--out", "a.png")
     assert "--out" in fails("batch", network, table, code=2)
 

@@ -39,7 +39,7 @@ from simexplain.errors import ComparisonError, ImageError, ModelError, OutputErr
 from simexplain.methods.position_parts import position_parts
 from simexplain.models.base import DISTANCES, SimilarityModel
 from simexplain.searching.index_neighbours import nearest
-from simexplain.searching.index_work import work_folder
+from simexplain.searching.index_work import alone, work_folder
 
 SIZE = (24, 32)
 PREPARE = Preprocess(size=SIZE, fit="squash")
@@ -451,6 +451,45 @@ def test_killed_by_the_system_it_goes_on(gallery: Path, out: Path) -> None:
     nothing_left(out)
 
 
+def test_one_index_is_written_by_one_process_at_a_time(gallery: Path, out: Path) -> None:
+    said = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(gallery), str(out)]
+    started = subprocess.Popen(said, env=environment() | {"OMP_NUM_THREADS": "1"})
+    while not list(work_folder(out).glob("0*.safetensors")):
+        assert started.poll() is None
+        time.sleep(0.002)
+    try:
+        with pytest.raises(OutputError, match="being written by another process"):
+            build_index(tiny_model(), gallery, out)
+        assert list(work_folder(out).glob("0*.safetensors"))  # the other's are left alone
+    finally:
+        started.kill()
+        started.wait(timeout=60)
+    index = build_index(tiny_model(), gallery, out)  # a lock ends with its process
+    with alone(out):
+        for change in (
+            lambda: build_index(tiny_model(), gallery, out, force=True),
+            lambda: update_index(tiny_model(), gallery, out),
+            lambda: remove_from_index(out, gallery / "b"),
+        ):
+            with pytest.raises(OutputError, match="being written"):
+                change()
+    assert len(open_index(out)) == len(index)
+    nothing_left(out)
+
+
+def test_force_replaces_an_index_and_nothing_else(gallery: Path, out: Path) -> None:
+    photo = out.with_name("photo.png")
+    noise(20, 20).save(photo)
+    content = photo.read_bytes()
+    with pytest.raises(OutputError, match="is no index of a gallery, so it is not replaced"):
+        build_index(tiny_model(), gallery, photo, force=True)
+    assert photo.read_bytes() == content
+    for length in (0, 300):  # nothing at all, and an index that was cut off
+        build_index(tiny_model(), gallery, out, force=True)
+        out.write_bytes(out.read_bytes()[:length])
+    assert len(build_index(tiny_model(), gallery, out, force=True)) == 11
+
+
 def test_ctrl_c_leaves_an_earlier_index_untouched(gallery: Path, out: Path) -> None:
     build_index(tiny_model(), gallery, out)
     before = out.read_bytes()
@@ -570,12 +609,28 @@ def test_add_and_remove(gallery: Path, out: Path, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="not in the index"):
         remove_from_index(out, other)
     before = out.read_bytes()
-    with pytest.raises(ImageError, match="No picture is left"):
+    with pytest.raises(ImageError, match="leave a picture"):
         remove_from_index(out, gallery)
     assert out.read_bytes() == before
     with pytest.raises(ComparisonError, match="none of its"):
         update_index(model, other, out)
     nothing_left(out)
+
+
+def test_a_part_of_the_gallery_does_not_take_out_the_rest(gallery: Path, out: Path) -> None:
+    build_index(tiny_model(), gallery, out)
+    before = out.read_bytes()
+    with pytest.raises(ComparisonError, match="is a part, so all other pictures"):
+        update_index(tiny_model(), gallery / "a", out)
+    assert out.read_bytes() == before
+    assert update_index(tiny_model(), gallery / "a", out, drop=False).changes.kept == 11
+
+
+def test_what_is_taken_out_is_no_longer_listed_as_broken(gallery: Path, out: Path) -> None:
+    for place in ("a", "b"):
+        (gallery / place / "bad.png").write_bytes(b"none")
+    assert set(build_index(tiny_model(), gallery, out).broken) == {"a/bad.png", "b/bad.png"}
+    assert set(remove_from_index(out, gallery / "b").broken) == {"a/bad.png"}
 
 
 def test_one_picture_is_added_or_refreshed(gallery: Path, out: Path) -> None:
@@ -590,9 +645,11 @@ def test_one_picture_is_added_or_refreshed(gallery: Path, out: Path) -> None:
     with pytest.raises(ImageError, match="folder"):
         update_index(tiny_model(), one, out)  # would drop all others
     content = one.read_bytes()
-    with pytest.raises(OutputError, match="is a picture of the gallery"):
+    with pytest.raises(OutputError, match="is no index of a gallery"):
         build_index(tiny_model(), gallery, one, force=True)
     assert one.read_bytes() == content
+    with pytest.raises(OutputError, match="is a picture of the gallery"):
+        build_index(tiny_model(), [one, gallery / "new.png"], gallery / "new.png")
 
 
 def test_only_what_is_ours_is_removed(gallery: Path, out: Path) -> None:

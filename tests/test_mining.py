@@ -21,6 +21,7 @@ from simexplain.losses.mining import MINING, MiningOptions, SimilarityMiningLoss
 from simexplain.losses.objective import MetricLoss, Objective
 from simexplain.losses.parameter_groups import parameter_groups
 from simexplain.losses.tuples import SHAPES, disjoint_tuples
+from simexplain.methods.cams import CAMS
 
 
 class LinearNet(nn.Module):
@@ -35,6 +36,17 @@ class LinearNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.body(images).mean(dim=(2, 3)))
+
+
+class StripedNet(LinearNet):
+    """Upper and lower half are pooled apart, as in PCB: every position has its own gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, 6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(F.adaptive_avg_pool2d(self.body(images), (2, 1)).flatten(1))
 
 
 def seeded(net: nn.Module) -> nn.Module:
@@ -162,6 +174,39 @@ def test_maps_are_those_of_similarity_attention(linear, layers: tuple[str, ...])
     rows, which = traced.embeddings, torch.arange(6)
     maps = attention_maps(traced, rows, linear.network, layers, which, weights)
     assert torch.allclose(images.restacked(maps), explained.maps, atol=1e-10)
+
+
+@pytest.mark.parametrize("cam", CAMS)
+def test_maps_of_every_formula_train_as_plain_autograd(linear, cam: str) -> None:
+    """Grad-CAM's closed form must not stand in for another formula, nor the other way round."""
+    images, weights = pictures(4), torch.rand(4, 6, dtype=torch.float64)
+    traced = trace(linear, images, ("body",), differentiable=True)
+    rows, which = traced.embeddings, torch.arange(4)
+    found = attention_maps(traced, rows, linear.network, ("body",), which, weights, cam)
+    grid = linear.network.body(images)
+    score = (F.normalize(linear.network.head(grid.mean(dim=(2, 3))), dim=1) * weights).sum()
+    slopes = torch.autograd.grad(score, grid, create_graph=True)[0]
+    plain = CAMS[cam](grid, slopes).relu()
+    assert torch.allclose(found, plain, atol=1e-12)
+    learnt, meant = (
+        torch.autograd.grad((maps * maps).sum(), list(linear.parameters())[:2])
+        for maps in (found, plain)
+    )
+    for one, other in zip(learnt, meant, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_mining_hides_what_its_formula_shows() -> None:
+    """The option reaches the maps: in a network that ends in stripes both formulas differ."""
+    model = as_similarity_model(seeded(StripedNet()).double())
+    images = Comparison.triplet(*pictures(6).chunk(3))
+    explained = SimilarityAttention(cam="hires_cam")(model, images, ["body"])
+    flat, heat = images.stacked().flatten(0, 1), explained.maps.flatten(0, 1)
+    masked = images.like(images.restacked(model.embed(soft_mask(flat, heat))))
+    found = SimilarityMiningLoss(layer="body", cam="hires_cam").on(model, images)
+    assert torch.allclose(found, mining_loss(masked), atol=1e-10)
+    grad_cam = SimilarityMiningLoss(layer="body").on(model, images)
+    assert not torch.allclose(found, grad_cam, rtol=1e-3)
 
 
 def naive(model, images: Comparison, rule: str, alpha: float, beta: float) -> Tensor:
@@ -422,6 +467,7 @@ def test_half_resolution_and_half_of_the_comparisons(linear, monkeypatch) -> Non
         ({"share": 0.0}, "share and masked_scale"),
         ({"masked_scale": 2.0}, "share and masked_scale"),
         ({"weights": "mine"}, "weights"),
+        ({"cam": "score_cam"}, "cam to be one of grad_cam"),
         ({"alpha": 0.0}, "alpha"),
     ],
 )

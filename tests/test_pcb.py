@@ -271,6 +271,24 @@ def test_the_identity_loss_refuses_what_does_not_fit() -> None:
 # The recipe, from the command line
 
 
+def test_failures_of_stripes_are_explained_by_maps_that_keep_them_apart(
+    run: Callable[..., Run], here: Path
+) -> None:
+    data = market(here / "data")
+    gallery = [p for p in (data / "bounding_box_test").iterdir() if not p.name.startswith("-1")]
+    for path in (*(data / "query").iterdir(), *gallery):  # all alike: ties go against the model
+        path.write_bytes(gallery[0].read_bytes())
+    words = ("--untrained", "--size", "96x32")
+    found = run("evaluate", "reid", NETWORK, data, *words)
+    assert found.code == 0, found.err
+    (line,) = [line for line in found.out.splitlines() if "simexplain explain" in line]
+    assert line.endswith("--cam hires_cam")
+    assert run(*line.split()[1:], "--out", "why").code == 0
+    plain = run("evaluate", "reid", NETWORK.removeprefix("pcb:"), data, *words)
+    assert "simexplain explain" in plain.out
+    assert "--cam" not in plain.out
+
+
 def test_the_recipe_trains_and_its_model_is_explained_and_evaluated(
     run: Callable[..., Run], here: Path
 ) -> None:

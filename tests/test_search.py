@@ -104,6 +104,28 @@ def test_hits_are_those_of_brute_force(gallery: Path, distance: str, k: int) -> 
     assert found.gallery == 12
 
 
+def test_without_a_number_there_are_five_hits_or_all_there_are(gallery: Path) -> None:
+    model = network()
+    index, query = indexed(gallery, model), gallery.parent / "query.png"
+    assert len(search(model, query, index)) == 5
+    assert len(search(model, query, gallery / "cars")) == 4
+    alone = gallery.parent / "alone"
+    alone.mkdir()
+    blobs(1).save(alone / "one.png")
+    with pytest.raises(ComparisonError, match="pictures beside the query"):
+        search(model, alone / "one.png", alone)
+
+
+@pytest.mark.parametrize("distance", ["squared", "cosine"])
+def test_the_distance_is_the_models_not_that_of_the_index(gallery: Path, distance: str) -> None:
+    index = indexed(gallery, network("euclidean"))
+    found = search(network(distance), gallery.parent / "query.png", index)
+    assert found.distance_name == distance
+    assert found.contrast_maps is not None
+    for hit, contrast in zip(found.hits, found.contrast_maps, strict=True):
+        assert hit.gap == pytest.approx(float(contrast.sum()), abs=1e-5)
+
+
 def test_the_querys_own_file_is_no_hit(gallery: Path) -> None:
     model = network()
     query = gallery / "cars" / "01.png"
@@ -390,7 +412,8 @@ def test_a_mask_is_a_region(gallery: Path) -> None:
         ((70, 10, 20, 20), "inside the picture of 80 x 60"),
         ((-1, 10, 20, 20), "inside the picture"),
         ((10, 10, 0, 20), "at least one pixel"),
-        ((10, 10, math.nan, 20), "at least one pixel"),
+        ((10, 10, math.nan, 20), "finite numbers"),
+        ((math.inf, 10, 5, 20), "finite numbers"),
     ],
 )
 def test_regions_that_are_none(
@@ -406,6 +429,14 @@ def test_what_the_network_did_not_see_is_no_region() -> None:
     region = Region.of_box((0, 0, 10, 10), (40, 200))
     with pytest.raises(ComparisonError, match="that the network saw"):
         region.coverage(prepare.geometry((40, 200)), (4, 4))
+
+
+@pytest.mark.parametrize(("column", "place"), [(0, 0), (101, 1), (399, 3)])
+def test_a_region_smaller_than_a_pixel_of_the_view_is_seen(column: int, place: int) -> None:
+    prepare = Preprocess(size=(32, 32), fit="squash")
+    region = Region.of_box((column, 20, 1, 1), (40, 400))
+    seen = region.coverage(prepare.geometry((40, 400)), (4, 4))
+    assert seen.nonzero().tolist() == [[2, place]]
 
 
 def test_masks_that_are_none(gallery: Path) -> None:

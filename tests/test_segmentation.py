@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from avsl_cases import small_avsl
 from PIL import Image
 from torch import Tensor, nn
 
@@ -200,6 +201,31 @@ def test_large_pictures_are_cut_small_and_come_back_smooth() -> None:
     assert iou(GrabCut()(picture, marks), red) > 0.98
 
 
+def test_sure_marks_hold_where_a_reduced_picture_does_not_show_them() -> None:
+    picture, _, _ = scene(side=400)
+    for ground in (2, 3):
+        marks = np.full((400, 400), ground, dtype=np.uint8)
+        marks[200:300, 200:300] = 3
+        marks[101, 103], marks[251, 253] = 1, 0
+        found = GrabCut(longest=50)(picture, marks)
+        assert found[101, 103]
+        assert not found[251, 253]
+
+
+@pytest.mark.parametrize("method", ["focus", "sam", "avsl"])
+def test_avsl_models_segment_with_their_own_maps_and_others(method: str) -> None:
+    model = small_avsl()
+    generator = torch.Generator().manual_seed(0)
+    test, near, far = torch.rand((3, 3, 32, 40), generator=generator, dtype=torch.float64)
+    found = segment(model, test, near[None], far[None], method=method, by="threshold")
+    triplet = Comparison.triplet(test[None], near[None], far[None])
+    wanted = explain(model, triplet, method)
+    heat = wanted.heatmaps[0, 0]
+    np.testing.assert_allclose(found.heat, heat / heat.max(), atol=1e-6)
+    assert found.layers == wanted.layers
+    assert (found.mask == (found.heat >= default_cue(method).probable)).all()
+
+
 @pytest.mark.parametrize("by", REFINEMENTS)
 def test_every_refinement_has_an_answer_for_every_map(by: str) -> None:
     picture, _, _ = scene()
@@ -248,7 +274,7 @@ def test_names_are_refused_in_a_sentence(colours: nn.Module) -> None:
     ):
         with pytest.raises(ComparisonError, match=said):
             segment(colours, test, near, **options)
-    for wrong in (near[:0], near[:, :, :10], near[0]):
+    for wrong in (near[:0], near[:, :, :10], near[0], near.numpy(), None):
         with pytest.raises(ComparisonError, match="segment_files"):
             segment(colours, test, wrong)
 
@@ -305,8 +331,24 @@ def test_support_masks_hide_what_lies_around(colours: nn.Module, files: Path) ->
     with pytest.raises(ImageError, match="size of its picture"):
         segment_files(colours, files / "scene.png", [files / "both.png"],
                       support_masks=[files / "red_mask.png"])  # fmt: skip
-    with pytest.raises(ComparisonError, match="one path"):
-        segment_files(colours, files / "scene.png", "support.png")
+    one = files / "red.png"
+    for supports, given in (
+        (str(one), {}), ([one], {"others": str(one)}), ([one], {"support_masks": str(one)}),
+    ):  # fmt: skip
+        with pytest.raises(ComparisonError, match="one path"):
+            segment_files(colours, files / "scene.png", supports, **given)
+
+
+def test_support_masks_of_0_and_255_do_not_change_the_light(colours: nn.Module) -> None:
+    test, near = tensor(scene()[0])[0], tensor(plate(RED))
+    mask = torch.zeros((1, SIDE, SIDE), dtype=torch.bool)
+    mask[:, 30:66, 30:66] = True
+    found = [
+        segment(colours, test, near, support_masks=marks)
+        for marks in (mask, mask.to(torch.uint8) * 255)
+    ]
+    assert (found[0].images[0].picture == found[1].images[0].picture).all()
+    np.testing.assert_array_equal(found[0].heat, found[1].heat)
 
 
 def states() -> tuple[object, ...]:
@@ -358,6 +400,13 @@ def test_saving_and_loading(colours: nn.Module, files: Path, tmp_path: Path) -> 
     (tmp_path / "out" / "segmentation.npz").write_bytes(b"broken")
     with pytest.raises(OutputError, match="damaged"):
         Segmentation.load(tmp_path / "out")
+
+
+def test_the_figure_asks_for_one_support_or_several(colours: nn.Module) -> None:
+    test, near = tensor(scene()[0])[0], tensor(plate(RED), plate(RED))
+    for count, said in ((1, "the support shows?"), (2, "the supports show?")):
+        found = segment(colours, test, near[:count], by="otsu")
+        assert any(said in text.get_text() for text in found.figure().texts)
 
 
 def test_an_empty_mask_can_be_shown_and_saved(colours: nn.Module, tmp_path: Path) -> None:

@@ -314,6 +314,14 @@ def test_masks_of_ones_own(tmp_path: Path) -> None:
     assert valid.all()
     with pytest.raises(ImageError, match="size of its picture"):
         data.tests[0].truth((10, 10))
+    with pytest.raises(ImageError, match="Expected a part"):
+        read_masked("csv", tmp_path / "scenes.csv", part="val")
+    lines = (tmp_path / "scenes.csv").read_text(encoding="utf-8").split()
+    split = [f"{line},{part}" for line, part in zip(lines, ["split"] + ["train"] * 6, strict=True)]
+    (tmp_path / "split.csv").write_text("\n".join(split), encoding="utf-8")
+    assert len(read_masked("csv", tmp_path / "split.csv", part="train").tests) == 6
+    with pytest.raises(ImageError, match="part 'test' of split, found none"):
+        read_masked("csv", tmp_path / "split.csv", part="test")
     with (tmp_path / "scenes.csv").open("a", encoding="utf-8") as opened:
         opened.write("gone.png\n")
     with pytest.raises(ImageError, match="does not match"):
@@ -362,6 +370,10 @@ def test_the_command_measures_folds_and_files(
     assert done.code == 0, done.err
     assert "2-way 1-shot" in done.out
     assert "blue" in done.out
+    (tmp_path / "scene0.png").unlink()
+    done = run("evaluate", "segmentation", network[0], table, *network[1:], "--episodes", "6",
+               "--by", "otsu")  # fmt: skip
+    assert "of 6 episodes cannot be measured and are left out." in done.err
 
 
 def test_the_commands_errors(voc: Path, fails: Callable[..., str], tmp_path: Path) -> None:

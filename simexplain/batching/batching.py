@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from simexplain.models.embedder import as_similarity_model
 from simexplain.training.run_folder import first_process
 
 _ON_CARD = 16
+_LISTED = 20
 
 
 def explain_batch(
@@ -87,7 +89,8 @@ def explain_batch(
             with ``strict`` any row.
         ModelError: If the model, a layer or a package cannot be used, or the batch to resume was
             begun with another model or other settings.
-        OutputError: If ``out`` is taken or cannot be written, or was begun with other rows.
+        OutputError: If ``out`` is taken or cannot be written, another process works on it, or it
+            was begun with other rows.
         KeyboardInterrupt: On Ctrl-C; finished shards stand.
     """
     check_extra()
@@ -100,12 +103,8 @@ def explain_batch(
     wrapped = as_similarity_model(model)
     read, base = read_rows(rows, root)
     plan = plan_rows(read, base, wrapped.preprocess, size=how.shard_rows, progress=progress)
-    if how.strict and plan.problems:
-        listed = "; ".join(line.rstrip(".") for line in _problems(plan))
-        raise ComparisonError(
-            f"Expected rows that can all be explained (--strict), but {len(plan.problems)} of "
-            f"{len(plan.rows)} cannot: {listed}."
-        )
+    if how.strict:
+        _check_strictly(plan)
     if plan.problems and first and skipped is not None:
         skipped(_problems(plan))
     said = identity_of(wrapped, plan, asked, how)
@@ -120,10 +119,12 @@ def explain_batch(
         )
         with torch.inference_mode(False):
             example = explainer.prove()
-        if first and not resume:
-            folder.clear()
-            folder.write_manifest({**said, **_described(example, explainer)})
-        work = _worked(explainer, folder, how, world, progress)
+        with folder.held() if first else nullcontext():
+            if first and not resume:
+                folder.check(resume=False, force=force)  # one may have been begun meanwhile
+                folder.clear()
+                folder.write_manifest({**said, **_described(example, explainer)})
+            work = _worked(explainer, folder, how, world, progress)
     return BatchResult(Path(out), folder.read_manifest(), work)
 
 
@@ -172,6 +173,17 @@ def _described(example: Explanation, explainer: RowExplainer) -> dict[str, Any]:
         "shared": explainer.shared,
         "versions": dict(example.versions),
     }
+
+
+def _check_strictly(plan: Plan) -> None:
+    if not plan.problems:
+        return
+    lines = [line.rstrip(".") for line in _problems(plan)]
+    more = f"; and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
+    raise ComparisonError(
+        f"Expected rows that can all be explained (--strict), but {len(lines)} of "
+        f"{len(plan.rows)} cannot: {'; '.join(lines[:_LISTED])}{more}."
+    )
 
 
 def _problems(plan: Plan) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,29 @@ class BatchFolder:
             nearest = nearest.parent
         if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
             raise OutputError(f"'{self.path}' cannot be written; choose another folder.")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other processes of this host from working on the batch, until the end of this one.
+
+        Where folders cannot be locked, as on some network drives, nothing is kept from anything.
+
+        Raises:
+            OutputError: If another process works on it, or the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"'{self.path}' cannot be written ({error.strerror or error}); choose another "
+                "folder."
+            ) from error
+        place = _locked(self.path)
+        try:
+            yield
+        finally:
+            if place is not None:
+                os.close(place)
 
     def _taken(self, name: str) -> bool:
         path = self.path / name
@@ -190,6 +213,8 @@ class BatchFolder:
         """
         import pyarrow as pa
 
+        if self.complete:
+            return  # another run has gone on with it meanwhile
         bad = [failed(n, plan.rows[n], reason) for n, reason in plan.problems.items()]
         parts = [table_of(bad)]
         for number in range(len(plan.shards)):
@@ -215,3 +240,25 @@ class BatchFolder:
             for kind, name in kinds.items()
             if (self.path / name).exists()
         }
+
+
+def _locked(path: Path) -> int | None:
+    """Locks a folder for as long as what is returned is open; the system closes it for the dead."""
+    try:
+        from fcntl import LOCK_EX, LOCK_NB, flock
+
+        place = os.open(path, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        flock(place, LOCK_EX | LOCK_NB)
+    except BlockingIOError as error:
+        os.close(place)
+        raise OutputError(
+            f"Another process works on the batch in '{path}'; wait until it is done, or choose "
+            "another folder."
+        ) from error
+    except OSError:
+        os.close(place)
+        return None
+    return place

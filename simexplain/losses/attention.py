@@ -61,11 +61,12 @@ def attention_maps(
     layers: Sequence[str],
     which: Tensor,
     weights: Tensor,
+    cam: str | None = None,
 ) -> Tensor:
     """The maps of some images of a pass for a score ``w . f`` each, non-negative (Eq. 2).
 
-    Several layers give one map, as in ``explain``: Grad-CAM at the coarsest times LayerCAM at the
-    finer ones, each scaled to one.
+    Several layers give one map, as in ``explain``: those of the layers multiplied, each scaled to
+    one.
 
     Args:
         traced: The pass, opened at the layers.
@@ -74,12 +75,15 @@ def attention_maps(
         layers: Their names.
         which: Places of the images in the pass ``(m,)``, each at most once.
         weights: The weight vector of each ``(m,E)``, held constant.
+        cam: The formula at all layers, a key of ``CAMS``; None for Grad-CAM at the coarsest and
+            LayerCAM at the finer ones. Only Grad-CAM at one layer has a closed form.
 
     Returns:
         ``(m,h,w)``, differentiable with respect to everything below the layers and to the head.
     """
     activations, weights = traced.maps, weights.detach()
-    for head in _candidates(network) if len(layers) == 1 else ():
+    closed = len(layers) == 1 and cam in (None, "grad_cam")
+    for head in _candidates(network) if closed else ():
         found = linear_maps(activations[layers[0]][which], head, rows[which], weights)
         if found is not None:
             return found.relu()
@@ -90,7 +94,7 @@ def attention_maps(
     maps = layer_cams(
         {layer: activations[layer][which] for layer in layers},
         {layer: gradients[layer][which] for layer in layers},
-        None,
+        cam,
         scale=weights.new_ones(len(which)),
         keep_negative=False,
     )

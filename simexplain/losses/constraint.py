@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from simexplain.errors import ComparisonError, ModelError
-from simexplain.losses.mining import Own, named_layers, own_maps, tuple_weights
+from simexplain.losses.mining import named_layers, tuple_weights
 from simexplain.losses.objective import Batch, Term
+from simexplain.losses.own_images import Own, own_maps
 from simexplain.losses.tuples import SHAPES, disjoint_tuples
 from simexplain.methods.layer_maps import at_grid
 from simexplain.methods.weights import weight_rule

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
 
@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError
-from simexplain.losses.attention import attention_maps, scaled_images
+from simexplain.losses.attention import scaled_images
 from simexplain.losses.inputs import similarity_model
 from simexplain.losses.masking import soft_mask
 from simexplain.losses.objective import Batch, Term, unit_rows
+from simexplain.losses.own_images import Own, own_maps
 from simexplain.losses.roots import rooted
 from simexplain.losses.settings import check_kind
 from simexplain.losses.statistics import statistics_kept
 from simexplain.losses.tuples import SHAPES, Tuples, disjoint_tuples
+from simexplain.methods.layer_maps import check_cams
 from simexplain.methods.weights import scaled_weights, weight_rule
 from simexplain.models.base import SimilarityModel
 from simexplain.tracing import trace
@@ -86,6 +88,8 @@ class MiningOptions:
         beta: Where on the scaled map a pixel is half hidden.
         layer: The layer of the maps, or several with commas between, whose maps are multiplied;
             the model's default layer unless given.
+        cam: The formula of the maps at all layers, a key of ``CAMS``; Grad-CAM (Eq. 2) at the
+            coarsest and LayerCAM at finer ones unless given.
         share: Mine only the hardest share of the comparisons of a batch, in (0, 1].
         masked_scale: Size of the masked images relative to the images; 0.5 makes them cheaper.
         through_mask: Let the gradient also pass through mask and map, as the paper does.
@@ -97,6 +101,7 @@ class MiningOptions:
     alpha: float = 10.0
     beta: float = 0.5
     layer: str | None = None
+    cam: str | None = None
     share: float = 1.0
     masked_scale: float = 1.0
     through_mask: bool = True
@@ -109,6 +114,7 @@ class MiningOptions:
                 f"Expected arch to be one of {', '.join(SHAPES)}, got {self.arch!r}."
             )
         weight_rule(self.weights)
+        check_cams(self.cam)
         if self.rule not in MINING:
             raise ComparisonError(
                 f"Expected the mining rule to be one of {', '.join(MINING)}, got {self.rule!r}."
@@ -209,22 +215,6 @@ def tuple_weights(batch: Batch, tuples: Tuples, rule: str) -> Tensor:
     return weights.unsqueeze(1).expand(-1, tuples.places.shape[1], -1).flatten(0, 1)
 
 
-def own_maps(batch: Batch, own: Own, weights: Tensor, layers: Sequence[str]) -> Tensor:
-    """The maps ``(m,h,w)`` of this process's own images for scores ``w . f``, non-negative.
-
-    Args:
-        batch: The pass, opened at the layers.
-        own: Which images are meant.
-        weights: The weight vector of each image of all comparisons ``(T*K,E)``, held constant.
-        layers: The layers of the maps.
-    """
-    if not len(own.which):  # the other processes have all images of this step's comparisons
-        return batch.traced.maps[layers[0]][own.which].sum(dim=1)
-    rows = unit_rows(batch.model, batch.traced.embeddings)
-    network = batch.model.network
-    return attention_maps(batch.traced, rows, network, layers, own.which, weights[own.order])
-
-
 def mined_along(batch: Batch, tuples: Tuples, weights: Tensor, options: MiningOptions) -> Tensor:
     """Hides what the maps of scores ``w . f`` show and takes the mining rule of what is left.
 
@@ -236,7 +226,8 @@ def mined_along(batch: Batch, tuples: Tuples, weights: Tensor, options: MiningOp
     """
     own = Own.of(batch, tuples.places.flatten())
     with torch.set_grad_enabled(torch.is_grad_enabled() and options.through_mask):
-        maps = own_maps(batch, own, weights, named_layers(options.layer, batch.model))
+        layers = named_layers(options.layer, batch.model)
+        maps = own_maps(batch, own, weights, layers, options.cam)
     images = batch.images[own.which]
     masked = soft_mask(images, maps, alpha=options.alpha, beta=options.beta)
     hidden = batch.units.new_zeros(0, batch.units.shape[1])
@@ -244,37 +235,6 @@ def mined_along(batch: Batch, tuples: Tuples, weights: Tensor, options: MiningOp
         hidden = embed_again(batch.model, scaled_images(masked, options.masked_scale))
     stack = own.together(batch, hidden).view(*tuples.places.shape, -1)
     return mining_loss(tuples.arranged(stack), options.rule)
-
-
-@dataclass(frozen=True)
-class Own:
-    """Which of the images of all comparisons are this process's own.
-
-    Attributes:
-        which: Places of its own images in its pass ``(m,)``.
-        order: Places of the same images among those of all comparisons ``(m,)``.
-        orders: The same of every process, in the order of ranks.
-    """
-
-    which: Tensor
-    order: Tensor
-    orders: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, batch: Batch, places: Tensor) -> Own:
-        """Divides the images of all comparisons ``(T*K,)`` by the process that has them."""
-        each = len(batch.images)
-        orders = tuple(
-            ((places >= rank * each) & (places < (rank + 1) * each)).nonzero().flatten()
-            for rank in range(batch.everyone.world)
-        )
-        order = orders[batch.everyone.rank]
-        return cls(places[order] - batch.start, order, orders)
-
-    def together(self, batch: Batch, rows: Tensor) -> Tensor:
-        """Rows of this process's images ``(m,E)`` as those of all comparisons ``(T*K,E)``."""
-        gathered = batch.everyone.gathered(rows, [len(order) for order in self.orders])
-        return gathered[torch.cat(self.orders).argsort()]
 
 
 def embed_again(model: SimilarityModel, images: Tensor) -> Tensor:

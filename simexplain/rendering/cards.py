@@ -129,6 +129,7 @@ class Sheet:
         """Writes text as it is, dollars and all, shortened to ``most`` inches where given."""
         style = {"size": SMALL, "color": INK, "va": "center", "zorder": 6, **style}
         text = text.replace("\n", " ").replace("\r", " ")
+        text = text.encode("utf-8", "replace").decode()  # names of files need not be UTF-8
         if most is not None:
             text = shortened(text, most, style["size"], style.get("weight", "normal"))
         return self.figure.text(x, y, text, transform=self._place, parse_math=False, **style)

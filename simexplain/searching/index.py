@@ -20,11 +20,12 @@ from simexplain.searching.index_embedding import (
     run_rows,
     with_tail,
 )
+from simexplain.searching.index_file import is_written_here
 from simexplain.searching.index_gallery import Changes, GalleryIndex, open_index
 from simexplain.searching.index_publishing import publish
 from simexplain.searching.index_reading import Pictures, Stat, absolute, pictures_of
 from simexplain.searching.index_update import Plan, Way, planned, without
-from simexplain.searching.index_work import Work
+from simexplain.searching.index_work import Work, alone
 
 __all__ = [
     "Changes",
@@ -78,15 +79,16 @@ def build_index(
             the gallery. Exact without; what lies outside them is lost from maps, most of it in
             pictures unlike the sample.
         steps: Jacobians to average for each picture where the network above the layer is not
-            linear; 0 keeps nothing there. Slow: a vision transformer takes the time of some
-            thirty forward passes for each of them.
-        force: Replace a file that is there.
+            linear; 0 keeps nothing there. Slow: each takes a backward pass through that part
+            for every dimension of the embedding.
+        force: Replace an index that is there; any other file is left alone.
         progress: Called with what is done, how far it is, and how far it goes.
 
     Raises:
         ImageError: If there are no pictures, or none can be read.
         ModelError: If the model or the layer cannot be used.
-        OutputError: If the file is there already or cannot be written.
+        OutputError: If the file is there already, is no index and so not replaced, is being
+            written by another process, or cannot be written.
     """
     path = Path(path)
     _check(path, batch_size, width, steps, force=force)
@@ -99,7 +101,9 @@ def build_index(
         raise ModelError(f"There is nothing to project on {width} dimensions: {keeping.reason}")
     way = Way.of(base, keeping, width)
     plan = planned(paths, root, None, drop=True)
-    return _made(base, way, plan, path, batch_size, progress)
+    with alone(path):
+        _check(path, batch_size, width, steps, force=force)  # once more: another may have ended
+        return _made(base, way, plan, path, batch_size, progress)
 
 
 def update_index(
@@ -128,23 +132,22 @@ def update_index(
     Raises:
         ImageError: If there are no pictures, or none can be read.
         ModelError: If it is another model.
-        ComparisonError: If no picture of the index is in the source, which seems another gallery.
+        ComparisonError: If no picture of the index is in the source, which seems another gallery,
+            or the source is a folder inside the one that was indexed.
         OutputError: If the index is missing or damaged, or cannot be written.
     """
     path = Path(path)
     if not drop and isinstance(source, (str, Path)) and Path(source).is_file():
         source = [source]
     paths, root = pictures_of(source)
-    old = open_index(path)
     base = as_similarity_model(model)
-    old.identity.check(base, str(path))
-    plan = planned(paths, root, old, drop=drop, progress=progress)
-    if drop and plan.alien:
-        raise ComparisonError(
-            f"'{path}' is the index of '{old.root}', and none of its {len(old)} pictures is among "
-            "those given; add them with --add (drop=False), or index anew with --force."
-        )
-    return _made(base, Way.again(old), plan, path, batch_size, progress)
+    with alone(path):
+        old = open_index(path)
+        old.identity.check(base, str(path))
+        plan = planned(paths, root, old, drop=drop, progress=progress)
+        if drop:
+            _check_same_gallery(plan, old, source)
+        return _made(base, Way.again(old), plan, path, batch_size, progress)
 
 
 def remove_from_index(
@@ -161,9 +164,10 @@ def remove_from_index(
         OutputError: If the index is missing or damaged, or cannot be written.
     """
     path = Path(path)
-    old, way = open_index(path), Way.again(open_index(path))
-    plan = without(old, absolute([pictures] if isinstance(pictures, (str, Path)) else pictures))
-    return publish(way, plan, Work(path, way.key), path)
+    with alone(path):
+        old, way = open_index(path), Way.again(open_index(path))
+        plan = without(old, absolute([pictures] if isinstance(pictures, (str, Path)) else pictures))
+        return publish(way, plan, Work(path, way.key), path)
 
 
 def _made(
@@ -242,11 +246,36 @@ def _with_basis(
     return keeping
 
 
+def _check_same_gallery(plan: Plan, old: GalleryIndex, source: Source) -> None:
+    """Refuses to take everything else out because a part of the gallery was given.
+
+    Raises:
+        ComparisonError: If so; says what to do.
+    """
+    advice = "add them with --add (drop=False), or index anew with --force."
+    if plan.alien:
+        raise ComparisonError(
+            f"'{old.path}' is the index of '{old.root}', and none of its {len(old)} pictures is "
+            f"among those given; {advice}"
+        )
+    whole = Path(absolute([old.root])[0])
+    if isinstance(source, (str, Path)) and whole.is_dir() and whole in Path(plan.root).parents:
+        raise ComparisonError(
+            f"'{old.path}' is the index of '{old.root}', of which '{source}' is a part, so all "
+            f"other pictures would be taken out; give the whole folder, {advice}"
+        )
+
+
 def _check(path: Path, batch_size: int, width: int | None, steps: int, *, force: bool) -> None:
     if path.exists() and not force:
         raise OutputError(
             f"'{path}' is there already; bring it up to date with update_index, choose another "
             "file or say --force (force=True)."
+        )
+    if path.exists() and not (path.is_file() and is_written_here(path)):
+        raise OutputError(
+            f"'{path}' is no index of a gallery, so it is not replaced; choose another file, or "
+            "remove it first."
         )
     limits = (("batch_size", batch_size, 1), ("width", width, 1), ("steps", steps, 0))
     for name, number, least in limits:

@@ -82,6 +82,14 @@ def write_columns(path: Path, said: Mapping[str, Any], columns: Mapping[str, Col
                 raise ValueError(f"column '{name}' has another length than expected")
 
 
+def is_written_here(path: Path) -> bool:
+    """Whether a file begins as :func:`write_columns` begins it, cut off or not; or is empty."""
+    begins = b'{"__metadata__":{"' + FORMAT_KEY.encode()
+    with path.open("rb") as file:
+        start = file.read(8 + len(begins))
+    return not start or start[8:] == begins
+
+
 def read_columns(path: Path, what: str = "index") -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a file says and its tensors, mapped into memory: read when they are used.
 

@@ -161,20 +161,35 @@ def without(old: GalleryIndex, paths: Sequence[str]) -> Plan:
     """An index without some of its pictures; folders stand for all below them.
 
     Raises:
-        ImageError: If one is not in the index.
+        ImageError: If one is not in the index, or none would be left.
     """
     root = absolute([old.root])[0]
     known = _located(old, root)
     gone: set[str] = set()
     for path in paths:
-        below = {name for name in known if name == path or name.startswith(path + os.sep)}
+        below = {name for name in known if _below(name, path)}
         if not below:
             raise ImageError(f"'{path}' is not in the index '{old.path}', nor anything below it.")
         gone |= below
     left = {path: place for path, place in known.items() if path not in gone}
+    if not left:
+        raise ImageError(
+            f"Expected to leave a picture in the index '{old.path}', but that would take out all "
+            f"{len(old)}; delete the file instead."
+        )
     seen = _stats_of(old)
     stats = {path: seen[place] for path, place in left.items()}
-    return Plan(root, tuple(left), stats, old, left, known, dict(old.broken))
+    broken = {
+        name: why
+        for name, why in old.broken.items()
+        if not any(_below(str(Path(root, name)), path) for path in paths)
+    }
+    return Plan(root, tuple(left), stats, old, left, known, broken)
+
+
+def _below(name: str, path: str) -> bool:
+    """Whether a file is this one, or lies below it."""
+    return name == path or name.startswith(path.rstrip(os.sep) + os.sep)
 
 
 def _located(old: GalleryIndex, root: str) -> dict[str, int]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from torch import Tensor
 
@@ -21,7 +22,12 @@ from simexplain.searching.index_file import (
 )
 from simexplain.searching.index_reading import Stat
 
-_BASIS, _DRAFT = "basis.safetensors", "draft"
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two processes apart
+    fcntl = None  # type: ignore[assignment]
+
+_BASIS, _DRAFT, _LOCK = "basis.safetensors", "draft", "lock"
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,49 @@ class Work:
                 broken = {name: (Stat(at, size), why) for name, at, size, why in said["broken"]}
                 return Part(path, pictures, broken)
         return None
+
+
+@contextlib.contextmanager
+def alone(index: Path) -> Iterator[None]:
+    """Keeps all others from writing an index; the system ends that with the process, if killed.
+
+    Where a folder cannot be written or has no locks, nothing is kept from anyone: writing will say.
+
+    Raises:
+        OutputError: If another process, or another thread, is writing it.
+    """
+    lock, file = work_folder(index) / _LOCK, _locked(index)
+    try:
+        yield
+    finally:
+        if file is not None:
+            with contextlib.suppress(OSError):
+                lock.unlink(missing_ok=True)
+                lock.parent.rmdir()
+            file.close()
+
+
+def _locked(index: Path) -> BinaryIO | None:
+    """The lock of an index, taken; None where there are no locks."""
+    lock = work_folder(index) / _LOCK
+    try:
+        lock.parent.mkdir(exist_ok=True)
+        file = lock.open("wb")
+    except OSError:
+        return None
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever had it may have removed it since it was opened here.
+        if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+            return file
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        file.close()
+        return None
+    file.close()
+    raise OutputError(f"'{index}' is being written by another process; wait until that has ended.")
 
 
 def work_folder(index: Path) -> Path:

@@ -53,7 +53,9 @@ class Region:
         x, y, wide, high = box
         height, width = size
         finite = all(np.isfinite(value) for value in box)
-        if not finite or wide < 1 or high < 1:
+        if not finite:
+            raise ComparisonError(f"Expected a region of four finite numbers, got {box}.")
+        if wide < 1 or high < 1:
             raise ComparisonError(
                 f"Expected a region of at least one pixel, got {wide:g} x {high:g}."
             )
@@ -103,6 +105,8 @@ class Region:
         """
         seen = torch.from_numpy(geometry.from_original(self.mask)).float()
         if not bool(seen.any()):
+            _mark(seen, self.mask, geometry)
+        if not bool(seen.any()):
             left, top, right, bottom = geometry.box
             raise ComparisonError(
                 f"Expected a region that the network saw, x from {left:.0f} to {right:.0f} and y "
@@ -110,6 +114,15 @@ class Region:
                 "shows the network the whole picture."
             )
         return F.adaptive_avg_pool2d(seen[None, None], grid)[0, 0]
+
+
+def _mark(seen: Tensor, mask: NDArray[np.bool_], geometry: Geometry) -> None:
+    """Marks where a part lies that is too small to hold the centre of a pixel of the view."""
+    rows, columns = np.nonzero(mask)
+    places = np.stack((rows, columns), axis=1) + 0.5
+    at = np.floor(places * geometry.scale - np.asarray(geometry.offset)).astype(int)
+    rows, columns = at[((at >= 0) & (at < geometry.size)).all(axis=1)].T
+    seen[rows, columns] = 1.0
 
 
 def region_vector(query: Factors, coverage: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
 from simexplain.searching.index import build_index
 from simexplain.searching.index_gallery import GalleryIndex, open_index
+from simexplain.searching.index_neighbours import distance_name_of
 from simexplain.searching.regions import Box, Region
 from simexplain.searching.search_hits import HitsFound, hits_of
 from simexplain.searching.search_query import Asked, ask, rank_gallery
@@ -32,7 +33,7 @@ def search(
     model: nn.Module,
     query: str | Path,
     index: str | Path | GalleryIndex,
-    k: int = 5,
+    k: int | None = None,
     *,
     region: Box | None = None,
     mask: str | Path | None = None,
@@ -57,7 +58,7 @@ def search(
         query: A picture file.
         index: An index, its file, or a folder of pictures, which is then indexed for this search
             alone.
-        k: How many hits.
+        k: How many hits; five unless given, or all where there are fewer.
         region: ``(x, y, width, height)`` in pixels of the query's picture.
         mask: Instead of a box, a picture of the query's size that is white where the region is.
         root: Where the gallery's pictures are now, if they were moved.
@@ -84,6 +85,7 @@ def search(
         )
     asked = ask(base, gallery, views, geometry, wanted)
     ranking = rank_gallery(base, gallery, asked, k, own=gallery.place_of(query))
+    gallery = _measured_by(base, gallery)
     found = hits_of(base, gallery, asked, ranking)
     result = _result(base, gallery, picture, wanted, asked, found, geometry)
     told = base.preprocess.notes + picture.notes + notes
@@ -121,6 +123,12 @@ def _gallery(
     if made.broken:
         said += (f"{len(made.broken)} pictures of '{index}' cannot be read and were left out.",)
     return made, said
+
+
+def _measured_by(model: SimilarityModel, gallery: GalleryIndex) -> GalleryIndex:
+    """With the distance of the model, which need not be the one that it was indexed with."""
+    name = distance_name_of(model, gallery.embeddings.shape[1])
+    return gallery if name == gallery.distance_name else replace(gallery, distance_name=name)
 
 
 def _region(picture: Picture, box: Box | None, mask: str | Path | None) -> Region | None:

@@ -21,6 +21,9 @@ from simexplain.searching.index_gallery import GalleryIndex
 from simexplain.searching.regions import Region, region_vector
 from simexplain.tracing import trace
 
+USUAL = 5
+"""Hits, unless a number is given."""
+
 _DEEPER = 4
 """How many times further down a ranking is looked for a rival, until there is one."""
 
@@ -103,7 +106,7 @@ def _checked(rows: Tensor) -> Tensor:
 
 
 def rank_gallery(
-    model: SimilarityModel, gallery: GalleryIndex, asked: Asked, k: int, *, own: int | None
+    model: SimilarityModel, gallery: GalleryIndex, asked: Asked, k: int | None, *, own: int | None
 ) -> Ranked:
     """The ``k`` nearest pictures, and as many after them as it takes to find their rivals.
 
@@ -112,12 +115,19 @@ def rank_gallery(
         gallery: The index.
         asked: The query.
         k: How many hits.
+        k: How many hits; ``USUAL`` or all there are unless given.
         own: The query's own place in the index, which is left out.
 
     Raises:
-        ComparisonError: If ``k`` is below 1 or more than there is.
+        ComparisonError: If ``k`` is below 1 or more than there is, or there is nothing to find.
     """
     most = len(gallery) - (own is not None)
+    if most == 0:
+        raise ComparisonError(
+            f"Expected a gallery with pictures beside the query, but '{gallery.path}' has that "
+            "alone; add others."
+        )
+    k = min(USUAL, most) if k is None else k
     if not 1 <= k <= most:
         beside = " beside the query itself" if own is not None else ""
         raise ComparisonError(

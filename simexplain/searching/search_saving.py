@@ -66,7 +66,8 @@ def save_search(result: SearchResult, folder: Path, *, force: bool) -> dict[str,
         (draft / _FIGURE).write_bytes(png_of(result.figure()))
         np.savez_compressed(draft / _ARRAYS, **arrays)
         text = json.dumps(manifest(result, files), indent=2, ensure_ascii=False)
-        (draft / MANIFEST).write_text(text, encoding="utf-8")
+        # A file's name need not be UTF-8; as an escape, JSON can say it and give it back.
+        (draft / MANIFEST).write_bytes(text.encode("utf-8", "backslashreplace"))
     return files
 
 

@@ -85,6 +85,7 @@ def attend(
         ModelError: If the model or a layer cannot be used.
     """
     _check_choices(several, anchor)
+    check_tensors(test, supports, *(() if others is None else (others,)))
     negatives = supports[:0] if others is None else others
     _check(test, supports, negatives)
     comparison = _comparison(test, supports, negatives, together=several == "together")
@@ -136,6 +137,19 @@ def _check_choices(several: str, anchor: str) -> None:
         raise ComparisonError(
             "Expected the test image as the anchor of all supports together, since a comparison "
             "has one anchor; choose anchor='test' or several='averaged'."
+        )
+
+
+def check_tensors(*images: object) -> None:
+    """Refuses what is no tensor.
+
+    Raises:
+        ComparisonError: If so.
+    """
+    strange = [type(image).__name__ for image in images if not isinstance(image, Tensor)]
+    if strange:
+        raise ComparisonError(
+            f"Expected images as tensors, got {strange[0]}; use segment_files for picture files."
         )
 
 

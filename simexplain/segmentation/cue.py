@@ -73,7 +73,8 @@ CUES: dict[str, Cue] = {
     "focus": Cue(sure=0.6, probable=0.1, background=0.003),
     "sam": Cue(sure=0.95, probable=0.2, background=0.05),
 }
-"""Thresholds by method, chosen on training categories; other methods have those of ``sam``."""
+"""Thresholds by method, settled in trials on categories that are in no table of the documentation;
+other methods have those of ``sam``."""
 
 
 def default_cue(method: object) -> Cue:
@@ -110,7 +111,11 @@ def cued(picture: Pixels, heat: Heat, seen: Mask, cue: Cue, cut: GrabCut) -> Ref
         note = "The map is hot everywhere, so that no pixel is background: the mask is everything."
         return Refined(np.ones_like(seen), marks, note)
     mask = cut(picture, marks)
-    note = "" if mask.any() else "The cut left nothing of the object; a lower sure threshold may."
+    note = (
+        ""
+        if mask.any()
+        else "The cut left nothing of the object; a lower sure threshold would keep some of it."
+    )
     return Refined(mask, marks, note)
 
 

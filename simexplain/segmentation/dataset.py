@@ -20,6 +20,8 @@ from simexplain.errors import ComparisonError, ImageError
 
 VOID = 255
 """Value of pixels that PASCAL VOC leaves out of every measure, such as contours."""
+PARTS = ("all", "train", "test")
+"""Of pictures of one's own."""
 _HALF = 127
 _TWICE = "listed repeatedly"
 
@@ -213,18 +215,27 @@ def read_masked(
         root: The CSV file or the folder.
         masks: For folders: a folder with a mask of the same relative path for each picture, or
             ``alpha``. A picture without a mask can only be a support.
-        part: ``all``, ``train`` or ``test``: the classes or pictures asked for.
+        part: A name in :data:`PARTS`: the classes or pictures asked for.
 
     Raises:
-        ImageError: If the data do not fit together, or no picture has a mask.
+        ImageError: If the data do not fit together, there is no such part, or no picture in it has
+            a mask.
     """
+    if part not in PARTS:
+        raise ImageError(f"Expected a part ({', '.join(PARTS)}), got '{part}'.")
     split = read_dataset(kind, root, masks=masks, strict=False)
     # Elsewhere a picture has one class; here its classes each have a line and a mask.
     problems = [problem for problem in split.problems if _TWICE not in problem]
     if problems:
         raise ImageError(f"'{root}' does not match: {'; '.join(problems)}.")
     chosen = {"train": split.train, "test": split.queries}
-    records = chosen.get(part) or (*split.train, *split.queries, *(split.gallery or ()))
+    everything = (*split.train, *split.queries, *(split.gallery or ()))
+    records = chosen.get(part, everything)
+    if not records:
+        raise ImageError(
+            f"Expected pictures in the part '{part}' of {split.name}, found none; ask for another "
+            "part, or all (--split all)."
+        )
     # A picture may be listed in several parts; for each class it counts once.
     known = {(record.path, record.label): record for record in records if record.label}
     supports = tuple(Appearance(r.path, str(r.label), r.mask) for r in known.values())
@@ -269,7 +280,7 @@ def _boundaries(path: Path) -> NDArray[np.uint8]:
         loadmat = import_module("scipy.io").loadmat
     except ImportError as error:
         raise ImageError(
-            f"Reading '{path}' needs scipy, which is not installed; pip install scipy, or put "
+            f"Reading '{path}' needs scipy, which is not installed; run pip install scipy, or put "
             "SegmentationClassAug in its place."
         ) from error
     try:

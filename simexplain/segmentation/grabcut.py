@@ -55,7 +55,8 @@ class GrabCut:
         """The object in a picture.
 
         Where no pixel is marked as (probable) object the mask is empty, and where none is marked as
-        (probable) background it is everything: there is nothing to tell apart.
+        (probable) background it is everything: there is nothing to tell apart. Sure marks hold in
+        a reduced picture too, also where they are too small to be seen in it.
 
         Args:
             picture: RGB ``(H,W,3)``.
@@ -67,13 +68,14 @@ class GrabCut:
         small, own = self._reduced(picture, marks)
         inside = np.isin(own, (OBJECT, PROBABLE_OBJECT))
         if inside.all() or not inside.any():
-            return np.full(marks.shape, bool(inside.any()))
+            whole = np.full(marks.shape, bool(inside.any()))
+            return np.asarray((whole | (marks == OBJECT)) & (marks != BACKGROUND))
         found = _alone(lambda: _cut(small, own, self.iterations, self.seed))
         if found.shape == marks.shape:
             return found
         height, width = marks.shape
         grown = cv2.resize(found.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
-        return np.asarray(grown > 0.5)
+        return np.asarray(((grown > 0.5) | (marks == OBJECT)) & (marks != BACKGROUND))
 
     def _reduced(self, picture: Pixels, marks: Pixels) -> tuple[Pixels, Pixels]:
         height, width = marks.shape

@@ -38,10 +38,11 @@ def draw_segmentation(result: Segmentation) -> Figure:
         Cell(_TITLES[image.role], _name(image.name), overlay(image.picture, image.heat))
         for image in result.images
     ]
+    shown = "supports show" if _shots(result) > 1 else "support shows"
     return mask_panel(
         cells,
         supports,
-        title="Where is what the support shows?",
+        title=f"Where is what the {shown}?",
         footer=footer(result),
         notes=result.warnings,
         marks=result.marks is not None,
@@ -59,11 +60,15 @@ def small(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def footer(result: Segmentation) -> str:
     """What one must know to cite the figure."""
-    count = sum(image.role == "support" for image in result.images)
+    count = _shots(result)
     ways = "two-way" if count < len(result.images) else "one-way"
     return "   ·   ".join(
         (result.model, f"layer {' x '.join(result.layers)}", f"{ways}, {count}-shot", result.by)
     )
+
+
+def _shots(result: Segmentation) -> int:
+    return sum(image.role == "support" for image in result.images)
 
 
 def _name(path: str) -> str:

@@ -14,13 +14,13 @@ from simexplain.explaining import Layers
 from simexplain.explanation import versions
 from simexplain.methods import Method
 from simexplain.models.embedder import as_similarity_model
-from simexplain.segmentation.attending import Attention, attend
+from simexplain.segmentation.attending import Attention, attend, check_tensors
 from simexplain.segmentation.cue import Cue, Heat, default_cue, refine
 from simexplain.segmentation.grabcut import GrabCut, Mask, Pixels
 from simexplain.segmentation.result import ROLES, Segmentation, SupportImage
 
 METHOD = "focus"
-"""The method that segmented best on training categories (``docs/segmentation-results.md``)."""
+"""The method that segmented best where it was measured (``docs/segmentation-results.md``)."""
 
 
 def segment(
@@ -56,7 +56,7 @@ def segment(
         method: A name in ``METHODS`` or an object; ``sam`` is the paper's.
         layer: As for ``explain``.
         by: A name in ``REFINEMENTS``; ``grabcut`` is the paper's.
-        cue: Thresholds; None for those chosen for the method on training categories.
+        cue: Thresholds; None for the method's own in ``CUES``.
         cut: How GrabCut runs; None for five iterations.
         several: ``averaged``, as in the paper, or ``together``.
         anchor: ``test``, as in the paper, or ``support``.
@@ -72,7 +72,10 @@ def segment(
     """
     wrapped = as_similarity_model(model)
     chosen = cue or default_cue(method)
-    shown = supports if support_masks is None else hidden(supports, support_masks)
+    shown = supports
+    if support_masks is not None:
+        check_tensors(supports, support_masks)
+        shown = hidden(supports, support_masks)
     found = attend(
         wrapped, test, shown, others, method=method, layer=layer, several=several, anchor=anchor,
         magnify=magnify, max_batch=max_batch, **options,
@@ -139,7 +142,8 @@ def hidden(supports: Tensor, masks: Tensor) -> Tensor:
         )
     if not bool(masks.flatten(1).any(dim=1).all()):
         raise ComparisonError("Expected every support mask to mark something, got an empty one.")
-    return supports * masks.unsqueeze(1).to(supports)
+    # A mask of 0 and 255 must not make the picture 255 times as bright.
+    return supports * masks.bool().unsqueeze(1).to(supports)
 
 
 def beside(

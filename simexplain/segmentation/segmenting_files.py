@@ -79,7 +79,7 @@ def segment_files(
         ModelError: If the model or a layer cannot be used.
     """
     wrapped = as_similarity_model(model)
-    _check(supports, support_masks, view)
+    _check(supports, others, support_masks, view)
     chosen = cue or default_cue(method)
     prepare = whole_view(wrapped.preprocess) if view == "whole" else wrapped.preprocess
     pictures = [read_picture(path) for path in (test, *supports, *others)]
@@ -147,12 +147,21 @@ def _masks(
     return torch.stack(found)
 
 
-def _check(supports: Sequence[str | Path], masks: Sequence[str | Path] | None, view: str) -> None:
+def _check(
+    supports: Sequence[str | Path],
+    others: Sequence[str | Path],
+    masks: Sequence[str | Path] | None,
+    view: str,
+) -> None:
     if isinstance(supports, (str, Path)) or not supports:
         raise ComparisonError(
             "Expected a list of at least one support picture, got "
             f"{'one path' if supports else 'none'}."
         )
+    if isinstance(others, (str, Path)):
+        raise ComparisonError("Expected a list of pictures of other classes, got one path.")
+    if isinstance(masks, (str, Path)):
+        raise ComparisonError("Expected a list of support masks, got one path.")
     if masks is not None and len(masks) != len(supports):
         raise ComparisonError(
             f"Expected a mask for each of {len(supports)} supports, got {len(masks)}."
