@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from simexplain.data.dataset_published import JUNK, is_distractor
 from simexplain.data.folders import Record
 from simexplain.evaluation.results import SCHEMA, Measured, Row, plain
 from simexplain.evaluation.tables import aligned, number
-from simexplain.metrics.ranking import Ranking
+from simexplain.metrics.ranking import Ranking, mean_defined
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,17 +92,17 @@ class Reidentification(Measured):
     @cached_property
     def rank(self) -> dict[int, float]:
         """The CMC in [0, 1] by rank: how often the person is among the first so many."""
-        return {k: _mean(self.ranking.recall(k)) for k in self.ks}
+        return {k: mean_defined(self.ranking.recall(k)) for k in self.ks}
 
     @property
     def map(self) -> float:
         """Mean average precision in (0, 1]: the mean precision at the places of all relevant."""
-        return _mean(self.ranking.average_precision)
+        return mean_defined(self.ranking.average_precision)
 
     @property
     def map_trapezoid(self) -> float:
         """The same by trapezoids, as the authors' code for Market-1501 computes it."""
-        return _mean(self.ranking.trapezoid_precision)
+        return mean_defined(self.ranking.trapezoid_precision)
 
     @property
     def left_out(self) -> int:
@@ -138,8 +137,8 @@ class Reidentification(Measured):
         for camera in sorted({str(record.camera) for record in self.queries}):
             own = [n for n, record in enumerate(self.queries) if record.camera == camera]
             row: Row = {"camera": camera, "queries": int(self.ranking.answerable[own].sum())}
-            row |= {f"rank_{k}": _mean(self.ranking.recall(k)[own]) for k in self.ks}
-            rows.append({**row, "map": _mean(self.ranking.average_precision[own])})
+            row |= {f"rank_{k}": mean_defined(self.ranking.recall(k)[own]) for k in self.ks}
+            rows.append({**row, "map": mean_defined(self.ranking.average_precision[own])})
         return rows
 
     def table(self) -> list[Row]:
@@ -208,8 +207,3 @@ class Reidentification(Measured):
             "settings": self.settings,
         }
         return {"schema": SCHEMA, "kind": "reid", **plain(said)}
-
-
-def _mean(values: Tensor) -> float:
-    """Over what is defined; NaN where nothing is."""
-    return float(values.nanmean()) if len(values) else math.nan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 from simexplain.data.folders import Record
 from simexplain.evaluation.results import SCHEMA, Measured, Row, plain
 from simexplain.evaluation.tables import aligned, number
-from simexplain.metrics.ranking import Ranking
+from simexplain.metrics.ranking import Ranking, mean_defined
 
 _WORST = 10
 _AVERAGES = ("map_at_r", "r_precision", "average_precision")
@@ -69,22 +68,22 @@ class Retrieval(Measured):
     @cached_property
     def recall(self) -> dict[int, float]:
         """Recall@K in [0, 1] by K."""
-        return {k: _mean(self.ranking.recall(k)) for k in self.ks}
+        return {k: mean_defined(self.ranking.recall(k)) for k in self.ks}
 
     @property
     def map_at_r(self) -> float:
         """MAP@R in [0, 1]."""
-        return _mean(self.ranking.map_at_r)
+        return mean_defined(self.ranking.map_at_r)
 
     @property
     def r_precision(self) -> float:
         """R-precision in [0, 1]."""
-        return _mean(self.ranking.r_precision)
+        return mean_defined(self.ranking.r_precision)
 
     @property
     def average_precision(self) -> float:
         """Mean average precision over the whole ranking, in (0, 1]."""
-        return _mean(self.ranking.average_precision)
+        return mean_defined(self.ranking.average_precision)
 
     @property
     def left_out(self) -> int:
@@ -117,10 +116,10 @@ class Retrieval(Measured):
         return ClassRetrieval(
             label=label,
             queries=len(answerable),
-            recall={k: _mean(values[places]) for k, values in recalls.items()},
-            map_at_r=_mean(ranking.map_at_r[places]),
-            r_precision=_mean(ranking.r_precision[places]),
-            average_precision=_mean(ranking.average_precision[places]),
+            recall={k: mean_defined(values[places]) for k, values in recalls.items()},
+            map_at_r=mean_defined(ranking.map_at_r[places]),
+            r_precision=mean_defined(ranking.r_precision[places]),
+            average_precision=mean_defined(ranking.average_precision[places]),
             taken_for=min(mistaken, key=lambda name: (-mistaken[name], name), default=None),
         )
 
@@ -216,8 +215,3 @@ class Retrieval(Measured):
             "settings": self.settings,
         }
         return {"schema": SCHEMA, "kind": "retrieval", **plain(said)}
-
-
-def _mean(values: Tensor) -> float:
-    """Over what is defined; NaN where nothing is."""
-    return float(values.nanmean()) if len(values) else math.nan

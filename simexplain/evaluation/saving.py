@@ -59,7 +59,7 @@ def save_comparison(
     with published(folder, list(names.values()), _KIND, force=force) as draft:
         (draft / names["figure"]).write_bytes(png_of(result.figure(style)))
         np.savez_compressed(draft / names["maps"], **_arrays(result))
-        _write_json(draft / names["manifest"], result.to_json(files))
+        write_json(draft / names["manifest"], result.to_json(files))
     return files
 
 
@@ -142,7 +142,7 @@ def save_evaluation(result: Evaluation, folder: Path, *, force: bool) -> dict[st
     files = {what: str(folder / name) for what, name in names.items()}
     kind = Kind("evaluation", names["results"], "", (), SCHEMA)
     with published(folder, list(names.values()), kind, force=force) as draft:
-        _write_json(draft / names["results"], {**result.to_json(), "files": files})
+        write_json(draft / names["results"], {**result.to_json(), "files": files})
         with (draft / names["values"]).open("w", encoding="utf-8", newline="") as opened:
             writer = csv.writer(opened)
             writer.writerow(("item", "anchor", "method", *result.metrics))
@@ -181,9 +181,9 @@ def save_retrieval(result: Retrieval, folder: Path, *, force: bool) -> dict[str,
     kind = Kind("evaluation of retrieval", names["results"], "", (), SCHEMA)
     tables = {"queries": result.table(), "classes": result.class_table()}
     with published(folder, list(names.values()), kind, force=force) as draft:
-        _write_json(draft / names["results"], {**result.to_json(), "files": files})
+        write_json(draft / names["results"], {**result.to_json(), "files": files})
         for what, rows in tables.items():
-            _write_table(draft / names[what], list(rows[0]), rows)
+            write_table(draft / names[what], list(rows[0]), rows)
     return files
 
 
@@ -208,17 +208,17 @@ def save_reid(result: Reidentification, folder: Path, *, force: bool) -> dict[st
     files = {what: str(folder / name) for what, name in names.items()}
     kind = Kind("evaluation of re-identification", names["results"], "", ("failures",), SCHEMA)
     with published(folder, list(names.values()), kind, force=force) as draft:
-        _write_json(draft / names["results"], {**result.to_json(), "files": files})
+        write_json(draft / names["results"], {**result.to_json(), "files": files})
         queries = result.table()
-        _write_table(draft / names["queries"], list(queries[0]), queries)
+        write_table(draft / names["queries"], list(queries[0]), queries)
         failures = [one.row() for one in result.failures]
-        _write_table(draft / names["failures"], FAILURE_COLUMNS, failures)
+        write_table(draft / names["failures"], FAILURE_COLUMNS, failures)
         if result.failures:
             (draft / names["figure"]).write_bytes(png_of(result.figure()))
     return files
 
 
-def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
+def write_table(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
     """A CSV file; what is undefined is left empty."""
     with path.open("w", encoding="utf-8", newline="") as opened:
         writer = csv.DictWriter(opened, columns)
@@ -227,6 +227,7 @@ def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> Non
             writer.writerow({k: "" if v != v else v for k, v in row.items()})
 
 
-def _write_json(path: Path, said: dict[str, Any]) -> None:
+def write_json(path: Path, said: dict[str, Any]) -> None:
+    """A manifest; NaN and infinity must be told as null before."""
     text = json.dumps(said, indent=2, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")

@@ -84,6 +84,11 @@ class Ranking:
 
 
 @torch.no_grad()
+def mean_defined(values: Tensor) -> float:
+    """The mean over the queries ``(Q,)`` that have a score; NaN where none has."""
+    return float(values.nanmean()) if len(values) else torch.nan
+
+
 def ranked(distances: Tensor, relevant: Tensor, ignored: Tensor | None = None) -> Ranking:
     """The ranking that distances make.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from simexplain.evaluation.saving import write_json, write_table
 from simexplain.publishing import Kind, published, read_back
 from simexplain.rendering.panel import png_of
 from simexplain.segmentation.result import Segmentation, SupportImage
@@ -149,13 +149,7 @@ def save_scores(result: SegmentationScores, folder: Path, *, force: bool) -> dic
     files = {what: str(folder / name) for what, name in _SCORES.items()}
     kind = Kind("evaluation of segmentation", _SCORES["scores"], "", (), SCHEMA)
     with published(folder, list(SCORE_FILES), kind, force=force) as draft:
-        said = {**result.to_json(), "files": files}
-        text = json.dumps(said, indent=2, ensure_ascii=False, allow_nan=False)
-        (draft / _SCORES["scores"]).write_text(text + "\n", encoding="utf-8")
+        write_json(draft / _SCORES["scores"], {**result.to_json(), "files": files})
         rows = result.table()
-        with (draft / _SCORES["episodes"]).open("w", encoding="utf-8", newline="") as opened:
-            writer = csv.DictWriter(opened, list(rows[0]))
-            writer.writeheader()
-            for row in rows:
-                writer.writerow({k: "" if v != v else v for k, v in row.items()})
+        write_table(draft / _SCORES["episodes"], list(rows[0]), rows)
     return files
