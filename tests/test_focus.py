@@ -90,12 +90,25 @@ class Naive:
         evidence = ((1 + (k * cells).exp()).log() * last[0].norm(dim=0).detach()).sum()
         (gradient,) = torch.autograd.grad(evidence, act)
         cam = (gradient.relu() * act.relu()).sum(dim=1)[0].detach()
-        return self.joined(cam, cells.detach(), place, near, far)
+        like = self.like(image, near) if place not in near else torch.zeros_like(cam)
+        return self.joined(cam, cells.detach(), like, place, near, far)
+
+    def like(self, image: Tensor, near: tuple[int, ...]) -> Tensor:
+        """Grad-CAM at the last layer times LayerCAM at the finer one, of the mean cosine."""
+        act, last, vector = self.run(image.unsqueeze(0).requires_grad_())
+        cosines = [F.cosine_similarity(vector[0], self.units[i], dim=0) for i in near]
+        slopes = torch.autograd.grad(torch.stack(cosines).mean(), (last, act))
+        coarse = (slopes[0].mean(dim=(2, 3), keepdim=True) * last).sum(dim=1).relu()
+        fine = (slopes[1].relu() * act).sum(dim=1).relu()[0].detach()
+        grown = F.interpolate(coarse[None].detach(), fine.shape, mode="bilinear")[0, 0]
+        found = grown / grown.max().clamp_min(1e-30) * (fine / fine.max())
+        return found / found.max().clamp_min(1e-30)
 
     def joined(
         self,
         cam: Tensor,
         cells: Tensor,
+        like: Tensor,
         place: int,
         near: tuple[int, ...],
         far: tuple[int, ...],
@@ -115,8 +128,12 @@ class Naive:
         match = match.relu()
         product = cam / cam.max() * torch.sigmoid(self.options.contrast * grown)
         product = product * (1 + self.options.matching * match / match.max().clamp_min(1e-30))
-        product = self.blurred(product / product.max())
-        return (product / product.max()) ** self.options.sharpness
+        product = product / product.max()
+        smooth = self.blurred(product)
+        detail = product**2 + like**2
+        detail = (detail / detail.max()) ** (self.options.sharpness / 2)
+        found = (smooth / smooth.max()) ** self.options.peak + self.options.detail * detail
+        return found / found.max()
 
     def blurred(self, product: Tensor) -> Tensor:
         """The Gaussian as a sum over all pairs of positions, each axis with its largest sum 1."""
@@ -139,7 +156,7 @@ def test_maps_are_the_formula_position_by_position(
     tiny: TinyNet, images: Tensor, kind: str
 ) -> None:
     comparison = compared(images, kind)
-    options = Focus(contrast=7.0, matching=2.0, smoothing=0.1, sharpness=1.5)
+    options = Focus(contrast=7.0, matching=2.0, smoothing=0.1, sharpness=1.5, peak=4, detail=0.7)
     result = explain(tiny, comparison, options, LAYERS)
     stack = comparison.stacked()[0]
     naive = Naive(tiny, stack, options)
@@ -160,6 +177,21 @@ def test_one_layer_is_enough(tiny: TinyNet, images: Tensor) -> None:
     assert result.maps.shape == (1, 3, *result.layer_maps["last"].shape[2:])
     assert result.layers == ("last",)
     assert result.maps.amax(dim=(2, 3)).allclose(torch.ones(1, 3))
+
+
+def test_without_detail_it_is_smooth(tiny: TinyNet, images: Tensor) -> None:
+    comparison = compared(images, "triplet")
+    peak = explain(tiny, comparison, Focus(detail=0), LAYERS).maps
+    flat = explain(tiny, comparison, Focus(detail=0, peak=1), LAYERS).maps
+    assert torch.allclose(peak, flat**16, atol=1e-5)
+
+
+def test_an_image_that_supports_itself_adds_no_rounding(tiny: TinyNet, images: Tensor) -> None:
+    """The cosine of two equal images has no gradient; what rounding leaves must not be scaled."""
+    twin = Comparison.pair(images[:1], images[:1].clone())
+    product = explain(tiny, twin, Focus(peak=1e6, detail=1e6, sharpness=1), LAYERS).maps
+    wanted = explain(tiny, twin, Focus(smoothing=0, detail=0, peak=1), LAYERS).maps
+    assert torch.allclose(product, wanted, atol=1e-4)
 
 
 def test_it_chooses_its_layers_itself() -> None:
@@ -217,10 +249,12 @@ def test_positions_are_matched_a_few_at_a_time(
         {"matching": -0.1},
         {"smoothing": 0.6},
         {"sharpness": 0},
+        {"peak": 0},
+        {"detail": -1},
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, float]) -> None:
-    with pytest.raises(ComparisonError, match="Expected contrast and sharpness"):
+    with pytest.raises(ComparisonError, match="Expected contrast, sharpness and peak"):
         Focus(**options)
 
 

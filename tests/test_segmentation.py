@@ -31,7 +31,7 @@ from simexplain import (
 )
 from simexplain.errors import ComparisonError, ImageError, OutputError
 from simexplain.segmentation.attending import attend
-from simexplain.segmentation.cue import CUES, REFINEMENTS, default_cue, refine
+from simexplain.segmentation.cue import CUES, REFINEMENTS, SHAPES, default_cue, refine
 from simexplain.segmentation.grabcut import framed, nearly_all
 from simexplain.segmentation.saving import MAIN_FILES
 
@@ -219,7 +219,7 @@ def test_avsl_models_segment_with_their_own_maps_and_others(method: str) -> None
     test, near, far = torch.rand((3, 3, 32, 40), generator=generator, dtype=torch.float64)
     found = segment(model, test, near[None], far[None], method=method, by="threshold")
     triplet = Comparison.triplet(test[None], near[None], far[None])
-    wanted = explain(model, triplet, method)
+    wanted = explain(model, triplet, method, **SHAPES.get(method, {}))
     heat = wanted.heatmaps[0, 0]
     np.testing.assert_allclose(found.heat, heat / heat.max(), atol=1e-6)
     assert found.layers == wanted.layers
@@ -283,6 +283,18 @@ def test_thresholds_belong_to_the_method() -> None:
     assert default_cue("focus") == CUES["focus"]
     assert default_cue(simexplain.METHODS["focus"]()) == CUES["focus"]
     assert default_cue(SimilarityAttention()) == default_cue("saliency") == CUES["sam"]
+
+
+def test_focus_makes_a_smooth_cue_unless_told_otherwise(tiny: nn.Module, images: Tensor) -> None:
+    test, near = images[0], images[1:2]
+    pair = simexplain.Comparison.pair(images[:1], near)
+    for given, wanted in (
+        ({}, {"peak": 3.0, "detail": 0.0}),
+        ({"detail": 0.4}, {"peak": 3.0, "detail": 0.4}),
+    ):
+        heat = attend(as_similarity_model(tiny), test, near, method="focus", **given).heat
+        own = simexplain.explain(tiny, pair, "focus", **wanted).heatmaps[0, 0]
+        assert torch.allclose(heat, own, atol=1e-5)
 
 
 def test_files_at_their_own_resolution(colours: nn.Module, files: Path) -> None:

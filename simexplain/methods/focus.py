@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
 from simexplain.methods.cams import layer_cam
-from simexplain.methods.layer_maps import at_grid, finest_grid, unit_scaled
+from simexplain.methods.layer_maps import at_grid, finest_grid, fuse, layer_cams, unit_scaled
 from simexplain.methods.raw_vectors import RawVectors
 from simexplain.methods.rivals import rivals_of
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
@@ -24,6 +24,8 @@ from simexplain.networks import at_least_single
 from simexplain.tracing import Trace, trace
 
 _LAYERS = 3
+_APART = 1e-3
+"""The sine between an image and its support from which on their cosine has a gradient to show."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,22 @@ class Focus:
     3. The maps of the finer layers are multiplied with each other, with ``sigmoid(contrast c)``
        and with ``1 + matching m``, where ``m`` says how much better a position finds its like in
        the supporting images than in the opposing ones (``Rivals.matched``), scaled to one.
-    4. A Gaussian moves maxima from contours into the regions they surround; a power makes the map
-       as selective as the evidence is. It leaves the order of the positions alone.
+    4. A Gaussian moves maxima from contours into the regions they surround, and decides where the
+       map has its peak: smoothed and raised to the power ``peak``, it is low all around.
+    5. Below the peak the product itself says more: ``detail (product^2 + like^2)^(sharpness/2)``,
+       where ``like`` is the cosine with the supporting images as Grad-CAM shows it at the coarsest
+       layer, times LayerCAM at the next; it is zero where an image supports itself.
 
-    One forward and one backward pass serve all images. How it was found and what it reaches is told
-    in the documentation ("Focus").
+    One forward pass serves all images; gradients go down to the finest of the layers. How it was
+    found and what it reaches is told in the documentation ("Focus").
 
     Attributes:
         contrast: Steepness of softplus and sigmoid, per unit of cosine.
         matching: Weight of the matched positions; 0 leaves that factor out.
         smoothing: Standard deviation of the Gaussian as a share of the side of the map; 0 for none.
-        sharpness: The power.
+        sharpness: The power of the product.
+        peak: The power of the smoothed product.
+        detail: Weight of the former beside the latter; 0 leaves a smooth map.
     """
 
     uses_layers: ClassVar[bool] = True
@@ -61,14 +68,17 @@ class Focus:
     matching: float = 3.0
     smoothing: float = 0.07
     sharpness: float = 3.0
+    peak: float = 16.0
+    detail: float = 0.1
 
     def __post_init__(self) -> None:
-        told = f"contrast {self.contrast}, matching {self.matching}, smoothing {self.smoothing}"
-        fits = 0 < self.contrast < math.inf and 0 <= self.matching < math.inf
-        if not (fits and 0 <= self.smoothing <= 0.5 and 0 < self.sharpness < math.inf):
+        positive = all(0 < v < math.inf for v in (self.contrast, self.sharpness, self.peak))
+        least_zero = all(0 <= v < math.inf for v in (self.matching, self.detail))
+        if not (positive and least_zero and 0 <= self.smoothing <= 0.5):
+            told = ", ".join(f"{name} {value}" for name, value in asdict(self).items())
             raise ComparisonError(
-                "Expected contrast and sharpness above 0, matching of at least 0, all finite, and "
-                f"smoothing between 0 and 0.5, got {told} and sharpness {self.sharpness}."
+                "Expected contrast, sharpness and peak above 0, matching and detail of at least 0, "
+                f"all finite, and smoothing between 0 and 0.5, got {told}."
             )
 
     def layers_for(self, model: SimilarityModel, images: Tensor) -> tuple[str, ...] | None:
@@ -107,12 +117,12 @@ class Focus:
         cells, found = _evidence(
             traced, order, directions.flatten(0, 1), rivals.unopposed, self.contrast
         )
+        like = _likeness(traced, order[:2], rivals.support(units).flatten(0, 1))
         with torch.no_grad():
             middle = at_least_single(traced.maps[order[min(1, len(order) - 1)]])
-            matched = rivals.matched(images.restacked(middle))
-            joined = self._joined(
-                [found[layer] for layer in order[1:] or order], cells, matched.flatten(0, 1)
-            )
+            matched = rivals.matched(images.restacked(middle)).flatten(0, 1)
+            cams = [found[layer] for layer in order[1:] or order]
+            joined = self._joined(cams, cells, matched, like)
         return AttentionMaps(
             maps=images.restacked(joined),
             layer_maps={layer: images.restacked(found[layer]) for layer in layers},
@@ -122,16 +132,21 @@ class Focus:
             warnings=(),
         ).detached()
 
-    def _joined(self, cams: Sequence[Tensor], cells: Tensor, matched: Tensor) -> Tensor:
+    def _joined(
+        self, cams: Sequence[Tensor], cells: Tensor, matched: Tensor, like: Tensor
+    ) -> Tensor:
         """One map ``(M,h,w)`` from those of the layers and what was asked of the positions."""
         grid = finest_grid(cams)
         first, *finer = (at_grid(unit_scaled(cam), grid) for cam in cams)
         told = torch.sigmoid(self.contrast * at_grid(cells, grid))
-        product = first * told * (1 + self.matching * unit_scaled(at_grid(matched, grid)))
-        for cam in finer:
-            product = product * unit_scaled(self._smoothed(cam))
-        smooth: Tensor = unit_scaled(self._smoothed(unit_scaled(product))) ** self.sharpness
-        return smooth
+        own = first * told * (1 + self.matching * unit_scaled(at_grid(matched, grid)))
+        product = math.prod(finer, start=own)
+        blurred = math.prod((unit_scaled(self._smoothed(cam)) for cam in finer), start=own)
+        smooth = unit_scaled(self._smoothed(unit_scaled(blurred)))
+        detail = unit_scaled(product).square() + unit_scaled(at_grid(like, grid)).square()
+        joined = smooth**self.peak + self.detail * unit_scaled(detail) ** (self.sharpness / 2)
+        scaled: Tensor = unit_scaled(joined)
+        return scaled
 
     def _smoothed(self, maps: Tensor) -> Tensor:
         """Maps ``(M,h,w)`` under the Gaussian; nothing is taken to lie beyond their borders."""
@@ -171,3 +186,30 @@ def _evidence(
         for name in finer
     }
     return cells.detach(), {top: evidence.detach(), **cams}
+
+
+def _likeness(traced: Trace, layers: Sequence[str], support: Tensor) -> Tensor:
+    """Where an image is like those on its own side ``(M,h,w)``, non-negative.
+
+    Grad-CAM of the cosine at the first of the layers, times LayerCAM at the second. Zero where the
+    cosine is as large as it can be: there its gradient is rounding alone.
+
+    Args:
+        traced: The pass.
+        layers: The coarsest and the next, or one.
+        support: The mean unit embedding of the supporting images ``(M,E)``.
+    """
+    with torch.enable_grad():
+        units = F.normalize(at_least_single(traced.embeddings), dim=1)
+        cosines = (units * support).sum(dim=1)
+        gradients = traced.gradients(cosines.sum())
+    with torch.no_grad():
+        rest = support - cosines.unsqueeze(1) * units
+        cams = layer_cams(
+            {layer: at_least_single(traced.maps[layer]) for layer in layers},
+            {layer: at_least_single(gradients[layer]) for layer in layers},
+            None,
+            scale=(rest.norm(dim=1) > _APART).to(units),
+            keep_negative=False,
+        )
+        return fuse(list(cams.values()))

@@ -38,11 +38,15 @@ class Rivals:
 
     def directions(self, units: Tensor) -> Tensor:
         """Mean of the supporting minus mean of the opposing unit rows, ``(B,K,E) -> (B,K,E)``."""
-        found = []
-        for near, far in zip(self.supporting, self.opposing, strict=True):
-            direction = units[:, list(near)].mean(dim=1)
-            found.append(direction - units[:, list(far)].mean(dim=1) if far else direction)
-        return torch.stack(found, dim=1)
+        against = [
+            units[:, list(far)].mean(dim=1) if far else torch.zeros_like(units[:, 0])
+            for far in self.opposing
+        ]
+        return self.support(units) - torch.stack(against, dim=1)
+
+    def support(self, units: Tensor) -> Tensor:
+        """Mean of the supporting unit rows, ``(B,K,E) -> (B,K,E)``."""
+        return torch.stack([units[:, list(near)].mean(dim=1) for near in self.supporting], dim=1)
 
     def matched(self, maps: Tensor) -> Tensor:
         """How much better each position finds its like among the supporting images.

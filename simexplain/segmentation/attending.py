@@ -15,6 +15,7 @@ from simexplain.explanation import Explanation
 from simexplain.methods import Method
 from simexplain.metrics.maps import grown
 from simexplain.models.base import SimilarityModel
+from simexplain.segmentation.cue import SHAPES
 
 SEVERAL: dict[str, str] = {
     "averaged": "a pair or triplet for each support image, the test image's maps averaged",
@@ -78,7 +79,7 @@ def attend(
         anchor: A name in :data:`ANCHORS`; ``support`` needs ``averaged``.
         magnify: As for ``explain``.
         max_batch: Bounds the images in one forward pass.
-        **options: Of a method given by name.
+        **options: Of a method given by name, in place of those in ``SHAPES``.
 
     Raises:
         ComparisonError: If images or options do not fit.
@@ -95,6 +96,8 @@ def attend(
         comparison = replace(
             comparison, anchor=comparison.positives[:, 0], positives=comparison.anchor.unsqueeze(1)
         )
+    shape = SHAPES.get(method, {}) if isinstance(method, str) else {}
+    options = {**shape, **options}
     found = explain(
         model, comparison, method, layer, magnify=magnify, max_batch=max_batch, **options
     )

@@ -76,6 +76,9 @@ CUES: dict[str, Cue] = {
 """Thresholds by method, settled in trials on categories that are in no table of the documentation;
 other methods have those of ``sam``."""
 
+SHAPES: dict[str, dict[str, float]] = {"focus": {"peak": 3.0, "detail": 0.0}}
+"""Options of methods given by name that make better cues, where none are given: a smooth map."""
+
 
 def default_cue(method: object) -> Cue:
     """The thresholds for a method, given by name or as an object."""
