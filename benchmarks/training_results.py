@@ -94,7 +94,41 @@ def rows(args: argparse.Namespace) -> list[Row]:
         for name, settings in (("ProxyAnchor", plain), ("ProxyAnchor + AVSL", anchor)):
             changed = dict(settings) | ({"embedding": width} if width != 128 else {})
             found.append(Row(f"{name}, {width}", ("width",), changed))
-    return found
+    return found + trials(mine)
+
+
+def trials(mine: float) -> list[Row]:
+    """What else might help mining, on the first seed alone; triplets."""
+    fine = (("layer", "bn2,blocks.4"), ("weights", "signed"))
+    still = (*fine, ("through_mask", False))
+    tried: dict[str, dict[str, Any]] = {
+        "no mining": {},
+        "+ SAM": {"gamma": mine},
+        "+ SAM, maps of two layers, signed weights": {"gamma": mine, "mining_options": fine},
+        "+ SAM, attention alone learns": {
+            "gamma": 0.25, "mining_options": (("through_network", False),)
+        },
+        "+ SAM, Eq. 3 as printed, no gradient through masks": {
+            "gamma": mine, "mining_options": (("rule", "printed"), *still)
+        },
+        "+ SAM, hidden triplets shall hold, larger masks": {
+            "gamma": 0.2, "mining_options": (("rule", "held"), *still, ("beta", 0.3))
+        },
+        "no mining, 15 epochs": {"epochs": 15},
+        "+ SAM, 15 epochs": {"epochs": 15, "gamma": mine},
+        "no mining, constant rate, 12 epochs": {"epochs": 12, "schedule": "constant"},
+        "+ SAM, constant rate, 12 epochs": {
+            "epochs": 12, "schedule": "constant", "gamma": mine
+        },
+    }  # fmt: skip
+    return [
+        Row(name, ("trials",), {"loss": "triplet", **changes} | _mines(changes))
+        for name, changes in tried.items()
+    ]
+
+
+def _mines(changes: Mapping[str, Any]) -> dict[str, Any]:
+    return {"mining": "triplet"} if "gamma" in changes else {}
 
 
 def folder_of(row: Row, seed: int, args: argparse.Namespace) -> Path:
@@ -108,7 +142,7 @@ def measured(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     source = Source(train_share=0.6, group=args.group)
     if not (folder / "results.json").is_file():
         start = time.perf_counter()
-        settings = {**COMMON, **row.settings, "seed": seed, "epochs": args.epochs}
+        settings = {**COMMON, "epochs": args.epochs, **row.settings, "seed": seed}
         given = {"eval_every": args.eval_every, **settings}
         resume = (folder / "checkpoints" / "last.ckpt").is_file()
         train(args.folder, out=folder, source=source, resume=resume, force=True, **given)
@@ -157,6 +191,8 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {row.name: [] for row in wanted}
     for seed in args.seeds:
         for row in wanted:
+            if row.tables == ("trials",) and seed != args.seeds[0]:
+                continue
             if not args.done or (folder_of(row, seed, args) / "results.json").is_file():
                 results[row.name].append({"seed": seed, **measured(row, seed, args)})
     text = page(args, wanted, results, COMMON)

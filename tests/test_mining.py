@@ -360,6 +360,23 @@ def test_without_the_mask_in_the_graph_the_gradient_differs(linear) -> None:
     assert not torch.allclose(through[0], cut[0], rtol=1e-3)
 
 
+@pytest.mark.parametrize("arch", SHAPES)
+def test_attention_and_network_are_trained_apart(linear, arch: str) -> None:
+    """What attention learns and what the second look learns add up to the whole gradient."""
+    images = COMPARISONS[arch](pictures(12))
+    parameters = list(linear.parameters())
+
+    def of(**options: bool) -> tuple[Tensor, ...]:
+        loss = SimilarityMiningLoss(arch=arch, layer="body", **options).on(linear, images)
+        return torch.autograd.grad(loss, parameters)
+
+    whole, network, attention = of(), of(through_mask=False), of(through_network=False)
+    for total, one, other in zip(whole, network, attention, strict=True):
+        assert torch.allclose(total, one + other, rtol=1e-9, atol=1e-14)
+        assert other.abs().max() > 0
+    assert all(part.requires_grad for part in parameters)
+
+
 def test_mining_on_avsl_takes_all_levels_as_one_embedding() -> None:
     """Both papers at once: unit rows of all levels, maps at the top level, by plain autograd."""
     model = small_avsl()
@@ -469,6 +486,7 @@ def test_half_resolution_and_half_of_the_comparisons(linear, monkeypatch) -> Non
         ({"weights": "mine"}, "weights"),
         ({"cam": "score_cam"}, "cam to be one of grad_cam"),
         ({"alpha": 0.0}, "alpha"),
+        ({"through_mask": False, "through_network": False}, "would train nothing"),
     ],
 )
 def test_options_are_checked(options, said: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError
@@ -93,6 +94,8 @@ class MiningOptions:
         share: Mine only the hardest share of the comparisons of a batch, in (0, 1].
         masked_scale: Size of the masked images relative to the images; 0.5 makes them cheaper.
         through_mask: Let the gradient also pass through mask and map, as the paper does.
+        through_network: Let the second look train the network as well, as the paper does; without
+            it the network that judges hidden images is held, so that attention alone learns.
     """
 
     arch: str = "triplet"
@@ -105,6 +108,7 @@ class MiningOptions:
     share: float = 1.0
     masked_scale: float = 1.0
     through_mask: bool = True
+    through_network: bool = True
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(MiningOptions).items():
@@ -126,6 +130,11 @@ class MiningOptions:
             )
         if not self.alpha > 0:
             raise ComparisonError(f"Expected alpha above 0, got {self.alpha}.")
+        if not (self.through_mask or self.through_network):
+            raise ComparisonError(
+                "Expected through_mask or through_network to be true, got false for both, which "
+                "would train nothing; leave one of them on."
+            )
 
 
 def mining_options(options: MiningOptions, changes: Mapping[str, Any]) -> MiningOptions:
@@ -232,20 +241,40 @@ def mined_along(batch: Batch, tuples: Tuples, weights: Tensor, options: MiningOp
     masked = soft_mask(images, maps, alpha=options.alpha, beta=options.beta)
     hidden = batch.units.new_zeros(0, batch.units.shape[1])
     if len(masked):
-        hidden = embed_again(batch.model, scaled_images(masked, options.masked_scale))
+        looked_at = scaled_images(masked, options.masked_scale)
+        hidden = embed_again(batch.model, looked_at, held=not options.through_network)
     stack = own.together(batch, hidden).view(*tuples.places.shape, -1)
     return mining_loss(tuples.arranged(stack), options.rule)
 
 
-def embed_again(model: SimilarityModel, images: Tensor) -> Tensor:
+class _Look(nn.Module):
+    """A model whose call gives embeddings, as ``functional_call`` wants it."""
+
+    def __init__(self, model: SimilarityModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.embed(images)
+
+
+def embed_again(model: SimilarityModel, images: Tensor, *, held: bool = False) -> Tensor:
     """Unit embeddings of masked images, which must not move batch-norm statistics.
+
+    Args:
+        model: The model in training.
+        images: ``(m,3,H,W)``.
+        held: Hold its parameters constant: a gradient reaches the images alone.
 
     Raises:
         ModelError: If the model cannot take images of this size.
     """
     with statistics_kept(model):
         try:
-            return unit_rows(model, model.embed(images))
+            look = _Look(model)
+            held_parts = {name: part.detach() for name, part in look.named_parameters()}
+            rows = functional_call(look, held_parts if held else {}, (images,))
+            return unit_rows(model, rows)
         except RuntimeError as error:
             if "size" not in str(error):
                 raise
