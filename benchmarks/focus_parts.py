@@ -3,12 +3,18 @@
 On the scenes of ``pointing.py``, with the query alone (pair) and with a negative (triplet).
 
     python benchmarks/focus_parts.py --stamps tuned=FOLDER --mobilenet FILE --out FILE
+
+With ``--model`` other networks are measured, each in a table of its own, such as one that was
+trained for retrieval on the first classes of a folder, on scenes of its other classes:
+
+    python benchmarks/focus_parts.py --stamps emoji=FOLDER --after 0.6 --model trained=model.pt \
+        --model 'as it comes=timm:tf_efficientnet_lite0' --out FILE
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +24,10 @@ import torch
 from faithfulness_networks import Network, networks
 from pointing import judged
 from reporting import publish
-from scenes import Scene, compose_scenes, read_stamps
+from scenes import SIDE, Scene, Stamps, compose_scenes, read_stamps
 from torch import Tensor
 
-from simexplain import Comparison, explain
+from simexplain import Comparison, explain, load_model
 from simexplain.methods.focus import Focus
 from simexplain.methods.similarity_cam import SimilarityCAM
 
@@ -34,7 +40,8 @@ VARIANTS: dict[str, tuple[Any, int]] = {
     "focus": (WHOLE, 0),
     "without matching": (replace(WHOLE, matching=0), 0),
     "without the Gaussian": (replace(WHOLE, smoothing=0), 0),
-    "without the power": (replace(WHOLE, sharpness=1), 0),
+    "smooth alone (detail 0, peak 3)": (replace(WHOLE, detail=0, peak=3), 0),
+    "without powers (peak 1, sharpness 1)": (replace(WHOLE, peak=1, sharpness=1), 0),
     "evidence flat (contrast 1)": (replace(WHOLE, contrast=1), 0),
     "two layers": (WHOLE, 2),
     "last layer": (WHOLE, 1),
@@ -87,16 +94,51 @@ def table(scores: Scores) -> list[str]:
     return lines
 
 
+def chosen_networks(options: argparse.Namespace) -> Iterator[Network]:
+    """Those that are named, at the size of the scenes, or the two of ``faithfulness.py``."""
+    if not options.model:
+        yield from networks(options.mobilenet)
+    for given in options.model:
+        name, _, source = given.partition("=")
+        yield Network.of(name, load_model(source, size=(SIDE, SIDE)))
+
+
+def after(stamps: Stamps, share: float) -> Stamps:
+    """The categories behind a share of them, in order of their names."""
+    names = sorted(stamps)
+    return {name: stamps[name] for name in names[round(share * len(names)) :]}
+
+
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--stamps", action="append", required=True, metavar="NAME=FOLDER")
-    parser.add_argument("--mobilenet", type=Path, metavar="FILE", help="see faithfulness.py")
-    parser.add_argument("--scenes", type=int, default=100, help="for each seed")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[3])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, metavar="FILE", help="Markdown file to write")
+    add = parser.add_argument
+    add("--stamps", action="append", required=True, metavar="NAME=FOLDER")
+    add("--after", type=float, default=0.0, help="leave out this share of the categories")
+    add("--mobilenet", type=Path, metavar="FILE", help="see faithfulness.py")
+    add("--model", action="append", default=[], metavar="NAME=SOURCE", help="as load_model has it")
+    add("--scenes", type=int, default=100, help="for each seed")
+    add("--seeds", type=int, nargs="+", default=[3])
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--out", type=Path, metavar="FILE", help="Markdown file to write")
     return parser.parse_args(arguments)
+
+
+def told(options: argparse.Namespace) -> list[str]:
+    """What the page measures, and the command that writes it."""
+    folders = [f"--stamps {given.partition('=')[0]}=FOLDER" for given in options.stamps]
+    folders += [f"--after {options.after:g}"] if options.after else []
+    folders += ["--mobilenet FILE"] if options.mobilenet and not options.model else []
+    folders += [f"--model '{given.partition('=')[0]}=SOURCE'" for given in options.model]
+    nets = "both networks" if options.mobilenet else "Lite0"
+    over = "each network" if options.model else f"means over {nets}"
+    return [
+        "Hit / distractor hit / energy inside, as on [Which map is right?](faithfulness.md): "
+        f"{over}, {options.scenes * len(options.seeds)} scenes each. Written by",
+        "",
+        f"    python benchmarks/focus_parts.py {' '.join(folders)} --scenes {options.scenes} "
+        f"--seeds {' '.join(map(str, options.seeds))} --out FILE",
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -104,25 +146,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parsed(arguments)
     torch.set_num_threads(options.threads)
     found: dict[str, list[Scores]] = {}
-    for network in networks(options.mobilenet):
+    for network in chosen_networks(options):
         for given in options.stamps:
             name, _, folder = given.partition("=")
-            stamps = read_stamps(Path(folder))
+            stamps = after(read_stamps(Path(folder)), options.after)
+            title = f"{name}, {network.name}" if options.model else name
             for seed in options.seeds:
                 scenes = compose_scenes(stamps, options.scenes, seed)
-                found.setdefault(name, []).append(measure(network, scenes))
+                found.setdefault(title, []).append(measure(network, scenes))
                 print(f"{network.name}, {name}, seed {seed}: measured", flush=True)
-    seeds = " ".join(map(str, options.seeds))
-    folders = " ".join(f"--stamps {given.partition('=')[0]}=FOLDER" for given in options.stamps)
-    mobilenet = " --mobilenet FILE" if options.mobilenet else ""
-    lines = [
-        "Hit / distractor hit / energy inside, as on [Which map is right?](faithfulness.md): means "
-        f"over {'both networks' if options.mobilenet else 'Lite0'} and "
-        f"{options.scenes * len(options.seeds)} scenes each. Written by",
-        "",
-        f"    python benchmarks/focus_parts.py {folders}{mobilenet} --scenes {options.scenes} "
-        f"--seeds {seeds} --out docs/benchmarks/focus_parts.md",
-    ]
+    lines = told(options)
     for name, parts in found.items():
         joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         lines += ["", f"**{name}**", "", *table(joined)]

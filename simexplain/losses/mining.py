@@ -272,9 +272,8 @@ def embed_again(model: SimilarityModel, images: Tensor, *, held: bool = False) -
     with statistics_kept(model):
         try:
             look = _Look(model)
-            held_parts = {name: part.detach() for name, part in look.named_parameters()}
-            rows = functional_call(look, held_parts if held else {}, (images,))
-            return unit_rows(model, rows)
+            fixed = {name: part.detach() for name, part in look.named_parameters() if held}
+            return unit_rows(model, functional_call(look, fixed, (images,)))
         except RuntimeError as error:
             if "size" not in str(error):
                 raise
