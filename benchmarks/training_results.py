@@ -6,7 +6,8 @@ FOLDER has a class in each sub-folder (emoji: a code point, with a picture of ea
 first 60 % of the classes in order of their names are trained on, the others searched; pictures of
 the query's own file name (its vendor) are left out of the gallery. Every row is a run of
 ``simexplain train`` with the options that the page shows; runs that are in the folder of runs are
-not repeated, interrupted ones go on.
+not repeated, interrupted ones go on. With ``--records docs/benchmarks/training-runs.json`` neither
+are those whose results are in that file, which new results are added to.
 """
 
 from __future__ import annotations
@@ -136,35 +137,70 @@ def folder_of(row: Row, seed: int, args: argparse.Namespace) -> Path:
     return Path(args.runs / f"{row.run or 'plain'}-seed{seed}")
 
 
-def measured(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Recall@K of one row and seed at the last epoch, and at the best."""
-    folder = folder_of(row, seed, args)
-    source = Source(train_share=0.6, group=args.group)
-    if not (folder / "results.json").is_file():
-        start = time.perf_counter()
-        settings = {**COMMON, "epochs": args.epochs, **row.settings, "seed": seed}
-        given = {"eval_every": args.eval_every, **settings}
-        resume = (folder / "checkpoints" / "last.ckpt").is_file()
-        train(args.folder, out=folder, source=source, resume=resume, force=True, **given)
-        print(f"{folder.name}: {time.perf_counter() - start:.0f} s", flush=True)
-    said = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    if not row.measured:
-        return {"last": said["epochs"][-1], "best": said["reached"], "before": said["untrained"]}
-    return {"last": again(row, folder, source, args), "best": {}, "before": {}}
+class Records:
+    """What runs reached at their last epoch, by run and measure; with a file, kept from then on."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.known: dict[str, dict[str, float]] = {}
+        if path and path.is_file():
+            self.known = json.loads(path.read_text(encoding="utf-8"))
+
+    def add(self, name: str, found: Mapping[str, float]) -> None:
+        """Keeps shares of retrieval; other figures of an epoch, such as its seconds, are not."""
+        kept = {key: v for key, v in found.items() if key.startswith(("recall@", "map_at_r"))}
+        self.known[name] = kept
+        if self.path:
+            text = json.dumps(self.known, indent=1, sort_keys=True)
+            self.path.write_text(text + "\n", encoding="utf-8")
 
 
-def again(row: Row, folder: Path, source: Source, args: argparse.Namespace) -> dict[str, Any]:
-    """A trained AVSL model, its distance inferred otherwise; kept beside the run."""
-    kept = folder / ("again-" + "-".join(f"{n}={v}" for n, v in row.measured.items()) + ".json")
-    if not kept.is_file():
-        model = load_model(folder / "last.pt")
-        if not isinstance(model, AVSL):
-            raise SystemExit(f"'{folder}' holds no AVSL model.")
-        model.options = replace(model.options, **row.measured)
-        queries = read_dataset("folder", args.folder, train_share=0.6, group=args.group).queries
-        found = evaluate_retrieval(model, queries, ks=KS, grouped=True)
-        kept.write_text(json.dumps({f"recall@{k}": v for k, v in found.recall.items()}))
-    return dict(json.loads(kept.read_text(encoding="utf-8")))
+def name_of(row: Row, seed: int, args: argparse.Namespace) -> str:
+    """A run, all that sets it apart, and how it is measured."""
+    options = "".join(f", {n}={v}" for n, v in sorted(row.measured.items()))
+    epochs = row.settings.get("epochs", args.epochs)
+    return f"{row.run}-seed{seed}, {epochs} epochs{options}"
+
+
+def measured(
+    row: Row, seed: int, args: argparse.Namespace, records: Records
+) -> dict[str, float] | None:
+    """Recall@K of one row and seed at the last epoch; None if it is unknown and not to be made."""
+    name, folder = name_of(row, seed, args), folder_of(row, seed, args)
+    if name not in records.known:
+        there = (folder / "results.json").is_file()
+        if args.done and not there:
+            return None
+        source = Source(train_share=0.6, group=args.group)
+        if not there:
+            trained(row, seed, folder, source, args)
+        if row.measured:
+            records.add(name, again(row, folder, args))
+        else:
+            said = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            records.add(name, said["epochs"][-1])
+    return records.known[name]
+
+
+def trained(row: Row, seed: int, folder: Path, source: Source, args: argparse.Namespace) -> None:
+    """Trains one run, or goes on with it."""
+    start = time.perf_counter()
+    settings = {**COMMON, "epochs": args.epochs, **row.settings, "seed": seed}
+    given = {"eval_every": args.eval_every, **settings}
+    resume = (folder / "checkpoints" / "last.ckpt").is_file()
+    train(args.folder, out=folder, source=source, resume=resume, force=True, **given)
+    print(f"{folder.name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def again(row: Row, folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """A trained AVSL model, its distance inferred otherwise."""
+    model = load_model(folder / "last.pt")
+    if not isinstance(model, AVSL):
+        raise SystemExit(f"'{folder}' holds no AVSL model.")
+    model.options = replace(model.options, **row.measured)
+    queries = read_dataset("folder", args.folder, train_share=0.6, group=args.group).queries
+    found = evaluate_retrieval(model, queries, ks=KS, grouped=True)
+    return {f"recall@{k}": v for k, v in found.recall.items()}
 
 
 def main() -> None:
@@ -172,6 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="one sub-folder of pictures per class")
     parser.add_argument("--runs", type=Path, required=True, help="where runs are kept")
+    parser.add_argument("--records", type=Path, help="results of earlier runs, and of these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--eval-every", type=int, default=4)
@@ -187,14 +224,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.runs.mkdir(parents=True, exist_ok=True)
+    records = Records(args.records)
     wanted = [row for row in rows(args) if not args.tables or {*row.tables} & {*args.tables}]
     results: dict[str, list[dict[str, Any]]] = {row.name: [] for row in wanted}
     for seed in args.seeds:
         for row in wanted:
             if row.tables == ("trials",) and seed != args.seeds[0]:
                 continue
-            if not args.done or (folder_of(row, seed, args) / "results.json").is_file():
-                results[row.name].append({"seed": seed, **measured(row, seed, args)})
+            found = measured(row, seed, args, records)
+            if found is not None:
+                results[row.name].append({"seed": seed, "last": found})
     text = page(args, wanted, results, COMMON)
     if args.out:
         args.out.write_text(text, encoding="utf-8")
