@@ -66,8 +66,8 @@ def page(
         "order and views, but a seed's runs share them.",
         "",
         f"`python benchmarks/training_results.py FOLDER --runs FOLDER --epochs {args.epochs} "
-        f"--gamma {args.gamma:g}{told(args.avsl)}`, with `--records` for runs that are known already; "
-        f"torch {torch.__version__.split('+')[0]}, "
+        f"--gamma {args.gamma:g}{told(args.avsl)}`, with `--records` for runs that are known "
+        f"already; torch {torch.__version__.split('+')[0]}, "
         f"Python {platform.python_version()}, processor only. Every run is a run of",
         "`simexplain train` with these settings and those of its row: "
         + ", ".join(f"`{name}={value}`" for name, value in common.items())
