@@ -103,6 +103,8 @@ def costs_of(
     batch: Batch,
     bank: WeightBank | None,
     store: Store,
+    *,
+    done: bool = False,
 ) -> tuple[Costs, list[str], dict[str, str]]:
     """Cost by row, rows whose maps the fast forms do not give, and rows that do not work."""
     found: Costs = {}
@@ -110,6 +112,8 @@ def costs_of(
     for name, one in rows.items():
         place, made = (network.name, "cost", name), described(one)
         record = store.read(place, made)
+        if record is None and done:
+            continue
         if record is None:
             try:
                 passes, seconds, maps = cost(network, one, batch, bank)
@@ -136,8 +140,10 @@ def group(
     bank: WeightBank | None,
     plainly: Sequence[str],
     store: Store,
+    *,
+    done: bool = False,
 ) -> dict[str, Record]:
-    """The records of one seed: those known, and those measured now."""
+    """The records of one seed: those known, and unless all is done those measured now."""
     made = {name: f"{described(one)} {counts.told(one, data)}" for name, one in rows.items()}
     where = {name: (network.name, data.name, seed, name) for name in rows}
     known = {name: store.read(where[name], made[name]) for name in rows}
@@ -145,7 +151,7 @@ def group(
         name: one for name, one in rows.items() if known[name] is None and counts.of(one, data) > 0
     }
     title = f"{network.name}, {data.name}, seed {seed}"
-    if todo:
+    if todo and not done:
         fresh = measured(network, data, seed, todo, counts, bank, plainly, _clock(title, len(todo)))
         for name, record in fresh.items():
             store.write(where[name], made[name], record)
@@ -181,6 +187,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", nargs="+", metavar="NAME", help="only rows whose names begin like that")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--cache", type=Path, metavar="FOLDER", help="where records are kept")
+    add("--done", action="store_true", help="measure nothing; show what is in the cache")
     add("--pictures", type=Path, metavar="FOLDER", help="where figures of emoji scenes go")
     add("--out", type=Path, metavar="FILE", help="Markdown file to write")
     return parser.parse_args(arguments)
@@ -213,22 +220,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bank = kept_bank(network, pictures, store) if pictures and needs_bank(rows) else None
         batch = Batch.of(network, sample, collections[0].settings[-1])
         network.plain.embed(batch.scenes)  # the first pass is nobody's cost
-        costs[network.name], plainly, broken = costs_of(network, rows, batch, bank, store)
+        costs[network.name], plainly, broken = costs_of(
+            network, rows, batch, bank, store, done=options.done
+        )
         skipped |= broken
         works = {name: one for name, one in rows.items() if name in costs[network.name]}
         print(f"{network.name}: {len(works)} rows work", flush=True)
         for data in collections:
             parts = [
-                group(network, data, seed, works, counts, bank, plainly, store)
+                group(network, data, seed, works, counts, bank, plainly, store, done=options.done)
                 for seed in options.seeds
             ]
-            results[data.name][network.name] = {
+            found = {
                 name: joined([part[name] for part in parts], counts.most(data))
                 for name in works
                 if all(name in part for part in parts)
             }
+            if found:
+                results[data.name][network.name] = found
         if options.pictures and options.emoji and network.name == "Lite0":
             captions = make_pictures(network, works, options.emoji, bank, options.pictures)
+    collections = [data for data in collections if results[data.name]]
     told = page(results, costs, collections, skipped, counts, options, captions)
     publish(told, options.out)
 

@@ -59,9 +59,11 @@ def page(
         lines += ["", f"## {data.name[0].upper()}{data.name[1:]}", ""]
         if data.name in NOTES:
             lines += [NOTES[data.name], ""]
+        if len(results[data.name]) < len(nets):
+            lines += [f"Measured with {' and '.join(results[data.name])} alone.", ""]
         if data.points:
             lines += [*_pointing(results[data.name], data), ""]
-            if len(nets) > 1:
+            if len(results[data.name]) > 1:
                 lines += [*_by_network(results[data.name], data), ""]
         lines += _curves(results[data.name])
     lines += ["", "## Cost", "", *_costs(costs), "", "## Limits", "", *_limits(skipped)]
