@@ -21,6 +21,7 @@ from torch import Tensor
 
 from simexplain.methods.weight_bank import WeightBank
 from simexplain.metrics.maps import grown
+from simexplain.picturing import ROOTED
 from simexplain.rendering.overlay import overlay
 from simexplain.rendering.panel import png_of
 
@@ -113,7 +114,9 @@ def _small(chosen: Sequence[Example], names: Sequence[str]) -> Image.Image:
     for line, one in zip(axes, chosen, strict=True):
         plain = [one.scene.queries["category"], one.scene.negative, one.scene.picture]
         shown = [np.asarray(picture) for picture in plain]
-        shown += [_drawn(shown[2], one.heats[name]) for name in names]
+        shown += [
+            _drawn(shown[2], one.heats[name], rooted=name.startswith(ROOTED)) for name in names
+        ]
         for axis, picture in zip(line, shown, strict=True):
             axis.imshow(picture)
             axis.set(xticks=[], yticks=[])
@@ -131,7 +134,9 @@ def _small(chosen: Sequence[Example], names: Sequence[str]) -> Image.Image:
     return drawn.resize(size, Image.Resampling.LANCZOS)
 
 
-def _drawn(picture: NDArray[np.uint8], heat: Tensor) -> NDArray[np.uint8]:
+def _drawn(picture: NDArray[np.uint8], heat: Tensor, *, rooted: bool) -> NDArray[np.uint8]:
+    """As the figures of ``explain`` show it."""
     top = float(heat.max())
     scaled = heat / top if top > 0 else torch.zeros_like(heat)
+    scaled = scaled.sqrt() if rooted else scaled
     return overlay(picture, scaled.numpy().astype(np.float32))

@@ -198,8 +198,8 @@ class Explanation:
         Args:
             place: Which of the ``K`` images.
             index: Which comparison.
-            raw: The heat of :attr:`heatmaps`, for measuring; else, of maps on pixels, the smoothed
-                one on a robust scale that figures show.
+            raw: The heat of :attr:`heatmaps`, for measuring; else that which figures show: of maps
+                on pixels a smoothed one on a robust scale, of ``focus`` the square root.
 
         Returns:
             RGB ``(H0,W0,3)`` and heat ``(H0,W0)`` in [0, 1]; zero where the network saw nothing.

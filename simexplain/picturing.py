@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from simexplain.explanation import Explanation
 
 _THUMBNAIL = 560
+ROOTED = ("focus",)
+"""Methods whose maps fall off so steeply that figures draw their square root."""
 _PERCENTILE = f"{100 * FULL_HEAT:g}th"
 
 
@@ -72,6 +74,8 @@ def footer(explanation: Explanation) -> str:
     drawn = []
     if on_pixels(explanation):
         drawn = [f"heat smoothed, full at its {_PERCENTILE} percentile"]
+    if explanation.method in ROOTED:
+        drawn = ["heat drawn by its square root"]
     said = (explanation.model, *where, f"method {explanation.method}", *chosen, *drawn)
     return "   ·   ".join(said)
 
@@ -94,9 +98,12 @@ def heat_of(explanation: Explanation, index: int) -> NDArray[np.float32]:
     """The heat that the figure draws ``(K,H,W)`` in [0, 1].
 
     That of ``heatmaps``; of maps on pixels, whose largest values are far above all others, a
-    smoothed one on a robust scale (:func:`~simexplain.rendering.overlay.robust`).
+    smoothed one on a robust scale (:func:`~simexplain.rendering.overlay.robust`); of ``focus``,
+    whose values fall off steeply from the peak, the square root.
     """
     heatmaps: NDArray[np.float32] = explanation.heatmaps_at(index).cpu().numpy()
+    if explanation.method in ROOTED:
+        return np.sqrt(heatmaps)
     if not on_pixels(explanation):
         return heatmaps
     return robust(heatmaps, shared=explanation.scale == "shared")

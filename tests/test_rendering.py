@@ -244,6 +244,13 @@ def test_robust_heat_is_not_blinded_by_single_pixels() -> None:
     assert robust(single)[0, 200:].max() == 0
 
 
+def test_the_figure_of_focus_shows_its_square_root() -> None:
+    result = explained(3, method="focus")
+    np.testing.assert_allclose(heat_of(result, 0) ** 2, result.heatmaps_at(0).numpy(), atol=1e-6)
+    assert "heat drawn by its square root" in footer(result)
+    assert result.on_picture(0, raw=True)[1].sum() < result.on_picture(0)[1].sum()
+
+
 def test_maps_on_pixels_are_drawn_robustly_and_kept_as_they_are() -> None:
     result, plain = explained(3, method="saliency"), explained(3)
     drawn = heat_of(result, 0)

@@ -23,6 +23,7 @@ from simexplain.rendering.overlay import COLOURMAP, CONTOUR_LEVELS, RENDERERS
 
 ROLE_COLOURS = {"anchor": "#1f4e79", "positive": "#1b7837", "negative": "#a6361c"}
 _INK, _FAINT = "#222222", "#666666"
+_WARNING = "#8a5a00"
 _MOST_COLUMNS = 5
 
 
@@ -109,10 +110,10 @@ def panel(
     cell, legend = 2.75, 0.95
     margin = 0.3 if tiles[0].more else 0.15
     rows = 1 + len(styles) + len(tiles[0].more)
-    wrapped = [
-        line for note in notes for line in textwrap.wrap(f"! {note}", int(17 * columns * cell))
-    ]
-    head, foot = 0.75, 0.35 + 0.17 * len(wrapped)
+    room = int(17 * columns * cell)
+    below = [(line, _FAINT) for line in textwrap.wrap(footer, room) or [""]]
+    below += [(line, _WARNING) for note in notes for line in textwrap.wrap(f"! {note}", room)]
+    head, foot = 0.75, 0.18 + 0.17 * len(below)
     body = len(blocks) * (rows * (cell * shape + 0.1) + 0.55)
     height, width = head + body + foot, columns * cell + legend + 0.15 + margin
     figure = ShownFigure(figsize=(width, height), dpi=120, facecolor="white")
@@ -123,7 +124,7 @@ def panel(
         area = (margin / width, top - (number + 1) * step, 1 - (legend + 0.2) / width, step)
         _block(figure, block, columns, styles, area, 0.55 / (height * step), joined)
     _legend(figure, (1 - legend / width, bottom, top, 0.13 / width), scale)
-    _footer(figure, footer, wrapped, foot, height, width)
+    _footer(figure, below, foot, height, width)
     return figure
 
 
@@ -234,20 +235,12 @@ def _legend(figure: Figure, place: tuple[float, float, float, float], scale: str
 
 
 def _footer(
-    figure: Figure, footer: str, notes: Sequence[str], foot: float, height: float, width: float
+    figure: Figure, lines: Sequence[tuple[str, str]], foot: float, height: float, width: float
 ) -> None:
-    start = (foot - 0.12) / height
-    _say(figure, 0.15 / width, start, footer, size=7.5, color=_FAINT, va="top")
-    for number, note in enumerate(notes):
-        _say(
-            figure,
-            0.15 / width,
-            start - (0.17 * (number + 1)) / height,
-            note,
-            size=7.5,
-            color="#8a5a00",
-            va="top",
-        )
+    """Lines with their colours, from the bottom of the pictures on."""
+    for number, (line, colour) in enumerate(lines):
+        level = (foot - 0.12 - 0.17 * number) / height
+        _say(figure, 0.15 / width, level, line, size=7.5, color=colour, va="top")
 
 
 def _say(place: Figure | Axes, x: float, y: float, text: str, **style: Any) -> None:
