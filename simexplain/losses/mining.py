@@ -258,6 +258,14 @@ class _Look(nn.Module):
         return self.model.embed(images)
 
 
+def _held(model: SimilarityModel, images: Tensor) -> Tensor:
+    """Embeddings of which no gradient reaches the model's parameters."""
+    look = _Look(model)
+    fixed = {name: part.detach() for name, part in look.named_parameters()}
+    rows: Tensor = functional_call(look, fixed, (images,))
+    return rows
+
+
 def embed_again(model: SimilarityModel, images: Tensor, *, held: bool = False) -> Tensor:
     """Unit embeddings of masked images, which must not move batch-norm statistics.
 
@@ -271,9 +279,7 @@ def embed_again(model: SimilarityModel, images: Tensor, *, held: bool = False) -
     """
     with statistics_kept(model):
         try:
-            look = _Look(model)
-            fixed = {name: part.detach() for name, part in look.named_parameters() if held}
-            return unit_rows(model, functional_call(look, fixed, (images,)))
+            return unit_rows(model, _held(model, images) if held else model.embed(images))
         except RuntimeError as error:
             if "size" not in str(error):
                 raise

@@ -117,7 +117,9 @@ class Focus:
         cells, found = _evidence(
             traced, order, directions.flatten(0, 1), rivals.unopposed, self.contrast
         )
-        like = _likeness(traced, order[:2], rivals.support(units).flatten(0, 1))
+        like = torch.zeros_like(cells)
+        if self.detail:
+            like = _likeness(traced, order[:2], rivals.support(units).flatten(0, 1))
         with torch.no_grad():
             middle = at_least_single(traced.maps[order[min(1, len(order) - 1)]])
             matched = rivals.matched(images.restacked(middle)).flatten(0, 1)
