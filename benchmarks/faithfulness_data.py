@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from scenes import ALONE, SIDE, Scene, Stamps, compose_scenes, read_stamps
+from scenes import ALONE, SIDE, Scene, Stamps, compose_scenes, divided, read_stamps
 from torch import Tensor
 
 SETTINGS = ("same", "category")
@@ -56,11 +56,9 @@ def emoji_data(folder: Path) -> tuple[Data, Data, tuple[list[Image.Image], list[
         Scenes, pairs, and two pictures on white of each of the first 60 % of the classes with
         their labels.
     """
-    known = read_stamps(folder / "images" if (folder / "images").is_dir() else folder)
-    names = sorted(known)
-    cut = round(_TRAINED * len(names))
-    held = {name: known[name] for name in names[cut:]}
-    bank = [(alone(picture)[0], name) for name in names[:cut] for picture in known[name][:2]]
+    stamps = read_stamps(folder / "images" if (folder / "images").is_dir() else folder)
+    known, held = divided(stamps, _TRAINED)
+    bank = [(alone(picture)[0], name) for name in known for picture in known[name][:2]]
     return (
         Data("emoji scenes", partial(compose_scenes, held), curves=False, dear=False, share=0.3),
         Data("emoji pairs", partial(compose_pairs, held), SETTINGS[1:], points=False, dear=False),
@@ -77,8 +75,7 @@ def free_emoji(folder: Path) -> Stamps:
         pictures = [Image.open(file).convert("RGBA") for file in files if file.is_file()]
         if len(pictures) >= 2:
             found[path.name] = pictures
-    names = sorted(found)
-    return {name: found[name] for name in names[round(_TRAINED * len(names)) :]}
+    return divided(found, _TRAINED)[1]
 
 
 def compose_pairs(stamps: Stamps, count: int, seed: int) -> list[Scene]:

@@ -24,7 +24,7 @@ import torch
 from faithfulness_networks import Network, networks
 from pointing import judged
 from reporting import publish
-from scenes import SIDE, Scene, Stamps, compose_scenes, read_stamps
+from scenes import SIDE, Scene, compose_scenes, divided, read_stamps
 from torch import Tensor
 
 from simexplain import Comparison, explain, load_model
@@ -103,12 +103,6 @@ def chosen_networks(options: argparse.Namespace) -> Iterator[Network]:
         yield Network.of(name, load_model(source, size=(SIDE, SIDE)))
 
 
-def after(stamps: Stamps, share: float) -> Stamps:
-    """The categories behind a share of them, in order of their names."""
-    names = sorted(stamps)
-    return {name: stamps[name] for name in names[round(share * len(names)) :]}
-
-
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -149,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for network in chosen_networks(options):
         for given in options.stamps:
             name, _, folder = given.partition("=")
-            stamps = after(read_stamps(Path(folder)), options.after)
+            stamps = divided(read_stamps(Path(folder)), options.after)[1]
             title = f"{name}, {network.name}" if options.model else name
             for seed in options.seeds:
                 scenes = compose_scenes(stamps, options.scenes, seed)

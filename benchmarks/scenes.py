@@ -55,6 +55,14 @@ def read_stamps(folder: Path) -> Stamps:
     return stamps
 
 
+def divided(stamps: Stamps, share: float) -> tuple[Stamps, Stamps]:
+    """The first share of the categories in order of their names, and the others."""
+    names = sorted(stamps)
+    cut = round(share * len(names))
+    first = {name: stamps[name] for name in names[:cut]}
+    return first, {name: stamps[name] for name in names[cut:]}
+
+
 def compose_scenes(stamps: Stamps, count: int, seed: int) -> list[Scene]:
     """``count`` scenes, the same for the same seed; categories are drawn evenly."""
     random = np.random.default_rng(seed)
