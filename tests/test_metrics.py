@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.metrics.curves import BASELINES, baseline_of, deletion, insertion, ranks
-from simexplain.metrics.fills import FILLS, blurred
+from simexplain.metrics.fills import FILLS, blurred, border_colour
 from simexplain.metrics.intervals import bootstrap_difference, bootstrap_mean
 from simexplain.metrics.maps import grown, peak_of
 from simexplain.metrics.masks import (
@@ -163,7 +163,13 @@ def test_baselines() -> None:
     assert float(blurred(image).std()) < 0.4 * float(image.std())
     colour = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
     assert baseline_of(image, colour)[1, :, 4, 5].tolist() == [1, 2, 3]
-    assert set(BASELINES) == {"blur", "mean", "black"}
+    first = image[0]
+    edge = torch.cat([first[:, 0], first[:, -1], first[:, 1:-1, 0], first[:, 1:-1, -1]], dim=1)
+    bordered = baseline_of(image, "border")
+    assert bordered.shape == image.shape
+    assert torch.allclose(bordered[0], edge.mean(dim=1)[:, None, None].expand(3, 12, 9), atol=1e-5)
+    assert torch.allclose(border_colour(flat[:, :1, :2]), flat[:, :1, :2])
+    assert set(BASELINES) == {"blur", "mean", "black", "border"}
     assert BASELINES is FILLS
 
 

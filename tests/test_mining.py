@@ -17,11 +17,13 @@ from simexplain import Comparison, SimilarityAttention, as_similarity_model, tra
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.losses.attention import attention_maps, linear_maps
 from simexplain.losses.masking import attention_mask, soft_mask
-from simexplain.losses.mining import MINING, MiningOptions, SimilarityMiningLoss, mining_loss
+from simexplain.losses.mining import MiningOptions, SimilarityMiningLoss
+from simexplain.losses.mining_rules import MINING, mining_loss
 from simexplain.losses.objective import MetricLoss, Objective
 from simexplain.losses.parameter_groups import parameter_groups
 from simexplain.losses.tuples import SHAPES, disjoint_tuples
 from simexplain.methods.cams import CAMS
+from simexplain.metrics.fills import FILLS
 
 
 class LinearNet(nn.Module):
@@ -76,6 +78,16 @@ def test_soft_mask_is_the_formula_pixel_by_pixel() -> None:
         for column in range(2):
             hidden = 1 / (1 + torch.exp(-10 * (maps[0, row, column] / 4 - 0.5)))
             assert torch.allclose(masked[0, :, row, column], 3 * (1 - hidden).expand(3))
+
+
+def test_hidden_pixels_show_the_ground() -> None:
+    images, ground = pictures(2), pictures(4)[2:]
+    maps = torch.rand(2, 3, 3, dtype=torch.float64)
+    mask = attention_mask(maps, (12, 12)).unsqueeze(1)
+    masked = soft_mask(images, maps, ground=ground)
+    assert torch.allclose(masked, images + mask * (ground - images))
+    nothing = torch.zeros_like(images)
+    assert torch.equal(soft_mask(images, maps, ground=nothing), soft_mask(images, maps))
 
 
 def test_soft_mask_hides_the_peak_and_spares_an_empty_map() -> None:
@@ -207,6 +219,20 @@ def test_mining_hides_what_its_formula_shows() -> None:
     assert torch.allclose(found, mining_loss(masked), atol=1e-10)
     grad_cam = SimilarityMiningLoss(layer="body").on(model, images)
     assert not torch.allclose(found, grad_cam, rtol=1e-3)
+
+
+@pytest.mark.parametrize("fill", ["border", "blur", "mean", "black"])
+def test_hidden_pixels_show_what_is_asked_for(linear, fill: str) -> None:
+    images = Comparison.triplet(*pictures(6).chunk(3))
+    explained = SimilarityAttention()(linear, images, ["body"])
+    flat, heat = images.stacked().flatten(0, 1), explained.maps.flatten(0, 1)
+    prepare = linear.preprocess
+    black = [-mean / std for mean, std in zip(prepare.mean, prepare.std, strict=True)]
+    ground = FILLS[fill](flat, flat.new_tensor(black).view(3, 1, 1))
+    masked = images.like(images.restacked(linear.embed(soft_mask(flat, heat, ground=ground))))
+    found = SimilarityMiningLoss(layer="body", fill=fill).on(linear, images)
+    assert torch.allclose(found, mining_loss(masked), atol=1e-10)
+    assert not torch.allclose(found, SimilarityMiningLoss(layer="body").on(linear, images))
 
 
 def naive(model, images: Comparison, rule: str, alpha: float, beta: float) -> Tensor:

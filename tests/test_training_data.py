@@ -98,6 +98,21 @@ def test_padding_is_outside_of_the_object_and_erasing_leaves_the_mask(
     assert bool((erased["mask"] == 1).all())
 
 
+def test_erased_views_are_light_ones_with_a_rectangle_gone_half_the_time(
+    records: list[Record],
+) -> None:
+    light, erased = (TrainingImages(records, name, SMALL, seed=1) for name in ("light", "erased"))
+    gone = 0
+    for place in range(len(records)):
+        for repetition in range(6):
+            whole, cut = (views[(0, place, repetition)]["image"] for views in (light, erased))
+            changed = (whole != cut).any(0)
+            assert bool((cut[:, changed] == 0).all())
+            gone += int(changed.any())
+    count = 6 * len(records)
+    assert 0.25 * count < gone < 0.75 * count
+
+
 def test_no_augmentation_is_what_evaluation_sees(records: list[Record], demo_paths) -> None:
     for fit in ("crop", "squash", "pad"):
         prepare = replace(SMALL, fit=fit, crop_fraction=0.875)
@@ -187,7 +202,7 @@ def test_labels_are_numbers_of_sorted_classes(records: list[Record]) -> None:
     assert wide.labels[:2] == [2, 1]
     with pytest.raises(ImageError, match="no label among"):
         TrainingImages([*records, Record(records[0].path)], "none", SMALL)
-    with pytest.raises(ImageError, match="avsl, sam, light, reid, pcb, none, got 'strong'"):
+    with pytest.raises(ImageError, match="avsl, sam, light, erased, reid, pcb, none, got 'strong'"):
         TrainingImages(records, "strong", SMALL)
 
 

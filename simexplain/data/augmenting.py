@@ -189,6 +189,15 @@ AUGMENTATIONS: dict[str, Augmentation] = {
         shift=0.1,
         flip=0.5,
     ),
+    "erased": Augmentation(
+        "as light, and a rectangle erased",
+        "simexplain, for pictures of which a part may be hidden; the rectangle is that of reid",
+        rotate=15.0,
+        zoom=(0.8, 1.2),
+        shift=0.1,
+        flip=0.5,
+        erase=0.5,
+    ),
     "reid": Augmentation(
         "squashed to the input, flip, shift by padding, a rectangle erased",
         "Luo et al. (2019), Bag of tricks, section 3, at 256x128 with a border of 10; PCB (Sun et "

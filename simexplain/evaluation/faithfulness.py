@@ -59,7 +59,8 @@ def faithfulness(
             signed, negative heat counts as the least important.
         masking: ``each`` or ``together``.
         steps: Equal fractions into which the pixels are cut.
-        baseline: ``blur``, ``mean`` or ``black``; black before the model's normalisation.
+        baseline: ``blur``, ``mean``, ``black`` or ``border``; black before the model's
+            normalisation.
         least: See above, in [0, 1]; 0 normalises whatever falls at all.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
 

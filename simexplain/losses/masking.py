@@ -29,7 +29,14 @@ def attention_mask(
     return (alpha * (scaled - beta)).sigmoid()
 
 
-def soft_mask(images: Tensor, maps: Tensor, *, alpha: float = 10.0, beta: float = 0.5) -> Tensor:
+def soft_mask(
+    images: Tensor,
+    maps: Tensor,
+    *,
+    alpha: float = 10.0,
+    beta: float = 0.5,
+    ground: Tensor | None = None,
+) -> Tensor:
     """Images without the pixels of high attention: ``x * (1 - sigmoid(alpha * (M - beta)))``.
 
     On preprocessed images a hidden pixel takes the data set's mean colour, which is zero there.
@@ -39,6 +46,7 @@ def soft_mask(images: Tensor, maps: Tensor, *, alpha: float = 10.0, beta: float 
         maps: ``(M,h,w)``, non-negative; any scale.
         alpha: See :func:`attention_mask`.
         beta: Likewise.
+        ground: What shows where an image is hidden, in place of zeros; broadcasts to ``images``.
 
     Returns:
         ``(M,3,H,W)``, differentiable in both.
@@ -52,4 +60,6 @@ def soft_mask(images: Tensor, maps: Tensor, *, alpha: float = 10.0, beta: float 
             f"{tuple(maps.shape)}."
         )
     size = int(images.shape[2]), int(images.shape[3])
-    return images * (1 - attention_mask(maps, size, alpha=alpha, beta=beta)).unsqueeze(1)
+    mask = attention_mask(maps, size, alpha=alpha, beta=beta).unsqueeze(1)
+    shown = images * (1 - mask)
+    return shown if ground is None else shown + ground * mask

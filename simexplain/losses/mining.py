@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
 
@@ -15,66 +15,21 @@ from simexplain.errors import ComparisonError, ModelError
 from simexplain.losses.attention import scaled_images
 from simexplain.losses.inputs import similarity_model
 from simexplain.losses.masking import soft_mask
+from simexplain.losses.mining_rules import MINING, mining_loss
 from simexplain.losses.objective import Batch, Term, unit_rows
 from simexplain.losses.own_images import Own, own_maps
-from simexplain.losses.roots import rooted
 from simexplain.losses.settings import check_kind
 from simexplain.losses.statistics import statistics_kept
 from simexplain.losses.tuples import SHAPES, Tuples, disjoint_tuples
 from simexplain.methods.layer_maps import check_cams
+from simexplain.methods.scoring import check_choice, filled
 from simexplain.methods.weights import scaled_weights, weight_rule
+from simexplain.metrics.fills import FILLS
 from simexplain.models.base import SimilarityModel
 from simexplain.tracing import trace
 
-HELD_MARGIN = 0.2
-"""By how much a masked negative shall stay farther than the positive under the rule ``held``."""
-
-MINING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "absolute": lambda positive, negative: (positive - negative).abs(),
-    "printed": lambda positive, negative: positive - negative,
-    "reversed": lambda positive, negative: (negative - positive).relu(),
-    "held": lambda positive, negative: (positive - negative + HELD_MARGIN).relu(),
-}
-"""Readings of Eq. 3 from the distances of masked positives and negatives to the masked anchor.
-
-``absolute``: the masked triplet shall be undecided, as the text says. ``printed``: the difference
-as it stands, whose minimum is a triplet that still holds. ``held``: the same with an end, a hinge
-on the order with a margin. ``reversed``: a hinge on the reversed order."""
-
-
-def mining_loss(masked: Comparison, rule: str = "absolute") -> Tensor:
-    """``L_sm`` of embeddings of masked images: Eq. 3, 4 or 5 by the roles there are.
-
-    With positives and negatives, the rule summed over every (positive, negative) of a comparison:
-    one for a triplet (Eq. 3), two for a quadruplet (Eq. 5). With positives alone, minus their
-    distance (Eq. 4): what looked alike shall come apart. With negatives alone, which the paper
-    does not treat, their distance.
-
-    Args:
-        masked: Unit rows ``(E,)``.
-        rule: A key of :data:`MINING`.
-
-    Returns:
-        The mean over comparisons, a scalar.
-
-    Raises:
-        ComparisonError: If there is no such rule.
-    """
-    if rule not in MINING:
-        raise ComparisonError(f"Expected mining to be one of {', '.join(MINING)}, got {rule!r}.")
-    positive = _distances(masked.anchor, masked.positives)
-    negative = _distances(masked.anchor, masked.negatives)
-    if not negative.shape[1]:
-        return -positive.sum(dim=1).mean()
-    if not positive.shape[1]:
-        return negative.sum(dim=1).mean()
-    terms = MINING[rule](positive.unsqueeze(2), negative.unsqueeze(1))
-    return terms.sum(dim=(1, 2)).mean()
-
-
-def _distances(anchor: Tensor, others: Tensor) -> Tensor:
-    """Euclidean ``(B,n)``, with a defined gradient where two rows are the same."""
-    return rooted((anchor.unsqueeze(1) - others).square().sum(dim=2))
+ZERO = "zero"
+"""The fill of the paper: hidden pixels are multiplied by zero."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +42,8 @@ class MiningOptions:
         rule: How Eq. 3 is read, a key of :data:`MINING`.
         alpha: Steepness of the soft mask.
         beta: Where on the scaled map a pixel is half hidden.
+        fill: What hidden pixels show: ``zero``, which is the mean colour of the data that the
+            network was trained on, or a key of ``FILLS``, such as ``border`` and ``blur``.
         layer: The layer of the maps, or several with commas between, whose maps are multiplied;
             the model's default layer unless given.
         cam: The formula of the maps at all layers, a key of ``CAMS``; Grad-CAM (Eq. 2) at the
@@ -103,6 +60,7 @@ class MiningOptions:
     rule: str = "absolute"
     alpha: float = 10.0
     beta: float = 0.5
+    fill: str = ZERO
     layer: str | None = None
     cam: str | None = None
     share: float = 1.0
@@ -123,6 +81,7 @@ class MiningOptions:
             raise ComparisonError(
                 f"Expected the mining rule to be one of {', '.join(MINING)}, got {self.rule!r}."
             )
+        check_choice("fill", self.fill, {ZERO: None, **FILLS})
         if not 0 < self.masked_scale <= 1 or not 0 < self.share <= 1:
             raise ComparisonError(
                 f"Expected share and masked_scale in (0, 1], got {self.share} and "
@@ -238,13 +197,20 @@ def mined_along(batch: Batch, tuples: Tuples, weights: Tensor, options: MiningOp
         layers = named_layers(options.layer, batch.model)
         maps = own_maps(batch, own, weights, layers, options.cam)
     images = batch.images[own.which]
-    masked = soft_mask(images, maps, alpha=options.alpha, beta=options.beta)
+    masked = soft_mask(
+        images, maps, alpha=options.alpha, beta=options.beta, ground=_ground(batch, images, options)
+    )
     hidden = batch.units.new_zeros(0, batch.units.shape[1])
     if len(masked):
         looked_at = scaled_images(masked, options.masked_scale)
         hidden = embed_again(batch.model, looked_at, held=not options.through_network)
     stack = own.together(batch, hidden).view(*tuples.places.shape, -1)
     return mining_loss(tuples.arranged(stack), options.rule)
+
+
+def _ground(batch: Batch, images: Tensor, options: MiningOptions) -> Tensor | None:
+    """What shows where images are hidden, in place of zeros."""
+    return None if options.fill == ZERO else filled(batch.model, images, options.fill)
 
 
 class _Look(nn.Module):

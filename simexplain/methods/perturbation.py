@@ -34,7 +34,7 @@ class Occlusion:
     Attributes:
         window: Side of the square window as a share of the shorter side of the image.
         stride: Its step, likewise; at most the window.
-        fill: A name in ``FILLS``: ``blur``, ``mean`` or ``black``.
+        fill: A name in ``FILLS``: ``blur``, ``mean``, ``black`` or ``border``.
         keep_negative: Leave out the final ReLU, so that evidence against the score stays.
     """
 
@@ -101,7 +101,7 @@ class SBSM:
     Attributes:
         window: Side of the square window as a share of the shorter side of the image.
         stride: Its step, likewise; at most the window.
-        fill: A name in ``FILLS``: ``blur``, ``mean`` or ``black``.
+        fill: A name in ``FILLS``: ``blur``, ``mean``, ``black`` or ``border``.
         signed: Also count windows whose hiding raises the score, as negative.
     """
 
@@ -164,7 +164,7 @@ class RandomMasks:
         masks: How many masks are drawn.
         grid: Cells along each side of a mask.
         keep: The probability that a cell is kept.
-        fill: A name in ``FILLS``: ``blur``, ``mean`` or ``black``.
+        fill: A name in ``FILLS``: ``blur``, ``mean``, ``black`` or ``border``.
         share: The share of the masks at either end of the ranking that makes the map.
         seed: Of the masks.
         keep_negative: Leave out the final ReLU, so that evidence against the score stays.

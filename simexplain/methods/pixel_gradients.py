@@ -184,7 +184,7 @@ class IntegratedGradients:
 
     Attributes:
         steps: Points of the integral.
-        baseline: A name in ``FILLS``: ``blur``, ``mean`` or ``black``.
+        baseline: A name in ``FILLS``: ``blur``, ``mean``, ``black`` or ``border``.
         keep_negative: Leave out the final ReLU, so that evidence against the score stays.
     """
 

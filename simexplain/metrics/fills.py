@@ -40,8 +40,25 @@ def blackened(images: Tensor, black: Tensor) -> Tensor:
     return black.to(images).expand_as(images)
 
 
-FILLS: dict[str, Fill] = {"blur": blurred, "mean": mean_colour, "black": blackened}
-"""The image heavily blurred, its own mean colour, or black; one function and one line each."""
+def border_colour(images: Tensor, black: Tensor | None = None) -> Tensor:
+    """Each image ``(...,3,H,W)`` in the mean colour of its outermost pixels; ``black`` is not used.
+
+    Of objects that are cut out or photographed on plain ground it is that of the ground.
+    """
+    whole, inner = images.sum(dim=(-2, -1)), images[..., 1:-1, 1:-1].sum(dim=(-2, -1))
+    height, width = images.shape[-2:]
+    count = height * width - max(height - 2, 0) * max(width - 2, 0)
+    return ((whole - inner) / count)[..., None, None].expand_as(images)
+
+
+FILLS: dict[str, Fill] = {
+    "blur": blurred,
+    "mean": mean_colour,
+    "black": blackened,
+    "border": border_colour,
+}
+"""The image heavily blurred, its own mean colour, black, or the colour of its border; one function
+and one line each."""
 
 
 def gaussian(side: int, sigma: float) -> Tensor:
