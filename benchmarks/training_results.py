@@ -66,13 +66,17 @@ def rows(args: argparse.Namespace) -> list[Row]:
     found = []
     for arch, loss in arrangements.items():
         plain = {"loss": loss}
-        tables = ("table1", "architectures") if arch == "siamese" else ("architectures",)
+        tables = ("architectures", {"siamese": "table1", "triplet": "fill"}.get(arch, ""))
+        mined = {**plain, "mining": arch, "gamma": mine}
         found.append(Row(f"{arch}", tables, plain))
         if arch == "siamese":
             both = {**plain, "bce": bce, "bce_mining": mine, "mining_options": (("arch", arch),)}
             found.append(Row("siamese + BCE", ("table1",), {**plain, "bce": bce}))
             found.append(Row("siamese + BCE + mining", ("table1",), both))
-        found.append(Row(f"{arch} + SAM", tables, {**plain, "mining": arch, "gamma": mine}))
+        found.append(Row(f"{arch} + SAM", tables, mined))
+        if arch == "triplet":
+            border = {**mined, "mining_options": (("fill", "border"),)}
+            found.append(Row("triplet + SAM, border", ("fill",), border))
     graph = {"avsl": True, "k": 32, **args.avsl}
     for loss in ("margin", "proxy_anchor"):
         plain = {"loss": loss, "distance": "cosine"} if loss == "proxy_anchor" else {"loss": loss}
@@ -106,8 +110,14 @@ def trials(mine: float) -> list[Row]:
         "no mining": {},
         "+ SAM": {"gamma": mine},
         "+ SAM, maps of two layers, signed weights": {"gamma": mine, "mining_options": fine},
+        "+ SAM, the same, hidden pixels as the border": {
+            "gamma": mine, "mining_options": (("fill", "border"), *fine)
+        },
         "+ SAM, attention alone learns": {
             "gamma": 0.25, "mining_options": (("through_network", False),)
+        },
+        "+ SAM, attention alone learns, less": {
+            "gamma": 0.1, "mining_options": (("through_network", False),)
         },
         "+ SAM, Eq. 3 as printed, no gradient through masks": {
             "gamma": mine, "mining_options": (("rule", "printed"), *still)
@@ -115,6 +125,7 @@ def trials(mine: float) -> list[Row]:
         "+ SAM, hidden triplets shall hold, larger masks": {
             "gamma": 0.2, "mining_options": (("rule", "held"), *still, ("beta", 0.3))
         },
+        "no mining, rectangles erased": {"augmentation": "erased"},
         "no mining, 15 epochs": {"epochs": 15},
         "+ SAM, 15 epochs": {"epochs": 15, "gamma": mine},
         "no mining, constant rate, 12 epochs": {"epochs": 12, "schedule": "constant"},

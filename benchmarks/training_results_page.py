@@ -23,6 +23,11 @@ TITLES = {
         "Similarity attention, Table 2 (left): three arrangements with and without mining",
         "On CUB the paper gains 1.8, 1.9 and 1.7 points.",
     ),
+    "fill": (
+        "Similarity attention: what hidden pixels show",
+        "The mask multiplies normalised pixels, so that what is hidden turns grey, also on these "
+        "pictures' white ground; with `fill=border` it takes the colour of the picture's border.",
+    ),
     "trials": (
         "Similarity attention: what else was tried",
         "Triplets, the first seed alone, whose standard error is 1.6 points of Recall@1. The gain "
