@@ -39,7 +39,8 @@ def page(
         "# Measured results",
         "",
         "What can be cut out of pictures with such maps is told in "
-        "[Segmentation, measured](segmentation-results.md).",
+        "[Segmentation, measured](segmentation-results.md), what training with attention does for "
+        "retrieval in [Training, measured](training-results.md).",
         "",
         "## Do the maps point at the right thing?",
         "",

@@ -35,6 +35,7 @@ class Recipe:
 
 
 OURS = "ours"
+_MEASURED = "ours: docs/training-results.md"
 _HEAD = ("| setting | value | source |", "| --- | --- | --- |")
 _AVSL, _CODE = "AVSL, section 4.2", "AVSL's code, examples/samples_avsl.sh"
 _BASE = "AVSL's code, examples/samples_baseline.sh"
@@ -148,9 +149,15 @@ _EMOJI: Values = {
     "classes": (16, _LOOK),
     "each": (2, _LOOK),
     "epochs": (12, _LOOK),
+    "schedule": ("cosine", _MEASURED),
     "grouped": (True, "the data set: a query's own vendor does not count"),
 }
-_EMOJI_AVSL: Values = {"avsl": (True, "AVSL, section 3.4"), "k": (32, OURS)}
+_EMOJI_AVSL: Values = {
+    "avsl": (True, "AVSL, section 3.4"),
+    "k": (32, _MEASURED),
+    "eta": ("standardised", _MEASURED),
+    "reliability_lr": (0.03, _MEASURED),
+}
 
 RECIPES: dict[str, Recipe] = {
     "avsl-proxyanchor-cub": Recipe(
