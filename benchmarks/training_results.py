@@ -34,6 +34,8 @@ COMMON: dict[str, Any] = {
     "weight_decay": 1e-4, "classes": 16, "each": 2, "grouped": True, "ks": KS, "watch": 0,
     "checkpoint_every": 0, "schedule": "cosine",
 }  # fmt: skip
+WARM = {"warmup_epochs": 1}
+"""Head and proxies alone train for an epoch, as in AVSL's code, which does so for longer."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,15 @@ def rows(args: argparse.Namespace) -> list[Row]:
         if arch == "triplet":
             border = {**mined, "mining_options": (("fill", "border"),)}
             found.append(Row("triplet + SAM, border", ("fill",), border))
-    graph = {"avsl": True, "k": 32, **args.avsl}
-    for loss in ("margin", "proxy_anchor"):
-        plain = {"loss": loss, "distance": "cosine"} if loss == "proxy_anchor" else {"loss": loss}
-        name = {"margin": "Margin", "proxy_anchor": "ProxyAnchor"}[loss]
+    return found + graphs(args) + widths(args) + trials(mine)
+
+
+def graphs(args: argparse.Namespace) -> list[Row]:
+    """AVSL: with and without, part by part, and with other k."""
+    found = []
+    for loss, name in (("margin", "Margin"), ("proxy_anchor", "ProxyAnchor")):
+        plain, whole = settings_of(loss, args)
         tables = ("avsl", f"ablation {loss}")
-        whole = {**graph, "loss": loss}
         found.append(Row(name, tables, plain))
         found += [
             Row(f"{name} {part}", (f"ablation {loss}",), whole, {"inference": inference})
@@ -94,12 +99,28 @@ def rows(args: argparse.Namespace) -> list[Row]:
         ]
         found.append(Row(f"{name} + AVSL", tables, whole))
         found += [Row(f"{name} + AVSL, k = {k}", (f"k {loss}",), whole, {"k": k}) for k in _KS]
-    anchor = {**graph, "loss": "proxy_anchor"}
+    return found
+
+
+def settings_of(loss: str, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a run without AVSL and of one with it."""
+    graph = {"avsl": True, "k": 32, **args.avsl, "loss": loss}
+    if loss != "proxy_anchor":
+        return {"loss": loss}, graph
+    return {"loss": loss, "distance": "cosine", **WARM}, {**graph, **WARM}
+
+
+def widths(args: argparse.Namespace) -> list[Row]:
+    """Embeddings of other sizes; and without the warm-up that proxies need."""
+    found = []
+    plain, whole = settings_of("proxy_anchor", args)
     for width in args.widths:
-        for name, settings in (("ProxyAnchor", plain), ("ProxyAnchor + AVSL", anchor)):
-            changed = dict(settings) | ({"embedding": width} if width != 128 else {})
-            found.append(Row(f"{name}, {width}", ("width",), changed))
-    return found + trials(mine)
+        wide = {"embedding": width} if width != COMMON["embedding"] else {}
+        found.append(Row(f"ProxyAnchor, {width}", ("width", "warmup"), plain | wide))
+        found.append(Row(f"ProxyAnchor + AVSL, {width}", ("width",), whole | wide))
+        cold = {name: value for name, value in plain.items() if name not in WARM}
+        found.append(Row(f"ProxyAnchor, {width}, no warm-up", ("warmup",), cold | wide))
+    return found
 
 
 def trials(mine: float) -> list[Row]:

@@ -158,6 +158,7 @@ _EMOJI_AVSL: Values = {
     "eta": ("standardised", _MEASURED),
     "reliability_lr": (0.03, _MEASURED),
 }
+_EMOJI_ANCHOR: Values = {**_EMOJI, **_ANCHOR, "warmup_epochs": (1, _MEASURED)}
 
 RECIPES: dict[str, Recipe] = {
     "avsl-proxyanchor-cub": Recipe(
@@ -239,10 +240,10 @@ RECIPES: dict[str, Recipe] = {
         {**_EMOJI, "mining": ("triplet", _LOOK), "gamma": (0.05, _LOOK)},
     ),
     "emoji-proxyanchor": Recipe(
-        "a baseline for small data", "folder", {**_EMOJI, **_ANCHOR, "distance": ("cosine", OURS)}
+        "a baseline for small data", "folder", {**_EMOJI_ANCHOR, "distance": ("cosine", OURS)}
     ),
     "emoji-avsl-proxyanchor": Recipe(
-        "AVSL on small data", "folder", {**_EMOJI, **_EMOJI_AVSL, **_ANCHOR}
+        "AVSL on small data", "folder", {**_EMOJI_ANCHOR, **_EMOJI_AVSL}
     ),
     "emoji-margin": Recipe(
         "a baseline for small data", "folder", {**_EMOJI, "loss": ("margin", OURS)}
