@@ -39,14 +39,15 @@ CASES: dict[str, dict[str, Any]] = {
         "clip": 10.0,
     },
 }  # fmt: skip
+# Both processes write to one pipe: ``os.write`` keeps a line whole, ``print`` does not.
 SCRIPT = """
-import json, sys, torch
+import json, os, sys, torch
 torch.set_num_threads(1)
 from simexplain.training.training import train
 if __name__ == "__main__":
     data, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     result = train(data, out=out, devices=2, **settings)
-    print("ended", result.best_epoch, len(result.rows))
+    os.write(1, f"ended {result.best_epoch} {len(result.rows)}\\n".encode())
 """
 
 
@@ -97,18 +98,19 @@ def test_two_processes_train_as_one(case: str, data: Path, tmp_path: Path) -> No
 
 
 TWICE = """
-import json, sys, torch
+import json, os, sys, torch
 torch.set_num_threads(1)
 from simexplain.errors import ModelError
 from simexplain.training.training import train
 if __name__ == "__main__":
     data, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     for name in "ab":
-        print("ended", len(train(data, out=out + name, devices=2, **settings).rows))
+        rows = train(data, out=out + name, devices=2, **settings).rows
+        os.write(1, f"ended {len(rows)}\\n".encode())
     try:
         train(data, out=out + "c", **settings)
     except ModelError as error:
-        print(error)
+        os.write(1, f"{error}\\n".encode())
 """
 
 
