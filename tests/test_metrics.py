@@ -169,6 +169,8 @@ def test_baselines() -> None:
     assert bordered.shape == image.shape
     assert torch.allclose(bordered[0], edge.mean(dim=1)[:, None, None].expand(3, 12, 9), atol=1e-5)
     assert torch.allclose(border_colour(flat[:, :1, :2]), flat[:, :1, :2])
+    half = torch.full((3, 300, 300), 1.5, dtype=torch.float16)
+    assert torch.equal(border_colour(half), half), "the sum of all pixels is no number in half"
     assert set(BASELINES) == {"blur", "mean", "black", "border"}
     assert BASELINES is FILLS
 

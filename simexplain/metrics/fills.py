@@ -45,10 +45,11 @@ def border_colour(images: Tensor, black: Tensor | None = None) -> Tensor:
 
     Of objects that are cut out or photographed on plain ground it is that of the ground.
     """
-    whole, inner = images.sum(dim=(-2, -1)), images[..., 1:-1, 1:-1].sum(dim=(-2, -1))
+    exact = images.to(torch.promote_types(images.dtype, torch.float32))
+    whole, inner = exact.sum(dim=(-2, -1)), exact[..., 1:-1, 1:-1].sum(dim=(-2, -1))
     height, width = images.shape[-2:]
     count = height * width - max(height - 2, 0) * max(width - 2, 0)
-    return ((whole - inner) / count)[..., None, None].expand_as(images)
+    return ((whole - inner) / count)[..., None, None].to(images.dtype).expand_as(images)
 
 
 FILLS: dict[str, Fill] = {
