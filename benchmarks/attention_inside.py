@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from held_out import held_out
 from PIL import Image
 
-from simexplain import Comparison, explain, load_model, read_dataset
+from simexplain import Comparison, explain, load_model
 from simexplain.data.folders import Record
 from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import prepared
@@ -55,10 +56,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model = load_model(args.model)
-    queries = read_dataset("folder", args.folder, train_share=0.6, group="name").queries
     parts = [
         [with_mask(model, record) for record in triplet]
-        for triplet in triplets(queries, args.count, args.seed)
+        for triplet in triplets(held_out(args.folder), args.count, args.seed)
     ]
     stacks = [torch.stack([triplet[place][0] for triplet in parts]) for place in range(3)]
     masks = np.stack([[mask for _, mask in triplet] for triplet in parts])

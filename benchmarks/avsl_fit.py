@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from held_out import TRAINED
 from torch import Tensor
 
 from simexplain import AVSL, SimilarityModel, load_model
@@ -97,7 +98,7 @@ def measured(args: argparse.Namespace) -> dict[tuple[str, str], list[list[float]
     model = load_model(DEFAULT_MODEL)
     records = pictures_in(args.folder, labelled=True)
     names = sorted({record.label or "" for record in records})[: args.classes]
-    seen = set(names[: round(0.6 * len(names))])
+    seen = set(names[: round(TRAINED * len(names))])
     train = [record for record in records if record.label in seen]
     test = [record for record in records if record.label in set(names) - seen]
     split = Split(

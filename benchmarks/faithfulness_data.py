@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from held_out import TRAINED
 from PIL import Image, ImageOps
 from scenes import ALONE, SIDE, Scene, Stamps, compose_scenes, divided, read_stamps
 from torch import Tensor
@@ -16,8 +17,6 @@ from torch import Tensor
 SETTINGS = ("same", "category")
 FREE_VENDORS = ("fluent", "google", "noto-v1")
 """Emoji under Apache-2.0 or MIT: pictures of them may lie in the repository."""
-
-_TRAINED = 0.6
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def emoji_data(folder: Path) -> tuple[Data, Data, tuple[list[Image.Image], list[
         their labels.
     """
     stamps = read_stamps(folder / "images" if (folder / "images").is_dir() else folder)
-    known, held = divided(stamps, _TRAINED)
+    known, held = divided(stamps, TRAINED)
     bank = [(alone(picture)[0], name) for name in known for picture in known[name][:2]]
     return (
         Data("emoji scenes", partial(compose_scenes, held), curves=False, dear=False, share=0.3),
@@ -75,7 +74,7 @@ def free_emoji(folder: Path) -> Stamps:
         pictures = [Image.open(file).convert("RGBA") for file in files if file.is_file()]
         if len(pictures) >= 2:
             found[path.name] = pictures
-    return divided(found, _TRAINED)[1]
+    return divided(found, TRAINED)[1]
 
 
 def compose_pairs(stamps: Stamps, count: int, seed: int) -> list[Scene]:

@@ -15,12 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from held_out import held_out
 from reporting import publish
 from torch import Tensor
 
-from simexplain import Comparison, explain, load_model, read_dataset, read_picture
-from simexplain.data.preprocessing import prepared
-from simexplain.evaluation.retrieval import Embedded, embedded, ranked_retrieval
+from simexplain import Comparison, explain, load_model
+from simexplain.data.folders import Batches
+from simexplain.evaluation.retrieval import Embedded, ranked_retrieval
 from simexplain.models.base import SimilarityModel
 
 CHUNK = 32
@@ -43,15 +44,16 @@ def attended(model: SimilarityModel, images: Tensor, share: float) -> Tensor:
 
     These are the highest pixels of the map of a picture's similarity to itself.
     """
-    parts = []
-    for chunk in images.split(CHUNK):
-        maps = explain(model, Comparison.pair(chunk, chunk), "similarity_cam").heatmaps[:, 0]
-        flat = maps.flatten(1)
-        hidden = torch.zeros_like(flat, dtype=torch.bool)
-        parts.append(
-            hidden.scatter(1, flat.topk(round(share * flat.shape[1])).indices, True).view_as(maps)
-        )
-    return torch.cat(parts)
+    asked = [Comparison.pair(chunk, chunk) for chunk in images.split(CHUNK)]
+    maps = torch.cat([explain(model, pair, "similarity_cam").heatmaps[:, 0] for pair in asked])
+    flat = maps.flatten(1)
+    highest = flat.topk(round(share * flat.shape[1])).indices
+    return torch.zeros_like(flat, dtype=torch.bool).scatter(1, highest, True).view_as(maps)
+
+
+def rows_of(model: SimilarityModel, images: Tensor) -> Tensor:
+    """Embeddings ``(M,E)``."""
+    return torch.cat([model.embed(chunk) for chunk in images.split(CHUNK)])
 
 
 @torch.no_grad()
@@ -59,16 +61,17 @@ def measure(
     model: SimilarityModel, folder: Path, share: float, seeds: list[int]
 ) -> dict[str, tuple[float, float]]:
     """Recall@1 and MAP@R of whole queries, with boxes hidden, and with attention hidden."""
-    whole = embedded(model, read_dataset("folder", folder, train_share=0.6, group="name").queries)
-    pictures = [read_picture(record.path) for record in whole.records]
-    images = prepared(model.preprocess, pictures)[0]
+    records = held_out(folder)
+    batches = Batches(records, model.preprocess, CHUNK)
+    places, parts = zip(*batches, strict=True)
+    images, known = torch.cat(parts), tuple(records[n] for part in places for n in part)
+    whole = Embedded(rows_of(model, images), known, batches.broken)
     size = int(images.shape[2]), int(images.shape[3])
     masks = {f"box {seed}": boxes(len(images), size, share, seed) for seed in seeds}
     masks["attended"] = attended(model, images, share)
     found = {"whole": scores(model, whole, whole)}
     for name, mask in masks.items():
-        hidden = images * ~mask.unsqueeze(1)
-        rows = torch.cat([model.embed(chunk) for chunk in hidden.split(CHUNK)])
+        rows = rows_of(model, images * ~mask.unsqueeze(1))
         found[name] = scores(model, replace(whole, rows=rows), whole)
     return found
 
@@ -98,7 +101,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     lines = [
-        "| Recall@1 / MAP@R in % | whole | a box hidden | attended hidden |",
+        "| Recall@1 / MAP@R in % | whole | a rectangle hidden | what it attends hidden |",
         "|" + " --- |" * 4,
     ]
     for given in args.model:

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from held_out import TRAINED, held_out
 from training_results_page import page
 
-from simexplain import AVSL, evaluate_retrieval, load_model, read_dataset
+from simexplain import AVSL, evaluate_retrieval, load_model
 from simexplain.training.datasource import Source
 from simexplain.training.training import train
 
@@ -65,10 +66,11 @@ def rows(args: argparse.Namespace) -> list[Row]:
     """Every row; what several tables show is one."""
     bce, mine = args.gamma_bce, args.gamma
     arrangements = {"siamese": "contrastive", "triplet": "triplet", "quadruplet": "quadruplet"}
+    also = {"siamese": ("table1",), "triplet": ("fill",)}
     found = []
     for arch, loss in arrangements.items():
         plain = {"loss": loss}
-        tables = ("architectures", {"siamese": "table1", "triplet": "fill"}.get(arch, ""))
+        tables = ("architectures", *also.get(arch, ()))
         mined = {**plain, "mining": arch, "gamma": mine}
         found.append(Row(f"{arch}", tables, plain))
         if arch == "siamese":
@@ -203,7 +205,7 @@ def measured(
         there = (folder / "results.json").is_file()
         if args.done and not there:
             return None
-        source = Source(train_share=0.6, group=args.group)
+        source = Source(train_share=TRAINED, group=args.group)
         if not there:
             trained(row, seed, folder, source, args)
         if row.measured:
@@ -230,7 +232,7 @@ def again(row: Row, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     if not isinstance(model, AVSL):
         raise SystemExit(f"'{folder}' holds no AVSL model.")
     model.options = replace(model.options, **row.measured)
-    queries = read_dataset("folder", args.folder, train_share=0.6, group=args.group).queries
+    queries = held_out(args.folder, args.group)
     found = evaluate_retrieval(model, queries, ks=KS, grouped=True)
     return {f"recall@{k}": v for k, v in found.recall.items()}
 

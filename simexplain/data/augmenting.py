@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -162,6 +162,15 @@ def _seeded(seeds: tuple[int, ...]) -> Iterator[None]:
         torch.set_rng_state(before)
 
 
+_LIGHT = Augmentation(
+    "rotation, scale, shift and flip on white, no change of colour",
+    "simexplain, for drawings and objects that are cut out: nearly all of them stays in view",
+    rotate=15.0,
+    zoom=(0.8, 1.2),
+    shift=0.1,
+    flip=0.5,
+)
+
 AUGMENTATIONS: dict[str, Augmentation] = {
     "avsl": Augmentation(
         "squashed to a square, random part of any shape, flip",
@@ -181,21 +190,12 @@ AUGMENTATIONS: dict[str, Augmentation] = {
         crop_scale=(0.16, 1.0),
         flip=0.5,
     ),
-    "light": Augmentation(
-        "rotation, scale, shift and flip on white, no change of colour",
-        "simexplain, for drawings and objects that are cut out: nearly all of them stays in view",
-        rotate=15.0,
-        zoom=(0.8, 1.2),
-        shift=0.1,
-        flip=0.5,
-    ),
-    "erased": Augmentation(
-        "as light, and a rectangle erased",
-        "simexplain, for pictures of which a part may be hidden; the rectangle is that of reid",
-        rotate=15.0,
-        zoom=(0.8, 1.2),
-        shift=0.1,
-        flip=0.5,
+    "light": _LIGHT,
+    "erased": replace(
+        _LIGHT,
+        about="as light, and a rectangle erased",
+        source="simexplain, for pictures of which a part may be hidden; the rectangle is that of "
+        "reid",
         erase=0.5,
     ),
     "reid": Augmentation(

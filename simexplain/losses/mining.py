@@ -71,16 +71,10 @@ class MiningOptions:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(MiningOptions).items():
             check_kind(name, getattr(self, name), kind, ComparisonError)
-        if self.arch not in SHAPES:
-            raise ComparisonError(
-                f"Expected arch to be one of {', '.join(SHAPES)}, got {self.arch!r}."
-            )
+        check_choice("arch", self.arch, SHAPES)
         weight_rule(self.weights)
         check_cams(self.cam)
-        if self.rule not in MINING:
-            raise ComparisonError(
-                f"Expected the mining rule to be one of {', '.join(MINING)}, got {self.rule!r}."
-            )
+        check_choice("the mining rule", self.rule, MINING)
         check_choice("fill", self.fill, {ZERO: None, **FILLS})
         if not 0 < self.masked_scale <= 1 or not 0 < self.share <= 1:
             raise ComparisonError(
