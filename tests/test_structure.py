@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "simexplain").rglob("*.py")) + sorted((ROOT / "cli").rglob("*.py"))
-MOST_LINES, MOST_FUNCTION_LINES = 300, 40
+MOST_LINES, MOST_FUNCTION_LINES = 600, 40
 
 # From the ground up; a module may import only from lower levels or its own.
 LEVELS = [
