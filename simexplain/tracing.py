@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +27,9 @@ class Traceable(Protocol):
     @property
     def batch_size(self) -> int | None:
         """The only number of images one forward pass takes, or None where any will do."""
+
+    def pass_size(self, count: int, limit: int | None = None) -> int:
+        """Images in one forward pass over ``count`` of them, at most ``limit``."""
 
     def embed(self, images: Tensor) -> Tensor:
         """Unit rows ``(M,E)`` for images ``(M,3,H,W)``."""
@@ -128,39 +131,51 @@ def trace(
     """Runs the model once and keeps the outputs of some layers in the autograd graph.
 
     Nothing below the lowest traced layer is tracked, so the pass costs what a plain one does.
-    Modes, gradients, hooks, images and random state are as before afterwards.
+    Modes, gradients, hooks, images and random state are as before afterwards. How many images go
+    through the network together is the model's choice (``pass_size``): on a CPU each goes alone,
+    so that what it gives depends on no other image.
 
     Args:
         model: The model; it is evaluated with every submodule in eval mode.
         images: Preprocessed images ``(M,3,H,W)``.
         layers: Names from ``model.layers``; ``name@2`` is the third call of a shared layer.
-        differentiable: Leave modes alone and keep the whole graph, for training.
+        differentiable: Leave modes alone and keep the whole graph, for training; all images
+            then go through the network together.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
 
     Raises:
         ModelError: If a layer is unknown, does not run or has no tensor as its output.
     """
     size = model.batch_size or max_batch or len(images)
+    if not differentiable:
+        size = model.pass_size(len(images), max_batch)
     pixels = (int(images.shape[-2]), int(images.shape[-1]))
-    kept: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-    rows = []
-    for start in range(0, len(images), size):
-        chunk = images[start : start + size]
-        missing = size - len(chunk) if model.batch_size else 0
-        if missing:
-            chunk = torch.cat((chunk, chunk[-1:].expand(missing, *chunk.shape[1:])))
-        row, outputs = _forward(model, chunk, layers, differentiable)
-        rows.append(row)
-        for layer, output in outputs.items():
-            kept[layer].append(output)
+    rows, outputs = _forward(model, images, size, layers, differentiable)
     with torch.enable_grad():  # a caller's no_grad must not cut what was just recorded
         embeddings = _joined(rows, len(images))
     return Trace(
         embeddings=embeddings,
-        outputs={layer: tuple(chunks) for layer, chunks in kept.items()},
+        outputs={layer: tuple(chunks) for layer, chunks in outputs.items()},
         to_grid=lambda layer, output: model.to_grid(layer, output, pixels),
         diagnose=lambda layer: _diagnosis(model, images[:size], layer),
     )
+
+
+def embed_alike(model: Traceable, images: Tensor, batch_size: int) -> Tensor:
+    """Embeddings ``(M,E)`` without a graph, each the same whatever images share its pass.
+
+    All passes have one size: a single image on a CPU, ``batch_size`` elsewhere, for which the last
+    one is filled up.
+
+    Args:
+        model: The model; it is evaluated with every submodule in eval mode.
+        images: Preprocessed images ``(M,3,H,W)``, at least one.
+        batch_size: Images in one forward pass where the model takes any number.
+    """
+    size = model.pass_size(batch_size, batch_size)
+    with undisturbed(model.network), torch.no_grad():
+        rows = [model.embed(chunk.clone()) for chunk in chunks_of(images, size, fixed=True)]
+    return _joined(rows, len(images))
 
 
 def rerun(model: Traceable, images: Tensor, layer: str, output: Tensor) -> Tensor:
@@ -177,16 +192,25 @@ def rerun(model: Traceable, images: Tensor, layer: str, output: Tensor) -> Tenso
     """
     name, call = split_call(layer)
     seen: list[int] = []
+    given = output
 
     def replaced(module: nn.Module, args: Any, old: Any) -> Any:
         seen.append(1)
         if call is not None and len(seen) != call + 1:
             return None
         torch.set_grad_enabled(True)  # from here to the end of this forward pass
-        return with_first(old, output.clone())
+        return with_first(old, given.clone())
 
-    with listening(model.network, {name: replaced}), undisturbed(model.network), torch.no_grad():
-        return model.embed(images.detach().clone())
+    size = model.pass_size(len(images), len(images))
+    rows = []
+    with listening(model.network, {name: replaced}), undisturbed(model.network):
+        for chunk, part in zip(images.split(size), output.split(size), strict=True):
+            given = part
+            seen.clear()
+            with torch.no_grad():
+                rows.append(model.embed(chunk.detach().clone()))
+    with torch.enable_grad():
+        return _joined(rows, len(images))
 
 
 def _joined(chunks: Sequence[Tensor], count: int) -> Tensor:
@@ -195,22 +219,45 @@ def _joined(chunks: Sequence[Tensor], count: int) -> Tensor:
     return whole if len(whole) == count else whole[:count]
 
 
+def chunks_of(images: Tensor, size: int, *, fixed: bool = False) -> Iterator[Tensor]:
+    """Images in the groups in which they go through a network.
+
+    Args:
+        images: ``(M,3,H,W)``.
+        size: Images in a group.
+        fixed: Fill up the last group with copies of its last image.
+    """
+    for start in range(0, len(images), size):
+        chunk = images[start : start + size]
+        missing = size - len(chunk) if fixed else 0
+        if missing:
+            chunk = torch.cat((chunk, chunk[-1:].expand(missing, *chunk.shape[1:])))
+        yield chunk
+
+
 def _forward(
-    model: Traceable, images: Tensor, layers: Sequence[str], differentiable: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
+    model: Traceable, images: Tensor, size: int, layers: Sequence[str], differentiable: bool
+) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
     taps = [_Tap(layer, cut=not differentiable) for layer in layers]
+    rows: list[Tensor] = []
+    kept: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     with ExitStack() as stack:
         if not differentiable:
             stack.enter_context(undisturbed(model.network))
-            stack.enter_context(torch.no_grad())
-            images = images.detach().clone()  # a network may normalise its input in place
         elif taps:
             # Training with maps takes gradients of gradients, which fused attention has not.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for tap in taps:
             stack.enter_context(listening(model.network, {tap.module_name: tap}))
-        embeddings = model.embed(images)
-    return embeddings, {tap.layer: tap.kept() for tap in taps}
+        for chunk in chunks_of(images, size, fixed=model.batch_size is not None):
+            for tap in taps:
+                tap.begin()
+            with nullcontext() if differentiable else torch.no_grad():
+                # A copy, since a network may normalise its input in place.
+                rows.append(model.embed(chunk if differentiable else chunk.detach().clone()))
+            for tap in taps:
+                kept[tap.layer].append(tap.kept())
+    return rows, kept
 
 
 class _Tap:
@@ -220,6 +267,10 @@ class _Tap:
         self.layer = layer
         self.module_name, self.call = split_call(layer)
         self.cut = cut
+        self.begin()
+
+    def begin(self) -> None:
+        """Gets ready for a forward pass."""
         self.calls = 0
         self.output: Tensor | None = None
 

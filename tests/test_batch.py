@@ -257,7 +257,7 @@ def test_the_model_and_the_caller_are_left_as_they_were(table: Path, tmp_path: P
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_networks_whose_pictures_depend_on_each_other_are_not_shared(
+def test_networks_that_mix_the_images_of_a_batch_get_each_alone(
     table: Path, tmp_path: Path
 ) -> None:
     class Coupled(TinyNet):
@@ -265,15 +265,19 @@ def test_networks_whose_pictures_depend_on_each_other_are_not_shared(
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             rows = super().forward(images)
-            return rows + rows.mean(dim=0)
+            return rows + rows.mean(dim=0).square()
 
     torch.manual_seed(0)
     model = as_similarity_model(Coupled().eval(), preprocess=Preprocess(SIZE))
     result = explain_batch(model, table, tmp_path / "out")
     assert result.work is not None
-    assert not result.work.shared
-    assert result.work.forwards is None
-    agree(result.explanation(0), one_by_one(model, table.parent, ROWS[0]))
+    assert result.work.shared
+    for number, row in enumerate(ROWS):
+        found = result.explanation(number)
+        agree(found, one_by_one(model, table.parent, row))
+        pictures = [model.preprocess(picture.image)[0] for picture in found.pictures]
+        own = [model.embed(picture[None])[0] for picture in pictures]
+        torch.testing.assert_close(found.embeddings[0], torch.stack(own))
 
 
 # Rows

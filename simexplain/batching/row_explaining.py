@@ -59,7 +59,7 @@ class RowExplainer:
             batch_size: Pictures in one forward pass, unless the model takes one number only.
         """
         self.model, self.plan, self.asked = model, plan, asked
-        self.batch_size = model.batch_size or batch_size
+        self.batch_size = model.pass_size(batch_size, batch_size)
         self.shared = False
         self.forwards = 0
         self.own: Size = model.preprocess.size

@@ -14,9 +14,9 @@ from simexplain.data.folders import Batches, Record
 from simexplain.errors import ComparisonError, ImageError, ModelError
 from simexplain.evaluation.retrieval_result import Retrieval
 from simexplain.metrics.ranking import rank, same
-from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
 from simexplain.networks import undisturbed
+from simexplain.tracing import embed_alike
 
 RECALLS = (1, 2, 4, 8)
 """The K of Recall@K on CUB-200-2011 and Cars196 in the papers."""
@@ -68,7 +68,7 @@ def embedded(
     rows, places = [], []
     with undisturbed(base):
         for part, images in batches:
-            found = _embedded(base, images)
+            found = embed_alike(base, images, batch_size)
             bad = (~found.isfinite().all(dim=1)).nonzero().flatten().tolist()
             if bad:
                 raise ModelError(
@@ -83,14 +83,6 @@ def embedded(
         first = next(iter(batches.broken.values()))
         raise ImageError(f"None of {len(records)} pictures can be read, the first because: {first}")
     return Embedded(torch.cat(rows), tuple(records[n] for n in places), dict(batches.broken))
-
-
-def _embedded(model: SimilarityModel, images: Tensor) -> Tensor:
-    """Embeddings ``(M,E)``; a model with one batch size gets copies to fill the last one."""
-    missing = (model.batch_size or len(images)) - len(images)
-    if missing:
-        images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
-    return model.embed(images)[: len(images) - missing]
 
 
 def evaluate_retrieval(

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError
+from simexplain.methods.cams import weighted
 from simexplain.methods.scoring import check_range
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.methods.weight_bank import BankWeights, WeightBank
@@ -131,7 +132,7 @@ class BankMaps:
                 )
             found = bank.weights_for(embeddings, self.neighbours)
             weights = self._kept(found.weights)
-            signed = torch.einsum("mc,mchw->mhw", weights, grids)
+            signed = weighted(weights, grids)
             maps = images.restacked(signed if self.keep_negative else signed.relu())
             return AttentionMaps(
                 maps=maps,

@@ -19,9 +19,17 @@ def channel_weights(gradients: Tensor) -> Tensor:
     return gradients.mean(dim=(2, 3))
 
 
+def weighted(weights: Tensor, activations: Tensor) -> Tensor:
+    """Channels ``(M,C,h,w)`` times weights ``(M,C)``, summed to ``(M,h,w)``.
+
+    Not a matrix product, whose rounding depends on how many images it is taken over.
+    """
+    return (weights[:, :, None, None] * activations).sum(dim=1)
+
+
 def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
     """Grad-CAM (Selvaraju et al. 2017; Eq. 2 of similarity attention): sum_k alpha_k A_k."""
-    return torch.einsum("mc,mchw->mhw", channel_weights(gradients), activations)
+    return weighted(channel_weights(gradients), activations)
 
 
 def hires_cam(activations: Tensor, gradients: Tensor) -> Tensor:
@@ -50,7 +58,7 @@ def grad_cam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
     usable = (gradients != 0) & (denominator.abs() > 1e-12)
     alpha = torch.where(usable, 1 / torch.where(usable, denominator, 1.0), 0.0)
     weights = (alpha * gradients.relu()).sum(dim=(2, 3))
-    return torch.einsum("mc,mchw->mhw", weights, activations)
+    return weighted(weights, activations)
 
 
 CAMS: dict[str, Cam] = {

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
-from simexplain.methods.cams import layer_cam
+from simexplain.methods.cams import layer_cam, weighted
 from simexplain.methods.layer_maps import at_grid, finest_grid, fuse, layer_cams, unit_scaled
 from simexplain.methods.raw_vectors import RawVectors
 from simexplain.methods.rivals import rivals_of
@@ -158,7 +158,9 @@ class Focus:
         rows, columns = (gaussian(side, sigma) for side in maps.shape[-2:])
         # Cut off, not renormalised, at the borders: the same divisor for all rows of weights.
         down, along = (weights / weights.sum(dim=1).amax() for weights in (rows, columns))
-        return down.to(maps) @ maps @ along.T.to(maps)
+        down, along = down.to(maps), along.T.to(maps)
+        # One by one, since a product over several maps may round each of them differently.
+        return torch.stack([down @ one @ along for one in maps])
 
 
 def _evidence(
@@ -176,7 +178,7 @@ def _evidence(
         margin = (at_least_single(traced.embeddings) * directions).sum()
         slope = at_least_single(traced.gradients(margin)[top])
         alpha = F.normalize(slope.mean(dim=(2, 3)), dim=1)
-        cosines = torch.einsum("mchw,mc->mhw", F.normalize(maps[top], dim=1), alpha)
+        cosines = weighted(alpha, F.normalize(maps[top], dim=1))
         cells = cosines * directions.norm(dim=1).to(cosines).view(-1, 1, 1)
         level = cells.detach().mean(dim=(1, 2), keepdim=True)
         cells = cells - level * alone.to(level).view(-1, 1, 1)

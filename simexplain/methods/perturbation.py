@@ -211,7 +211,7 @@ class RandomMasks:
         total = torch.zeros_like(question.images[:, 0])
         for part in parts:
             masks = _enlarged(cells[part], shifts[part], question.images)
-            total += torch.einsum("mn,nhw->mhw", signs[:, part], masks)
+            total += torch.stack([torch.einsum("n,nhw->hw", s, masks) for s in signs[:, part]])
         return question.answer(total if self.keep_negative else total.relu())
 
     def forwards(self, images: Comparison) -> int:

@@ -268,7 +268,7 @@ def _in_parts(
 ) -> Tensor:
     """What ``attribute`` finds for every image ``(M,3,H,W)``, as many at once as may be."""
     images = question.images if images is None else images
-    size = question.model.batch_size or max_batch or len(images)
+    size = question.model.pass_size(len(images), max_batch)
     found = []
     with differentiable_scores(question.model) as scores:
         for start in range(0, len(images), size):

@@ -98,7 +98,7 @@ def trace_vectors(
         ModelError: If a layer cannot be used.
     """
     raw = RawVectors(model)
-    size = model.batch_size or min(max_batch or _AT_ONCE, _AT_ONCE, len(images))
+    size = raw.pass_size(len(images), min(max_batch or _AT_ONCE, _AT_ONCE))
     return TracedVectors(raw, images, trace(raw, images, layers, max_batch=size), size)
 
 

@@ -25,6 +25,10 @@ class RawVectors:
         """The only batch of one forward pass, or None."""
         return self.model.batch_size
 
+    def pass_size(self, count: int, limit: int | None = None) -> int:
+        """Images in one forward pass over ``count`` of them."""
+        return self.model.pass_size(count, limit)
+
     def embed(self, images: Tensor) -> Tensor:
         """Vectors ``(M,E)`` that are not normalised."""
         return self.model.vectors(images)

@@ -86,6 +86,14 @@ def _best(cells: Tensor, own: int, others: tuple[int, ...]) -> Tensor:
     for other in others:
         # Not all pairs of positions at once: on a fine grid they would not fit into memory.
         parts = torch.split(cells[:, own], _ROWS, dim=2)
-        best = [torch.einsum("bcp,bcr->bpr", part, cells[:, other]).amax(dim=2) for part in parts]
+        best = [_nearest(part, cells[:, other]) for part in parts]
         tops.append(torch.cat(best, dim=1))
     return torch.stack(tops).amax(dim=0)
+
+
+def _nearest(part: Tensor, others: Tensor) -> Tensor:
+    """The largest product of each cell ``(B,C,p)`` with any of the others ``(B,C,r)``: ``(B,p)``.
+
+    Comparison by comparison, since a batched product may round them differently than one alone.
+    """
+    return torch.stack([(a.T @ b).amax(dim=1) for a, b in zip(part, others, strict=True)])

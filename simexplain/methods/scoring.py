@@ -150,7 +150,7 @@ def differentiable_scores(model: SimilarityModel) -> Iterator[Callable[[Tensor, 
     """
 
     def scores(images: Tensor, directions: Tensor) -> Tensor:
-        count, fixed = len(images), model.batch_size or len(images)
+        count, fixed = len(images), model.pass_size(len(images))
         filled = images
         if missing := -count % fixed:
             filled = torch.cat((images, images[-1:].detach().expand(missing, *images.shape[1:])))

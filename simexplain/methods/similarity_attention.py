@@ -142,7 +142,7 @@ class SimilarityAttention:
                 maps=fuse(list(layer_maps.values())),
                 layer_maps=layer_maps,
                 weights=published,
-                scores=torch.einsum("be,bke->bk", published, rows),
+                scores=(published.unsqueeze(1) * rows).sum(dim=2),
                 embeddings=rows,
                 warnings=self._warnings(images.like(rows.detach()), weights, log_scale),
             )

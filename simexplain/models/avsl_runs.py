@@ -36,7 +36,7 @@ def features_and_rows(
     """Feature maps per level ``(M,C,h,w)`` and embedding rows ``(M,E)``, without any graph."""
     found, rows = [], []
     with torch.no_grad(), undisturbed(model.network):
-        for part in torch.split(images, max_batch or len(images)):
+        for part in torch.split(images, model.pass_size(len(images), max_batch)):
             # A network may normalise its input in place.
             maps = [grid.detach() for grid in model.feature_maps(part.clone())]
             found.append(maps)

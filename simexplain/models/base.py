@@ -13,10 +13,26 @@ from simexplain.errors import ModelError
 from simexplain.models.layers import GridHints, Layer, grid_hints, to_grid, usable_layers
 from simexplain.surveying import survey
 
+
+def euclidean(q: Tensor, g: Tensor) -> Tensor:
+    """Euclidean distances ``(Q,E), (G,E) -> (Q,G)``; equal rows have equal distances, bit for bit.
+
+    Each pair is summed on its own: a matrix product rounds a row differently depending on where in
+    the matrix it stands, which would put copies of one image in an order of their own.
+    """
+    return torch.cdist(q, g, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _cosine(q: Tensor, g: Tensor) -> Tensor:
+    """``1 - q . g`` from squared lengths, for the reason that :func:`euclidean` gives."""
+    short = 2 - q.square().sum(dim=1)[:, None] - g.square().sum(dim=1)  # 0 for unit rows
+    return (euclidean(q, g).square() + short) / 2
+
+
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "euclidean": lambda q, g: torch.cdist(q, g, compute_mode="donot_use_mm_for_euclid_dist"),
-    "squared": lambda q, g: torch.cdist(q, g, compute_mode="donot_use_mm_for_euclid_dist").square(),
-    "cosine": lambda q, g: 1 - q @ g.T,
+    "euclidean": euclidean,
+    "squared": lambda q, g: euclidean(q, g).square(),
+    "cosine": _cosine,
 }
 """Distances ``(Q,E), (G,E) -> (Q,G)`` on unit rows; smaller is closer."""
 
@@ -56,6 +72,24 @@ class SimilarityModel(nn.Module, ABC):
         A model whose rows are no unit vectors gives its rows.
         """
         return self.embed(images)
+
+    def pass_size(self, count: int, limit: int | None = None) -> int:
+        """Images in one forward pass over ``count`` of them.
+
+        On a CPU an image goes alone: kernels for several images at once round differently from
+        those for one, so that an image's numbers would depend on how many others share its pass,
+        and a pass of several is hardly faster there.
+
+        Args:
+            count: Images to run.
+            limit: The most that memory allows, or None; heeded on other devices than a CPU.
+        """
+        if self.batch_size is not None:
+            return self.batch_size
+        reference = next(self.parameters(), None)
+        if reference is None or reference.device.type == "cpu":
+            return 1
+        return min(limit or count, count) or 1
 
     @abstractmethod
     def distance(self, q: Tensor, g: Tensor) -> Tensor:

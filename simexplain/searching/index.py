@@ -192,7 +192,7 @@ def _made(
     for places, images in pictures:
         end = (places[0] // size + 1) * size
         bad = _failed(pictures, plan, todo[told:end])
-        columns = run_rows(way.keeping, model, images) | pictures.facts(places)
+        columns = run_rows(way.keeping, model, images, size) | pictures.facts(places)
         fine = columns["embeddings"].isfinite().all(dim=1)
         for place in (places[n] for n in (~fine).nonzero().flatten().tolist()):
             why = f"The embedding of '{todo[place]}' is not finite; check the model."

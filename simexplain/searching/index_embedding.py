@@ -17,7 +17,7 @@ from simexplain.models.avsl_runs import features_and_rows
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import at_least_single, undisturbed
 from simexplain.searching.index_tails import UniformTail, uniform_tail
-from simexplain.tracing import trace
+from simexplain.tracing import chunks_of, trace
 
 PARTS, LEVELS, NOTHING = "parts", "levels", "nothing"
 """What is kept beside the embeddings: parts of the vectors, maps of AVSL's levels, or nothing."""
@@ -197,10 +197,18 @@ def common_basis(
     return replace(keeping, basis=(axes * signs).float().contiguous(), held=held)
 
 
-def run_rows(keeping: Keeping, model: SimilarityModel, images: Tensor) -> dict[str, Tensor]:
-    """Columns for a batch; the model is left as it was."""
+def run_rows(
+    keeping: Keeping, model: SimilarityModel, images: Tensor, batch_size: int
+) -> dict[str, Tensor]:
+    """Columns for a batch; the model is left as it was.
+
+    Matrix products round an image differently depending on how many images they cover, so all
+    groups are of one size (see ``pass_size``), and the last one is filled up.
+    """
+    size = model.pass_size(batch_size, batch_size)
     with undisturbed(model):
-        return keeping(model, images)
+        groups = [keeping(model, chunk) for chunk in chunks_of(images, size, fixed=True)]
+    return {name: torch.cat([g[name] for g in groups])[: len(images)] for name in groups[0]}
 
 
 def _halved(tensor: Tensor) -> tuple[Tensor, Tensor]:
