@@ -28,6 +28,10 @@ class Traceable(Protocol):
     def batch_size(self) -> int | None:
         """The only number of images one forward pass takes, or None where any will do."""
 
+    @property
+    def largest_batch(self) -> int | None:
+        """The most images one forward pass takes, or None where there is no limit."""
+
     def embed(self, images: Tensor) -> Tensor:
         """Unit rows ``(M,E)`` for images ``(M,3,H,W)``."""
 
@@ -117,6 +121,18 @@ def listening(network: nn.Module, listeners: Mapping[str, Listener]) -> Iterator
         yield
 
 
+def pass_size(model: Traceable, wanted: int) -> int:
+    """How many images one forward pass gets where the caller would like to give ``wanted``.
+
+    Args:
+        model: The model, which may take one number of images only, or no more than some number.
+        wanted: Images at once.
+    """
+    if model.batch_size is not None:
+        return model.batch_size
+    return wanted if model.largest_batch is None else min(wanted, model.largest_batch)
+
+
 def trace(
     model: Traceable,
     images: Tensor,
@@ -140,7 +156,7 @@ def trace(
     Raises:
         ModelError: If a layer is unknown, does not run or has no tensor as its output.
     """
-    size = model.batch_size or max_batch or len(images)
+    size = pass_size(model, max_batch or len(images))
     pixels = (int(images.shape[-2]), int(images.shape[-1]))
     kept: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     rows = []

@@ -190,5 +190,5 @@ def recalled_avsl(base: AVSL, levels: Callable[[tuple[int, int]], list[Tensor]])
             return levels((int(images.shape[-2]), int(images.shape[-1])))
         return base.feature_maps(images)
 
-    vars(model).update(feature_maps=feature_maps, batch_size=None)
+    vars(model).update(feature_maps=feature_maps, batch_size=None, largest_batch=None)
     return model

@@ -25,6 +25,7 @@ from simexplain.methods.raw_vectors import RawVectors
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_runs import features_and_rows
 from simexplain.models.base import SimilarityModel
+from simexplain.tracing import pass_size
 
 _TRIED = 6
 """Rows that a network has to fail on before it is held to be the network's fault."""
@@ -59,7 +60,7 @@ class RowExplainer:
             batch_size: Pictures in one forward pass, unless the model takes one number only.
         """
         self.model, self.plan, self.asked = model, plan, asked
-        self.batch_size = model.batch_size or batch_size
+        self.batch_size = pass_size(model, batch_size)
         self.shared = False
         self.forwards = 0
         self.own: Size = model.preprocess.size

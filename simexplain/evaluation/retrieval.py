@@ -17,6 +17,7 @@ from simexplain.metrics.ranking import rank, same
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
 from simexplain.networks import undisturbed
+from simexplain.tracing import pass_size
 
 RECALLS = (1, 2, 4, 8)
 """The K of Recall@K on CUB-200-2011 and Cars196 in the papers."""
@@ -64,7 +65,7 @@ def embedded(
     base = as_similarity_model(model)
     if not records:
         raise ImageError("Expected at least one picture to embed, got none.")
-    batches = Batches(records, base.preprocess, base.batch_size or batch_size)
+    batches = Batches(records, base.preprocess, pass_size(base, batch_size))
     rows, places = [], []
     with undisturbed(base):
         for part, images in batches:

@@ -28,6 +28,7 @@ from simexplain.methods.scoring import (
 from simexplain.methods.similarity_attention import AttentionMaps
 from simexplain.metrics.fills import FILLS
 from simexplain.models.base import SimilarityModel
+from simexplain.tracing import pass_size
 
 _INCOMPLETE = 0.05
 _ROUNDING = 1e-5
@@ -268,7 +269,7 @@ def _in_parts(
 ) -> Tensor:
     """What ``attribute`` finds for every image ``(M,3,H,W)``, as many at once as may be."""
     images = question.images if images is None else images
-    size = question.model.batch_size or max_batch or len(images)
+    size = pass_size(question.model, max_batch or len(images))
     found = []
     with differentiable_scores(question.model) as scores:
         for start in range(0, len(images), size):

@@ -12,7 +12,7 @@ from torch import Tensor
 from simexplain.methods.jacobians import JacobianProducts, Progress, Ticker
 from simexplain.methods.raw_vectors import RawVectors
 from simexplain.models.base import SimilarityModel
-from simexplain.tracing import Trace, rerun, trace
+from simexplain.tracing import Trace, pass_size, rerun, trace
 
 EXACT = 1e-5
 """Relative error below which a tail counts as linear along the way from zero."""
@@ -98,7 +98,7 @@ def trace_vectors(
         ModelError: If a layer cannot be used.
     """
     raw = RawVectors(model)
-    size = model.batch_size or min(max_batch or _AT_ONCE, _AT_ONCE, len(images))
+    size = pass_size(model, min(max_batch or _AT_ONCE, _AT_ONCE, len(images)))
     return TracedVectors(raw, images, trace(raw, images, layers, max_batch=size), size)
 
 

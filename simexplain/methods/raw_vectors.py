@@ -25,6 +25,11 @@ class RawVectors:
         """The only batch of one forward pass, or None."""
         return self.model.batch_size
 
+    @property
+    def largest_batch(self) -> int | None:
+        """The most images of one forward pass, or None."""
+        return self.model.largest_batch
+
     def embed(self, images: Tensor) -> Tensor:
         """Vectors ``(M,E)`` that are not normalised."""
         return self.model.vectors(images)

@@ -17,7 +17,7 @@ from simexplain.metrics.fills import FILLS
 from simexplain.models.base import SimilarityModel
 from simexplain.models.blackbox import WITHOUT_GRADIENTS
 from simexplain.networks import at_least_single, undisturbed
-from simexplain.tracing import trace
+from simexplain.tracing import pass_size, trace
 
 PIXELS = "pixels"
 """The one "layer" of methods that work on pixels."""
@@ -119,7 +119,7 @@ def ask(model: SimilarityModel, images: Comparison, max_batch: int | None) -> Qu
     check_embeddings(images.restacked(rows), images.roles)
     directions = margin_directions(images.like(images.restacked(rows))).flatten(0, 1)
     scores = (directions * rows).sum(dim=1)
-    size = model.batch_size or max_batch or PERTURBED_AT_ONCE
+    size = pass_size(model, max_batch or PERTURBED_AT_ONCE)
     return Question(model, images, flat, directions, scores, rows, size)
 
 
@@ -150,12 +150,12 @@ def differentiable_scores(model: SimilarityModel) -> Iterator[Callable[[Tensor, 
     """
 
     def scores(images: Tensor, directions: Tensor) -> Tensor:
-        count, fixed = len(images), model.batch_size or len(images)
+        count, size = len(images), pass_size(model, len(images))
         filled = images
-        if missing := -count % fixed:
+        if model.batch_size is not None and (missing := -count % size):
             filled = torch.cat((images, images[-1:].detach().expand(missing, *images.shape[1:])))
         # Copies, since a network may normalise its input in place.
-        rows = torch.cat([model.embed(part.clone()) for part in torch.split(filled, fixed)])[:count]
+        rows = torch.cat([model.embed(part.clone()) for part in torch.split(filled, size)])[:count]
         if not rows.requires_grad:
             raise _without_gradient(model)
         return (rows * directions).sum(dim=1) * _HALF_SCALE

@@ -9,6 +9,7 @@ from simexplain.errors import ModelError
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_options import ORIGINS
 from simexplain.networks import undisturbed
+from simexplain.tracing import pass_size
 
 
 def expected_avsl(model: nn.Module, purpose: str = "to attribute a distance") -> AVSL:
@@ -36,7 +37,7 @@ def features_and_rows(
     """Feature maps per level ``(M,C,h,w)`` and embedding rows ``(M,E)``, without any graph."""
     found, rows = [], []
     with torch.no_grad(), undisturbed(model.network):
-        for part in torch.split(images, max_batch or len(images)):
+        for part in torch.split(images, pass_size(model, max_batch or len(images))):
             # A network may normalise its input in place.
             maps = [grid.detach() for grid in model.feature_maps(part.clone())]
             found.append(maps)

@@ -28,12 +28,14 @@ class SimilarityModel(nn.Module, ABC):
         name: What to call it in figures and manifests.
         preprocess: How a picture becomes an input tensor.
         batch_size: The only batch one forward pass takes (exported programs), or None.
+        largest_batch: The most images one forward pass takes (exported programs), or None.
         backbone: ``timm:NAME`` or ``torchvision:NAME`` that rebuilds the network, where known.
     """
 
     name: str
     preprocess: Preprocess
     batch_size: int | None = None
+    largest_batch: int | None = None
     backbone: str | None = None
 
     def __init__(self) -> None:

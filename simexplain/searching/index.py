@@ -26,6 +26,7 @@ from simexplain.searching.index_publishing import publish
 from simexplain.searching.index_reading import Pictures, Stat, absolute, pictures_of
 from simexplain.searching.index_update import Plan, Way, planned, without
 from simexplain.searching.index_work import Work, alone
+from simexplain.tracing import pass_size
 
 __all__ = [
     "Changes",
@@ -186,7 +187,7 @@ def _made(
     if way.width is not None:
         way = replace(way, keeping=_with_basis(model, way, plan, work, batch_size, progress))
     total = len(plan.paths) - len(plan.kept)
-    size = model.batch_size or batch_size
+    size = pass_size(model, batch_size)
     pictures = Pictures([Record(Path(p)) for p in todo], model.preprocess, size)
     told = 0
     for places, images in pictures:
@@ -232,7 +233,7 @@ def _with_basis(
         return replace(way.keeping, basis=known[0], held=known[1])
     step = -(-len(plan.paths) // _SAMPLE)
     some = [Record(Path(p)) for p in plan.paths[::step]]
-    pictures = Pictures(some, model.preprocess, model.batch_size or batch_size)
+    pictures = Pictures(some, model.preprocess, pass_size(model, batch_size))
 
     def batches() -> Iterator[Tensor]:
         for number, (_, images) in enumerate(pictures):
