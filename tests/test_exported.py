@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from exported_exploits import renamed
 from torch import nn
 
 from simexplain import Comparison, as_similarity_model, explain, load_model
@@ -123,17 +124,6 @@ def refused(path: Path, *words: str) -> None:
 
 def nodes(program: Program) -> list[Program]:
     return program["graph_module"]["graph"]["nodes"]
-
-
-def renamed(content: Any, old: str, new: str) -> Any:
-    """Nested JSON with a name exchanged wherever it stands alone, as key or as value."""
-    if isinstance(content, dict):
-        return {
-            (new if key == old else key): renamed(value, old, new) for key, value in content.items()
-        }
-    if isinstance(content, list):
-        return [renamed(value, old, new) for value in content]
-    return new if content == old else content
 
 
 def test_rewriting_alone_changes_nothing(fixed: Path, tmp_path: Path) -> None:

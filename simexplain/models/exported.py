@@ -44,6 +44,9 @@ def load_exported(path: Path, *, trust: bool, distance: str) -> SimilarityModel:
         logger.disabled = True  # it would print a traceback before our one line
         program = torch.export.load(source)
         network = torch.export.unflatten(program)
+        call, output = _call_of(program, path), _only_output(program)
+    except ModelError:
+        raise
     except Exception as error:  # torch raises anything from KeyError to its own classes here
         raise ModelError(
             f"'{path}' cannot be loaded as an exported program ({first_line(error)}); "
@@ -51,11 +54,10 @@ def load_exported(path: Path, *, trust: bool, distance: str) -> SimilarityModel:
         ) from error
     finally:
         logger.disabled = before
-    call = _call_of(program, path)
     limits = call.limits
     model = as_similarity_model(
         ExportedNetwork(network, call),
-        output=_only_output(program),
+        output=output,
         preprocess=replace(IMAGENET, size=call.size, notes=_notes(program, path)),
         name=path.stem,
         distance=distance,

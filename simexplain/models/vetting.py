@@ -166,6 +166,7 @@ def _rebuilt_new(archive: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo
     for name, expected in (("archive_format", {b"pt2"}), ("byteorder", {b"little", b"big"})):
         if _read(archive, entries, name) not in expected:
             raise UnvettedError(f"an unknown {name}")
+    _check_examples(_read(archive, entries, "data/sample_inputs/model.pt"))
     version = _read(archive, entries, "archive_version")
     if not re.fullmatch(rb"\d{1,4}", version):
         raise UnvettedError("an unknown archive_version")
@@ -176,7 +177,7 @@ def _rebuilt_new(archive: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo
         "archive_version": version,
         "byteorder": _read(archive, entries, "byteorder"),
         "models/model.json": json.dumps(described, allow_nan=False).encode(),
-        # Examples are not needed, and reading them is unpickling.
+        # Examples are not needed.
         "data/sample_inputs/model.pt": b"",
     }
     for folder, prefix in (("weights", "weight"), ("constants", "tensor")):
@@ -216,11 +217,21 @@ def _checked_tensors(
     return list(kinds)
 
 
+def _check_examples(content: bytes) -> None:
+    """Recognises a forged file; torch itself would go on to unpickle anything."""
+    if content:
+        try:
+            torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises anything here
+            raise UnvettedError("pickled objects among the examples") from error
+
+
 def _rebuilt_old(archive: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo]) -> io.BytesIO:
     """The layout of torch up to 2.7, whose tensors are pickled: read as tensors alone."""
     version = _read(archive, entries, "version")
     if not re.fullmatch(rb"\d{1,4}\.\d{1,4}", version):
         raise UnvettedError("an unknown version")
+    _check_examples(_read(archive, entries, "serialized_example_inputs.pt"))
     name = "serialized_exported_program.json"
     described = _json(archive, entries, name, program)
     made = {
