@@ -28,16 +28,15 @@ _watching: list[list[str]] = []
 def _heard(event: str, arguments: tuple[Any, ...]) -> None:
     if not _watching:
         return
-    what = f"{event} {arguments}"[:300]
-    if (
-        event.startswith(_EVENTS)
-        or (event == "import" and arguments[0] not in sys.modules)
-        or (event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"))
-    ):
-        _watching[-1].append(what)
-    elif event == "compile" and "sprung" in str(arguments[0]) and arguments[1] != "<unknown>":
-        # Python's parser alone, which runs nothing, is used under the name <unknown>.
-        _watching[-1].append(what)
+    # Python's parser alone, which runs nothing, is used under the name <unknown>.
+    signs = (
+        event.startswith(_EVENTS),
+        event == "import" and arguments[0] not in sys.modules,
+        event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"),
+        event == "compile" and "sprung" in str(arguments[0]) and arguments[1] != "<unknown>",
+    )
+    if any(signs):
+        _watching[-1].append(f"{event} {arguments}"[:300])
 
 
 sys.addaudithook(_heard)  # which cannot be taken away again

@@ -311,7 +311,7 @@ def _context(kind: str, context: Any, count: int) -> str:
     """The context written anew: null for sequences, the keys for a dictionary."""
     keys = read_json(context.encode("utf-8", "surrogatepass")) if isinstance(context, str) else None
     if kind != "builtins.dict":
-        if keys is not None:
+        if keys is not None or not isinstance(context, (str, type(None))):
             raise UnvettedError(f"a container of its own: {shown(context)}", WRAP)
         return "null"
     if not isinstance(keys, list) or len(keys) != count:
