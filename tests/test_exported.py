@@ -19,6 +19,7 @@ from torch import nn
 from simexplain import Comparison, as_similarity_model, explain, load_model
 from simexplain.errors import ModelError
 
+pytestmark = pytest.mark.usefixtures("offline")
 Program = dict[str, Any]
 
 

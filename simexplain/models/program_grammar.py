@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from simexplain.models.checkpoints import printable
 from simexplain.models.expressions import BadExpressionError, arithmetic, check_guard
 from simexplain.models.operators import is_known_operator
 
@@ -53,7 +54,7 @@ class UnvettedError(ValueError):
 
 def shown(value: Any) -> str:
     """A value from the file in one short line."""
-    text = "".join(c if c.isprintable() else "?" for c in str(value))
+    text = printable(str(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
