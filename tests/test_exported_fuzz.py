@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("offline")
 
 # About 20 seconds and, among the slow tests, about 10 minutes on one core.
 EXAMPLES = int(os.environ.get("SIMEXPLAIN_FUZZ_EXAMPLES", "100"))
-MANY_EXAMPLES = int(os.environ.get("SIMEXPLAIN_FUZZ_EXAMPLES", "6000"))
+MANY_EXAMPLES = int(os.environ.get("SIMEXPLAIN_FUZZ_EXAMPLES", "4000"))
 _CODE = "__import__('sprung')"
 _SPECS = ("in_spec", "out_spec")
 TEXTS = (
