@@ -28,7 +28,7 @@ class Traceable(Protocol):
     def batch_size(self) -> int | None:
         """The only number of images one forward pass takes, or None where any will do."""
 
-    def pass_size(self, count: int, limit: int | None = None) -> int:
+    def pass_size(self, count: int, limit: int | None = None, *, together: bool = False) -> int:
         """Images in one forward pass over ``count`` of them, at most ``limit``."""
 
     def embed(self, images: Tensor) -> Tensor:
@@ -146,9 +146,7 @@ def trace(
     Raises:
         ModelError: If a layer is unknown, does not run or has no tensor as its output.
     """
-    size = model.batch_size or max_batch or len(images)
-    if not differentiable:
-        size = model.pass_size(len(images), max_batch)
+    size = model.pass_size(len(images), max_batch, together=differentiable)
     pixels = (int(images.shape[-2]), int(images.shape[-1]))
     rows, outputs = _forward(model, images, size, layers, differentiable)
     with torch.enable_grad():  # a caller's no_grad must not cut what was just recorded
@@ -204,7 +202,7 @@ def rerun(model: Traceable, images: Tensor, layer: str, output: Tensor) -> Tenso
     size = model.pass_size(len(images), len(images))
     rows = []
     with listening(model.network, {name: replaced}), undisturbed(model.network):
-        for chunk, part in zip(images.split(size), output.split(size), strict=True):
+        for chunk, part in zip(torch.split(images, size), torch.split(output, size), strict=True):
             given = part
             seen.clear()
             with torch.no_grad():

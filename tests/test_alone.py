@@ -73,8 +73,13 @@ def test_an_explanation_is_the_same_in_any_company(name: str, method: str) -> No
             stack[row : row + 1, 0], stack[row : row + 1, 1:2], stack[row : row + 1, 2:]
         )
         alone = explain(model, one, method, **layers, **options)
-        for part in ("maps", "scores", "weights", "embeddings", "distances", "heatmaps"):
+        for part in ("embeddings", "distances"):
             assert torch.equal(getattr(alone, part)[0], getattr(together, part)[row]), part
+        # What follows a pass is computed for all images of a call in one tensor, in which an
+        # exponential function rounds the last few numbers in another way.
+        for part in ("maps", "scores", "weights", "heatmaps"):
+            a, b = getattr(alone, part)[0], getattr(together, part)[row]
+            assert (a - b).abs().max() <= 1e-6 * b.abs().max(), part
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -150,7 +155,7 @@ def test_on_other_devices_every_pass_has_one_size() -> None:
     """Stands in for a graphics card, where images go through a network together."""
 
     class Card(Embedder):
-        def pass_size(self, count: int, limit: int | None = None) -> int:
+        def pass_size(self, count: int, limit: int | None = None, *, together: bool = False) -> int:
             return min(limit or count, count)
 
     sizes: list[int] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 import sys
@@ -13,11 +15,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from exported_exploits import renamed
 from torch import nn
 
 from simexplain import Comparison, as_similarity_model, explain, load_model
 from simexplain.errors import ModelError
 
+pytestmark = pytest.mark.usefixtures("offline")
 Program = dict[str, Any]
 
 
@@ -123,17 +127,6 @@ def refused(path: Path, *words: str) -> None:
 
 def nodes(program: Program) -> list[Program]:
     return program["graph_module"]["graph"]["nodes"]
-
-
-def renamed(content: Any, old: str, new: str) -> Any:
-    """Nested JSON with a name exchanged wherever it stands alone, as key or as value."""
-    if isinstance(content, dict):
-        return {
-            (new if key == old else key): renamed(value, old, new) for key, value in content.items()
-        }
-    if isinstance(content, list):
-        return [renamed(value, old, new) for value in content]
-    return new if content == old else content
 
 
 def test_rewriting_alone_changes_nothing(fixed: Path, tmp_path: Path) -> None:
@@ -289,3 +282,56 @@ def test_suffix_does_not_decide(fixed: Path, tmp_path: Path) -> None:
         nodes(program)[0]["target"] = "torch.hub.load"
 
     refused(tampered(fixed, tmp_path / "evil.pt", change), "torch.hub.load")
+
+
+def old_layout(path: Path, network: nn.Module, **other: bytes) -> Path:
+    """A program as torch up to 2.7 laid it out."""
+    from torch._export.serde.schema import SCHEMA_VERSION
+    from torch._export.serde.serialize import serialize
+
+    shapes = ({0: torch.export.Dim("batch")},)
+    images = torch.zeros(2, 3, 64, 64)
+    made = serialize(torch.export.export(network, (images,), dynamic_shapes=shapes))
+    parts = {
+        "serialized_exported_program.json": made.exported_program,
+        "serialized_state_dict.pt": made.state_dict,
+        "serialized_constants.pt": made.constants,
+        "serialized_example_inputs.pt": made.example_inputs,
+        "version": ".".join(map(str, SCHEMA_VERSION)).encode(),
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in (parts | {f"{key}.pt": value for key, value in other.items()}).items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_the_layout_of_older_torch(network: nn.Module, tmp_path: Path) -> None:
+    images = torch.rand(3, 3, 64, 64)
+    model = load_model(old_layout(tmp_path / "old.pt2", network))
+    with torch.no_grad():
+        expected = nn.functional.normalize(network(images), dim=1)
+    assert torch.allclose(model.embed(images), expected, atol=1e-5)
+
+
+class Trap:
+    """Unpickling this would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("part", ["state_dict", "constants", "example_inputs"])
+def test_pickles_in_the_layout_of_older_torch(
+    part: str, network: nn.Module, tmp_path: Path
+) -> None:
+    buffer = io.BytesIO()
+    torch.save({"x": Trap(tmp_path / "sprung")}, buffer)
+    path = old_layout(tmp_path / "old.pt2", network, **{f"serialized_{part}": buffer.getvalue()})
+    refused(path, "pickled objects")
+    assert not (tmp_path / "sprung").exists()
+    with contextlib.suppress(Exception):
+        torch.export.load(path)
+    assert (tmp_path / "sprung").exists(), "torch itself was not taken in"

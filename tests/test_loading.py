@@ -18,6 +18,7 @@ from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError, OutputError
 from simexplain.models.backbones import PACKAGED, build_backbone
 
+pytestmark = pytest.mark.usefixtures("offline")
 SIZE = (64, 64)
 
 

@@ -75,7 +75,7 @@ class Recalled(SimilarityModel):
         """Those of the base model."""
         return self.base.parameters(recurse)
 
-    def pass_size(self, count: int, limit: int | None = None) -> int:
+    def pass_size(self, count: int, limit: int | None = None, *, together: bool = False) -> int:
         """All at once: nothing runs, and what is kept was made image by image."""
         return count
 
@@ -194,7 +194,7 @@ def recalled_avsl(base: AVSL, levels: Callable[[tuple[int, int]], list[Tensor]])
             return levels((int(images.shape[-2]), int(images.shape[-1])))
         return base.feature_maps(images)
 
-    def pass_size(count: int, limit: int | None = None) -> int:
+    def pass_size(count: int, limit: int | None = None, *, together: bool = False) -> int:
         return count  # nothing runs: all that is kept comes at once
 
     vars(model).update(feature_maps=feature_maps, batch_size=None, pass_size=pass_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import cv2
@@ -21,6 +22,7 @@ from simexplain.errors import ImageError
 
 FITS = ("crop", "squash", "pad")
 _MOST_ELONGATED = 50
+_LARGEST_SIDE = 16384
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,9 @@ class Preprocess:
     def __post_init__(self) -> None:
         if self.fit not in FITS:
             raise ImageError(f"Expected fit to be one of {', '.join(FITS)}, got '{self.fit}'.")
-        if not 0 < self.crop_fraction <= 2:
-            raise ImageError(f"Expected crop_fraction in (0, 2], got {self.crop_fraction}.")
+        if not _is_number(self.crop_fraction) or not 0 < self.crop_fraction <= 2:
+            raise ImageError(f"Expected crop_fraction in (0, 2], got {self.crop_fraction!r}.")
+        _check_values(self)
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, Geometry]:
         """The input tensor ``(3,H,W)``, float32, and where it lies in the picture.
@@ -215,6 +218,40 @@ class Preprocess:
             k: tuple(v) if isinstance(v, list) else v for k, v in options.items()
         }
         return cls(**lists)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_values(prepare: Preprocess) -> None:
+    """Checks what pictures would otherwise fail on one by one, or what would make them NaN."""
+    size, mean, std = prepare.size, prepare.mean, prepare.std
+    whole = isinstance(size, (tuple, list)) and len(size) == 2
+    if not whole or not all(
+        isinstance(side, Integral) and not isinstance(side, bool) and 1 <= side <= _LARGEST_SIDE
+        for side in size
+    ):
+        raise ImageError(
+            f"Expected size as (height, width) in pixels from 1 to {_LARGEST_SIDE}, got {size!r}."
+        )
+    known = [mode.value for mode in InterpolationMode]
+    if prepare.interpolation not in known:
+        raise ImageError(
+            f"Expected interpolation to be one of {', '.join(known)}, got "
+            f"{prepare.interpolation!r}."
+        )
+    for name, values in (("mean", mean), ("std", std)):
+        good = isinstance(values, (tuple, list, np.ndarray)) and len(values) > 0
+        if not good or not all(_is_number(value) for value in values):
+            raise ImageError(f"Expected {name} as one finite number a channel, got {values!r}.")
+    if len(mean) != len(std):
+        raise ImageError(f"Expected as many values in mean as in std, got {mean!r} and {std!r}.")
+    if not all(value > 0 for value in std):
+        raise ImageError(f"Expected std above 0 in every channel, got {std!r}.")
+    texts = prepare.notes if isinstance(prepare.notes, (tuple, list)) else (None,)
+    if not all(isinstance(text, str) for text in (prepare.source, *texts)):
+        raise ImageError("Expected source as a text and notes as several, got something else.")
 
 
 def prepared(prepare: Preprocess, pictures: Sequence[Picture]) -> tuple[Tensor, list[Geometry]]:

@@ -25,9 +25,9 @@ class RawVectors:
         """The only batch of one forward pass, or None."""
         return self.model.batch_size
 
-    def pass_size(self, count: int, limit: int | None = None) -> int:
+    def pass_size(self, count: int, limit: int | None = None, *, together: bool = False) -> int:
         """Images in one forward pass over ``count`` of them."""
-        return self.model.pass_size(count, limit)
+        return self.model.pass_size(count, limit, together=together)
 
     def embed(self, images: Tensor) -> Tensor:
         """Vectors ``(M,E)`` that are not normalised."""

@@ -150,12 +150,12 @@ def differentiable_scores(model: SimilarityModel) -> Iterator[Callable[[Tensor, 
     """
 
     def scores(images: Tensor, directions: Tensor) -> Tensor:
-        count, fixed = len(images), model.pass_size(len(images))
+        count, size = len(images), model.pass_size(len(images))
         filled = images
-        if missing := -count % fixed:
+        if model.batch_size is not None and (missing := -count % size):
             filled = torch.cat((images, images[-1:].detach().expand(missing, *images.shape[1:])))
         # Copies, since a network may normalise its input in place.
-        rows = torch.cat([model.embed(part.clone()) for part in torch.split(filled, fixed)])[:count]
+        rows = torch.cat([model.embed(part.clone()) for part in torch.split(filled, size)])[:count]
         if not rows.requires_grad:
             raise _without_gradient(model)
         return (rows * directions).sum(dim=1) * _HALF_SCALE

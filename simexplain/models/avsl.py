@@ -81,6 +81,7 @@ class AVSL(SimilarityModel):
         self.base = as_similarity_model(backbone)
         self.options = avsl_options(preset)
         self.preprocess, self.batch_size = self.base.preprocess, self.base.batch_size
+        self.largest_batch = self.base.largest_batch
         self.backbone = self.base.backbone
         found = found_levels(self.base, levels)
         self.levels = tuple(layer.name for layer in found)

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +19,14 @@ from torch import Tensor, nn
 
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError, first_line
+from simexplain.models.checkpoints import printable
 from simexplain.models.pcb import PARTS, part_based, whole_persons
 
 DEFAULT_MODEL = "timm:tf_efficientnet_lite0"
 """What the demo and the documentation use: its weights come in a package of their own."""
+
+_MOST_OUTPUTS = 2**20
+_PLAIN_NAME = re.compile(r"\w[\w.\-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -65,12 +70,45 @@ def build_backbone(
         raise ModelError(
             f"Expected a network as {' or '.join(f'{zoo}:NAME' for zoo in ZOOS)}, got '{name}'."
         )
+    if not 0 <= outputs <= _MOST_OUTPUTS:
+        raise ModelError(
+            f"Expected a last layer of 0 to {_MOST_OUTPUTS} outputs for {name}, got {outputs}."
+        )
     # Drawing random weights must not move the user's random state.
     with torch.random.fork_rng(devices=[]):
         backbone = ZOOS[zoo](bare, pretrained, outputs, size)
     if size is not None:
         backbone = replace(backbone, preprocess=replace(backbone.preprocess, size=size))
     return replace(backbone, network=backbone.network.eval())
+
+
+def check_registered(name: str) -> None:
+    """Checks the name of a network whose weights are in a file, so that nothing is fetched for it.
+
+    A name such as ``timm:hf-hub:OWNER/NAME`` or ``timm:local-dir:FOLDER`` would let a file decide
+    what is read from the network or from the disk.
+
+    Args:
+        name: ``timm:NAME``, ``torchvision:NAME``, or either after ``pcb:``.
+
+    Raises:
+        ModelError: If timm or torchvision has no network of that plain name.
+    """
+    zoo, _, bare = name.removeprefix("pcb:").partition(":")
+    if zoo not in ("timm", "torchvision"):
+        return  # which build_backbone refuses
+    plain = _PLAIN_NAME.fullmatch(bare) is not None
+    if plain and zoo == "timm":
+        import timm
+
+        plain = timm.is_model(bare)
+    if not plain:
+        shown = printable(bare)[:80]
+        raise ModelError(
+            f"Unknown model '{shown}': for weights in a file {zoo} must have a network of that "
+            f"plain name, since loading a file never fetches anything; write {zoo}:NAME, or load "
+            "the weights yourself and pass the network to as_similarity_model."
+        )
 
 
 def _from_timm(name: str, pretrained: bool, outputs: int, size: tuple[int, int] | None) -> Backbone:
@@ -82,13 +120,18 @@ def _from_timm(name: str, pretrained: bool, outputs: int, size: tuple[int, int] 
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     if size is not None and config is not None and config.fixed_input_size:
         options["img_size"] = size
-    with _hub_errors(f"timm:{name}"), _hub_offline_if_unreachable():
-        network = timm.create_model(name, pretrained=pretrained and state is None, **options)
+    wanted = pretrained and state is None
+    fetched = wanted or not _PLAIN_NAME.fullmatch(name)
+    reach = _hub_offline_if_unreachable() if fetched else nullcontext()
+    with _hub_errors(f"timm:{name}"), reach:
+        network = timm.create_model(name, pretrained=wanted, **options)
     classifier = network.pretrained_cfg.get("classifier") or ""
     first = classifier if isinstance(classifier, str) else classifier[0]
     if state is not None:
         _load_in_order(network, state, head=f"{first}.")
-    return Backbone(network, preprocess_of_timm(network), first, f"timm:{name}")
+    # A network from a hub is known, and saved, by its architecture.
+    known = name if config is not None else network.pretrained_cfg.get("architecture") or name
+    return Backbone(network, preprocess_of_timm(network), first, f"timm:{known}")
 
 
 def preprocess_of_timm(network: nn.Module) -> Preprocess:

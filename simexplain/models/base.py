@@ -44,12 +44,14 @@ class SimilarityModel(nn.Module, ABC):
         name: What to call it in figures and manifests.
         preprocess: How a picture becomes an input tensor.
         batch_size: The only batch one forward pass takes (exported programs), or None.
+        largest_batch: The most images one forward pass takes (exported programs), or None.
         backbone: ``timm:NAME`` or ``torchvision:NAME`` that rebuilds the network, where known.
     """
 
     name: str
     preprocess: Preprocess
     batch_size: int | None = None
+    largest_batch: int | None = None
     backbone: str | None = None
 
     def __init__(self) -> None:
@@ -73,7 +75,7 @@ class SimilarityModel(nn.Module, ABC):
         """
         return self.embed(images)
 
-    def pass_size(self, count: int, limit: int | None = None) -> int:
+    def pass_size(self, count: int, limit: int | None = None, *, together: bool = False) -> int:
         """Images in one forward pass over ``count`` of them.
 
         On a CPU an image goes alone: kernels for several images at once round differently from
@@ -82,14 +84,16 @@ class SimilarityModel(nn.Module, ABC):
 
         Args:
             count: Images to run.
-            limit: The most that memory allows, or None; heeded on other devices than a CPU.
+            limit: The most that memory allows, or None; heeded where images go together.
+            together: As many at once as may be, on a CPU too: for training.
         """
         if self.batch_size is not None:
             return self.batch_size
         reference = next(self.parameters(), None)
-        if reference is None or reference.device.type == "cpu":
+        if not together and (reference is None or reference.device.type == "cpu"):
             return 1
-        return min(limit or count, count) or 1
+        bounds = (count, limit, self.largest_batch)
+        return max(1, min(bound for bound in bounds if bound is not None))
 
     @abstractmethod
     def distance(self, q: Tensor, g: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,12 @@ from simexplain.errors import DAMAGED, ModelError, first_line
 
 FORMAT_KEY = "simexplain"
 SCHEMA = 1
-_PREFIXES = ("module.", "model.", "_orig_mod.", "network.", "backbone.", "encoder.", "net.")
 _LISTED = 4
+
+
+def printable(text: str) -> str:
+    """A text of a file without what a terminal would act on."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def kind_of(path: Path) -> str:
@@ -126,31 +131,56 @@ def state_dict_in(content: Any, path: Path) -> dict[str, Tensor]:
     )
 
 
-def fitted(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """The state with whatever prefix (``module.``, ``model.``) makes most keys known stripped."""
+def network_part(
+    state: dict[str, Tensor], network: nn.Module, classifier: str
+) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a network in the state of whatever it was trained in.
+
+    A Lightning module, ``DataParallel`` or ``torch.compile`` keep them under a prefix (``model.``,
+    ``module.``), and may hold tensors of their own beside them, such as the proxies of a loss.
+
+    Args:
+        state: Tensors by name.
+        network: Whose names are looked for.
+        classifier: How the names of a last layer start that the network may lack.
+
+    Returns:
+        The state without the prefix under which most of the network's names are found, and a note
+        on what was left out because it is not under that prefix; empty if nothing was.
+    """
     own = network.state_dict().keys()
-    best = state
-    candidates = [state]
-    for _ in range(2):
-        candidates = [
-            {key.removeprefix(prefix): value for key, value in candidate.items()}
-            for candidate in candidates
-            for prefix in _PREFIXES
-            if any(key.startswith(prefix) for key in candidate)
-        ]
-        for candidate in candidates:
-            if len(candidate.keys() & own) > len(best.keys() & own):
-                best = candidate
-    return best
+    counts = Counter(
+        key.removesuffix(name) for key in state for name in _endings(key) if name in own
+    )
+    # The shortest of several equally good ones: a plain state_dict stays as it is.
+    prefix = min(counts, key=lambda each: (-counts[each], len(each)), default="")
+    if not prefix:
+        return state, ""
+    kept = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    beside = {k: v for k, v in state.items() if not k.startswith(prefix)}
+    kept |= {k: v for k, v in beside.items() if k in own or k.startswith(classifier)}
+    others = [printable(key) for key in beside if key not in kept]
+    listed = ", ".join(others[:_LISTED]) + (", ..." if len(others) > _LISTED else "")
+    note = f"Only the tensors under '{prefix}' were loaded; left out: {listed}." if others else ""
+    return kept, note
+
+
+def _endings(key: str) -> list[str]:
+    """A dotted name and what remains of it when parts are taken off its front."""
+    parts = key.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def load_fitting(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Loads a state into a network, all of it or nothing.
 
     Raises:
-        ModelError: If any key is missing, unexpected or of another shape; lists them.
+        ModelError: If any key is missing, unexpected or of another shape; lists them. If a tensor
+            is not one of plain numbers.
     """
     own = network.state_dict()
+    for key, value in state.items():
+        _check_plain(key, value, source, complex_too=key in own and own[key].is_complex())
     # Counters that only training reads may be missing, as in files of other frameworks.
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in own]
@@ -171,6 +201,25 @@ def load_fitting(network: nn.Module, state: dict[str, Tensor], source: str) -> N
     if complaints:
         raise ModelError(
             f"'{source}' does not fit this network: keys {'; '.join(complaints)}; "
-            "name the backbone it was saved from."
+            "check that this is the network it was saved from."
         )
     network.load_state_dict(state, strict=False)
+
+
+def _check_plain(key: str, value: Any, source: str, *, complex_too: bool) -> None:
+    """Refuses what would end in an error of torch's own, or in weights that are not the file's."""
+    if not isinstance(value, Tensor):
+        kind, remedy = f"a {type(value).__name__}", "save the state_dict of the network"
+    elif value.is_meta:
+        kind, remedy = "a tensor on the meta device, without values", "save the network with values"
+    elif value.layout != torch.strided or value.is_nested:
+        kind, remedy = "a sparse or nested tensor", "save it dense (to_dense())"
+    elif value.is_quantized:
+        kind, remedy = "a quantised tensor", "save it in floating point (dequantize())"
+    elif value.is_complex() and not complex_too:
+        kind, remedy = "a tensor of complex numbers", "save the real one that the network has"
+    else:
+        return
+    raise ModelError(
+        f"Expected a plain tensor for {printable(str(key))} in '{source}', got {kind}; {remedy}."
+    )

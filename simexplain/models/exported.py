@@ -2,56 +2,30 @@
 
 from __future__ import annotations
 
-import ast
 import io
-import json
 import logging
-import re
-import zipfile
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from simexplain.data.preprocessing import IMAGENET
 from simexplain.errors import ModelError, first_line
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
+from simexplain.models.vetting import vetted
 
-# The loader of torch looks names up and evaluates expressions from the file, so everything that
-# is not on these lists is refused: a program needs no more than tensors and operators.
-_ENTRY = re.compile(
-    r"(archive_format|archive_version|byteorder|version|\.data/\w+|models/\w+\.json|extra/.*"
-    r"|data/(weights|constants)/((weight|tensor)_\d+|\w+_config\.json)|data/sample_inputs/\w+\.pt)"
-)
-_TARGET = re.compile(
-    r"(torch\.ops\.aten\.(?!from_file)\w+(\.\w+)?"
-    r"|torch\.ops\.(prims|torchvision|quantized_decomposed)\.\w+(\.\w+)?"
-    r"|torch\.ops\.higher_order\.(cond|wrap_with_set_grad_enabled|wrap_with_autocast)"
-    r"|_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|neg|pow|eq|ne|lt|le|gt|ge|and_|or_|not_)"
-    r"|math\.(ceil|floor|trunc|sqrt)|torch\.sym_\w+|torch\._C\._set_grad_enabled)"
-)
-# Names and other strings may end up in Python source that torch writes and runs.
-_TEXT = re.compile(r"[\w.,:+\-> ]*")
-_NAME = re.compile(r"[\w.]*")
-_SPECIAL = ("metadata", "in_spec", "out_spec", "expr_str", "guards_code", "target", "as_operator")
-_CALLS = {
-    "Symbol", "Max", "Min", "Mod", "PythonMod", "FloorDiv", "CeilDiv", "CleanDiv", "IntTrueDiv",
-    "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "Integer", "Identity", "Where",
-    "ToFloat", "TruncToInt", "size",
-}  # fmt: skip
-_SYNTAX = (
-    ast.Expression, ast.Call, ast.Name, ast.Load, ast.Constant, ast.keyword, ast.BinOp, ast.UnaryOp,
-    ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.Subscript,
-    ast.Attribute,
-)  # fmt: skip
+_USUAL_SIDE = 224
+# Up to here torch neither checks nor relies on a lower limit: it is how 0 and 1 are told apart.
+_UNCHECKED = 2
 
 
 def load_exported(path: Path, *, trust: bool, distance: str) -> SimilarityModel:
-    """Loads a program of ``torch.export.save``; a fixed batch or image size in it is obeyed.
+    """Loads a program of ``torch.export.save``; limits of batch and image size in it are obeyed.
 
     Args:
         path: The .pt2 file.
@@ -63,14 +37,16 @@ def load_exported(path: Path, *, trust: bool, distance: str) -> SimilarityModel:
     """
     # Read once: what is vetted is what is loaded.
     content = path.read_bytes()
-    if not trust:
-        _vet(path, content)
+    source = io.BytesIO(content) if trust else vetted(path, content)
     logger = logging.getLogger("torch.export")
     before = logger.disabled
     try:
         logger.disabled = True  # it would print a traceback before our one line
-        program = torch.export.load(io.BytesIO(content))
+        program = torch.export.load(source)
         network = torch.export.unflatten(program)
+        call, output = _call_of(program, path), _only_output(program)
+    except ModelError:
+        raise
     except Exception as error:  # torch raises anything from KeyError to its own classes here
         raise ModelError(
             f"'{path}' cannot be loaded as an exported program ({first_line(error)}); "
@@ -78,44 +54,148 @@ def load_exported(path: Path, *, trust: bool, distance: str) -> SimilarityModel:
         ) from error
     finally:
         logger.disabled = before
-    batch, size = _input_shape(program, path)
-    preprocess = replace(IMAGENET, size=size, notes=_notes(program, path))
-    return as_similarity_model(
-        ExportedNetwork(network),
-        preprocess=preprocess,
+    limits = call.limits
+    model = as_similarity_model(
+        ExportedNetwork(network, call),
+        output=output,
+        preprocess=replace(IMAGENET, size=call.size, notes=_notes(program, path)),
         name=path.stem,
         distance=distance,
-        batch_size=batch,
+        batch_size=limits.fixed,
     )
+    model.largest_batch = limits.largest
+    return model
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """How many images one pass takes: one number only, at most some number, or any."""
+
+    fixed: int | None = None
+    largest: int | None = None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How a program is called with images alone.
+
+    Attributes:
+        values: What each input gets, None for the images, in the order of the program.
+        place: Which of them the images are.
+        spec: How the inputs are laid out as arguments.
+        limits: Of the batch.
+        size: ``(height, width)`` of the images.
+    """
+
+    values: tuple[Any, ...]
+    place: int
+    spec: Any
+    limits: _Limits
+    size: tuple[int, int]
 
 
 class ExportedNetwork(nn.Module):
     """An unflattened program, called with the images alone; layers keep their own names."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, call: _Call) -> None:
         super().__init__()
         for name, child in network.named_children():
             self.add_module(name, child)
         # Not a submodule: its children are listed above, under the names the user knows.
         object.__setattr__(self, "_program", network)
+        self._call = call
 
     def forward(self, images: torch.Tensor) -> Any:
-        """Whatever the program returns for images ``(M,3,H,W)``."""
-        return self._program(images)  # type: ignore[operator]
+        """Whatever the program returns for images ``(M,3,H,W)``.
+
+        Raises:
+            ModelError: If it does not take that many images at once.
+        """
+        limits = self._call.limits
+        if limits.fixed not in (None, len(images)):
+            raise ModelError(
+                f"Expected {limits.fixed} images in one pass of the exported program, which takes "
+                f"no other number, got {len(images)}."
+            )
+        if limits.largest is not None and len(images) > limits.largest:
+            raise ModelError(
+                f"Expected at most {limits.largest} images in one pass of the exported program, "
+                f"got {len(images)}; pass max_batch={limits.largest}."
+            )
+        values = list(self._call.values)
+        values[self._call.place] = images
+        arguments, options = pytree.tree_unflatten(values, self._call.spec)
+        return self._program(*arguments, **options)  # type: ignore[operator]
 
 
-def _input_shape(program: Any, path: Path) -> tuple[int | None, tuple[int, int]]:
-    """The fixed batch size (None where dynamic) and the image size of the only input."""
-    names = program.graph_signature.user_inputs
-    shapes = [n.meta["val"].shape for n in program.graph.nodes if n.name in names]
+def _call_of(program: Any, path: Path) -> _Call:
+    """The only tensor among the inputs, and the constants that were exported beside it.
+
+    Raises:
+        ModelError: If there is not exactly one tensor, or it is not one of images.
+    """
+    values: list[Any] = []
+    shapes: list[Sequence[Any]] = []
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    place = 0
+    for spec in program.graph_signature.input_specs:
+        if spec.kind.name != "USER_INPUT":
+            continue
+        held = nodes[spec.arg.name].meta.get("val") if spec.arg.name in nodes else None
+        if isinstance(held, torch.Tensor):
+            place = len(values)
+            shapes.append(held.shape)
+        values.append(getattr(spec.arg, "value", None))
     if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] != 3:
         raise ModelError(
             f"Expected '{path}' to take one batch of images (M,3,H,W), but it takes "
             f"{', '.join(str(tuple(shape)) for shape in shapes) or 'nothing'}."
         )
     batch, _, height, width = shapes[0]
-    sides = [side if isinstance(side, int) else 224 for side in (height, width)]
-    return (batch if isinstance(batch, int) else None), (sides[0], sides[1])
+    sides = (_side(height, program), _side(width, program))
+    spec = program.module_call_graph[0].signature.in_spec
+    return _Call(tuple(values), place, spec, _limits_of(batch, program), sides)
+
+
+def _range_of(size: Any, program: Any) -> tuple[int, int | None]:
+    """The least and the most that a dynamic size may be."""
+    limits = program.range_constraints.get(size.node.expr)
+    if limits is None:
+        return 0, None
+    least, most = (
+        int(limit) if getattr(limit, "is_Integer", False) else None
+        for limit in (limits.lower, limits.upper)
+    )
+    return least or 0, most
+
+
+def _limits_of(batch: Any, program: Any) -> _Limits:
+    if isinstance(batch, int):
+        return _Limits(fixed=batch)
+    if not batch.node.expr.is_Symbol:  # a multiple of something, of which one is known to do
+        return _Limits(fixed=int(batch.node.hint))
+    least, most = _range_of(batch, program)
+    if least > _UNCHECKED:  # what is missing to the least is filled up, as for a fixed number
+        return _Limits(fixed=least)
+    return _Limits(largest=most)
+
+
+def _side(side: Any, program: Any) -> int:
+    """The usual side where the program takes it, else the one it was exported with."""
+    if isinstance(side, int):
+        return side
+    least, most = _range_of(side, program)
+    usual = side.node.expr.is_Symbol and least <= _USUAL_SIDE and (most or 2**31) >= _USUAL_SIDE
+    return _USUAL_SIDE if usual or side.node.hint is None else int(side.node.hint)
+
+
+def _only_output(program: Any) -> int | str | None:
+    """Where the embedding is if the program returns a container of a single tensor."""
+    spec = program.module_call_graph[0].signature.out_spec
+    if spec.num_leaves != 1 or spec.num_nodes != 2:
+        return None
+    key: int | str = spec.context[0] if spec.type is dict else 0
+    return key
 
 
 def _notes(program: Any, path: Path) -> tuple[str, ...]:
@@ -134,97 +214,3 @@ def _notes(program: Any, path: Path) -> tuple[str, ...]:
             "export it again after .eval()."
         )
     return tuple(notes)
-
-
-def _vet(path: Path, content: bytes) -> None:
-    """Refuses a program whose loading could run code."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            entries = archive.namelist()
-            for entry in entries:
-                inner = entry.partition("/")[2]
-                if not _ENTRY.fullmatch(inner):
-                    raise _refusal(path, f"the entry {inner}")
-                if entries.count(entry) > 1:
-                    raise _refusal(path, f"the entry {inner} twice")
-                if inner.endswith(".json"):
-                    _vet_json(path, json.loads(archive.read(entry)))
-                elif inner.startswith("data/sample_inputs/"):
-                    torch.load(io.BytesIO(archive.read(entry)), weights_only=True)
-    except ModelError:
-        raise
-    except Exception as error:
-        raise _refusal(path, f"something unreadable ({first_line(error)})") from error
-
-
-def _vet_json(path: Path, content: Any) -> None:
-    for key, value in _pairs(content):
-        if key == "use_pickle" and value:
-            raise _refusal(path, "pickled tensors")
-        if key == "path_name" and not re.fullmatch(r"(weight|tensor)_\d+", str(value)):
-            raise _refusal(path, f"the object {value}")
-        if key in ("target", "as_operator") and isinstance(value, str) and not _is_operator(value):
-            raise _refusal(path, f"the operator {value}")
-        if key in ("in_spec", "out_spec") and "__" in str(value):
-            raise _refusal(path, "containers of its own")
-        if not _NAME.fullmatch(key) or not _is_plain(key, value):
-            raise _refusal(path, f"odd text under {key}")
-        if key == "expr_str" and not _is_expression(str(value)):
-            raise _refusal(path, f"the expression {value}")
-        if key == "guards_code" and not all(_is_expression(str(code)) for code in value or []):
-            raise _refusal(path, "guards of its own")
-
-
-def _pairs(content: Any) -> Iterator[tuple[str, Any]]:
-    """Every key and value of nested JSON."""
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield key, value
-            if key != "metadata":  # where a node came from: kept as text, never looked up
-                yield from _pairs(value)
-    elif isinstance(content, list):
-        for value in content:
-            yield from _pairs(value)
-
-
-def _is_plain(key: str, value: Any) -> bool:
-    """Whether a value is no string, or one in which no code can hide."""
-    values = value if isinstance(value, list) else [value]
-    texts = [text for text in values if isinstance(text, str)]
-    named = key == "as_name" or key.endswith(("name", "names"))
-    return key in _SPECIAL or all((_NAME if named else _TEXT).fullmatch(text) for text in texts)
-
-
-def _is_operator(target: str) -> bool:
-    return bool(_TARGET.fullmatch(target)) and "__" not in target
-
-
-def _is_expression(code: str) -> bool:
-    """Arithmetic on symbols and sizes, nothing that could reach an object's internals."""
-    try:
-        tree = ast.parse(code, mode="eval")
-    except SyntaxError:
-        return False
-    for node in ast.walk(tree):
-        if not isinstance(node, _SYNTAX):
-            return False
-        if isinstance(node, ast.Attribute) and node.attr != "size":
-            return False
-        if isinstance(node, ast.Call):
-            called = node.func.attr if isinstance(node.func, ast.Attribute) else None
-            name = node.func.id if isinstance(node.func, ast.Name) else called
-            if name not in _CALLS:
-                return False
-        if isinstance(node, ast.Name) and "__" in node.id:
-            return False
-        text = node.value if isinstance(node, ast.Constant) else 0
-        if isinstance(text, str) and (not re.fullmatch(r"\w+", text) or "__" in text):
-            return False
-    return True
-
-
-def _refusal(path: Path, what: str) -> ModelError:
-    return ModelError(
-        f"'{path}' holds {what}, and loading it could run code; export the network again, or pass "
-        "--trust-pickle (trust_pickle=True) if you trust where the file comes from."
-    )

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from simexplain.data.preprocessing import FITS, Preprocess
-from simexplain.errors import ModelError, first_line
+from simexplain.errors import ImageError, ModelError, first_line
 from simexplain.models.avsl_files import avsl_from, split_state
-from simexplain.models.backbones import ZOOS, Backbone, build_backbone
+from simexplain.models.backbones import ZOOS, Backbone, build_backbone, check_registered
 from simexplain.models.base import SimilarityModel
 from simexplain.models.blackbox import load_blackbox
 from simexplain.models.checkpoints import (
@@ -19,6 +19,7 @@ from simexplain.models.checkpoints import (
     SCHEMA,
     kind_of,
     load_fitting,
+    printable,
     read_safetensors,
     read_torch,
     state_dict_in,
@@ -102,7 +103,11 @@ def _from_content(content: Any, path: Path, wanted: _Wanted) -> SimilarityModel:
         return _from_state(state_dict_in(content, path), path, wanted)
     try:
         return _from_checkpoint(options, content["state_dict"], path, wanted)
-    except (KeyError, TypeError, AttributeError) as error:
+    except ImageError as error:
+        raise ModelError(
+            f"'{path}' is a simexplain file with unusable preprocessing: {error}"
+        ) from error
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ModelError(
             f"'{path}' is a simexplain file with damaged options ({first_line(error)}); save it "
             "again with save_model."
@@ -119,9 +124,12 @@ def _from_checkpoint(
             f"schema {SCHEMA}; use a matching version of simexplain."
         )
     name, outputs = options["backbone"], options["outputs"]
-    if not isinstance(name, str) or not isinstance(outputs, int):
+    if not isinstance(name, str) or type(outputs) is not int:
         raise TypeError(f"backbone {name!r}, outputs {outputs!r}")
-    preprocess = Preprocess.from_json(options["preprocess"])
+    if not isinstance(state, dict) or not isinstance(options["preprocess"], dict):
+        raise TypeError("state_dict and preprocess must be dictionaries")
+    check_registered(name)
+    preprocess = _preprocess_from(options["preprocess"])
     size = wanted.size or preprocess.size
     built = build_backbone(name, pretrained=False, outputs=outputs, size=size)
     own, avsl = split_state(state)
@@ -135,6 +143,14 @@ def _from_checkpoint(
             "(distance=) away."
         )
     return avsl_from(_embedder(built, options["distance"]), options["avsl"], avsl, str(path))
+
+
+def _preprocess_from(values: dict[str, Any]) -> Preprocess:
+    found = Preprocess.from_json(values)
+    if len(found.mean) != 3:
+        raise ImageError(f"Expected mean and std of three channels, got {len(found.mean)}.")
+    notes = tuple(printable(note) for note in found.notes)
+    return replace(found, source=printable(found.source), notes=notes)
 
 
 def _from_state(state: dict[str, Tensor], path: Path, wanted: _Wanted) -> SimilarityModel:
