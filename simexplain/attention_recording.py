@@ -111,12 +111,10 @@ class AttentionTrace:
         ready = (at_least_single(one) / _HALF_SCALE for one in found)
         return [[next(ready) for _ in call] for call in chosen]
 
-    def reached(self, score: Tensor) -> list[bool]:
-        """For each call whether a score depends on its probabilities, as far as gradients tell."""
-        return [
-            slope is not None
-            for slope in self._slopes(score, [call[0].weights for call in self.calls])
-        ]
+    def reached(self, score: Tensor, calls: Sequence[int]) -> list[bool]:
+        """For some calls whether a score depends on their probabilities, by its gradient."""
+        given = [self.calls[number][0].weights for number in calls]
+        return [slope is not None for slope in self._slopes(score, given)]
 
     def _slopes(self, score: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Gradients times a constant, since small ones of half precision would become zero."""

@@ -96,7 +96,7 @@ class _Reading:
         trace: The pass.
         blocks: Its calls over tokens, in order; None stands for a call of another kind.
         rows: The share of each query of the last call in the embedding ``(M,Tq)``.
-        reached: For each call whether a gradient of the embedding arrives there.
+        probe: A fixed direction of each embedding ``(M,)``.
         model: What to call the model in errors.
     """
 
@@ -104,7 +104,7 @@ class _Reading:
     trace: AttentionTrace
     blocks: tuple[_Block | None, ...]
     rows: Tensor
-    reached: tuple[bool, ...]
+    probe: Tensor
     model: str
 
     def block(self, number: int) -> _Block:
@@ -151,7 +151,7 @@ class _Reading:
                 f"The number of tokens changes between the blocks of {self.model} ({told}), so "
                 "relevance cannot be carried through them; use method attention or grad_eclip."
             )
-        if not all(self.reached[: len(found)]):
+        if not all(self.trace.reached(self.probe, range(len(found)))):
             raise ModelError(UNREACHED)
         places = range(len(found) - 1)
         if not all(self.trace.feeds(place, place + 1) for place in places):
@@ -221,16 +221,13 @@ def _read(
     check_embeddings(units, images.roles)
     pixels = (int(flat.shape[-2]), int(flat.shape[-1]))
     probe = _probe(trace)
-    reached = trace.reached(probe)
-    # What comes after the last call that the embedding depends on is for another output.
-    while reached and not reached[-1] and any(reached):
-        reached.pop()
-    blocks = _blocks(model, replace(trace, calls=trace.calls[: len(reached)]), pixels)
+    trace = _without_trailing(trace, probe)
+    blocks = _blocks(model, trace, pixels)
     last = blocks[-1]
     rows = vectors.new_zeros(len(vectors), 0)
     if last is not None:
         rows = _rows_read(trace, last, probe)
-    reading = _Reading(images, trace, blocks, rows, tuple(reached), model.name)
+    reading = _Reading(images, trace, blocks, rows, probe, model.name)
     directions = margin_directions(
         images.like(images.restacked(vectors) if score == "dot" else units)
     )
@@ -317,6 +314,17 @@ def _probe(trace: AttentionTrace) -> Tensor:
     direction = torch.randn(trace.embeddings.shape[1], generator=torch.Generator().manual_seed(0))
     with torch.enable_grad():
         return trace.embeddings @ direction.to(trace.embeddings)
+
+
+def _without_trailing(trace: AttentionTrace, probe: Tensor) -> AttentionTrace:
+    """The pass up to the last call on which the embedding depends; later ones serve other outputs.
+
+    Where no gradient arrives anywhere all calls stay.
+    """
+    for number in reversed(range(len(trace.calls))):
+        if all(trace.reached(probe, [number])):
+            return replace(trace, calls=trace.calls[: number + 1])
+    return trace
 
 
 def _rows_read(trace: AttentionTrace, last: _Block, probe: Tensor) -> Tensor:
