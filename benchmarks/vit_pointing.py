@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     found = record(options)
     if options.record:
-        publish(json.dumps(found) + "\n", options.record)
+        publish(json.dumps(found, separators=(",", ":")) + "\n", options.record)
     told = f"--steps {options.steps} --scenes {options.scenes}"
     publish(page(found, f"python benchmarks/vit_pointing.py DATA {told}"), options.out)
 

@@ -48,7 +48,7 @@ class _Block:
     Attributes:
         call: What was recorded, an entry a chunk.
         sizes: Images a chunk, fillers included.
-        cells: The key of each place of the grid ``(h,w)``; other keys are no places.
+        cells: The key at each position of the grid ``(h,w)``; other keys are not patches.
         tokens: Queries and keys.
     """
 
@@ -73,7 +73,7 @@ class _Block:
     def widened(self, matrix: Tensor, before: _Block) -> Tensor:
         """A matrix of this call ``(M,Tq,Tk)`` with a column for each token of an earlier one.
 
-        A pooling may leave class and register tokens out; places keep their tokens.
+        A pooling may leave class and register tokens out.
         """
         if self.tokens[1] == before.tokens[1]:
             return matrix
@@ -129,10 +129,10 @@ class _Reading:
         Raises:
             ModelError: If some are not over the same tokens.
         """
-        found = [self.block(place) for place in range(range(len(self.blocks))[end] + 1)]
+        found = [self.block(index) for index in range(range(len(self.blocks))[end] + 1)]
         *blocks, last = found
         first = found[0]
-        # The last may be a pooling: probes that attend to all tokens, or to those with a place.
+        # The last may be a pooling: probes that attend to all tokens, or to the patches alone.
         fits = last.tokens == first.tokens or (
             last.tokens[1] in (first.tokens[1], first.cells.numel())
             and last.cells.shape == first.cells.shape
@@ -146,15 +146,15 @@ class _Reading:
             )
         if not fits or any(one.tokens != first.tokens or not one.square for one in blocks):
             counts = dict.fromkeys(block.tokens for block in found)
-            told = ", ".join(f"{queries}x{keys}" for queries, keys in counts)
+            shapes = ", ".join(f"{queries}x{keys}" for queries, keys in counts)
             raise ModelError(
-                f"The number of tokens changes between the blocks of {self.model} ({told}), so "
+                f"The number of tokens changes between the blocks of {self.model} ({shapes}), so "
                 "relevance cannot be carried through them; use method attention or grad_eclip."
             )
         if not all(self.trace.reached(self.probe, range(len(found)))):
             raise ModelError(UNREACHED)
-        places = range(len(found) - 1)
-        if not all(self.trace.feeds(place, place + 1) for place in places):
+        steps = range(len(found) - 1)
+        if not all(self.trace.feeds(index, index + 1) for index in steps):
             raise ModelError(
                 f"The attention blocks of {self.model} do not follow one upon the other, so "
                 "relevance cannot be carried through them; use method attention or grad_eclip "
@@ -164,11 +164,11 @@ class _Reading:
 
     def warnings(self, number: int) -> tuple[str, ...]:
         """What to know about a map from one call alone."""
-        place = range(len(self.blocks))[number]
-        if place == 0 or self.trace.feeds(place - 1, place):
+        index = range(len(self.blocks))[number]
+        if index == 0 or self.trace.feeds(index - 1, index):
             return ()
         return (
-            f"Attention {place} of {self.model} does not build on the one before it, so the "
+            f"Attention {index} of {self.model} does not build on the one before it, so the "
             "network has parallel ways and this map shows one of them; block= chooses another.",
         )
 
@@ -180,7 +180,7 @@ class _Reading:
         return torch.full((len(self.rows), count), 1 / count).to(self.rows)
 
     def read(self, block: _Block, relevance: Tensor, cells: Tensor) -> Tensor:
-        """Maps ``(M,h,w)`` from matrices ``(M,Tq,T)``, whose columns ``cells`` are the places."""
+        """Maps ``(M,h,w)`` from matrices ``(M,Tq,T)``, whose columns ``cells`` are patches."""
         columns = torch.einsum("mq,mqk->mk", self.rows_of(block), relevance)
         return columns[:, cells.to(columns.device)]
 
@@ -331,17 +331,17 @@ def _rows_read(trace: AttentionTrace, last: _Block, probe: Tensor) -> Tensor:
     """The share of each query of the last call in the embedding ``(M,Tq)``.
 
     A query that the embedding does not read has no gradient, whatever the comparison: a class token
-    network has one that does, mean pooling has all patches. Where both are read, tokens that are no
-    places and patches share by the length of their gradients; within either all count alike.
+    network has one that does, mean pooling has all patches. Where both are read, patches and other
+    tokens share by the length of their gradients; within either all count alike.
     """
     (slopes,) = trace.gradients(probe, [[part.weights for part in last.call]])
     lengths = last.joined(slopes).square().sum(dim=(1, 3)).sqrt()
     lengths = lengths[: len(trace.embeddings)]
-    places = torch.zeros(last.tokens[0], dtype=torch.bool)
+    patches = torch.zeros(last.tokens[0], dtype=torch.bool)
     if last.square:
-        places[last.cells.flatten()] = True
+        patches[last.cells.flatten()] = True
     rows = torch.zeros_like(lengths)
-    for group in (places, ~places):
+    for group in (patches, ~patches):
         inside = lengths * group.to(lengths)
         read = (inside > 0).to(lengths)
         rows += read * (inside.sum(1) / read.sum(1).clamp(min=1)).unsqueeze(1)
@@ -544,8 +544,8 @@ class GradECLIP(_OnAttention):
         (slopes,) = reading.trace.gradients(scores, [outputs])
         pull = torch.einsum("mhqd,mhkd->mqk", block.joined(slopes), values)
         near = F.normalize(_in_a_row(queries), dim=2) @ F.normalize(_in_a_row(keys), dim=2).mT
-        places = block.cells.flatten().to(near.device)
-        pull, near = pull[:, :, places], near[:, :, places]
+        patches = block.cells.flatten().to(near.device)
+        pull, near = pull[:, :, patches], near[:, :, patches]
         low, high = near.amin(dim=2, keepdim=True), near.amax(dim=2, keepdim=True)
         loose = (near - low) / torch.where(high > low, high - low, torch.ones_like(high))
         maps = (pull * loose).sum(dim=1).view(-1, *block.cells.shape)
