@@ -9,15 +9,17 @@ last axis counts as attention once its result multiplies values. No module is ch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from simexplain.errors import ModelError
@@ -88,7 +90,7 @@ class AttentionTrace:
             return False
         with torch.enable_grad():
             total = made.square().sum()  # the sum itself is constant
-        (slope,) = torch.autograd.grad(total, [given], retain_graph=True, allow_unused=True)
+        (slope,) = _gradients(total, [given])
         return slope is not None
 
     def gradients(self, score: Tensor, chosen: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
@@ -122,7 +124,32 @@ class AttentionTrace:
             return [None] * len(inputs)
         with torch.enable_grad():  # also where the caller has switched it off
             scaled = score.sum() * _HALF_SCALE
-        return torch.autograd.grad(scaled, inputs, retain_graph=True, allow_unused=True)
+        return _gradients(scaled, inputs)
+
+
+def _gradients(total: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Gradients of a scalar, None where it does not depend on an input.
+
+    Raises:
+        ModelError: If a part of the network is computed again in the backward pass.
+    """
+    try:
+        return torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
+    except CheckpointError as error:
+        raise ModelError(
+            "The network uses gradient checkpointing, which computes its attention again in the "
+            "backward pass, where it cannot be recorded; switch checkpointing off."
+        ) from error
+
+
+@contextmanager
+def _uncompiled(network: nn.Module) -> Iterator[None]:
+    """Runs modules that ``module.compile()`` compiled as they were written."""
+    if all(module._compiled_call_impl is None for module in network.modules()):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def record_attention(
@@ -150,7 +177,7 @@ def record_attention(
         if missing := size - len(chunk) if model.batch_size else 0:
             chunk = torch.cat((chunk, chunk[-1:].expand(missing, *chunk.shape[1:])))
         recorder = _Recorder()
-        with undisturbed(model.network), torch.no_grad(), recorder:
+        with undisturbed(model.network), _uncompiled(model.network), torch.no_grad(), recorder:
             # A copy: a network may normalise its input in place.
             rows.append(model.embed(chunk.detach().clone()))
         recorded.append(recorder.found)
@@ -305,8 +332,8 @@ class _Recorder(TorchFunctionMode):
         """Probabilities from which the graph goes on to the end of this forward pass."""
         if weights.is_inference():
             raise ModelError(
-                "The model attends under torch.inference_mode(), where no gradient exists; remove "
-                "it from the model's forward."
+                "The model attends under torch.inference_mode(), where no gradient exists; leave "
+                "that mode around the call, or remove it from the model's forward."
             )
         torch.set_grad_enabled(True)
         return weights if weights.requires_grad else weights.detach().requires_grad_()

@@ -12,6 +12,7 @@ from attention_cases import TinyViT, by_hand, opened
 from conftest import TinyNet
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from simexplain import Comparison, as_similarity_model, explain, load_model
 from simexplain.attention_recording import _Recorder, record_attention
@@ -172,7 +173,7 @@ def test_transformers_own_attentions_are_the_oracle(kind: str, way: str) -> None
     raw = raw[:, prefix:] if prefix == 0 else raw[:, :1]
     pair = Comparison.pair(images[:1], images[1:])
     found = explain(network, pair, "attention_relevance")
-    scale = float(wanted.abs().max())
+    scale = float(wanted.detach().abs().max())
     torch.testing.assert_close(found.maps[0] / scale, wanted / scale, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found.embeddings[0], units.detach(), rtol=1e-5, atol=1e-6)
     found = explain(network, pair, "attention")
@@ -388,6 +389,27 @@ def test_a_gradient_that_does_not_arrive_is_named(images: Tensor) -> None:
     assert "torch.no_grad()" in refused(Partly(), images, "attention_relevance")
     pair = Comparison.pair(images[:1], images[1:2])
     assert explain(Partly(), pair, "grad_eclip", keep_negative=True).maps.abs().max() > 0
+
+
+def test_gradient_checkpointing_is_named(images: Tensor) -> None:
+    class Checkpointed(TinyViT):
+        def forward(self, given: Tensor) -> Tensor:
+            tokens = self.embedded(given)
+            for block in self.blocks:
+                tokens = checkpoint(block, tokens, use_reentrant=False)
+            return self.pooled(tokens)
+
+    assert "checkpointing" in refused(Checkpointed(), images, "attention_relevance")
+
+
+@pytest.mark.slow
+def test_modules_compiled_in_place_run_as_written(images: Tensor) -> None:
+    network, pair = TinyViT(), Comparison.pair(images[:1], images[1:2])
+    wanted = explain(network, pair, "attention_relevance").maps
+    network.compile(backend="eager")
+    found = explain(network, pair, "attention_relevance").maps
+    torch.testing.assert_close(found, wanted)
+    assert network._compiled_call_impl is not None
 
 
 def test_attention_for_another_output_does_not_count(images: Tensor) -> None:
