@@ -74,7 +74,13 @@ ROWS: dict[str, Row] = {
 }
 """Rows by name; one whose method is not in ``METHODS`` is left out."""
 
-WITHOUT_A_ROW = {"avsl": "it explains AVSL models, whose heads have to be fitted first"}
+_ON_ATTENTION = "it reads the attention of transformers, and the networks here are convolutional"
+WITHOUT_A_ROW = {
+    "avsl": "it explains AVSL models, whose heads have to be fitted first",
+    "attention": _ON_ATTENTION,
+    "attention_relevance": _ON_ATTENTION,
+    "grad_eclip": _ON_ATTENTION,
+}
 
 Explainer = Row | Peer
 

@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("pyarrow")
 
 import torch
+from attention_cases import TinyViT
 from avsl_cases import small_avsl
 from batch_cases import NAMES, ROWS, SIZE, contents, drawn, tiny_model, written
 from cli_runs import environment
@@ -111,6 +112,8 @@ class Counter:
 )
 def test_every_row_is_as_explained_alone(method: str, table: Path, tmp_path: Path) -> None:
     model, options = tiny_model(), QUICK.get(method, {})
+    if method in ("attention", "attention_relevance", "grad_eclip"):
+        model = as_similarity_model(TinyViT(), preprocess=Preprocess(SIZE), name="tiny")
     result = explain_batch(
         model, table, tmp_path / "out", method=method, how=BatchOptions(shard_rows=4), **options
     )
@@ -445,6 +448,7 @@ import os, random, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
+from attention_cases import TinyViT
 from batch_cases import tiny_model
 from simexplain import BatchOptions, explain_batch
 import simexplain.batching.batching, simexplain.methods, pyarrow.parquet, safetensors.torch

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import TinyViT
 from avsl_cases import small_avsl
 from conftest import TinyNet
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from simexplain import AVSL, Comparison, as_similarity_model, build_bank, explain
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.methods import METHODS, PIXELS, options_of
+from simexplain.methods.attention import ATTENTION
 
+ON_ATTENTION = ("attention", "attention_relevance", "grad_eclip")
 QUICK: dict[str, dict[str, Any]] = {
     "smoothgrad": {"samples": 2},
     "integrated_gradients": {"steps": 4},
@@ -24,7 +27,9 @@ QUICK: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def network(tiny: TinyNet, method: str) -> nn.Module:
-    """What the method explains: for AVSL's own an AVSL model, else any network."""
+    """What the method explains: for AVSL's own an AVSL model, a transformer, else any network."""
+    if method in ON_ATTENTION:
+        return TinyViT()
     return small_avsl().float() if method == "avsl" else tiny
 
 
@@ -60,7 +65,7 @@ def test_every_image_of_every_comparison_gets_a_map(
     if METHODS[method].uses_layers or isinstance(network, AVSL):
         assert set(result.layers) <= {layer.name for layer in as_similarity_model(network).layers}
     else:
-        assert result.layers == (PIXELS,)
+        assert result.layers == ((ATTENTION,) if method in ON_ATTENTION else (PIXELS,))
     assert list(result.layer_maps) == list(result.layers)
 
 

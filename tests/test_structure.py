@@ -25,7 +25,7 @@ LEVELS = [
         "simexplain.graph",
         "simexplain.metrics",
     ],
-    ["simexplain.surveying"],
+    ["simexplain.surveying", "simexplain.attention_recording"],
     ["simexplain.models"],
     ["simexplain.methods"],
     ["simexplain.losses"],

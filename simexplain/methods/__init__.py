@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from simexplain.errors import ComparisonError
+from simexplain.methods.attention import AttentionRelevance, GradECLIP, RawAttention
 from simexplain.methods.avsl_maps import AVSLMaps
 from simexplain.methods.bank_maps import BankMaps
 from simexplain.methods.decomposition import Decomposition
@@ -32,6 +33,9 @@ METHODS: dict[str, Callable[..., Method]] = {
     "focus": Focus,
     "similarity_cam": SimilarityCAM,
     "decomposition": Decomposition,
+    "attention": RawAttention,
+    "attention_relevance": AttentionRelevance,
+    "grad_eclip": GradECLIP,
     "saliency": Saliency,
     "smoothgrad": SmoothGrad,
     "input_x_gradient": InputXGradient,
