@@ -3,12 +3,13 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-all lint format types docs bench clean
+.PHONY: help demo test test-all test-portable lint format types docs bench clean
 
 help:
 	@echo "make demo      install and explain a bundled triplet; prints where the figure is"
 	@echo "make test      lint, types, tests, notebooks and documentation"
 	@echo "make test-all  the same with slow and GPU tests"
+	@echo "make test-portable  the numeric tests as on other processors, with one and two threads"
 	@echo "make lint | types | docs | bench | format | clean"
 
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -35,8 +36,12 @@ format: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+# Two workers with a thread each; what differs between threads and processors is test-portable's.
 test: lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-portable: $(VENV)/.dev
+	$(BIN)/python tests/portable.py $(SETTINGS)
 
 test-all: lint types
 	$(BIN)/python -m pytest -m ''

@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from simexplain.errors import ModelError
 from simexplain.networks import at_least_single, undisturbed
-from simexplain.tracing import Traceable
+from simexplain.tracing import Traceable, chunks_of
 
 UNREACHED = (
     "No gradient of the embedding reaches all attention of the network: a part of it runs under "
@@ -170,12 +170,9 @@ def record_attention(
     """
     if reason := getattr(model.network, "sealed", ""):  # a black box
         raise ModelError(reason)
-    size = model.batch_size or max_batch or len(images)
+    size = model.pass_size(len(images), max_batch)
     rows, recorded, sizes, hidden = [], [], [], 0
-    for start in range(0, len(images), size):
-        chunk = images[start : start + size]
-        if missing := size - len(chunk) if model.batch_size else 0:
-            chunk = torch.cat((chunk, chunk[-1:].expand(missing, *chunk.shape[1:])))
+    for chunk in chunks_of(images, size, fixed=model.batch_size is not None):
         recorder = _Recorder()
         with undisturbed(model.network), _uncompiled(model.network), torch.no_grad(), recorder:
             # A copy: a network may normalise its input in place.

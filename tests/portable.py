@@ -1,0 +1,63 @@
+"""Runs the numeric tests as they would run on other processors, with one thread and with two.
+
+``python tests/portable.py`` runs every setting, ``python tests/portable.py avx2 sse`` those named.
+A setting limits what oneDNN and PyTorch's own kernels may use, or how MKL sums; what this processor
+lacks cannot be switched on, so the settings only go down from what is there.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SETTINGS: dict[str, dict[str, str]] = {
+    "own": {"OMP_NUM_THREADS": "2"},
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1",
+    },
+    "onednn-avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"},
+    "sse": {
+        "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "OMP_NUM_THREADS": "2",
+    },
+    "default-one-thread": {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"},
+    "mkl-compatible": {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "2"},
+}  # fmt: skip
+"""What each setting puts into the environment of the tests."""
+
+NUMERIC = (
+    "alone", "attribution", "avsl", "avsl_distances", "avsl_maps", "batch", "cli_batch",
+    "explaining", "exported", "focus", "index", "matching", "methods_contract", "networks",
+    "position_parts", "reid", "retrieval", "search", "similarity_methods", "tracing", "weights",
+    "weight_bank",
+)  # fmt: skip
+"""The test files whose assertions are about numbers that kernels round."""
+
+
+def main(names: list[str]) -> int:
+    """Runs the settings of these names, or all; the number of those that failed."""
+    unknown = [name for name in names if name not in SETTINGS]
+    if unknown:
+        print(f"Expected settings among {', '.join(SETTINGS)}, got {', '.join(unknown)}.")
+        return 2
+    folder = Path(__file__).parent
+    files = [str(folder / f"test_{name}.py") for name in NUMERIC]
+    failed = []
+    for name in names or SETTINGS:
+        settings, began = SETTINGS[name], time.monotonic()
+        print(f"== {name}: {' '.join(f'{k}={v}' for k, v in settings.items())}", flush=True)
+        workers = ["-n", "2"] if settings["OMP_NUM_THREADS"] == "1" else []
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *workers, *files], env=os.environ | settings
+        )
+        print(f"== {name}: {time.monotonic() - began:.0f} s", flush=True)
+        failed += [name] if done.returncode else []
+    if failed:
+        print(f"Failed: {', '.join(failed)}.")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
