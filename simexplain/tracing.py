@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from simexplain.errors import ModelError
 from simexplain.networks import find_layer, first_tensor, split_call, undisturbed, with_first
+from simexplain.tapes import Tape
 
 Listener = Callable[[nn.Module, Any, Any], Any]
 
@@ -44,12 +45,14 @@ class Trace:
         outputs: For each layer its raw outputs, one tensor a chunk of images.
         to_grid: Turns ``(layer, output)`` into a map ``(M,C,h,w)``.
         diagnose: Finds out, at the price of one more pass, why a layer has no gradient.
+        tapes: What the network did above the layers, for each chunk, where that was recorded.
     """
 
     embeddings: Tensor
     outputs: Mapping[str, tuple[Tensor, ...]]
     to_grid: Callable[[str, Tensor], Tensor]
     diagnose: Callable[[str], str]
+    tapes: tuple[Tape, ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -124,6 +127,7 @@ def trace(
     *,
     differentiable: bool = False,
     max_batch: int | None = None,
+    taped: bool = False,
 ) -> Trace:
     """Runs the model once and keeps the outputs of some layers in the autograd graph.
 
@@ -136,6 +140,8 @@ def trace(
         layers: Names from ``model.layers``; ``name@2`` is the third call of a shared layer.
         differentiable: Leave modes alone and keep the whole graph, for training.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
+        taped: Record what the network does above the layers, so that it can be run again from
+            there; not for training.
 
     Raises:
         ModelError: If a layer is unknown, does not run or has no tensor as its output.
@@ -143,14 +149,18 @@ def trace(
     size = model.batch_size or max_batch or len(images)
     pixels = (int(images.shape[-2]), int(images.shape[-1]))
     kept: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-    rows = []
+    rows: list[Tensor] = []
+    tapes: list[Tape] = []
     for start in range(0, len(images), size):
         chunk = images[start : start + size]
         missing = size - len(chunk) if model.batch_size else 0
         if missing:
             chunk = torch.cat((chunk, chunk[-1:].expand(missing, *chunk.shape[1:])))
-        row, outputs = _forward(model, chunk, layers, differentiable)
+        tape = Tape() if taped else None
+        row, outputs = _forward(model, chunk, layers, differentiable, tape)
         rows.append(row)
+        if tape is not None:
+            tapes.append(tape)
         for layer, output in outputs.items():
             kept[layer].append(output)
     with torch.enable_grad():  # a caller's no_grad must not cut what was just recorded
@@ -160,6 +170,7 @@ def trace(
         outputs={layer: tuple(chunks) for layer, chunks in kept.items()},
         to_grid=lambda layer, output: model.to_grid(layer, output, pixels),
         diagnose=lambda layer: _diagnosis(model, images[:size], layer),
+        tapes=tuple(tapes),
     )
 
 
@@ -196,9 +207,13 @@ def _joined(chunks: Sequence[Tensor], count: int) -> Tensor:
 
 
 def _forward(
-    model: Traceable, images: Tensor, layers: Sequence[str], differentiable: bool
+    model: Traceable,
+    images: Tensor,
+    layers: Sequence[str],
+    differentiable: bool,
+    tape: Tape | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    taps = [_Tap(layer, cut=not differentiable) for layer in layers]
+    taps = [_Tap(layer, cut=not differentiable, tape=tape) for layer in layers]
     with ExitStack() as stack:
         if not differentiable:
             stack.enter_context(undisturbed(model.network))
@@ -209,15 +224,19 @@ def _forward(
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for tap in taps:
             stack.enter_context(listening(model.network, {tap.module_name: tap}))
+        if tape is not None:
+            stack.enter_context(tape)
         embeddings = model.embed(images)
+    if tape is not None:
+        tape.result = embeddings
     return embeddings, {tap.layer: tap.kept() for tap in taps}
 
 
 class _Tap:
     """Keeps the output of one call of one layer and starts the autograd graph there."""
 
-    def __init__(self, layer: str, *, cut: bool) -> None:
-        self.layer = layer
+    def __init__(self, layer: str, *, cut: bool, tape: Tape | None = None) -> None:
+        self.layer, self.tape = layer, tape
         self.module_name, self.call = split_call(layer)
         self.cut = cut
         self.calls = 0
@@ -243,6 +262,8 @@ class _Tap:
             if not tensor.requires_grad:
                 tensor = tensor.detach().requires_grad_()
         self.output = tensor
+        if self.tape is not None:
+            self.tape.start(tensor)
         # A later in-place operation works on the copy.
         return with_first(output, tensor.clone())
 

@@ -12,7 +12,8 @@ from simexplain.comparison import Comparison
 from simexplain.errors import ModelError
 from simexplain.methods.directions import margin_directions
 from simexplain.methods.layer_maps import fuse
-from simexplain.methods.position_parts import EXACT, trace_vectors
+from simexplain.methods.position_parts import EXACT, parts_of
+from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.models.base import SimilarityModel
 
@@ -69,8 +70,8 @@ class Decomposition:
         directions = margin_directions(images.like(units))
         found, worst = {}, 0.0
         for layer in layers:
-            done = traced.parts(
-                layer, directions=directions.flatten(0, 1).unsqueeze(0), steps=self.steps
+            done = parts_of(
+                traced, layer, directions=directions.flatten(0, 1).unsqueeze(0), steps=self.steps
             )
             rest = done.rest[:, 0, None, None] / done.parts[0, 0].numel()
             maps = images.restacked((done.parts[:, 0] + rest) / done.lengths[:, None, None])

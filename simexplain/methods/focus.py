@@ -15,13 +15,13 @@ from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
 from simexplain.methods.cams import layer_cam
 from simexplain.methods.layer_maps import at_grid, finest_grid, fuse, layer_cams, unit_scaled
-from simexplain.methods.raw_vectors import RawVectors
+from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.methods.rivals import rivals_of
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.metrics.fills import gaussian
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import at_least_single
-from simexplain.tracing import Trace, trace
+from simexplain.tracing import Trace
 
 _LAYERS = 3
 _APART = 1e-3
@@ -106,7 +106,7 @@ class Focus:
             ModelError: If a layer cannot be used or the embeddings are zero or not finite.
         """
         flat = images.stacked().flatten(0, 1)
-        traced = trace(RawVectors(model), flat, layers, max_batch=max_batch)
+        traced = trace_vectors(model, flat, layers, max_batch=max_batch, middle=False).trace
         vectors = at_least_single(traced.embeddings.detach())
         units = images.restacked(F.normalize(vectors, dim=1))
         check_embeddings(units, images.roles)

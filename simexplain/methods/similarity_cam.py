@@ -14,7 +14,7 @@ from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
 from simexplain.methods.directions import margin_directions
 from simexplain.methods.layer_maps import Cams, check_cams, fuse, layer_cams
-from simexplain.methods.raw_vectors import RawVectors
+from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.models.base import SimilarityModel
 from simexplain.tracing import trace
@@ -79,8 +79,11 @@ class SimilarityCAM:
         Raises:
             ModelError: If a layer cannot be used or the embeddings are zero or not finite.
         """
-        source = model if self.score == "cosine" else RawVectors(model)
-        traced = trace(source, images.stacked().flatten(0, 1), layers, max_batch=max_batch)
+        flat_images = images.stacked().flatten(0, 1)
+        if self.score == "cosine":
+            traced = trace(model, flat_images, layers, max_batch=max_batch)
+        else:
+            traced = trace_vectors(model, flat_images, layers, max_batch=max_batch).trace
         vectors = traced.embeddings.detach()
         units = images.restacked(F.normalize(vectors, dim=1))
         check_embeddings(units, images.roles)

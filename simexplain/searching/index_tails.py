@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simexplain.methods.position_parts import EXACT, PositionParts, trace_vectors
-from simexplain.methods.raw_vectors import RawVectors
+from simexplain.methods.position_parts import EXACT, PositionParts
+from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import at_least_single
-from simexplain.tracing import trace
 
 _AT_ONCE = 64
 
@@ -37,7 +36,7 @@ class UniformTail:
 
     def parts(self, model: SimilarityModel, images: Tensor) -> PositionParts | None:
         """The parts of preprocessed images ``(M,3,H,W)``; None where they do not add up."""
-        traced = trace(RawVectors(model), images, (self.layer,))
+        traced = trace_vectors(model, images, (self.layer,)).trace
         vectors = at_least_single(traced.embeddings.detach())
         grid = at_least_single(traced.maps[self.layer].detach())
         found = PositionParts(
