@@ -113,6 +113,7 @@ def explain_view(
         versions=versions(),
         moved=moved,
         scale=scale,
+        unexplained=found.unexplained,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch.nn import functional as F
 
 from simexplain.comparison import Comparison
@@ -15,6 +16,7 @@ from simexplain.methods.layer_maps import fuse
 from simexplain.methods.position_parts import EXACT, parts_of
 from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
+from simexplain.methods.unexplained import unexplained_share, unexplained_warning
 from simexplain.models.base import SimilarityModel
 
 _FAR_OFF = 0.05
@@ -68,23 +70,27 @@ class Decomposition:
         units = images.restacked(F.normalize(traced.vectors, dim=1))
         check_embeddings(units, images.roles)
         directions = margin_directions(images.like(units))
-        found, worst = {}, 0.0
+        found, worst, shares = {}, 0.0, []
         for layer in layers:
             done = parts_of(
                 traced, layer, directions=directions.flatten(0, 1).unsqueeze(0), steps=self.steps
             )
             rest = done.rest[:, 0, None, None] / done.parts[0, 0].numel()
             maps = images.restacked((done.parts[:, 0] + rest) / done.lengths[:, None, None])
+            shares.append(unexplained_share(done.vectors[:, 0], done.parts.sum(dim=(1, 2, 3))))
             found[layer] = maps if self.keep_negative else maps.relu()
             if done.steps:
                 worst = max(worst, float(done.residual.max()))
+        share = images.restacked(torch.stack(shares).amax(dim=0))
         return AttentionMaps(
             maps=fuse(list(found.values())),
             layer_maps=found,
             weights=directions,
             scores=(units * directions).sum(dim=2),
             embeddings=units,
-            warnings=self._warnings(worst),
+            warnings=self._warnings(worst)
+            + unexplained_warning(float(share.max()), " x ".join(layers)),
+            unexplained=share,
         ).detached()
 
     def _warnings(self, worst: float) -> tuple[str, ...]:

@@ -16,8 +16,9 @@ from simexplain.methods.directions import margin_directions
 from simexplain.methods.layer_maps import Cams, check_cams, fuse, layer_cams
 from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
+from simexplain.methods.unexplained import unexplained_share, unexplained_warning
 from simexplain.models.base import SimilarityModel
-from simexplain.tracing import trace
+from simexplain.tracing import Trace, trace
 
 SCORES = {
     "cosine": "of the unit embeddings",
@@ -96,6 +97,7 @@ class SimilarityCAM:
                 scores = scores / vectors.norm(dim=1)
             gradients = traced.gradients(scores.sum())
         with torch.no_grad():
+            share = self._unexplained(traced, gradients, scores.detach())
             signed = layer_cams(
                 traced.maps, gradients, self.cam, scale=torch.ones_like(scores), keep_negative=True
             )
@@ -109,12 +111,23 @@ class SimilarityCAM:
             weights=directions,
             scores=images.restacked(scores.detach()),
             embeddings=units,
-            warnings=self._warnings(signed),
+            warnings=self._warnings(signed, share),
+            unexplained=None if share is None else images.restacked(share),
         ).detached()
 
-    def _warnings(self, signed: dict[str, Tensor]) -> tuple[str, ...]:
-        if self.score != "cosine":
-            return ()
+    def _unexplained(
+        self, traced: Trace, gradients: dict[str, Tensor], scores: Tensor
+    ) -> Tensor | None:
+        """The largest share of any layer ``(M,)``; gradients times maps are what positions add."""
+        if self.score == "cosine":
+            return None
+        maps = traced.maps
+        sums = [(gradients[layer] * maps[layer]).sum(dim=(1, 2, 3)) for layer in maps]
+        return torch.stack([unexplained_share(scores, one.to(scores)) for one in sums]).amax(dim=0)
+
+    def _warnings(self, signed: dict[str, Tensor], share: Tensor | None) -> tuple[str, ...]:
+        if share is not None:
+            return unexplained_warning(float(share.max()), " x ".join(signed))
         cancelled = [
             layer
             for layer, maps in signed.items()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from simexplain.graph.inference import infer
-from simexplain.matching.factors import Factors
+from simexplain.matching.factors import Factors, unexplained_of
 from simexplain.models.avsl import AVSL
 from simexplain.searching.agreement import Agreement, along, contrasts, towards
 from simexplain.searching.index_gallery import GalleryIndex
@@ -32,6 +32,8 @@ class HitMaps:
         contrast: What each position of the query adds to the distance to the rival less that to
             the hit ``(K,h,w)``; zeros where there is no rival.
         gap_residual: What is missing of that difference in the sum ``(K,)``.
+        unexplained: The share of the similarity that no position accounts for ``(K,)``; zero for a
+            region, which is made of positions.
     """
 
     query: Tensor
@@ -40,6 +42,7 @@ class HitMaps:
     residual: Tensor
     contrast: Tensor
     gap_residual: Tensor
+    unexplained: Tensor
 
 
 @torch.no_grad()
@@ -80,6 +83,9 @@ def hit_maps(
         residual=found.residual,
         contrast=contrast,
         gap_residual=missing,
+        unexplained=unexplained_of(
+            query, images, score="cosine", values=found.cosines.to(query.vectors)
+        ),
     )
 
 
@@ -125,6 +131,7 @@ def region_maps(
         residual=(maps.sum(dim=(1, 2)) - best.values).abs()[:count],
         contrast=contrast,
         gap_residual=gaps - contrast.sum(dim=(1, 2)),
+        unexplained=torch.zeros(count),
     )
 
 
