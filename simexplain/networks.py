@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -54,6 +55,25 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
 def at_least_single(tensor: Tensor) -> Tensor:
     """The tensor itself in float32 or float64, any other type as float32."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def unit_rows(rows: Tensor, dim: int = 1) -> Tensor:
+    """Vectors at unit length along an axis, however long or short they are; zero stays zero.
+
+    Each is first divided by a power of two that brings its largest number near one, so that no
+    square over- or underflows; that is exact, so vectors of usual length come out bit by bit as
+    ``torch.nn.functional.normalize`` gives them, and one of length 1e-30 points where it pointed.
+
+    Args:
+        rows: Floating-point vectors of any shape.
+        dim: The axis along which they lie.
+    """
+    largest = rows.detach().abs().amax(dim=dim, keepdim=True)
+    limit = math.frexp(torch.finfo(rows.dtype).max)[1] - 2
+    exponents = torch.frexp(at_least_single(largest))[1].clamp(-limit, limit)
+    scaled = rows * torch.exp2(-exponents.to(rows.dtype))
+    lengths = scaled.norm(dim=dim, keepdim=True)
+    return scaled / torch.where(lengths > 0, lengths, torch.ones_like(lengths))
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch.nn import functional as F
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ModelError
@@ -18,6 +17,7 @@ from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.methods.unexplained import unexplained_share, unexplained_warning
 from simexplain.models.base import SimilarityModel
+from simexplain.networks import unit_rows
 
 _FAR_OFF = 0.05
 
@@ -67,7 +67,7 @@ class Decomposition:
         """
         flat = images.stacked().flatten(0, 1)
         traced = trace_vectors(model, flat, layers, max_batch=max_batch)
-        units = images.restacked(F.normalize(traced.vectors, dim=1))
+        units = images.restacked(unit_rows(traced.vectors))
         check_embeddings(units, images.roles)
         directions = margin_directions(images.like(units))
         found, worst, shares = {}, 0.0, []

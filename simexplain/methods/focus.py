@@ -20,7 +20,7 @@ from simexplain.methods.rivals import rivals_of
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.metrics.fills import gaussian
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import at_least_single
+from simexplain.networks import at_least_single, unit_rows
 from simexplain.tracing import Trace
 
 _LAYERS = 3
@@ -108,7 +108,7 @@ class Focus:
         flat = images.stacked().flatten(0, 1)
         traced = trace_vectors(model, flat, layers, max_batch=max_batch, middle=False).trace
         vectors = at_least_single(traced.embeddings.detach())
-        units = images.restacked(F.normalize(vectors, dim=1))
+        units = images.restacked(unit_rows(vectors))
         check_embeddings(units, images.roles)
         rivals = rivals_of(images)
         directions = rivals.directions(units)
@@ -202,7 +202,7 @@ def _likeness(traced: Trace, layers: Sequence[str], support: Tensor) -> Tensor:
         support: The mean unit embedding of the supporting images ``(M,E)``.
     """
     with torch.enable_grad():
-        units = F.normalize(at_least_single(traced.embeddings), dim=1)
+        units = unit_rows(at_least_single(traced.embeddings))
         cosines = (units * support).sum(dim=1)
         gradients = traced.gradients(cosines.sum())
     with torch.no_grad():

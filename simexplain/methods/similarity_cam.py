@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
@@ -18,6 +17,7 @@ from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.methods.unexplained import unexplained_share, unexplained_warning
 from simexplain.models.base import SimilarityModel
+from simexplain.networks import unit_rows
 from simexplain.tracing import Trace, trace
 
 SCORES = {
@@ -86,7 +86,7 @@ class SimilarityCAM:
         else:
             traced = trace_vectors(model, flat_images, layers, max_batch=max_batch).trace
         vectors = traced.embeddings.detach()
-        units = images.restacked(F.normalize(vectors, dim=1))
+        units = images.restacked(unit_rows(vectors))
         check_embeddings(units, images.roles)
         others = images.like(images.restacked(vectors) if self.score == "dot" else units)
         directions = margin_directions(others)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from simexplain.errors import ComparisonError
 from simexplain.matching.factors import Factors
+from simexplain.networks import unit_rows
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def agreement(query: Factors, images: Factors) -> Agreement:
             f"Expected factors of one query and of images of one width, got "
             f"{tuple(query.vectors.shape)} and {tuple(images.vectors.shape)}."
         )
-    own = F.normalize(query.vectors.float(), dim=1)
-    units = F.normalize(images.vectors.float(), dim=1)
+    own = unit_rows(query.vectors.float())
+    units = unit_rows(images.vectors.float())
     return Agreement(
         query=along(query, units),
         images=towards(images, own[0]),

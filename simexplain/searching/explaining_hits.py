@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from simexplain.graph.inference import infer
 from simexplain.matching.factors import Factors, unexplained_of
 from simexplain.models.avsl import AVSL
+from simexplain.networks import unit_rows
 from simexplain.searching.agreement import Agreement, along, contrasts, towards
 from simexplain.searching.index_gallery import GalleryIndex
 from simexplain.searching.regions import similarities
@@ -66,8 +66,8 @@ def hit_maps(
             another guise: contrasts then add up to the difference of the cosines.
     """
     count = len(rivals)
-    own = F.normalize(query.vectors.float(), dim=1)[0]
-    units = F.normalize(rows.float(), dim=1)
+    own = unit_rows(query.vectors.float())[0]
+    units = unit_rows(rows.float())
     maps, cosines = along(query, units), units @ own
     if not name:
         distances, name = 1 - cosines, "cosine"
@@ -120,7 +120,7 @@ def region_maps(
     )
     # `along` divides by the length of the whole vector; here it is that of the region's.
     summed = weighted.parts.sum(dim=(2, 3))
-    maps = along(Factors(weighted.parts, weighted.rest, summed), F.normalize(chosen, dim=1))
+    maps = along(Factors(weighted.parts, weighted.rest, summed), unit_rows(chosen))
     other = torch.tensor([at if rival is None else rival for at, rival in enumerate(rivals)])
     contrast = maps[:count] - maps[other]
     gaps = best.values[:count] - best.values[other]
