@@ -17,7 +17,7 @@ from simexplain.methods.cams import channel_weights
 from simexplain.methods.weight_bank import WeightBank, noise_for, probe_of, usual_distance
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
-from simexplain.networks import find_layer, split_call, unit_rows
+from simexplain.networks import find_layer, full_precision, split_call, unit_rows
 from simexplain.tracing import Trace, trace
 
 Source = str | Path | Sequence[Record] | tuple[Tensor, Sequence[object]]
@@ -60,6 +60,7 @@ class BankOptions:
             raise ModelError(f"Expected a seed of at most 63 bits, got {self.seed}.")
 
 
+@full_precision()
 def build_bank(
     model: nn.Module, source: Source, *, progress: Progress | None = None, **options: Any
 ) -> WeightBank:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simexplain.errors import ComparisonError
 from simexplain.methods.unexplained import unexplained_share
-from simexplain.networks import at_least_single
+from simexplain.networks import at_least_single, lengths_of
 
 STYLES = {
     "exact": "biases spread over the positions, signed, adding up to the score",
@@ -69,7 +69,7 @@ class Factors:
             parts = parts + rest[:, :, None] / parts.shape[2]
         if not unit:
             return parts, vectors
-        lengths = vectors.square().sum(dim=1, keepdim=True).sqrt()
+        lengths = lengths_of(vectors)[:, None]
         return parts / lengths[:, :, None], vectors / lengths
 
     @property

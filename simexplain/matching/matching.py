@@ -27,12 +27,14 @@ from simexplain.methods.unexplained import unexplained_warning
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
+from simexplain.networks import full_precision
 
 _LONG = 20.0
 _TRIED = 1.0
 _FAR_OFF = 0.05
 
 
+@full_precision()
 def match(
     model: nn.Module,
     a: Tensor,
@@ -96,6 +98,7 @@ def match(
     return replace(result, warnings=result.warnings + _integration(found, result, layer))
 
 
+@full_precision()
 def matching_from(
     a: Factors,
     b: Factors,

@@ -175,7 +175,7 @@ def _evidence(
         maps = {layer: at_least_single(grid) for layer, grid in traced.maps.items()}
         margin = (at_least_single(traced.embeddings) * directions).sum()
         slope = at_least_single(traced.gradients(margin)[top])
-        alpha = F.normalize(slope.mean(dim=(2, 3)), dim=1)
+        alpha = unit_rows(slope.mean(dim=(2, 3)))
         cosines = torch.einsum("mchw,mc->mhw", F.normalize(maps[top], dim=1), alpha)
         cells = cosines * directions.norm(dim=1).to(cosines).view(-1, 1, 1)
         level = cells.detach().mean(dim=(1, 2), keepdim=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from simexplain.methods.jacobians import JacobianProducts, Progress, Ticker
 from simexplain.methods.raw_vectors import VectorTrace, trace_vectors
 from simexplain.models.base import SimilarityModel
+from simexplain.networks import lengths_of
 from simexplain.tracing import trace
 
 EXACT = 1e-5
@@ -40,7 +41,7 @@ class PositionParts:
     def residual(self) -> Tensor:
         """``|v - parts - rest|`` over ``|v|`` for each image ``(M,)``: rounding or integration."""
         missing = self.vectors - self.parts.sum(dim=(2, 3)) - self.rest
-        return missing.square().sum(dim=1).sqrt() / self.lengths.clamp_min(1e-30)
+        return lengths_of(missing) / torch.where(self.lengths > 0, self.lengths, torch.inf)
 
 
 def position_parts(
@@ -153,7 +154,7 @@ class _Tail:
 
     def _found(self, parts: Tensor, start: Tensor, steps: int) -> PositionParts:
         rest, rows = self._rerun(start, last=steps > 0).detach(), self.rows.detach()
-        lengths = rows.square().sum(dim=1).sqrt()
+        lengths = lengths_of(rows)
         return PositionParts(parts, self._projected(rest), self._projected(rows), lengths, steps)
 
     def _projected(self, rows: Tensor) -> Tensor:

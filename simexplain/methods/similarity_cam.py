@@ -14,10 +14,11 @@ from simexplain.errors import ComparisonError
 from simexplain.methods.directions import margin_directions
 from simexplain.methods.layer_maps import Cams, check_cams, fuse, layer_cams
 from simexplain.methods.raw_vectors import trace_vectors
+from simexplain.methods.scoring import floor_of, slack_of
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.methods.unexplained import unexplained_share, unexplained_warning
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import unit_rows
+from simexplain.networks import lengths_of, unit_rows
 from simexplain.tracing import Trace, trace
 
 SCORES = {
@@ -94,7 +95,7 @@ class SimilarityCAM:
         with torch.enable_grad():
             scores = (traced.embeddings * flat).sum(dim=1)
             if self.score == "held":
-                scores = scores / vectors.norm(dim=1)
+                scores = scores / lengths_of(vectors)
             gradients = traced.gradients(scores.sum())
         with torch.no_grad():
             share = self._unexplained(traced, gradients, scores.detach())
@@ -103,7 +104,7 @@ class SimilarityCAM:
             )
             found = {
                 layer: images.restacked(maps if self.keep_negative else maps.relu())
-                for layer, maps in signed.items()
+                for layer, maps in self._above_rounding(signed, flat, units.flatten(0, 1)).items()
             }
         return AttentionMaps(
             maps=fuse(list(found.values())),
@@ -114,6 +115,15 @@ class SimilarityCAM:
             warnings=self._warnings(signed, share),
             unexplained=None if share is None else images.restacked(share),
         ).detached()
+
+    def _above_rounding(
+        self, signed: dict[str, Tensor], directions: Tensor, units: Tensor
+    ) -> dict[str, Tensor]:
+        """Maps with those set to zero that are rounding: of cosines as large as they can be."""
+        if self.score != "cosine":
+            return signed
+        seen = (slack_of(directions, units) > floor_of(directions)).view(-1, 1, 1)
+        return {layer: maps * seen for layer, maps in signed.items()}
 
     def _unexplained(
         self, traced: Trace, gradients: dict[str, Tensor], scores: Tensor

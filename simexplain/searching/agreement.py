@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simexplain.errors import ComparisonError
 from simexplain.matching.factors import Factors
-from simexplain.networks import unit_rows
+from simexplain.networks import lengths_of, unit_rows
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def along(query: Factors, units: Tensor) -> Tensor:
         ``(K,h,w)``; each sums to the product of the unit vector with a direction.
     """
     height, width = query.parts.shape[2:]
-    length = query.vectors.float().norm().clamp_min(1e-30)
+    length = lengths_of(query.vectors.float())[0]
+    length = torch.where(length > 0, length, torch.inf)
     maps: Tensor = (units / length) @ query.parts[0].float().flatten(1)
     shared = (units / length) @ query.rest[0].float() / (height * width)
     found: Tensor = (maps + shared[:, None]).reshape(-1, height, width)
@@ -92,7 +93,8 @@ def towards(images: Factors, unit: Tensor) -> Tensor:
         ``(K,h,w)``; each sums to the product of an image's unit vector with the direction.
     """
     count, _, height, width = images.parts.shape
-    lengths = images.vectors.float().norm(dim=1).clamp_min(1e-30)
+    lengths = lengths_of(images.vectors.float())
+    lengths = torch.where(lengths > 0, lengths, torch.inf)
     parts = images.parts.float().flatten(2)
     maps: Tensor = torch.matmul(unit, parts)
     shared = images.rest.float() @ unit / (height * width)

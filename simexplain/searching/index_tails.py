@@ -10,7 +10,7 @@ from torch import Tensor
 from simexplain.methods.position_parts import EXACT, PositionParts
 from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import at_least_single
+from simexplain.networks import at_least_single, lengths_of
 
 _AT_ONCE = 64
 
@@ -43,7 +43,7 @@ class UniformTail:
             parts=torch.einsum("ec,mchw->mehw", self.weight.to(grid), grid),
             rest=self.rest.to(vectors).expand_as(vectors),
             vectors=vectors,
-            lengths=vectors.square().sum(dim=1).sqrt(),
+            lengths=lengths_of(vectors),
             steps=0,
         )
         return found if bool((found.residual <= EXACT).all()) else None
