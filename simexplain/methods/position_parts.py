@@ -11,12 +11,16 @@ from torch import Tensor
 
 from simexplain.methods.jacobians import JacobianProducts, Progress, Ticker
 from simexplain.methods.raw_vectors import VectorTrace, trace_vectors
+from simexplain.methods.short_tails import ShortTail
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import lengths_of
+from simexplain.networks import lengths_of, undisturbed
 from simexplain.tracing import trace
 
 EXACT = 1e-5
 """Relative error below which a tail counts as linear along the way from zero."""
+
+_FEW = 8
+"""Directions below which a tail is not searched for what can be left out."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +129,18 @@ class _Tail:
         self.products = JacobianProducts(
             whole.trace, layer, self.output, self.rows, self.directions
         )
+        # Of a few directions the whole tail is as quick.
+        self.short = whole.short(layer, number) if self.products.width > _FEW else None
+        if self.short is not None:
+            self.products.forward = False
 
     def direct(self, tick: Ticker) -> PositionParts:
         """``J A``, and what is left of the vectors where the layer gives zeros."""
         point = self.output.detach()
-        parts = self.products(self.rows, self.output, point, tick)
+        if self.short is None:
+            parts = self.products(self.rows, self.output, point, tick)
+        else:
+            parts = self._briefly(self.short, point, point, tick, last=False)
         return self._found(parts, torch.zeros_like(point), 0)
 
     def integrated(self, steps: int, tick: Ticker) -> PositionParts:
@@ -142,10 +153,25 @@ class _Tail:
         parts = self.rows.detach().new_zeros(())
         for place, weight in zip((places + 1) / 2, weights / 2, strict=True):
             between = (start + place * (point - start)).requires_grad_()
-            rows = self._rerun(between, last=True)
-            parts = parts + float(weight) * self.products(rows, between, point - start, tick)
+            if self.short is None:
+                rows = self._rerun(between, last=True)
+                found = self.products(rows, between, point - start, tick)
+            else:
+                found = self._briefly(self.short, between, point - start, tick, last=True)
+            parts = parts + float(weight) * found
         # Not the vector of the blank image: what passes by the layer still comes from the image.
         return self._found(parts, start, steps)
+
+    def _briefly(
+        self, short: ShortTail, output: Tensor, change: Tensor, tick: Ticker, *, last: bool
+    ) -> Tensor:
+        """``J change`` by the part of the tail that vectors read."""
+        with undisturbed(self.whole.model.network):
+            held = self.whole.held(self.number, last=last)
+            rows, point, change = short.run(output, change, held)
+        with torch.enable_grad():
+            rows = rows[: len(self.rows)]
+        return self.products(rows, point, change, tick)
 
     def _rerun(self, output: Tensor, *, last: bool) -> Tensor:
         rows = self.whole.rerun(self.layer, self.number, output, last=last)

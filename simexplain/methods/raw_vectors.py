@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from simexplain.methods.held_norms import Holding, Norm, find_norms, freed_norms, holding
+from simexplain.methods.short_tails import ShortTail, short_tail
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import undisturbed
-from simexplain.tapes import Tape
+from simexplain.tapes import Held, Tape
 from simexplain.tracing import Trace, rerun, trace
 
 _AT_ONCE = 32
@@ -97,6 +98,19 @@ class VectorTrace:
             with undisturbed(self.model.network):
                 return self._tails[chunk].run(layer, output, last=last)
         return rerun(self.model, self._chunk(chunk, len(output)), layer, output)
+
+    def short(self, layer: str, chunk: int) -> ShortTail | None:
+        """What follows a layer for the few tokens that vectors read, if that is enough."""
+        if not self._tails or layer not in self._tails[chunk].sources:
+            return None
+        tail = self._tails[chunk]
+        with undisturbed(self.model.network):
+            return short_tail(tail.tape, tail.sources[layer], tail.hold.every)
+
+    def held(self, chunk: int, *, last: bool) -> Mapping[int, Held]:
+        """Calls of a chunk's recording that are run in another way."""
+        hold = self._tails[chunk].hold
+        return hold.last if last else hold.every
 
     def _chunk(self, chunk: int, count: int) -> Tensor:
         images = self.images[chunk * self.size : (chunk + 1) * self.size]
