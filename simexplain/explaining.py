@@ -18,6 +18,7 @@ from simexplain.methods import METHODS, PIXELS, ChoosesLayers, Method, options_o
 from simexplain.methods.similarity_attention import AttentionMaps
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
+from simexplain.networks import full_precision
 from simexplain.tracing import trace
 
 Layers = str | Sequence[str] | None
@@ -25,6 +26,7 @@ Layers = str | Sequence[str] | None
 _MOVED_FAR = 0.1
 
 
+@full_precision()
 def explain(
     model: nn.Module,
     comparison: Comparison,
@@ -68,6 +70,7 @@ def explain(
     )  # fmt: skip
 
 
+@full_precision()
 def explain_view(
     model: SimilarityModel,
     comparison: Comparison,
@@ -113,6 +116,7 @@ def explain_view(
         versions=versions(),
         moved=moved,
         scale=scale,
+        unexplained=found.unexplained,
     )
 
 

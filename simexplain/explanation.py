@@ -68,6 +68,9 @@ class Explanation:
         warnings: What to know before trusting the maps.
         versions: Of the packages that made them.
         moved: ``(B,K)``, the cosine distance that magnifying moved each embedding; None without.
+        unexplained: ``(B,K)``, the share of each score in [0, 1] that the positions of the layer do
+            not account for (biases, what passes by it, errors of an integration); None where the
+            method does not take scores apart.
         scale: ``image`` draws each map to its own maximum, ``shared`` to that of its comparison.
         pictures: The original pictures where files were explained (then ``B`` is 1), else empty.
         geometries: Where the images lie in the pictures; kept where the pictures are not, as
@@ -93,6 +96,7 @@ class Explanation:
     scale: str = "image"
     pictures: tuple[Picture, ...] = field(default=(), repr=False)
     geometries: tuple[Geometry, ...] = field(default=(), repr=False)
+    unexplained: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.scale not in SCALES:

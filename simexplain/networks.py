@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -14,11 +15,26 @@ from simexplain.errors import ModelError
 
 
 @contextmanager
+def full_precision() -> Iterator[None]:
+    """Computes as tensors say, whatever ``torch.autocast`` the caller has entered.
+
+    Half precision would round the small differences that maps are made of. A network that enters
+    autocast by itself is left to it.
+    """
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
 def undisturbed(network: nn.Module) -> Iterator[None]:
-    """Evaluates inside and restores every submodule's mode and the random state after it."""
+    """Evaluates inside, without the caller's autocast, and restores modes and random state."""
     modes = [(module, module.training) for module in network.modules()]
     devices = {p.device.index for p in network.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
+    indices = [index for index in devices if index is not None]
+    with full_precision(), torch.random.fork_rng(devices=indices):
         try:
             # Not eval(): some networks override train() to reorganise themselves.
             for module, _ in modes:
@@ -54,6 +70,42 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
 def at_least_single(tensor: Tensor) -> Tensor:
     """The tensor itself in float32 or float64, any other type as float32."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def unit_rows(rows: Tensor, dim: int = 1) -> Tensor:
+    """Vectors at unit length along an axis, however long or short they are; zero stays zero.
+
+    Each is first divided by a power of two that brings its largest number near one, so that no
+    square over- or underflows; that is exact, so vectors of usual length come out bit by bit as
+    ``torch.nn.functional.normalize`` gives them, and one of length 1e-30 points where it pointed.
+
+    Args:
+        rows: Floating-point vectors of any shape.
+        dim: The axis along which they lie.
+    """
+    scaled = rows * _scales(rows, dim)
+    lengths = scaled.norm(dim=dim, keepdim=True)
+    return scaled / torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+
+
+def lengths_of(rows: Tensor, dim: int = 1) -> Tensor:
+    """Lengths of vectors along an axis, with which squares over- or underflow no sooner than they.
+
+    Args:
+        rows: Floating-point vectors of any shape.
+        dim: The axis along which they lie, which the result is without.
+    """
+    scales = _scales(rows, dim)
+    found: Tensor = (rows * scales).norm(dim=dim) / scales.squeeze(dim)
+    return found
+
+
+def _scales(rows: Tensor, dim: int) -> Tensor:
+    """Powers of two that bring the largest number of each vector near one, without a graph."""
+    largest = at_least_single(rows.detach().abs().amax(dim=dim, keepdim=True))
+    limit = math.frexp(torch.finfo(rows.dtype).max)[1] - 2
+    exponents = torch.frexp(largest)[1].clamp(-limit, limit)
+    return torch.exp2(-exponents.to(rows.dtype))
 
 
 def first_tensor(output: Any) -> Tensor | None:

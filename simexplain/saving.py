@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from simexplain.data.preprocessing import Geometry, Preprocess
 from simexplain.explanation import Explanation
@@ -67,8 +68,13 @@ def _comparison(explanation: Explanation, index: int) -> dict[str, Any]:
         "distances": explanation.distances[index].tolist(),
         "scores": explanation.scores[index].tolist(),
         "condition": asdict(explanation.condition(index)),
-        "moved": None if explanation.moved is None else explanation.moved[index].tolist(),
+        "moved": _listed(explanation.moved, index),
+        "unexplained": _listed(explanation.unexplained, index),
     }
+
+
+def _listed(values: Tensor | None, index: int) -> list[float] | None:
+    return None if values is None else values[index].tolist()
 
 
 def save_explanation(
@@ -120,6 +126,8 @@ def arrays_of(explanation: Explanation) -> dict[str, Any]:
         arrays[f"layer_{number}"] = explanation.layer_maps[layer].cpu().numpy()
     if explanation.moved is not None:
         arrays["moved"] = explanation.moved.cpu().numpy()
+    if explanation.unexplained is not None:
+        arrays["unexplained"] = explanation.unexplained.cpu().numpy()
     return {"views": explanation.views, **arrays}
 
 
@@ -151,5 +159,6 @@ def restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
         versions=said["versions"],
         moved=torch.from_numpy(arrays["moved"]) if "moved" in arrays else None,
         scale=said["scale"],
+        unexplained=torch.from_numpy(arrays["unexplained"]) if "unexplained" in arrays else None,
         geometries=tuple(map(Geometry.from_json, places)) if all(places) else (),
     )

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from simexplain.errors import ModelError
 from simexplain.networks import find_layer, first_tensor, split_call, undisturbed, with_first
+from simexplain.tapes import Tape
 
 Listener = Callable[[nn.Module, Any, Any], Any]
 
@@ -47,12 +48,14 @@ class Trace:
         outputs: For each layer its raw outputs, one tensor a chunk of images.
         to_grid: Turns ``(layer, output)`` into a map ``(M,C,h,w)``.
         diagnose: Finds out, at the price of one more pass, why a layer has no gradient.
+        tapes: What the network did above the layers, for each chunk, where that was recorded.
     """
 
     embeddings: Tensor
     outputs: Mapping[str, tuple[Tensor, ...]]
     to_grid: Callable[[str, Tensor], Tensor]
     diagnose: Callable[[str], str]
+    tapes: tuple[Tape, ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -127,6 +130,7 @@ def trace(
     *,
     differentiable: bool = False,
     max_batch: int | None = None,
+    taped: bool = False,
 ) -> Trace:
     """Runs the model once and keeps the outputs of some layers in the autograd graph.
 
@@ -142,13 +146,15 @@ def trace(
         differentiable: Leave modes alone and keep the whole graph, for training; all images
             then go through the network together.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
+        taped: Record what the network does above the layers, so that it can be run again from
+            there; not for training.
 
     Raises:
         ModelError: If a layer is unknown, does not run or has no tensor as its output.
     """
     size = model.pass_size(len(images), max_batch, together=differentiable)
     pixels = (int(images.shape[-2]), int(images.shape[-1]))
-    rows, outputs = _forward(model, images, size, layers, differentiable)
+    rows, outputs, tapes = _forward(model, images, size, layers, differentiable, taped)
     with torch.enable_grad():  # a caller's no_grad must not cut what was just recorded
         embeddings = _joined(rows, len(images))
     return Trace(
@@ -156,6 +162,7 @@ def trace(
         outputs={layer: tuple(chunks) for layer, chunks in outputs.items()},
         to_grid=lambda layer, output: model.to_grid(layer, output, pixels),
         diagnose=lambda layer: _diagnosis(model, images[:size], layer),
+        tapes=tuple(tapes),
     )
 
 
@@ -234,10 +241,16 @@ def chunks_of(images: Tensor, size: int, *, fixed: bool = False) -> Iterator[Ten
 
 
 def _forward(
-    model: Traceable, images: Tensor, size: int, layers: Sequence[str], differentiable: bool
-) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    model: Traceable,
+    images: Tensor,
+    size: int,
+    layers: Sequence[str],
+    differentiable: bool,
+    taped: bool,
+) -> tuple[list[Tensor], dict[str, list[Tensor]], list[Tape]]:
     taps = [_Tap(layer, cut=not differentiable) for layer in layers]
     rows: list[Tensor] = []
+    tapes: list[Tape] = []
     kept: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     with ExitStack() as stack:
         if not differentiable:
@@ -248,14 +261,18 @@ def _forward(
         for tap in taps:
             stack.enter_context(listening(model.network, {tap.module_name: tap}))
         for chunk in chunks_of(images, size, fixed=model.batch_size is not None):
+            tape = Tape() if taped else None
             for tap in taps:
-                tap.begin()
-            with nullcontext() if differentiable else torch.no_grad():
+                tap.begin(tape)
+            with nullcontext() if differentiable else torch.no_grad(), tape or nullcontext():
                 # A copy, since a network may normalise its input in place.
                 rows.append(model.embed(chunk if differentiable else chunk.detach().clone()))
+            if tape is not None:
+                tape.result = rows[-1]
+                tapes.append(tape)
             for tap in taps:
                 kept[tap.layer].append(tap.kept())
-    return rows, kept
+    return rows, kept, tapes
 
 
 class _Tap:
@@ -265,10 +282,11 @@ class _Tap:
         self.layer = layer
         self.module_name, self.call = split_call(layer)
         self.cut = cut
-        self.begin()
+        self.begin(None)
 
-    def begin(self) -> None:
-        """Gets ready for a forward pass."""
+    def begin(self, tape: Tape | None) -> None:
+        """Gets ready for a forward pass, which this tape records."""
+        self.tape = tape
         self.calls = 0
         self.output: Tensor | None = None
 
@@ -292,6 +310,8 @@ class _Tap:
             if not tensor.requires_grad:
                 tensor = tensor.detach().requires_grad_()
         self.output = tensor
+        if self.tape is not None:
+            self.tape.start(tensor)
         # A later in-place operation works on the copy.
         return with_first(output, tensor.clone())
 

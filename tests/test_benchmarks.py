@@ -209,3 +209,8 @@ def test_startup_prints_a_ratio() -> None:
     found = re.match(r"simexplain --help / import torch: (\d\.\d\d) ", printed)
     assert found is not None
     assert 0 < float(found[1]) < 2
+
+
+def test_exact_cost_counts_forward_passes() -> None:
+    printed = run("exact_cost.py", "--network", "ViT-tiny, mean of patches", "--side", 64)
+    assert "| ViT-tiny, mean of patches | blocks | 1.0 | 1.0 |" in printed

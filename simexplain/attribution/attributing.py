@@ -16,11 +16,13 @@ from simexplain.graph.tiled import gathered
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_options import INFERENCES
 from simexplain.models.avsl_runs import expected_avsl, features_and_rows, origin_warnings
+from simexplain.networks import full_precision
 
 ROLES = ("positive", "negative", "")
 _FLAT_BELOW = 0.01
 
 
+@full_precision()
 def attribute(
     model: nn.Module,
     a: Tensor,

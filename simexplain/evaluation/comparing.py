@@ -26,6 +26,7 @@ from simexplain.metrics.masks import mean_valid
 from simexplain.metrics.stability import AGREEMENTS
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
+from simexplain.networks import full_precision
 
 Progress = Callable[[int, int], None]
 
@@ -34,6 +35,7 @@ _MOST_RANKED = 112
 """Heatmaps are compared on grids of at most this side: finer ones hold nothing more."""
 
 
+@full_precision()
 def compare_methods(
     model: nn.Module,
     comparison: Comparison,

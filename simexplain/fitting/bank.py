@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from simexplain.data.folders import Batches, Record, pictures_in
 from simexplain.errors import ImageError, ModelError
@@ -18,7 +17,7 @@ from simexplain.methods.cams import channel_weights
 from simexplain.methods.weight_bank import WeightBank, noise_for, probe_of, usual_distance
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
-from simexplain.networks import find_layer, split_call
+from simexplain.networks import find_layer, full_precision, split_call, unit_rows
 from simexplain.tracing import Trace, trace
 
 Source = str | Path | Sequence[Record] | tuple[Tensor, Sequence[object]]
@@ -61,6 +60,7 @@ class BankOptions:
             raise ModelError(f"Expected a seed of at most 63 bits, got {self.seed}.")
 
 
+@full_precision()
 def build_bank(
     model: nn.Module, source: Source, *, progress: Progress | None = None, **options: Any
 ) -> WeightBank:
@@ -194,7 +194,7 @@ class _Passes:
         rows, order, total = [], [], len(self.pictures.labels)
         for places, images in self.pictures.over(range(total)):
             traced = trace(self.model, images, (self.layer,) if self._budget > 0 else ())
-            rows.append(F.normalize(traced.embeddings.detach(), dim=1))
+            rows.append(unit_rows(traced.embeddings.detach()))
             order += places
             for chunks in traced.outputs.values():
                 self._budget -= sum(chunk.numel() * chunk.element_size() for chunk in chunks)
@@ -218,7 +218,7 @@ class _Passes:
         for own, traced in self._traces(places):
             aims = directions[[row_of[place] for place in own]]
             with torch.enable_grad():
-                units = F.normalize(traced.embeddings, dim=1)
+                units = unit_rows(traced.embeddings)
                 score = (units * aims.to(units)).sum() * _HALF_SCALE
             gradient = traced.gradients(score)[self.layer].to(directions) / _HALF_SCALE
             found.update(zip(own, channel_weights(gradient), strict=True))

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from simexplain.networks import unit_rows
+
 _TEMPERATURE = 16.0
 _BATCH = 512
 _LEAST_STEPS = 200
@@ -74,8 +76,8 @@ def trained_head(
         for _ in range(steps):
             chosen = torch.randint(len(inputs), (_BATCH,), generator=generator)
             chosen = chosen.to(labels.device)
-            rows = F.normalize(inputs[chosen] @ weight.T + offset, dim=1)
-            cosines = rows @ F.normalize(proxies, dim=1).T
+            rows = unit_rows(inputs[chosen] @ weight.T + offset)
+            cosines = rows @ unit_rows(proxies).T
             loss = F.cross_entropy(_TEMPERATURE * cosines, labels[chosen])
             optimiser.zero_grad()
             torch.autograd.backward(loss)
@@ -96,4 +98,4 @@ def _start(inputs: Tensor, width: int, generator: torch.Generator) -> Tensor:
 
 def _class_means(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
     sums = torch.zeros((classes, rows.shape[1]), device=rows.device, dtype=rows.dtype)
-    return F.normalize(sums.index_add(0, labels, F.normalize(rows, dim=1)), dim=1)
+    return unit_rows(sums.index_add(0, labels, unit_rows(rows)))

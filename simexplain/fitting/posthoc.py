@@ -25,6 +25,7 @@ from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_options import AVSLOptions, avsl_options
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
+from simexplain.networks import full_precision
 
 _UNLABELLED_STEEPNESS, _UNLABELLED_SHIFT = 0.5, 2.0
 
@@ -160,6 +161,7 @@ class PostHoc:
         return report
 
 
+@full_precision()
 def fit(
     model: nn.Module,
     folder: str | Path | Sequence[Record],

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simexplain.methods.layer_maps import fuse, layer_cams
+from simexplain.networks import unit_rows
 from simexplain.tracing import Trace
 
 _TOLERANCE = 1e-4
@@ -39,7 +40,7 @@ def linear_maps(
     if vectors.shape != embeddings.shape:
         return None
     sizes = vectors.norm(dim=1, keepdim=True)
-    rows = vectors / sizes.clamp_min(1e-12)
+    rows = unit_rows(vectors)
     same = torch.allclose(rows.detach().float(), embeddings.detach().float(), atol=_TOLERANCE)
     if not same or not bool((sizes.detach() > 0).all()):
         return None

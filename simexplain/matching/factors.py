@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from simexplain.errors import ComparisonError
-from simexplain.networks import at_least_single
+from simexplain.methods.unexplained import unexplained_share
+from simexplain.networks import at_least_single, lengths_of
 
 STYLES = {
     "exact": "biases spread over the positions, signed, adding up to the score",
-    "zhu": "as in the code of Zhu et al.: no biases, maps scaled to their maximum and cut at zero",
+    "zhu": "as in the code of Zhu et al.: no biases, pairs cut at zero, maps over their maximum",
 }
 """How biases and signs are treated."""
 
@@ -68,7 +69,7 @@ class Factors:
             parts = parts + rest[:, :, None] / parts.shape[2]
         if not unit:
             return parts, vectors
-        lengths = vectors.square().sum(dim=1, keepdim=True).sqrt()
+        lengths = lengths_of(vectors)[:, None]
         return parts / lengths[:, :, None], vectors / lengths
 
     @property
@@ -179,6 +180,25 @@ def pair_matrix(
     dtype = at_least_single(a.vectors[:0]).dtype
     matrix = chosen.matrix(first, second).reshape(count, *a.parts.shape[2:], *b.parts.shape[2:])
     return matrix.to(dtype), chosen.value(whole_a, whole_b).to(dtype)
+
+
+def unexplained_of(a: Factors, b: Factors, *, score: str, values: Tensor) -> Tensor:
+    """The share ``(B,)``, in [0, 1], of scores that positions do not account for.
+
+    That is :func:`~simexplain.methods.unexplained.unexplained_share` of the scores ``(B,)`` and of
+    what they would be of the sums over positions alone, without the rests.
+
+    Args:
+        a: Factors of the first images.
+        b: Of the second ones.
+        score: A name in ``SCORES``.
+        values: The scores.
+    """
+    chosen, count = SCORES[score], max(len(a), len(b))
+    sums = [
+        side.repeated(count).scaled(unit=chosen.unit, spread=False)[0].sum(dim=2) for side in (a, b)
+    ]
+    return unexplained_share(values, chosen.value(*sums).to(values))
 
 
 def _wide(tensor: Tensor) -> Tensor:

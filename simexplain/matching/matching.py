@@ -13,19 +13,28 @@ from simexplain.comparison import paired
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explanation import versions
-from simexplain.matching.factors import SCORES, Factors, check_choices, pair_matrix
+from simexplain.matching.factors import (
+    SCORES,
+    Factors,
+    check_choices,
+    pair_matrix,
+    unexplained_of,
+)
 from simexplain.matching.result import Matching
 from simexplain.methods.jacobians import Progress
 from simexplain.methods.position_parts import PositionParts, position_parts
+from simexplain.methods.unexplained import unexplained_warning
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
+from simexplain.networks import full_precision
 
 _LONG = 20.0
 _TRIED = 1.0
 _FAR_OFF = 0.05
 
 
+@full_precision()
 def match(
     model: nn.Module,
     a: Tensor,
@@ -52,7 +61,8 @@ def match(
         layer: A layer, or None for the model's default.
         score: ``cosine``; ``dot`` of the vectors as they are; ``squared``, the squared Euclidean
             distance of the unit embeddings.
-        style: ``exact``, or ``zhu``: no biases, maps scaled to their maximum and cut off at zero.
+        style: ``exact``, or ``zhu``: no biases, pairs cut off at zero, then maps scaled to their
+            maximum.
         steps: Points of the quadrature where the network above the layer is not linear.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
         progress: Called with how much of the work is done and how much there is. Without it, a
@@ -88,6 +98,7 @@ def match(
     return replace(result, warnings=result.warnings + _integration(found, result, layer))
 
 
+@full_precision()
 def matching_from(
     a: Factors,
     b: Factors,
@@ -128,6 +139,7 @@ def matching_from(
             f"{tuple(images[1].shape)}."
         )
     expanded = [side.detach().expand(count, *side.shape[1:]) for side in images]
+    share = unexplained_of(a, b, score=score, values=values)
     said = "Style zhu leaves biases out: the matrix adds up to the score but for the residual."
     return Matching(
         matrix=matrix,
@@ -138,8 +150,10 @@ def matching_from(
         model=model,
         images=(expanded[0], expanded[1]),
         preprocess=preprocess,
-        warnings=(said,) if style == "zhu" else (),
+        warnings=((said,) if style == "zhu" else ())
+        + unexplained_warning(float(share.max()), layer),
         versions=versions(),
+        unexplained=share,
     )
 
 

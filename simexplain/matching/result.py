@@ -43,6 +43,8 @@ class Matching:
         pictures: The original pictures of each pair where files were matched, else empty.
         geometries: Where the images lie in the pictures; points are in pixels of the picture
             wherever they are known.
+        unexplained: The share ``(B,)`` of each score, in [0, 1], that positions do not account for:
+            biases, what passes by the layer, the error of an integration. None of old files.
     """
 
     matrix: Tensor
@@ -57,6 +59,7 @@ class Matching:
     versions: Mapping[str, str]
     pictures: tuple[tuple[Picture, Picture], ...] = field(default=(), repr=False)
     geometries: tuple[tuple[Geometry, Geometry], ...] = field(default=(), repr=False)
+    unexplained: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.matrix)
@@ -73,16 +76,19 @@ class Matching:
         """What each position adds in all, ``(B,h,w)`` and ``(B,h',w')``; each sums to the score.
 
         For average pooling without a head and the cosine they are the maps of Stylianou et al.
-        2019. Style ``zhu`` divides each map by its maximum and cuts it off at zero.
+        2019. Style ``zhu`` cuts every pair off at zero before it sums, as the code of that paper
+        does, and divides each map by its maximum; its maps do not sum to the score.
         """
-        return self._shown(self.matrix.sum(dim=(3, 4))), self._shown(self.matrix.sum(dim=(1, 2)))
+        matrix = self.matrix.clamp_min(0) if self.style == "zhu" else self.matrix
+        return self._shown(matrix.sum(dim=(3, 4))), self._shown(matrix.sum(dim=(1, 2)))
 
     def at(self, x: float, y: float, side: str = "a", index: int = 0) -> Tensor:
         """Which places of the other image answer to a point: a signed map ``(h',w')``.
 
         The row of the matrix at the point, interpolated bilinearly between the four nearest
         positions with pixel centres at half-integers; beyond the outermost centres the edge goes
-        on. It sums to the marginal at that point. Style ``zhu`` treats it as any of its maps.
+        on. It sums to the marginal at that point. Style ``zhu`` cuts every pair off at zero before
+        it interpolates, and divides the map by its maximum.
 
         Args:
             x: In pixels of the picture where files were matched, else of the tensor.
@@ -261,7 +267,8 @@ class Matching:
     def _row(self, x: float, y: float, side: str, index: int) -> Tensor:
         weights = self.frame(side, index).weights(x, y, self.matrix)
         axes = "hw,hwkl->kl" if side == "a" else "kl,hwkl->hw"
-        return torch.einsum(axes, weights, self.matrix[index])
+        matrix = self.matrix[index]
+        return torch.einsum(axes, weights, matrix.clamp_min(0) if self.style == "zhu" else matrix)
 
     def _flat(self, index: int) -> Tensor:
         """The matrix of one pair of images as ``(h*w,h'*w')``."""
@@ -279,4 +286,4 @@ class Matching:
         if self.style != "zhu":
             return maps
         top = maps.amax(dim=(1, 2), keepdim=True)
-        return (maps / torch.where(top > 0, top, torch.ones_like(top))).clamp_min(0)
+        return maps / torch.where(top > 0, top, torch.ones_like(top))

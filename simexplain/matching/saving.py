@@ -55,6 +55,9 @@ def _pair(
     return {
         "score": {"name": matching.score_name, "value": float(matching.score[index])},
         "residual": float(matching.residual[index]),
+        "unexplained": None
+        if matching.unexplained is None
+        else float(matching.unexplained[index]),
         "images": [_image(matching, index, place) for place in range(2)],
         "points": [
             {"at": list(point), "best": _rounded(answer.b), "value": answer.value,
@@ -143,4 +146,11 @@ def _restored(said: dict[str, Any], arrays: dict[str, Any]) -> Matching:
         warnings=tuple(said["warnings"]),
         versions=said["versions"],
         geometries=tuple(geometries),
+        unexplained=_shares([pair.get("unexplained") for pair in said["matchings"]]),
     )
+
+
+def _shares(values: Sequence[float | None]) -> torch.Tensor | None:
+    """None of files that an older version wrote."""
+    known = [value for value in values if value is not None]
+    return torch.tensor(known) if len(known) == len(values) else None

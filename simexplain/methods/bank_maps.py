@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError
@@ -18,7 +17,7 @@ from simexplain.methods.scoring import check_range
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.methods.weight_bank import BankWeights, WeightBank
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import find_layer, split_call
+from simexplain.networks import find_layer, split_call, unit_rows
 from simexplain.tracing import trace
 
 
@@ -121,7 +120,7 @@ class BankMaps:
         flat = images.stacked().flatten(0, 1)
         with torch.no_grad():
             traced = trace(model, flat, (layer,), max_batch=max_batch)
-            embeddings = F.normalize(traced.embeddings.detach(), dim=1)
+            embeddings = unit_rows(traced.embeddings.detach())
             rows = images.restacked(traced.embeddings.detach())
             check_embeddings(rows, images.roles)
             grids = traced.maps[layer].detach().to(embeddings)

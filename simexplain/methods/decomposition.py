@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch.nn import functional as F
+import torch
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ModelError
 from simexplain.methods.directions import margin_directions
 from simexplain.methods.layer_maps import fuse
-from simexplain.methods.position_parts import EXACT, trace_vectors
+from simexplain.methods.position_parts import EXACT, parts_of
+from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
+from simexplain.methods.unexplained import unexplained_share, unexplained_warning
 from simexplain.models.base import SimilarityModel
+from simexplain.networks import unit_rows
 
 _FAR_OFF = 0.05
 
@@ -64,26 +67,30 @@ class Decomposition:
         """
         flat = images.stacked().flatten(0, 1)
         traced = trace_vectors(model, flat, layers, max_batch=max_batch)
-        units = images.restacked(F.normalize(traced.vectors, dim=1))
+        units = images.restacked(unit_rows(traced.vectors))
         check_embeddings(units, images.roles)
         directions = margin_directions(images.like(units))
-        found, worst = {}, 0.0
+        found, worst, shares = {}, 0.0, []
         for layer in layers:
-            done = traced.parts(
-                layer, directions=directions.flatten(0, 1).unsqueeze(0), steps=self.steps
+            done = parts_of(
+                traced, layer, directions=directions.flatten(0, 1).unsqueeze(0), steps=self.steps
             )
             rest = done.rest[:, 0, None, None] / done.parts[0, 0].numel()
             maps = images.restacked((done.parts[:, 0] + rest) / done.lengths[:, None, None])
+            shares.append(unexplained_share(done.vectors[:, 0], done.parts.sum(dim=(1, 2, 3))))
             found[layer] = maps if self.keep_negative else maps.relu()
             if done.steps:
                 worst = max(worst, float(done.residual.max()))
+        share = images.restacked(torch.stack(shares).amax(dim=0))
         return AttentionMaps(
             maps=fuse(list(found.values())),
             layer_maps=found,
             weights=directions,
             scores=(units * directions).sum(dim=2),
             embeddings=units,
-            warnings=self._warnings(worst),
+            warnings=self._warnings(worst)
+            + unexplained_warning(float(share.max()), " x ".join(layers)),
+            unexplained=share,
         ).detached()
 
     def _warnings(self, worst: float) -> tuple[str, ...]:

@@ -15,13 +15,13 @@ from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
 from simexplain.methods.cams import layer_cam, weighted
 from simexplain.methods.layer_maps import at_grid, finest_grid, fuse, layer_cams, unit_scaled
-from simexplain.methods.raw_vectors import RawVectors
+from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.methods.rivals import rivals_of
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.metrics.fills import gaussian
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import at_least_single
-from simexplain.tracing import Trace, trace
+from simexplain.networks import at_least_single, unit_rows
+from simexplain.tracing import Trace
 
 _LAYERS = 3
 _APART = 1e-3
@@ -106,9 +106,9 @@ class Focus:
             ModelError: If a layer cannot be used or the embeddings are zero or not finite.
         """
         flat = images.stacked().flatten(0, 1)
-        traced = trace(RawVectors(model), flat, layers, max_batch=max_batch)
+        traced = trace_vectors(model, flat, layers, max_batch=max_batch, middle=False).trace
         vectors = at_least_single(traced.embeddings.detach())
-        units = images.restacked(F.normalize(vectors, dim=1))
+        units = images.restacked(unit_rows(vectors))
         check_embeddings(units, images.roles)
         rivals = rivals_of(images)
         directions = rivals.directions(units)
@@ -177,7 +177,7 @@ def _evidence(
         maps = {layer: at_least_single(grid) for layer, grid in traced.maps.items()}
         margin = (at_least_single(traced.embeddings) * directions).sum()
         slope = at_least_single(traced.gradients(margin)[top])
-        alpha = F.normalize(slope.mean(dim=(2, 3)), dim=1)
+        alpha = unit_rows(slope.mean(dim=(2, 3)))
         cosines = weighted(alpha, F.normalize(maps[top], dim=1))
         cells = cosines * directions.norm(dim=1).to(cosines).view(-1, 1, 1)
         level = cells.detach().mean(dim=(1, 2), keepdim=True)
@@ -204,7 +204,7 @@ def _likeness(traced: Trace, layers: Sequence[str], support: Tensor) -> Tensor:
         support: The mean unit embedding of the supporting images ``(M,E)``.
     """
     with torch.enable_grad():
-        units = F.normalize(at_least_single(traced.embeddings), dim=1)
+        units = unit_rows(at_least_single(traced.embeddings))
         cosines = (units * support).sum(dim=1)
         gradients = traced.gradients(cosines.sum())
     with torch.no_grad():

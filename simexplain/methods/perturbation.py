@@ -78,7 +78,8 @@ class Occlusion:
             )
         ]
         found = torch.stack(maps)
-        return question.answer(found if self.keep_negative else found.relu())
+        size = found.abs().amax(dim=(1, 2))
+        return question.answer(found if self.keep_negative else found.relu(), size=size)
 
     def forwards(self, images: Comparison) -> int:
         """Images that pass through the network for these comparisons."""
@@ -136,7 +137,8 @@ class SBSM:
                 drops = question.scores[index] - _masked_scores(question, index, fills, keep)
                 drops = drops if self.signed else drops.relu()
                 total[index] += torch.einsum("n,nhw->hw", drops.to(keep), 1 - keep)
-        return question.answer(total / covered.clamp_min(1))
+        total = total / covered.clamp_min(1)
+        return question.answer(total, size=total.abs().amax(dim=(1, 2)))
 
     def forwards(self, images: Comparison) -> int:
         """Images that pass through the network for these comparisons."""
@@ -212,7 +214,8 @@ class RandomMasks:
         for part in parts:
             masks = _enlarged(cells[part], shifts[part], question.images)
             total += torch.stack([torch.einsum("n,nhw->hw", s, masks) for s in signs[:, part]])
-        return question.answer(total if self.keep_negative else total.relu())
+        spread = scores.amax(dim=1) - scores.amin(dim=1)
+        return question.answer(total if self.keep_negative else total.relu(), size=spread)
 
     def forwards(self, images: Comparison) -> int:
         """Images that pass through the network for these comparisons."""

@@ -77,7 +77,8 @@ class Saliency:
         """Maps ``(B,K,H,W)`` for preprocessed images; see :class:`AttentionMaps`."""
         question = ask(model, images, max_batch)
         gradient = _in_parts(question, max_batch, _gradient)
-        return question.answer(CHANNELS[self.channels](gradient if self.signed else gradient.abs()))
+        maps = CHANNELS[self.channels](gradient if self.signed else gradient.abs())
+        return question.answer(maps, size=question.slack)
 
     def forwards(self, images: Comparison) -> int:
         """Images that pass through the network for these comparisons."""
@@ -117,7 +118,8 @@ class InputXGradient:
             )
             return unscaled(found)
 
-        return question.answer(_map(_in_parts(question, max_batch, attribute), self.keep_negative))
+        maps = _map(_in_parts(question, max_batch, attribute), self.keep_negative)
+        return question.answer(maps, size=question.slack)
 
     def forwards(self, images: Comparison) -> int:
         """Images that pass through the network for these comparisons."""
@@ -168,7 +170,9 @@ class SmoothGrad:
             draw = torch.randn(question.images.shape[1:], generator=generator)
             noisy = question.images + spread * draw.to(question.images)
             total += _in_parts(question, max_batch, _gradient, noisy)
-        return question.answer(_map(total / self.samples, self.keep_negative))
+        # Without noise, as of a picture of one colour, it is the gradient itself.
+        size = torch.where(spread.flatten() > 0, torch.inf, question.slack)
+        return question.answer(_map(total / self.samples, self.keep_negative), size=size)
 
     def forwards(self, images: Comparison) -> int:
         """Images that pass through the network for these comparisons."""
@@ -226,7 +230,8 @@ class IntegratedGradients:
         below = scores_of(model, baselines, question.directions, max_batch)
         sums = found.sum(dim=(1, 2, 3)).to(question.scores)
         warnings = self._warnings(images, sums, question.scores - below)
-        return question.answer(_map(found, self.keep_negative), warnings)
+        size = found.abs().sum(dim=(1, 2, 3))
+        return question.answer(_map(found, self.keep_negative), warnings, size=size)
 
     def forwards(self, images: Comparison) -> int:
         """Images that pass through the network for these comparisons."""

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from simexplain.methods.jacobians import JacobianProducts, Progress, Ticker
-from simexplain.methods.raw_vectors import RawVectors
+from simexplain.methods.raw_vectors import VectorTrace, trace_vectors
+from simexplain.methods.short_tails import ShortTail
 from simexplain.models.base import SimilarityModel
-from simexplain.tracing import Trace, rerun, trace
+from simexplain.networks import lengths_of, undisturbed
+from simexplain.tracing import trace
 
 EXACT = 1e-5
 """Relative error below which a tail counts as linear along the way from zero."""
 
-_AT_ONCE = 32
+_FEW = 8
+"""Directions below which a tail is not searched for what can be left out."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class PositionParts:
     def residual(self) -> Tensor:
         """``|v - parts - rest|`` over ``|v|`` for each image ``(M,)``: rounding or integration."""
         missing = self.vectors - self.parts.sum(dim=(2, 3)) - self.rest
-        return missing.square().sum(dim=1).sqrt() / self.lengths.clamp_min(1e-30)
+        return lengths_of(missing) / torch.where(self.lengths > 0, self.lengths, torch.inf)
 
 
 def position_parts(
@@ -82,69 +85,28 @@ def position_parts(
         ModelError: If the layer cannot be used.
     """
     traced = trace_vectors(model, images, (layer,), max_batch=max_batch)
-    return traced.parts(layer, directions=directions, steps=steps, progress=progress)
+    return parts_of(traced, layer, directions=directions, steps=steps, progress=progress)
 
 
-def trace_vectors(
-    model: SimilarityModel,
-    images: Tensor,
-    layers: Sequence[str],
+def parts_of(
+    traced: VectorTrace,
+    layer: str,
     *,
-    max_batch: int | None = None,
-) -> TracedVectors:
-    """Runs the model once on images ``(M,3,H,W)`` and opens it at some layers.
-
-    Raises:
-        ModelError: If a layer cannot be used.
-    """
-    raw = RawVectors(model)
-    size = raw.pass_size(len(images), min(max_batch or _AT_ONCE, _AT_ONCE))
-    return TracedVectors(raw, images, trace(raw, images, layers, max_batch=size), size)
-
-
-@dataclass(frozen=True)
-class TracedVectors:
-    """Vectors that are not normalised, with the graphs down to some layers, of one forward pass.
-
-    Attributes:
-        model: What was run.
-        images: ``(M,3,H,W)``.
-        trace: The pass.
-        size: Images of each chunk of the trace; the last one is filled up where the model takes
-            no other number.
-    """
-
-    model: RawVectors
-    images: Tensor
-    trace: Trace
-    size: int
-
-    @property
-    def vectors(self) -> Tensor:
-        """``(M,E)``, without a graph."""
-        return self.trace.embeddings.detach()
-
-    def parts(
-        self,
-        layer: str,
-        *,
-        directions: Tensor | None = None,
-        steps: int = 16,
-        progress: Progress | None = None,
-    ) -> PositionParts:
-        """The vectors by the positions of a traced layer; see :func:`position_parts`."""
-        tails = [_Tail(self, layer, number, directions) for number in range(self._chunks(layer))]
-        work = sum(tail.products.groups for tail in tails)
-        tick = Ticker(progress, work)
-        whole = _joined([tail.direct(tick) for tail in tails])
-        # One answer for all images, so that it does not depend on how they were batched.
-        if float(whole.residual.max()) <= _rounding(self.trace.outputs[layer][0].dtype):
-            return whole
-        tick = Ticker(progress, work * steps)
-        return _joined([tail.integrated(steps, tick) for tail in tails])
-
-    def _chunks(self, layer: str) -> int:
-        return len(self.trace.outputs[layer])
+    directions: Tensor | None = None,
+    steps: int = 16,
+    progress: Progress | None = None,
+) -> PositionParts:
+    """The vectors of a pass by the positions of a traced layer; see :func:`position_parts`."""
+    chunks = range(len(traced.trace.outputs[layer]))
+    tails = [_Tail(traced, layer, number, directions) for number in chunks]
+    work = sum(tail.products.groups for tail in tails)
+    tick = Ticker(progress, work)
+    whole = _joined([tail.direct(tick) for tail in tails])
+    # One answer for all images, so that it does not depend on how they were batched.
+    if float(whole.residual.max()) <= _rounding(traced.trace.outputs[layer][0].dtype):
+        return whole
+    tick = Ticker(progress, work * steps)
+    return _joined([tail.integrated(steps, tick) for tail in tails])
 
 
 def _rounding(kind: torch.dtype) -> float:
@@ -153,53 +115,72 @@ def _rounding(kind: torch.dtype) -> float:
 
 
 class _Tail:
-    """The part of a model above one layer, for the images of one chunk of a trace."""
+    """The part of a model above one layer, for the images of one chunk of a pass."""
 
     def __init__(
-        self, whole: TracedVectors, layer: str, number: int, directions: Tensor | None
+        self, whole: VectorTrace, layer: str, number: int, directions: Tensor | None
     ) -> None:
-        self.model, self.layer = whole.model, layer
+        self.whole, self.layer, self.number = whole, layer, number
         chosen = slice(number * whole.size, (number + 1) * whole.size)
         self.output = whole.trace.outputs[layer][number]
         with torch.enable_grad():
             self.rows = whole.trace.embeddings[chosen]
-        images = whole.images[chosen]
-        filling = images[-1:].expand(len(self.output) - len(images), *images.shape[1:])
-        self.images = torch.cat((images, filling))
         self.directions = None if directions is None else directions[:, chosen].to(self.rows)
         self.products = JacobianProducts(
             whole.trace, layer, self.output, self.rows, self.directions
         )
+        # Of a few directions the whole tail is as quick.
+        self.short = whole.short(layer, number) if self.products.width > _FEW else None
+        if self.short is not None:
+            self.products.forward = False
 
     def direct(self, tick: Ticker) -> PositionParts:
         """``J A``, and what is left of the vectors where the layer gives zeros."""
         point = self.output.detach()
-        parts = self.products(self.rows, self.output, point, tick)
+        if self.short is None:
+            parts = self.products(self.rows, self.output, point, tick)
+        else:
+            parts = self._briefly(self.short, point, point, tick, last=False)
         return self._found(parts, torch.zeros_like(point), 0)
 
     def integrated(self, steps: int, tick: Ticker) -> PositionParts:
         """The mean Jacobian from a blank image's output, times the way from there."""
         point = self.output.detach()
-        blank = torch.zeros_like(self.images[:1])
-        first = trace(self.model, blank, (self.layer,)).outputs[self.layer][0][:1]
+        blank = torch.zeros_like(self.whole.images[:1])
+        first = trace(self.whole.model, blank, (self.layer,)).outputs[self.layer][0][:1]
         start = first.detach().expand_as(point)
         places, weights = np.polynomial.legendre.leggauss(steps)
         parts = self.rows.detach().new_zeros(())
         for place, weight in zip((places + 1) / 2, weights / 2, strict=True):
             between = (start + place * (point - start)).requires_grad_()
-            rows = self._rerun(between)
-            parts = parts + float(weight) * self.products(rows, between, point - start, tick)
+            if self.short is None:
+                rows = self._rerun(between, last=True)
+                found = self.products(rows, between, point - start, tick)
+            else:
+                found = self._briefly(self.short, between, point - start, tick, last=True)
+            parts = parts + float(weight) * found
         # Not the vector of the blank image: what passes by the layer still comes from the image.
         return self._found(parts, start, steps)
 
-    def _rerun(self, output: Tensor) -> Tensor:
-        rows = rerun(self.model, self.images, self.layer, output)
+    def _briefly(
+        self, short: ShortTail, output: Tensor, change: Tensor, tick: Ticker, *, last: bool
+    ) -> Tensor:
+        """``J change`` by the part of the tail that vectors read."""
+        with undisturbed(self.whole.model.network):
+            held = self.whole.held(self.number, last=last)
+            rows, point, change = short.run(output, change, held)
+        with torch.enable_grad():
+            rows = rows[: len(self.rows)]
+        return self.products(rows, point, change, tick)
+
+    def _rerun(self, output: Tensor, *, last: bool) -> Tensor:
+        rows = self.whole.rerun(self.layer, self.number, output, last=last)
         with torch.enable_grad():
             return rows[: len(self.rows)]
 
     def _found(self, parts: Tensor, start: Tensor, steps: int) -> PositionParts:
-        rest, rows = self._rerun(start).detach(), self.rows.detach()
-        lengths = rows.square().sum(dim=1).sqrt()
+        rest, rows = self._rerun(start, last=steps > 0).detach(), self.rows.detach()
+        lengths = lengths_of(rows)
         return PositionParts(parts, self._projected(rest), self._projected(rows), lengths, steps)
 
     def _projected(self, rows: Tensor) -> Tensor:

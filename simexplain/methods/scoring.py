@@ -25,6 +25,9 @@ PIXELS = "pixels"
 PERTURBED_AT_ONCE = 32
 """Perturbed copies in one forward pass where the caller sets no bound."""
 
+ROUNDING = 16
+"""How many units in the last place of one a score of unit embeddings is known to."""
+
 # Gradients of a pixel are small numbers, which half precision would round to zero.
 _HALF_SCALE = 1024.0
 
@@ -89,8 +92,26 @@ class Question:
     embeddings: Tensor
     size: int
 
-    def answer(self, maps: Tensor, warnings: tuple[str, ...] = ()) -> AttentionMaps:
-        """The result of a method from its maps ``(M,h,w)``."""
+    @property
+    def slack(self) -> Tensor:
+        """How far the score can rise or fall with a small turn of the embedding ``(M,)``."""
+        return slack_of(self.directions, self.embeddings)
+
+    def answer(
+        self, maps: Tensor, warnings: tuple[str, ...] = (), *, size: Tensor | None = None
+    ) -> AttentionMaps:
+        """The result of a method from its maps ``(M,h,w)``.
+
+        Args:
+            maps: One for each image.
+            warnings: What to know of them.
+            size: How large the changes of the score are that each map is made of ``(M,)``. Where
+                they are no larger than rounding (:func:`floor_of`), the map is noise and becomes
+                zero, so that it has no peak.
+        """
+        if size is not None:
+            seen = size.to(maps) > floor_of(self.directions).to(maps)
+            maps = maps * seen.view(-1, 1, 1)
         maps = self.comparison.restacked(maps.detach().to(self.scores.device, self.scores.dtype))
         return AttentionMaps(
             maps=maps,
@@ -100,6 +121,31 @@ class Question:
             embeddings=self.comparison.restacked(self.embeddings),
             warnings=warnings,
         )
+
+
+def floor_of(directions: Tensor) -> Tensor:
+    """Changes of a score ``d . f`` that rounding explains ``(M,)``.
+
+    ``16 eps max(|d|, 1)`` of the type that embeddings are computed in, 1.9e-6 for float32: an
+    embedding has length one and is rounded relative to that, whatever is subtracted from it.
+
+    Args:
+        directions: ``(M,E)``.
+    """
+    sizes: Tensor = directions.norm(dim=1).clamp_min(1)
+    return ROUNDING * torch.finfo(directions.dtype).eps * sizes
+
+
+def slack_of(directions: Tensor, units: Tensor) -> Tensor:
+    """The length of what of directions ``(M,E)`` is orthogonal to unit embeddings ``(M,E)``.
+
+    The gradient of ``d . f`` with respect to anything below the normalisation is proportional to
+    it. It is zero where an embedding is as near to what it is compared with as can be, say of two
+    identical pictures: what a network then gives as a gradient is rounding.
+    """
+    along = (directions * units).sum(dim=1, keepdim=True)
+    across: Tensor = (directions - along * units).norm(dim=1)
+    return across
 
 
 def ask(model: SimilarityModel, images: Comparison, max_batch: int | None) -> Question:

@@ -33,6 +33,8 @@ class AttentionMaps:
             anything is cut off.
         embeddings: Unit rows ``(B,K,E)``.
         warnings: What a user must know before trusting the maps.
+        unexplained: The share ``(B,K)``, in [0, 1], of each image's score that its positions do not
+            account for; None where a method does not take the score apart.
     """
 
     maps: Tensor
@@ -41,6 +43,7 @@ class AttentionMaps:
     scores: Tensor
     embeddings: Tensor
     warnings: tuple[str, ...] = ()
+    unexplained: Tensor | None = None
 
     def detached(self) -> AttentionMaps:
         """The same without an autograd graph."""
@@ -51,6 +54,7 @@ class AttentionMaps:
             weights=self.weights.detach(),
             scores=self.scores.detach(),
             embeddings=self.embeddings.detach(),
+            unexplained=None if self.unexplained is None else self.unexplained.detach(),
         )
 
 

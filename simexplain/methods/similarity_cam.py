@@ -8,16 +8,18 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
 from simexplain.methods.directions import margin_directions
 from simexplain.methods.layer_maps import Cams, check_cams, fuse, layer_cams
-from simexplain.methods.raw_vectors import RawVectors
+from simexplain.methods.raw_vectors import trace_vectors
+from simexplain.methods.scoring import floor_of, slack_of
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
+from simexplain.methods.unexplained import unexplained_share, unexplained_warning
 from simexplain.models.base import SimilarityModel
-from simexplain.tracing import trace
+from simexplain.networks import lengths_of, unit_rows
+from simexplain.tracing import Trace, trace
 
 SCORES = {
     "cosine": "of the unit embeddings",
@@ -79,10 +81,13 @@ class SimilarityCAM:
         Raises:
             ModelError: If a layer cannot be used or the embeddings are zero or not finite.
         """
-        source = model if self.score == "cosine" else RawVectors(model)
-        traced = trace(source, images.stacked().flatten(0, 1), layers, max_batch=max_batch)
+        flat_images = images.stacked().flatten(0, 1)
+        if self.score == "cosine":
+            traced = trace(model, flat_images, layers, max_batch=max_batch)
+        else:
+            traced = trace_vectors(model, flat_images, layers, max_batch=max_batch).trace
         vectors = traced.embeddings.detach()
-        units = images.restacked(F.normalize(vectors, dim=1))
+        units = images.restacked(unit_rows(vectors))
         check_embeddings(units, images.roles)
         others = images.like(images.restacked(vectors) if self.score == "dot" else units)
         directions = margin_directions(others)
@@ -90,15 +95,16 @@ class SimilarityCAM:
         with torch.enable_grad():
             scores = (traced.embeddings * flat).sum(dim=1)
             if self.score == "held":
-                scores = scores / vectors.norm(dim=1)
+                scores = scores / lengths_of(vectors)
             gradients = traced.gradients(scores.sum())
         with torch.no_grad():
+            share = self._unexplained(traced, gradients, scores.detach())
             signed = layer_cams(
                 traced.maps, gradients, self.cam, scale=torch.ones_like(scores), keep_negative=True
             )
             found = {
                 layer: images.restacked(maps if self.keep_negative else maps.relu())
-                for layer, maps in signed.items()
+                for layer, maps in self._above_rounding(signed, flat, units.flatten(0, 1)).items()
             }
         return AttentionMaps(
             maps=fuse(list(found.values())),
@@ -106,12 +112,32 @@ class SimilarityCAM:
             weights=directions,
             scores=images.restacked(scores.detach()),
             embeddings=units,
-            warnings=self._warnings(signed),
+            warnings=self._warnings(signed, share),
+            unexplained=None if share is None else images.restacked(share),
         ).detached()
 
-    def _warnings(self, signed: dict[str, Tensor]) -> tuple[str, ...]:
+    def _above_rounding(
+        self, signed: dict[str, Tensor], directions: Tensor, units: Tensor
+    ) -> dict[str, Tensor]:
+        """Maps with those set to zero that are rounding: of cosines as large as they can be."""
         if self.score != "cosine":
-            return ()
+            return signed
+        seen = (slack_of(directions, units) > floor_of(directions)).view(-1, 1, 1)
+        return {layer: maps * seen for layer, maps in signed.items()}
+
+    def _unexplained(
+        self, traced: Trace, gradients: dict[str, Tensor], scores: Tensor
+    ) -> Tensor | None:
+        """The largest share of any layer ``(M,)``; gradients times maps are what positions add."""
+        if self.score == "cosine":
+            return None
+        maps = traced.maps
+        sums = [(gradients[layer] * maps[layer]).sum(dim=(1, 2, 3)) for layer in maps]
+        return torch.stack([unexplained_share(scores, one.to(scores)) for one in sums]).amax(dim=0)
+
+    def _warnings(self, signed: dict[str, Tensor], share: Tensor | None) -> tuple[str, ...]:
+        if share is not None:
+            return unexplained_warning(float(share.max()), " x ".join(signed))
         cancelled = [
             layer
             for layer, maps in signed.items()

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from simexplain.errors import DAMAGED, ComparisonError, ModelError, OutputError, first_line
 from simexplain.models.base import SimilarityModel
+from simexplain.networks import unit_rows
 from simexplain.tracing import trace
 
 FORMAT_KEY, SCHEMA = "simexplain_bank", 1
@@ -111,7 +112,7 @@ class WeightBank:
                 f"Expected neighbours between 1 and the {len(self)} images of the bank, got {k}."
             )
         with torch.no_grad():
-            units = F.normalize(rows.detach(), dim=1)
+            units = unit_rows(rows.detach())
             distances, places = _distances(units, self.embeddings.to(units)).sort(stable=True)
             places, distances = places[:, :k], distances[:, :k]
             weights = self.weights.to(units)[places].mean(dim=1)
@@ -224,7 +225,7 @@ def noise_for(model: SimilarityModel, size: tuple[int, int]) -> Tensor:
 def probe_of(model: SimilarityModel, size: tuple[int, int]) -> Tensor:
     """What the model makes of fixed noise of a size ``(E,)``, a unit row."""
     rows = trace(model, noise_for(model, size), ()).embeddings.float()
-    row: Tensor = F.normalize(rows, dim=1)[0]
+    row: Tensor = unit_rows(rows)[0]
     return row
 
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from simexplain.data.preprocessing import IMAGENET, Preprocess
 from simexplain.errors import ModelError
 from simexplain.models.backbones import preprocess_of_timm
 from simexplain.models.base import DISTANCES, SimilarityModel
-from simexplain.networks import at_least_single
+from simexplain.networks import at_least_single, unit_rows
 
 Output = Callable[[Any], Tensor] | str | int | None
 
@@ -53,7 +52,7 @@ class Embedder(SimilarityModel):
         Raises:
             ModelError: If the network does not return one vector per image.
         """
-        return F.normalize(self.vectors(images), dim=1)
+        return unit_rows(self.vectors(images))
 
     def vectors(self, images: Tensor) -> Tensor:
         """What the network returns ``(M,E)``, not normalised; float32 or float64.

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from simexplain.errors import ComparisonError
 from simexplain.matching.factors import Factors
+from simexplain.networks import lengths_of, unit_rows
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def agreement(query: Factors, images: Factors) -> Agreement:
             f"Expected factors of one query and of images of one width, got "
             f"{tuple(query.vectors.shape)} and {tuple(images.vectors.shape)}."
         )
-    own = F.normalize(query.vectors.float(), dim=1)
-    units = F.normalize(images.vectors.float(), dim=1)
+    own = unit_rows(query.vectors.float())
+    units = unit_rows(images.vectors.float())
     return Agreement(
         query=along(query, units),
         images=towards(images, own[0]),
@@ -74,7 +74,8 @@ def along(query: Factors, units: Tensor) -> Tensor:
         ``(K,h,w)``; each sums to the product of the unit vector with a direction.
     """
     height, width = query.parts.shape[2:]
-    length = query.vectors.float().norm().clamp_min(1e-30)
+    length = lengths_of(query.vectors.float())[0]
+    length = torch.where(length > 0, length, torch.inf)
     maps: Tensor = (units / length) @ query.parts[0].float().flatten(1)
     shared = (units / length) @ query.rest[0].float() / (height * width)
     found: Tensor = (maps + shared[:, None]).reshape(-1, height, width)
@@ -92,7 +93,8 @@ def towards(images: Factors, unit: Tensor) -> Tensor:
         ``(K,h,w)``; each sums to the product of an image's unit vector with the direction.
     """
     count, _, height, width = images.parts.shape
-    lengths = images.vectors.float().norm(dim=1).clamp_min(1e-30)
+    lengths = lengths_of(images.vectors.float())
+    lengths = torch.where(lengths > 0, lengths, torch.inf)
     parts = images.parts.float().flatten(2)
     maps: Tensor = torch.matmul(unit, parts)
     shared = images.rest.float() @ unit / (height * width)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from simexplain.graph.inference import infer
-from simexplain.matching.factors import Factors
+from simexplain.matching.factors import Factors, unexplained_of
 from simexplain.models.avsl import AVSL
+from simexplain.networks import unit_rows
 from simexplain.searching.agreement import Agreement, along, contrasts, towards
 from simexplain.searching.index_gallery import GalleryIndex
 from simexplain.searching.regions import similarities
@@ -32,6 +32,8 @@ class HitMaps:
         contrast: What each position of the query adds to the distance to the rival less that to
             the hit ``(K,h,w)``; zeros where there is no rival.
         gap_residual: What is missing of that difference in the sum ``(K,)``.
+        unexplained: The share of the similarity that no position accounts for ``(K,)``; zero for a
+            region, which is made of positions.
     """
 
     query: Tensor
@@ -40,6 +42,7 @@ class HitMaps:
     residual: Tensor
     contrast: Tensor
     gap_residual: Tensor
+    unexplained: Tensor
 
 
 @torch.no_grad()
@@ -63,8 +66,8 @@ def hit_maps(
             another guise: contrasts then add up to the difference of the cosines.
     """
     count = len(rivals)
-    own = F.normalize(query.vectors.float(), dim=1)[0]
-    units = F.normalize(rows.float(), dim=1)
+    own = unit_rows(query.vectors.float())[0]
+    units = unit_rows(rows.float())
     maps, cosines = along(query, units), units @ own
     if not name:
         distances, name = 1 - cosines, "cosine"
@@ -80,6 +83,9 @@ def hit_maps(
         residual=found.residual,
         contrast=contrast,
         gap_residual=missing,
+        unexplained=unexplained_of(
+            query, images, score="cosine", values=found.cosines.to(query.vectors)
+        ),
     )
 
 
@@ -114,7 +120,7 @@ def region_maps(
     )
     # `along` divides by the length of the whole vector; here it is that of the region's.
     summed = weighted.parts.sum(dim=(2, 3))
-    maps = along(Factors(weighted.parts, weighted.rest, summed), F.normalize(chosen, dim=1))
+    maps = along(Factors(weighted.parts, weighted.rest, summed), unit_rows(chosen))
     other = torch.tensor([at if rival is None else rival for at, rival in enumerate(rivals)])
     contrast = maps[:count] - maps[other]
     gaps = best.values[:count] - best.values[other]
@@ -125,6 +131,7 @@ def region_maps(
         residual=(maps.sum(dim=(1, 2)) - best.values).abs()[:count],
         contrast=contrast,
         gap_residual=gaps - contrast.sum(dim=(1, 2)),
+        unexplained=torch.zeros(count),
     )
 
 

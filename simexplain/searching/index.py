@@ -12,6 +12,7 @@ from simexplain.data.folders import Record
 from simexplain.errors import ComparisonError, ModelError, OutputError
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
+from simexplain.networks import full_precision
 from simexplain.searching.index_embedding import (
     PARTS,
     Keeping,
@@ -43,6 +44,7 @@ _SAMPLE = 256
 """Pictures from whose positions a common basis is found."""
 
 
+@full_precision()
 def build_index(
     model: nn.Module,
     source: Source,
@@ -106,6 +108,7 @@ def build_index(
         return _made(base, way, plan, path, batch_size, progress)
 
 
+@full_precision()
 def update_index(
     model: nn.Module,
     source: Source,

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from simexplain.errors import ModelError
 from simexplain.methods.position_parts import EXACT, PositionParts, position_parts
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_runs import features_and_rows
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import at_least_single, undisturbed
+from simexplain.networks import at_least_single, undisturbed, unit_rows
 from simexplain.searching.index_tails import UniformTail, uniform_tail
 from simexplain.tracing import chunks_of, trace
 
@@ -85,7 +84,7 @@ class Keeping:
         both = torch.cat((parts.flatten(1), found.rest.detach()), dim=1)
         half, scales = _halved(both)
         wide = parts[0].numel()
-        rows = F.normalize(vectors, dim=1) if self.normalised else vectors
+        rows = unit_rows(vectors) if self.normalised else vectors
         lengths = found.lengths if self.normalised else torch.ones_like(found.lengths)
         return {
             "embeddings": _plain(rows),
@@ -161,7 +160,7 @@ def with_tail(keeping: Keeping, model: SimilarityModel) -> Keeping:
 def _normalised(model: SimilarityModel, image: Tensor, vectors: Tensor) -> bool | None:
     """Whether rows are vectors at unit length (True), the vectors (False) or neither (None)."""
     row = trace(model, image, ()).embeddings.detach()
-    for answer, like in ((True, F.normalize(vectors, dim=1)), (False, vectors)):
+    for answer, like in ((True, unit_rows(vectors)), (False, vectors)):
         if row.shape == like.shape and bool((row - like).norm() <= EXACT * row.norm()):
             return answer
     return None

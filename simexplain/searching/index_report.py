@@ -8,11 +8,28 @@ from typing import Any
 
 from simexplain.searching.index_gallery import GalleryIndex
 
+_SAMPLE = 4096
+"""Pictures that the share of what is unexplained is measured on."""
+
 
 def bytes_per_image(index: GalleryIndex) -> int:
     """What one picture takes in the file, without the text of its path."""
     own = [t for t in index.tensors.values() if t.dim() > 0 and len(t) == len(index)]
     return sum(math.prod(tensor.shape[1:]) * tensor.dtype.itemsize for tensor in own)
+
+
+def _unexplained(index: GalleryIndex) -> float:
+    """The share of the vectors that no position accounts for, on average over the gallery.
+
+    For a vector ``v`` with the rest ``r``, which biases and all else give that passes by the layer,
+    ``|r| / (|r| + |v - r|)``.
+    """
+    count = min(len(index), _SAMPLE)
+    scales = index.tensors["scales"][:count]
+    rest = index.tensors["rest"][:count].float() * scales[:, None]
+    vectors = index.embeddings[:count].float() * index.tensors["lengths"][:count, None]
+    own, others = rest.norm(dim=1), (vectors - rest).norm(dim=1)
+    return float((own / (own + others).clamp_min(1e-30)).mean())
 
 
 def report_of(index: GalleryIndex) -> dict[str, Any]:
@@ -26,6 +43,7 @@ def report_of(index: GalleryIndex) -> dict[str, Any]:
             "grid": [height, across],
             "held": index.keeping.held,
             "residual": float(index.tensors["residuals"].max()),
+            "unexplained": _unexplained(index),
         }
     return {
         "schema": 1,

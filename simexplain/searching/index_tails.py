@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simexplain.methods.position_parts import EXACT, PositionParts, trace_vectors
-from simexplain.methods.raw_vectors import RawVectors
+from simexplain.methods.position_parts import EXACT, PositionParts
+from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import at_least_single
-from simexplain.tracing import trace
+from simexplain.networks import at_least_single, lengths_of
 
 _AT_ONCE = 64
 
@@ -37,14 +36,14 @@ class UniformTail:
 
     def parts(self, model: SimilarityModel, images: Tensor) -> PositionParts | None:
         """The parts of preprocessed images ``(M,3,H,W)``; None where they do not add up."""
-        traced = trace(RawVectors(model), images, (self.layer,))
+        traced = trace_vectors(model, images, (self.layer,)).trace
         vectors = at_least_single(traced.embeddings.detach())
         grid = at_least_single(traced.maps[self.layer].detach())
         found = PositionParts(
             parts=torch.einsum("ec,mchw->mehw", self.weight.to(grid), grid),
             rest=self.rest.to(vectors).expand_as(vectors),
             vectors=vectors,
-            lengths=vectors.square().sum(dim=1).sqrt(),
+            lengths=lengths_of(vectors),
             steps=0,
         )
         return found if bool((found.residual <= EXACT).all()) else None

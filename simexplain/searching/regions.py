@@ -16,6 +16,7 @@ from simexplain.data.mask_files import mask_of
 from simexplain.data.preprocessing import Geometry
 from simexplain.errors import ComparisonError
 from simexplain.matching.factors import Factors
+from simexplain.networks import unit_rows
 
 Box = tuple[float, float, float, float]
 """``(x, y, width, height)`` in pixels of a picture."""
@@ -144,7 +145,7 @@ def region_vector(query: Factors, coverage: Tensor) -> Tensor:
             "Expected a region that adds something to the picture's vector, but its positions are "
             "all zero; choose another or a larger one."
         )
-    return F.normalize(summed, dim=0)
+    return unit_rows(summed, dim=0)
 
 
 def similarities(images: Factors, unit: Tensor) -> Tensor:

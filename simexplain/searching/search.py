@@ -16,6 +16,7 @@ from simexplain.errors import ComparisonError, ModelError
 from simexplain.explanation import versions
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
+from simexplain.networks import full_precision
 from simexplain.searching.index import build_index
 from simexplain.searching.index_gallery import GalleryIndex, open_index
 from simexplain.searching.index_neighbours import distance_name_of
@@ -28,6 +29,7 @@ from simexplain.searching.search_thumbnails import Album
 Progress = Callable[[str, int, int], None]
 
 
+@full_precision()
 @torch.no_grad()
 def search(
     model: nn.Module,

@@ -12,6 +12,7 @@ from simexplain.data.preprocessing import Geometry
 from simexplain.matching.factors import Factors, pair_matrix
 from simexplain.matching.points import Frame, PositionPair
 from simexplain.matching.ranking import centred, strongest
+from simexplain.methods.unexplained import unexplained_warning
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.searching.explaining_hits import HitMaps, hit_maps, level_parts, region_maps
@@ -21,6 +22,7 @@ from simexplain.searching.search_query import Asked, Ranked
 from simexplain.searching.search_result import Hit, Rival
 
 _PAIRS = 5
+_FAR_OFF, _LEAST = 0.05, 0.1
 _BY_LEVEL = (
     "An AVSL distance is no cosine, so hits are explained by what each level adds to it; "
     "simexplain attribute shows the nodes and where they look."
@@ -70,12 +72,26 @@ def hits_of(
         hits = _explained(gallery, asked, hits, maps, images, places)
         if asked.region is None and not gallery.distance_name:
             warnings = (_OWN_DISTANCE,)
+        warnings += unexplained_warning(float(maps.unexplained.max()), gallery.layer)
+        warnings += _missing(maps)
     elif isinstance(model, AVSL):
         hits = _by_level(model, gallery, asked.row, hits, places, rivals)
         warnings = (_BY_LEVEL,)
     else:
         warnings = (f"Hits are listed without reasons: {gallery.without_basis}",)
     return HitsFound(tuple(hits), maps, tuple(places), ranking.searched, warnings)
+
+
+def _missing(maps: HitMaps) -> tuple[str, ...]:
+    """What to say where maps do not add up, as of a tail that is not linear."""
+    worst = float((maps.residual / maps.similarity.abs().clamp_min(_LEAST)).max())
+    if worst <= _FAR_OFF:
+        return ()
+    return (
+        f"The maps of a hit miss {float(maps.residual.max()):.2g} of its similarity, as the "
+        "network above the layer is not linear; an index of a later layer, or made with more "
+        "--steps, is closer.",
+    )
 
 
 def _plain(gallery: GalleryIndex, ranking: Ranked, position: int) -> Hit:
@@ -127,6 +143,7 @@ def _explained(
             hit,
             similarity=float(maps.similarity[number]),
             residual=float(maps.residual[number]),
+            unexplained=float(maps.unexplained[number]),
             peak=there.centre(int(maps.hits[number].argmax())),
             query_peak=own.centre(int(maps.query[number].argmax())),
             gap_residual=None if hit.rival is None else float(maps.gap_residual[number]),

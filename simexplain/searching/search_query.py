@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from simexplain.data.preprocessing import Geometry
 from simexplain.errors import ComparisonError, ModelError
@@ -14,7 +13,7 @@ from simexplain.matching.factors import Factors
 from simexplain.matching.matching import factors_of
 from simexplain.methods.position_parts import position_parts
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import undisturbed
+from simexplain.networks import undisturbed, unit_rows
 from simexplain.searching.agreement import rival_places
 from simexplain.searching.explaining_hits import region_ranking
 from simexplain.searching.index_gallery import GalleryIndex
@@ -88,7 +87,7 @@ def ask(
         found = factors_of(position_parts(model, views, keeping.layer, steps=keeping.steps))
     factors = Factors(found.parts.cpu(), found.rest.cpu(), found.vectors.cpu())
     vectors = _checked(factors.vectors.float())
-    row = F.normalize(vectors, dim=1) if keeping.normalised else vectors
+    row = unit_rows(vectors) if keeping.normalised else vectors
     if wanted is None:
         return Asked(row, factors, geometry)
     height, width = factors.parts.shape[2:]

@@ -48,6 +48,7 @@ class Hit:
         label: Its class: the folder that it is in, where the whole gallery is in folders.
         similarity: The cosine that the maps add up to.
         residual: By how much at most the sum of a map misses it.
+        unexplained: The share of it, in [0, 1], that no position of the two pictures accounts for.
         peak: Where the hit agrees most with the query, ``(x, y)`` in pixels of its picture.
         query_peak: Where the query agrees most with the hit.
         pairs: Positions of query (``a``) and hit (``b``) that are each other's best, the strongest
@@ -75,6 +76,7 @@ class Hit:
     gap_residual: float | None = None
     levels: tuple[tuple[str, float], ...] = ()
     level_gaps: tuple[tuple[str, float], ...] = ()
+    unexplained: float | None = None
 
 
 @dataclass(frozen=True)

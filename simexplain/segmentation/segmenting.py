@@ -14,6 +14,7 @@ from simexplain.explaining import Layers
 from simexplain.explanation import versions
 from simexplain.methods import Method
 from simexplain.models.embedder import as_similarity_model
+from simexplain.networks import full_precision
 from simexplain.segmentation.attending import Attention, attend, check_tensors
 from simexplain.segmentation.cue import Cue, Heat, default_cue, refine
 from simexplain.segmentation.grabcut import GrabCut, Mask, Pixels
@@ -23,6 +24,7 @@ METHOD = "focus"
 """The method that segmented best where it was measured (``docs/segmentation-results.md``)."""
 
 
+@full_precision()
 def segment(
     model: nn.Module,
     test: Tensor,
