@@ -34,7 +34,8 @@ QUICK = {
     "integrated_gradients": {"steps": 3}, "occlusion": {"window": 0.5, "stride": 0.5},
     "sbsm": {"window": 0.5, "stride": 0.5},
 }  # fmt: skip
-EXCEPT = ("avsl", "weight_bank")  # which need a model and a bank of their own
+ATTENTION = ("attention", "attention_relevance", "grad_eclip")
+EXCEPT = ("avsl", "weight_bank", *ATTENTION)  # which need a model or a bank of their own
 CHANCE = ("random_masks", "smoothgrad")
 """Methods that draw noise for all images of a call in turn."""
 

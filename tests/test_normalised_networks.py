@@ -472,10 +472,10 @@ def test_networks_that_normalise_cost_no_more(plain: nn.Module, images: Tensor) 
     for method, options in (("decomposition", {}), ("similarity_cam", {"score": "held"})):
         runs.clear()
         explain(model, pair, method, "net.act", **options)
-        assert runs == [2]
+        assert sum(runs) == 2
     runs.clear()
     match(model, images[:1], images[1:2], "net.act")
-    assert runs == [1, 1]
+    assert sum(runs) == 2
 
 
 def test_what_cannot_be_recorded_still_adds_up(images: Tensor) -> None:
