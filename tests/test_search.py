@@ -169,15 +169,17 @@ def test_contrast_is_the_difference_of_direct_maps_and_adds_up(
         contrast = found.contrast_maps[hit.rank - 1]
         assert hit.rival is not None
         assert hit.gap == pytest.approx(hit.rival.distance - hit.distance, abs=1e-7)
-        assert float(contrast.sum()) == pytest.approx(hit.gap, abs=3e-5)
-        assert hit.gap_residual == pytest.approx(hit.gap - float(contrast.sum()), abs=1e-6)
-        near, far = (match_files(model, query, p) for p in (hit.path, hit.rival.path))
-        cosines = near.marginals()[0][0] - far.marginals()[0][0]
         factor = {
             "cosine": 1,
             "squared": 2,
             "euclidean": 2 / (hit.distance + hit.rival.distance),
         }[distance]
+        # Cosines near 1 are known to one or two steps of single precision.
+        slack = max(3e-5, 2 * torch.finfo().eps * factor)
+        assert float(contrast.sum()) == pytest.approx(hit.gap, abs=slack)
+        assert hit.gap_residual == pytest.approx(hit.gap - float(contrast.sum()), abs=1e-6)
+        near, far = (match_files(model, query, p) for p in (hit.path, hit.rival.path))
+        cosines = near.marginals()[0][0] - far.marginals()[0][0]
         torch.testing.assert_close(contrast, factor * cosines, atol=2e-4, rtol=2e-3)
 
 
