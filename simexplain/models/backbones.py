@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError, first_line
 from simexplain.models.pcb import PARTS, part_based, whole_persons
+from simexplain.models.processors import preprocess_of_timm_config
 
 DEFAULT_MODEL = "timm:tf_efficientnet_lite0"
 """What the demo and the documentation use: its weights come in a package of their own."""
@@ -82,7 +83,7 @@ def _from_timm(name: str, pretrained: bool, outputs: int, size: tuple[int, int] 
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     if size is not None and config is not None and config.fixed_input_size:
         options["img_size"] = size
-    with _hub_errors(f"timm:{name}"), _hub_offline_if_unreachable():
+    with _hub_errors(f"timm:{name}"), hub_offline_if_unreachable():
         network = timm.create_model(name, pretrained=pretrained and state is None, **options)
     classifier = network.pretrained_cfg.get("classifier") or ""
     first = classifier if isinstance(classifier, str) else classifier[0]
@@ -95,16 +96,7 @@ def preprocess_of_timm(network: nn.Module) -> Preprocess:
     """What timm's own evaluation does with a picture before this network."""
     import timm.data
 
-    config = timm.data.resolve_data_config({}, model=network)
-    return Preprocess(
-        size=tuple(config["input_size"][1:]),
-        fit={"squash": "squash", "border": "pad"}.get(config["crop_mode"], "crop"),
-        crop_fraction=config["crop_pct"],
-        interpolation=config["interpolation"],
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        source="timm's data config",
-    )
+    return preprocess_of_timm_config(timm.data.resolve_data_config({}, model=network))
 
 
 def _from_torchvision(
@@ -193,6 +185,22 @@ def _load_in_order(network: nn.Module, state: dict[str, Tensor], head: str) -> N
     )
 
 
+def check_built_in(name: str, source: str) -> None:
+    """Refuses a name out of a file that leads to a hub or to a folder: a file never does.
+
+    Raises:
+        ModelError: If the name is not one that timm or torchvision build by themselves.
+    """
+    bare = name
+    while bare.partition(":")[0] in ZOOS:
+        bare = bare.partition(":")[2]
+    if bare == name or any(sign in bare for sign in ":/\\"):
+        raise ModelError(
+            f"'{source}' names the network '{name[:80]}', which would be looked up on a hub or in "
+            "a folder; a file may only name networks that timm or torchvision build themselves."
+        )
+
+
 @contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
     """One sentence in place of whatever a model hub raises."""
@@ -210,8 +218,8 @@ def _hub_errors(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _hub_offline_if_unreachable() -> Iterator[None]:
-    """Spares a minute of retries where the hub's name does not even resolve."""
+def hub_offline_if_unreachable() -> Iterator[bool]:
+    """Spares a minute of retries where the hub's name does not resolve; gives whether it does."""
     from huggingface_hub import constants
 
     proxied = any(name.lower().endswith("_proxy") for name in os.environ)
@@ -219,9 +227,9 @@ def _hub_offline_if_unreachable() -> Iterator[None]:
     if not proxied and "HF_ENDPOINT" not in os.environ:
         try:
             socket.getaddrinfo("huggingface.co", 443)
-        except OSError:
+        except Exception:  # a sandbox may forbid it with an error of its own
             constants.HF_HUB_OFFLINE = True
     try:
-        yield
+        yield not constants.HF_HUB_OFFLINE
     finally:
         constants.HF_HUB_OFFLINE = before
