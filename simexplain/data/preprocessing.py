@@ -185,7 +185,7 @@ class Preprocess:
         return F.normalize(view, list(self.mean), list(self.std)), geometry
 
     def _resized(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
-        """The picture ``(C,h,w)`` in this size; channels in [0, 1], which ``float`` may overshoot."""
+        """The picture ``(C,h,w)`` in this size, in [0, 1], which ``float`` may overshoot."""
         mode = InterpolationMode(self.interpolation)
         if self.resizing == "pillow":
             tensor: Tensor = F.to_tensor(F.resize(image, list(size), mode))

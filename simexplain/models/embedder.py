@@ -85,10 +85,10 @@ class Embedder(SimilarityModel):
         reference = next(weights_for_images(self.module), images)
         images = images.to(reference.device, reference.dtype)
         if self.readout is None:
-            vectors = _picked(self.module(images), self.output)
+            vectors = picked(self.module(images), self.output)
         else:
-            picks = self.output if self.readout.output is None else None
-            vectors = _picked(self.readout(self.module, images), picks)
+            rest = self.output if self.readout.output is None else None
+            vectors = picked(self.readout(self.module, images), rest)
         if vectors.dim() > 2 and vectors.shape[2:].numel() == 1:
             vectors = vectors.flatten(1)
         if vectors.dim() != 2 or len(vectors) != len(images):
@@ -172,8 +172,12 @@ def _unwrapped(module: nn.Module) -> nn.Module:
             return module
 
 
-def _picked(result: Any, output: Output) -> Tensor:
-    """The embedding out of whatever the network returned."""
+def picked(result: Any, output: Output) -> Tensor:
+    """The embedding out of whatever a network returned.
+
+    Raises:
+        ModelError: If ``output`` picks nothing, or no tensor.
+    """
     try:
         if callable(output):
             result = output(result)

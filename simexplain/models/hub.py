@@ -293,7 +293,7 @@ def _transformers(folder: Path, stored: dict[str, Any], request: Request) -> Hub
             "the module with as_similarity_model."
         )
     try:
-        with _quiet_transformers(transformers):
+        with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
@@ -384,7 +384,7 @@ def _processor(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in names):
         return None
     try:
-        with _quiet_transformers(transformers):
+        with quiet_transformers():
             return transformers.AutoImageProcessor.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
@@ -396,9 +396,9 @@ def _processor(folder: Path) -> Any:
 
 
 @contextmanager
-def _quiet_transformers(transformers: Any) -> Iterator[None]:
-    """No bars and reports of loading; restores what they were."""
-    log = transformers.utils.logging
+def quiet_transformers() -> Iterator[None]:
+    """No bars and reports of transformers inside; restores what they were."""
+    log = need("transformers").utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
@@ -414,11 +414,11 @@ def _quiet_transformers(transformers: Any) -> Iterator[None]:
 
 
 def _sentence_transformers(folder: Path, request: Request) -> HubModel:
-    package, transformers = need("sentence_transformers"), need("transformers")
+    package = need("sentence_transformers")
     if request.random:
         raise ModelError("Random weights are not available for st:NAME; give its stored ones.")
     try:
-        with _quiet_transformers(transformers):
+        with quiet_transformers():
             network = package.SentenceTransformer(
                 str(folder), device="cpu", local_files_only=True, trust_remote_code=False
             )

@@ -253,6 +253,8 @@ def _from_checkpoint(
     if not isinstance(name, str) or not isinstance(outputs, int):
         raise TypeError(f"backbone {name!r}, outputs {outputs!r}")
     check_built_in(name, str(path))
+    output = wanted.output or options.get("output")
+    check_output(output)
     preprocess = Preprocess.from_json(options["preprocess"])
     size = wanted.size or preprocess.size
     with offline():
@@ -261,13 +263,13 @@ def _from_checkpoint(
     load_fitting(built.network, own, str(path))
     built = replace(built, title=f"{path.stem} ({name})", preprocess=preprocess)
     if "avsl" not in options:
-        return _embedder(built, wanted.distance or options["distance"], wanted.output)
+        return _embedder(built, wanted.distance or options["distance"], output)
     if wanted.distance is not None:
         raise ModelError(
             f"'{path}' holds an AVSL model, whose distance is its own; leave --distance "
             "(distance=) away."
         )
-    base = _embedder(built, options["distance"], wanted.output)
+    base = _embedder(built, options["distance"], output)
     return avsl_from(base, options["avsl"], avsl, str(path))
 
 
