@@ -304,7 +304,7 @@ def _transformers(folder: Path, stored: dict[str, Any], request: Request) -> Hub
         raise
     except Exception as error:  # transformers raises anything from OSError to SafetensorError
         raise ModelError(
-            f"'{folder}' cannot be loaded with transformers ({first_line(error)})."
+            f"'{folder}' cannot be loaded with transformers ({_why(error)})."
         ) from error
     _check_images(network, folder)
     output = _checked_output(network, request.output, missing, folder)
@@ -390,7 +390,7 @@ def _processor(folder: Path) -> Any:
             )
     except Exception as error:  # a processor may be damaged in as many ways as a network
         raise ModelError(
-            f"The image processor of '{folder}' cannot be used ({first_line(error)}); save it "
+            f"The image processor of '{folder}' cannot be used ({_why(error)}); save it "
             "again or remove its file."
         ) from error
 
@@ -424,7 +424,7 @@ def _sentence_transformers(folder: Path, request: Request) -> HubModel:
             )
     except Exception as error:  # as many kinds as there are modules
         raise ModelError(
-            f"'{folder}' cannot be loaded with sentence-transformers ({first_line(error)})."
+            f"'{folder}' cannot be loaded with sentence-transformers ({_why(error)})."
         ) from error
     if "image" not in getattr(network, "modalities", ["image"]):
         raise ModelError(
@@ -560,7 +560,7 @@ def _open_clip(name: str, weights: Path | None, request: Request) -> HubModel:
         raise
     except Exception as error:  # checkpoints may be damaged or foreign in any way
         raise ModelError(
-            f"{request.name} cannot be loaded with open_clip ({first_line(error)})."
+            f"{request.name} cannot be loaded with open_clip ({_why(error)})."
         ) from error
     finally:
         root.setLevel(level)
@@ -577,6 +577,12 @@ def _weights_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise ModelError(f"Expected a file of weights, but '{path}' has none for open_clip.")
+
+
+def _why(error: Exception) -> str:
+    """What an error says, on one line; of long lists the beginning."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def check_output(output: str | None) -> None:
