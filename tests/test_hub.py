@@ -216,6 +216,10 @@ def test_a_folder_without_a_processor_says_what_is_assumed(tmp_path: Path) -> No
     assert prepare.size == (32, 32)
     assert prepare.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
     assert any("CLIPImageProcessor" in note for note in prepare.notes)
+    written("ConvNeXt", tmp_path / "conv", processor=False)
+    cropping = load_model(tmp_path / "conv").preprocess
+    assert (cropping.size, cropping.fit) == ((224, 224), "crop")  # squashed from 384 on only
+    assert cropping.geometry((300, 300)).resized == (256, 256)
 
 
 @pytest.mark.usefixtures("no_network")

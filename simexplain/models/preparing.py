@@ -57,8 +57,12 @@ def _of_transformers(module: Any) -> Preprocess | None:
     processor = usual_processor(module.config)
     if processor is None:
         return None
-    made = preprocess_of_processor(processor, native_size(module))
     own = native_size(module)
+    short = getattr(getattr(processor, "size", None), "shortest_edge", None)
+    if own is not None and short and not getattr(processor, "crop_size", None):
+        # ConvNeXt's decides by its size whether it crops or squashes.
+        processor = type(processor)(size={"shortest_edge": own[0]})
+    made = preprocess_of_processor(processor, own)
     note = (
         f"The model comes without an image processor; the defaults of {type(processor).__name__} "
         "are used."
