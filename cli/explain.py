@@ -58,7 +58,7 @@ def command(
 ) -> None:
     """Explain why MODEL finds ANCHOR and the OTHER images alike or different.
 
-    MODEL is timm:NAME, torchvision:NAME or a file. Example:
+    MODEL is timm:NAME, torchvision:NAME, hf:ORG/NAME, a folder or a file. Example:
 
     \b
       simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg c.jpg --arch triplet

@@ -84,7 +84,7 @@ def command(
     """Tell which region of picture A answers to which region of picture B.
 
     The score of the two is taken apart, exactly, into what every pair of their positions adds.
-    MODEL is timm:NAME, torchvision:NAME or a file. Example:
+    MODEL is timm:NAME, torchvision:NAME, hf:ORG/NAME, a folder or a file. Example:
 
     \b
       simexplain match timm:tf_efficientnet_lite0 a.jpg b.jpg --at 120,85

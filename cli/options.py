@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from simexplain.data.preprocessing import FITS
+from simexplain.data.preprocessing import FITS, INTERPOLATIONS
 from simexplain.errors import OutputError
 from simexplain.models.base import DISTANCES
-from simexplain.models.loading import RANDOM, load_model
+from simexplain.models.loading import RANDOM, Pixels, load_model
+from simexplain.models.readouts import OUTPUTS
 
 if TYPE_CHECKING:
     from simexplain.fitting.passes import Progress
@@ -40,6 +41,24 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return int(parts[0]), int(parts[-1])
 
 
+class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """``0.5`` or ``0.485,0.456,0.406``: one number for all channels, or one for each."""
+
+    name = "N[,N,N]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """The numbers; finite."""
+        try:
+            numbers = tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            numbers = ()
+        if not numbers or not all(abs(number) < 1e30 for number in numbers):
+            self.fail(f"expected numbers such as 0.5 or 0.485,0.456,0.406, got {value!r}.")
+        return numbers
+
+
 _MODEL_OPTIONS = (
     click.option(
         "--backbone",
@@ -62,6 +81,18 @@ _MODEL_OPTIONS = (
         type=click.Choice(list(DISTANCES)),
         help="Between unit embeddings. [euclidean]",
     ),
+    click.option(
+        "--output",
+        "vector",
+        type=click.Choice(OUTPUTS),
+        help="Which vector of the network is the embedding, if not the one its authors compare.",
+    ),
+    click.option("--mean", type=Numbers(), help="Of each channel in [0, 1], if not the model's."),
+    click.option("--std", type=Numbers(), help="Of each channel in [0, 1], if not the model's."),
+    click.option(
+        "--interpolation", type=click.Choice(INTERPOLATIONS), help="For resizing pictures."
+    ),
+    click.option("--channels", type=click.IntRange(1), help="Channels of a picture. [3]"),
     click.option("--fast", is_flag=True, help="Fold batch norm, channels-last: quicker."),
 )
 
@@ -77,8 +108,13 @@ def model_from(source: str, given: dict[str, Any]) -> SimilarityModel:
     """Takes the model options out of ``given`` and loads the model."""
     untrained, fast = given.pop("untrained"), given.pop("fast")
     names = ("backbone", "keep_head", "trust_pickle", "size", "fit", "distance")
+    pixels = Pixels(*(given.pop(name) for name in ("mean", "std", "interpolation", "channels")))
     model = load_model(
-        source, weights=RANDOM if untrained else None, **{name: given.pop(name) for name in names}
+        source,
+        weights=RANDOM if untrained else None,
+        output=given.pop("vector"),
+        pixels=pixels,
+        **{name: given.pop(name) for name in names},
     )
     if fast:
         from simexplain.models.accelerating import accelerated

@@ -50,7 +50,7 @@ def command(
     """Find in the picture TEST what the SUPPORT pictures show, and cut it out.
 
     The attention map of TEST, compared with the supports, is the cue for GrabCut. MODEL is
-    timm:NAME, torchvision:NAME or a file. Examples:
+    timm:NAME, torchvision:NAME, hf:ORG/NAME, a folder or a file. Examples:
 
     \b
       simexplain segment timm:tf_efficientnet_lite0 test.jpg cat.jpg

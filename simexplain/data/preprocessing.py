@@ -21,6 +21,10 @@ from simexplain.data.images import Picture
 from simexplain.errors import ImageError
 
 FITS = ("crop", "squash", "pad")
+INTERPOLATIONS = (
+    "bilinear", "bicubic", "nearest", "nearest-exact", "box", "hamming", "lanczos",
+)  # fmt: skip
+RESIZINGS = ("pillow", "tensor", "float")
 _MOST_ELONGATED = 50
 _LARGEST_SIDE = 16384
 
@@ -128,11 +132,15 @@ class Preprocess:
             ``squash`` the picture to the input's aspect, or ``pad`` it with the mean colour.
         crop_fraction: Share of the resized picture that ``crop`` and ``squash`` keep, in (0, 2];
             above 1 a black border is added, as a few networks were evaluated.
-        interpolation: ``bilinear``, ``bicubic`` or ``nearest``, always with antialiasing.
+        interpolation: ``bilinear``, ``bicubic``, ``nearest``, ``nearest-exact``, ``box``,
+            ``hamming`` or ``lanczos``, always with antialiasing.
         mean: Subtracted from channels in [0, 1].
         std: What channels are divided by afterwards.
         source: Where these values come from, for the user to read.
         notes: What a user should know about how the model was read.
+        resizing: What resizes: ``pillow``, ``tensor`` (torchvision on 8-bit tensors) or ``float``
+            (torchvision on tensors in [0, 1]). The latter two are what image processors of
+            transformers do, and like them they round a centre crop's corner down.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -143,6 +151,7 @@ class Preprocess:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     source: str = "ImageNet defaults"
     notes: tuple[str, ...] = ()
+    resizing: str = "pillow"
 
     def __post_init__(self) -> None:
         if self.fit not in FITS:
@@ -150,6 +159,10 @@ class Preprocess:
         if not _is_number(self.crop_fraction) or not 0 < self.crop_fraction <= 2:
             raise ImageError(f"Expected crop_fraction in (0, 2], got {self.crop_fraction!r}.")
         _check_values(self)
+        if self.resizing not in RESIZINGS:
+            raise ImageError(
+                f"Expected resizing to be one of {', '.join(RESIZINGS)}, got '{self.resizing}'."
+            )
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, Geometry]:
         """The input tensor ``(3,H,W)``, float32, and where it lies in the picture.
@@ -158,16 +171,29 @@ class Preprocess:
             ImageError: If the picture is so elongated that its centre crop shows next to nothing.
         """
         geometry = self.geometry((image.height, image.width))
-        resized = F.resize(image, list(geometry.resized), InterpolationMode(self.interpolation))
+        pixels = self._resized(image, geometry.resized)
         (top, left), (height, width) = geometry.offset, geometry.size
         if self.fit == "pad":
-            red, green, blue = (round(255 * channel) for channel in self.mean)
-            view = Image.new("RGB", (width, height), (red, green, blue))
-            view.paste(resized, (-left, -top))
+            border = torch.tensor([round(255 * channel) / 255 for channel in self.mean])
+            view = border[:, None, None].clamp(0, 1).repeat(1, height, width)
+            rows, columns = geometry.resized
+            view[:, -top : rows - top, -left : columns - left] = pixels
         else:
-            view = F.crop(resized, top, left, height, width)
-        tensor = F.normalize(F.to_tensor(view), list(self.mean), list(self.std))
-        return tensor, geometry
+            view = F.crop(pixels, top, left, height, width)
+        return F.normalize(view, list(self.mean), list(self.std)), geometry
+
+    def _resized(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
+        """The picture ``(C,h,w)`` in this size, in [0, 1], which ``float`` may overshoot."""
+        mode = InterpolationMode(self.interpolation)
+        if self.resizing == "pillow":
+            tensor: Tensor = F.to_tensor(F.resize(image, list(size), mode))
+            return tensor
+        from torchvision.transforms.v2.functional import resize  # heavier than the first version
+
+        pixels: Tensor = F.pil_to_tensor(image).contiguous()
+        pixels = pixels * (1 / 255) if self.resizing == "float" else pixels
+        resized: Tensor = resize(pixels, list(size), mode, antialias=True)
+        return resized if self.resizing == "float" else resized.float() / 255
 
     def geometry(self, original: tuple[int, int]) -> Geometry:
         """Where the view of a picture of this ``(height, width)`` lies."""
@@ -183,7 +209,8 @@ class Preprocess:
                     "crop to show it; choose fit='pad' or fit='squash'."
                 )
             resized = self._covering(original)
-        top, left = (_centred(r, s) for r, s in zip(resized, self.size, strict=True))
+        down = self.resizing != "pillow"
+        top, left = (_centred(r, s, down=down) for r, s in zip(resized, self.size, strict=True))
         return Geometry(original, (resized[0], resized[1]), (top, left), self.size)
 
     def _covering(self, original: tuple[int, int]) -> tuple[int, ...]:
@@ -235,10 +262,9 @@ def _check_values(prepare: Preprocess) -> None:
         raise ImageError(
             f"Expected size as (height, width) in pixels from 1 to {_LARGEST_SIDE}, got {size!r}."
         )
-    known = [mode.value for mode in InterpolationMode]
-    if prepare.interpolation not in known:
+    if prepare.interpolation not in INTERPOLATIONS:
         raise ImageError(
-            f"Expected interpolation to be one of {', '.join(known)}, got "
+            f"Expected interpolation to be one of {', '.join(INTERPOLATIONS)}, got "
             f"{prepare.interpolation!r}."
         )
     for name, values in (("mean", mean), ("std", std)):
@@ -271,9 +297,11 @@ def prepared(prepare: Preprocess, pictures: Sequence[Picture]) -> tuple[Tensor, 
     return torch.stack(tensors), geometries
 
 
-def _centred(resized: int, size: int) -> int:
-    """Where a centred view starts, in torchvision's rounding; negative where it is larger."""
-    return round((resized - size) / 2.0) if resized >= size else -((size - resized) // 2)
+def _centred(resized: int, size: int, *, down: bool) -> int:
+    """Where a centred view starts, in torchvision's rounding or down; negative where larger."""
+    if resized < size:
+        return -((size - resized) // 2)
+    return (resized - size) // 2 if down else round((resized - size) / 2.0)
 
 
 IMAGENET = Preprocess(crop_fraction=0.875)

@@ -72,6 +72,7 @@ class _Fast(Embedder):
             distance=original.distance_name,
             name=f"{original.name} (fast)",
         )
+        self.layer_table = original.layer_table
 
     def vectors(self, images: Tensor) -> Tensor:
         """As for every embedder."""

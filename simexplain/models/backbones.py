@@ -21,6 +21,7 @@ from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError, first_line
 from simexplain.models.checkpoints import printable
 from simexplain.models.pcb import PARTS, part_based, whole_persons
+from simexplain.models.processors import preprocess_of_timm_config
 
 DEFAULT_MODEL = "timm:tf_efficientnet_lite0"
 """What the demo and the documentation use: its weights come in a package of their own."""
@@ -122,7 +123,7 @@ def _from_timm(name: str, pretrained: bool, outputs: int, size: tuple[int, int] 
         options["img_size"] = size
     wanted = pretrained and state is None
     fetched = wanted or not _PLAIN_NAME.fullmatch(name)
-    reach = _hub_offline_if_unreachable() if fetched else nullcontext()
+    reach = hub_offline_if_unreachable() if fetched else nullcontext()
     with _hub_errors(f"timm:{name}"), reach:
         network = timm.create_model(name, pretrained=wanted, **options)
     classifier = network.pretrained_cfg.get("classifier") or ""
@@ -138,16 +139,7 @@ def preprocess_of_timm(network: nn.Module) -> Preprocess:
     """What timm's own evaluation does with a picture before this network."""
     import timm.data
 
-    config = timm.data.resolve_data_config({}, model=network)
-    return Preprocess(
-        size=tuple(config["input_size"][1:]),
-        fit={"squash": "squash", "border": "pad"}.get(config["crop_mode"], "crop"),
-        crop_fraction=config["crop_pct"],
-        interpolation=config["interpolation"],
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        source="timm's data config",
-    )
+    return preprocess_of_timm_config(timm.data.resolve_data_config({}, model=network))
 
 
 def _from_torchvision(
@@ -236,6 +228,22 @@ def _load_in_order(network: nn.Module, state: dict[str, Tensor], head: str) -> N
     )
 
 
+def check_built_in(name: str, source: str) -> None:
+    """Refuses a name out of a file that leads to a hub or to a folder: a file never does.
+
+    Raises:
+        ModelError: If the name is not one that timm or torchvision build by themselves.
+    """
+    bare = name
+    while bare.partition(":")[0] in ZOOS:
+        bare = bare.partition(":")[2]
+    if bare == name or any(sign in bare for sign in ":/\\"):
+        raise ModelError(
+            f"'{source}' names the network '{name[:80]}', which would be looked up on a hub or in "
+            "a folder; a file may only name networks that timm or torchvision build themselves."
+        )
+
+
 @contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
     """One sentence in place of whatever a model hub raises."""
@@ -253,8 +261,8 @@ def _hub_errors(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _hub_offline_if_unreachable() -> Iterator[None]:
-    """Spares a minute of retries where the hub's name does not even resolve."""
+def hub_offline_if_unreachable() -> Iterator[bool]:
+    """Spares a minute of retries where the hub's name does not resolve; gives whether it does."""
     from huggingface_hub import constants
 
     proxied = any(name.lower().endswith("_proxy") for name in os.environ)
@@ -262,9 +270,9 @@ def _hub_offline_if_unreachable() -> Iterator[None]:
     if not proxied and "HF_ENDPOINT" not in os.environ:
         try:
             socket.getaddrinfo("huggingface.co", 443)
-        except OSError:
+        except Exception:  # a sandbox may forbid it with an error of its own
             constants.HF_HUB_OFFLINE = True
     try:
-        yield
+        yield not constants.HF_HUB_OFFLINE
     finally:
         constants.HF_HUB_OFFLINE = before

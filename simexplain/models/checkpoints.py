@@ -132,7 +132,7 @@ def state_dict_in(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def network_part(
-    state: dict[str, Tensor], network: nn.Module, classifier: str
+    state: dict[str, Tensor], network: nn.Module, classifier: str | tuple[str, ...]
 ) -> tuple[dict[str, Tensor], str]:
     """The tensors of a network in the state of whatever it was trained in.
 
@@ -142,7 +142,7 @@ def network_part(
     Args:
         state: Tensors by name.
         network: Whose names are looked for.
-        classifier: How the names of a last layer start that the network may lack.
+        classifier: How the names of a last layer start that the network may lack; ``()`` for none.
 
     Returns:
         The state without the prefix under which most of the network's names are found, and a note

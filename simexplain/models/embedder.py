@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,15 +10,24 @@ from torch import Tensor, nn
 
 from simexplain.data.preprocessing import IMAGENET, Preprocess
 from simexplain.errors import ModelError
-from simexplain.models.backbones import preprocess_of_timm
 from simexplain.models.base import DISTANCES, SimilarityModel
+from simexplain.models.layers import Layer
+from simexplain.models.preparing import assumed_preprocess
+from simexplain.models.readouts import readout_of, weights_for_images
+from simexplain.models.sidecar import LayerTable
 from simexplain.networks import at_least_single, unit_rows
 
 Output = Callable[[Any], Tensor] | str | int | None
 
 
 class Embedder(SimilarityModel):
-    """Wraps a network without changing it; see :func:`as_similarity_model`."""
+    """Wraps a network without changing it; see :func:`as_similarity_model`.
+
+    Attributes:
+        readout: How a network of a known package is called and read, or None.
+        layer_table: Which layers to use when none are named, out of a file; or None.
+        processor: The image processor that came with the network, or None.
+    """
 
     def __init__(
         self,
@@ -36,15 +44,23 @@ class Embedder(SimilarityModel):
             raise ModelError(f"Expected a distance of {', '.join(DISTANCES)}, got '{distance}'.")
         self.module = module
         self.output = output
+        self.readout = readout_of(module, output)
         self.preprocess = preprocess
         self.distance_name = distance
         self.name = name or type(module).__name__
         self.batch_size = batch_size
+        self.layer_table: LayerTable | None = None
+        self.processor: Any = None
 
     @property
     def network(self) -> nn.Module:
         """The user's own module."""
         return self.module
+
+    def layers_for(self, images: Tensor) -> tuple[Layer, ...]:
+        """As for every model; marks the layers that a file beside the model names."""
+        found = super().layers_for(images)
+        return found if self.layer_table is None else self.layer_table.marked(found)
 
     def embed(self, images: Tensor) -> Tensor:
         """Unit rows ``(M,E)``; a zero vector stays zero. Half precision becomes float32.
@@ -65,9 +81,13 @@ class Embedder(SimilarityModel):
                 f"Expected images of shape (M,3,H,W), got {tuple(images.shape)}; "
                 "add a batch axis with unsqueeze(0)."
             )
-        reference = next((p for p in self.module.parameters() if p.is_floating_point()), images)
-        result = self.module(images.to(reference.device, reference.dtype))
-        vectors = _picked(result, self.output)
+        reference = next(weights_for_images(self.module), images)
+        images = images.to(reference.device, reference.dtype)
+        if self.readout is None:
+            vectors = picked(self.module(images), self.output)
+        else:
+            rest = self.output if self.readout.output is None else None
+            vectors = picked(self.readout(self.module, images), rest)
         if vectors.dim() > 2 and vectors.shape[2:].numel() == 1:
             vectors = vectors.flatten(1)
         if vectors.dim() != 2 or len(vectors) != len(images):
@@ -95,11 +115,16 @@ def as_similarity_model(
     """Wraps any ``nn.Module`` that returns an embedding. The module itself is not changed.
 
     Args:
-        module: The network. ``DataParallel`` and compiled modules are unwrapped.
+        module: The network. ``DataParallel`` and compiled modules are unwrapped. Of whole CLIP
+            models (transformers, open_clip, the original, sentence-transformers) the image tower
+            with its projection is used.
         output: Where the network returns more than a tensor: an index, a key or attribute name,
-            or a function that picks the embedding.
+            or a function that picks the embedding. Networks of transformers, open_clip,
+            sentence-transformers and timm also take a word of ``OUTPUTS``: ``projected``,
+            ``class_token``, ``patch_mean`` or ``pooled``; the default is what their authors
+            compare with.
         preprocess: How pictures become input tensors; used by ``explain_files`` and the dry run.
-            Networks of timm know it; else ImageNet's usual values are assumed, with a note.
+            Networks of timm and open_clip know it; else the usual values are assumed, with a note.
         distance: ``euclidean`` (Eq. 1 of the paper), ``squared`` or ``cosine``, on unit rows.
         name: What to call the model in figures; its class name unless given.
         batch_size: The only number of images that one forward pass takes, or None.
@@ -120,7 +145,7 @@ def as_similarity_model(
         return BlackBox(
             module,
             output=output,
-            preprocess=preprocess or _assumed(module),
+            preprocess=preprocess or assumed_preprocess(module),
             distance=distance,
             name=name,
             batch_size=batch_size,
@@ -128,19 +153,11 @@ def as_similarity_model(
     return Embedder(
         module,
         output=output,
-        preprocess=preprocess or _assumed(module),
+        preprocess=preprocess or assumed_preprocess(module),
         distance=distance,
         name=name,
         batch_size=batch_size,
     )
-
-
-def _assumed(module: nn.Module) -> Preprocess:
-    """What is known or usual where the caller says nothing about preprocessing."""
-    if getattr(module, "pretrained_cfg", None):
-        return preprocess_of_timm(module)
-    note = "The model does not say how pictures are prepared; ImageNet's usual values are used."
-    return replace(IMAGENET, notes=(note,))
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -154,8 +171,12 @@ def _unwrapped(module: nn.Module) -> nn.Module:
             return module
 
 
-def _picked(result: Any, output: Output) -> Tensor:
-    """The embedding out of whatever the network returned."""
+def picked(result: Any, output: Output) -> Tensor:
+    """The embedding out of whatever a network returned.
+
+    Raises:
+        ModelError: If ``output`` picks nothing, or no tensor.
+    """
     try:
         if callable(output):
             result = output(result)

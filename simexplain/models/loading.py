@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from simexplain.data.preprocessing import FITS, Preprocess
 from simexplain.errors import ImageError, ModelError, first_line
 from simexplain.models.avsl_files import avsl_from, split_state
-from simexplain.models.backbones import ZOOS, Backbone, build_backbone, check_registered
+from simexplain.models.backbones import (
+    ZOOS,
+    Backbone,
+    build_backbone,
+    check_built_in,
+    check_registered,
+)
 from simexplain.models.base import SimilarityModel
 from simexplain.models.blackbox import load_blackbox
 from simexplain.models.checkpoints import (
@@ -24,9 +30,20 @@ from simexplain.models.checkpoints import (
     read_torch,
     state_dict_in,
 )
-from simexplain.models.embedder import as_similarity_model
+from simexplain.models.embedder import Embedder, as_similarity_model
 from simexplain.models.exported import load_exported
+from simexplain.models.hub import (
+    HUBS,
+    HubModel,
+    Request,
+    check_output,
+    load_folder,
+    load_hub,
+    offline,
+)
+from simexplain.models.preparing import UNSTATED
 from simexplain.models.rebuilding import rebuilt
+from simexplain.models.sidecar import Sidecar, read_sidecar, with_values
 
 RANDOM = "random"
 
@@ -40,6 +57,27 @@ class _Wanted:
     trust_pickle: bool
     size: tuple[int, int] | None
     distance: str | None
+    output: str | None
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How pictures become input, where a model does not know or knows it wrongly; None: as it is.
+
+    Attributes:
+        mean: Subtracted from channels in [0, 1]; one number serves all channels.
+        std: What channels are divided by afterwards, above 0.
+        interpolation: ``bilinear``, ``bicubic`` and so on, as ``Preprocess`` has it.
+        channels: How many channels the network takes.
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: str | None = None
+    channels: int | None = None
+
+
+AS_STORED = Pixels()
 
 
 def load_model(
@@ -52,11 +90,17 @@ def load_model(
     size: tuple[int, int] | None = None,
     fit: str | None = None,
     distance: str | None = None,
+    output: str | None = None,
+    pixels: Pixels = AS_STORED,
 ) -> SimilarityModel:
     """Loads a model to explain. Nothing in a file is ever run unless ``trust_pickle``.
 
+    A file or folder never leads to the network; a name may, once, and says so.
+
     Args:
-        source: ``timm:NAME``, ``torchvision:NAME``, or a file: one that :func:`save_model` wrote,
+        source: ``timm:NAME``, ``torchvision:NAME``, ``hf:ORG/NAME`` (transformers),
+            ``open_clip:NAME/TAG``, ``st:NAME`` (sentence-transformers); a folder that one of these
+            packages or :func:`save_model` wrote; or a file: one that :func:`save_model` wrote,
             a ``state_dict`` (.pt, .pth, Lightning .ckpt) or ``.safetensors`` together with
             ``backbone``, a ``torch.export`` program (.pt2), or one
             without layers: TorchScript (with ``trust_pickle``) or .onnx.
@@ -67,37 +111,130 @@ def load_model(
         size: ``(height, width)`` of the input where it is not the network's own.
         fit: ``crop``, ``squash`` or ``pad`` in place of the network's own way.
         distance: ``euclidean`` (default), ``squared`` or ``cosine``.
+        output: Which vector of a network of transformers, open_clip, sentence-transformers or timm:
+            ``projected``, ``class_token``, ``patch_mean`` or ``pooled``; the default is what its
+            authors compare with.
+        pixels: Normalisation, interpolation and channels where the model does not know them. They
+            may also lie in a JSON file beside the model file, see ``docs/models.md``.
 
     Raises:
         ModelError: If the source cannot be used; says why and what to do.
     """
+    check_output(output)
     name = str(source)
-    if name.partition(":")[0] in ZOOS and not Path(name).exists():
+    prefix = name.partition(":")[0]
+    named = not Path(name).exists()
+    if prefix in HUBS and named:
+        model = _from_hub(name, weights, size, output, distance)
+        return _adjusted(model, size, fit, pixels)
+    if prefix in ZOOS and named:
         if weights is None or str(weights) == RANDOM:
             built = build_backbone(name, pretrained=weights is None, size=size)
-            model = _embedder(built, distance or "euclidean")
-            return _adjusted(model, size, fit)
+            model = _embedder(built, distance or "euclidean", output)
+            return _adjusted(model, size, fit, pixels)
         source, backbone = weights, name
-    wanted = _Wanted(backbone, keep_head, trust_pickle, size, distance)
-    return _adjusted(_from_file(Path(source), wanted), size, fit)
+    path = Path(source)
+    beside = read_sidecar(path)
+    wanted = _Wanted(backbone, keep_head, trust_pickle, size, distance or beside.distance, output)
+    if path.is_dir():
+        model = _from_folder(path, wanted, beside, random=str(weights) == RANDOM)
+    else:
+        model = _from_file(path, wanted, beside)
+    return _adjusted(_beside(model, beside), size, fit, pixels)
 
 
-def _from_file(path: Path, wanted: _Wanted) -> SimilarityModel:
+def _from_hub(
+    name: str,
+    weights: str | Path | None,
+    size: tuple[int, int] | None,
+    output: str | None,
+    distance: str | None,
+) -> SimilarityModel:
+    """A model by its name on a hub, or with weights out of a file."""
+    random = str(weights) == RANDOM
+    file = None if weights is None or random else Path(weights)
+    request = Request(name=name, output=output, random=random, size=size, weights=file)
+    return _hub_embedder(load_hub(name, request), distance)
+
+
+def _from_folder(
+    folder: Path, wanted: _Wanted, beside: Sidecar, *, random: bool
+) -> SimilarityModel:
+    """A folder that another package wrote; never uses the network."""
+    if wanted.backbone is not None and wanted.backbone.partition(":")[0] in HUBS:
+        name = wanted.backbone
+        model = _from_hub(name, folder, wanted.size, wanted.output, wanted.distance)
+        model.name = folder.name
+        return model
+    output = wanted.output or (beside.output if isinstance(beside.output, str) else None)
+    check_output(output)
+    title = folder.resolve().name
+    request = Request(
+        name=title, output=output, random=random, size=wanted.size, keep_head=wanted.keep_head
+    )
+    return _hub_embedder(load_folder(folder, request), wanted.distance)
+
+
+def _hub_embedder(found: HubModel, distance: str | None) -> SimilarityModel:
+    model = as_similarity_model(
+        found.network,
+        output=found.output,
+        preprocess=found.preprocess,
+        name=found.name,
+        distance=distance or "euclidean",
+    )
+    if isinstance(model, Embedder):
+        model.processor = found.processor
+    return model
+
+
+def _beside(model: SimilarityModel, beside: Sidecar) -> SimilarityModel:
+    """The model with the preprocessing and layers that lie beside its file."""
+    if beside.preprocess:
+        model.preprocess = _stated(with_values(model.preprocess, beside.preprocess), beside)
+    if isinstance(model, Embedder) and beside.layers is not None:
+        model.layer_table = beside.layers
+    return model
+
+
+def _stated(own: Preprocess, beside: Sidecar) -> Preprocess:
+    """Without the note that values are assumed, where they no longer are."""
+    if not {"mean", "std"} <= set(beside.preprocess) or "notes" in beside.preprocess:
+        return own
+    notes = tuple(note for note in own.notes if UNSTATED not in note)
+    return replace(own, notes=notes, source=beside.preprocess.get("source", "the file beside it"))
+
+
+def _from_file(path: Path, wanted: _Wanted, beside: Sidecar) -> SimilarityModel:
     kind = kind_of(path)
     distance = wanted.distance or "euclidean"
     if kind in ("torchscript", "onnx"):
         return load_blackbox(path, kind=kind, distance=distance, trust=wanted.trust_pickle)
     if kind == "exported":
-        return load_exported(path, trust=wanted.trust_pickle, distance=distance)
+        model = load_exported(path, trust=wanted.trust_pickle, distance=distance)
+        if isinstance(model, Embedder) and beside.output is not None:
+            model.output = beside.output
+        return model
+    if wanted.backbone is not None and wanted.backbone.partition(":")[0] in HUBS:
+        model = _from_hub(wanted.backbone, path, wanted.size, wanted.output, wanted.distance)
+        model.name = f"{path.stem} ({wanted.backbone})"
+        return model
     if kind == "safetensors":
         return _from_state(read_safetensors(path), path, wanted)
-    return _from_content(read_torch(path, trust_pickle=wanted.trust_pickle), path, wanted)
+    content = read_torch(path, trust_pickle=wanted.trust_pickle)
+    return _from_content(content, path, wanted, beside.output)
 
 
-def _from_content(content: Any, path: Path, wanted: _Wanted) -> SimilarityModel:
+def _from_content(
+    content: Any, path: Path, wanted: _Wanted, picked: str | int | None
+) -> SimilarityModel:
     if isinstance(content, nn.Module):
-        name = f"{path.stem} ({type(content).__name__})"
-        return as_similarity_model(content, name=name, distance=wanted.distance or "euclidean")
+        return as_similarity_model(
+            content,
+            output=wanted.output or picked,
+            name=f"{path.stem} ({type(content).__name__})",
+            distance=wanted.distance or "euclidean",
+        )
     options = content.get(FORMAT_KEY) if isinstance(content, dict) else None
     if options is None:
         return _from_state(state_dict_in(content, path), path, wanted)
@@ -129,20 +266,25 @@ def _from_checkpoint(
     if not isinstance(state, dict) or not isinstance(options["preprocess"], dict):
         raise TypeError("state_dict and preprocess must be dictionaries")
     check_registered(name)
+    check_built_in(name, str(path))
+    output = wanted.output or options.get("output")
+    check_output(output)
     preprocess = _preprocess_from(options["preprocess"])
     size = wanted.size or preprocess.size
-    built = build_backbone(name, pretrained=False, outputs=outputs, size=size)
+    with offline():
+        built = build_backbone(name, pretrained=False, outputs=outputs, size=size)
     own, avsl = split_state(state)
     load_fitting(built.network, own, str(path))
     built = replace(built, title=f"{path.stem} ({name})", preprocess=preprocess)
     if "avsl" not in options:
-        return _embedder(built, wanted.distance or options["distance"])
+        return _embedder(built, wanted.distance or options["distance"], output)
     if wanted.distance is not None:
         raise ModelError(
             f"'{path}' holds an AVSL model, whose distance is its own; leave --distance "
             "(distance=) away."
         )
-    return avsl_from(_embedder(built, options["distance"]), options["avsl"], avsl, str(path))
+    base = _embedder(built, options["distance"], output)
+    return avsl_from(base, options["avsl"], avsl, str(path))
 
 
 def _preprocess_from(values: dict[str, Any]) -> Preprocess:
@@ -157,18 +299,19 @@ def _from_state(state: dict[str, Tensor], path: Path, wanted: _Wanted) -> Simila
     if wanted.backbone is None:
         raise ModelError(
             f"'{path}' holds weights only, so the network must be named: --backbone timm:NAME or "
-            "torchvision:NAME (backbone=)."
+            "torchvision:NAME (backbone=), hf:FOLDER or open_clip:NAME."
         )
     built, _ = rebuilt(
         wanted.backbone, state, str(path), keep_head=wanted.keep_head, size=wanted.size
     )
     built = replace(built, title=f"{path.stem} ({wanted.backbone})")
-    return _embedder(built, wanted.distance or "euclidean")
+    return _embedder(built, wanted.distance or "euclidean", wanted.output)
 
 
-def _embedder(built: Backbone, distance: str) -> SimilarityModel:
+def _embedder(built: Backbone, distance: str, output: str | None) -> SimilarityModel:
     model = as_similarity_model(
         built.network,
+        output=output,
         preprocess=built.preprocess,
         name=built.title or built.name,
         distance=distance,
@@ -178,7 +321,7 @@ def _embedder(built: Backbone, distance: str) -> SimilarityModel:
 
 
 def _adjusted(
-    model: SimilarityModel, size: tuple[int, int] | None, fit: str | None
+    model: SimilarityModel, size: tuple[int, int] | None, fit: str | None, pixels: Pixels
 ) -> SimilarityModel:
     if fit is not None and fit not in FITS:
         raise ModelError(f"Expected fit to be one of {', '.join(FITS)}, got '{fit}'.")
@@ -186,6 +329,48 @@ def _adjusted(
     if fit is not None and fit != own.fit:
         # Someone who asks for all of the picture wants no margin cut off either.
         own = replace(own, fit=fit, crop_fraction=own.crop_fraction if fit == "crop" else 1.0)
-    model.preprocess = replace(own, size=size or own.size)
+    model.preprocess = _with_pixels(replace(own, size=size or own.size), pixels)
     model.eval()
     return model
+
+
+def _with_pixels(own: Preprocess, pixels: Pixels) -> Preprocess:
+    """The preprocessing with what the caller says of normalisation, interpolation and channels."""
+    channels = pixels.channels or max(len(pixels.mean or ()), len(pixels.std or ()), len(own.mean))
+    values: dict[str, Any] = {}
+    for key, numbers in (("mean", pixels.mean), ("std", pixels.std)):
+        if numbers is not None:
+            values[key] = _per_channel(key, numbers, channels)
+    if pixels.interpolation is not None:
+        values["interpolation"] = pixels.interpolation
+    if pixels.channels is not None:
+        values |= _with_channels(own, pixels.channels)
+    if {"mean", "std"} <= set(values):
+        notes = tuple(note for note in own.notes if UNSTATED not in note)
+        values |= {"notes": notes, "source": "the caller's values"}
+    return with_values(own, values) if values else own
+
+
+def _per_channel(key: str, numbers: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    if len(numbers) not in (1, channels):
+        raise ModelError(
+            f"Expected one number or {channels} for {key}, got {len(numbers)}; give one for each "
+            "channel."
+        )
+    if not all(abs(number) < 1e30 and (number > 0 or key == "mean") for number in numbers):
+        what = "finite numbers" if key == "mean" else "numbers above 0"
+        raise ModelError(f"Expected {what} for {key}, got {', '.join(map(str, numbers))}.")
+    return tuple(numbers) * (channels if len(numbers) == 1 else 1)
+
+
+def _with_channels(own: Preprocess, channels: int) -> dict[str, Any]:
+    """The field of the preprocessing that holds the number of channels."""
+    if channels == len(own.mean):
+        return {}
+    if "channels" not in {field.name for field in fields(Preprocess)}:
+        raise ModelError(f"Expected 3 channels, got {channels}; pictures are read as RGB.")
+    spread = {
+        key: value if len(value) == channels else (sum(value) / len(value),) * channels
+        for key, value in (("mean", own.mean), ("std", own.std))
+    }
+    return {"channels": channels, **spread}

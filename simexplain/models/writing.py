@@ -1,10 +1,12 @@
-"""From a model to a file that load_model takes without any further option."""
+"""From a model to a file or folder that load_model takes without any further option."""
 
 from __future__ import annotations
 
+import copy
+import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,9 +16,19 @@ from simexplain.errors import ModelError, OutputError, first_line
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_files import avsl_tensors
 from simexplain.models.backbones import preprocess_of_timm
+from simexplain.models.base import SimilarityModel
 from simexplain.models.checkpoints import FORMAT_KEY, SCHEMA
 from simexplain.models.embedder import Embedder, as_similarity_model
+from simexplain.models.exported import ExportedNetwork
+from simexplain.models.exporting import exported_bytes
+from simexplain.models.hub import quiet_transformers
+from simexplain.models.preparing import UNSTATED
+from simexplain.models.readouts import OUTPUTS, package_of
 from simexplain.models.rebuilding import rebuilt
+from simexplain.models.sidecar import IN_FOLDER, LayerTable, Sidecar
+
+_FOLDERS = ("transformers", "sentence_transformers")
+"""Packages whose networks are written as folders."""
 
 
 def save_model(
@@ -27,23 +39,40 @@ def save_model(
     preprocess: Preprocess | None = None,
     distance: str = "euclidean",
 ) -> None:
-    """Writes a file that ``load_model`` and the command line take without any further option.
+    """Writes what ``load_model`` and the command line take without any further option.
 
-    It holds tensors and plain values only. The network must be one that its name rebuilds.
+    What is written depends on the network, and never holds anything that could run code:
+
+    * one that timm or torchvision rebuilds from its name: a file of tensors and plain values;
+    * one of transformers or sentence-transformers: a folder, as the package itself writes it, with
+      preprocessing, distance and the choice of vector in ``simexplain.json``;
+    * any other module: an exported program (``.pt2``), with the same and the default layers in a
+      JSON file beside it (``model.pt2.json``).
 
     Args:
-        model: A network from timm or torchvision, with or without its last linear layer, or a
-            similarity model made from one.
-        path: Where to; written whole or not at all.
+        model: A network, or a similarity model made from one.
+        path: Where to; written atomically. A folder must be new or empty.
         backbone: ``timm:NAME`` or ``torchvision:NAME``; timm's networks know their own.
         preprocess: Where the network was trained on something else than its zoo says.
         distance: What ``model.distance`` shall be.
 
     Raises:
-        ModelError: If the network cannot be rebuilt from the name.
-        OutputError: If the file cannot be written.
+        ModelError: If the network cannot be rebuilt from the name, or cannot be exported.
+        OutputError: If the file or folder cannot be written.
     """
-    _write(_content(model, backbone, preprocess, distance), Path(path))
+    path = Path(path)
+    by_name = backbone is not None or isinstance(model, AVSL) or _is_rebuilt_by_name(model)
+    if not by_name:
+        wrapped = as_similarity_model(model, preprocess=preprocess, distance=distance)
+        if preprocess is not None and wrapped is model:
+            wrapped = copy.copy(wrapped)
+            wrapped.preprocess = preprocess
+        if package_of(wrapped.network) in _FOLDERS:
+            _write_folder(wrapped, path)
+        else:
+            _write_program(wrapped, path)
+        return
+    _write(_content(model, backbone, preprocess, distance), path)
 
 
 def check_savable(model: nn.Module) -> None:
@@ -59,12 +88,13 @@ def _content(
     model: nn.Module, backbone: str | None, preprocess: Preprocess | None, distance: str
 ) -> dict[str, Any]:
     """Options and tensors of a model, after rebuilding its network from its name."""
-    avsl = model if isinstance(model, AVSL) else None
+    avsl, output = (model if isinstance(model, AVSL) else None), None
     backbone = backbone or backbone_of(model)
     if isinstance(model, AVSL):
         preprocess, model = preprocess or model.preprocess, model.base
     if isinstance(model, Embedder):
         preprocess, distance = preprocess or model.preprocess, model.distance_name
+        output = model.readout.output if model.readout is not None else None
     network = as_similarity_model(model).network
     config: dict[str, Any] = getattr(network, "pretrained_cfg", {})
     state = {key: value.detach().cpu() for key, value in network.state_dict().items()}
@@ -76,6 +106,8 @@ def _content(
         "schema": SCHEMA, "backbone": backbone, "outputs": outputs,
         "preprocess": preprocess.to_json(), "distance": distance,
     }  # fmt: skip
+    if output is not None:
+        options["output"] = output
     if avsl is not None:
         options["avsl"] = avsl.to_json()
         state |= avsl_tensors(avsl)
@@ -88,17 +120,89 @@ def backbone_of(model: nn.Module) -> str:
     Raises:
         ModelError: If it is not known.
     """
+    name = _name_of(model)
+    if name is None:
+        raise ModelError(
+            f"Expected a network that timm:NAME or torchvision:NAME rebuilds, got a "
+            f"{type(as_similarity_model(model).network).__name__}; say backbone= if it is one "
+            "(models to be trained and AVSL models can be kept in no other way)."
+        )
+    return name
+
+
+def _name_of(model: nn.Module) -> str | None:
+    """The name that rebuilds a model's network, or None."""
     wrapped = as_similarity_model(model)
     if wrapped.backbone is not None:
         return wrapped.backbone
-    config: dict[str, Any] = getattr(wrapped.network, "pretrained_cfg", {})
-    if not config:
+    config: dict[str, Any] = getattr(wrapped.network, "pretrained_cfg", None) or {}
+    return f"timm:{config['architecture']}" if "architecture" in config else None
+
+
+def _is_rebuilt_by_name(model: nn.Module) -> bool:
+    """Whether a name and tensors say all: not where a function or a key picks the embedding."""
+    output = model.output if isinstance(model, Embedder) else None
+    return _name_of(model) is not None and (output is None or output in OUTPUTS)
+
+
+def _beside(model: SimilarityModel) -> dict[str, Any]:
+    """Preprocessing, distance, vector and layers of a model, as a sidecar has them."""
+    layers = model.layers
+    default = next(layer.name for layer in layers if layer.default)
+    stages = tuple(layer.name for layer in layers if layer.stage)
+    prepare = model.preprocess.to_json()
+    prepare["notes"] = [note for note in model.preprocess.notes if UNSTATED not in note]
+    sidecar = Sidecar(
+        prepare,
+        getattr(model, "distance_name", None),
+        model.readout.output if isinstance(model, Embedder) and model.readout else None,
+        LayerTable(default, stages),
+    )
+    return sidecar.to_json()
+
+
+def _write_program(model: SimilarityModel, path: Path) -> None:
+    """An exported program, and what it cannot say of itself beside it."""
+    if not isinstance(model, Embedder) or isinstance(model.network, ExportedNetwork):
         raise ModelError(
-            f"Expected a network that timm:NAME or torchvision:NAME rebuilds, got a "
-            f"{type(wrapped.network).__name__}; say backbone= if it is one, or write it with "
-            "torch.export.save (an AVSL model over it can be kept in memory only)."
+            f"{model.name} is a program already, which cannot be written again; copy its file."
         )
-    return f"timm:{config['architecture']}"
+    content, beside = exported_bytes(model), _beside(model)
+    beside.pop("output", None)  # the program gives the vectors themselves
+    sidecar = path.with_name(f"{path.name}.json")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".simexplain-", dir=path.absolute().parent) as made:
+            program, text = Path(made) / "program", Path(made) / "text"
+            program.write_bytes(content)
+            text.write_text(json.dumps(beside, indent=2), encoding="utf-8")
+            if path.is_dir() or sidecar.is_dir():
+                raise OSError(f"'{path if path.is_dir() else sidecar}' is a folder")
+            text.replace(sidecar)
+            program.replace(path)
+    except OSError as error:
+        raise OutputError(f"'{path}' cannot be written ({first_line(error)}).") from error
+
+
+def _write_folder(model: SimilarityModel, path: Path) -> None:
+    """A folder as its package writes it, and ``simexplain.json`` in it."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(
+            f"'{path}' is there already; choose a new folder for this "
+            f"{type(model.network).__name__}."
+        )
+    beside, network = _beside(model), cast(Any, model.network)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".simexplain-", dir=path.absolute().parent) as made:
+            draft = Path(made) / "draft"
+            with quiet_transformers():
+                network.save_pretrained(str(draft))
+                if isinstance(model, Embedder) and model.processor is not None:
+                    model.processor.save_pretrained(str(draft))
+            text = json.dumps(beside, indent=2)
+            (draft / IN_FOLDER).write_text(text, encoding="utf-8")
+            draft.replace(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OutputError(f"'{path}' cannot be written ({first_line(error)}).") from error
 
 
 def _write(content: dict[str, Any], path: Path) -> None:

@@ -1,0 +1,99 @@
+"""Any module as an exported program, which brings its own network along."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+
+import torch
+from torch import Tensor, nn
+
+from simexplain.errors import ModelError, first_line
+from simexplain.models.embedder import Embedder, picked
+from simexplain.networks import at_least_single, undisturbed
+
+_TOLERANCE = 1e-4
+
+
+def exported_bytes(model: Embedder) -> bytes:
+    """The content of a ``.pt2`` file whose program gives the model's vectors ``(M,E)``.
+
+    The number of images stays open where the network allows it. Layers keep their names.
+
+    Args:
+        model: Any model of PyTorch modules; a copy of its network is exported.
+
+    Raises:
+        ModelError: If it cannot be exported, or its program gives other vectors; says why.
+    """
+    kind = type(model.module).__name__
+    try:
+        twin = _twin(model)
+        example = _examples(model)
+        with _quiet(), torch.no_grad(), undisturbed(twin):
+            program = torch.export.export(
+                twin, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},)
+            )
+            wanted, got = twin(example), program.module()(example)
+        content = io.BytesIO()
+        with _quiet():
+            torch.export.save(program, content)
+    except Exception as error:  # torch.export raises as many kinds of errors as there are networks
+        raise ModelError(
+            f"{kind} cannot be written as an exported program ({_reason(error)}); say backbone= if "
+            "timm or torchvision builds it, rewrite that part without control flow on values, or "
+            "keep the module in Python and use as_similarity_model."
+        ) from error
+    if not torch.allclose(wanted, got, atol=_TOLERANCE * float(wanted.abs().max()), rtol=0):
+        raise ModelError(
+            f"The exported program of {kind} gives other vectors than the module, which may draw "
+            "random numbers or change itself; keep it in Python and use as_similarity_model."
+        )
+    return content.getvalue()
+
+
+def _twin(model: Embedder) -> nn.Module:
+    """A copy of the network that returns the vectors alone, with the same names inside."""
+    reader = copy.deepcopy(model)
+    network, readout = reader.module, reader.readout
+    whole = network.forward
+
+    def forward(images: Tensor) -> Tensor:
+        result = whole(images) if readout is None else readout(network, images)
+        vectors = picked(result, reader.output if readout is None else None)
+        return at_least_single(vectors.flatten(1) if vectors.dim() > 2 else vectors)
+
+    network.forward = forward
+    return network
+
+
+def _examples(model: Embedder) -> Tensor:
+    """Two different images, since a single one would fix the number; or as many as it takes."""
+    image = model.example()
+    count = model.batch_size or 2
+    shades = torch.linspace(1.0, 0.5, count, device=image.device, dtype=image.dtype)
+    return image * shades.view(-1, 1, 1, 1)
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error, short enough for one line."""
+    line = first_line(error).strip().rstrip(".:")
+    return line if len(line) <= 160 else f"{line[:157]}..."
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the reports of torch.export away from the terminal; errors come as exceptions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        # It prints the graph that it could not finish.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,106 @@
+"""How pictures are prepared for a module whose caller says nothing about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from simexplain.data.preprocessing import IMAGENET, Preprocess
+from simexplain.models.backbones import preprocess_of_timm
+from simexplain.models.processors import preprocess_of_open_clip, preprocess_of_processor
+from simexplain.models.readouts import native_size, package_of
+
+UNSTATED = "does not say how pictures are prepared"
+"""What every note has in it that warns of assumed values."""
+
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def assumed_preprocess(module: nn.Module) -> Preprocess:
+    """What the network's package knows of its preprocessing, else ImageNet's values with a note."""
+    if getattr(module, "pretrained_cfg", None):
+        return preprocess_of_timm(module)
+    own = _KNOWN.get(package_of(module) or "", _of_tower)(module)
+    if own is not None:
+        return own
+    note = f"The model {UNSTATED}; ImageNet's usual values are used."
+    return replace(IMAGENET, notes=(note,))
+
+
+def usual_processor(config: Any) -> Any:
+    """The image processor that transformers uses for this kind of network, or None.
+
+    Args:
+        config: A configuration of transformers. Kinds without a processor of their own take that of
+            the kind they derive from (``clip_vision_model`` of ``clip``).
+    """
+    import transformers
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+    kinds = dict(IMAGE_PROCESSOR_MAPPING_NAMES)
+    words = str(getattr(config, "model_type", "")).split("_")
+    for count in range(len(words), 0, -1):
+        found = kinds.get("_".join(words[:count]))
+        names = found if isinstance(found, dict) else {"torchvision": found}
+        for name in (names.get("torchvision"), names.get("pil")):
+            if isinstance(name, str) and name != "TimmWrapperImageProcessor":
+                return getattr(transformers, name)()
+    return None
+
+
+def _of_transformers(module: Any) -> Preprocess | None:
+    """The class defaults of the kind's processor, at the network's own size."""
+    processor = usual_processor(module.config)
+    if processor is None:
+        return None
+    own = native_size(module)
+    short = getattr(getattr(processor, "size", None), "shortest_edge", None)
+    if own is not None and short and not getattr(processor, "crop_size", None):
+        # ConvNeXt's decides by its size whether it crops or squashes.
+        processor = type(processor)(size={"shortest_edge": own[0]})
+    made = preprocess_of_processor(processor, own)
+    note = (
+        f"The model comes without an image processor; the defaults of {type(processor).__name__} "
+        "are used."
+    )
+    return replace(made, size=own or made.size, notes=(*made.notes, note))
+
+
+def _of_sentence_transformers(module: Any) -> Preprocess | None:
+    processor = getattr(module, "processor", None) or getattr(module[0], "processor", None)
+    if processor is None or not hasattr(processor, "image_processor"):
+        return None
+    return preprocess_of_processor(processor, None)
+
+
+def _of_clip(module: Any) -> Preprocess | None:
+    visual = getattr(module, "visual", None)
+    config = getattr(visual, "preprocess_cfg", None)
+    return preprocess_of_open_clip(config) if config else _of_tower(visual)
+
+
+def _of_tower(module: Any) -> Preprocess | None:
+    """The original CLIP's towers, which store the side of their input and nothing else."""
+    if config := getattr(module, "preprocess_cfg", None):
+        return preprocess_of_open_clip(config)
+    side = getattr(module, "input_resolution", None)
+    if not isinstance(side, int):
+        return None
+    return Preprocess(
+        size=(side, side),
+        interpolation="bicubic",
+        mean=_CLIP_MEAN,
+        std=_CLIP_STD,
+        source="CLIP's preprocessing",
+    )
+
+
+_KNOWN: dict[str, Callable[[Any], Preprocess | None]] = {
+    "transformers": _of_transformers,
+    "sentence_transformers": _of_sentence_transformers,
+    "clip": _of_clip,
+}
