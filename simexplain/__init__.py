@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from simexplain.evaluation.retrieval_result import Retrieval as Retrieval
     from simexplain.evaluation.sanity import sanity_check as sanity_check
     from simexplain.explaining import explain as explain
+    from simexplain.explaining_files import centroid as centroid
+    from simexplain.explaining_files import explain_against as explain_against
     from simexplain.explaining_files import explain_files as explain_files
     from simexplain.explanation import Explanation as Explanation
     from simexplain.fitting.bank import build_bank as build_bank
@@ -168,6 +170,7 @@ _HOMES = {
     "attribute": "attribution.attributing",
     "attribute_files": "attribution.attributing_files",
     "build_bank": "fitting.bank",
+    "centroid": "explaining_files",
     "build_index": "searching.index",
     "check_training": "data.checking",
     "compare_files": "evaluation.comparing",
@@ -177,6 +180,7 @@ _HOMES = {
     "evaluate_retrieval": "evaluation.retrieval",
     "evaluate_segmentation": "segmentation.evaluating",
     "explain": "explaining",
+    "explain_against": "explaining_files",
     "explain_batch": "batching.batching",
     "explain_files": "explaining_files",
     "faithfulness": "evaluation.faithfulness",

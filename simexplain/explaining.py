@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError, first_line
-from simexplain.explanation import Explanation, versions
+from simexplain.explanation import Explanation, GivenVector, versions
 from simexplain.methods import METHODS, PIXELS, ChoosesLayers, Method, options_of, takes_layers
 from simexplain.methods.similarity_attention import AttentionMaps
+from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
 from simexplain.tracing import trace
@@ -33,38 +34,45 @@ def explain(
     *,
     magnify: float = 1,
     scale: str = "image",
+    labels: Sequence[str] = (),
     max_batch: int | None = None,
     **options: Any,
 ) -> Explanation:
     """Explains why the images of each comparison are alike or different to a model.
 
     One forward and one backward pass, down to the lowest layer asked for, serve the whole batch.
+    Members of the comparison that are given as vectors have no map; of embeddings the length does
+    not matter, of directions (:meth:`Comparison.along`) it does.
 
     Args:
         model: A similarity model, or any ``nn.Module`` that returns an embedding. For several
             calls wrap it once with ``as_similarity_model``: that remembers the default layer.
-        comparison: Preprocessed images ``(3,H,W)``; they are moved to the model's device and type.
+        comparison: Preprocessed images ``(C,H,W)``, which are moved to the model's device and
+            type, and perhaps given vectors ``(E,)``.
         method: A name in ``METHODS`` or an object like ``SimilarityAttention(weights="signed")``.
         layer: A layer, several to be multiplied, or None for the
             method's own choice, else the model's default.
         magnify: Enlarges the images by this factor before the network, for finer maps; the
             result reports how far that moved the embeddings.
         scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
+        labels: What each given vector stands for, in order, for figures and files.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
         **options: Passed to a method given by name, such as ``weights="relative"``.
 
     Raises:
-        ComparisonError: If images or options do not fit.
+        ComparisonError: If images, vectors or options do not fit.
         ModelError: If the model or a layer cannot be used.
     """
     wrapped = as_similarity_model(model)
+    check_images(comparison)
+    comparison = checked_vectors(wrapped, comparison)
     view = comparison
     if magnify != 1:
         check_magnify(magnify)
         view = comparison.like(_enlarged(comparison.stacked(), magnify))
     return explain_view(
         wrapped, comparison, view, method, layer, magnify=magnify, scale=scale,
-        max_batch=max_batch, **options,
+        labels=labels, max_batch=max_batch, **options,
     )  # fmt: skip
 
 
@@ -78,6 +86,7 @@ def explain_view(
     magnify: float,
     scale: str,
     max_batch: int | None,
+    labels: Sequence[str] = (),
     **options: Any,
 ) -> Explanation:
     """Explains ``view``, which shows the same images as ``comparison``, perhaps larger.
@@ -85,6 +94,7 @@ def explain_view(
     The distances and embeddings reported are those of ``comparison``, the maps lie on ``view``.
     """
     check_images(comparison)
+    vectors = _labelled(comparison, labels)
     chosen = _method(method, options)
     with _magnified(view, magnify):
         layers = _layers(model, view, layer, chosen)
@@ -100,8 +110,8 @@ def explain_view(
         layer_maps=found.layer_maps,
         weights=found.weights,
         scores=found.scores,
-        embeddings=own,
-        distances=distances_of(model, own),
+        embeddings=(members := comparison.joined(own)),
+        distances=distances_of(model, members if comparison.unit else F.normalize(members, dim=2)),
         positives=comparison.positives.shape[1],
         images=view.stacked(),
         preprocess=model.preprocess,
@@ -113,6 +123,55 @@ def explain_view(
         versions=versions(),
         moved=moved,
         scale=scale,
+        vectors=vectors,
+    )
+
+
+def checked_vectors(model: SimilarityModel, comparison: Comparison) -> Comparison:
+    """The comparison with given vectors of unit length, as the model's embeddings have it.
+
+    Directions keep their length.
+
+    Raises:
+        ComparisonError: If a vector is zero or not finite.
+        ModelError: If the model's embeddings cannot be compared with a vector.
+    """
+    given = [(role, getattr(comparison, role)) for role in comparison.given]
+    if given and isinstance(model, AVSL):
+        raise ModelError(
+            "An AVSL model compares nodes of several levels, for which a given vector is not "
+            "enough; give images, or explain the network it was made from."
+        )
+    for role, rows in given:
+        finite, zero = bool(rows.isfinite().all()), bool((rows == 0).all(dim=-1).any())
+        if not finite or zero:
+            raise ComparisonError(
+                f"A vector given as {role.removesuffix('s')} is {'zero' if zero else 'not finite'}"
+                ", so its similarity is undefined; give another one."
+            )
+    if not comparison.unit:
+        return comparison
+    unit: dict[str, Any] = {role: F.normalize(rows, dim=-1) for role, rows in given}
+    return replace(comparison, **unit)
+
+
+def _labelled(comparison: Comparison, labels: Sequence[str]) -> tuple[GivenVector, ...]:
+    """The given vectors with their labels, numbered where they have none.
+
+    Raises:
+        ComparisonError: If there are labels, but not one for each vector.
+    """
+    members = [place for place in range(comparison.members) if place not in comparison.places]
+    if isinstance(labels, str):
+        labels = (labels,)
+    if labels and len(labels) != len(members):
+        raise ComparisonError(
+            f"Expected a label for each of {len(members)} given vectors, got {len(labels)} labels."
+        )
+    names = labels or [f"vector {number}" for number in range(1, 1 + len(members))]
+    return tuple(
+        GivenVector(place, str(name), direction=not comparison.unit)
+        for place, name in zip(members, names, strict=True)
     )
 
 
@@ -124,7 +183,7 @@ def _magnified(view: Comparison, magnify: float) -> Iterator[None]:
     except (AssertionError, RuntimeError) as error:
         if magnify == 1 or isinstance(error, torch.OutOfMemoryError):
             raise
-        height, width = view.anchor.shape[-2:]
+        height, width = view.image_size
         raise ModelError(
             f"The model does not take images of {height}x{width}, which magnify={magnify:g} asks "
             f"for ({first_line(error)}); explain it at its own size."
@@ -132,13 +191,13 @@ def _magnified(view: Comparison, magnify: float) -> Iterator[None]:
 
 
 def embeddings_of(model: SimilarityModel, comparison: Comparison, max_batch: int | None) -> Tensor:
-    """Unit rows ``(B,K,E)`` of a comparison of images, without any graph."""
+    """Unit rows ``(B,K,E)`` of the images of a comparison, without any graph."""
     rows = trace(model, comparison.stacked().flatten(0, 1), (), max_batch=max_batch).embeddings
     return comparison.restacked(rows)
 
 
 def distances_of(model: SimilarityModel, rows: Tensor) -> Tensor:
-    """Distances ``(B,K-1)`` from the anchor to every other image, from rows ``(B,K,E)``."""
+    """Distances ``(B,M-1)`` from the anchor to every other member, from rows ``(B,M,E)``."""
     with torch.no_grad():
         return torch.cat([model.distance(row[:1], row[1:]) for row in rows])
 
@@ -147,13 +206,18 @@ def check_images(comparison: Comparison) -> None:
     """Refuses anything that is not a comparison of image tensors.
 
     Raises:
-        ComparisonError: If the items are not ``(3,H,W)`` floating-point images.
+        ComparisonError: If the items are not ``(C,H,W)`` floating-point images.
     """
-    shape = comparison.anchor.shape
-    if len(shape) != 4 or not comparison.anchor.is_floating_point():
+    if not isinstance(comparison, Comparison):
+        raise ComparisonError(
+            f"Expected a Comparison of image tensors, got {type(comparison).__name__}; make one "
+            "with Comparison.pair or Comparison.triplet, or use explain_files for picture files."
+        )
+    stack = comparison.stacked()
+    if stack.dim() != 5 or not stack.is_floating_point():
         raise ComparisonError(
             f"Expected preprocessed float images of shape (B,3,H,W) as the anchor, got "
-            f"{tuple(shape)} of {comparison.anchor.dtype}; use explain_files for picture files."
+            f"{tuple(stack[:, 0].shape)} of {stack.dtype}; use explain_files for picture files."
         )
 
 
@@ -205,7 +269,7 @@ def _layers(
 ) -> tuple[str, ...]:
     own = None
     if isinstance(method, ChoosesLayers) and (layer is None or not takes_layers(method)):
-        own = method.layers_for(model, view.anchor)
+        own = method.layers_for(model, view.stacked()[:, 0])
     if layer is not None and not takes_layers(method):
         what = f"has layers of its own ({', '.join(own)})" if own else "works on pixels"
         known = ", ".join(field.name for field in options_of(method))
@@ -218,7 +282,7 @@ def _layers(
     if not takes_layers(method):
         return (PIXELS,)
     if layer is None:
-        found = model.layers_for(view.anchor)
+        found = model.layers_for(view.stacked()[:, 0])
         return (next(candidate.name for candidate in found if candidate.default),)
     layers = (layer,) if isinstance(layer, str) else tuple(layer)
     if not layers or len(set(layers)) != len(layers):

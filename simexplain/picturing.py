@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch.nn import functional as F
 
+from simexplain.comparison import roles
 from simexplain.errors import ComparisonError
 from simexplain.methods import PIXELS
 from simexplain.rendering.overlay import FULL_HEAT, RENDERERS, robust
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from simexplain.explanation import Explanation
 
 _THUMBNAIL = 560
+_NOTHING = np.zeros((1, 1, 3), np.uint8)
 ROOTED = ("focus",)
 """Methods whose maps fall off so steeply that figures draw their square root."""
 _PERCENTILE = f"{100 * FULL_HEAT:g}th"
@@ -60,11 +64,21 @@ def draw_explanation(
 def verdict(explanation: Explanation, index: int = 0) -> str:
     """One line: whether the condition holds and by how much, or a pair's distance."""
     condition = explanation.condition(index)
+    if any(vector.direction for vector in explanation.vectors):
+        return condition.text
+    if condition.holds is None and explanation.vectors:
+        return "distance {:.3f}, cosine {:.3f}".format(*_to_the_vector(explanation, index))
     if condition.holds is None:
         values = ", ".join(f"{d:.3f}" for d in explanation.distances[index].tolist())
         return f"distance {values}"
     word = "holds" if condition.holds else "fails"
     return f"{condition.text}: {word} by {abs(condition.margin or 0.0):.3f}"
+
+
+def _to_the_vector(explanation: Explanation, index: int) -> tuple[float, float]:
+    """Distance and cosine of the only pair of a comparison."""
+    rows = F.normalize(explanation.embeddings[index], dim=1)
+    return float(explanation.distances[index, 0]), float(rows[0] @ rows[1])
 
 
 def footer(explanation: Explanation) -> str:
@@ -111,6 +125,12 @@ def heat_of(explanation: Explanation, index: int) -> NDArray[np.float32]:
 
 def _question(explanation: Explanation) -> str:
     """The question the maps answer, in a line."""
+    if explanation.vectors and explanation.architecture == "siamese":
+        vector = explanation.vectors[0]
+        sign = "speaks for" if explanation.positives else "speaks against"
+        where = "the direction " if vector.direction else ""
+        label = textwrap.shorten(vector.label, 36, placeholder=" …")
+        return f"What in the image {sign} {where}\u201c{label}\u201d?"
     if explanation.architecture == "siamese":
         return f"What makes these two {'alike' if explanation.positives else 'different'}?"
     near = f"the positive{'s' * (explanation.positives > 1)}"
@@ -131,23 +151,34 @@ def _tiles(explanation: Explanation, index: int, *, by_layer: bool) -> list[Tile
         layer: explanation.drawn(maps[index][None])[0].cpu().numpy()
         for layer, maps in shown.items()
     }
-    tiles = []
+    tiles = {}
     for place, role in enumerate(explanation.roles):
+        member = explanation.places[place]
         tile = Tile(
-            picture=np.zeros((1, 1, 3), np.uint8),
+            picture=_NOTHING,
             heatmap=heatmaps[place],
             role=role,
-            distance=distances[place],
+            distance=distances[member],
             peak=peaks[place],
             more=tuple((layer, heatmaps[place]) for layer, heatmaps in more.items()),
         )
         if explanation.pictures:
-            tiles.append(_from_picture(explanation, place, tile))
+            tiles[member] = _from_picture(explanation, place, tile)
         else:
             picture = explanation.preprocess.undo(explanation.images[index, place])
             peak = tile.peak and (tile.peak[0] - 0.5, tile.peak[1] - 0.5)
-            tiles.append(replace(tile, picture=picture, peak=peak))
-    return tiles
+            tiles[member] = replace(tile, picture=picture, peak=peak)
+    for vector in explanation.vectors:
+        kind = explanation.members[vector.member]
+        tiles[vector.member] = Tile(
+            picture=_NOTHING,
+            heatmap=_NOTHING[..., 0].astype(np.float32),
+            role=roles(explanation.positives, explanation.negatives)[vector.member],
+            distance=None if vector.direction else distances[vector.member],
+            text=vector.label,
+            kind=kind,
+        )
+    return [tiles[member] for member in sorted(tiles)]
 
 
 def _from_picture(explanation: Explanation, place: int, tile: Tile) -> Tile:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from simexplain.data.preprocessing import Geometry, Preprocess
-from simexplain.explanation import Explanation
+from simexplain.explanation import Explanation, GivenVector
 from simexplain.publishing import Kind, numbered, published, read_back
 from simexplain.rendering.overlay import RENDERERS
 from simexplain.rendering.panel import png_of
@@ -64,6 +64,8 @@ def _comparison(explanation: Explanation, index: int) -> dict[str, Any]:
             }
             for path, role, peak, place in zip(paths, explanation.roles, peaks, places, strict=True)
         ],
+        "members": list(explanation.members),
+        "vectors": [asdict(vector) for vector in explanation.vectors],
         "distances": explanation.distances[index].tolist(),
         "scores": explanation.scores[index].tolist(),
         "condition": asdict(explanation.condition(index)),
@@ -132,7 +134,8 @@ def restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
     """The explanation with this :func:`manifest` and these arrays (:func:`arrays_of`)."""
     preprocess = Preprocess.from_json(said["preprocess"])
     tensors: dict[str, Any] = {name: torch.from_numpy(arrays[name]) for name in _TENSORS}
-    first = said["comparisons"][0]["images"]
+    whole = said["comparisons"][0]
+    first = whole["images"]
     places = [image.get("geometry") for image in first]  # which older versions did not write
     return Explanation(
         **tensors,
@@ -140,7 +143,10 @@ def restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
             layer: torch.from_numpy(arrays[f"layer_{number}"])
             for number, layer in enumerate(said["layers"])
         },
-        positives=sum(image["role"] == "positive" for image in first),
+        positives=sum(
+            role.partition(" ")[0] in ("positive", "direction")
+            for role in whole.get("members") or [image["role"] for image in first]
+        ),
         images=preprocess.redo(arrays["views"]),
         preprocess=preprocess,
         method=said["method"],
@@ -152,4 +158,5 @@ def restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
         moved=torch.from_numpy(arrays["moved"]) if "moved" in arrays else None,
         scale=said["scale"],
         geometries=tuple(map(Geometry.from_json, places)) if all(places) else (),
+        vectors=tuple(GivenVector(**vector) for vector in whole.get("vectors", ())),
     )

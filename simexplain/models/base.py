@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,17 @@ class SimilarityModel(nn.Module, ABC):
         A model whose rows are no unit vectors gives its rows.
         """
         return self.embed(images)
+
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        """Unit rows ``(T,E)`` of texts, in the space of the image embeddings.
+
+        Raises:
+            ModelError: If the model has no text tower, or a text is blank or too long for it.
+        """
+        raise ModelError(
+            f"{self.name} has no text tower, so a text cannot be compared with an image; take a "
+            "CLIP-like model."
+        )
 
     @abstractmethod
     def distance(self, q: Tensor, g: Tensor) -> Tensor:

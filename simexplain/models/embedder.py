@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from simexplain.data.preprocessing import IMAGENET, Preprocess
 from simexplain.errors import ModelError
 from simexplain.models.backbones import preprocess_of_timm
 from simexplain.models.base import DISTANCES, SimilarityModel
+from simexplain.models.texts import TextEncoder, text_vectors
 from simexplain.networks import at_least_single
 
 Output = Callable[[Any], Tensor] | str | int | None
@@ -31,6 +32,7 @@ class Embedder(SimilarityModel):
         distance: str = "euclidean",
         name: str = "",
         batch_size: int | None = None,
+        text: TextEncoder | None = None,
     ) -> None:
         super().__init__()
         if distance not in DISTANCES:
@@ -41,6 +43,7 @@ class Embedder(SimilarityModel):
         self.distance_name = distance
         self.name = name or type(module).__name__
         self.batch_size = batch_size
+        self.text = text
 
     @property
     def network(self) -> nn.Module:
@@ -79,6 +82,14 @@ class Embedder(SimilarityModel):
             )
         return at_least_single(vectors)
 
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        """Unit rows ``(T,E)`` of texts, by ``text`` or the text tower of the network.
+
+        Raises:
+            ModelError: If there is no text tower, or a text is blank or too long for it.
+        """
+        return F.normalize(at_least_single(text_vectors(self.module, self.text, texts)), dim=1)
+
     def distance(self, q: Tensor, g: Tensor) -> Tensor:
         """Distances ``(Q,G)`` of unit rows ``(Q,E)`` and ``(G,E)``, as named at construction."""
         return DISTANCES[self.distance_name](q, g)
@@ -92,6 +103,7 @@ def as_similarity_model(
     distance: str = "euclidean",
     name: str = "",
     batch_size: int | None = None,
+    text: TextEncoder | None = None,
 ) -> SimilarityModel:
     """Wraps any ``nn.Module`` that returns an embedding. The module itself is not changed.
 
@@ -104,6 +116,8 @@ def as_similarity_model(
         distance: ``euclidean`` (Eq. 1 of the paper), ``squared`` or ``cosine``, on unit rows.
         name: What to call the model in figures; its class name unless given.
         batch_size: The only number of images that one forward pass takes, or None.
+        text: What makes vectors ``(T,E)`` of a list of texts, in the space of the image
+            embeddings; CLIP-like networks of transformers and open_clip bring it along.
 
     Raises:
         ModelError: If the module cannot be traced or an option is unknown.
@@ -133,6 +147,7 @@ def as_similarity_model(
         distance=distance,
         name=name,
         batch_size=batch_size,
+        text=text,
     )
 
 
