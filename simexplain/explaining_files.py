@@ -75,7 +75,7 @@ def explain_files(
     notes = wrapped.preprocess.notes + tuple(n for picture in pictures for n in picture.notes)
     return replace(
         result,
-        pictures=tuple(pictures),
+        pictures=tuple(map(wrapped.preprocess.drawn, pictures)),
         geometries=tuple(geometries),
         warnings=notes + result.warnings,
     )
@@ -144,7 +144,7 @@ def explain_against(
     )  # fmt: skip
     return replace(
         result,
-        pictures=tuple(pictures),
+        pictures=tuple(map(wrapped.preprocess.drawn, pictures)),
         geometries=tuple(geometries),
         warnings=wrapped.preprocess.notes + pictures[0].notes + result.warnings,
     )

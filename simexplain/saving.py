@@ -122,6 +122,8 @@ def arrays_of(explanation: Explanation) -> dict[str, Any]:
         arrays[f"layer_{number}"] = explanation.layer_maps[layer].cpu().numpy()
     if explanation.moved is not None:
         arrays["moved"] = explanation.moved.cpu().numpy()
+    if explanation.preprocess.channels != 3:  # a drawing does not hold all bands
+        arrays["images"] = explanation.images.cpu().numpy()
     return {"views": explanation.views, **arrays}
 
 
@@ -147,7 +149,11 @@ def restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
             role.partition(" ")[0] in ("positive", "direction")
             for role in whole.get("members") or [image["role"] for image in first]
         ),
-        images=preprocess.redo(arrays["views"]),
+        images=(
+            torch.from_numpy(arrays["images"])
+            if "images" in arrays
+            else preprocess.redo(arrays["views"])
+        ),
         preprocess=preprocess,
         method=said["method"],
         model=said["model"],

@@ -104,7 +104,9 @@ class SimilarityModel(nn.Module, ABC):
     def example(self) -> Tensor:
         """One image of fixed noise in the model's own input size, type and device."""
         generator = torch.Generator().manual_seed(0)
-        noise = torch.rand((1, 3, *self.preprocess.size), generator=generator)
+        noise = torch.rand(
+            (1, self.preprocess.channels, *self.preprocess.size), generator=generator
+        )
         reference = next(self.parameters(), noise)
         return noise.to(reference.device, reference.dtype)
 

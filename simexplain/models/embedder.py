@@ -15,7 +15,7 @@ from simexplain.errors import ModelError
 from simexplain.models.backbones import preprocess_of_timm
 from simexplain.models.base import DISTANCES, SimilarityModel
 from simexplain.models.texts import TextEncoder, text_vectors
-from simexplain.networks import at_least_single
+from simexplain.networks import at_least_single, channels_of
 
 Output = Callable[[Any], Tensor] | str | int | None
 
@@ -66,7 +66,7 @@ class Embedder(SimilarityModel):
         """
         if images.dim() != 4:
             raise ModelError(
-                f"Expected images of shape (M,3,H,W), got {tuple(images.shape)}; "
+                f"Expected images of shape (M,C,H,W), got {tuple(images.shape)}; "
                 "add a batch axis with unsqueeze(0)."
             )
         reference = next((p for p in self.module.parameters() if p.is_floating_point()), images)
@@ -153,10 +153,19 @@ def as_similarity_model(
 
 def _assumed(module: nn.Module) -> Preprocess:
     """What is known or usual where the caller says nothing about preprocessing."""
-    if getattr(module, "pretrained_cfg", None):
-        return preprocess_of_timm(module)
+    channels = channels_of(module)
+    known = bool(getattr(module, "pretrained_cfg", None))
     note = "The model does not say how pictures are prepared; ImageNet's usual values are used."
-    return replace(IMAGENET, notes=(note,))
+    if channels not in (1, 3):
+        note = (
+            f"The model does not say how its {channels} channels are prepared; they are used as "
+            "they are read, with mean 0 and std 1."
+        )
+    elif channels == 1:
+        note = note.replace("usual values are", "usual values, averaged over colours, are")
+    base = preprocess_of_timm(module) if known else IMAGENET
+    said = () if known and channels in (1, 3) else (note,)
+    return replace(base.for_channels(channels), notes=base.notes + said)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
