@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from simexplain.explaining_files import centroid as centroid
     from simexplain.explaining_files import explain_against as explain_against
     from simexplain.explaining_files import explain_files as explain_files
+    from simexplain.explaining_files import explain_pair_files as explain_pair_files
     from simexplain.explanation import Explanation as Explanation
     from simexplain.fitting.bank import build_bank as build_bank
     from simexplain.fitting.posthoc import fit as fit
@@ -82,7 +83,10 @@ if TYPE_CHECKING:
     from simexplain.models.base import SimilarityModel as SimilarityModel
     from simexplain.models.embedder import as_similarity_model as as_similarity_model
     from simexplain.models.loading import load_model as load_model
+    from simexplain.models.pairs import PairModel as PairModel
+    from simexplain.models.pairs import as_pair_model as as_pair_model
     from simexplain.models.writing import save_model as save_model
+    from simexplain.pair_explanation import PairExplanation as PairExplanation
     from simexplain.rendering.overlay import RENDERERS as RENDERERS
     from simexplain.searching.index import build_index as build_index
     from simexplain.searching.index import remove_from_index as remove_from_index
@@ -166,6 +170,9 @@ _HOMES = {
     "WEIGHTS": "methods.weights",
     "WeightBank": "methods.weight_bank",
     "accelerated": "models.accelerating",
+    "PairExplanation": "pair_explanation",
+    "PairModel": "models.pairs",
+    "as_pair_model": "models.pairs",
     "as_similarity_model": "models.embedder",
     "attribute": "attribution.attributing",
     "attribute_files": "attribution.attributing_files",
@@ -183,6 +190,7 @@ _HOMES = {
     "explain_against": "explaining_files",
     "explain_batch": "batching.batching",
     "explain_files": "explaining_files",
+    "explain_pair_files": "explaining_files",
     "faithfulness": "evaluation.faithfulness",
     "fit": "fitting.posthoc",
     "load_model": "models.loading",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,31 @@ from simexplain.methods import METHODS, PIXELS, ChoosesLayers, Method, options_o
 from simexplain.methods.similarity_attention import AttentionMaps
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
+from simexplain.models.blackbox import WITH_GRADIENTS, WITHOUT_GRADIENTS
 from simexplain.models.embedder import as_similarity_model
+from simexplain.models.pairs import PairModel
+from simexplain.pair_explanation import PairExplanation
 from simexplain.tracing import trace
 
 Layers = str | Sequence[str] | None
 
+SCORED = ("similarity_cam", *WITH_GRADIENTS, *WITHOUT_GRADIENTS)
+"""Methods that explain a learned score of two images."""
+
 _MOVED_FAR = 0.1
 
 
+@overload
+def explain(
+    model: PairModel,
+    comparison: Comparison,
+    method: str | Method = "sam",
+    layer: Layers = None,
+    **options: Any,
+) -> PairExplanation: ...
+
+
+@overload
 def explain(
     model: nn.Module,
     comparison: Comparison,
@@ -37,7 +54,21 @@ def explain(
     labels: Sequence[str] = (),
     max_batch: int | None = None,
     **options: Any,
-) -> Explanation:
+) -> Explanation: ...
+
+
+def explain(
+    model: nn.Module | PairModel,
+    comparison: Comparison,
+    method: str | Method = "sam",
+    layer: Layers = None,
+    *,
+    magnify: float = 1,
+    scale: str = "image",
+    labels: Sequence[str] = (),
+    max_batch: int | None = None,
+    **options: Any,
+) -> Explanation | PairExplanation:
     """Explains why the images of each comparison are alike or different to a model.
 
     One forward and one backward pass, down to the lowest layer asked for, serve the whole batch.
@@ -47,11 +78,13 @@ def explain(
     Args:
         model: A similarity model, or any ``nn.Module`` that returns an embedding. For several
             calls wrap it once with ``as_similarity_model``: that remembers the default layer.
+            Of a model of two images (``as_pair_model``) the result is a ``PairExplanation``.
         comparison: Preprocessed images ``(C,H,W)``, which are moved to the model's device and
             type, and perhaps given vectors ``(E,)``.
         method: A name in ``METHODS`` or an object like ``SimilarityAttention(weights="signed")``.
         layer: A layer, several to be multiplied, or None for the
-            method's own choice, else the model's default.
+            method's own choice, else the model's default. Of a pair model one for both towers, or
+            two, one for each.
         magnify: Enlarges the images by this factor before the network, for finer maps; the
             result reports how far that moved the embeddings.
         scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
@@ -63,6 +96,12 @@ def explain(
         ComparisonError: If images, vectors or options do not fit.
         ModelError: If the model or a layer cannot be used.
     """
+    if isinstance(model, PairModel):
+        if magnify != 1 or labels:
+            raise ComparisonError("Pair models take neither magnify nor labels; leave them away.")
+        return _explain_pair(
+            model, comparison, method, layer, scale=scale, max_batch=max_batch, **options
+        )
     wrapped = as_similarity_model(model)
     check_images(comparison)
     comparison = checked_vectors(wrapped, comparison)
@@ -74,6 +113,99 @@ def explain(
         wrapped, comparison, view, method, layer, magnify=magnify, scale=scale,
         labels=labels, max_batch=max_batch, **options,
     )  # fmt: skip
+
+
+def _explain_pair(
+    model: PairModel, comparison: Comparison, method: str | Method, layer: Layers, **chosen: Any
+) -> PairExplanation:
+    """Both sides of a pair model, each with the other one held."""
+    if not isinstance(comparison, Comparison) or comparison.given or comparison.anchor.dim() != 4:
+        raise ComparisonError("Expected a Comparison of float images for a pair model.")
+    layers = (layer, layer) if layer is None or isinstance(layer, str) else tuple(layer)
+    if len(layers) != 2:
+        raise ModelError(f"Expected one layer for each of two towers, got {list(layers)}.")
+    with model.settled():
+        if model.learned:
+            return _explain_score(model, comparison, method, layers, **chosen)
+        anchor, others, near = comparison.anchor, *_others(comparison)
+        first = _vectors(model.first, anchor, chosen["max_batch"])
+        second = _vectors(model.second, others.flatten(0, 1), chosen["max_batch"])
+        second = second.view(*others.shape[:2], -1)
+        if first.shape[-1] != second.shape[-1]:
+            raise ModelError(
+                f"Expected towers with embeddings of one width, got {first.shape[-1]} and "
+                f"{second.shape[-1]}; give the head that compares them: head=MODULE."
+            )
+        parts = (
+            (model.first, Comparison(anchor, second[:, :near], second[:, near:])),
+            (model.second, Comparison(first, others[:, :near], others[:, near:])),
+        )
+        found = [
+            explain(tower, part, method, names, **chosen)
+            for (tower, part), names in zip(parts, layers, strict=True)
+        ]
+    return PairExplanation(found[0], found[1])
+
+
+def _explain_score(
+    model: PairModel,
+    comparison: Comparison,
+    method: str | Method,
+    layers: Sequence[Any],
+    **chosen: Any,
+) -> PairExplanation:
+    """A learned score, one pair after the other: the gradient of the score itself."""
+    others, _ = _others(comparison)
+    if others.shape[1] != 1:
+        raise ComparisonError(
+            f"Expected pairs for a learned score, got {1 + others.shape[1]} images in a comparison;"
+            " explain them pair by pair."
+        )
+    method = "similarity_cam" if method == "sam" else method  # one number has nothing to weigh
+    if not isinstance(method, str) or method not in SCORED:
+        raise ModelError(
+            f"A learned score has no embeddings to compare, so method '{method}' does not apply; "
+            f"use one of sam, {', '.join(SCORED)}."
+        )
+    if "score" in chosen:
+        raise ComparisonError("The score of a pair model is learned; leave the option score away.")
+    sides: tuple[list[Explanation], list[Explanation]] = ([], [])
+    for one, two in zip(comparison.anchor, others[:, 0], strict=True):
+        for side, (own, other) in enumerate(((one, two), (two, one))):
+            held = model.given(side, other[None])
+            along = Comparison.along(own[None], torch.tensor([1.0, 0.0]))
+            sides[side].append(explain(held, along, method, layers[side], **chosen))
+    first, second = (_joined(parts) for parts in sides)
+    return PairExplanation(first, second, first.scores[:, 0])
+
+
+def _others(comparison: Comparison) -> tuple[Tensor, int]:
+    """All images but the anchors ``(B,K-1,C,H,W)``, and how many are positives."""
+    near, far = comparison.positives, comparison.negatives
+    parts = [stack for stack in (near, far) if stack.shape[1]]
+    if len({stack.shape[2:] for stack in parts}) > 1:
+        raise ComparisonError(
+            f"Expected positives and negatives of one size, got {tuple(near.shape[2:])} and "
+            f"{tuple(far.shape[2:])}; the second tower takes one."
+        )
+    return torch.cat(parts, dim=1), near.shape[1]
+
+
+def _vectors(model: SimilarityModel, images: Tensor, max_batch: int | None) -> Tensor:
+    return trace(model, images, (), max_batch=max_batch).embeddings.detach()
+
+
+def _joined(parts: Sequence[Explanation]) -> Explanation:
+    """Explanations of one comparison each as one of all."""
+    names = ("maps", "weights", "scores", "embeddings", "distances", "images")
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in names
+    }
+    layer_maps = {
+        layer: torch.cat([part.layer_maps[layer] for part in parts]) for layer in parts[0].layers
+    }
+    said = tuple(dict.fromkeys(line for part in parts for line in part.warnings))
+    return replace(parts[0], layer_maps=layer_maps, warnings=said, **joined)
 
 
 def explain_view(

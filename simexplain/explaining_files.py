@@ -16,11 +16,13 @@ from simexplain.data.folders import Batches, pictures_in
 from simexplain.data.images import Picture, read_picture
 from simexplain.data.preprocessing import Geometry, Preprocess, prepared
 from simexplain.errors import ComparisonError, ImageError
-from simexplain.explaining import Layers, check_magnify, checked_vectors, explain_view
+from simexplain.explaining import Layers, check_magnify, checked_vectors, explain, explain_view
 from simexplain.explanation import Explanation
 from simexplain.methods import Method
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
+from simexplain.models.pairs import PairModel
+from simexplain.pair_explanation import PairExplanation
 from simexplain.tracing import trace
 
 
@@ -148,6 +150,58 @@ def explain_against(
         geometries=tuple(geometries),
         warnings=wrapped.preprocess.notes + pictures[0].notes + result.warnings,
     )
+
+
+def explain_pair_files(
+    model: PairModel,
+    anchor: str | Path,
+    positives: Sequence[str | Path],
+    negatives: Sequence[str | Path] = (),
+    method: str | Method = "sam",
+    layer: Layers = None,
+    **options: Any,
+) -> PairExplanation:
+    """Reads pictures for a model of two towers and maps the heat back onto the pictures.
+
+    Args:
+        model: A pair model; each tower has a ``preprocess`` of its own.
+        anchor: The picture for the first tower.
+        positives: Pictures for the second tower that should be close.
+        negatives: Pictures for the second tower that should be far.
+        method: A name in ``METHODS``.
+        layer: One layer for both towers, two for one each, or None for the models' defaults.
+        **options: ``scale``, ``max_batch``, and the options of the method.
+
+    Raises:
+        ImageError: If a picture cannot be read.
+        ComparisonError: If the pictures or options do not fit the model.
+        ModelError: If the model or a layer cannot be used.
+    """
+    groups = [[anchor], [*positives, *negatives]]
+    towers, pictures, views, geometries = (model.first, model.second), [], [], []
+    for tower, paths in zip(towers, groups, strict=True):
+        if not paths:
+            raise ComparisonError("Expected at least one picture beside the anchor, got none.")
+        pictures.append([read_picture(path) for path in paths])
+        stack, places = prepared(tower.preprocess, pictures[-1])
+        views.append(stack)
+        geometries.append(tuple(places))
+    near, others = len(positives), views[1].unsqueeze(0)
+    comparison = Comparison(views[0], others[:, :near], others[:, near:])
+    result = explain(model, comparison, method, layer, **options)
+    first, second = (
+        replace(
+            side,
+            pictures=tuple(map(tower.preprocess.drawn, shown)),
+            geometries=places,
+            warnings=tower.preprocess.notes + tuple(n for p in shown for n in p.notes)
+            + side.warnings,
+        )
+        for side, tower, shown, places in zip(
+            result.sides, towers, pictures, geometries, strict=True
+        )
+    )  # fmt: skip
+    return replace(result, first=first, second=second)
 
 
 def _rows(vectors: Mapping[str, Tensor], width: int) -> Tensor:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,17 +48,33 @@ def draw_explanation(
         raise ComparisonError(
             f"Expected styles of {', '.join(RENDERERS)}, got {', '.join(unknown) or 'none'}."
         )
-    return panel(
+    return draw_tiles(
         _tiles(explanation, index, by_layer=by_layer),
-        title=_question(explanation),
+        title=question(explanation),
         verdict=verdict(explanation, index),
         holds=explanation.condition(index).holds,
         footer=footer(explanation),
         notes=explanation.warnings,
         styles=styles,
-        scale=full_heat([explanation]),
-        joined=explanation.joined,
+        explanations=[explanation],
     )
+
+
+def draw_tiles(
+    tiles: Sequence[Tile],
+    *,
+    styles: Sequence[str],
+    explanations: Sequence[Explanation],
+    **said: Any,
+) -> Figure:
+    """Draws tiles of one or several explanations; ``said`` as for ``rendering.panel.panel``."""
+    joined = explanations[0].joined
+    return panel(tiles, styles=styles, scale=full_heat(explanations), joined=joined, **said)
+
+
+def image_tiles(explanation: Explanation, index: int) -> list[Tile]:
+    """The images of one comparison as tiles of a figure, without given vectors."""
+    return [tile for tile in _tiles(explanation, index, by_layer=False) if tile.text is None]
 
 
 def verdict(explanation: Explanation, index: int = 0) -> str:
@@ -123,7 +139,7 @@ def heat_of(explanation: Explanation, index: int) -> NDArray[np.float32]:
     return robust(heatmaps, shared=explanation.scale == "shared")
 
 
-def _question(explanation: Explanation) -> str:
+def question(explanation: Explanation) -> str:
     """The question the maps answer, in a line."""
     if explanation.vectors and explanation.architecture == "siamese":
         vector = explanation.vectors[0]

@@ -32,6 +32,7 @@ LEVELS = [
     ["simexplain.explanation"],
     ["simexplain.picturing"],
     ["simexplain.saving"],
+    ["simexplain.pair_explanation"],
     ["simexplain.explaining"],
     ["simexplain.explaining_files"],
     [

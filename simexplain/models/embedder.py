@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -124,18 +125,24 @@ def as_similarity_model(
     """
     if isinstance(module, SimilarityModel):
         return module
+    if isinstance(getattr(module, "learned", None), bool):  # a PairModel, which lies above
+        raise ModelError(
+            "A pair model compares two images and has no embedding of one alone, which is wanted "
+            "here; use it with explain, or give one of its towers."
+        )
     if not isinstance(module, nn.Module):
         raise ModelError(
             f"Expected an nn.Module, got {type(module).__name__}; load files with load_model."
         )
     module = _unwrapped(module)
+    _check_inputs(module)
     if isinstance(module, torch.jit.ScriptModule):
         from simexplain.models.blackbox import BlackBox  # which is built on this module
 
         return BlackBox(
             module,
             output=output,
-            preprocess=preprocess or _assumed(module),
+            preprocess=preprocess or assumed_preprocess(module),
             distance=distance,
             name=name,
             batch_size=batch_size,
@@ -143,7 +150,7 @@ def as_similarity_model(
     return Embedder(
         module,
         output=output,
-        preprocess=preprocess or _assumed(module),
+        preprocess=preprocess or assumed_preprocess(module),
         distance=distance,
         name=name,
         batch_size=batch_size,
@@ -151,7 +158,31 @@ def as_similarity_model(
     )
 
 
-def _assumed(module: nn.Module) -> Preprocess:
+def _check_inputs(module: nn.Module) -> None:
+    """Refuses a module whose forward wants more than one input.
+
+    Raises:
+        ModelError: If so; says what takes such a module.
+    """
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):  # programs without a signature
+        return
+    wanted = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(wanted) > 1:
+        raise ModelError(
+            f"Expected a network that embeds one image, but {type(module).__name__} takes "
+            f"{', '.join(wanted)}; for a score of two images use as_pair_model, else give a module "
+            "around it that takes images alone."
+        )
+
+
+def assumed_preprocess(module: nn.Module) -> Preprocess:
     """What is known or usual where the caller says nothing about preprocessing."""
     channels = channels_of(module)
     known = bool(getattr(module, "pretrained_cfg", None))
