@@ -162,6 +162,7 @@ def _explain_score(
             " explain them pair by pair."
         )
     method = "similarity_cam" if method == "sam" else method  # one number has nothing to weigh
+    scored = {"score": "dot"} if method == "similarity_cam" else {}
     if not isinstance(method, str) or method not in SCORED:
         raise ModelError(
             f"A learned score has no embeddings to compare, so method '{method}' does not apply; "
@@ -174,7 +175,8 @@ def _explain_score(
         for side, (own, other) in enumerate(((one, two), (two, one))):
             held = model.given(side, other[None])
             along = Comparison.along(own[None], torch.tensor([1.0, 0.0]))
-            sides[side].append(explain(held, along, method, layers[side], **chosen))
+            found = explain(held, along, method, layers[side], **scored, **chosen)
+            sides[side].append(replace(found, options={**found.options, "score": "learned"}))
     first, second = (_joined(parts) for parts in sides)
     return PairExplanation(first, second, first.scores[:, 0])
 
