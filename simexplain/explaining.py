@@ -162,7 +162,7 @@ def _explain_score(
             " explain them pair by pair."
         )
     method = "similarity_cam" if method == "sam" else method  # one number has nothing to weigh
-    scored = {"score": "dot"} if method == "similarity_cam" else {}
+    scored: dict[str, Any] = {"score": "dot"} if method == "similarity_cam" else {}
     if not isinstance(method, str) or method not in SCORED:
         raise ModelError(
             f"A learned score has no embeddings to compare, so method '{method}' does not apply; "
