@@ -21,6 +21,7 @@ from simexplain import (
     build_index,
     explain,
     explain_files,
+    load_model,
     match,
     search,
 )
@@ -192,3 +193,20 @@ def test_values_assumed_for_other_channels() -> None:
 
     assert Preprocess().for_channels(3) == Preprocess()
     assert Preprocess().for_channels(1).mean == (pytest.approx(0.449, abs=1e-3),)
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+def test_exported_grey_networks_are_read_explained_and_keep_their_channels(
+    kind: str, tmp_path: Path
+) -> None:
+    path, net, images = tmp_path / f"grey.{kind}", network(1), torch.rand(2, 1, 24, 32)
+    if kind == "pt2":
+        torch.export.save(torch.export.export(net, (images,)), path)
+    else:
+        pytest.importorskip("onnxruntime")
+        torch.onnx.export(net, (images,), path, dynamo=False)
+    model = load_model(path)
+    assert model.preprocess.channels == 1
+    result = explain(model, Comparison.pair(images[:1], images[1:]), "sbsm")
+    wanted = explain(net, Comparison.pair(images[:1], images[1:]), "sbsm")
+    torch.testing.assert_close(result.maps, wanted.maps, rtol=1e-3, atol=1e-5)

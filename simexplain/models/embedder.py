@@ -164,6 +164,8 @@ def _check_inputs(module: nn.Module) -> None:
     Raises:
         ModelError: If so; says what takes such a module.
     """
+    if any(hasattr(module, name) for name in ("encode_image", "get_image_features")):
+        return  # a CLIP-like network, whose image tower can be called by itself
     try:
         parameters = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):  # programs without a signature

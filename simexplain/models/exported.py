@@ -78,8 +78,8 @@ def load_exported(path: Path, *, trust: bool, distance: str) -> SimilarityModel:
         ) from error
     finally:
         logger.disabled = before
-    batch, size = _input_shape(program, path)
-    preprocess = replace(IMAGENET, size=size, notes=_notes(program, path))
+    batch, channels, size = _input_shape(program, path)
+    preprocess = replace(IMAGENET, size=size, notes=_notes(program, path)).for_channels(channels)
     return as_similarity_model(
         ExportedNetwork(network),
         preprocess=preprocess,
@@ -104,18 +104,20 @@ class ExportedNetwork(nn.Module):
         return self._program(images)  # type: ignore[operator]
 
 
-def _input_shape(program: Any, path: Path) -> tuple[int | None, tuple[int, int]]:
-    """The fixed batch size (None where dynamic) and the image size of the only input."""
+def _input_shape(program: Any, path: Path) -> tuple[int | None, int, tuple[int, int]]:
+    """The fixed batch size (None where dynamic), channels and image size of the only input."""
     names = program.graph_signature.user_inputs
     shapes = [n.meta["val"].shape for n in program.graph.nodes if n.name in names]
-    if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] != 3:
+    images = [shape for shape in shapes if len(shape) == 4 and isinstance(shape[1], int)]
+    # Three or fewer columns are rather the colours of a program with channels last.
+    if len(shapes) != 1 or not images or (isinstance(images[0][3], int) and images[0][3] <= 3):
         raise ModelError(
-            f"Expected '{path}' to take one batch of images (M,3,H,W), but it takes "
+            f"Expected '{path}' to take one batch of images (M,C,H,W), but it takes "
             f"{', '.join(str(tuple(shape)) for shape in shapes) or 'nothing'}."
         )
-    batch, _, height, width = shapes[0]
+    batch, channels, height, width = shapes[0]
     sides = [side if isinstance(side, int) else 224 for side in (height, width)]
-    return (batch if isinstance(batch, int) else None), (sides[0], sides[1])
+    return (batch if isinstance(batch, int) else None), channels, (sides[0], sides[1])
 
 
 def _notes(program: Any, path: Path) -> tuple[str, ...]:
