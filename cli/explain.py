@@ -16,6 +16,7 @@ from simexplain.publishing import check_writable
 from simexplain.rendering.overlay import RENDERERS
 from simexplain.saving import MAIN_FILES, manifest
 
+from .given_vectors import vector_options, vectors_from
 from .method_options import method_from, method_options
 from .options import aligned, busy, free_folder, model_from, model_options
 
@@ -28,16 +29,16 @@ _FOLDER = "explanation"
 @click.command("explain")
 @click.argument("model")
 @click.argument("anchor", type=click.Path())
-@click.argument("other", type=click.Path(), nargs=-1, required=True)
+@click.argument("other", type=click.Path(), nargs=-1)
 @click.option(
     "--arch",
     type=click.Choice(list(ARCHITECTURES)),
-    required=True,
     help="siamese: 2 images; triplet: anchor, positive, negative; quadruplet: anchor, positive, "
-    "2 negatives; set: anchor, positives, negatives.",
+    "2 negatives; set: anchor, positives, negatives. [by the number of images, up to 4]",
 )
 @click.option("--different", is_flag=True, help="The pair of a siamese comparison is dissimilar.")
 @click.option("--positives", default=1, show_default=True, help="For set: how many are positives.")
+@vector_options
 @method_options
 @click.option("--style", type=click.Choice(list(RENDERERS)), multiple=True, default=["overlay"],
               show_default=True, help="How to draw; repeat for more rows.")  # fmt: skip
@@ -49,7 +50,7 @@ def command(
     model: str,
     anchor: str,
     other: tuple[str, ...],
-    arch: str,
+    arch: str | None,
     out: Path | None,
     force: bool,
     as_json: bool,
@@ -58,23 +59,38 @@ def command(
 ) -> None:
     """Explain why MODEL finds ANCHOR and the OTHER images alike or different.
 
-    MODEL is timm:NAME, torchvision:NAME, hf:ORG/NAME, a folder or a file. Example:
+    MODEL is timm:NAME, torchvision:NAME, hf:ORG/NAME, a folder or a file. In place of OTHER images
+    there may be texts, vectors from files and centroids of folders, all positives or, with --not-,
+    negatives. Examples:
 
     \b
       simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg c.jpg --arch triplet
+      simexplain explain clip-folder/ a.jpg --text "a red bag" --not-text "a blue bag"
+      simexplain explain timm:tf_efficientnet_lite0 a.jpg --class-folder shop/bags
     """  # noqa: D301 - click wants the backspace character
     paths = [anchor, *other]
     different, positives = given.pop("different"), given.pop("positives")
-    positives_of(arch, len(paths), different=different, positives=positives)
+    vectors = vectors_from(given)
+    if not vectors:
+        arch = arch or arrangement_of(len(paths))
+        positives_of(arch, len(paths), different=different, positives=positives)
+    elif other or arch or different:
+        raise click.UsageError(
+            "Expected one image to explain against texts, vectors or folders, without other "
+            "images, --arch or --different."
+        )
     out = out or free_folder(Path(_FOLDER))
     check_writable(out, MAIN_FILES, force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
     given = method_from(network, given)
     with busy(f"Explaining {len(paths)} images"):
-        result = explain_files(
-            network, paths, arch, different=different, positives=positives, **given
-        )
+        if vectors:
+            result = vectors.explain(network, anchor, given)
+        else:
+            result = explain_files(
+                network, paths, arch or "", different=different, positives=positives, **given
+            )
     with busy(f"Writing {out}"):
         files = result.save(out, force=force, styles=style)
     if as_json:
@@ -83,23 +99,37 @@ def command(
         report(result, files)
 
 
+def arrangement_of(count: int) -> str:
+    """The arrangement that a number of images has by itself.
+
+    Raises:
+        click.UsageError: If there is none.
+    """
+    named = {number: arch for arch, (number, _) in ARCHITECTURES.items() if number}
+    if count not in named:
+        raise click.UsageError(
+            f"Expected 2 to 4 images, or --arch set, or --text, --vector or --class-folder beside "
+            f"one image; got {count} image{'s' * (count != 1)}."
+        )
+    return named[count]
+
+
 def report(result: Explanation, files: dict[str, str]) -> None:
     """Prints what was found, for a person."""
     where = "" if result.layers == (PIXELS,) else f"layer {result.layer}, "
     click.echo(f"{result.model}, {where}method {result.method}")
     rows = [("image", "role", "distance", "peak (x, y)")]
-    distances = [None, *result.distances[0].tolist()]
-    for picture, role, distance, peak in zip(
-        result.pictures, result.roles, distances, result.peaks(), strict=True
-    ):
-        rows.append(
-            (
-                picture.path,
-                role,
-                "" if distance is None else f"{distance:.4f}",
-                "none" if peak is None else f"{peak[0]:.0f}, {peak[1]:.0f}",
-            )
-        )
+    distances = ["", *(f"{distance:.4f}" for distance in result.distances[0].tolist())]
+    found = dict(zip(result.places, zip(result.pictures, result.peaks(), strict=True), strict=True))
+    named = {vector.member: vector for vector in result.vectors}
+    for member, (role, distance) in enumerate(zip(result.members, distances, strict=True)):
+        if member in named:
+            measured = "" if named[member].direction else distance
+            rows.append((named[member].label, role, measured, ""))
+            continue
+        picture, peak = found[member]
+        where = "none" if peak is None else f"{peak[0]:.0f}, {peak[1]:.0f}"
+        rows.append((picture.path, role, distance, where))
     click.echo(aligned(rows))
     click.echo(verdict(result))
     if result.moved is not None:

@@ -43,7 +43,10 @@ if TYPE_CHECKING:
     from simexplain.evaluation.retrieval_result import Retrieval as Retrieval
     from simexplain.evaluation.sanity import sanity_check as sanity_check
     from simexplain.explaining import explain as explain
+    from simexplain.explaining_files import centroid as centroid
+    from simexplain.explaining_files import explain_against as explain_against
     from simexplain.explaining_files import explain_files as explain_files
+    from simexplain.explaining_files import explain_pair_files as explain_pair_files
     from simexplain.explanation import Explanation as Explanation
     from simexplain.fitting.bank import build_bank as build_bank
     from simexplain.fitting.posthoc import fit as fit
@@ -80,7 +83,10 @@ if TYPE_CHECKING:
     from simexplain.models.base import SimilarityModel as SimilarityModel
     from simexplain.models.embedder import as_similarity_model as as_similarity_model
     from simexplain.models.loading import load_model as load_model
+    from simexplain.models.pairs import PairModel as PairModel
+    from simexplain.models.pairs import as_pair_model as as_pair_model
     from simexplain.models.writing import save_model as save_model
+    from simexplain.pair_explanation import PairExplanation as PairExplanation
     from simexplain.rendering.overlay import RENDERERS as RENDERERS
     from simexplain.searching.index import build_index as build_index
     from simexplain.searching.index import remove_from_index as remove_from_index
@@ -164,10 +170,14 @@ _HOMES = {
     "WEIGHTS": "methods.weights",
     "WeightBank": "methods.weight_bank",
     "accelerated": "models.accelerating",
+    "PairExplanation": "pair_explanation",
+    "PairModel": "models.pairs",
+    "as_pair_model": "models.pairs",
     "as_similarity_model": "models.embedder",
     "attribute": "attribution.attributing",
     "attribute_files": "attribution.attributing_files",
     "build_bank": "fitting.bank",
+    "centroid": "explaining_files",
     "build_index": "searching.index",
     "check_training": "data.checking",
     "compare_files": "evaluation.comparing",
@@ -177,8 +187,10 @@ _HOMES = {
     "evaluate_retrieval": "evaluation.retrieval",
     "evaluate_segmentation": "segmentation.evaluating",
     "explain": "explaining",
+    "explain_against": "explaining_files",
     "explain_batch": "batching.batching",
     "explain_files": "explaining_files",
+    "explain_pair_files": "explaining_files",
     "faithfulness": "evaluation.faithfulness",
     "fit": "fitting.posthoc",
     "load_model": "models.loading",

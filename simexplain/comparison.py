@@ -23,12 +23,21 @@ class Comparison:
     """An anchor with a set of positives and a set of negatives, for each of ``B`` comparisons.
 
     Siamese, triplet and quadruplet models are special cases, as is any larger set. The items are
-    images ``(3,H,W)`` or embeddings ``(E,)``: the code never asks which.
+    images ``(C,H,W)`` or embeddings ``(E,)``: the code never asks which.
+
+    Beside images one or two of the three may be given as vectors: a text embedding, the centroid
+    of a class, a row of an index. They count as what they are the anchor, positives or negatives
+    of, and have no map. :attr:`count`, :attr:`roles`, :meth:`stacked` and all else that goes
+    through the items leaves them out.
 
     Attributes:
-        anchor: Shape ``(B,*S)``.
-        positives: Shape ``(B,P,*S)``; ``P`` may be 0.
-        negatives: Shape ``(B,N,*S)``; ``N`` may be 0, but not both.
+        anchor: Shape ``(B,*S)``; ``(B,E)`` where it is a given vector.
+        positives: Shape ``(B,P,*S)`` or ``(B,P,E)``; ``P`` may be 0.
+        negatives: Shape ``(B,N,*S)`` or ``(B,N,E)``; ``N`` may be 0, but not both.
+        given: Which of ``anchor``, ``positives`` and ``negatives`` are given vectors; found from
+            the shapes where the others are images.
+        unit: Whether given vectors stand for embeddings, which have unit length; False for
+            directions, whose length counts.
 
     Raises:
         ComparisonError: If shapes, types or devices disagree, or there is nothing to compare with.
@@ -37,40 +46,83 @@ class Comparison:
     anchor: Tensor
     positives: Tensor
     negatives: Tensor
+    given: tuple[str, ...] = ()
+    unit: bool = True
 
     def __post_init__(self) -> None:
-        item, batch = self.anchor.shape[1:], self.anchor.shape[:1]
-        for role, stack in (("positives", self.positives), ("negatives", self.negatives)):
-            if stack.dim() != self.anchor.dim() + 1:
-                raise ComparisonError(
-                    f"Expected {role} with one axis more than the anchor {tuple(self.anchor.shape)}"
-                    f", got {tuple(stack.shape)}; stack the {role} of each comparison on axis 1."
-                )
-            if stack.shape[:1] != batch or stack.shape[2:] != item:
-                raise ComparisonError(
-                    f"Expected {role} of shape ({batch[0]}, any, {', '.join(map(str, item))}) to "
-                    f"match the anchor, got {tuple(stack.shape)}; bring all images to one size."
-                )
-            if (stack.dtype, stack.device) != (self.anchor.dtype, self.anchor.device):
-                raise ComparisonError(
-                    f"Expected {role} as {self.anchor.dtype} on {self.anchor.device} like the "
-                    f"anchor, got {stack.dtype} on {stack.device}; convert one of them."
-                )
-        if self.count < 2 or not batch[0]:
+        axes = {"anchor": 0, "positives": 1, "negatives": 1}
+        items = {role: getattr(self, role).dim() - more for role, more in axes.items()}
+        vectors = tuple(role for role, number in items.items() if number == 2)
+        if vectors and any(number > 3 for number in items.values()):
+            object.__setattr__(self, "given", vectors)
+        for role in ("positives", "negatives"):
+            self._check_stack(role, getattr(self, role))
+        shown = [role for role in ("anchor", "positives", "negatives") if role not in self.given]
+        if 1 + self.positives.shape[1] + self.negatives.shape[1] < 2 or not self.batch:
             raise ComparisonError(
-                f"Expected at least one comparison of two images, got {batch[0]} comparisons of "
+                f"Expected at least one comparison of two images, got {self.batch} comparisons of "
                 f"{self.count}; give a positive or a negative beside the anchor."
+            )
+        if not shown or not self.count:
+            raise ComparisonError(
+                "Expected at least one image beside the given vectors, got vectors alone; there is "
+                "nothing to draw a map on."
+            )
+
+    def _check_stack(self, role: str, stack: Tensor) -> None:
+        mixed = (role in self.given) != ("anchor" in self.given)
+        if stack.dim() != self.anchor.dim() + 1 and not mixed:
+            raise ComparisonError(
+                f"Expected {role} with one axis more than the anchor {tuple(self.anchor.shape)}"
+                f", got {tuple(stack.shape)}; stack the {role} of each comparison on axis 1."
+            )
+        item, batch = self.anchor.shape[1:], self.anchor.shape[:1]
+        # Two towers may see images of two sizes, so only vectors have to agree with the anchor.
+        apart = mixed or len(item) > 2
+        if stack.shape[:1] != batch or (not apart and stack.shape[2:] != item):
+            raise ComparisonError(
+                f"Expected {role} of shape ({batch[0]}, any, {', '.join(map(str, item))}) to "
+                f"match the anchor, got {tuple(stack.shape)}; bring all images to one size."
+            )
+        if mixed and not stack.is_floating_point():
+            raise ComparisonError(
+                f"Expected {role} of floating-point numbers beside the anchor, got {stack.dtype}."
+            )
+        if not mixed and (stack.dtype, stack.device) != (self.anchor.dtype, self.anchor.device):
+            raise ComparisonError(
+                f"Expected {role} as {self.anchor.dtype} on {self.anchor.device} like the "
+                f"anchor, got {stack.dtype} on {stack.device}; convert one of them."
             )
 
     @classmethod
     def pair(cls, a: Tensor, b: Tensor, similar: bool = True) -> Comparison:
-        """A siamese comparison of two batches ``(B,*S)``; not ``similar`` makes ``b`` negative."""
+        """A siamese comparison of two batches ``(B,*S)``; not ``similar`` makes ``b`` negative.
+
+        Either may be given vectors ``(B,E)``, or one for all, ``(1,E)`` or ``(E,)``.
+        """
+        a, b = _vector_for_all(a, b), _vector_for_all(b, a)
         first, none = _checked(b, "the second image").unsqueeze(1), b[:, None][:, :0]
         return cls(a, first, none) if similar else cls(a, none, first)
 
     @classmethod
+    def along(cls, images: Tensor, direction: Tensor) -> Comparison:
+        """Images ``(B,*S)`` along a direction in the space of embeddings, ``(E,)`` or ``(B,E)``.
+
+        The score of an image is ``f . d`` with its unit embedding ``f``, whatever the length of
+        ``d``: positive where the image lies on the side that ``d`` points to.
+        """
+        one = Comparison.pair(images, direction)
+        return cls(one.anchor, one.positives, one.negatives, unit=False)
+
+    @classmethod
     def triplet(cls, anchor: Tensor, positive: Tensor, negative: Tensor) -> Comparison:
-        """One positive and one negative for each anchor, each ``(B,*S)``."""
+        """One positive and one negative for each anchor, each ``(B,*S)``.
+
+        One or two of them may be given vectors ``(B,E)``, or one for all, ``(1,E)`` or ``(E,)``.
+        """
+        three = (anchor, positive, negative)
+        largest = max(three, key=lambda stack: stack.dim())
+        anchor, positive, negative = (_vector_for_all(stack, largest) for stack in three)
         return cls(
             anchor,
             _checked(positive, "the positive").unsqueeze(1),
@@ -96,18 +148,63 @@ class Comparison:
         return self.anchor.shape[0]
 
     @property
-    def count(self) -> int:
-        """How many images each comparison has, ``K = 1 + P + N``."""
+    def members(self) -> int:
+        """How many members each comparison has, ``1 + P + N``: images and given vectors."""
         return 1 + self.positives.shape[1] + self.negatives.shape[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """``(height, width)`` of the images; of the anchor's where two towers see two sizes."""
+        role = next(role for role in ("anchor", "positives", "negatives") if role not in self.given)
+        height, width = getattr(self, role).shape[-2:]
+        return int(height), int(width)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Which of the members are not given vectors, in order; the anchor is member 0."""
+        cut = 1 + self.positives.shape[1]
+        spans = {"anchor": (0, 1), "positives": (1, cut), "negatives": (cut, self.members)}
+        return tuple(
+            place
+            for role, span in spans.items()
+            if role not in self.given
+            for place in range(*span)
+        )
+
+    @property
+    def count(self) -> int:
+        """How many images each comparison has, ``K``: all members but given vectors."""
+        return len(self.places)
 
     @property
     def roles(self) -> tuple[str, ...]:
         """The role of each of the ``K`` images, in the order of :meth:`stacked`."""
-        return roles(self.positives.shape[1], self.negatives.shape[1])
+        every = roles(self.positives.shape[1], self.negatives.shape[1])
+        return tuple(every[place] for place in self.places)
 
     def stacked(self) -> Tensor:
-        """All images as one tensor ``(B,K,*S)``: anchor, positives, negatives."""
-        return torch.cat((self.anchor.unsqueeze(1), self.positives, self.negatives), dim=1)
+        """All images as one tensor ``(B,K,*S)``: anchor, positives, negatives.
+
+        Raises:
+            ComparisonError: If they have different sizes.
+        """
+        parts = (
+            ("anchor", self.anchor.unsqueeze(1)),
+            ("positives", self.positives),
+            ("negatives", self.negatives),
+        )
+        shown = [stack for role, stack in parts if role not in self.given and stack.shape[1]]
+        if len(sizes := {tuple(stack.shape[2:]) for stack in shown}) > 1:
+            raise ComparisonError(
+                f"Expected images of one size, got {' and '.join(map(str, sorted(sizes)))}; only "
+                "a pair model of two towers (as_pair_model) takes two."
+            )
+        return torch.cat(shown, dim=1)
+
+    def joined(self, stack: Tensor) -> Tensor:
+        """Embeddings ``(B,K,E)`` of the images with the given vectors between: all members."""
+        whole = self.like(stack)
+        return torch.cat((whole.anchor.unsqueeze(1), whole.positives, whole.negatives), dim=1)
 
     def restacked(self, flat: Tensor) -> Tensor:
         """A flat batch ``(B*K,*T)``, such as maps of all images, as a stack ``(B,K,*T)``."""
@@ -116,15 +213,40 @@ class Comparison:
     def like(self, stack: Tensor) -> Comparison:
         """A comparison with the same roles from another stack ``(B,K,*T)``, say of embeddings.
 
+        Given vectors stay, in the type and on the device of the stack.
+
         Raises:
-            ComparisonError: If the second axis does not have ``K`` entries.
+            ComparisonError: If the second axis does not have ``K`` entries, or embeddings are not
+                as wide as the given vectors.
         """
         if stack.dim() < 2 or stack.shape[1] != self.count:
             raise ComparisonError(
                 f"Expected a stack with {self.count} items on axis 1, got {tuple(stack.shape)}."
             )
-        cut = 1 + self.positives.shape[1]
-        return Comparison(stack[:, 0], stack[:, 1:cut], stack[:, cut:])
+        parts, start = {}, 0
+        for role, old in (
+            ("anchor", self.anchor.unsqueeze(1)),
+            ("positives", self.positives),
+            ("negatives", self.negatives),
+        ):
+            if role in self.given:
+                parts[role] = self._kept(old, stack)
+            else:
+                parts[role] = stack[:, start : start + old.shape[1]]
+                start += old.shape[1]
+        return Comparison(
+            parts["anchor"][:, 0], parts["positives"], parts["negatives"], self.given, self.unit
+        )
+
+    def _kept(self, vectors: Tensor, stack: Tensor) -> Tensor:
+        """Given vectors ``(B,n,E)`` beside a new stack of embeddings or images."""
+        if stack.dim() == 3 and vectors.shape[1] and vectors.shape[2] != stack.shape[2]:
+            raise ComparisonError(
+                f"Expected given vectors of {stack.shape[2]} numbers like the model's embeddings, "
+                f"got {vectors.shape[2]}; take vectors of this very model."
+            )
+        kept = vectors.to(stack.device, stack.dtype)
+        return kept if stack.dim() != 3 or vectors.shape[1] else stack[:, :0]
 
 
 def roles(positives: int, negatives: int) -> tuple[str, ...]:
@@ -203,3 +325,11 @@ def _checked(stack: Tensor, what: str) -> Tensor:
             "add a batch axis with unsqueeze(0)."
         )
     return stack
+
+
+def _vector_for_all(stack: Tensor, other: Tensor) -> Tensor:
+    """One given vector ``(E,)`` or ``(1,E)`` beside images, as one for each comparison."""
+    if other.dim() < 4 or stack.dim() not in (1, 2):
+        return stack
+    one = stack.unsqueeze(0) if stack.dim() == 1 else stack
+    return one.expand(len(other), -1) if len(one) == 1 else one

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
-from typing import Any
+from dataclasses import asdict, is_dataclass, replace
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,37 @@ from torch.nn import functional as F
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError, first_line
-from simexplain.explanation import Explanation, versions
+from simexplain.explanation import Explanation, GivenVector, versions
 from simexplain.methods import METHODS, PIXELS, ChoosesLayers, Method, options_of, takes_layers
 from simexplain.methods.similarity_attention import AttentionMaps
+from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
+from simexplain.models.blackbox import WITH_GRADIENTS, WITHOUT_GRADIENTS
 from simexplain.models.embedder import as_similarity_model
+from simexplain.models.pairs import PairModel
 from simexplain.networks import full_precision
+from simexplain.pair_explanation import PairExplanation
 from simexplain.tracing import trace
 
 Layers = str | Sequence[str] | None
 
+SCORED = ("similarity_cam", *WITH_GRADIENTS, *WITHOUT_GRADIENTS)
+"""Methods that explain a learned score of two images."""
+
 _MOVED_FAR = 0.1
 
 
-@full_precision()
+@overload
+def explain(
+    model: PairModel,
+    comparison: Comparison,
+    method: str | Method = "sam",
+    layer: Layers = None,
+    **options: Any,
+) -> PairExplanation: ...
+
+
+@overload
 def explain(
     model: nn.Module,
     comparison: Comparison,
@@ -35,39 +52,164 @@ def explain(
     *,
     magnify: float = 1,
     scale: str = "image",
+    labels: Sequence[str] = (),
     max_batch: int | None = None,
     **options: Any,
-) -> Explanation:
+) -> Explanation: ...
+
+
+@full_precision()
+def explain(
+    model: nn.Module | PairModel,
+    comparison: Comparison,
+    method: str | Method = "sam",
+    layer: Layers = None,
+    *,
+    magnify: float = 1,
+    scale: str = "image",
+    labels: Sequence[str] = (),
+    max_batch: int | None = None,
+    **options: Any,
+) -> Explanation | PairExplanation:
     """Explains why the images of each comparison are alike or different to a model.
 
     One forward and one backward pass, down to the lowest layer asked for, serve the whole batch.
+    Members of the comparison that are given as vectors have no map; of embeddings the length does
+    not matter, of directions (:meth:`Comparison.along`) it does.
 
     Args:
         model: A similarity model, or any ``nn.Module`` that returns an embedding. For several
             calls wrap it once with ``as_similarity_model``: that remembers the default layer.
-        comparison: Preprocessed images ``(3,H,W)``; they are moved to the model's device and type.
+            Of a model of two images (``as_pair_model``) the result is a ``PairExplanation``.
+        comparison: Preprocessed images ``(C,H,W)``, which are moved to the model's device and
+            type, and perhaps given vectors ``(E,)``.
         method: A name in ``METHODS`` or an object like ``SimilarityAttention(weights="signed")``.
         layer: A layer, several to be multiplied, or None for the
-            method's own choice, else the model's default.
+            method's own choice, else the model's default. Of a pair model one for both towers, or
+            two, one for each.
         magnify: Enlarges the images by this factor before the network, for finer maps; the
             result reports how far that moved the embeddings.
         scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
+        labels: What each given vector stands for, in order, for figures and files.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
         **options: Passed to a method given by name, such as ``weights="relative"``.
 
     Raises:
-        ComparisonError: If images or options do not fit.
+        ComparisonError: If images, vectors or options do not fit.
         ModelError: If the model or a layer cannot be used.
     """
+    if isinstance(model, PairModel):
+        if magnify != 1 or labels:
+            raise ComparisonError("Pair models take neither magnify nor labels; leave them away.")
+        return _explain_pair(
+            model, comparison, method, layer, scale=scale, max_batch=max_batch, **options
+        )
     wrapped = as_similarity_model(model)
+    check_images(comparison)
+    comparison = checked_vectors(wrapped, comparison)
     view = comparison
     if magnify != 1:
         check_magnify(magnify)
         view = comparison.like(_enlarged(comparison.stacked(), magnify))
     return explain_view(
         wrapped, comparison, view, method, layer, magnify=magnify, scale=scale,
-        max_batch=max_batch, **options,
+        labels=labels, max_batch=max_batch, **options,
     )  # fmt: skip
+
+
+def _explain_pair(
+    model: PairModel, comparison: Comparison, method: str | Method, layer: Layers, **chosen: Any
+) -> PairExplanation:
+    """Both sides of a pair model, each with the other one held."""
+    if not isinstance(comparison, Comparison) or comparison.given or comparison.anchor.dim() != 4:
+        raise ComparisonError("Expected a Comparison of float images for a pair model.")
+    layers = (layer, layer) if layer is None or isinstance(layer, str) else tuple(layer)
+    if len(layers) != 2:
+        raise ModelError(f"Expected one layer for each of two towers, got {list(layers)}.")
+    with model.settled():
+        if model.learned:
+            return _explain_score(model, comparison, method, layers, **chosen)
+        anchor, others, near = comparison.anchor, *_others(comparison)
+        first = _vectors(model.first, anchor, chosen["max_batch"])
+        second = _vectors(model.second, others.flatten(0, 1), chosen["max_batch"])
+        second = second.view(*others.shape[:2], -1)
+        if first.shape[-1] != second.shape[-1]:
+            raise ModelError(
+                f"Expected towers with embeddings of one width, got {first.shape[-1]} and "
+                f"{second.shape[-1]}; give the head that compares them: head=MODULE."
+            )
+        parts = (
+            (model.first, Comparison(anchor, second[:, :near], second[:, near:])),
+            (model.second, Comparison(first, others[:, :near], others[:, near:])),
+        )
+        found = [
+            explain(tower, part, method, names, **chosen)
+            for (tower, part), names in zip(parts, layers, strict=True)
+        ]
+    return PairExplanation(found[0], found[1])
+
+
+def _explain_score(
+    model: PairModel,
+    comparison: Comparison,
+    method: str | Method,
+    layers: Sequence[Any],
+    **chosen: Any,
+) -> PairExplanation:
+    """A learned score, one pair after the other: the gradient of the score itself."""
+    others, _ = _others(comparison)
+    if others.shape[1] != 1:
+        raise ComparisonError(
+            f"Expected pairs for a learned score, got {1 + others.shape[1]} images in a comparison;"
+            " explain them pair by pair."
+        )
+    method = "similarity_cam" if method == "sam" else method  # one number has nothing to weigh
+    scored: dict[str, Any] = {"score": "dot"} if method == "similarity_cam" else {}
+    if not isinstance(method, str) or method not in SCORED:
+        raise ModelError(
+            f"A learned score has no embeddings to compare, so method '{method}' does not apply; "
+            f"use one of sam, {', '.join(SCORED)}."
+        )
+    if "score" in chosen:
+        raise ComparisonError("The score of a pair model is learned; leave the option score away.")
+    sides: tuple[list[Explanation], list[Explanation]] = ([], [])
+    for one, two in zip(comparison.anchor, others[:, 0], strict=True):
+        for side, (own, other) in enumerate(((one, two), (two, one))):
+            held = model.given(side, other[None])
+            along = Comparison.along(own[None], torch.tensor([1.0, 0.0]))
+            found = explain(held, along, method, layers[side], **scored, **chosen)
+            sides[side].append(replace(found, options={**found.options, "score": "learned"}))
+    first, second = (_joined(parts) for parts in sides)
+    return PairExplanation(first, second, first.scores[:, 0])
+
+
+def _others(comparison: Comparison) -> tuple[Tensor, int]:
+    """All images but the anchors ``(B,K-1,C,H,W)``, and how many are positives."""
+    near, far = comparison.positives, comparison.negatives
+    parts = [stack for stack in (near, far) if stack.shape[1]]
+    if len({stack.shape[2:] for stack in parts}) > 1:
+        raise ComparisonError(
+            f"Expected positives and negatives of one size, got {tuple(near.shape[2:])} and "
+            f"{tuple(far.shape[2:])}; the second tower takes one."
+        )
+    return torch.cat(parts, dim=1), near.shape[1]
+
+
+def _vectors(model: SimilarityModel, images: Tensor, max_batch: int | None) -> Tensor:
+    return trace(model, images, (), max_batch=max_batch).embeddings.detach()
+
+
+def _joined(parts: Sequence[Explanation]) -> Explanation:
+    """Explanations of one comparison each as one of all."""
+    names = ("maps", "weights", "scores", "embeddings", "distances", "images")
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in names
+    }
+    layer_maps = {
+        layer: torch.cat([part.layer_maps[layer] for part in parts]) for layer in parts[0].layers
+    }
+    said = tuple(dict.fromkeys(line for part in parts for line in part.warnings))
+    return replace(parts[0], layer_maps=layer_maps, warnings=said, **joined)
 
 
 @full_precision()
@@ -81,6 +223,7 @@ def explain_view(
     magnify: float,
     scale: str,
     max_batch: int | None,
+    labels: Sequence[str] = (),
     **options: Any,
 ) -> Explanation:
     """Explains ``view``, which shows the same images as ``comparison``, perhaps larger.
@@ -88,6 +231,7 @@ def explain_view(
     The distances and embeddings reported are those of ``comparison``, the maps lie on ``view``.
     """
     check_images(comparison)
+    vectors = _labelled(comparison, labels)
     chosen = _method(method, options)
     with _magnified(view, magnify):
         layers = _layers(model, view, layer, chosen)
@@ -103,8 +247,8 @@ def explain_view(
         layer_maps=found.layer_maps,
         weights=found.weights,
         scores=found.scores,
-        embeddings=own,
-        distances=distances_of(model, own),
+        embeddings=(members := comparison.joined(own)),
+        distances=distances_of(model, members if comparison.unit else F.normalize(members, dim=2)),
         positives=comparison.positives.shape[1],
         images=view.stacked(),
         preprocess=model.preprocess,
@@ -117,6 +261,55 @@ def explain_view(
         moved=moved,
         scale=scale,
         unexplained=found.unexplained,
+        vectors=vectors,
+    )
+
+
+def checked_vectors(model: SimilarityModel, comparison: Comparison) -> Comparison:
+    """The comparison with given vectors of unit length, as the model's embeddings have it.
+
+    Directions keep their length.
+
+    Raises:
+        ComparisonError: If a vector is zero or not finite.
+        ModelError: If the model's embeddings cannot be compared with a vector.
+    """
+    given = [(role, getattr(comparison, role)) for role in comparison.given]
+    if given and isinstance(model, AVSL):
+        raise ModelError(
+            "An AVSL model compares nodes of several levels, for which a given vector is not "
+            "enough; give images, or explain the network it was made from."
+        )
+    for role, rows in given:
+        finite, zero = bool(rows.isfinite().all()), bool((rows == 0).all(dim=-1).any())
+        if not finite or zero:
+            raise ComparisonError(
+                f"A vector given as {role.removesuffix('s')} is {'zero' if zero else 'not finite'}"
+                ", so its similarity is undefined; give another one."
+            )
+    if not comparison.unit:
+        return comparison
+    unit: dict[str, Any] = {role: F.normalize(rows, dim=-1) for role, rows in given}
+    return replace(comparison, **unit)
+
+
+def _labelled(comparison: Comparison, labels: Sequence[str]) -> tuple[GivenVector, ...]:
+    """The given vectors with their labels, numbered where they have none.
+
+    Raises:
+        ComparisonError: If there are labels, but not one for each vector.
+    """
+    members = [place for place in range(comparison.members) if place not in comparison.places]
+    if isinstance(labels, str):
+        labels = (labels,)
+    if labels and len(labels) != len(members):
+        raise ComparisonError(
+            f"Expected a label for each of {len(members)} given vectors, got {len(labels)} labels."
+        )
+    names = labels or [f"vector {number}" for number in range(1, 1 + len(members))]
+    return tuple(
+        GivenVector(place, str(name), direction=not comparison.unit)
+        for place, name in zip(members, names, strict=True)
     )
 
 
@@ -128,7 +321,7 @@ def _magnified(view: Comparison, magnify: float) -> Iterator[None]:
     except (AssertionError, RuntimeError) as error:
         if magnify == 1 or isinstance(error, torch.OutOfMemoryError):
             raise
-        height, width = view.anchor.shape[-2:]
+        height, width = view.image_size
         raise ModelError(
             f"The model does not take images of {height}x{width}, which magnify={magnify:g} asks "
             f"for ({first_line(error)}); explain it at its own size."
@@ -136,13 +329,13 @@ def _magnified(view: Comparison, magnify: float) -> Iterator[None]:
 
 
 def embeddings_of(model: SimilarityModel, comparison: Comparison, max_batch: int | None) -> Tensor:
-    """Unit rows ``(B,K,E)`` of a comparison of images, without any graph."""
+    """Unit rows ``(B,K,E)`` of the images of a comparison, without any graph."""
     rows = trace(model, comparison.stacked().flatten(0, 1), (), max_batch=max_batch).embeddings
     return comparison.restacked(rows)
 
 
 def distances_of(model: SimilarityModel, rows: Tensor) -> Tensor:
-    """Distances ``(B,K-1)`` from the anchor to every other image, from rows ``(B,K,E)``."""
+    """Distances ``(B,M-1)`` from the anchor to every other member, from rows ``(B,M,E)``."""
     with torch.no_grad():
         return torch.cat([model.distance(row[:1], row[1:]) for row in rows])
 
@@ -151,13 +344,18 @@ def check_images(comparison: Comparison) -> None:
     """Refuses anything that is not a comparison of image tensors.
 
     Raises:
-        ComparisonError: If the items are not ``(3,H,W)`` floating-point images.
+        ComparisonError: If the items are not ``(C,H,W)`` floating-point images.
     """
-    shape = comparison.anchor.shape
-    if len(shape) != 4 or not comparison.anchor.is_floating_point():
+    if not isinstance(comparison, Comparison):
+        raise ComparisonError(
+            f"Expected a Comparison of image tensors, got {type(comparison).__name__}; make one "
+            "with Comparison.pair or Comparison.triplet, or use explain_files for picture files."
+        )
+    stack = comparison.stacked()
+    if stack.dim() != 5 or not stack.is_floating_point():
         raise ComparisonError(
             f"Expected preprocessed float images of shape (B,3,H,W) as the anchor, got "
-            f"{tuple(shape)} of {comparison.anchor.dtype}; use explain_files for picture files."
+            f"{tuple(stack[:, 0].shape)} of {stack.dtype}; use explain_files for picture files."
         )
 
 
@@ -209,7 +407,7 @@ def _layers(
 ) -> tuple[str, ...]:
     own = None
     if isinstance(method, ChoosesLayers) and (layer is None or not takes_layers(method)):
-        own = method.layers_for(model, view.anchor)
+        own = method.layers_for(model, view.stacked()[:, 0])
     if layer is not None and not takes_layers(method):
         what = f"has layers of its own ({', '.join(own)})" if own else "works on pixels"
         known = ", ".join(field.name for field in options_of(method))
@@ -222,7 +420,7 @@ def _layers(
     if not takes_layers(method):
         return (PIXELS,)
     if layer is None:
-        found = model.layers_for(view.anchor)
+        found = model.layers_for(view.stacked()[:, 0])
         return (next(candidate.name for candidate in found if candidate.default),)
     layers = (layer,) if isinstance(layer, str) else tuple(layer)
     if not layers or len(set(layers)) != len(layers):

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from simexplain.comparison import Comparison, positives_of
+from simexplain.data.folders import Batches, pictures_in
 from simexplain.data.images import Picture, read_picture
-from simexplain.data.preprocessing import Geometry, prepared
-from simexplain.explaining import Layers, check_magnify, explain_view
+from simexplain.data.preprocessing import Geometry, Preprocess, prepared
+from simexplain.errors import ComparisonError, ImageError
+from simexplain.explaining import Layers, check_magnify, checked_vectors, explain, explain_view
 from simexplain.explanation import Explanation
 from simexplain.methods import Method
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
+from simexplain.models.pairs import PairModel
+from simexplain.pair_explanation import PairExplanation
+from simexplain.tracing import trace
 
 
 def explain_files(
@@ -70,20 +77,177 @@ def explain_files(
     notes = wrapped.preprocess.notes + tuple(n for picture in pictures for n in picture.notes)
     return replace(
         result,
-        pictures=tuple(pictures),
+        pictures=tuple(map(wrapped.preprocess.drawn, pictures)),
         geometries=tuple(geometries),
         warnings=notes + result.warnings,
     )
+
+
+def explain_against(
+    model: nn.Module,
+    path: str | Path,
+    positives: Mapping[str, Tensor],
+    negatives: Mapping[str, Tensor] | None = None,
+    method: str | Method = "sam",
+    layer: Layers = None,
+    *,
+    direction: bool = False,
+    magnify: float = 1,
+    scale: str = "image",
+    max_batch: int | None = None,
+    **options: Any,
+) -> Explanation:
+    """Reads a picture and explains it against given vectors: texts, centroids, stored rows.
+
+    Args:
+        model: A similarity model, whose ``preprocess`` is used, or any ``nn.Module`` that returns
+            an embedding.
+        path: The picture.
+        positives: Vectors ``(E,)`` that the picture should be like, by their labels.
+        negatives: Vectors that it should not be like.
+        method: A name in ``METHODS`` or an object like ``SimilarityAttention(weights="signed")``.
+        layer: A layer, several to be multiplied, or None for the model's default.
+        direction: The one positive is a direction, whose score is ``f . d``.
+        magnify: As for :func:`explain_files`.
+        scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
+        max_batch: Bounds the images in one forward pass; results do not depend on it.
+        **options: Passed to a method given by name, such as ``weights="relative"``.
+
+    Raises:
+        ImageError: If the picture cannot be read.
+        ComparisonError: If there is no vector, or one does not fit the model.
+        ModelError: If the model or a layer cannot be used.
+    """
+    wrapped = as_similarity_model(model)
+    check_magnify(magnify)
+    negatives = negatives or {}
+    if not positives and not negatives:
+        raise ComparisonError("Expected at least one vector to explain the picture against.")
+    if direction and (len(positives) != 1 or negatives):
+        raise ComparisonError(
+            f"Expected one direction and no negatives, got {len(positives) + len(negatives)} "
+            "vectors."
+        )
+    pictures = [read_picture(path)]
+
+    def against(images: Tensor) -> Comparison:
+        width = next(iter([*positives.values(), *negatives.values()])).shape[-1]
+        near, far = (_rows(side, width) for side in (positives, negatives))
+        return checked_vectors(wrapped, Comparison(images, near, far, unit=not direction))
+
+    views, geometries = prepared(wrapped.preprocess, pictures)
+    own = view = against(views)
+    if magnify != 1:
+        views, geometries = prepared(_magnified(wrapped.preprocess, magnify), pictures)
+        view = against(views)
+    result = explain_view(
+        wrapped, own, view, method, layer, magnify=magnify, scale=scale, max_batch=max_batch,
+        labels=[*positives, *negatives], **options,
+    )  # fmt: skip
+    return replace(
+        result,
+        pictures=tuple(map(wrapped.preprocess.drawn, pictures)),
+        geometries=tuple(geometries),
+        warnings=wrapped.preprocess.notes + pictures[0].notes + result.warnings,
+    )
+
+
+def explain_pair_files(
+    model: PairModel,
+    anchor: str | Path,
+    positives: Sequence[str | Path],
+    negatives: Sequence[str | Path] = (),
+    method: str | Method = "sam",
+    layer: Layers = None,
+    **options: Any,
+) -> PairExplanation:
+    """Reads pictures for a model of two towers and maps the heat back onto the pictures.
+
+    Args:
+        model: A pair model; each tower has a ``preprocess`` of its own.
+        anchor: The picture for the first tower.
+        positives: Pictures for the second tower that should be close.
+        negatives: Pictures for the second tower that should be far.
+        method: A name in ``METHODS``.
+        layer: One layer for both towers, two for one each, or None for the models' defaults.
+        **options: ``scale``, ``max_batch``, and the options of the method.
+
+    Raises:
+        ImageError: If a picture cannot be read.
+        ComparisonError: If the pictures or options do not fit the model.
+        ModelError: If the model or a layer cannot be used.
+    """
+    groups = [[anchor], [*positives, *negatives]]
+    towers, pictures, views, geometries = (model.first, model.second), [], [], []
+    for tower, paths in zip(towers, groups, strict=True):
+        if not paths:
+            raise ComparisonError("Expected at least one picture beside the anchor, got none.")
+        pictures.append([read_picture(path) for path in paths])
+        stack, places = prepared(tower.preprocess, pictures[-1])
+        views.append(stack)
+        geometries.append(tuple(places))
+    near, others = len(positives), views[1].unsqueeze(0)
+    comparison = Comparison(views[0], others[:, :near], others[:, near:])
+    result = explain(model, comparison, method, layer, **options)
+    first, second = (
+        replace(
+            side,
+            pictures=tuple(map(tower.preprocess.drawn, shown)),
+            geometries=places,
+            warnings=tower.preprocess.notes + tuple(n for p in shown for n in p.notes)
+            + side.warnings,
+        )
+        for side, tower, shown, places in zip(
+            result.sides, towers, pictures, geometries, strict=True
+        )
+    )  # fmt: skip
+    return replace(result, first=first, second=second)
+
+
+def _rows(vectors: Mapping[str, Tensor], width: int) -> Tensor:
+    """Labelled vectors as one stack ``(1,n,E)``."""
+    for label, vector in vectors.items():
+        if vector.shape != (width,) or not vector.is_floating_point():
+            raise ComparisonError(
+                f"Expected vectors of one width ({width},) of floating-point numbers, got "
+                f"{tuple(vector.shape)} of {vector.dtype} for '{label}'."
+            )
+    rows = [vector.detach().cpu() for vector in vectors.values()]
+    return torch.stack(rows).unsqueeze(0) if rows else torch.empty(1, 0, width)
+
+
+def centroid(model: nn.Module, folder: str | Path, *, max_batch: int = 32) -> Tensor:
+    """The mean direction ``(E,)`` of the embeddings of all pictures in a folder, of unit length.
+
+    Args:
+        model: A similarity model, or any ``nn.Module`` that returns an embedding.
+        folder: Pictures of one class, in it and below.
+        max_batch: Pictures in one forward pass.
+
+    Raises:
+        ImageError: If there is no such folder, no picture in it, or one cannot be read.
+    """
+    wrapped = as_similarity_model(model)
+    batches = Batches(pictures_in(folder, labelled=False), wrapped.preprocess, max_batch)
+    total: Tensor | None = None
+    for _, images in batches:
+        rows = trace(wrapped, images, (), max_batch=max_batch).embeddings.detach().double().sum(0)
+        total = rows if total is None else total + rows
+    if batches.broken or total is None:
+        raise ImageError(next(iter(batches.broken.values())))
+    return F.normalize(total, dim=0).float().cpu()
+
+
+def _magnified(prepare: Preprocess, magnify: float) -> Preprocess:
+    height, width = (max(1, round(side * magnify)) for side in prepare.size)
+    return replace(prepare, size=(height, width))
 
 
 def _tensors(
     model: SimilarityModel, pictures: Sequence[Picture], magnify: float, positives: int
 ) -> tuple[Comparison, list[Geometry]]:
     """The pictures as one comparison at ``magnify`` times the model's own size."""
-    prepare = model.preprocess
-    height, width = (max(1, round(side * magnify)) for side in prepare.size)
-    prepare = replace(prepare, size=(height, width))
-    views, geometries = prepared(prepare, pictures)
+    views, geometries = prepared(_magnified(model.preprocess, magnify), pictures)
     stack = views.unsqueeze(0)
     comparison = Comparison(stack[:, 0], stack[:, 1 : 1 + positives], stack[:, 1 + positives :])
     return comparison, geometries

@@ -46,8 +46,26 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class GivenVector:
+    """A member of a comparison that was given as a vector, so that it has no map.
+
+    Attributes:
+        member: Its number among all members; the anchor is 0.
+        label: What it stands for, such as the text whose embedding it is.
+        direction: Whether it is a direction rather than an embedding.
+    """
+
+    member: int
+    label: str
+    direction: bool = False
+
+
+@dataclass(frozen=True)
 class Explanation:
     """Heatmaps for ``B`` comparisons of ``K`` images, each an anchor, ``P`` positives, the rest.
+
+    Where vectors were given beside the images (:attr:`vectors`), there are ``M`` members, images
+    and vectors, of which ``K`` are images; else ``M`` is ``K``.
 
     Attributes:
         maps: ``(B,K,h,w)`` as the method defines them, not scaled; float32 or float64.
@@ -56,10 +74,11 @@ class Explanation:
             each image; or, of a bank, ``(B,K,C)``, the channel weights of each image.
         scores: ``(B,K)``, the score whose gradient the maps are made of, or what else the method
             explains.
-        embeddings: ``(B,K,E)``, unit rows at the model's own input size.
-        distances: ``(B,K-1)``, from the anchor to each other image, at that size.
-        positives: ``P``.
-        images: ``(B,K,3,H,W)``, the preprocessed images that the maps lie on.
+        embeddings: ``(B,M,E)``, unit rows at the model's own input size; given vectors as they
+            were used.
+        distances: ``(B,M-1)``, from the anchor to each other member, at that size.
+        positives: ``P``, given vectors included.
+        images: ``(B,K,C,H,W)``, the preprocessed images that the maps lie on.
         preprocess: How to make ``images`` visible again.
         method: Name of the method.
         model: Name of the model.
@@ -75,6 +94,7 @@ class Explanation:
         pictures: The original pictures where files were explained (then ``B`` is 1), else empty.
         geometries: Where the images lie in the pictures; kept where the pictures are not, as
             after loading.
+        vectors: The members that are given vectors.
     """
 
     maps: Tensor
@@ -97,6 +117,7 @@ class Explanation:
     pictures: tuple[Picture, ...] = field(default=(), repr=False)
     geometries: tuple[Geometry, ...] = field(default=(), repr=False)
     unexplained: Tensor | None = None
+    vectors: tuple[GivenVector, ...] = ()
 
     def __post_init__(self) -> None:
         if self.scale not in SCALES:
@@ -110,12 +131,29 @@ class Explanation:
     @property
     def negatives(self) -> int:
         """How many negatives each comparison has, ``N``."""
-        return int(self.maps.shape[1]) - 1 - self.positives
+        return int(self.embeddings.shape[1]) - 1 - self.positives
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Which of the ``M`` members each of the ``K`` images is."""
+        given = {vector.member for vector in self.vectors}
+        return tuple(n for n in range(int(self.embeddings.shape[1])) if n not in given)
 
     @property
     def roles(self) -> tuple[str, ...]:
         """The role of each of the ``K`` images."""
-        return roles(self.positives, self.negatives)
+        every = roles(self.positives, self.negatives)
+        return tuple(every[place] for place in self.places)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The role of each of the ``M`` members; ``positive vector`` and the like of vectors."""
+        every = list(roles(self.positives, self.negatives))
+        for vector in self.vectors:
+            every[vector.member] = (
+                "direction" if vector.direction else f"{every[vector.member]} vector"
+            )
+        return tuple(every)
 
     @property
     def architecture(self) -> str:
@@ -163,6 +201,10 @@ class Explanation:
     def condition(self, index: int = 0) -> Condition:
         """Whether comparison ``index`` is as the arrangement demands, and by how much."""
         distances = self.distances[index].tolist()
+        if any(vector.direction for vector in self.vectors):
+            score = float(self.embeddings[index, 0] @ self.embeddings[index, 1])
+            side = "on the side it points to" if score > 0 else "on the other side"
+            return Condition(f"score f . d along the direction {score:+.3f}: {side}", None, None)
         near, far = distances[: self.positives], distances[self.positives :]
         if not near or not far:
             return Condition(

@@ -51,6 +51,14 @@ def split_call(layer: str) -> tuple[str, int | None]:
     return (name, int(call)) if name and call.isdigit() else (layer, None)
 
 
+def channels_of(network: nn.Module) -> int:
+    """How many channels a network's images have: as many as its first convolution takes."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            return int(module.in_channels)
+    return 3
+
+
 def find_layer(network: nn.Module, name: str) -> nn.Module:
     """The submodule of this name.
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch.nn import functional as F
 
+from simexplain.comparison import roles
 from simexplain.errors import ComparisonError
 from simexplain.methods import PIXELS
 from simexplain.rendering.overlay import FULL_HEAT, RENDERERS, robust
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from simexplain.explanation import Explanation
 
 _THUMBNAIL = 560
+_NOTHING = np.zeros((1, 1, 3), np.uint8)
 ROOTED = ("focus",)
 """Methods whose maps fall off so steeply that figures draw their square root."""
 _PERCENTILE = f"{100 * FULL_HEAT:g}th"
@@ -44,27 +48,53 @@ def draw_explanation(
         raise ComparisonError(
             f"Expected styles of {', '.join(RENDERERS)}, got {', '.join(unknown) or 'none'}."
         )
-    return panel(
+    return draw_tiles(
         _tiles(explanation, index, by_layer=by_layer),
-        title=_question(explanation),
+        title=question(explanation),
         verdict=verdict(explanation, index),
         holds=explanation.condition(index).holds,
         footer=footer(explanation),
         notes=explanation.warnings,
         styles=styles,
-        scale=full_heat([explanation]),
-        joined=explanation.joined,
+        explanations=[explanation],
     )
+
+
+def draw_tiles(
+    tiles: Sequence[Tile],
+    *,
+    styles: Sequence[str],
+    explanations: Sequence[Explanation],
+    **said: Any,
+) -> Figure:
+    """Draws tiles of one or several explanations; ``said`` as for ``rendering.panel.panel``."""
+    joined = explanations[0].joined
+    return panel(tiles, styles=styles, scale=full_heat(explanations), joined=joined, **said)
+
+
+def image_tiles(explanation: Explanation, index: int) -> list[Tile]:
+    """The images of one comparison as tiles of a figure, without given vectors."""
+    return [tile for tile in _tiles(explanation, index, by_layer=False) if tile.text is None]
 
 
 def verdict(explanation: Explanation, index: int = 0) -> str:
     """One line: whether the condition holds and by how much, or a pair's distance."""
     condition = explanation.condition(index)
+    if any(vector.direction for vector in explanation.vectors):
+        return condition.text
+    if condition.holds is None and explanation.vectors:
+        return "distance {:.3f}, cosine {:.3f}".format(*_to_the_vector(explanation, index))
     if condition.holds is None:
         values = ", ".join(f"{d:.3f}" for d in explanation.distances[index].tolist())
         return f"distance {values}"
     word = "holds" if condition.holds else "fails"
     return f"{condition.text}: {word} by {abs(condition.margin or 0.0):.3f}"
+
+
+def _to_the_vector(explanation: Explanation, index: int) -> tuple[float, float]:
+    """Distance and cosine of the only pair of a comparison."""
+    rows = F.normalize(explanation.embeddings[index], dim=1)
+    return float(explanation.distances[index, 0]), float(rows[0] @ rows[1])
 
 
 def footer(explanation: Explanation) -> str:
@@ -109,8 +139,14 @@ def heat_of(explanation: Explanation, index: int) -> NDArray[np.float32]:
     return robust(heatmaps, shared=explanation.scale == "shared")
 
 
-def _question(explanation: Explanation) -> str:
+def question(explanation: Explanation) -> str:
     """The question the maps answer, in a line."""
+    if explanation.vectors and explanation.architecture == "siamese":
+        vector = explanation.vectors[0]
+        sign = "speaks for" if explanation.positives else "speaks against"
+        where = "the direction " if vector.direction else ""
+        label = textwrap.shorten(vector.label, 36, placeholder=" …")
+        return f"What in the image {sign} {where}\u201c{label}\u201d?"
     if explanation.architecture == "siamese":
         return f"What makes these two {'alike' if explanation.positives else 'different'}?"
     near = f"the positive{'s' * (explanation.positives > 1)}"
@@ -131,23 +167,34 @@ def _tiles(explanation: Explanation, index: int, *, by_layer: bool) -> list[Tile
         layer: explanation.drawn(maps[index][None])[0].cpu().numpy()
         for layer, maps in shown.items()
     }
-    tiles = []
+    tiles = {}
     for place, role in enumerate(explanation.roles):
+        member = explanation.places[place]
         tile = Tile(
-            picture=np.zeros((1, 1, 3), np.uint8),
+            picture=_NOTHING,
             heatmap=heatmaps[place],
             role=role,
-            distance=distances[place],
+            distance=distances[member],
             peak=peaks[place],
             more=tuple((layer, heatmaps[place]) for layer, heatmaps in more.items()),
         )
         if explanation.pictures:
-            tiles.append(_from_picture(explanation, place, tile))
+            tiles[member] = _from_picture(explanation, place, tile)
         else:
             picture = explanation.preprocess.undo(explanation.images[index, place])
             peak = tile.peak and (tile.peak[0] - 0.5, tile.peak[1] - 0.5)
-            tiles.append(replace(tile, picture=picture, peak=peak))
-    return tiles
+            tiles[member] = replace(tile, picture=picture, peak=peak)
+    for vector in explanation.vectors:
+        kind = explanation.members[vector.member]
+        tiles[vector.member] = Tile(
+            picture=_NOTHING,
+            heatmap=_NOTHING[..., 0].astype(np.float32),
+            role=roles(explanation.positives, explanation.negatives)[vector.member],
+            distance=None if vector.direction else distances[vector.member],
+            text=vector.label,
+            kind=kind,
+        )
+    return [tiles[member] for member in sorted(tiles)]
 
 
 def _from_picture(explanation: Explanation, place: int, tile: Tile) -> Tile:

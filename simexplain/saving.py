@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from simexplain.data.preprocessing import Geometry, Preprocess
-from simexplain.explanation import Explanation
+from simexplain.explanation import Explanation, GivenVector
 from simexplain.publishing import Kind, numbered, published, read_back
 from simexplain.rendering.overlay import RENDERERS
 from simexplain.rendering.panel import png_of
@@ -65,6 +65,8 @@ def _comparison(explanation: Explanation, index: int) -> dict[str, Any]:
             }
             for path, role, peak, place in zip(paths, explanation.roles, peaks, places, strict=True)
         ],
+        "members": list(explanation.members),
+        "vectors": [asdict(vector) for vector in explanation.vectors],
         "distances": explanation.distances[index].tolist(),
         "scores": explanation.scores[index].tolist(),
         "condition": asdict(explanation.condition(index)),
@@ -128,6 +130,8 @@ def arrays_of(explanation: Explanation) -> dict[str, Any]:
         arrays["moved"] = explanation.moved.cpu().numpy()
     if explanation.unexplained is not None:
         arrays["unexplained"] = explanation.unexplained.cpu().numpy()
+    if explanation.preprocess.channels != 3:  # a drawing does not hold all bands
+        arrays["images"] = explanation.images.cpu().numpy()
     return {"views": explanation.views, **arrays}
 
 
@@ -140,7 +144,8 @@ def restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
     """The explanation with this :func:`manifest` and these arrays (:func:`arrays_of`)."""
     preprocess = Preprocess.from_json(said["preprocess"])
     tensors: dict[str, Any] = {name: torch.from_numpy(arrays[name]) for name in _TENSORS}
-    first = said["comparisons"][0]["images"]
+    whole = said["comparisons"][0]
+    first = whole["images"]
     places = [image.get("geometry") for image in first]  # which older versions did not write
     return Explanation(
         **tensors,
@@ -148,8 +153,15 @@ def restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
             layer: torch.from_numpy(arrays[f"layer_{number}"])
             for number, layer in enumerate(said["layers"])
         },
-        positives=sum(image["role"] == "positive" for image in first),
-        images=preprocess.redo(arrays["views"]),
+        positives=sum(
+            role.partition(" ")[0] in ("positive", "direction")
+            for role in whole.get("members") or [image["role"] for image in first]
+        ),
+        images=(
+            torch.from_numpy(arrays["images"])
+            if "images" in arrays
+            else preprocess.redo(arrays["views"])
+        ),
         preprocess=preprocess,
         method=said["method"],
         model=said["model"],
@@ -161,4 +173,5 @@ def restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
         scale=said["scale"],
         unexplained=torch.from_numpy(arrays["unexplained"]) if "unexplained" in arrays else None,
         geometries=tuple(map(Geometry.from_json, places)) if all(places) else (),
+        vectors=tuple(GivenVector(**vector) for vector in whole.get("vectors", ())),
     )

@@ -37,6 +37,7 @@ LEVELS = [
     ["simexplain.explanation"],
     ["simexplain.picturing"],
     ["simexplain.saving"],
+    ["simexplain.pair_explanation"],
     ["simexplain.explaining"],
     ["simexplain.explaining_files"],
     [

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from simexplain.data.bands import ARRAYS
 from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ImageError
@@ -59,6 +60,8 @@ def pictures_in(folder: str | Path, *, labelled: bool) -> list[Record]:
         below = [path for child in root.iterdir() if child.is_dir() for path in child.rglob("*")]
         found = [*root.iterdir(), *below]
         paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
+        # Arrays beside pictures are rather embeddings or masks.
+        paths = paths or sorted(path for path in found if path.suffix.lower() in ARRAYS)
     except OSError as error:
         raise ImageError(f"'{root}' cannot be read ({error.strerror or error}).") from error
     inside = [path.relative_to(root) for path in paths if path.is_file()]
@@ -119,7 +122,7 @@ class Batches:
     def _read(self, place: int) -> tuple[int, Tensor] | None:
         path = self.records[place].path
         try:
-            return place, self.preprocess(read_picture(path).image)[0]
+            return place, self.preprocess(read_picture(path).pixels)[0]
         except ImageError as error:
             self.broken[path] = str(error)
             return None

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from simexplain.data.bands import as_rgb, is_banded, read_bands
 from simexplain.data.quieting import pillow_quiet
 from simexplain.errors import ImageError
 
@@ -26,26 +28,38 @@ class Picture:
         path: Where it came from, as the user wrote it; empty for pictures made in memory.
         image: Upright RGB, 8 bits a channel.
         notes: What had to be changed, for the user to read.
+        bands: The values ``(H,W,C)``, float32, of a picture that is more or other than RGB: an
+            array from a file or a TIFF of many bands. ``image`` is then a view of it.
     """
 
     path: str
     image: Image.Image
     notes: tuple[str, ...] = ()
+    bands: NDArray[np.float32] | None = None
+
+    @property
+    def pixels(self) -> Image.Image | NDArray[np.float32]:
+        """What a network sees: the bands where there are any, else the image."""
+        return self.image if self.bands is None else self.bands
 
 
 def read_picture(path: str | Path) -> Picture:
     """Reads a picture file.
 
     EXIF rotation is applied, transparency is laid on white, CMYK, palette, grey and 16-bit
-    pictures become 8-bit RGB, and of an animation the first frame is taken, with a note.
+    pictures become 8-bit RGB, and of an animation the first frame is taken, with a note. Arrays
+    and TIFF files of many bands keep their bands (:func:`read_bands`).
 
     Args:
-        path: Any format that Pillow reads, up to 178 million pixels.
+        path: Any format that Pillow reads, up to 178 million pixels; ``.npy``, ``.npz``.
 
     Raises:
         ImageError: If the file is missing, not a picture, cut off or too large.
     """
     name = str(path)
+    if is_banded(path):
+        bands, notes = read_bands(path)
+        return Picture(name, Image.fromarray(as_rgb(bands)), notes, bands)
     try:
         # Pillow warns of damaged metadata, and from 89 million pixels; it refuses twice that.
         with pillow_quiet(), Image.open(path, formats=_formats()) as opened:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from simexplain.data.bands import as_rgb, fitting_bands
 from simexplain.data.images import Picture
 from simexplain.errors import ImageError
 
@@ -134,13 +135,16 @@ class Preprocess:
             above 1 a black border is added, as a few networks were evaluated.
         interpolation: ``bilinear``, ``bicubic``, ``nearest``, ``nearest-exact``, ``box``,
             ``hamming`` or ``lanczos``, always with antialiasing.
-        mean: Subtracted from channels in [0, 1].
+        mean: Subtracted from channels in [0, 1]; as many numbers as the network has channels. With
+            one, pictures are read as grey; with more than three, from files of many bands.
         std: What channels are divided by afterwards.
         source: Where these values come from, for the user to read.
         notes: What a user should know about how the model was read.
         resizing: What resizes: ``pillow``, ``tensor`` (torchvision on 8-bit tensors) or ``float``
             (torchvision on tensors in [0, 1]). The latter two are what image processors of
             transformers do, and like them they round a centre crop's corner down.
+        shown: Which channels figures draw as red, green and blue; with one or three channels those
+            themselves, else the first three unless given.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -152,6 +156,7 @@ class Preprocess:
     source: str = "ImageNet defaults"
     notes: tuple[str, ...] = ()
     resizing: str = "pillow"
+    shown: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.fit not in FITS:
@@ -159,17 +164,55 @@ class Preprocess:
         if not _is_number(self.crop_fraction) or not 0 < self.crop_fraction <= 2:
             raise ImageError(f"Expected crop_fraction in (0, 2], got {self.crop_fraction!r}.")
         _check_values(self)
+        if self.shown and (
+            len(self.shown) != 3 or not set(self.shown) <= set(range(self.channels))
+        ):
+            raise ImageError(
+                f"Expected shown to be three of the channels 0 to {self.channels - 1}, got "
+                f"{self.shown}."
+            )
         if self.resizing not in RESIZINGS:
             raise ImageError(
                 f"Expected resizing to be one of {', '.join(RESIZINGS)}, got '{self.resizing}'."
             )
 
-    def __call__(self, image: Image.Image) -> tuple[Tensor, Geometry]:
-        """The input tensor ``(3,H,W)``, float32, and where it lies in the picture.
+    @property
+    def channels(self) -> int:
+        """How many channels the network's images have: 1 for grey, 3 for RGB, or more bands."""
+        return len(self.mean)
+
+    def drawn(self, picture: Picture) -> Picture:
+        """The picture as figures show it: grey for a grey network, bands by :attr:`shown`."""
+        if picture.bands is None and self.channels != 1:
+            return picture
+        bands = fitting_bands(picture.pixels, self.channels)
+        return replace(picture, image=Image.fromarray(as_rgb(bands, self.shown)))
+
+    def for_channels(self, channels: int) -> Preprocess:
+        """The same for a network of another number of channels.
+
+        Mean and std of grey are the mean of those of the colours; of other bands, whose range
+        nobody knows, 0 and 1, which leaves them as they are.
+        """
+        if channels == self.channels:
+            return self
+        if channels == 1:
+            mean, std = (sum(values) / len(values) for values in (self.mean, self.std))
+            return replace(self, mean=(round(mean, 6),), std=(round(std, 6),), shown=())
+        return replace(self, mean=(0.0,) * channels, std=(1.0,) * channels, shown=())
+
+    def __call__(self, image: Image.Image | NDArray[np.float32]) -> tuple[Tensor, Geometry]:
+        """The input tensor ``(C,H,W)``, float32, and where it lies in the picture.
+
+        Args:
+            image: RGB, or bands ``(H,W,C)``.
 
         Raises:
-            ImageError: If the picture is so elongated that its centre crop shows next to nothing.
+            ImageError: If the picture is so elongated that its centre crop shows next to nothing,
+                or has other channels than the network.
         """
+        if not isinstance(image, Image.Image) or self.channels != 3:
+            return self._other_channels(image)
         geometry = self.geometry((image.height, image.width))
         pixels = self._resized(image, geometry.resized)
         (top, left), (height, width) = geometry.offset, geometry.size
@@ -194,6 +237,24 @@ class Preprocess:
         pixels = pixels * (1 / 255) if self.resizing == "float" else pixels
         resized: Tensor = resize(pixels, list(size), mode, antialias=True)
         return resized if self.resizing == "float" else resized.float() / 255
+
+    def _other_channels(self, image: Image.Image | NDArray[np.float32]) -> tuple[Tensor, Geometry]:
+        """The input tensor for grey networks, and from or for pictures of many bands."""
+        bands = fitting_bands(image, self.channels)
+        geometry = self.geometry((bands.shape[0], bands.shape[1]))
+        values = torch.from_numpy(np.ascontiguousarray(bands)).movedim(-1, 0)
+        resized = F.resize(
+            values, list(geometry.resized), InterpolationMode(self.interpolation), antialias=True
+        )
+        (top, left), (height, width) = geometry.offset, geometry.size
+        mean = torch.tensor(self.mean).view(-1, 1, 1)
+        if self.fit == "pad":
+            view = mean.expand(-1, height, width).clone()
+            rows, columns = geometry.resized
+            view[:, -top : rows - top, -left : columns - left] = resized
+        else:
+            view = F.crop(resized, top, left, height, width)
+        return (view - mean) / torch.tensor(self.std).view(-1, 1, 1), geometry
 
     def geometry(self, original: tuple[int, int]) -> Geometry:
         """Where the view of a picture of this ``(height, width)`` lies."""
@@ -224,15 +285,27 @@ class Preprocess:
         return tuple(round(side / ratio) for side in original)
 
     def undo(self, images: Tensor) -> NDArray[np.uint8]:
-        """Input tensors ``(...,3,H,W)`` as pictures ``(...,H,W,3)`` to look at."""
+        """Input tensors ``(...,C,H,W)`` as pictures ``(...,H,W,3)`` to look at.
+
+        One channel is drawn as grey; of more than three those in :attr:`shown`, stretched.
+        """
         mean, std = (torch.tensor(v).view(-1, 1, 1).to(images) for v in (self.mean, self.std))
+        if self.channels != 3:
+            plain = (images * std + mean).detach().float().movedim(-3, -1).cpu().numpy()
+            flat = plain.reshape(-1, *plain.shape[-3:])
+            pictures = np.stack([as_rgb(one, self.shown) for one in flat])
+            return pictures.reshape(*plain.shape[:-1], 3)
         values = ((images * std + mean) * 255).round().clamp(0, 255).movedim(-3, -1)
         return np.asarray(values.detach().cpu().to(torch.uint8).numpy(), dtype=np.uint8)
 
     def redo(self, pictures: NDArray[np.uint8]) -> Tensor:
-        """The counterpart of :meth:`undo`: ``(...,H,W,3)`` as input tensors ``(...,3,H,W)``."""
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
-        return (torch.from_numpy(pictures).movedim(-1, -3) / 255 - mean) / std
+        """The counterpart of :meth:`undo`: ``(...,H,W,3)`` as input tensors ``(...,C,H,W)``.
+
+        Of one or three channels only; a drawing of many bands does not hold them all.
+        """
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
+        shown = pictures[..., : self.channels]
+        return (torch.from_numpy(shown).movedim(-1, -3) / 255 - mean) / std
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON from which :meth:`from_json` makes an equal object."""
@@ -281,15 +354,15 @@ def _check_values(prepare: Preprocess) -> None:
 
 
 def prepared(prepare: Preprocess, pictures: Sequence[Picture]) -> tuple[Tensor, list[Geometry]]:
-    """Several pictures as one batch ``(M,3,H,W)``, and where each view lies in its picture.
+    """Several pictures as one batch ``(M,C,H,W)``, and where each view lies in its picture.
 
     Raises:
-        ImageError: If a picture is too elongated; names it.
+        ImageError: If a picture is too elongated or has other channels; names it.
     """
     tensors, geometries = [], []
     for picture in pictures:
         try:
-            tensor, geometry = prepare(picture.image)
+            tensor, geometry = prepare(picture.pixels)
         except ImageError as error:
             raise ImageError(f"'{picture.path}': {error}") from error
         tensors.append(tensor)

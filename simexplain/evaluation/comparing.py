@@ -223,7 +223,7 @@ class _Run:
         """
         embeddings_of(self.model, self.question.comparison, self.max_batch)
         try:
-            self.model.layers_for(self.question.comparison.anchor)
+            self.model.layers_for(self.question.comparison.stacked()[:, 0])
         except SimexplainError:  # a black box has none
             return
 
@@ -273,7 +273,7 @@ def _drawn(explanation: Explanation) -> Tensor:
 
 
 def _masks(masks: Sequence[Tensor | None] | None, comparison: Comparison) -> dict[int, Tensor]:
-    size = tuple(comparison.anchor.shape[-2:])
+    size = comparison.image_size
     given = [None] * comparison.count if masks is None else list(masks)
     known = [mask for mask in given if mask is not None]
     if len(given) != comparison.count or any(

@@ -182,7 +182,7 @@ def _warnings(bank: WeightBank, found: BankWeights, images: Comparison) -> tuple
             f"{nearest[worst]:.3f} away, while 99% of the bank's own images have another within "
             f"{bank.usual:.3f}; such a map explains something else."
         )
-    height, width = images.anchor.shape[-2:]
+    height, width = images.image_size
     if (height, width) != bank.size:
         said.append(
             f"The bank was made from images of {bank.size[0]}x{bank.size[1]}, these are of "

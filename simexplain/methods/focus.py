@@ -111,7 +111,8 @@ class Focus:
         units = images.restacked(unit_rows(vectors))
         check_embeddings(units, images.roles)
         rivals = rivals_of(images)
-        directions = rivals.directions(units)
+        members = images.joined(units)
+        directions = rivals.directions(members)
         sizes = {layer: maps.shape[-2:].numel() for layer, maps in traced.maps.items()}
         order = sorted(layers, key=lambda layer: (sizes[layer], -layers.index(layer)))
         cells, found = _evidence(
@@ -119,7 +120,7 @@ class Focus:
         )
         like = torch.zeros_like(cells)
         if self.detail:
-            like = _likeness(traced, order[:2], rivals.support(units).flatten(0, 1))
+            like = _likeness(traced, order[:2], rivals.support(members).flatten(0, 1))
         with torch.no_grad():
             middle = at_least_single(traced.maps[order[min(1, len(order) - 1)]])
             matched = rivals.matched(images.restacked(middle)).flatten(0, 1)

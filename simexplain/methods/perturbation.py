@@ -61,18 +61,19 @@ class Occlusion:
 
         question = ask(model, images, max_batch)
         fills = filled(model, question.images, self.fill)
+        channels = question.images.shape[1]
         window, stride = _in_pixels(images, self.window, self.stride)
         # One image after the other: then a batch is full of perturbed copies of one image.
         tool = Captum(lambda copies, d: scores_of(model, copies, d, question.size))
         maps = [
             tool.attribute(
                 image[None],
-                sliding_window_shapes=(3, window, window),
-                strides=(3, stride, stride),
+                sliding_window_shapes=(channels, window, window),
+                strides=(channels, stride, stride),
                 baselines=fill[None],
                 additional_forward_args=direction[None],
                 perturbations_per_eval=question.size,
-            )[0, 0]  # the window covers all colours, so they agree
+            )[0, 0]  # the window covers all channels, so they agree
             for image, fill, direction in zip(
                 question.images, fills, question.directions, strict=True
             )
@@ -85,7 +86,7 @@ class Occlusion:
         """Images that pass through the network for these comparisons."""
         window, stride = _in_pixels(images, self.window, self.stride)
         # Captum's last window may hang over the edge.
-        steps = [math.ceil((side - window) / stride) + 1 for side in images.anchor.shape[-2:]]
+        steps = [math.ceil((side - window) / stride) + 1 for side in images.image_size]
         return (math.prod(steps) + 2) * images.batch * images.count
 
 
@@ -148,7 +149,7 @@ class SBSM:
         """The side of the window and the upper left corner of every place it goes to."""
         window, stride = _in_pixels(images, self.window, self.stride)
         tops, lefts = (
-            [*range(0, side - window, stride), side - window] for side in images.anchor.shape[-2:]
+            [*range(0, side - window, stride), side - window] for side in images.image_size
         )
         return window, [(top, left) for top in tops for left in lefts]
 
@@ -249,7 +250,7 @@ def _check_window(window: float, stride: float, fill: str) -> None:
 
 def _in_pixels(images: Comparison, window: float, stride: float) -> tuple[int, int]:
     """Window and stride in pixels, from shares of the shorter side."""
-    shorter = min(images.anchor.shape[-2:])
+    shorter = min(images.image_size)
     side = max(1, round(window * shorter))
     return side, min(side, max(1, round(stride * shorter)))
 

@@ -15,7 +15,7 @@ _ROWS = 1024
 
 @dataclass(frozen=True)
 class Rivals:
-    """Places in a comparison, one entry for each of its ``K`` images.
+    """Members of a comparison, by their number, one entry for each of its ``K`` images.
 
     A region of the anchor or of a positive counts as evidence as far as it is more like the images
     on its own side than like the negatives. A region of a negative counts as far as it is its own
@@ -26,10 +26,13 @@ class Rivals:
     Attributes:
         supporting: The images a region should be like; the image itself where it is to differ.
         opposing: The images it should not be like; empty where nobody speaks against.
+        places: Which member of the comparison each of the images is. Given vectors are members
+            that support and oppose as a whole, but have no regions to be like.
     """
 
     supporting: tuple[tuple[int, ...], ...]
     opposing: tuple[tuple[int, ...], ...]
+    places: tuple[int, ...]
 
     @property
     def unopposed(self) -> tuple[bool, ...]:
@@ -37,7 +40,11 @@ class Rivals:
         return tuple(not places for places in self.opposing)
 
     def directions(self, units: Tensor) -> Tensor:
-        """Mean of the supporting minus mean of the opposing unit rows, ``(B,K,E) -> (B,K,E)``."""
+        """Mean of the supporting minus mean of the opposing unit rows, for each image ``(B,K,E)``.
+
+        Args:
+            units: Of all members, ``(B,1+P+N,E)``.
+        """
         against = [
             units[:, list(far)].mean(dim=1) if far else torch.zeros_like(units[:, 0])
             for far in self.opposing
@@ -45,7 +52,7 @@ class Rivals:
         return self.support(units) - torch.stack(against, dim=1)
 
     def support(self, units: Tensor) -> Tensor:
-        """Mean of the supporting unit rows, ``(B,K,E) -> (B,K,E)``."""
+        """Mean of the supporting unit rows ``(B,1+P+N,E)`` of all members, ``(B,K,E)``."""
         return torch.stack([units[:, list(near)].mean(dim=1) for near in self.supporting], dim=1)
 
     def matched(self, maps: Tensor) -> Tensor:
@@ -53,6 +60,7 @@ class Rivals:
 
         The best cosine of a position's features with any position of the supporting images, minus
         the best with any of the opposing images or, where there are none, the mean of the former.
+        Zero where the supporting members are given vectors.
 
         Args:
             maps: Feature maps ``(B,K,C,h,w)``.
@@ -62,7 +70,12 @@ class Rivals:
         """
         cells = F.normalize(maps, dim=2).flatten(3)
         found = []
-        for own, (near, far) in enumerate(zip(self.supporting, self.opposing, strict=True)):
+        image = {place: number for number, place in enumerate(self.places)}
+        for own, members in enumerate(zip(self.supporting, self.opposing, strict=True)):
+            near, far = (tuple(image[p] for p in side if p in image) for side in members)
+            if not near:
+                found.append(torch.zeros_like(cells[:, own, 0]))
+                continue
             found_near = _best(cells, own, near)
             against = _best(cells, own, far) if far else found_near.mean(dim=1, keepdim=True)
             found.append((found_near - against).relu())
@@ -74,9 +87,12 @@ def rivals_of(images: Comparison) -> Rivals:
     count = images.positives.shape[1]
     near = tuple(range(1, 1 + count))
     far = tuple(range(1 + count, 1 + count + images.negatives.shape[1]))
+    supporting = (near or (0,), *((0,) for _ in near), *((place,) for place in far))
+    opposing = (far, *(far for _ in near), *((0,) for _ in far))
     return Rivals(
-        supporting=(near or (0,), *((0,) for _ in near), *((place,) for place in far)),
-        opposing=(far, *(far for _ in near), *((0,) for _ in far)),
+        supporting=tuple(supporting[place] for place in images.places),
+        opposing=tuple(opposing[place] for place in images.places),
+        places=images.places,
     )
 
 

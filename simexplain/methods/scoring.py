@@ -33,10 +33,10 @@ _HALF_SCALE = 1024.0
 
 
 def black_of(model: SimilarityModel) -> Tensor:
-    """Black as the network sees it, after the model's normalisation, ``(3,1,1)``."""
+    """Black as the network sees it, after the model's normalisation, ``(C,1,1)``."""
     prepare = model.preprocess
     mean, std = (
-        torch.tensor(values, dtype=torch.float64).view(3, 1, 1)
+        torch.tensor(values, dtype=torch.float64).view(-1, 1, 1)
         for values in (prepare.mean, prepare.std)
     )
     return -mean / std

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simexplain.comparison import Comparison
-from simexplain.errors import ModelError
+from simexplain.errors import ComparisonError, ModelError
 from simexplain.methods.layer_maps import check_cams, fuse, layer_cams
 from simexplain.methods.weights import FLAT_BELOW, flat_factors, scaled_weights, weight_rule
 from simexplain.tracing import Trace, Traceable, trace
@@ -117,6 +117,12 @@ class SimilarityAttention:
             images: Tells which image has which role; its values are not read.
             create_graph: Keep the maps differentiable, for training.
         """
+        if not images.unit:
+            raise ComparisonError(
+                "Similarity attention weighs dimensions by how two embeddings agree there, which a "
+                "direction does not have; use similarity_cam, focus, decomposition or a method on "
+                "pixels."
+            )
         check_embeddings(images.restacked(traced.embeddings.detach()), images.roles)
         with torch.enable_grad():  # also where the caller has switched it off
             rows = images.restacked(traced.embeddings)
@@ -189,7 +195,7 @@ class SimilarityAttention:
             )
         if bool((log_scale <= _SMALLEST_LOG).any()):
             found.append(
-                f"A product of {embeddings.count - 1} factors is too small for its number type; "
+                f"A product of {embeddings.members - 1} factors is too small for its number type; "
                 "the maps of that comparison are scaled up by a constant."
             )
         return tuple(found)

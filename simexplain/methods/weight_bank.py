@@ -218,7 +218,9 @@ class WeightBank:
 
 def noise_for(model: SimilarityModel, size: tuple[int, int]) -> Tensor:
     """One image of fixed noise ``(1,3,H,W)`` in the type and on the device of the model."""
-    noise = torch.rand((1, 3, *size), generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(
+        (1, model.preprocess.channels, *size), generator=torch.Generator().manual_seed(0)
+    )
     return noise.to(model.example())
 
 

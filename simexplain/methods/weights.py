@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simexplain.comparison import Comparison
+from simexplain.comparison import Comparison, roles
 from simexplain.errors import ComparisonError
 
 FLAT_BELOW = 0.05
@@ -116,9 +116,9 @@ def flat_factors(embeddings: Comparison, rule: str = "paper") -> list[str]:
         over the dimensions) is below :data:`FLAT_BELOW` in any comparison of the batch.
     """
     found = []
-    roles = embeddings.like(embeddings.stacked()).roles[1:]
+    others = roles(embeddings.positives.shape[1], embeddings.negatives.shape[1])[1:]
     for number, (role, factor) in enumerate(
-        zip(roles, _factors(embeddings, weight_rule(rule)), strict=True), start=1
+        zip(others, _factors(embeddings, weight_rule(rule)), strict=True), start=1
     ):
         mean = factor.mean(dim=1)
         variation = factor.std(dim=1, correction=0) / mean.clamp_min(1e-30)

@@ -130,7 +130,7 @@ def baseline_of(images: Tensor, baseline: str | Tensor) -> Tensor:
         raise ComparisonError(
             f"Expected baseline to be one of {', '.join(BASELINES)}, got '{baseline}'."
         )
-    ground: Tensor = BASELINES[baseline](images.detach(), torch.zeros(3, 1, 1))
+    ground: Tensor = BASELINES[baseline](images.detach(), torch.zeros(images.shape[-3], 1, 1))
     return ground
 
 

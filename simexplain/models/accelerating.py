@@ -71,6 +71,7 @@ class _Fast(Embedder):
             preprocess=original.preprocess,
             distance=original.distance_name,
             name=f"{original.name} (fast)",
+            text=original.text,
         )
         self.layer_table = original.layer_table
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,17 @@ class SimilarityModel(nn.Module, ABC):
         bounds = (count, limit, self.largest_batch)
         return max(1, min(bound for bound in bounds if bound is not None))
 
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        """Unit rows ``(T,E)`` of texts, in the space of the image embeddings.
+
+        Raises:
+            ModelError: If the model has no text tower, or a text is blank or too long for it.
+        """
+        raise ModelError(
+            f"{self.name} has no text tower, so a text cannot be compared with an image; take a "
+            "CLIP-like model."
+        )
+
     @abstractmethod
     def distance(self, q: Tensor, g: Tensor) -> Tensor:
         """Distances ``(Q,G)`` of embeddings ``(Q,E)`` and ``(G,E)``; smaller is closer."""
@@ -131,7 +142,9 @@ class SimilarityModel(nn.Module, ABC):
     def example(self) -> Tensor:
         """One image of fixed noise in the model's own input size, type and device."""
         generator = torch.Generator().manual_seed(0)
-        noise = torch.rand((1, 3, *self.preprocess.size), generator=generator)
+        noise = torch.rand(
+            (1, self.preprocess.channels, *self.preprocess.size), generator=generator
+        )
         reference = next(self.parameters(), noise)
         return noise.to(reference.device, reference.dtype)
 

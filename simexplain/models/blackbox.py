@@ -164,6 +164,7 @@ class OnnxProgram:
 
     Attributes:
         batch_size: The fixed number of images, or None.
+        channels: Of an image; 3 where the graph leaves it open.
         size: The fixed ``(height, width)``; None where the graph leaves a side open.
     """
 
@@ -176,10 +177,11 @@ class OnnxProgram:
         self._session = _session(path)
         inputs = self._session.get_inputs()
         shape = list(inputs[0].shape) if inputs else []
-        if len(inputs) != 1 or len(shape) != 4 or _fixed(shape[1]) not in (3, None):
+        # Three or fewer columns are rather the colours of a graph with channels last.
+        if len(inputs) != 1 or len(shape) != 4 or (_fixed(shape[3]) or 224) <= 3:
             told = ", ".join(str(tuple(one.shape)) for one in inputs) or "nothing"
             raise ModelError(
-                f"Expected '{path}' to take one batch of images (M,3,H,W), but it takes {told}."
+                f"Expected '{path}' to take one batch of images (M,C,H,W), but it takes {told}."
             )
         if inputs[0].type not in _TYPES:
             raise ModelError(
@@ -187,7 +189,7 @@ class OnnxProgram:
                 "export the network without its preprocessing or quantised input."
             )
         self._input, self._dtype = inputs[0].name, _TYPES[inputs[0].type]
-        self.batch_size = _fixed(shape[0])
+        self.batch_size, self.channels = _fixed(shape[0]), _fixed(shape[1]) or 3
         sides = (_fixed(shape[2]), _fixed(shape[3]))
         self.size = (sides[0], sides[1]) if sides[0] and sides[1] else None
         self._path = path
@@ -241,7 +243,7 @@ def load_blackbox(
     if kind == "onnx":
         program = OnnxProgram(path)
         batch_size = program.batch_size or batch_size
-        prepare = replace(prepare, size=program.size or prepare.size)
+        prepare = replace(prepare, size=program.size or prepare.size).for_channels(program.channels)
     elif kind == "torchscript":
         program = _scripted(path, trust)
     else:

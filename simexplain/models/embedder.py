@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from simexplain.models.layers import Layer
 from simexplain.models.preparing import assumed_preprocess
 from simexplain.models.readouts import readout_of, weights_for_images
 from simexplain.models.sidecar import LayerTable
+from simexplain.models.texts import TextEncoder, text_vectors
 from simexplain.networks import at_least_single, unit_rows
 
 Output = Callable[[Any], Tensor] | str | int | None
@@ -38,6 +40,7 @@ class Embedder(SimilarityModel):
         distance: str = "euclidean",
         name: str = "",
         batch_size: int | None = None,
+        text: TextEncoder | None = None,
     ) -> None:
         super().__init__()
         if distance not in DISTANCES:
@@ -51,6 +54,7 @@ class Embedder(SimilarityModel):
         self.batch_size = batch_size
         self.layer_table: LayerTable | None = None
         self.processor: Any = None
+        self.text = text
 
     @property
     def network(self) -> nn.Module:
@@ -78,7 +82,7 @@ class Embedder(SimilarityModel):
         """
         if images.dim() != 4:
             raise ModelError(
-                f"Expected images of shape (M,3,H,W), got {tuple(images.shape)}; "
+                f"Expected images of shape (M,C,H,W), got {tuple(images.shape)}; "
                 "add a batch axis with unsqueeze(0)."
             )
         reference = next(weights_for_images(self.module), images)
@@ -98,6 +102,14 @@ class Embedder(SimilarityModel):
             )
         return at_least_single(vectors)
 
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        """Unit rows ``(T,E)`` of texts, by ``text`` or the text tower of the network.
+
+        Raises:
+            ModelError: If there is no text tower, or a text is blank or too long for it.
+        """
+        return unit_rows(at_least_single(text_vectors(self.module, self.text, texts)))
+
     def distance(self, q: Tensor, g: Tensor) -> Tensor:
         """Distances ``(Q,G)`` of unit rows ``(Q,E)`` and ``(G,E)``, as named at construction."""
         return DISTANCES[self.distance_name](q, g)
@@ -111,6 +123,7 @@ def as_similarity_model(
     distance: str = "euclidean",
     name: str = "",
     batch_size: int | None = None,
+    text: TextEncoder | None = None,
 ) -> SimilarityModel:
     """Wraps any ``nn.Module`` that returns an embedding. The module itself is not changed.
 
@@ -128,17 +141,25 @@ def as_similarity_model(
         distance: ``euclidean`` (Eq. 1 of the paper), ``squared`` or ``cosine``, on unit rows.
         name: What to call the model in figures; its class name unless given.
         batch_size: The only number of images that one forward pass takes, or None.
+        text: What makes vectors ``(T,E)`` of a list of texts, in the space of the image
+            embeddings; CLIP-like networks of transformers and open_clip bring it along.
 
     Raises:
         ModelError: If the module cannot be traced or an option is unknown.
     """
     if isinstance(module, SimilarityModel):
         return module
+    if isinstance(getattr(module, "learned", None), bool):  # a PairModel, which lies above
+        raise ModelError(
+            "A pair model compares two images and has no embedding of one alone, which is wanted "
+            "here; use it with explain, or give one of its towers."
+        )
     if not isinstance(module, nn.Module):
         raise ModelError(
             f"Expected an nn.Module, got {type(module).__name__}; load files with load_model."
         )
     module = _unwrapped(module)
+    _check_inputs(module)
     if isinstance(module, torch.jit.ScriptModule):
         from simexplain.models.blackbox import BlackBox  # which is built on this module
 
@@ -157,7 +178,34 @@ def as_similarity_model(
         distance=distance,
         name=name,
         batch_size=batch_size,
+        text=text,
     )
+
+
+def _check_inputs(module: nn.Module) -> None:
+    """Refuses a module whose forward wants more than one input.
+
+    Raises:
+        ModelError: If so; says what takes such a module.
+    """
+    if any(hasattr(module, name) for name in ("encode_image", "get_image_features")):
+        return  # a CLIP-like network, whose image tower can be called by itself
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):  # programs without a signature
+        return
+    wanted = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(wanted) > 1:
+        raise ModelError(
+            f"Expected a network that embeds one image, but {type(module).__name__} takes "
+            f"{', '.join(wanted)}; for a score of two images use as_pair_model, else give a module "
+            "around it that takes images alone."
+        )
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

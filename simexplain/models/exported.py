@@ -55,10 +55,12 @@ def load_exported(path: Path, *, trust: bool, distance: str) -> SimilarityModel:
     finally:
         logger.disabled = before
     limits = call.limits
+    prepare = replace(IMAGENET, size=call.size, notes=_notes(program, path))
+    prepare = prepare.for_channels(call.channels)
     model = as_similarity_model(
         ExportedNetwork(network, call),
         output=output,
-        preprocess=replace(IMAGENET, size=call.size, notes=_notes(program, path)),
+        preprocess=prepare,
         name=path.stem,
         distance=distance,
         batch_size=limits.fixed,
@@ -85,6 +87,7 @@ class _Call:
         spec: How the inputs are laid out as arguments.
         limits: Of the batch.
         size: ``(height, width)`` of the images.
+        channels: Of an image.
     """
 
     values: tuple[Any, ...]
@@ -92,6 +95,7 @@ class _Call:
     spec: Any
     limits: _Limits
     size: tuple[int, int]
+    channels: int = 3
 
 
 class ExportedNetwork(nn.Module):
@@ -146,15 +150,18 @@ def _call_of(program: Any, path: Path) -> _Call:
             place = len(values)
             shapes.append(held.shape)
         values.append(getattr(spec.arg, "value", None))
-    if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] != 3:
+    images = [shape for shape in shapes if len(shape) == 4 and isinstance(shape[1], int)]
+    # Three or fewer columns are rather the colours of a program with channels last.
+    if len(shapes) != 1 or not images or (isinstance(images[0][3], int) and images[0][3] <= 3):
         raise ModelError(
-            f"Expected '{path}' to take one batch of images (M,3,H,W), but it takes "
+            f"Expected '{path}' to take one batch of images (M,C,H,W), but it takes "
             f"{', '.join(str(tuple(shape)) for shape in shapes) or 'nothing'}."
         )
-    batch, _, height, width = shapes[0]
+    batch, channels, height, width = shapes[0]
     sides = (_side(height, program), _side(width, program))
     spec = program.module_call_graph[0].signature.in_spec
-    return _Call(tuple(values), place, spec, _limits_of(batch, program), sides)
+    limits = _limits_of(batch, program)
+    return _Call(tuple(values), place, spec, limits, sides, channels)
 
 
 def _range_of(size: Any, program: Any) -> tuple[int, int | None]:

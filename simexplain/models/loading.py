@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from simexplain.models.rebuilding import rebuilt
 from simexplain.models.sidecar import Sidecar, read_sidecar, with_values
 
 RANDOM = "random"
+_MOST_CHANNELS = 1024
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,7 @@ def _from_checkpoint(
 
 def _preprocess_from(values: dict[str, Any]) -> Preprocess:
     found = Preprocess.from_json(values)
-    if len(found.mean) != 3:
+    if len(found.mean) != 3:  # all networks of the zoos take colours
         raise ImageError(f"Expected mean and std of three channels, got {len(found.mean)}.")
     notes = tuple(printable(note) for note in found.notes)
     return replace(found, source=printable(found.source), notes=notes)
@@ -337,14 +338,15 @@ def _adjusted(
 def _with_pixels(own: Preprocess, pixels: Pixels) -> Preprocess:
     """The preprocessing with what the caller says of normalisation, interpolation and channels."""
     channels = pixels.channels or max(len(pixels.mean or ()), len(pixels.std or ()), len(own.mean))
+    if channels > _MOST_CHANNELS:
+        raise ModelError(f"Expected at most {_MOST_CHANNELS} channels, got {channels}.")
+    own = own.for_channels(channels)
     values: dict[str, Any] = {}
     for key, numbers in (("mean", pixels.mean), ("std", pixels.std)):
         if numbers is not None:
             values[key] = _per_channel(key, numbers, channels)
     if pixels.interpolation is not None:
         values["interpolation"] = pixels.interpolation
-    if pixels.channels is not None:
-        values |= _with_channels(own, pixels.channels)
     if {"mean", "std"} <= set(values):
         notes = tuple(note for note in own.notes if UNSTATED not in note)
         values |= {"notes": notes, "source": "the caller's values"}
@@ -361,16 +363,3 @@ def _per_channel(key: str, numbers: tuple[float, ...], channels: int) -> tuple[f
         what = "finite numbers" if key == "mean" else "numbers above 0"
         raise ModelError(f"Expected {what} for {key}, got {', '.join(map(str, numbers))}.")
     return tuple(numbers) * (channels if len(numbers) == 1 else 1)
-
-
-def _with_channels(own: Preprocess, channels: int) -> dict[str, Any]:
-    """The field of the preprocessing that holds the number of channels."""
-    if channels == len(own.mean):
-        return {}
-    if "channels" not in {field.name for field in fields(Preprocess)}:
-        raise ModelError(f"Expected 3 channels, got {channels}; pictures are read as RGB.")
-    spread = {
-        key: value if len(value) == channels else (sum(value) / len(value),) * channels
-        for key, value in (("mean", own.mean), ("std", own.std))
-    }
-    return {"channels": channels, **spread}

@@ -12,6 +12,7 @@ from simexplain.data.preprocessing import IMAGENET, Preprocess
 from simexplain.models.backbones import preprocess_of_timm
 from simexplain.models.processors import preprocess_of_open_clip, preprocess_of_processor
 from simexplain.models.readouts import native_size, package_of
+from simexplain.networks import channels_of
 
 UNSTATED = "does not say how pictures are prepared"
 """What every note has in it that warns of assumed values."""
@@ -21,7 +22,26 @@ _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def assumed_preprocess(module: nn.Module) -> Preprocess:
-    """What the network's package knows of its preprocessing, else ImageNet's values with a note."""
+    """What the network's package knows of its preprocessing, else ImageNet's values with a note.
+
+    A network of one or of many channels gets them by ``Preprocess.for_channels``.
+    """
+    channels = channels_of(module)
+    if channels == 3:
+        return _of_colours(module)
+    note = f"The model {UNSTATED}; ImageNet's usual values, averaged over colours, are used."
+    if channels != 1:
+        note = (
+            f"The model does not say how its {channels} channels are prepared; they are used as "
+            "they are read, with mean 0 and std 1."
+        )
+    known = bool(getattr(module, "pretrained_cfg", None))
+    base = preprocess_of_timm(module) if known else IMAGENET
+    notes = base.notes if known and channels == 1 else (*base.notes, note)
+    return replace(base.for_channels(channels), notes=notes)
+
+
+def _of_colours(module: nn.Module) -> Preprocess:
     if getattr(module, "pretrained_cfg", None):
         return preprocess_of_timm(module)
     own = _KNOWN.get(package_of(module) or "", _of_tower)(module)

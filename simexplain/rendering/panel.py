@@ -40,6 +40,9 @@ class Tile:
         box: What the network saw: left, top, right, bottom in pixels; None for all of it.
         peak: Where the heat is highest, ``(x, y)`` in pixels; None for an empty map.
         more: Further heatmaps, each in a row of its own with its label; alike for all tiles.
+        text: Drawn in place of picture and heatmaps, for a member that is not an image: what the
+            given vector stands for.
+        kind: What to write in place of the role, such as ``positive vector``.
     """
 
     picture: NDArray[np.uint8]
@@ -50,6 +53,8 @@ class Tile:
     box: tuple[float, float, float, float] | None = None
     peak: tuple[float, float] | None = None
     more: tuple[tuple[str, NDArray[np.float32]], ...] = ()
+    text: str | None = None
+    kind: str = ""
 
 
 class ShownFigure(Figure):
@@ -106,11 +111,12 @@ def panel(
     """
     columns = min(len(tiles), _MOST_COLUMNS)
     blocks = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
-    shape = max(min(tile.picture.shape[0] / tile.picture.shape[1], 1.6) for tile in tiles)
+    images = [tile for tile in tiles if tile.text is None]
+    shape = max(min(tile.picture.shape[0] / tile.picture.shape[1], 1.6) for tile in images)
     cell, legend = 2.75, 0.95
-    margin = 0.3 if tiles[0].more else 0.15
-    rows = 1 + len(styles) + len(tiles[0].more)
-    room = int(17 * columns * cell)
+    margin = 0.3 if images[0].more else 0.15
+    rows = 1 + len(styles) + len(images[0].more)
+    room = max(60, int(17 * columns * cell))
     below = [(line, _FAINT) for line in textwrap.wrap(footer, room) or [""]]
     below += [(line, _WARNING) for note in notes for line in textwrap.wrap(f"! {note}", room)]
     head, foot = 0.75, 0.18 + 0.17 * len(below)
@@ -122,7 +128,7 @@ def panel(
     step = (top - bottom) / len(blocks)
     for number, block in enumerate(blocks):
         area = (margin / width, top - (number + 1) * step, 1 - (legend + 0.2) / width, step)
-        _block(figure, block, columns, styles, area, 0.55 / (height * step), joined)
+        _block(figure, block, columns, (styles, rows), area, 0.55 / (height * step), joined)
     _legend(figure, (1 - legend / width, bottom, top, 0.13 / width), scale)
     _footer(figure, below, foot, height, width)
     return figure
@@ -148,14 +154,16 @@ def _block(
     figure: Figure,
     tiles: Sequence[Tile],
     columns: int,
-    styles: Sequence[str],
+    lines: tuple[Sequence[str], int],
     area: tuple[float, float, float, float],
     head: float,
     joined: str,
 ) -> None:
     """One line of images with their renderings below each other."""
-    left, bottom, right, height = area
-    rows = 1 + len(styles) + len(tiles[0].more)
+    (styles, rows), (left, bottom, right, height) = lines, area
+    shape = max(
+        (t.picture.shape[0] / t.picture.shape[1] for t in tiles if t.text is None), default=1.0
+    )
     grid = figure.add_gridspec(
         rows,
         columns,
@@ -167,6 +175,9 @@ def _block(
         hspace=0.04,
     )
     for column, tile in enumerate(tiles):
+        if tile.text is not None:
+            _card(figure.add_subplot(grid[0, column]), tile, shape)
+            continue
         drawings = [
             tile.picture,
             *(RENDERERS[style](tile.picture, tile.heatmap) for style in styles),
@@ -183,6 +194,19 @@ def _block(
                 axes.set_ylabel(labels[row], size=8, color=_FAINT, labelpad=3, parse_math=False)
 
 
+def _card(axes: Axes, tile: Tile, shape: float) -> None:
+    """A member without a picture: what it stands for, where its picture would be."""
+    text = textwrap.shorten(tile.text or "", 220, placeholder=" …")
+    size = 13 if len(text) < 60 else 10
+    axes.set_facecolor("#f5f5f2")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.set_box_aspect(shape)
+    lines = textwrap.fill(text, 22 if size > 10 else 28)
+    _say(axes, 0.5, 0.55, lines, ha="center", va="center", size=size, color=_INK)
+    _say(axes, 0.5, 0.06, "a vector: no map", ha="center", size=8, color=_FAINT)
+    _dress(axes, tile, first=True, peak=False)
+
+
 def _dress(axes: Axes, tile: Tile, *, first: bool, peak: bool) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
@@ -191,7 +215,8 @@ def _dress(axes: Axes, tile: Tile, *, first: bool, peak: bool) -> None:
         spine.set_color(ROLE_COLOURS[tile.role])
         spine.set_linewidth(2.2)
     if first:
-        said = tile.role if tile.distance is None else f"{tile.role}   d = {tile.distance:.3f}"
+        role = tile.kind or tile.role
+        said = role if tile.distance is None else f"{role}   d = {tile.distance:.3f}"
         axes.set_title(f"{said}\n", size=11, color=ROLE_COLOURS[tile.role], weight="bold", pad=-4)
         # In points above the picture: a share of a tall one would run into the line over it.
         axes.annotate(

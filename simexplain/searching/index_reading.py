@@ -69,7 +69,7 @@ class Pictures(Batches):
     def _read(self, place: int) -> tuple[int, Tensor] | None:
         path = self.records[place].path
         try:
-            tensor, geometry = self.preprocess(read_picture(path).image)
+            tensor, geometry = self.preprocess(read_picture(path).pixels)
             self.digests[place] = digest_of(path)
         except ImageError as error:
             self.broken[path] = str(error)

@@ -1,0 +1,178 @@
+"""Pictures that are not RGB: grey networks, many bands, arrays from files."""
+
+from __future__ import annotations
+
+import logging
+import math
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from simexplain.errors import ImageError, first_line
+
+ARRAYS = (".npy", ".npz")
+_TIFF = (".tif", ".tiff")
+_MOST_BANDS, _MOST_VALUES = 1024, 2**30
+_LOW, _HIGH = 2, 98
+"""Percentiles between which bands of unknown range are drawn."""
+_SAMPLES_PER_PIXEL = 277
+
+
+def is_banded(path: str | Path) -> bool:
+    """Whether a file holds bands rather than a picture as Pillow has it: arrays, TIFFs of many."""
+    ending = Path(str(path)).suffix.lower()
+    if ending in _TIFF:
+        return _samples(Path(path)) > 4
+    return ending in ARRAYS
+
+
+def read_bands(path: str | Path) -> tuple[NDArray[np.float32], tuple[str, ...]]:
+    """The bands ``(H,W,C)``, float32, and notes for the user; no code in the file is ever run.
+
+    Whole numbers of 8 and 16 bits become [0, 1]; floats stay as they are. Arrays are ``(H,W)``,
+    ``(H,W,C)`` or ``(C,H,W)``: the shorter end is that of the bands.
+
+    Raises:
+        ImageError: If the file is missing, damaged, or no such array.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ImageError(f"There is no file '{path}'; check the path.")
+    try:
+        values = _read(path)
+    except (OSError, ValueError, KeyError, EOFError, struct.error, zipfile.BadZipFile) as error:
+        raise ImageError(
+            f"'{path}' cannot be read as bands ({error}); save (H,W), (H,W,C) or (C,H,W) again."
+        ) from error
+    return _in_range(path, _bands_last(path, values))
+
+
+def fitting_bands(image: Image.Image | NDArray[np.float32], channels: int) -> NDArray[np.float32]:
+    """What a network of this many channels sees of a picture, ``(H,W,channels)``.
+
+    RGB becomes grey for one channel, one band three alike for three.
+
+    Raises:
+        ImageError: If the picture has another number of bands.
+    """
+    bands: NDArray[np.float32]
+    if isinstance(image, Image.Image):
+        kind = "L" if channels == 1 else "RGB"
+        values: NDArray[np.float32] = np.asarray(image.convert(kind)).astype(np.float32)
+        bands = (values[..., None] if channels == 1 else values) / np.float32(255)
+    elif image.shape[2] == 1 and channels == 3:
+        bands = np.concatenate((image, image, image), axis=2)
+    elif image.shape[2] == 3 and channels == 1:
+        weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # as Pillow's mode L has them
+        bands = np.asarray((image * weights).sum(axis=2, keepdims=True), dtype=np.float32)
+    else:
+        bands = image
+    if bands.shape[2] != channels:
+        raise ImageError(
+            f"Expected a picture of {channels} channels as the network takes, got "
+            f"{bands.shape[2]}; give a file with {channels} bands (.npy, .npz or TIFF)."
+        )
+    return bands
+
+
+def as_rgb(bands: NDArray[np.float32], shown: tuple[int, ...] = ()) -> NDArray[np.uint8]:
+    """Bands ``(H,W,C)`` as RGB ``(H,W,3)`` to look at.
+
+    One is drawn as grey, of two or more the first three or those in ``shown``. Values of one or
+    three bands in [0, 1] are taken as they are; all others are stretched between percentiles.
+    """
+    count = bands.shape[2]
+    chosen = list(shown) or [min(place, count - 1) for place in range(3)]
+    picked = bands[..., chosen].astype(np.float64)
+    plain = count in (1, 3) and float(picked.min()) >= 0 and float(picked.max()) <= 1
+    if not plain and count in (1, 3) and float(np.abs(picked - picked.clip(0, 1)).max()) < 0.01:
+        plain = True  # rounding, and what antialiasing overshoots
+    if not plain:
+        low, high = np.percentile(picked, (_LOW, _HIGH), axis=(0, 1))
+        picked = (picked - low) / np.where(high > low, high - low, 1)
+    rgb: NDArray[np.uint8] = np.round(picked.clip(0, 1) * 255).astype(np.uint8)
+    return rgb
+
+
+def _read(path: Path) -> NDArray[Any]:
+    if path.suffix.lower() == ".npy":
+        array: NDArray[Any] = np.load(path, allow_pickle=False)
+        return array
+    if path.suffix.lower() == ".npz":
+        with np.load(path, allow_pickle=False) as stored:
+            if len(stored.files) != 1:
+                raise ValueError(f"it holds {len(stored.files)} arrays instead of one")
+            return np.asarray(stored[stored.files[0]])
+    try:
+        import tifffile
+    except ImportError as error:
+        raise ImageError(
+            f"'{path}' is a TIFF of many bands, which needs tifffile: "
+            "pip install 'simexplain[tiff]'; or save it as .npy."
+        ) from error
+    log = logging.getLogger("tifffile")  # damage is told by the error, not by its log
+    quiet, log.disabled = log.disabled, True
+    try:
+        with tifffile.TiffFile(path) as file:
+            page: Any = file.pages[0]
+            series: Any = file.series[0]
+            if not 0 < math.prod(series.shape) <= _MOST_VALUES or page.imagelength < 1:
+                raise ValueError(f"it has the shape {series.shape}")
+            return np.asarray(series.asarray())
+    except Exception as error:  # tifffile raises a dozen classes over damaged files
+        raise ValueError(first_line(error)) from error
+    finally:
+        log.disabled = quiet
+
+
+def _bands_last(path: Path, values: NDArray[Any]) -> NDArray[Any]:
+    if values.dtype.kind not in "fiu" or values.ndim not in (2, 3) or not values.size:
+        raise ImageError(
+            f"Expected numbers of shape (H,W), (H,W,C) or (C,H,W) in '{path}', got "
+            f"{values.shape} of {values.dtype}."
+        )
+    if values.ndim == 2:
+        return values[..., None]
+    bands = np.moveaxis(values, 0, -1) if values.shape[0] < values.shape[2] else values
+    if bands.shape[2] > _MOST_BANDS:
+        raise ImageError(
+            f"Expected at most {_MOST_BANDS} bands in '{path}', got {values.shape}; is one axis "
+            "that of the bands?"
+        )
+    return bands
+
+
+def _in_range(path: Path, values: NDArray[Any]) -> tuple[NDArray[np.float32], tuple[str, ...]]:
+    """Values as a network wants them, and a note of what was done."""
+    top = {"u1": 255.0, "u2": 65535.0}.get(values.dtype.str[1:])
+    if not np.isfinite(values).all():
+        raise ImageError(f"'{path}' holds values that are not finite; fill or mask them.")
+    bands = values.astype(np.float32)
+    if top is None:
+        return bands, ()
+    deep = (f"'{path}' has 16-bit values; 0 to 65535 became 0 to 1.",) if top > 255 else ()
+    return bands / np.float32(top), deep
+
+
+def _samples(path: Path) -> int:
+    """How many bands a TIFF has by its own word; 0 where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+            order = {b"II": "<", b"MM": ">"}.get(head[:2], "")
+            if not order or struct.unpack(order + "H", head[2:4])[0] != 42:
+                return 0
+            file.seek(struct.unpack(order + "I", head[4:8])[0])
+            count = struct.unpack(order + "H", file.read(2))[0]
+            for _ in range(count):
+                tag, _kind, _count, value, _ = struct.unpack(order + "HHIHH", file.read(12))
+                if tag == _SAMPLES_PER_PIXEL:
+                    return int(value)
+    except (OSError, struct.error):
+        return 0
+    return 0
