@@ -34,7 +34,7 @@ _FOLDER = "explanation"
     "--arch",
     type=click.Choice(list(ARCHITECTURES)),
     help="siamese: 2 images; triplet: anchor, positive, negative; quadruplet: anchor, positive, "
-    "2 negatives; set: anchor, positives, negatives. [by the number of images, up to 4]",
+    "2 negatives; set: anchor, positives, negatives. Needed where there are several images.",
 )
 @click.option("--different", is_flag=True, help="The pair of a siamese comparison is dissimilar.")
 @click.option("--positives", default=1, show_default=True, help="For set: how many are positives.")
@@ -72,8 +72,8 @@ def command(
     different, positives = given.pop("different"), given.pop("positives")
     vectors = vectors_from(given)
     if not vectors:
-        arch = arch or arrangement_of(len(paths))
-        positives_of(arch, len(paths), different=different, positives=positives)
+        _check_images(len(paths), arch)
+        positives_of(arch or "", len(paths), different=different, positives=positives)
     elif other or arch or different:
         raise click.UsageError(
             "Expected one image to explain against texts, vectors or folders, without other "
@@ -99,19 +99,21 @@ def command(
         report(result, files)
 
 
-def arrangement_of(count: int) -> str:
-    """The arrangement that a number of images has by itself.
+def _check_images(count: int, arch: str | None) -> None:
+    """Refuses images without an arrangement, and one image that is compared with nothing.
 
     Raises:
-        click.UsageError: If there is none.
+        click.UsageError: If so.
     """
-    named = {number: arch for arch, (number, _) in ARCHITECTURES.items() if number}
-    if count not in named:
+    if count < 2:
         raise click.UsageError(
-            f"Expected 2 to 4 images, or --arch set, or --text, --vector or --class-folder beside "
-            f"one image; got {count} image{'s' * (count != 1)}."
+            "Expected another image beside ANCHOR, or --text, --vector, --class-folder or "
+            "--direction to compare it with."
         )
-    return named[count]
+    if arch is None:
+        raise click.UsageError(
+            f"Missing option '--arch', which says what the images are: {', '.join(ARCHITECTURES)}."
+        )
 
 
 def report(result: Explanation, files: dict[str, str]) -> None:

@@ -296,4 +296,5 @@ def test_the_command_line_refuses(fails: Callable[..., str], here: Path) -> None
     assert "folder" in fails("explain", *NETWORK, "a.png", "--class-folder", "nowhere")
     usage = fails("explain", *NETWORK, "a.png", "b.jpg", "--vector", "v.npy", code=2)
     assert "one image" in usage
-    assert "2 to 4 images" in fails("explain", *NETWORK, "a.png", code=2)
+    assert "another image" in fails("explain", *NETWORK, "a.png", code=2)
+    assert "--arch" in fails("explain", *NETWORK, "a.png", "b.jpg", code=2)
