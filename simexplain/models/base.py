@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError
-from simexplain.models.layers import GridHints, Layer, grid_hints, to_grid, usable_layers
-from simexplain.surveying import survey
+from simexplain.models.layers import GridHints, Layer, grid_hints
+from simexplain.models.moving import WHOLE, Region
+from simexplain.models.surveyed import Surveyed, channels_of
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "euclidean": lambda q, g: torch.cdist(q, g, compute_mode="donot_use_mm_for_euclid_dist"),
@@ -38,7 +39,7 @@ class SimilarityModel(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self._surveyed: dict[tuple[int, int], tuple[Layer, ...]] = {}
+        self._surveyed: dict[tuple[int, int, int], Surveyed] = {}
         self._hints: GridHints | None = None
 
     @property
@@ -67,33 +68,58 @@ class SimilarityModel(nn.Module, ABC):
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """Every usable layer in order of execution, found by a dry run on one noise image."""
+        """Every usable layer in order of execution, found by a dry run on images of noise."""
         return self.layers_for(self.example())
 
     @property
     def default_layer(self) -> str:
-        """The layer used when none is named: the last map over the image before the embedding."""
-        return next(layer.name for layer in self.layers if layer.default)
+        """The layer used when none is named: the last map that the whole embedding comes from."""
+        return self.default_for(self.example())
 
     @property
     def stages(self) -> tuple[str, ...]:
         """The last layer of each of the coarsest resolutions, for a sweep over depth."""
-        return tuple(layer.name for layer in self.layers if layer.stage)
+        return self.stages_for(self.example())
+
+    def default_for(self, images: Tensor) -> str:
+        """Like :attr:`default_layer`, for the size of these images ``(M,C,H,W)``."""
+        return next(layer.name for layer in self.layers_for(images) if layer.default)
+
+    def stages_for(self, images: Tensor) -> tuple[str, ...]:
+        """Like :attr:`stages`, for the size of these images ``(M,C,H,W)``."""
+        return tuple(layer.name for layer in self.layers_for(images) if layer.stage)
 
     def layers_for(self, images: Tensor) -> tuple[Layer, ...]:
-        """Like :attr:`layers`, for the size of these images ``(M,3,H,W)``; remembered per size."""
-        size = (int(images.shape[-2]), int(images.shape[-1]))
-        if size not in self._surveyed:
-            count = self.batch_size or 1
-            sample = images[:1].expand(count, *images.shape[1:])
-            runs = survey(self, sample)
-            self._surveyed[size] = usable_layers(runs, size, count, self.hints)
-        return self._surveyed[size]
+        """Like :attr:`layers`, for the size of these images ``(M,C,H,W)``; remembered per size.
+
+        Raises:
+            ModelError: If the network does not run on such images or has no such layer.
+        """
+        return self._survey_of(_shape(images)).usable()
+
+    def cautions(self, layers: Sequence[str], images: Tensor) -> tuple[str, ...]:
+        """What to know before trusting maps at these layers, for images ``(M,C,H,W)``.
+
+        A layer that part of the embedding bypasses cannot show that part.
+        """
+        return self._survey_of(_shape(images)).cautions(layers)
+
+    def region(self, layers: Sequence[str], images: Tensor) -> Region:
+        """Where in images ``(M,C,H,W)`` the maps of these layers lie; see :class:`Layer`."""
+        known = {layer.name: layer.region for layer in self.layers_for(images)}
+        found = {known[name] for name in layers if name in known}
+        return found.pop() if len(found) == 1 else WHOLE
+
+    def _survey_of(self, shape: tuple[int, int, int]) -> Surveyed:
+        if shape not in self._surveyed:
+            self._surveyed[shape] = Surveyed(self, shape)
+        return self._surveyed[shape]
 
     def example(self) -> Tensor:
-        """One image of fixed noise in the model's own input size, type and device."""
+        """One image of fixed noise in the model's own input size, channels, type and device."""
         generator = torch.Generator().manual_seed(0)
-        noise = torch.rand((1, 3, *self.preprocess.size), generator=generator)
+        shape = (1, channels_of(self.network), *self.preprocess.size)
+        noise = torch.rand(shape, generator=generator)
         reference = next(self.parameters(), noise)
         return noise.to(reference.device, reference.dtype)
 
@@ -110,10 +136,16 @@ class SimilarityModel(nn.Module, ABC):
         Raises:
             ModelError: If it is not a map over the image.
         """
-        grid = to_grid(output, image_size, self.hints)
+        grid = self._survey_of((channels_of(self.network), *image_size)).grid(layer, output)
         if grid is None or grid.shape[2] * grid.shape[3] < 2:
             raise ModelError(
-                f"Layer '{layer}' gives {tuple(output.shape)}, which is no map over an image of "
-                f"{image_size[0]}x{image_size[1]}; `simexplain layers` lists the layers that are."
+                f"Layer '{layer}' gives {tuple(output.shape)}, which is not a map over an image of "
+                f"{image_size[0]}x{image_size[1]}: its cells do not follow the parts of the "
+                "picture; `simexplain layers` lists the layers that do."
             )
         return grid
+
+
+def _shape(images: Tensor) -> tuple[int, int, int]:
+    channels, height, width = images.shape[-3:]
+    return int(channels), int(height), int(width)
