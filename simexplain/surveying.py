@@ -14,6 +14,7 @@ from simexplain.autograd_paths import Paths, Place, Vertex
 from simexplain.networks import first_tensor, split_call, undisturbed, with_first
 from simexplain.tracing import Traceable, listening
 
+
 @dataclass(frozen=True, eq=False)
 class LayerRun:
     """One call of one layer, as :func:`survey` recorded it.
@@ -83,15 +84,12 @@ def survey(model: Traceable, picture: Tensor, replaced: Tensor | None = None) ->
     """
     record = _Record(model.batch_size or 1)
     names = [name for name, _ in model.network.named_modules() if name]
-    with (
-        torch.inference_mode(mode=False),
-        undisturbed(model.network),
-    ):
-        with listening(model.network, {name: record.listener(name) for name in names}):
-            with torch.enable_grad():
-                image = picture.detach().clone().requires_grad_()
-                batch = image.expand(record.count, *picture.shape[1:])
-                embeddings = model.embed(batch.clone())
+    with torch.inference_mode(mode=False), undisturbed(model.network):
+        listeners = {name: record.listener(name) for name in names}
+        with listening(model.network, listeners), torch.enable_grad():
+            image = picture.detach().clone().requires_grad_()
+            batch = image.expand(record.count, *picture.shape[1:])
+            embeddings = model.embed(batch.clone())
         calls = record.calls
         with torch.enable_grad():
             gradients = _probe_gradients(embeddings, [call.edge for call in calls])
@@ -199,13 +197,13 @@ def _probe_gradients(
 ) -> list[Tensor | None]:
     """Gradients of a fixed random projection; a plain sum could cancel on unit rows."""
     direction = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))
-    tracked = [number for number, edge in enumerate(edges) if edge is not None]
+    tracked = {number: edge for number, edge in enumerate(edges) if edge is not None}
     found: list[Tensor | None] = [None] * len(edges)
     if embeddings.requires_grad and tracked:
         score = (embeddings * direction.to(embeddings))[:1].sum()
         values = torch.autograd.grad(
-            score, [edges[n] for n in tracked], allow_unused=True, retain_graph=True
-        )  # type: ignore[arg-type]
+            score, list(tracked.values()), allow_unused=True, retain_graph=True
+        )
         for number, value in zip(tracked, values, strict=True):
             found[number] = value
     return found
@@ -239,9 +237,7 @@ def _respond(
             model.embed(chunk.clone())
 
 
-def _changes(
-    before: Tensor, after: Tensor, alone: int, size: int
-) -> list[tuple[str, Tensor]]:
+def _changes(before: Tensor, after: Tensor, alone: int, size: int) -> list[tuple[str, Tensor]]:
     """By layout the squared change of every position, summed over channels ``(size,...)``."""
     found = []
     for layout, (axes, images, channels) in LAYOUTS.items():
@@ -264,7 +260,7 @@ def gradient_through(run: LayerRun, lower: LayerRun) -> Tensor | None:
         return None
     (found,) = torch.autograd.grad(
         [run.edge], [lower.edge], [run.gradient], retain_graph=True, allow_unused=True
-    )  # type: ignore[arg-type]
+    )
     result: Tensor | None = found
     return result
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError
-from simexplain.models.layers import GridHints, Layer, grid_hints
+from simexplain.models.layers import GridHints, Layer, grid_hints, to_grid
 from simexplain.models.moving import WHOLE, Region
-from simexplain.models.surveyed import Surveyed, channels_of
+from simexplain.models.surveyed import Surveyed, channels_of, is_convolutional
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "euclidean": lambda q, g: torch.cdist(q, g, compute_mode="donot_use_mm_for_euclid_dist"),
@@ -104,10 +104,20 @@ class SimilarityModel(nn.Module, ABC):
         """
         return self._survey_of(_shape(images)).cautions(layers)
 
+    def bypass(self, layers: Sequence[str], images: Tensor) -> dict[str, float]:
+        """The share of the embedding that bypasses each of these layers; see :class:`Layer`."""
+        used = self._survey_of(_shape(images)).known(layers)
+        return {layer.name: round(layer.bypass, 4) for layer in used}
+
+    def is_surveyed(self, images: Tensor) -> bool:
+        """Whether the layers for images of this shape are known already."""
+        return _shape(images) in self._surveyed
+
     def region(self, layers: Sequence[str], images: Tensor) -> Region:
         """Where in images ``(M,C,H,W)`` the maps of these layers lie; see :class:`Layer`."""
-        known = {layer.name: layer.region for layer in self.layers_for(images)}
-        found = {known[name] for name in layers if name in known}
+        if not self.is_surveyed(images):
+            return WHOLE
+        found = {layer.region for layer in self._survey_of(_shape(images)).known(layers)}
         return found.pop() if len(found) == 1 else WHOLE
 
     def _survey_of(self, shape: tuple[int, int, int]) -> Surveyed:
@@ -136,12 +146,15 @@ class SimilarityModel(nn.Module, ABC):
         Raises:
             ModelError: If it is not a map over the image.
         """
-        grid = self._survey_of((channels_of(self.network), *image_size)).grid(layer, output)
+        shape = (channels_of(self.network), *image_size)
+        if shape not in self._surveyed and output.dim() == 4 and is_convolutional(self.network):
+            grid = to_grid(output, image_size, self.hints)  # whose shape says enough
+        else:
+            grid = self._survey_of(shape).grid(layer, output)
         if grid is None or grid.shape[2] * grid.shape[3] < 2:
             raise ModelError(
-                f"Layer '{layer}' gives {tuple(output.shape)}, which is not a map over an image of "
-                f"{image_size[0]}x{image_size[1]}: its cells do not follow the parts of the "
-                "picture; `simexplain layers` lists the layers that do."
+                f"Layer '{layer}' gives {tuple(output.shape)}, which is no map over an image of "
+                f"{image_size[0]}x{image_size[1]}; `simexplain layers` lists the layers that are."
             )
         return grid
 

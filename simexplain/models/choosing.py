@@ -79,6 +79,8 @@ class Maps:
         for layout, responses in self._proposed(run):
             likeness, slope = self.likeness(responses, layout.region)
             least = max(_LEAST, _CHANCE / math.sqrt(3 * layout.grid[0] * layout.grid[1]))
+            if self._is_guess(layout):  # of which there are many, so that chance finds more
+                least = max(_CLEAR, least)
             if likeness < least or slope < _LEAST_SLOPE:
                 continue
             if best is None or likeness > best[0] + 1e-6:
@@ -91,9 +93,13 @@ class Maps:
         if layout.kind in ("NCHW", "NHWC"):
             self.grids.setdefault(layout.grid, layout.region)
         else:
-            if best[0] > _CLEAR:
-                self._latest[layout.kind, layout.tokens] = layout
+            self._latest[layout.kind, layout.tokens] = layout
         return layout
+
+    def _is_guess(self, layout: Layout) -> bool:
+        if layout.kind in ("NCHW", "NHWC"):
+            return layout.region != self.grids.get(layout.grid, WHOLE)
+        return (layout.kind, layout.tokens) not in self._latest
 
     def _proposed(self, run: LayerRun) -> Iterator[tuple[Layout, NDArray[np.float64]]]:
         for kind, changes in run.responses.items():
@@ -159,9 +165,8 @@ class Maps:
         near = [(grid, region) for grid, region in found.items() if self._close(grid, tokens)]
         near.sort(key=lambda pair: tokens - pair[0][0] * pair[0][1])
         for prefix in range(_MOST_PREFIX):
-            for grid in _factors(tokens - prefix):
-                if self._fits(grid) and grid not in found:
-                    near.append((grid, WHOLE))
+            grids = (grid for grid in _factors(tokens - prefix) if grid not in found)
+            near += [(grid, WHOLE) for grid in grids if self._fits(grid)]
         return near
 
     def _close(self, grid: Grid, tokens: int) -> bool:
@@ -240,9 +245,7 @@ def _feeds(found: Map) -> bool:
     return grid is not None and bool(grid.ne(0).any())
 
 
-def _default(
-    survey: Survey, candidates: Sequence[Map], measure: Callable[[str], float]
-) -> Map:
+def _default(survey: Survey, candidates: Sequence[Map], measure: Callable[[str], float]) -> Map:
     """The last map that everything passes; where none is, the one that least bypasses."""
     main = [one for one in candidates if one.run.main]
     if not main:
@@ -306,7 +309,9 @@ def _inside_coarser(one: Map, candidates: Sequence[Map]) -> bool:
         other.run.name in around
         and other.cells < one.cells
         and type(other.run.module) is not nn.Sequential
-        and not all(other.run.name in {*_around(each.run.name), each.run.name} for each in candidates)
+        and not all(
+            other.run.name in {*_around(each.run.name), each.run.name} for each in candidates
+        )
         for other in candidates
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 from simexplain.errors import ModelError, SimexplainError, first_line
 from simexplain.models.choosing import Maps, depth, usable_layers
 from simexplain.models.layers import GridHints, Layer, Layout
-from simexplain.models.moving import WHOLE, moved
+from simexplain.models.moving import moved
 from simexplain.networks import split_call
-from simexplain.surveying import LAYOUTS, LayerRun, Survey, survey, swapped
+from simexplain.surveying import LAYOUTS, Survey, survey, swapped
 from simexplain.tracing import Traceable
 
 RELEVANT = 0.1
@@ -45,7 +46,7 @@ class Surveyed:
         self.model, self.shape = model, shape
         self._shares: dict[str, float] = {}
         pictures = self._pictures()
-        with _told(shape):
+        with _expecting(shape):
             found = survey(model, pictures.picture, pictures.replaced)
         maps = Maps(found, pictures, model.hints).found
         self._embedding = found.embedding
@@ -98,11 +99,13 @@ class Surveyed:
             self._shares[layer] = min(1.0, behind / apart) if apart > 0 else 0.0
         return self._shares[layer]
 
+    def known(self, names: Sequence[str]) -> list[Layer]:
+        """Those of the usable layers that have these names."""
+        return [layer for layer in self._layers if layer.name in names]
+
     def cautions(self, layers: Sequence[str]) -> tuple[str, ...]:
         """Sentences on layers that part of the embedding bypasses, and on early ones."""
-        known = {layer.name: layer for layer in self._layers}
-        used = [known[name] for name in layers if name in known]
-        found = []
+        used, found = self.known(layers), []
         worst = max(used, key=lambda layer: layer.bypass, default=None)
         if worst is not None and worst.bypass > RELEVANT:
             found.append(self._bypassed(worst))
@@ -117,7 +120,7 @@ class Surveyed:
 
     def _bypassed(self, layer: Layer) -> str:
         layout = self._layouts[layer.name]
-        way = "through a class token or the like" if layout.beside else "on other ways"
+        way = "through a class token or the like" if layout.beside else "through parallel layers"
         return (
             f"{layer.bypass:.0%} of the embedding bypasses layer '{layer.name}' ({way}), which its "
             "map cannot show; an earlier layer or a method on pixels, such as occlusion, sees more."
@@ -140,24 +143,26 @@ class Surveyed:
         return moved(torch.zeros((1, *self.shape), dtype=kind, device=reference.device))
 
 
-class _told:
+@contextmanager
+def _expecting(shape: tuple[int, int, int]) -> Iterator[None]:
     """Turns what a network raises on images of a size into a sentence."""
+    try:
+        yield
+    except (AssertionError, AttributeError, ValueError) as error:
+        if isinstance(error, SimexplainError):
+            raise
+        channels, height, width = shape
+        raise ModelError(
+            f"The model does not run on images of {channels}x{height}x{width} "
+            f"({type(error).__name__}: {first_line(error).rstrip('.')}); give it the size and "
+            "the inputs that its forward expects."
+        ) from error
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
-        self.shape = shape
 
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        expected = (AssertionError, AttributeError, ValueError)
-        if isinstance(error, expected) and not isinstance(error, SimexplainError):
-            channels, height, width = self.shape
-            raise ModelError(
-                f"The model does not run on images of {channels}x{height}x{width} "
-                f"({type(error).__name__}: {first_line(error).rstrip('.')}); give it the size and "
-                "the inputs that its forward expects."
-            ) from error
+def is_convolutional(network: nn.Module) -> bool:
+    """Whether a network has no attention, whose tables could be taken for maps."""
+    names = (f"{name} {type(module).__name__}".lower() for name, module in network.named_modules())
+    return not any("attn" in name or "attention" in name for name in names)
 
 
 def channels_of(network: nn.Module) -> int:
