@@ -46,23 +46,21 @@ class Place:
             (self.step[0] * step[0], self.step[1] * step[1]),
         )
 
-    def region(
-        self, grid: Sequence[int], size: Sequence[int]
-    ) -> tuple[float, float, float, float] | None:
-        """Top, left, bottom and right of the cells as shares of the image.
-
-        None where cells stretched over the image would lie about where they are.
-        """
-        top_left, bottom_right, far = [], [], 0.0
+    def region(self, grid: Sequence[int], size: Sequence[int]) -> tuple[float, float, float, float]:
+        """Top, left, bottom and right of the cells as shares of the image."""
+        top_left, bottom_right = [], []
         for start, step, cells, side in zip(self.start, self.step, grid, size, strict=True):
-            for cell in (0, cells - 1):
-                stretched = (cell + 0.5) * side / cells
-                far = max(far, abs(start + cell * step - stretched) / max(abs(step), 1e-9))
             top_left.append(round((start - step / 2) / side, 4))
             bottom_right.append(round((start + (cells - 0.5) * step) / side, 4))
-        if far <= _FAR_OFF:
-            return None
         return top_left[0], top_left[1], bottom_right[0], bottom_right[1]
+
+    def is_off(self, grid: Sequence[int], size: Sequence[int]) -> bool:
+        """Whether cells stretched over the image would lie far from where they are."""
+        return any(
+            abs(start + cell * step - (cell + 0.5) * side / cells) > _FAR_OFF * abs(step)
+            for start, step, cells, side in zip(self.start, self.step, grid, size, strict=True)
+            for cell in (0, cells - 1)
+        )
 
 
 class Paths:

@@ -60,6 +60,7 @@ class Maps:
             if kind in run.responses
         }
         self._known: dict[object, Layout | None] = {}
+        self._exact: dict[tuple[Grid, Region], Region] = {}
         self._latest: dict[tuple[str, int], Layout] = {}
         found = ((run, self._remembered(run)) for run in survey.runs)
         self.found = [Map(run, layout) for run, layout in found if layout is not None]
@@ -72,12 +73,15 @@ class Maps:
     def _layout(self, run: LayerRun) -> Layout | None:
         if "NCHW" in run.responses and run.place is not None:
             grid = (int(run.output.shape[2]), int(run.output.shape[3]))
-            region = run.place.region(grid, self.size) or WHOLE
+            exact = run.place.region(grid, self.size)
+            region = exact if run.place.is_off(grid, self.size) else WHOLE
             self.grids.setdefault(grid, region)
+            self._exact.setdefault((grid, region), exact)
             return Layout("NCHW", grid, region=region)
         best: tuple[float, Layout] | None = None
         for layout, responses in self._proposed(run):
-            likeness, slope = self.likeness(responses, layout.region)
+            exact = self._exact.get((layout.grid, layout.region), layout.region)
+            likeness, slope = self.likeness(responses, exact)
             least = max(_LEAST, _CHANCE / math.sqrt(3 * layout.grid[0] * layout.grid[1]))
             if self._is_guess(layout):  # of which there are many, so that chance finds more
                 least = max(_CLEAR, least)
