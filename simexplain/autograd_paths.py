@@ -170,8 +170,9 @@ Rule = Callable[[Any, Place, tuple[int, ...], tuple[int, ...], int], "Place | No
 
 
 def _axis(number: int, axes: int) -> int:
-    """An axis counted from the front; autograd keeps negative ones as unsigned numbers."""
-    return number if number < axes else number - (1 << 64) + axes
+    """A number counted from the front; autograd keeps negative ones as unsigned numbers."""
+    number = number - (1 << 64) if number >= 1 << 63 else number
+    return number + axes if number < 0 else number
 
 
 def _convolved(node: Any, place: Place, before: Any, after: Any, _: int) -> Place | None:
@@ -209,9 +210,8 @@ def _padded(node: Any, place: Place, before: Any, after: Any, _: int) -> Place |
 
 def _sliced(node: Any, place: Place, before: Any, after: Any, _: int) -> Place | None:
     axis = _axis(node._saved_dim, len(before)) - len(before)
-    start, step = node._saved_start or 0, node._saved_step
-    start = start + before[axis] if start < 0 else start
-    return _shifted(place, axis, start, step)
+    start = _axis(node._saved_start or 0, before[axis])
+    return _shifted(place, axis, start, node._saved_step)
 
 
 def _split(node: Any, place: Place, before: Any, after: Any, number: int) -> Place | None:

@@ -180,9 +180,8 @@ class _Tail:
     def integrated(self, steps: int, tick: Ticker) -> PositionParts:
         """The mean Jacobian from a blank image's output, times the way from there."""
         point = self.output.detach()
-        blank = torch.zeros_like(self.images[:1])
-        first = trace(self.model, blank, (self.layer,)).outputs[self.layer][0][:1]
-        start = first.detach().expand_as(point)
+        blank = torch.zeros_like(self.images)
+        start = trace(self.model, blank, (self.layer,)).outputs[self.layer][0].detach()
         places, weights = np.polynomial.legendre.leggauss(steps)
         parts = self.rows.detach().new_zeros(())
         for place, weight in zip((places + 1) / 2, weights / 2, strict=True):

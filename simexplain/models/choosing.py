@@ -18,7 +18,8 @@ from simexplain.surveying import LayerRun, Survey, gradient_through
 STAGES = 4
 _MOST_OFFSETS = 1024
 _MOST_PREFIX = 16
-_SURE, _CLEAR, _LEAST, _LEAST_SLOPE, _CHANCE = 0.9, 0.6, 0.35, 0.02, 2.5
+_SURE, _CLEAR, _LEAST, _CHANCE = 0.9, 0.75, 0.35, 2.5
+_CLEAR_SLOPE, _LEAST_SLOPE = 0.2, 0.02
 _POOLING = tuple(
     kind
     for kind in vars(nn.modules.pooling).values()
@@ -85,6 +86,7 @@ class Maps:
             least = max(_LEAST, _CHANCE / math.sqrt(3 * layout.grid[0] * layout.grid[1]))
             if self._is_guess(layout):  # of which there are many, so that chance finds more
                 least = max(_CLEAR, least)
+                slope = slope if slope > _CLEAR_SLOPE else 0.0
             if likeness < least or slope < _LEAST_SLOPE:
                 continue
             if best is None or likeness > best[0] + 1e-6:
