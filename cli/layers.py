@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Any
 
 import click
@@ -25,7 +24,7 @@ def command(model: str, as_json: bool, **given: Any) -> None:
         loaded = model_from(model, given)
         layers = loaded.layers
     if as_json:
-        rows = [asdict(layer) for layer in layers]
+        rows = [layer.to_json() for layer in layers]
         click.echo(json.dumps({"schema": 1, "model": loaded.name, "layers": rows}, indent=2))
         return
     height, width = loaded.preprocess.size

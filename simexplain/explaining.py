@@ -20,6 +20,7 @@ from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.models.blackbox import WITH_GRADIENTS, WITHOUT_GRADIENTS
 from simexplain.models.embedder import as_similarity_model
+from simexplain.models.moving import WHOLE
 from simexplain.models.pairs import PairModel
 from simexplain.networks import full_precision
 from simexplain.pair_explanation import PairExplanation
@@ -113,7 +114,7 @@ def explain(
         view = comparison.like(_enlarged(comparison.stacked(), magnify))
     return explain_view(
         wrapped, comparison, view, method, layer, magnify=magnify, scale=scale,
-        labels=labels, max_batch=max_batch, **options,
+        labels=labels, max_batch=max_batch, fresh=wrapped is not model, **options,
     )  # fmt: skip
 
 
@@ -224,11 +225,13 @@ def explain_view(
     scale: str,
     max_batch: int | None,
     labels: Sequence[str] = (),
+    fresh: bool = False,
     **options: Any,
 ) -> Explanation:
     """Explains ``view``, which shows the same images as ``comparison``, perhaps larger.
 
     The distances and embeddings reported are those of ``comparison``, the maps lie on ``view``.
+    A ``fresh`` model was wrapped for this call, so no survey is made only for warnings.
     """
     check_images(comparison)
     vectors = _labelled(comparison, labels)
@@ -242,6 +245,7 @@ def explain_view(
         own = embeddings_of(model, comparison, max_batch)
         moved = 1 - (own * found.embeddings).sum(dim=2)
     name = method if isinstance(method, str) else _name(method)
+    known = layers != (PIXELS,) and not (fresh and not model.is_surveyed(view.stacked()[:, 0]))
     return Explanation(
         maps=found.maps,
         layer_maps=found.layer_maps,
@@ -256,10 +260,14 @@ def explain_view(
         model=model.name,
         layers=layers,
         options=_told(chosen, magnify),
-        warnings=found.warnings + _more_warnings(found, moved, comparison),
+        warnings=found.warnings
+        + _more_warnings(found, moved, comparison)
+        + (model.cautions(layers, view.stacked()[:, 0]) if known else ()),
         versions=versions(),
         moved=moved,
         scale=scale,
+        region=model.region(layers, view.stacked()[:, 0]) if known else WHOLE,
+        bypass=model.bypass(layers, view.stacked()[:, 0]) if known else {},
         unexplained=found.unexplained,
         vectors=vectors,
     )
@@ -318,14 +326,19 @@ def _magnified(view: Comparison, magnify: float) -> Iterator[None]:
     """Says which size a network of fixed size was asked to take."""
     try:
         yield
-    except (AssertionError, RuntimeError) as error:
-        if magnify == 1 or isinstance(error, torch.OutOfMemoryError):
+    except (AssertionError, RuntimeError, ModelError) as error:
+        cause: BaseException | None = error.__cause__ if isinstance(error, ModelError) else error
+        if magnify == 1 or not isinstance(cause, Exception) or _out_of_memory(cause):
             raise
         height, width = view.image_size
         raise ModelError(
             f"The model does not take images of {height}x{width}, which magnify={magnify:g} asks "
-            f"for ({first_line(error)}); explain it at its own size."
+            f"for ({first_line(cause)}); explain it at its own size."
         ) from error
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError)
 
 
 def embeddings_of(model: SimilarityModel, comparison: Comparison, max_batch: int | None) -> Tensor:
@@ -420,8 +433,7 @@ def _layers(
     if not takes_layers(method):
         return (PIXELS,)
     if layer is None:
-        found = model.layers_for(view.stacked()[:, 0])
-        return (next(candidate.name for candidate in found if candidate.default),)
+        return (model.default_for(view.stacked()[:, 0]),)
     layers = (layer,) if isinstance(layer, str) else tuple(layer)
     if not layers or len(set(layers)) != len(layers):
         raise ModelError(f"Expected one or more different layers, got {list(layers)}.")

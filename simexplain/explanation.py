@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from simexplain.comparison import architecture, roles
 from simexplain.data.images import Picture
 from simexplain.data.preprocessing import Geometry, Preprocess
 from simexplain.errors import ComparisonError
 from simexplain.methods import METHODS
-from simexplain.metrics.maps import peak_of
+from simexplain.metrics.maps import peak_of, placed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,6 +94,10 @@ class Explanation:
         geometries: Where the images lie in the pictures; kept where the pictures are not, as
             after loading.
         vectors: The members that are given vectors.
+        region: Top, left, bottom and right of what the maps' cells look at, as shares of the
+            image; zero is drawn beyond it.
+        bypass: For each layer the share of the embedding that bypasses it, 0 to 1, where that is
+            known; what bypasses a layer its map cannot show.
     """
 
     maps: Tensor
@@ -118,6 +121,8 @@ class Explanation:
     geometries: tuple[Geometry, ...] = field(default=(), repr=False)
     unexplained: Tensor | None = None
     vectors: tuple[GivenVector, ...] = ()
+    region: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    bypass: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.scale not in SCALES:
@@ -186,9 +191,7 @@ class Explanation:
     def drawn(self, maps: Tensor) -> Tensor:
         """Any of this explanation's maps ``(B,K,h,w)`` as heatmaps, like :attr:`heatmaps`."""
         size = self.images.shape[-2:]
-        grown = F.interpolate(
-            maps.float().relu(), size=tuple(size), mode="bilinear", align_corners=False
-        )
+        grown = placed(maps.float().relu(), (int(size[0]), int(size[1])), self.region)
         axes = (-2, -1) if self.scale == "image" else (-3, -2, -1)
         top = grown.amax(dim=axes, keepdim=True)
         return (grown / torch.where(top > 0, top, torch.ones_like(top))).clamp(0, 1)

@@ -40,6 +40,8 @@ def manifest(explanation: Explanation, files: dict[str, str]) -> dict[str, Any]:
         "layers": list(explanation.layers),
         "options": dict(explanation.options),
         "scale": explanation.scale,
+        "region": list(explanation.region),
+        "bypass": dict(explanation.bypass),
         **comparisons[0],
         "warnings": list(explanation.warnings),
         "files": files,
@@ -172,6 +174,8 @@ def restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
         moved=torch.from_numpy(arrays["moved"]) if "moved" in arrays else None,
         scale=said["scale"],
         unexplained=torch.from_numpy(arrays["unexplained"]) if "unexplained" in arrays else None,
+        region=tuple(said.get("region", (0.0, 0.0, 1.0, 1.0))),
+        bypass=said.get("bypass", {}),
         geometries=tuple(map(Geometry.from_json, places)) if all(places) else (),
         vectors=tuple(GivenVector(**vector) for vector in whole.get("vectors", ())),
     )

@@ -1,29 +1,37 @@
-"""A dry run that tells every layer of a network: what could be traced."""
+"""A dry run that records every layer of a network: its output, its gradient, how it is reached."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from simexplain.networks import first_tensor, undisturbed
+from simexplain.autograd_paths import Paths, Place, Vertex
+from simexplain.networks import first_tensor, split_call, undisturbed, with_first
 from simexplain.tracing import Traceable, listening
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerRun:
-    """One call of one layer, as :func:`survey` saw it.
+    """One call of one layer, as :func:`survey` recorded it.
 
     Attributes:
         name: The layer's name, with ``@call`` appended where it runs more than once.
         module: The module itself.
-        output: Its output, detached.
+        output: Its output for the first picture, as it was when the layer returned it.
         gradient: The gradient of a random projection of the embedding, or None where the
             embedding does not depend on this output.
         follows: The layer whose very output this one was called with, if any.
+        same: A key that layers share that returned the very same tensor.
+        main: Whether everything that the embedding learns of the image passes this output.
+        place: Where its cells lie, if local operations such as convolutions made it.
+        edge: Where it hangs in the autograd graph, which lives as long as the survey.
+        responses: By layout (a key of :data:`LAYOUTS`) how much each position changed when a
+            part of the picture was replaced, ``(K,...positions)`` for ``K`` parts.
     """
 
     name: str
@@ -31,49 +39,272 @@ class LayerRun:
     output: Tensor
     gradient: Tensor | None
     follows: str | None
+    same: tuple[int, int] = (0, 0)
+    main: bool = False
+    place: Place | None = None
+    edge: GradientEdge | None = None
+    responses: dict[str, Tensor] = field(default_factory=dict)
 
 
-def survey(model: Traceable, images: Tensor) -> list[LayerRun]:
-    """Runs the model once and tells every layer that returned a tensor, in order of execution.
+LAYOUTS: dict[str, tuple[int, int, int]] = {
+    "NCHW": (4, 0, 1),
+    "NHWC": (4, 0, 3),
+    "NLC": (3, 0, 2),
+    "LNC": (3, 1, 2),
+}
+"""How outputs may be laid out: the number of axes, the one of images and the one of channels."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Everything that :func:`survey` recorded.
+
+    Attributes:
+        runs: Every call of a layer that returned a tensor, in order of execution.
+        embedding: Of the first picture ``(E,)``.
+        tracked: Whether the embedding is differentiable with respect to anything at all.
+        obstacles: What keeps gradients away, such as ``no_grad``, in the order of occurrence.
+    """
+
+    runs: list[LayerRun]
+    embedding: Tensor
+    tracked: bool
+    obstacles: tuple[str, ...] = ()
+
+
+def survey(model: Traceable, picture: Tensor, replaced: Tensor | None = None) -> Survey:
+    """Runs a model on a picture, and on the same with parts replaced, and records every layer.
+
+    Costs one forward and one backward pass of one image, and a forward pass of the others.
 
     Args:
         model: The model to look into.
-        images: A few images of the size that counts, ``(M,3,H,W)``; one is enough.
+        picture: One image ``(1,C,H,W)``.
+        replaced: The same with one part replaced in each ``(K,C,H,W)``, or None.
     """
-    calls: list[tuple[str, nn.Module, Tensor, str | None]] = []
-    makers: dict[int, str] = {}
+    record = _Record(model.batch_size or 1)
+    names = [name for name, _ in model.network.named_modules() if name]
+    with torch.inference_mode(mode=False), undisturbed(model.network):
+        listeners = {name: record.listener(name) for name in names}
+        with listening(model.network, listeners), torch.enable_grad():
+            image = picture.detach().clone().requires_grad_()
+            batch = image.expand(record.count, *picture.shape[1:])
+            embeddings = model.embed(batch.clone())
+        calls = record.calls
+        with torch.enable_grad():
+            gradients = _probe_gradients(embeddings, [call.edge for call in calls])
+        paths = Paths(embeddings, image, record.leaves)
+        if replaced is not None:
+            _respond(model, replaced, calls, record.count, names)
+    return Survey(
+        _runs(calls, gradients, paths.main(), paths.places()),
+        embeddings[0].detach(),
+        embeddings.requires_grad,
+        tuple(dict.fromkeys(record.obstacles)),
+    )
 
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+
+@dataclass
+class _Call:
+    """One call of a layer while it is being recorded."""
+
+    name: str
+    module: nn.Module
+    output: Tensor
+    edge: GradientEdge | None
+    follows: str | None
+    same: tuple[int, int]
+    responses: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+class _Record:
+    """Listens to the pass with gradients."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.calls: list[_Call] = []
+        self.leaves: list[Tensor] = []
+        self.obstacles: list[str] = []
+        self._makers: dict[int, str] = {}
+        self._kept: dict[tuple[int, int], Tensor] = {}
+
+    def listener(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        """What to call after each call of one layer."""
+
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             tensor = first_tensor(output)
             if tensor is not None:
-                calls.append((name, module, tensor, makers.get(id(args[0])) if args else None))
-                makers[id(tensor)] = name
+                self._add(name, module, args, tensor)
 
         return hook
 
-    listeners = {name: keep(name) for name, _ in model.network.named_modules() if name}
-    with listening(model.network, listeners), undisturbed(model.network), torch.enable_grad():
-        embeddings = model.embed(images.detach().clone().requires_grad_().clone())
-        gradients = _probe_gradients(embeddings, [tensor for _, _, tensor, _ in calls])
-    times = [name for name, *_ in calls]
+    def _add(self, name: str, module: nn.Module, args: Any, tensor: Tensor) -> None:
+        edge = None
+        if tensor.requires_grad:
+            edge = get_gradient_edge(tensor)
+            same = (id(edge.node), edge.output_nr)
+        else:
+            same = (id(tensor), tensor._version if not tensor.is_inference() else 0)
+            self._note(name, tensor)
+        if same not in self._kept:
+            self._kept[same] = tensor.detach().clone()
+        follows = self._makers.get(id(args[0])) if args else None
+        self.calls.append(_Call(name, module, self._kept[same], edge, follows, same))
+        self._makers[id(tensor)] = name
+
+    def _note(self, name: str, tensor: Tensor) -> None:
+        if tensor.is_inference():
+            self.obstacles.append(f"layer '{name}' runs under torch.inference_mode()")
+        elif not torch.is_grad_enabled():
+            self.obstacles.append(f"layer '{name}' runs under torch.no_grad()")
+        else:
+            self.obstacles.append(f"layer '{name}' gives an output that is detached")
+
+
+def _runs(
+    calls: Sequence[_Call],
+    gradients: Sequence[Tensor | None],
+    main: set[Vertex],
+    places: dict[Vertex, Place],
+) -> list[LayerRun]:
+    names = [call.name for call in calls]
+    times = {name: names.count(name) for name in set(names)}
     seen: dict[str, int] = {}
     runs = []
-    for (name, module, tensor, follows), gradient in zip(calls, gradients, strict=True):
-        label = f"{name}@{seen.get(name, 0)}" if times.count(name) > 1 else name
-        seen[name] = seen.get(name, 0) + 1
-        runs.append(LayerRun(label, module, tensor.detach(), gradient, follows))
+    for call, gradient in zip(calls, gradients, strict=True):
+        number = seen.get(call.name, 0)
+        seen[call.name] = number + 1
+        vertex = None if call.edge is None else (call.edge.node, call.edge.output_nr)
+        runs.append(
+            LayerRun(
+                f"{call.name}@{number}" if times[call.name] > 1 else call.name,
+                call.module,
+                call.output,
+                gradient,
+                call.follows,
+                call.same,
+                vertex in main,
+                places.get(vertex) if vertex else None,
+                call.edge,
+                {layout: torch.cat(parts) for layout, parts in call.responses.items()},
+            )
+        )
     return runs
 
 
-def _probe_gradients(embeddings: Tensor, outputs: list[Tensor]) -> list[Tensor | None]:
+def _probe_gradients(
+    embeddings: Tensor, edges: Sequence[GradientEdge | None]
+) -> list[Tensor | None]:
     """Gradients of a fixed random projection; a plain sum could cancel on unit rows."""
     direction = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))
-    tracked = [number for number, output in enumerate(outputs) if output.requires_grad]
-    found: list[Tensor | None] = [None] * len(outputs)
+    tracked = {number: edge for number, edge in enumerate(edges) if edge is not None}
+    found: list[Tensor | None] = [None] * len(edges)
     if embeddings.requires_grad and tracked:
-        score = (embeddings * direction.to(embeddings)).sum()
-        values = torch.autograd.grad(score, [outputs[n] for n in tracked], allow_unused=True)
+        score = (embeddings * direction.to(embeddings))[:1].sum()
+        values = torch.autograd.grad(
+            score, list(tracked.values()), allow_unused=True, retain_graph=True
+        )
         for number, value in zip(tracked, values, strict=True):
             found[number] = value
     return found
+
+
+def _respond(
+    model: Traceable, replaced: Tensor, calls: Sequence[_Call], alone: int, names: Sequence[str]
+) -> None:
+    """Runs the pictures with replaced parts and compares every output with that of the picture."""
+    size = model.batch_size or len(replaced)
+    for start in range(0, len(replaced), size):
+        chunk = replaced[start : start + size]
+        count = len(chunk)
+        if count < size:
+            chunk = torch.cat((chunk, chunk[-1:].expand(size - count, *chunk.shape[1:])))
+        waiting = iter(calls)
+
+        def compare(name: str, count: int = count, waiting: Any = waiting) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                tensor = first_tensor(output)
+                if tensor is None:
+                    return
+                call = next(waiting, None)
+                if call is not None and call.name == name:
+                    for layout, change in _changes(call.output, tensor, alone, size):
+                        call.responses.setdefault(layout, []).append(change[:count])
+
+            return hook
+
+        with listening(model.network, {name: compare(name) for name in names}), torch.no_grad():
+            model.embed(chunk.clone())
+
+
+def _changes(before: Tensor, after: Tensor, alone: int, size: int) -> list[tuple[str, Tensor]]:
+    """By layout the squared change of every position, summed over channels ``(size,...)``."""
+    found = []
+    for layout, (axes, images, channels) in LAYOUTS.items():
+        if before.dim() != axes or after.dim() != axes:
+            continue
+        expected = list(before.shape)
+        if expected[images] != alone or after.shape[images] != size:
+            continue
+        expected[images] = size
+        if list(after.shape) != expected:
+            continue
+        change = (after.float() - before.narrow(images, 0, 1).float()).square().sum(channels)
+        found.append((layout, change if images == 0 else change.transpose(0, 1)))
+    return found
+
+
+def gradient_through(run: LayerRun, lower: LayerRun) -> Tensor | None:
+    """The part of the gradient at a lower layer that comes to it through a higher one."""
+    if run.edge is None or lower.edge is None or run.gradient is None:
+        return None
+    (found,) = torch.autograd.grad(
+        [run.edge], [lower.edge], [run.gradient], retain_graph=True, allow_unused=True
+    )
+    result: Tensor | None = found
+    return result
+
+
+def swapped(
+    model: Traceable,
+    pictures: Tensor,
+    layer: str,
+    axis: int,
+    mix: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Embeddings ``(2,E)`` of the first picture with a layer of the second, and of the second.
+
+    Args:
+        model: The model; it is evaluated with every submodule in eval mode.
+        pictures: Two images ``(2,C,H,W)``.
+        layer: Its name, with ``@call`` where it runs more than once.
+        axis: The axis of images in the layer's output.
+        mix: From the outputs for the first and the second to what the layer shall give.
+    """
+    name, call = split_call(layer)
+    size = model.batch_size or 2
+    kept: list[Tensor] = []
+    rows: list[Tensor] = []
+    for order in ((1,), (0,)) if size == 1 else ((0, *[1] * (size - 1)),):
+        seen: list[int] = []
+
+        def exchange(module: nn.Module, args: Any, output: Any, seen: list[int] = seen) -> Any:
+            seen.append(1)
+            tensor = first_tensor(output)
+            if tensor is None or (call is not None and len(seen) != call + 1):
+                return None
+            if size == 1:
+                kept.append(tensor)
+                return with_first(output, mix(tensor, kept[0])) if len(kept) == 2 else None
+            own, other = tensor.narrow(axis, 0, 1), tensor.narrow(axis, 1, 1)
+            rest = tensor.narrow(axis, 1, size - 1)
+            return with_first(output, torch.cat((mix(own, other), rest), dim=axis))
+
+        with (
+            torch.inference_mode(mode=False),
+            listening(model.network, {name: exchange}),
+            undisturbed(model.network),
+            torch.no_grad(),
+        ):
+            rows.append(model.embed(pictures[list(order)]))
+    return torch.cat((rows[1], rows[0])) if size == 1 else rows[0][:2]

@@ -100,7 +100,8 @@ class Trace:
         present = [chunk for chunk in chunks if chunk is not None]
         if len(present) < len(chunks):
             raise ModelError(self.diagnose(layer))
-        return self.to_grid(layer, _joined(present, len(self.embeddings)))
+        # Not joined before: some layers have their images along another axis.
+        return _joined([self.to_grid(layer, chunk) for chunk in present], len(self.embeddings))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ MOST_LINES, MOST_FUNCTION_LINES = 600, 40
 LEVELS = [
     ["simexplain.errors"],
     [
+        "simexplain.autograd_paths",
         "simexplain.comparison",
         "simexplain.networks",
         "simexplain.publishing",

@@ -22,6 +22,7 @@ from simexplain.errors import ModelError
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.models.layers import GridHints, Layer
+from simexplain.models.surveyed import Surveyed
 from simexplain.networks import split_call
 
 Recall = Callable[[tuple[int, int], bool], Sequence[Use]]
@@ -94,6 +95,10 @@ class Recalled(SimilarityModel):
     def layers_for(self, images: Tensor) -> tuple[Layer, ...]:
         """Of the base model."""
         return self.base.layers_for(images)
+
+    def _survey_of(self, shape: tuple[int, int, int]) -> Surveyed:
+        """Of the base model."""
+        return self.base._survey_of(shape)
 
     @property
     def hints(self) -> GridHints:

@@ -88,6 +88,10 @@ class AttentionMaskLoss(Term):
         """The layers of the maps."""
         return named_layers(self.layer, model)
 
+    def layers_for(self, model: SimilarityModel, images: Tensor) -> tuple[str, ...]:
+        """The layers of the maps for images of this size."""
+        return named_layers(self.layer, model, images)
+
     def forward(self, batch: Batch) -> Tensor:
         """The mean share over the images with a mask, of all processes; 0 where there is none.
 
@@ -98,7 +102,9 @@ class AttentionMaskLoss(Term):
         tuples = disjoint_tuples(batch.units, batch.labels, self.arch, generator=batch.generator)
         own = Own.of(batch, tuples.places.flatten())
         weights = tuple_weights(batch, tuples, self.weights)
-        maps = at_least_single(own_maps(batch, own, weights, self.layers(batch.model)))
+        maps = at_least_single(
+            own_maps(batch, own, weights, self.layers_for(batch.model, batch.images))
+        )
         allowed, known = self._allowed(batch, own.which, maps)
         shares = wrong_energy(maps, allowed) * known
         found = own.together(batch, torch.stack((shares, known), dim=1))

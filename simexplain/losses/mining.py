@@ -120,6 +120,10 @@ class MiningTerm(Term):
         """The layers of the maps."""
         return named_layers(self.options.layer, model)
 
+    def layers_for(self, model: SimilarityModel, images: Tensor) -> tuple[str, ...]:
+        """The layers of the maps for images of this size."""
+        return named_layers(self.options.layer, model, images)
+
     def comparisons(self, batch: Batch) -> Tuples:
         """Those that :func:`disjoint_tuples` finds.
 
@@ -155,15 +159,22 @@ class SimilarityMiningLoss(MiningTerm):
         """
         model = similarity_model(model)
         flat = images.stacked().flatten(0, 1)
-        traced = trace(model, flat, self.layers(model), differentiable=True)
+        traced = trace(model, flat, self.layers_for(model, flat), differentiable=True)
         places = torch.arange(len(flat), device=flat.device).view(images.batch, images.count)
         batch = Batch.alone(model, flat, traced)
         return mined(batch, Tuples(places, images.positives.shape[1]), self.options)
 
 
-def named_layers(layer: str | None, model: SimilarityModel) -> tuple[str, ...]:
-    """The layers that an option names, with commas between; the model's default layer if none."""
-    return tuple((layer or model.default_layer).replace(" ", "").split(","))
+def named_layers(
+    layer: str | None, model: SimilarityModel, images: Tensor | None = None
+) -> tuple[str, ...]:
+    """The layers that an option names, with commas between.
+
+    None stands for the model's default layer, for images ``(M,C,H,W)`` where they are given.
+    """
+    if layer is None:
+        layer = model.default_layer if images is None else model.default_for(images)
+    return tuple(layer.replace(" ", "").split(","))
 
 
 def mined(batch: Batch, tuples: Tuples, options: MiningOptions) -> Tensor:
@@ -188,7 +199,7 @@ def mined_along(batch: Batch, tuples: Tuples, weights: Tensor, options: MiningOp
     """
     own = Own.of(batch, tuples.places.flatten())
     with torch.set_grad_enabled(torch.is_grad_enabled() and options.through_mask):
-        layers = named_layers(options.layer, batch.model)
+        layers = named_layers(options.layer, batch.model, batch.images)
         maps = own_maps(batch, own, weights, layers, options.cam)
     images = batch.images[own.which]
     masked = soft_mask(

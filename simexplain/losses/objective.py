@@ -93,6 +93,10 @@ class Term(nn.Module, ABC):
         """The layers whose maps the term reads."""
         return ()
 
+    def layers_for(self, model: SimilarityModel, images: Tensor) -> tuple[str, ...]:
+        """Like :meth:`layers`, for images ``(M,C,H,W)`` of this size."""
+        return self.layers(model)
+
     @abstractmethod
     def forward(self, batch: Batch) -> Tensor:
         """The loss of a batch, a scalar."""
@@ -182,7 +186,9 @@ class Objective(nn.Module):
             ModelError: If the shapes do not fit, or a term cannot work on this batch.
         """
         model = self._wrapped(model)
-        batch = run_batch(model, images, labels, self._layers(model), masks=masks, seed=seed)
+        batch = run_batch(
+            model, images, labels, self._layers(model, images), masks=masks, seed=seed
+        )
         parts = {name: term(batch) for name, term in self.terms.items()}
         total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
         return Losses(
@@ -201,11 +207,11 @@ class Objective(nn.Module):
         """Without the network, of which a copy would have its own."""
         return {**self.__dict__, "_known": None}
 
-    def _layers(self, model: SimilarityModel) -> tuple[str, ...]:
+    def _layers(self, model: SimilarityModel, images: Tensor) -> tuple[str, ...]:
         wanted: dict[str, None] = {}
         for term in self.terms.values():
             assert isinstance(term, Term)
-            wanted |= dict.fromkeys(term.layers(model))
+            wanted |= dict.fromkeys(term.layers_for(model, images))
         return tuple(wanted)
 
 

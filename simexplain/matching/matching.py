@@ -79,7 +79,7 @@ def match(
         if number is not None and number < 1:
             raise ComparisonError(f"Expected {name} of at least 1, got {number}.")
     if layer is None:
-        layer = next(found.name for found in wrapped.layers_for(first) if found.default)
+        layer = wrapped.default_for(first)
     waited = progress or Patience(lambda text: warnings.warn(text, stacklevel=3))
     found = [
         position_parts(wrapped, side, layer, steps=steps, max_batch=max_batch, progress=waited)
@@ -95,7 +95,10 @@ def match(
         layer=layer,
         model=wrapped.name,
     )
-    return replace(result, warnings=result.warnings + _integration(found, result, layer))
+    more = _integration(found, result, layer)
+    if wrapped is model or wrapped.is_surveyed(first):
+        more += wrapped.cautions((layer,), first)
+    return replace(result, warnings=result.warnings + more)
 
 
 @full_precision()

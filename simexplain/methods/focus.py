@@ -83,7 +83,7 @@ class Focus:
 
     def layers_for(self, model: SimilarityModel, images: Tensor) -> tuple[str, ...] | None:
         """The last layer of each of the three coarsest resolutions, where there are so many."""
-        return tuple(model.stages[-_LAYERS:]) or None
+        return tuple(model.stages_for(images)[-_LAYERS:]) or None
 
     def __call__(
         self,

@@ -146,9 +146,10 @@ class _Tail:
     def integrated(self, steps: int, tick: Ticker) -> PositionParts:
         """The mean Jacobian from a blank image's output, times the way from there."""
         point = self.output.detach()
-        blank = torch.zeros_like(self.whole.images[:1])
-        first = trace(self.whole.model, blank, (self.layer,)).outputs[self.layer][0][:1]
-        start = first.detach().expand_as(point)
+        # As many as in the chunk, since tokens may come before images in the layer's output.
+        blank = torch.zeros_like(self.whole.images[:1]).expand(len(self.rows), -1, -1, -1)
+        first = trace(self.whole.model, blank, (self.layer,), max_batch=len(blank))
+        start = first.outputs[self.layer][0].detach()
         places, weights = np.polynomial.legendre.leggauss(steps)
         parts = self.rows.detach().new_zeros(())
         for place, weight in zip((places + 1) / 2, weights / 2, strict=True):

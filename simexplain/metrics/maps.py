@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,6 +41,35 @@ def grown(heatmaps: Tensor, size: tuple[int, int]) -> Tensor:
         flat, size=list(size), mode="bilinear", align_corners=False, antialias=smaller
     )
     return made.view(*heat.shape[:-2], *size)
+
+
+def placed(
+    heatmaps: Tensor, size: tuple[int, int], region: tuple[float, float, float, float]
+) -> Tensor:
+    """Heatmaps ``(B,K,h,w)`` whose cells lie in a part of the image, at its size ``(B,K,H,W)``.
+
+    Bilinear with pixel centres at half-integers; zero beyond the part.
+
+    Args:
+        heatmaps: The maps.
+        size: ``(H,W)`` of the image.
+        region: Top, left, bottom and right of the part as shares of the image.
+    """
+    if region == (0.0, 0.0, 1.0, 1.0):
+        return F.interpolate(heatmaps, size=size, mode="bilinear", align_corners=False)
+    top, left, bottom, right = region
+    down = _tents(heatmaps.shape[-2], size[0], top, bottom).to(heatmaps)
+    along = _tents(heatmaps.shape[-1], size[1], left, right).to(heatmaps)
+    return down @ heatmaps @ along.T
+
+
+def _tents(cells: int, pixels: int, start: float, end: float) -> Tensor:
+    """Bilinear weights ``(pixels,cells)``, with the edge going on to the border of the part."""
+    centres = (torch.arange(pixels) + 0.5) / pixels
+    inside = (centres >= start) & (centres <= end)
+    along = ((centres - start) / (end - start) * cells - 0.5).clamp(0, cells - 1)
+    weights = (1 - (along[:, None] - torch.arange(cells)).abs()).clamp_min(0)
+    return weights * inside[:, None]
 
 
 def peak_of(heatmap: Tensor) -> tuple[int, int] | None:

@@ -46,7 +46,7 @@ def accelerated(model: SimilarityModel) -> SimilarityModel:
         )
     example = model.example()
     fast = _Fast(copy.deepcopy(model))
-    runs = survey(fast, example)
+    runs = survey(fast, example).runs
     # A layer that runs twice is called name@call here, and so is left alone.
     once = {run.name: run.module for run in runs}
     with torch.no_grad():

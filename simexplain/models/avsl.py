@@ -27,6 +27,7 @@ from simexplain.models.avsl_parts import (
 from simexplain.models.base import DISTANCES, SimilarityModel
 from simexplain.models.embedder import as_similarity_model
 from simexplain.models.layers import Layer
+from simexplain.models.surveyed import Surveyed
 from simexplain.networks import at_least_single
 from simexplain.tracing import trace
 
@@ -127,6 +128,10 @@ class AVSL(SimilarityModel):
     def layers_for(self, images: Tensor) -> tuple[Layer, ...]:
         """The layers of the plain model."""
         return self.base.layers_for(images)
+
+    def _survey_of(self, shape: tuple[int, int, int]) -> Surveyed:
+        """That of the plain model."""
+        return self.base._survey_of(shape)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """One pass: the feature map ``(M,C,h,w)`` of every level, float32 or 64, in the graph."""

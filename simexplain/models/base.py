@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError
-from simexplain.models.layers import GridHints, Layer, grid_hints, to_grid, usable_layers
-from simexplain.surveying import survey
+from simexplain.models.layers import GridHints, Layer, grid_hints, to_grid
+from simexplain.models.moving import WHOLE, Region
+from simexplain.models.surveyed import Surveyed, is_convolutional
+from simexplain.networks import channels_of
 
 
 def euclidean(q: Tensor, g: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ class SimilarityModel(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self._surveyed: dict[tuple[int, int], tuple[Layer, ...]] = {}
+        self._surveyed: dict[tuple[int, int, int], Surveyed] = {}
         self._hints: GridHints | None = None
 
     @property
@@ -116,31 +118,65 @@ class SimilarityModel(nn.Module, ABC):
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """Every usable layer in order of execution, found by a dry run on one noise image."""
+        """Every usable layer in order of execution, found by a dry run on images of noise."""
         return self.layers_for(self.example())
 
     @property
     def default_layer(self) -> str:
-        """The layer used when none is named: the last map over the image before the embedding."""
-        return next(layer.name for layer in self.layers if layer.default)
+        """The layer used when none is named: the last map that the whole embedding comes from."""
+        return self.default_for(self.example())
 
     @property
     def stages(self) -> tuple[str, ...]:
         """The last layer of each of the coarsest resolutions, for a sweep over depth."""
-        return tuple(layer.name for layer in self.layers if layer.stage)
+        return self.stages_for(self.example())
+
+    def default_for(self, images: Tensor) -> str:
+        """Like :attr:`default_layer`, for the size of these images ``(M,C,H,W)``."""
+        return next(layer.name for layer in self.layers_for(images) if layer.default)
+
+    def stages_for(self, images: Tensor) -> tuple[str, ...]:
+        """Like :attr:`stages`, for the size of these images ``(M,C,H,W)``."""
+        return tuple(layer.name for layer in self.layers_for(images) if layer.stage)
 
     def layers_for(self, images: Tensor) -> tuple[Layer, ...]:
-        """Like :attr:`layers`, for the size of these images ``(M,3,H,W)``; remembered per size."""
-        size = (int(images.shape[-2]), int(images.shape[-1]))
-        if size not in self._surveyed:
-            count = self.batch_size or 1
-            sample = images[:1].expand(count, *images.shape[1:])
-            runs = survey(self, sample)
-            self._surveyed[size] = usable_layers(runs, size, count, self.hints)
-        return self._surveyed[size]
+        """Like :attr:`layers`, for the size of these images ``(M,C,H,W)``; remembered per size.
+
+        Raises:
+            ModelError: If the network does not run on such images or has no such layer.
+        """
+        return self._survey_of(_shape(images)).usable()
+
+    def cautions(self, layers: Sequence[str], images: Tensor) -> tuple[str, ...]:
+        """What to know before trusting maps at these layers, for images ``(M,C,H,W)``.
+
+        A layer that part of the embedding bypasses cannot show that part.
+        """
+        return self._survey_of(_shape(images)).cautions(layers)
+
+    def bypass(self, layers: Sequence[str], images: Tensor) -> dict[str, float]:
+        """The share of the embedding that bypasses each of these layers; see :class:`Layer`."""
+        used = self._survey_of(_shape(images)).known(layers)
+        return {layer.name: round(layer.bypass, 4) for layer in used}
+
+    def is_surveyed(self, images: Tensor) -> bool:
+        """Whether the layers for images of this shape are known already."""
+        return _shape(images) in self._surveyed
+
+    def region(self, layers: Sequence[str], images: Tensor) -> Region:
+        """Where in images ``(M,C,H,W)`` the maps of these layers lie; see :class:`Layer`."""
+        if not self.is_surveyed(images):
+            return WHOLE
+        found = {layer.region for layer in self._survey_of(_shape(images)).known(layers)}
+        return found.pop() if len(found) == 1 else WHOLE
+
+    def _survey_of(self, shape: tuple[int, int, int]) -> Surveyed:
+        if shape not in self._surveyed:
+            self._surveyed[shape] = Surveyed(self, shape)
+        return self._surveyed[shape]
 
     def example(self) -> Tensor:
-        """One image of fixed noise in the model's own input size, type and device."""
+        """One image of fixed noise in the model's own input size, channels, type and device."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.rand(
             (1, self.preprocess.channels, *self.preprocess.size), generator=generator
@@ -161,10 +197,20 @@ class SimilarityModel(nn.Module, ABC):
         Raises:
             ModelError: If it is not a map over the image.
         """
-        grid = to_grid(output, image_size, self.hints)
+        known = (shape for shape in self._surveyed if shape[1:] == tuple(image_size))
+        shape = next(known, (channels_of(self.network), *image_size))
+        if shape not in self._surveyed and output.dim() == 4 and is_convolutional(self.network):
+            grid = to_grid(output, image_size, self.hints)  # whose shape says enough
+        else:
+            grid = self._survey_of(shape).grid(layer, output)
         if grid is None or grid.shape[2] * grid.shape[3] < 2:
             raise ModelError(
                 f"Layer '{layer}' gives {tuple(output.shape)}, which is no map over an image of "
                 f"{image_size[0]}x{image_size[1]}; `simexplain layers` lists the layers that are."
             )
         return grid
+
+
+def _shape(images: Tensor) -> tuple[int, int, int]:
+    channels, height, width = images.shape[-3:]
+    return int(channels), int(height), int(width)

@@ -3,18 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from simexplain.errors import ModelError
-from simexplain.surveying import LayerRun
+from simexplain.models.moving import WHOLE, Region
+from simexplain.surveying import LAYOUTS
 
 _MOST_PREFIX_TOKENS = 16
-_STAGES = 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the output of a layer becomes a map ``(M,C,h,w)``.
+
+    Attributes:
+        kind: A key of ``LAYOUTS``, such as ``NLC`` for tokens ``(M,L,C)``.
+        grid: Rows and columns ``(h,w)``.
+        prefix: Tokens before the first cell.
+        tokens: Tokens in all; more than cells where there are class tokens or the like.
+        region: Where in the image the cells lie.
+    """
+
+    kind: str
+    grid: tuple[int, int]
+    prefix: int = 0
+    tokens: int = 0
+    region: Region = WHOLE
+
+    @property
+    def beside(self) -> bool:
+        """Whether the output holds more than cells, such as a class token."""
+        return self.tokens > self.grid[0] * self.grid[1]
+
+    def __call__(self, output: Tensor) -> Tensor | None:
+        """The map ``(M,C,h,w)``, a view of the output; None where the output does not fit."""
+        if output.dim() != LAYOUTS[self.kind][0]:
+            return None
+        if self.kind in ("NCHW", "NHWC"):
+            grid = output if self.kind == "NCHW" else output.permute(0, 3, 1, 2)
+            return grid if tuple(grid.shape[2:]) == self.grid else None
+        tokens = output if self.kind == "NLC" else output.transpose(0, 1)
+        if tokens.shape[1] != self.tokens:
+            return None
+        cells = tokens[:, self.prefix : self.prefix + self.grid[0] * self.grid[1]]
+        return cells.transpose(1, 2).reshape(len(tokens), -1, *self.grid)
+
+    def cells_of(self, output: Tensor, other: Tensor) -> Tensor:
+        """An output whose cells are those of another one, all else as it was."""
+        if self.kind in ("NCHW", "NHWC"):
+            return other
+        axis = 1 if self.kind == "NLC" else 0
+        count = self.grid[0] * self.grid[1]
+        mixed = output.clone()
+        mixed.narrow(axis, self.prefix, count).copy_(other.narrow(axis, self.prefix, count))
+        return mixed
 
 
 @dataclass(frozen=True)
@@ -28,6 +73,7 @@ class Layer:
         stride: Image pixels per cell, vertically and horizontally.
         default: True for the layer that is used when none is named.
         stage: True for the last layer of each resolution, which a sweep shows.
+        region: Top, left, bottom and right of what the cells look at, as shares of the image.
     """
 
     name: str
@@ -36,6 +82,31 @@ class Layer:
     stride: tuple[float, float]
     default: bool = False
     stage: bool = False
+    region: Region = WHOLE
+    measure: Callable[[str], float] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def bypass(self) -> float:
+        """The share of the embedding that reaches it past this layer's cells, 0 to 1.
+
+        0 where the graph of the network shows that everything passes the layer. Else the cells are
+        replaced by those of another picture, and the share is how far the embedding stays behind;
+        measured when it is first read, with one forward pass of two images.
+        """
+        return 0.0 if self.measure is None else self.measure(self.name)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "stride": list(self.stride),
+            "default": self.default,
+            "stage": self.stage,
+            "region": list(self.region),
+            "bypass": self.bypass,
+        }
 
 
 @dataclass(frozen=True)
@@ -90,118 +161,6 @@ def to_grid(output: Tensor, image_size: tuple[int, int], hints: GridHints) -> Te
             prefix, (height, width) = found
             return output[:, prefix:].transpose(1, 2).reshape(len(output), -1, height, width)
     return None
-
-
-def usable_layers(
-    runs: Sequence[LayerRun], image_size: tuple[int, int], batch: int, hints: GridHints
-) -> tuple[Layer, ...]:
-    """The layers of a survey that feed the embedding from more than one place of the image.
-
-    A layer whose patch tokens the embedding ignores (the last block of a network that reads only
-    its class token) would give an empty map and is left out.
-
-    Raises:
-        ModelError: If there is none.
-    """
-    usable = []
-    for run in runs:
-        grid = to_grid(run.output, image_size, hints)
-        if grid is None or len(grid) != batch or grid.shape[2] * grid.shape[3] < 2:
-            continue
-        if run.gradient is None:
-            continue
-        gradient = to_grid(run.gradient, image_size, hints)
-        if gradient is not None and bool(gradient.ne(0).any()):
-            usable.append((run, grid))
-    if not usable:
-        raise ModelError(
-            "The model has no layer with a map over the image that feeds the embedding, so there "
-            "is nothing to draw; name one with layer=, or check that its forward is differentiable."
-        )
-    candidates = _candidates(usable)
-    chosen = _named(candidates[-1][0], candidates, runs)
-    stages = [_named(run, candidates, runs) for run in _stages(candidates)]
-    height, width = image_size
-    return tuple(
-        Layer(
-            run.name,
-            type(run.module).__name__,
-            (grid.shape[1], grid.shape[2], grid.shape[3]),
-            (height / grid.shape[2], width / grid.shape[3]),
-            default=run is chosen,
-            stage=any(run is stage for stage in stages),
-        )
-        for run, grid in usable
-    )
-
-
-def _candidates(usable: list[tuple[LayerRun, Tensor]]) -> list[tuple[LayerRun, Tensor]]:
-    """What a person would choose from: no pooling, and no insides of attention."""
-    candidates = [
-        (run, grid) for run, grid in usable if "pool" not in type(run.module).__name__.lower()
-    ] or usable
-    if candidates[-1][0].output.dim() == 3:
-        # Inside attention the last map is qkv; the residual width marks the blocks themselves.
-        tokens = Counter(grid.shape[1] for run, grid in candidates if run.output.dim() == 3)
-        width = tokens.most_common(1)[0][0]
-        candidates = [(run, grid) for run, grid in candidates if grid.shape[1] == width]
-    return candidates
-
-
-def _stages(candidates: list[tuple[LayerRun, Tensor]]) -> list[LayerRun]:
-    """The last map of each of the coarsest resolutions, or blocks spread over the depth."""
-    cells = {run.name: grid.shape[2:].numel() for run, grid in candidates}
-    blocks = {run.name for run, _ in candidates if type(run.module) is not nn.Sequential}
-    # What contains everything is the network itself, inside a wrapper.
-    first, *others = [{run.name} | _around(run.name) for run, _ in candidates]
-    blocks -= first.intersection(*others)
-    last = {
-        grid.shape[2:]: run
-        for run, grid in candidates
-        # The inside of a block that ends coarser belongs to the next stage already.
-        if all(cells[name] >= cells[run.name] for name in _around(run.name) & blocks)
-    }
-    if len(last) > 1:
-        return list(last.values())[-_STAGES:]
-    numbered = [run for run, _ in candidates if run.name.rpartition(".")[2].isdigit()]
-    numbered = [run for run in numbered if run is not candidates[-1][0]] + [candidates[-1][0]]
-    places = {round((len(numbered) - 1) * (n + 1) / _STAGES) for n in range(_STAGES)}
-    return [numbered[place] for place in sorted(places)]
-
-
-def _around(name: str) -> set[str]:
-    """The names of all modules that contain this one."""
-    parts = name.split(".")
-    return {".".join(parts[:end]) for end in range(1, len(parts))}
-
-
-def _named(
-    chosen: LayerRun, candidates: list[tuple[LayerRun, Tensor]], runs: Sequence[LayerRun]
-) -> LayerRun:
-    """The same map under the name a person would give it: ``layer4``, not ``layer4.1.act2``."""
-    same = [run for run, _ in candidates if _is_same(run.output, chosen.output)]
-    return min(
-        reversed(same),
-        key=lambda run: (
-            isinstance(run.module, nn.Identity),
-            _is_umbrella(run, runs),
-            run.name.count("."),
-        ),
-    )
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.data_ptr() == b.data_ptr()
-
-
-def _is_umbrella(run: LayerRun, runs: Sequence[LayerRun]) -> bool:
-    """True for a container of stages at several resolutions, such as ``features``."""
-    sizes = {
-        other.output.shape[-2:] if other.output.dim() == 4 else other.output.shape[1:2]
-        for other in runs
-        if other.name.rpartition(".")[0] == run.name
-    }
-    return len(sizes) > 1
 
 
 def _fits(shape: Sequence[int], image_size: tuple[int, int], hints: GridHints) -> bool:

@@ -48,7 +48,32 @@ def _of_colours(module: nn.Module) -> Preprocess:
     if own is not None:
         return own
     note = f"The model {UNSTATED}; ImageNet's usual values are used."
-    return replace(IMAGENET, notes=(note,))
+    return replace(IMAGENET, size=declared_size(module) or IMAGENET.size, notes=(note,))
+
+
+def declared_size(network: nn.Module) -> tuple[int, int] | None:
+    """``(height, width)`` of the images that a network says it was built for, or None.
+
+    Read from ``image_size``, ``config.image_size`` (Hugging Face) or ``patch_embed.img_size``
+    (timm), of the network itself or of the first part that has one.
+    """
+    for module in network.modules():
+        config = getattr(module, "config", None)
+        vision = getattr(config, "vision_config", None)
+        patches = getattr(module, "patch_embed", None)
+        for holder, name in (
+            (module, "image_size"),
+            (vision, "image_size"),
+            (config, "image_size"),
+            (patches, "img_size"),
+            (module, "img_size"),
+        ):
+            size = getattr(holder, name, None)
+            if isinstance(size, int) and size > 0:
+                return size, size
+            if isinstance(size, (tuple, list)) and len(size) == 2:
+                return int(size[0]), int(size[1])
+    return None
 
 
 def usual_processor(config: Any) -> Any:

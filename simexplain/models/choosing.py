@@ -1,0 +1,388 @@
+"""From a survey to layers: which outputs are maps over the image, the default and the stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from simexplain.errors import ModelError
+from simexplain.models.layers import GridHints, Layer, Layout
+from simexplain.models.moving import WHOLE, Likeness, Moved, Region
+from simexplain.surveying import LayerRun, Survey, gradient_through
+
+STAGES = 4
+_MOST_OFFSETS = 1024
+_MOST_PREFIX = 16
+_SURE, _CLEAR, _LEAST, _CHANCE = 0.9, 0.75, 0.35, 2.5
+_CLEAR_SLOPE, _LEAST_SLOPE = 0.2, 0.02
+_POOLING = tuple(
+    kind
+    for kind in vars(nn.modules.pooling).values()
+    if isinstance(kind, type) and kind.__module__ == nn.modules.pooling.__name__
+)
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """A layer whose output is a map over the image."""
+
+    run: LayerRun
+    layout: Layout
+
+    @property
+    def cells(self) -> int:
+        """How many there are."""
+        return self.layout.grid[0] * self.layout.grid[1]
+
+
+class Maps:
+    """Finds the layout of every output, proven by what its cells respond to."""
+
+    def __init__(self, survey: Survey, moved: Moved, hints: GridHints) -> None:
+        """Takes a survey of ``moved.picture`` and ``moved.replaced``."""
+        self.likeness = Likeness(moved.parts)
+        height, width = moved.picture.shape[2:]
+        self.size = (int(height), int(width))
+        self.grids: dict[Grid, Region] = {}
+        base = hints.base_grid(self.size)
+        if base is not None:
+            self.grids[base] = WHOLE
+        self.lengths = {
+            run.output.shape[axis]
+            for run in survey.runs
+            for kind, axis in (("NLC", 1), ("LNC", 0))
+            if kind in run.responses
+        }
+        self._known: dict[object, Layout | None] = {}
+        self._exact: dict[tuple[Grid, Region], Region] = {}
+        self._latest: dict[tuple[str, int], Layout] = {}
+        found = ((run, self._remembered(run)) for run in survey.runs)
+        self.found = [Map(run, layout) for run, layout in found if layout is not None]
+
+    def _remembered(self, run: LayerRun) -> Layout | None:
+        if run.same not in self._known:
+            self._known[run.same] = self._layout(run)
+        return self._known[run.same]
+
+    def _layout(self, run: LayerRun) -> Layout | None:
+        if "NCHW" in run.responses and run.place is not None:
+            grid = (int(run.output.shape[2]), int(run.output.shape[3]))
+            exact = run.place.region(grid, self.size)
+            region = exact if run.place.is_off(grid, self.size) else WHOLE
+            self.grids.setdefault(grid, region)
+            self._exact.setdefault((grid, region), exact)
+            return Layout("NCHW", grid, region=region)
+        best: tuple[float, Layout] | None = None
+        for layout, responses in self._proposed(run):
+            exact = self._exact.get((layout.grid, layout.region), layout.region)
+            likeness, slope = self.likeness(responses, exact)
+            least = max(_LEAST, _CHANCE / math.sqrt(3 * layout.grid[0] * layout.grid[1]))
+            if self._is_guess(layout):  # of which there are many, so that chance finds more
+                least = max(_CLEAR, least)
+                slope = slope if slope > _CLEAR_SLOPE else 0.0
+            if likeness < least or slope < _LEAST_SLOPE:
+                continue
+            if best is None or likeness > best[0] + 1e-6:
+                best = (likeness, layout)
+            if likeness > _SURE:
+                break
+        if best is None:
+            return None
+        layout = best[1]
+        if layout.kind in ("NCHW", "NHWC"):
+            self.grids.setdefault(layout.grid, layout.region)
+        else:
+            self._latest[layout.kind, layout.tokens] = layout
+        return layout
+
+    def _is_guess(self, layout: Layout) -> bool:
+        if layout.kind in ("NCHW", "NHWC"):
+            return layout.region != self.grids.get(layout.grid, WHOLE)
+        return (layout.kind, layout.tokens) not in self._latest
+
+    def _proposed(self, run: LayerRun) -> Iterator[tuple[Layout, NDArray[np.float64]]]:
+        for kind, changes in run.responses.items():
+            responses = changes.double().cpu().numpy()
+            if kind in ("NCHW", "NHWC"):
+                grid = (int(responses.shape[1]), int(responses.shape[2]))
+                # Nothing whose sides are numbers of tokens: attention weights are such tables.
+                if grid in self.grids or not self.lengths.intersection(grid):
+                    for region in self._regions(grid):
+                        yield Layout(kind, grid, region=region), responses
+                continue
+            tokens = int(responses.shape[1])
+            for layout in self._sequences(kind, tokens):
+                cells = layout.grid[0] * layout.grid[1]
+                flat = responses[:, layout.prefix : layout.prefix + cells]
+                yield layout, flat.reshape(len(flat), *layout.grid)
+
+    def _regions(self, grid: Grid) -> Iterator[Region]:
+        """Where a map may lie: as a known grid of its size, over the image, or on a part of it."""
+        if grid in self.grids:
+            yield self.grids[grid]
+        if self._fits(grid):
+            yield WHOLE
+        yield from self._parts_of(grid)
+
+    def _parts_of(self, grid: Grid) -> Iterator[Region]:
+        for (rows, columns), region in list(self.grids.items()):
+            if region != WHOLE or (grid[0] == rows) == (grid[1] == columns):
+                continue
+            down, right = rows - grid[0], columns - grid[1]
+            if min(down, right) < 0 or (down + 1) * (right + 1) > _MOST_OFFSETS:
+                continue
+            for top in range(down + 1):
+                for left in range(right + 1):
+                    bottom, far = (top + grid[0]) / rows, (left + grid[1]) / columns
+                    yield top / rows, left / columns, bottom, far
+
+    def _sequences(self, kind: str, tokens: int) -> Iterator[Layout]:
+        """How a sequence may be laid out, the likeliest first."""
+        if (kind, tokens) in self._latest:
+            yield self._latest[kind, tokens]
+            return
+        for grid, region in self._likely(tokens):
+            beside = tokens - grid[0] * grid[1]
+            offsets = range(beside, -1, -1) if beside <= _MOST_PREFIX else (beside, 0)
+            for prefix in offsets:
+                yield Layout(kind, grid, prefix, tokens, region)
+        for rows, columns in list(self.grids):
+            for grid in {(tokens // columns, columns), (rows, tokens // rows)}:
+                if grid[0] * grid[1] == tokens and min(grid) > 1:
+                    for region in self._parts_of(grid):
+                        yield Layout(kind, grid, 0, tokens, region)
+
+    def _likely(self, tokens: int) -> list[tuple[Grid, Region]]:
+        """Grids of the convolutions and their halves; else those with the shape of the image."""
+        found: dict[Grid, Region] = {}
+        for (rows, columns), region in list(self.grids.items()):
+            for times in (1, 2, 4, 8):
+                for up in (0, times - 1):
+                    grid = ((rows + up) // times, (columns + up) // times)
+                    if 2 <= grid[0] * grid[1] <= tokens:
+                        found.setdefault(grid, region)
+        near = [(grid, region) for grid, region in found.items() if self._close(grid, tokens)]
+        near.sort(key=lambda pair: tokens - pair[0][0] * pair[0][1])
+        for prefix in range(_MOST_PREFIX):
+            grids = (grid for grid in _factors(tokens - prefix) if grid not in found)
+            near += [(grid, WHOLE) for grid in grids if self._fits(grid)]
+        return near
+
+    def _close(self, grid: Grid, tokens: int) -> bool:
+        return grid[0] * grid[1] * 4 > tokens
+
+    def _fits(self, grid: Grid) -> bool:
+        """Whether ``(h,w)`` has the shape of the image and is not finer than its pixels."""
+        (h, w), (height, width) = grid, self.size
+        return h <= height and w <= width and abs(h * width - w * height) <= max(height, width)
+
+
+def _factors(cells: int) -> Iterator[Grid]:
+    for rows in range(1, cells + 1):
+        if cells % rows == 0 and cells > 1:
+            yield rows, cells // rows
+
+
+def usable_layers(
+    survey: Survey,
+    maps: Sequence[Map],
+    size: tuple[int, int],
+    measure: Callable[[str], float],
+) -> tuple[Layer, ...]:
+    """The layers of a survey that feed the embedding from more than one place of the image.
+
+    A layer whose patch tokens the embedding ignores (the last block of a network that reads only
+    its class token) would give an empty map and is left out.
+
+    Args:
+        survey: From :func:`~simexplain.surveying.survey`.
+        maps: Its outputs that are maps over the image.
+        size: ``(height, width)`` of the image.
+        measure: Gives the share of the embedding that bypasses a layer.
+
+    Raises:
+        ModelError: If there is none; says why.
+    """
+    usable = [found for found in maps if found.cells > 1 and _feeds(found)]
+    if not usable:
+        raise ModelError(_why_none(survey, maps))
+    candidates = [one for one in usable if not isinstance(one.run.module, _POOLING)] or usable
+    chosen = _default(survey, candidates, measure)
+    stages = [_named(stage, candidates, survey.runs) for stage in _stages(chosen, candidates)]
+    chosen = _named(chosen, candidates, survey.runs)
+    return tuple(
+        _layer(one, size, measure, default=one is chosen, stage=one in stages) for one in usable
+    )
+
+
+def _layer(
+    found: Map,
+    size: tuple[int, int],
+    measure: Callable[[str], float],
+    *,
+    default: bool,
+    stage: bool,
+) -> Layer:
+    (height, width), (h, w) = size, found.layout.grid
+    top, left, bottom, right = found.layout.region
+    channels = 1 if found.layout.kind == "NCHW" else -1
+    return Layer(
+        found.run.name,
+        type(found.run.module).__name__,
+        (int(found.run.output.shape[channels]), h, w),
+        (height * (bottom - top) / h, width * (right - left) / w),
+        default=default,
+        stage=stage,
+        region=found.layout.region,
+        measure=None if found.run.main and not found.layout.beside else measure,
+    )
+
+
+def _feeds(found: Map) -> bool:
+    gradient = found.run.gradient
+    grid = None if gradient is None else found.layout(gradient)
+    return grid is not None and bool(grid.ne(0).any())
+
+
+def _default(survey: Survey, candidates: Sequence[Map], measure: Callable[[str], float]) -> Map:
+    """The last map that everything passes; where none is, the one that least bypasses."""
+    main = [one for one in candidates if one.run.main]
+    if not main:
+        last = {one.run.name.partition(".")[0]: one for one in candidates}
+        shares = {name: measure(one.run.name) for name, one in last.items()}
+        least = min(shares.values())
+        return next(last[name] for name in reversed(last) if shares[name] <= least + 1e-6)
+    last_main = main[-1]
+    return _deeper(survey, last_main, candidates) if last_main.layout.beside else last_main
+
+
+def _deeper(survey: Survey, last: Map, candidates: Sequence[Map]) -> Map:
+    """The last map above the given one that all its cells feed, though a class token bypasses it.
+
+    In the last block of a network that reads its class token, that is what goes into attention.
+    """
+    places = {id(run): place for place, run in enumerate(survey.runs)}
+    after = [run for run in survey.runs[places[id(last.run)] + 1 :] if run.main]
+    end = places[id(after[0])] if after else len(survey.runs)
+    own = last.layout(last.run.gradient) if last.run.gradient is not None else None
+    best = last
+    for one in candidates:
+        if not places[id(last.run)] < places[id(one.run)] < end:
+            continue
+        if one.run.output.shape != last.run.output.shape or one.layout != last.layout:
+            continue
+        gradient = gradient_through(one.run, last.run)
+        through = None if gradient is None else last.layout(gradient)
+        if own is None or through is None:
+            continue
+        if float((through - own).norm()) <= 1e-3 * float(own.norm()):
+            best = one
+    return best
+
+
+def _stages(default: Map, candidates: Sequence[Map]) -> list[Map]:
+    """The last map of each resolution that everything passes, or blocks spread over the depth."""
+    main = [one for one in candidates if one.run.main and not _inside_coarser(one, candidates)]
+    found = [default]
+    for one in reversed(main):
+        if one.cells > found[0].cells:
+            found.insert(0, one)
+    if len(found) > 1:
+        return found[-STAGES:]
+    numbered = [
+        one
+        for one in main or candidates
+        if one.run.name.rpartition(".")[2].isdigit()
+        and one.run.same != default.run.same
+        and one.cells == default.cells
+    ]
+    numbered.append(default)
+    chosen = {round((len(numbered) - 1) * (n + 1) / STAGES) for n in range(STAGES)}
+    return [numbered[place] for place in sorted(chosen)]
+
+
+def _inside_coarser(one: Map, candidates: Sequence[Map]) -> bool:
+    """Whether a map lies inside a block that ends coarser, and so belongs to the next stage."""
+    around = _around(one.run.name)
+    return any(
+        other.run.name in around
+        and other.cells < one.cells
+        and type(other.run.module) is not nn.Sequential
+        and not all(
+            other.run.name in {*_around(each.run.name), each.run.name} for each in candidates
+        )
+        for other in candidates
+    )
+
+
+def _around(name: str) -> set[str]:
+    """The names of all modules that contain this one."""
+    parts = name.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts))}
+
+
+def _named(chosen: Map, candidates: Sequence[Map], runs: Sequence[LayerRun]) -> Map:
+    """The same map under the name a person would give it: ``layer4``, not ``layer4.1.act2``."""
+    same = [one for one in candidates if one.run.same == chosen.run.same]
+    return min(
+        reversed(same),
+        key=lambda one: (
+            isinstance(one.run.module, nn.Identity),
+            _is_umbrella(one.run, runs),
+            one.run.name.count("."),
+        ),
+    )
+
+
+def _is_umbrella(run: LayerRun, runs: Sequence[LayerRun]) -> bool:
+    """True for a container of stages at several resolutions, such as ``features``."""
+    sizes = {
+        other.output.shape[-2:] if other.output.dim() == 4 else other.output.shape[1:2]
+        for other in runs
+        if other.name.rpartition(".")[0] == run.name
+    }
+    return len(sizes) > 1
+
+
+def _why_none(survey: Survey, maps: Sequence[Map]) -> str:
+    """Why no layer can carry a heatmap, in one sentence."""
+    start = "The model has no layer with a map over the image that feeds the embedding"
+    if any("quantized" in type(run.module).__module__ for run in survey.runs):
+        return (
+            f"{start}, since its modules are quantised and have no gradients; explain the network "
+            "as it was before, or use occlusion, sbsm or random_masks."
+        )
+    if survey.obstacles and all(run.gradient is None for run in survey.runs if _wide(run)):
+        return (
+            f"{start} with a gradient, since {survey.obstacles[0]}; change the model's forward, or "
+            "use occlusion, sbsm or random_masks."
+        )
+    if maps and all(one.run.gradient is None for one in maps):
+        return (
+            f"{start}: the embedding is detached from {maps[-1].run.name}; check that the "
+            "model's forward is differentiable."
+        )
+    return (
+        f"{start}, so there is nothing to draw; name one with layer=, or use a method on pixels "
+        "such as occlusion."
+    )
+
+
+def _wide(run: LayerRun) -> bool:
+    return run.output.dim() > 2
+
+
+def depth(survey: Survey, name: str) -> tuple[int, int]:
+    """How many of a network's innermost layers run up to the end of one, and how many in all."""
+    names = {run.name.partition("@")[0] for run in survey.runs}
+    inside = {name.rpartition(".")[0] for name in names}
+    leaves = [run.name.partition("@")[0] not in inside for run in survey.runs]
+    place = next(place for place, run in enumerate(survey.runs) if run.name == name)
+    return sum(leaves[: place + 1]), sum(leaves)
