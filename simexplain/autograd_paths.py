@@ -19,7 +19,7 @@ _CELLWISE = {
     "Log", "Clamp", "ClampMin", "ClampMax", "Where", "Maximum", "Minimum", "Addcmul", "Addcdiv",
     "Lerp", "Clone", "ToCopy", "Alias", "Expand", "Cat", "NativeBatchNorm", "CudnnBatchNorm",
     "MiopenBatchNorm", "NativeGroupNorm", "NativeDropout", "View", "UnsafeView", "ReshapeAlias",
-    "Unsqueeze", "Squeeze",
+    "Unsqueeze", "Squeeze", "torch::autograd::CopySlices",
 }  # fmt: skip
 """Operations that leave every number in its cell; their two last axes must stay as they were."""
 
@@ -238,6 +238,13 @@ def _permuted(node: Any, place: Place, before: Any, after: Any, _: int) -> Place
     return place if last == [len(before) - 2, len(before) - 1] else None
 
 
+def _strided(node: Any, place: Place, before: Any, after: Any, _: int) -> Place | None:
+    """A view of whole channels, which autograd makes of a slice that was changed in place."""
+    rows, columns = before[-2:]
+    whole = tuple(node._saved_stride[-2:]) == (columns, 1) and after[-2:] == (rows, columns)
+    return place if whole and (node._saved_storage_offset or 0) % (rows * columns) == 0 else None
+
+
 def _two(values: Sequence[int]) -> tuple[int, int]:
     return (values[0], values[-1])
 
@@ -261,4 +268,5 @@ _RULES: dict[str, Rule] = {
     "UnsafeSplit": _split,
     "Transpose": _transposed,
     "Permute": _permuted,
+    "AsStrided": _strided,
 }

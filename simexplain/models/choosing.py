@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,15 +17,25 @@ from simexplain.models.moving import WHOLE, Likeness, Moved, Region
 from simexplain.surveying import LayerRun, Survey, gradient_through
 
 STAGES = 4
+_MUCH = 0.3
 _MOST_OFFSETS = 1024
 _MOST_PREFIX = 16
-_SURE, _CLEAR, _LEAST, _CHANCE = 0.9, 0.75, 0.35, 2.5
-_CLEAR_SLOPE, _LEAST_SLOPE = 0.2, 0.02
+_TIERS = (
+    (0.35, 2.5, 0.02),
+    (0.5, 3.5, 0.1),
+    (0.6, 2.6, 0.1),
+    (0.75, 3.5, 0.2),
+    (0.75, 3.5, 0.2),
+)
+"""What a layout must reach: likeness, its multiple of chance, and slope; guesses need more."""
 _POOLING = tuple(
     kind
     for kind in vars(nn.modules.pooling).values()
     if isinstance(kind, type) and kind.__module__ == nn.modules.pooling.__name__
 )
+
+_INSIDE = re.compile(r"\.\w*(attn|attention)\w*\.", re.IGNORECASE)
+"""The name of a layer inside a module of attention."""
 
 Grid = tuple[int, int]
 
@@ -79,57 +90,55 @@ class Maps:
             self.grids.setdefault(grid, region)
             self._exact.setdefault((grid, region), exact)
             return Layout("NCHW", grid, region=region)
-        best: tuple[float, Layout] | None = None
-        for layout, responses in self._proposed(run):
-            exact = self._exact.get((layout.grid, layout.region), layout.region)
-            likeness, slope = self.likeness(responses, exact)
-            least = max(_LEAST, _CHANCE / math.sqrt(3 * layout.grid[0] * layout.grid[1]))
-            if self._is_guess(layout):  # of which there are many, so that chance finds more
-                least = max(_CLEAR, least)
-                slope = slope if slope > _CLEAR_SLOPE else 0.0
-            if likeness < least or slope < _LEAST_SLOPE:
-                continue
-            if best is None or likeness > best[0] + 1e-6:
-                best = (likeness, layout)
-            if likeness > _SURE:
-                break
-        if best is None:
+        layout = self._proven(run)
+        if layout is None:
             return None
-        layout = best[1]
         if layout.kind in ("NCHW", "NHWC"):
             self.grids.setdefault(layout.grid, layout.region)
         else:
             self._latest[layout.kind, layout.tokens] = layout
         return layout
 
-    def _is_guess(self, layout: Layout) -> bool:
-        if layout.kind in ("NCHW", "NHWC"):
-            return layout.region != self.grids.get(layout.grid, WHOLE)
-        return (layout.kind, layout.tokens) not in self._latest
+    def _proven(self, run: LayerRun) -> Layout | None:
+        """The layout whose cells follow the picture best, of the likeliest tier that has one."""
+        best: tuple[int, float, Layout] | None = None
+        for tier, layout, responses in self._proposed(run):
+            if best is not None and tier > best[0]:
+                break
+            exact = self._exact.get((layout.grid, layout.region), layout.region)
+            likeness, slope = self.likeness(responses, exact)
+            least, chance, least_slope = _TIERS[tier]
+            least = max(least, chance / math.sqrt(3 * layout.grid[0] * layout.grid[1]))
+            if likeness < least or slope < least_slope:
+                continue
+            if best is None or likeness > best[1] + 1e-6:
+                best = (tier, likeness, layout)
+        return None if best is None else best[2]
 
-    def _proposed(self, run: LayerRun) -> Iterator[tuple[Layout, NDArray[np.float64]]]:
+    def _proposed(self, run: LayerRun) -> Iterator[tuple[int, Layout, NDArray[np.float64]]]:
         for kind, changes in run.responses.items():
             responses = changes.double().cpu().numpy()
             if kind in ("NCHW", "NHWC"):
                 grid = (int(responses.shape[1]), int(responses.shape[2]))
                 # Nothing whose sides are numbers of tokens: attention weights are such tables.
-                if grid in self.grids or not self.lengths.intersection(grid):
-                    for region in self._regions(grid):
-                        yield Layout(kind, grid, region=region), responses
+                if grid in self._halved() or not self.lengths.intersection(grid):
+                    for tier, region in self._regions(grid):
+                        yield tier, Layout(kind, grid, region=region), responses
                 continue
             tokens = int(responses.shape[1])
-            for layout in self._sequences(kind, tokens):
+            for tier, layout in self._sequences(kind, tokens):
                 cells = layout.grid[0] * layout.grid[1]
                 flat = responses[:, layout.prefix : layout.prefix + cells]
-                yield layout, flat.reshape(len(flat), *layout.grid)
+                yield tier, layout, flat.reshape(len(flat), *layout.grid)
 
-    def _regions(self, grid: Grid) -> Iterator[Region]:
+    def _regions(self, grid: Grid) -> Iterator[tuple[int, Region]]:
         """Where a map may lie: as a known grid of its size, over the image, or on a part of it."""
         if grid in self.grids:
-            yield self.grids[grid]
+            yield 0, self.grids[grid]
         if self._fits(grid):
-            yield WHOLE
-        yield from self._parts_of(grid)
+            yield 0, WHOLE
+        for region in self._parts_of(grid):
+            yield 3, region
 
     def _parts_of(self, grid: Grid) -> Iterator[Region]:
         for (rows, columns), region in list(self.grids.items()):
@@ -143,40 +152,45 @@ class Maps:
                     bottom, far = (top + grid[0]) / rows, (left + grid[1]) / columns
                     yield top / rows, left / columns, bottom, far
 
-    def _sequences(self, kind: str, tokens: int) -> Iterator[Layout]:
-        """How a sequence may be laid out, the likeliest first."""
+    def _sequences(self, kind: str, tokens: int) -> Iterator[tuple[int, Layout]]:
+        """How a sequence may be laid out, in tiers, the likeliest first."""
         if (kind, tokens) in self._latest:
-            yield self._latest[kind, tokens]
+            yield 0, self._latest[kind, tokens]
             return
-        for grid, region in self._likely(tokens):
+        halved = self._halved()
+        for grid, region in halved.items():
+            if grid[0] * grid[1] == tokens:
+                yield 0 if grid in self.grids else 1, Layout(kind, grid, 0, tokens, region)
+        for grid, region in self.grids.items():
             beside = tokens - grid[0] * grid[1]
-            offsets = range(beside, -1, -1) if beside <= _MOST_PREFIX else (beside, 0)
-            for prefix in offsets:
-                yield Layout(kind, grid, prefix, tokens, region)
+            if 0 < beside <= 3 * grid[0] * grid[1] and grid[0] * grid[1] > 1:
+                for prefix in range(beside, -1, -1) if beside <= _MOST_PREFIX else (beside, 0):
+                    yield 2, Layout(kind, grid, prefix, tokens, region)
         for rows, columns in list(self.grids):
             for grid in {(tokens // columns, columns), (rows, tokens // rows)}:
                 if grid[0] * grid[1] == tokens and min(grid) > 1:
                     for region in self._parts_of(grid):
-                        yield Layout(kind, grid, 0, tokens, region)
+                        yield 3, Layout(kind, grid, 0, tokens, region)
+        yield from self._shaped(kind, tokens)
 
-    def _likely(self, tokens: int) -> list[tuple[Grid, Region]]:
-        """Grids of the convolutions and their halves; else those with the shape of the image."""
-        found: dict[Grid, Region] = {}
-        for (rows, columns), region in list(self.grids.items()):
-            for times in (1, 2, 4, 8):
+    def _shaped(self, kind: str, tokens: int) -> Iterator[tuple[int, Layout]]:
+        """Grids with the shape of the image, for networks that cut patches without convolutions."""
+        for beside in range(_MOST_PREFIX):
+            for grid in _factors(tokens - beside):
+                if self._fits(grid):
+                    for prefix in {beside, 0}:
+                        yield 3 + (beside > 0), Layout(kind, grid, prefix, tokens)
+
+    def _halved(self) -> dict[Grid, Region]:
+        """The known grids and their halves, rounded down and up."""
+        found: dict[Grid, Region] = dict(self.grids)
+        for (rows, columns), region in self.grids.items():
+            for times in (2, 4, 8):
                 for up in (0, times - 1):
                     grid = ((rows + up) // times, (columns + up) // times)
-                    if 2 <= grid[0] * grid[1] <= tokens:
+                    if grid[0] * grid[1] > 1:
                         found.setdefault(grid, region)
-        near = [(grid, region) for grid, region in found.items() if self._close(grid, tokens)]
-        near.sort(key=lambda pair: tokens - pair[0][0] * pair[0][1])
-        for prefix in range(_MOST_PREFIX):
-            grids = (grid for grid in _factors(tokens - prefix) if grid not in found)
-            near += [(grid, WHOLE) for grid in grids if self._fits(grid)]
-        return near
-
-    def _close(self, grid: Grid, tokens: int) -> bool:
-        return grid[0] * grid[1] * 4 > tokens
+        return found
 
     def _fits(self, grid: Grid) -> bool:
         """Whether ``(h,w)`` has the shape of the image and is not finer than its pixels."""
@@ -213,13 +227,33 @@ def usable_layers(
     usable = [found for found in maps if found.cells > 1 and _feeds(found)]
     if not usable:
         raise ModelError(_why_none(survey, maps))
-    candidates = [one for one in usable if not isinstance(one.run.module, _POOLING)] or usable
+    candidates = _without_last_pooling(usable)
     chosen = _default(survey, candidates, measure)
     stages = [_named(stage, candidates, survey.runs) for stage in _stages(chosen, candidates)]
     chosen = _named(chosen, candidates, survey.runs)
     return tuple(
         _layer(one, size, measure, default=one is chosen, stage=one in stages) for one in usable
     )
+
+
+def _without_last_pooling(usable: Sequence[Map]) -> Sequence[Map]:
+    """What a person would choose from: not the pooling that ends a network, nor attention's inside.
+
+    Pooling between other layers is as good as they are.
+    """
+    outside = [one for one in usable if not _INSIDE.search(f".{one.run.name}")] or usable
+    pools = {one.run.same for one in outside if isinstance(one.run.module, _POOLING)}
+    rest = [place for place, one in enumerate(outside) if one.run.same not in pools]
+    if not rest:
+        return outside
+    last = max([place for place in rest if outside[place].run.main] or rest)
+    # What parts into ways of its own resolution starts from a pooled map as from any other.
+    parted = any(outside[place].cells < outside[last].cells for place in rest if place > last)
+    return [
+        one
+        for place, one in enumerate(outside)
+        if not isinstance(one.run.module, _POOLING) or place < last or parted
+    ]
 
 
 def _layer(
@@ -296,30 +330,36 @@ def _stages(default: Map, candidates: Sequence[Map]) -> list[Map]:
             found.insert(0, one)
     if len(found) > 1:
         return found[-STAGES:]
-    numbered = [
+    same = [
         one
         for one in main or candidates
-        if one.run.name.rpartition(".")[2].isdigit()
-        and one.run.same != default.run.same
-        and one.cells == default.cells
+        if one.run.same != default.run.same and one.cells == default.cells
     ]
+    numbered = [one for one in same if one.run.name.rpartition(".")[2].isdigit()]
+    numbered = numbered or [one for one in same if one.run.name[-1].isdigit()]  # as torchvision's
     numbered.append(default)
     chosen = {round((len(numbered) - 1) * (n + 1) / STAGES) for n in range(STAGES)}
     return [numbered[place] for place in sorted(chosen)]
 
 
 def _inside_coarser(one: Map, candidates: Sequence[Map]) -> bool:
-    """Whether a map lies inside a block that ends coarser, and so belongs to the next stage."""
-    around = _around(one.run.name)
-    return any(
-        other.run.name in around
-        and other.cells < one.cells
-        and type(other.run.module) is not nn.Sequential
-        and not all(
-            other.run.name in {*_around(each.run.name), each.run.name} for each in candidates
-        )
-        for other in candidates
-    )
+    """Whether a map lies inside a block that ends coarser, and so belongs to the next stage.
+
+    A module with more than two resolutions and much of the network inside is not a block.
+    """
+    for name in _around(one.run.name):
+        ends = [each for each in candidates if each.run.name == name]
+        if not ends or ends[-1].cells >= one.cells or type(ends[-1].run.module) is nn.Sequential:
+            continue
+        inside = [each.cells for each in candidates if name in _around(each.run.name)]
+        if len(set(inside)) <= 2 or len(inside) < _MUCH * len(candidates):
+            return True
+    return False
+
+
+def _plain(one: Map) -> str:
+    """The name of a layer without the number of its call."""
+    return one.run.name.partition("@")[0]
 
 
 def _around(name: str) -> set[str]:
@@ -331,6 +371,10 @@ def _around(name: str) -> set[str]:
 def _named(chosen: Map, candidates: Sequence[Map], runs: Sequence[LayerRun]) -> Map:
     """The same map under the name a person would give it: ``layer4``, not ``layer4.1.act2``."""
     same = [one for one in candidates if one.run.same == chosen.run.same]
+    # The module that made the map and those around it, not what passes it on unchanged.
+    maker = same[0].run.name
+    around = {maker, *_around(maker)}
+    same = [one for one in same if one.run.name in around or _plain(one) in around]
     return min(
         reversed(same),
         key=lambda one: (

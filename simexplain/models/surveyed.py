@@ -148,7 +148,7 @@ def _expecting(shape: tuple[int, int, int]) -> Iterator[None]:
     """Turns what a network raises on images of a size into a sentence."""
     try:
         yield
-    except (AssertionError, AttributeError, ValueError) as error:
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
         if isinstance(error, SimexplainError):
             raise
         channels, height, width = shape
