@@ -83,7 +83,7 @@ _MODEL_OPTIONS = (
     ),
     click.option(
         "--output",
-        "vector",
+        "which_vector",
         type=click.Choice(OUTPUTS),
         help="Which vector of the network is the embedding, if not the one its authors compare.",
     ),
@@ -112,7 +112,7 @@ def model_from(source: str, given: dict[str, Any]) -> SimilarityModel:
     model = load_model(
         source,
         weights=RANDOM if untrained else None,
-        output=given.pop("vector"),
+        output=given.pop("which_vector"),
         pixels=pixels,
         **{name: given.pop(name) for name in names},
     )

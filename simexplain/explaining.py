@@ -210,6 +210,8 @@ def _joined(parts: Sequence[Explanation]) -> Explanation:
         layer: torch.cat([part.layer_maps[layer] for part in parts]) for layer in parts[0].layers
     }
     said = tuple(dict.fromkeys(line for part in parts for line in part.warnings))
+    rests = [part.unexplained for part in parts if part.unexplained is not None]
+    joined["unexplained"] = torch.cat(rests) if len(rests) == len(parts) else None
     return replace(parts[0], layer_maps=layer_maps, warnings=said, **joined)
 
 

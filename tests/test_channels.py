@@ -31,6 +31,9 @@ from simexplain.data.preprocessing import prepared
 from simexplain.errors import ImageError
 from simexplain.methods import METHODS
 
+NEEDING_OTHERS = ("avsl", "weight_bank", "attention", "attention_relevance", "grad_eclip")
+"""Methods that need a model or a bank of their own."""
+
 QUICK = {"smoothgrad": {"samples": 2}, "random_masks": {"masks": 8}}
 
 
@@ -50,9 +53,7 @@ def channels(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
-@pytest.mark.parametrize(
-    "method", [name for name in METHODS if name not in ("avsl", "weight_bank")]
-)
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in NEEDING_OTHERS])
 def test_every_method_explains_any_number_of_channels(channels: int, method: str) -> None:
     images = torch.rand(3, channels, 24, 32)
     net = network(channels)
@@ -171,7 +172,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(ImageError, match=said) as caught:
             explain_files(model, [tmp_path / name] * 2, "siamese")
         assert str(caught.value).endswith(".")
-    with pytest.raises(ImageError, match="a mean and a std for each channel"):
+    with pytest.raises(ImageError, match="as many values in mean as in std"):
         Preprocess(mean=(0.5,))
     with pytest.raises(ImageError, match="three of the channels"):
         Preprocess(shown=(0, 1, 7))

@@ -29,7 +29,8 @@ from simexplain.methods import METHODS
 from simexplain.models.texts import text_encoder
 
 GRADIENT_FREE = {"random_masks": {"masks": 20}, "smoothgrad": {"samples": 2}}
-WITH_VECTORS = [name for name in METHODS if name not in ("avsl", "weight_bank")]
+NEEDING_OTHERS = ("avsl", "weight_bank", "attention", "attention_relevance", "grad_eclip")
+WITH_VECTORS = [name for name in METHODS if name not in NEEDING_OTHERS]
 
 
 @pytest.fixture
