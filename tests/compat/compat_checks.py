@@ -32,7 +32,7 @@ from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import SimexplainError
 from simexplain.tracing import trace
 
-SHARE = re.compile(r"\d(\.\d+)?(e-?\d+)? ?%")
+SHARE = re.compile(r"\d[\d.]*(e-?\d+)? ?(%|of )")
 EXACT = 1e-5
 ENOUGH = 12
 

@@ -198,7 +198,7 @@ PLAIN = [
         timm_net("vit_medium_patch16_reg4_gap_256", img_size=(64, 96), **BLOCKS), (64, 96),
         ("blocks.2", "norm"), (4, 6), DEPTH, tokens=True, prefix=4, why=POOLED, quick=True),
     Net("timm vit patch 14 of 64", "timm",
-        timm_net("vit_small_patch14_dinov2", img_size=(64, 96), **BLOCKS), (64, 96),
+        timm_net("vit_small_patch14_dinov2", img_size=(64, 96), init_values=0.1, **BLOCKS), (64, 96),
         ("blocks.2.norm1", "blocks.1"), (4, 6), DEPTH, tokens=True, prefix=1,
         why=f"patches of 14 do not divide the picture; {CLASS}", quick=True),
     Net("timm vit dynamic size", "timm",

@@ -1,0 +1,84 @@
+"""A network through a file and the command line: the maps must be those of the module itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from cli_runs import environment
+from compat_checks import Case
+from compat_net import Net
+from compat_probes import plain_map
+from pictures import noise
+from torch import nn
+
+from simexplain import Explanation, Preprocess, save_model
+from simexplain.errors import SimexplainError
+
+
+def written(case: Case, folder: Path) -> list[str]:
+    """Writes the network to a file the way the row says; arguments of the command line for it."""
+    net = case.net
+    height, width = net.size
+    if net.route == "save":
+        path = folder / "model.pt"
+        save_model(case.module, path, preprocess=Preprocess(size=net.size))
+        return [str(path)]
+    if net.route == "state":
+        path = folder / "weights.pth"
+        torch.save(case.module.state_dict(), path)
+        return [str(path), "--backbone", str(net.backbone), "--size", f"{height}x{width}"]
+    assert net.route == "export"
+    path = folder / "program.pt2"
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(case.module, (case.images[:2],), dynamic_shapes=({0: batch},))
+    torch.export.save(program, path)
+    return [str(path)]
+
+
+def check_file(net: Net) -> None:
+    """Explains two pictures from the file and compares with plain autograd on the module."""
+    case = Case(net)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        model = written(case, folder)
+        for n, name in enumerate("ab"):
+            noise(net.size[0] // 4, net.size[1] // 4, seed=n).resize(
+                (net.size[1], net.size[0])
+            ).save(folder / f"{name}.png")
+        done = subprocess.run(
+            [sys.executable, "-m", "simexplain", "explain", model[0], "a.png", "b.png",
+             *model[1:], "--out", "out"],
+            capture_output=True, encoding="utf-8", cwd=folder, timeout=300, env=environment(),
+        )  # fmt: skip
+        assert done.returncode == 0, (done.stderr or done.stdout).strip().splitlines()[-1]
+        found = Explanation.load(folder / "out")
+        manifest = json.loads((folder / "out" / "explanation.json").read_text(encoding="utf-8"))
+    compare(case, found, str(manifest))
+
+
+def compare(case: Case, found: Explanation, _manifest: str) -> None:
+    """The maps of a loaded explanation against plain autograd."""
+    net = case.net
+    layer = found.layers[0]
+    assert layer in case.right | set(net.also), f"default '{layer}' from the file"
+    assert tuple(found.maps.shape[-2:]) == case.grid_of(layer)
+    for place in range(2):
+        weight = found.weights[0] if found.weights.dim() == 2 else found.weights[0, place]
+        image = found.images[0, place : place + 1]
+        own = plain_map(net, case.module, layer, case.grid_of(layer), image, weight)
+        gap = float((found.maps[0, place] - own).abs().max() / own.max().clamp(min=1e-12))
+        assert gap < 1e-3, f"map {place + 1} from the file is {gap:.1e} of its maximum off"
+
+
+def saved_or_refused(module: nn.Module, path: Path) -> str:
+    """Empty where ``save_model`` wrote the file, else its sentence."""
+    try:
+        save_model(module, path)
+    except SimexplainError as error:
+        return str(error)
+    return ""
