@@ -60,9 +60,12 @@ class Row:
         return "refused, with the reason" if self.net.refused and not self.layer else "right"
 
 
-def run(net: Net) -> Row:
-    """All checks of one row."""
+def run(net: Net, only: list[str] | None = None) -> Row:
+    """All checks of one row, or some."""
     row = Row(net)
+    if only is not None:
+        judge(row, [name for name in checks_of(net) if name in only])
+        return row
     if net.refused:
         attempt(row, "refused", lambda: note_refusal(row))
         if not row.failures and not row.notes:
@@ -165,6 +168,7 @@ def main() -> None:
     """Runs all rows that can be built here."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="rows whose name has this text; nothing written")
+    parser.add_argument("--checks", default="", help="these alone, with commas; nothing written")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -174,12 +178,12 @@ def main() -> None:
         if reason := missing(net):
             print(f"{net.name}: left out, {reason}", flush=True)
             continue
-        row = run(net)
+        row = run(net, chosen.checks.split(",") if chosen.checks else None)
         rows.append(row)
         print(f"{net.name}: {row.status}", flush=True)
         for name, text in row.failures.items():
             print(f"    {name}: {text}", flush=True)
-    if not chosen.only:
+    if not chosen.only and not chosen.checks:
         PAGE.write_text(page(rows), encoding="utf-8")
         print(f"{PAGE}: {len(rows)} networks")
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
+import contextlib
+import io
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from cli_runs import environment
 from compat_checks import Case
 from compat_net import Net
 from compat_probes import plain_map
 from pictures import noise
-from torch import nn
 
 from simexplain import Explanation, Preprocess, save_model
-from simexplain.errors import SimexplainError
 
 
 def written(case: Case, folder: Path) -> list[str]:
@@ -46,22 +43,31 @@ def check_file(net: Net) -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         model = written(case, folder)
-        for n, name in enumerate("ab"):
-            noise(net.size[0] // 4, net.size[1] // 4, seed=n).resize(
-                (net.size[1], net.size[0])
-            ).save(folder / f"{name}.png")
-        done = subprocess.run(
-            [sys.executable, "-m", "simexplain", "explain", model[0], "a.png", "b.png",
-             *model[1:], "--out", "out"],
-            capture_output=True, encoding="utf-8", cwd=folder, timeout=300, env=environment(),
-        )  # fmt: skip
-        assert done.returncode == 0, (done.stderr or done.stdout).strip().splitlines()[-1]
-        found = Explanation.load(folder / "out")
-        manifest = json.loads((folder / "out" / "explanation.json").read_text(encoding="utf-8"))
-    compare(case, found, str(manifest))
+        pictures = [folder / f"{name}.png" for name in "ab"]
+        for seed, path in enumerate(pictures):
+            noise(net.size[0] // 4, net.size[1] // 4, seed).resize(net.size[::-1]).save(path)
+        command = ["explain", model[0], *map(str, pictures), *model[1:], "--arch", "siamese"]
+        started(*command, "--out", str(folder / "out"))
+        compare(case, Explanation.load(folder / "out"))
 
 
-def compare(case: Case, found: Explanation, _manifest: str) -> None:
+def started(*arguments: str) -> None:
+    """The entry point in this process, which spares the import of torch every time."""
+    from simexplain_cli.main import main
+
+    before, heard, code = sys.argv, io.StringIO(), None
+    sys.argv = ["simexplain", *arguments]
+    try:
+        with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(io.StringIO()):
+            main()
+    except SystemExit as stopped:
+        code = stopped.code
+    finally:
+        sys.argv = before
+    assert not code, heard.getvalue().strip()
+
+
+def compare(case: Case, found: Explanation) -> None:
     """The maps of a loaded explanation against plain autograd."""
     net = case.net
     layer = found.layers[0]
@@ -73,12 +79,3 @@ def compare(case: Case, found: Explanation, _manifest: str) -> None:
         own = plain_map(net, case.module, layer, case.grid_of(layer), image, weight)
         gap = float((found.maps[0, place] - own).abs().max() / own.max().clamp(min=1e-12))
         assert gap < 1e-3, f"map {place + 1} from the file is {gap:.1e} of its maximum off"
-
-
-def saved_or_refused(module: nn.Module, path: Path) -> str:
-    """Empty where ``save_model`` wrote the file, else its sentence."""
-    try:
-        save_model(module, path)
-    except SimexplainError as error:
-        return str(error)
-    return ""

@@ -1,4 +1,4 @@
-"""Networks as people build them around a trunk: heads, branches, parts, odd strides, odd outputs."""
+"""Networks as people build them around a trunk: heads, branches, parts, strides, outputs."""
 
 from __future__ import annotations
 
@@ -471,7 +471,7 @@ NETS = [
     Net("part: stripes", "own", make(Stripes), (96, 64), ("trunk",), (12, 8), halving((12, 8), 3),
         why="each stripe is normalised, and nothing is left out"),
     Net("residual, unpadded strides", "own", make(Unpadded), (64, 64), ("block3",), (4, 4),
-        halving((4, 4)), quick=True, why="insides of blocks (15, 7, 3) are smaller than their ends"),
+        halving((4, 4)), quick=True, why="insides of blocks (15, 7, 3) are smaller than ends"),
     Net("odd strides", "own", make(Steps), (64, 96), ("c",), (4, 3), ((20, 30), (18, 14), (4, 3)),
         why="strides 3, (1, 2) and 5 without padding"),
     Net("face, iresnet-like", "own", make(Face), (112, 112), ("bn2", "layer4"), (7, 7),

@@ -40,11 +40,13 @@ class Net:
         refused: Instead of all else: a clear error whose sentence matches this pattern is right.
         spread: Weights are drawn anew so that signals keep their size: with those that it starts
             with, a change at one place is drowned by what mixes all places.
+        trains: It is given in training mode, and must be explained as in eval mode.
         plain: The same network without its own normalisation: results must agree with it.
         route: How it goes through a file: ``save``, ``export`` or ``state`` (None: not tried).
         backbone: For ``state``: the name that rebuilds it.
         options: More arguments of ``as_similarity_model``.
         tolerance: Of maps against plain autograd, as a share of the maximum.
+        exact: What exact methods may miss of a score without a warning.
         quick: Part of ``make test``.
         why: What makes the default right, or what is special.
     """
@@ -65,11 +67,13 @@ class Net:
     or_warned: Mapping[str, Grid] = field(default_factory=dict)
     refused: str = ""
     spread: bool = False
+    trains: bool = False
     plain: Callable[[], nn.Module] | None = None
     route: str | None = None
     backbone: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-4
+    exact: float = 1e-5
     quick: bool = False
     why: str = ""
 

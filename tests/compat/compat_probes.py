@@ -35,12 +35,14 @@ def ready(net: Net, *, plain: bool = False) -> nn.Module:
     """The network of a row, seeded, in eval mode, its batch norms settled."""
     torch.manual_seed(0)
     build = net.plain if plain and net.plain is not None else net.build
-    module = build().eval()
+    module = build()
+    training = module.training
+    module.eval()
     if net.spread:
         spread(module)
     if not net.refused:
         settle(unwrapped(module), pictures(net, 6), net)
-    return module
+    return module.train(training) if net.trains else module
 
 
 def spread(module: nn.Module) -> None:
@@ -83,7 +85,8 @@ def first(output: Any) -> Tensor | None:
 
 def vector(net: Net, module: nn.Module, images: Tensor) -> Tensor:
     """What the network gives for images: ``(M,E)``, in single precision at least."""
-    answer = module(images)
+    reference = next((p for p in module.parameters() if p.is_floating_point()), images)
+    answer = module(images.to(reference.dtype))
     if callable(net.output):
         answer = net.output(answer)
     elif isinstance(net.output, int):
@@ -163,7 +166,7 @@ def same_maps(net: Net, module: nn.Module, images: Tensor) -> set[str]:
 def plain_map(
     net: Net, module: nn.Module, layer: str, grid: Grid, image: Tensor, weight: Tensor
 ) -> Tensor:
-    """Grad-CAM of ``weight . f / |f|`` for one image ``(1,C,H,W)``, by plain autograd: ``(h,w)``."""
+    """Grad-CAM of ``weight . f / |f|`` for one image ``(1,C,H,W)``, by plain autograd."""
     name, _, call = layer.partition("@")
     seen: list[Tensor] = []
     values: list[Tensor] = []

@@ -17,13 +17,15 @@ def built(net_name: str) -> Case:
 
 
 def rows() -> list[object]:
-    found = []
+    found: list[object] = []
     for net in NETS:
         marks = [] if net.quick else [pytest.mark.compat]
         if reason := missing(net):
             marks.append(pytest.mark.skip(reason=reason))
-        for check in checks_of(net):
-            found.append(pytest.param(net, check, id=f"{net.name}-{check}", marks=marks))
+        found += [
+            pytest.param(net, check, id=f"{net.name}-{check}", marks=marks)
+            for check in checks_of(net)
+        ]
     return found
 
 
