@@ -38,7 +38,13 @@ types: $(VENV)/.dev
 test: lint types
 	$(BIN)/python -m pytest
 
-test-all: lint types
+# The matrix of real networks needs packages of others; what cannot be installed is skipped.
+$(VENV)/.compat: $(VENV)/.dev
+	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,compat]'
+	-$(BIN)/pip install -qq --no-deps facenet-pytorch torchreid
+	touch $@
+
+test-all: lint types $(VENV)/.compat
 	$(BIN)/python -m pytest -m ''
 
 docs: $(VENV)/.dev

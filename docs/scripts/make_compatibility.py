@@ -167,13 +167,15 @@ def table(rows: list[Row]) -> list[str]:
 def main() -> None:
     """Runs all rows that can be built here."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="rows whose name has this text; nothing written")
+    parser.add_argument(
+        "--only", default="", help="rows whose package or name has this text; nothing written"
+    )
     parser.add_argument("--checks", default="", help="these alone, with commas; nothing written")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for net in NETS:
-        if chosen.only not in net.name:
+        if chosen.only not in f"{net.package} {net.name}":
             continue
         if reason := missing(net):
             print(f"{net.name}: left out, {reason}", flush=True)

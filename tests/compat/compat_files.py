@@ -11,10 +11,23 @@ from pathlib import Path
 import torch
 from compat_checks import Case
 from compat_net import Net
-from compat_probes import plain_map
+from compat_probes import plain_map, vector
 from pictures import noise
+from torch import Tensor, nn
 
 from simexplain import Explanation, Preprocess, save_model
+
+
+class Picked(nn.Module):
+    """A program gives one tensor; here the part of a network's answer that is compared."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.network = case.module
+        self.net = case.net
+
+    def forward(self, images: Tensor) -> Tensor:
+        return vector(self.net, self.network, images)
 
 
 def written(case: Case, folder: Path) -> list[str]:
@@ -31,10 +44,18 @@ def written(case: Case, folder: Path) -> list[str]:
         return [str(path), "--backbone", str(net.backbone), "--size", f"{height}x{width}"]
     assert net.route == "export"
     path = folder / "program.pt2"
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(case.module, (case.images[:2],), dynamic_shapes=({0: batch},))
-    torch.export.save(program, path)
+    module = case.module if net.output is None else Picked(case)
+    torch.export.save(exported(module, case.images[:2]), path)
     return [str(path)]
+
+
+def exported(module: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    """For any number of images where torch can do that, else for two."""
+    batch = torch.export.Dim("batch", min=1, max=64)
+    try:
+        return torch.export.export(module, (images,), dynamic_shapes=({0: batch},))
+    except (ValueError, RuntimeError):  # attention of torch.nn fixes the number
+        return torch.export.export(module, (images,))
 
 
 def check_file(net: Net) -> None:
@@ -71,6 +92,8 @@ def compare(case: Case, found: Explanation) -> None:
     """The maps of a loaded explanation against plain autograd."""
     net = case.net
     layer = found.layers[0]
+    if net.output is not None:
+        layer = layer.removeprefix("network.")
     assert layer in case.right | set(net.also), f"default '{layer}' from the file"
     assert tuple(found.maps.shape[-2:]) == case.grid_of(layer)
     for place in range(2):

@@ -6,8 +6,11 @@ from functools import lru_cache
 
 import pytest
 from compat_checks import CHECKS, Case, check_refused, checks_of
+from compat_files import check_file
 from compat_net import Net
 from compat_table import NETS, missing
+
+QUICK_FILES = ("timm resnet18", "head: mean", "torchvision mobilenet_v2")
 
 
 @lru_cache(maxsize=1)
@@ -37,3 +40,29 @@ def test_network(net: Net, check: str) -> None:
                 CHECKS[name](built(net.name))
         return
     CHECKS[check](built(net.name))
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        pytest.param(
+            net,
+            id=net.name,
+            marks=[*([pytest.mark.skip(reason=missing(net))] if missing(net) else [])]
+            + ([] if net.name in QUICK_FILES else [pytest.mark.compat]),
+        )
+        for net in NETS
+        if net.route
+    ],
+)
+def test_through_a_file_and_the_command_line(net: Net) -> None:
+    check_file(net)
+
+
+def test_a_third_of_the_matrix_goes_through_a_file() -> None:
+    assert sum(net.route is not None for net in NETS) * 3 >= len(NETS)
+
+
+def test_names_are_unique() -> None:
+    names = [net.name for net in NETS]
+    assert len(set(names)) == len(names)
