@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo      install and explain a bundled triplet; prints where the figure is"
 	@echo "make test      lint, types, tests, notebooks and documentation"
-	@echo "make test-all  the same with slow and GPU tests"
+	@echo "make test-all  the same with slow and GPU tests and the matrix of real networks"
 	@echo "make lint | types | docs | bench | format | clean"
 
 $(VENV)/.base: pyproject.toml constraints.txt

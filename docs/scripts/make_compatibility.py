@@ -25,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch  # noqa: E402
 from compat_checks import CHECKS, Case, check_refused, checks_of, places_followed  # noqa: E402
 from compat_files import check_file  # noqa: E402
+from compat_known import KNOWN  # noqa: E402
 from compat_net import Net  # noqa: E402
 from compat_table import NETS, missing  # noqa: E402
 
@@ -55,14 +56,20 @@ class Row:
     @property
     def status(self) -> str:
         """One word, or what is wrong."""
+        if unknown := [name for name in self.failures if (self.net.name, name) not in KNOWN]:
+            return "**wrong**: " + ", ".join(unknown)
         if self.failures:
-            return "**wrong**: " + "; ".join(self.failures)
+            reasons = {KNOWN[self.net.name, name]: None for name in self.failures}
+            return f"known fault ({', '.join(self.failures)}): {'; '.join(reasons)}"
         return "refused, with the reason" if self.net.refused and not self.layer else "right"
 
 
 def run(net: Net, only: list[str] | None = None) -> Row:
     """All checks of one row, or some."""
     row = Row(net)
+    if only is not None and net.refused:
+        attempt(row, "refused", lambda: note_refusal(row))
+        return row
     if only is not None:
         judge(row, [name for name in checks_of(net) if name in only])
         return row
