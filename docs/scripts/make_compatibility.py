@@ -1,19 +1,23 @@
 """Runs the matrix of real networks and writes docs/compatibility.md from what came out.
 
-Run it from the repository: ``python docs/scripts/make_compatibility.py``, about twenty minutes on
-one core. ``--only TEXT`` runs the rows whose name has the text and prints them without writing.
+Run it from the repository: ``python docs/scripts/make_compatibility.py``, about half an hour on
+two cores. ``--checks default,stages,maps,places`` runs some of the checks; ``--only TEXT`` the rows whose name
+has the text, and prints them without writing.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
 import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +137,7 @@ def told(error: Exception) -> str:
     return f"{kind}{str(error).splitlines()[0] if str(error) else 'failed'}"
 
 
-def page(rows: list[Row]) -> str:
+def page(rows: list[Row], checks: list[str] | None) -> str:
     """The page as Markdown."""
     done = Counter("wrong" if row.failures else "right" for row in rows)
     used = {net.net.package for net in rows} - {"own"}
@@ -145,7 +149,7 @@ def page(rows: list[Row]) -> str:
         MARK,
         "",
         f"{len(rows)} networks, {done['right']} as they should be, {done['wrong']} not. "
-        f"Run with {versions}.",
+        f"Run with {versions}. Checks of this run: {', '.join(checks or [*CHECKS, 'file'])}.",
     ]
     for package, title in PACKAGES.items():
         own = [row for row in rows if row.net.package == package]
@@ -171,29 +175,40 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def run_named(name: str, checks: list[str] | None) -> tuple[Any, ...]:
+    """A row by name, as plain values: networks cannot be sent between processes."""
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    row = run(next(net for net in NETS if net.name == name), checks)
+    return row.layer, row.grid, row.stages, row.notes, row.failures
+
+
 def main() -> None:
     """Runs all rows that can be built here."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--only", default="", help="rows whose package or name has this text; nothing written"
     )
-    parser.add_argument("--checks", default="", help="these alone, with commas; nothing written")
+    parser.add_argument("--checks", default="", help="these alone, with commas")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time [2]")
     chosen = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = []
-    for net in NETS:
-        if chosen.only not in f"{net.package} {net.name}":
-            continue
+    checks = chosen.checks.split(",") if chosen.checks else None
+    nets = [net for net in NETS if chosen.only in f"{net.package} {net.name}"]
+    for net in nets:
         if reason := missing(net):
             print(f"{net.name}: left out, {reason}", flush=True)
-            continue
-        row = run(net, chosen.checks.split(",") if chosen.checks else None)
-        rows.append(row)
-        print(f"{net.name}: {row.status}", flush=True)
-        for name, text in row.failures.items():
-            print(f"    {name}: {text}", flush=True)
-    if not chosen.only and not chosen.checks:
-        PAGE.write_text(page(rows), encoding="utf-8")
+    nets = [net for net in nets if not missing(net)]
+    rows = []
+    with ProcessPoolExecutor(chosen.jobs, mp_context=get_context("spawn")) as pool:
+        done = [pool.submit(run_named, net.name, checks) for net in nets]
+        for net, future in zip(nets, done, strict=True):
+            row = Row(net, *future.result())
+            rows.append(row)
+            print(f"{net.name}: {row.status}", flush=True)
+            for name, text in row.failures.items():
+                print(f"    {name}: {text}", flush=True)
+    if not chosen.only:
+        PAGE.write_text(page(rows, checks), encoding="utf-8")
         print(f"{PAGE}: {len(rows)} networks")
 
 

@@ -137,7 +137,8 @@ def check_maps(case: Case) -> None:
         own = plain_map(net, case.module, layer, case.grid_of(layer), image, direction)
         gap = float((result.maps[0, place] - own).abs().max() / own.max().clamp(min=1e-12))
         assert gap < net.tolerance, f"map {place + 1} at '{layer}' is {gap:.1e} of its maximum off"
-    assert float(result.maps.max()) > 0, "both maps are empty"
+    if float(result.maps.max()) <= 0:
+        assert any("empty" in text for text in result.warnings), "empty maps without a warning"
 
 
 def check_exact(case: Case) -> None:

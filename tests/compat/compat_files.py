@@ -96,9 +96,14 @@ def compare(case: Case, found: Explanation) -> None:
         layer = layer.removeprefix("network.")
     assert layer in case.right | set(net.also), f"default '{layer}' from the file"
     assert tuple(found.maps.shape[-2:]) == case.grid_of(layer)
-    for place in range(2):
-        weight = found.weights[0] if found.weights.dim() == 2 else found.weights[0, place]
-        image = found.images[0, place : place + 1]
-        own = plain_map(net, case.module, layer, case.grid_of(layer), image, weight)
-        gap = float((found.maps[0, place] - own).abs().max() / own.max().clamp(min=1e-12))
-        assert gap < 1e-3, f"map {place + 1} from the file is {gap:.1e} of its maximum off"
+    weights = found.weights[0].expand(2, -1)  # one for both images, or one each
+    own = torch.stack(
+        [
+            plain_map(
+                net, case.module, layer, case.grid_of(layer), found.images[0, n : n + 1], weights[n]
+            )
+            for n in range(2)
+        ]
+    )
+    gap = float((found.maps[0] - own).abs().max() / own.max().clamp(min=1e-12))
+    assert gap < 1e-3, f"maps from the file are {gap:.1e} of their maximum off"
