@@ -1,8 +1,8 @@
 """Runs the matrix of real networks and writes docs/compatibility.md from what came out.
 
 Run it from the repository: ``python docs/scripts/make_compatibility.py``, about half an hour on
-two cores. ``--checks default,stages,maps,places`` runs some of the checks; ``--only TEXT`` the rows whose name
-has the text, and prints them without writing.
+two cores. ``--checks default,stages,maps,places`` runs some of the checks; ``--only TEXT`` the rows
+whose name has the text, and prints them without writing.
 """
 
 from __future__ import annotations
