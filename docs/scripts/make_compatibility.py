@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from compat_checks import CHECKS, Case, check_refused, checks_of, places_followed  # noqa: E402
 from compat_files import check_file  # noqa: E402
 from compat_known import KNOWN  # noqa: E402
-from compat_net import Net  # noqa: E402
+from compat_net import DEPTH, Net  # noqa: E402
 from compat_table import NETS, missing  # noqa: E402
 
 MARK = "<!-- written by docs/scripts/make_compatibility.py -->"
@@ -56,10 +56,13 @@ class Row:
     stages: str = ""
     notes: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
+    ran: bool = True
 
     @property
     def status(self) -> str:
         """One word, or what is wrong."""
+        if not self.ran:
+            return "expected"
         if unknown := [name for name in self.failures if (self.net.name, name) not in KNOWN]:
             return "**wrong**: " + ", ".join(unknown)
         if self.failures:
@@ -140,22 +143,34 @@ def told(error: Exception) -> str:
 def page(rows: list[Row], checks: list[str] | None) -> str:
     """The page as Markdown."""
     done = Counter("wrong" if row.failures else "right" for row in rows)
+    if not all(row.ran for row in rows):
+        lines = [head_text(), f"{len(rows)} networks. This page has what is right; it was not run."]
+        return "\n".join([*lines, *tables(rows)]) + "\n"
     used = {net.net.package for net in rows} - {"own"}
     versions = ", ".join(f"{name} {version(name)}" for name in ["torch", *sorted(used)])
-    head = (ROOT / "docs" / "scripts" / "compatibility_head.md").read_text(encoding="utf-8")
     lines = [
-        head.rstrip(),
-        "",
-        MARK,
-        "",
+        head_text(),
         f"{len(rows)} networks, {done['right']} as they should be, {done['wrong']} not. "
         f"Run with {versions}. Checks of this run: {', '.join(checks or [*CHECKS, 'file'])}.",
+        *tables(rows),
     ]
+    return "\n".join(lines) + "\n"
+
+
+def head_text() -> str:
+    """What stands above the numbers."""
+    text = (ROOT / "docs" / "scripts" / "compatibility_head.md").read_text(encoding="utf-8")
+    return f"{text.rstrip()}\n\n{MARK}\n"
+
+
+def tables(rows: list[Row]) -> list[str]:
+    """A table for each package."""
+    lines = []
     for package, title in PACKAGES.items():
         own = [row for row in rows if row.net.package == package]
         if own:
             lines += ["", f"## {title}", "", *table(own)]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def table(rows: list[Row]) -> list[str]:
@@ -175,6 +190,16 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def expected(net: Net) -> Row:
+    """What is written by hand, before any run."""
+    layer = next(iter([*net.default, *net.or_warned]), "")
+    grid = "{}x{}".format(*net.or_warned.get(layer, net.grid))
+    stages = f"{grid}, of several depths" if net.stages == DEPTH else ""
+    if isinstance(net.stages, tuple):
+        stages = ", ".join("{}x{}".format(*cells) for cells in net.stages)
+    return Row(net, layer, grid, stages, ran=False)
+
+
 def run_named(name: str, checks: list[str] | None) -> tuple[Any, ...]:
     """A row by name, as plain values: networks cannot be sent between processes."""
     torch.set_num_threads(1)
@@ -191,7 +216,13 @@ def main() -> None:
     )
     parser.add_argument("--checks", default="", help="these alone, with commas")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time [2]")
+    parser.add_argument(
+        "--expected", action="store_true", help="write what is right, without a run"
+    )
     chosen = parser.parse_args()
+    if chosen.expected:
+        PAGE.write_text(page([expected(net) for net in NETS], None), encoding="utf-8")
+        return
     checks = chosen.checks.split(",") if chosen.checks else None
     nets = [net for net in NETS if chosen.only in f"{net.package} {net.name}"]
     for net in nets:
