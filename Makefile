@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo      install and explain a bundled triplet; prints where the figure is"
 	@echo "make test      lint, types, tests, notebooks and documentation"
-	@echo "make test-all  the same with slow and GPU tests"
+	@echo "make test-all  the same with slow and GPU tests and the matrix of real networks"
 	@echo "make test-portable  the numeric tests as on other processors, with one and two threads"
 	@echo "make lint | types | docs | bench | format | clean"
 
@@ -43,7 +43,13 @@ test: lint types
 test-portable: $(VENV)/.dev
 	$(BIN)/python tests/portable.py $(SETTINGS)
 
-test-all: lint types
+# The matrix of real networks needs packages of others; what cannot be installed is skipped.
+$(VENV)/.compat: $(VENV)/.dev
+	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,compat]'
+	-$(BIN)/pip install -qq --no-deps facenet-pytorch torchreid
+	touch $@
+
+test-all: lint types $(VENV)/.compat
 	$(BIN)/python -m pytest -m ''
 
 docs: $(VENV)/.dev
