@@ -114,7 +114,7 @@ def explain(
         view = comparison.like(_enlarged(comparison.stacked(), magnify))
     return explain_view(
         wrapped, comparison, view, method, layer, magnify=magnify, scale=scale,
-        labels=labels, max_batch=max_batch, fresh=wrapped is not model, **options,
+        labels=labels, max_batch=max_batch, **options,
     )  # fmt: skip
 
 
@@ -227,13 +227,11 @@ def explain_view(
     scale: str,
     max_batch: int | None,
     labels: Sequence[str] = (),
-    fresh: bool = False,
     **options: Any,
 ) -> Explanation:
     """Explains ``view``, which shows the same images as ``comparison``, perhaps larger.
 
     The distances and embeddings reported are those of ``comparison``, the maps lie on ``view``.
-    A ``fresh`` model was wrapped for this call, so no survey is made only for warnings.
     """
     check_images(comparison)
     vectors = _labelled(comparison, labels)
@@ -247,7 +245,8 @@ def explain_view(
         own = embeddings_of(model, comparison, max_batch)
         moved = 1 - (own * found.embeddings).sum(dim=2)
     name = method if isinstance(method, str) else _name(method)
-    known = layers != (PIXELS,) and not (fresh and not model.is_surveyed(view.stacked()[:, 0]))
+    known = takes_layers(chosen)
+    pictures = view.stacked()[:, 0]
     return Explanation(
         maps=found.maps,
         layer_maps=found.layer_maps,
@@ -264,12 +263,12 @@ def explain_view(
         options=_told(chosen, magnify),
         warnings=found.warnings
         + _more_warnings(found, moved, comparison)
-        + (model.cautions(layers, view.stacked()[:, 0]) if known else ()),
+        + (model.cautions(layers, pictures) if known else ()),
         versions=versions(),
         moved=moved,
         scale=scale,
-        region=model.region(layers, view.stacked()[:, 0]) if known else WHOLE,
-        bypass=model.bypass(layers, view.stacked()[:, 0]) if known else {},
+        region=model.region(layers, pictures) if known else WHOLE,
+        bypass=model.bypass(layers, pictures) if known else {},
         unexplained=found.unexplained,
         vectors=vectors,
     )
