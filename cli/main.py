@@ -49,8 +49,7 @@ class _Lazy(click.Group):
 
 _HELP = """\b
 Why does this model say these images are alike?
-MODEL is timm:NAME, torchvision:NAME, hf:ORG/NAME, a folder or a file.
-More: simexplain COMMAND -h"""
+MODEL: timm:NAME, hf:ORG/NAME, a folder or a file. More: simexplain COMMAND -h"""
 
 
 @click.group(

@@ -266,8 +266,8 @@ def _from_checkpoint(
         raise TypeError(f"backbone {name!r}, outputs {outputs!r}")
     if not isinstance(state, dict) or not isinstance(options["preprocess"], dict):
         raise TypeError("state_dict and preprocess must be dictionaries")
-    check_registered(name)
     check_built_in(name, str(path))
+    check_registered(name)
     output = wanted.output or options.get("output")
     check_output(output)
     preprocess = _preprocess_from(options["preprocess"])
