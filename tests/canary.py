@@ -22,11 +22,13 @@ _EVENTS = (
     "os.mkdir",
     "os.rmdir",
 )
+_OF_TORCH = ("libnvidia-ml.so.1",)
+"""The library by which torch counts graphics cards, which it may do at any time."""
 _watching: list[list[str]] = []
 
 
 def _heard(event: str, arguments: tuple[Any, ...]) -> None:
-    if not _watching:
+    if not _watching or (event == "ctypes.dlopen" and arguments == _OF_TORCH):
         return
     # Python's parser alone, which runs nothing, is used under the name <unknown>.
     signs = (
