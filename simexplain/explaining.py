@@ -245,7 +245,7 @@ def explain_view(
         own = embeddings_of(model, comparison, max_batch)
         moved = 1 - (own * found.embeddings).sum(dim=2)
     name = method if isinstance(method, str) else _name(method)
-    known = takes_layers(chosen)
+    known = _known(model, view) if takes_layers(chosen) else False
     pictures = view.stacked()[:, 0]
     return Explanation(
         maps=found.maps,
@@ -272,6 +272,15 @@ def explain_view(
         unexplained=found.unexplained,
         vectors=vectors,
     )
+
+
+def _known(model: SimilarityModel, view: Comparison) -> bool:
+    """Whether a survey says what the layers show; what it cannot look into has been explained."""
+    try:
+        model.layers_for(view.stacked()[:, 0])
+    except (ModelError, RuntimeError):
+        return False
+    return True
 
 
 def checked_vectors(model: SimilarityModel, comparison: Comparison) -> Comparison:

@@ -213,7 +213,7 @@ def _respond(
     model: Traceable, replaced: Tensor, calls: Sequence[_Call], alone: int, names: Sequence[str]
 ) -> None:
     """Runs the pictures with replaced parts and compares every output with that of the picture."""
-    size = model.batch_size or len(replaced)
+    size = model.pass_size(len(replaced), together=True)
     for start in range(0, len(replaced), size):
         chunk = replaced[start : start + size]
         count = len(chunk)
@@ -282,7 +282,7 @@ def swapped(
         mix: From the outputs for the first and the second to what the layer shall give.
     """
     name, call = split_call(layer)
-    size = model.batch_size or 2
+    size = model.pass_size(2, together=True)
     kept: list[Tensor] = []
     rows: list[Tensor] = []
     for order in ((1,), (0,)) if size == 1 else ((0, *[1] * (size - 1)),):

