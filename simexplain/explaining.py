@@ -114,7 +114,7 @@ def explain(
         view = comparison.like(_enlarged(comparison.stacked(), magnify))
     return explain_view(
         wrapped, comparison, view, method, layer, magnify=magnify, scale=scale,
-        labels=labels, max_batch=max_batch, **options,
+        labels=labels, max_batch=max_batch, fresh=wrapped is not model, **options,
     )  # fmt: skip
 
 
@@ -227,6 +227,7 @@ def explain_view(
     scale: str,
     max_batch: int | None,
     labels: Sequence[str] = (),
+    fresh: bool = False,
     **options: Any,
 ) -> Explanation:
     """Explains ``view``, which shows the same images as ``comparison``, perhaps larger.
@@ -245,7 +246,7 @@ def explain_view(
         own = embeddings_of(model, comparison, max_batch)
         moved = 1 - (own * found.embeddings).sum(dim=2)
     name = method if isinstance(method, str) else _name(method)
-    known = _known(model, view) if takes_layers(chosen) else False
+    known = takes_layers(chosen) and _known(model, view, fresh)
     pictures = view.stacked()[:, 0]
     return Explanation(
         maps=found.maps,
@@ -274,8 +275,14 @@ def explain_view(
     )
 
 
-def _known(model: SimilarityModel, view: Comparison) -> bool:
-    """Whether a survey says what the layers show; what it cannot look into has been explained."""
+def _known(model: SimilarityModel, view: Comparison, fresh: bool) -> bool:
+    """Whether a survey says what the layers show.
+
+    A ``fresh`` model was wrapped for this call, so no survey is made for warnings alone; and what a
+    survey cannot look into is explained without them.
+    """
+    if fresh and not model.is_surveyed(view.stacked()[:, 0]):
+        return False
     try:
         model.layers_for(view.stacked()[:, 0])
     except (ModelError, RuntimeError):

@@ -28,10 +28,8 @@ SETTINGS: dict[str, dict[str, str]] = {
 """What each setting puts into the environment of the tests."""
 
 NUMERIC = (
-    "alone", "attribution", "avsl", "avsl_distances", "avsl_maps", "batch", "cli_batch",
-    "explaining", "exported", "focus", "index", "matching", "methods_contract", "networks",
-    "position_parts", "reid", "retrieval", "search", "similarity_methods", "tracing", "weights",
-    "weight_bank",
+    "alone", "batch", "cli_batch", "focus", "matching", "position_parts", "similarity_methods",
+    "tracing",
 )  # fmt: skip
 """The test files whose assertions are about numbers that kernels round."""
 

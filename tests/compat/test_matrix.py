@@ -13,7 +13,7 @@ from compat_known import KNOWN
 from compat_net import Net
 from compat_table import NETS, missing
 
-from simexplain import Comparison, explain
+from simexplain import Comparison, as_similarity_model, explain
 
 QUICK_FILES = ("timm resnet18", "head: mean", "torchvision mobilenet_v2")
 
@@ -91,7 +91,8 @@ def test_a_layer_that_sees_a_part_is_drawn_on_that_part(side: str, alone: bool) 
     torch.manual_seed(0)
     network = Part(side, alone=alone).eval()
     images = torch.rand(2, 3, 64, 96)
-    heat = explain(network, Comparison.pair(images[:1], images[1:]), layer="d").heatmaps[0]
+    model = as_similarity_model(network)
+    heat = explain(model, Comparison.pair(images[:1], images[1:]), layer="d").heatmaps[0]
     # A cell of d covers 4 pixels, and sees 10 more on either side.
     unseen = heat[:, :16] if side == "low" else heat[:, :, :32]
     assert float(heat.max()) == 1
