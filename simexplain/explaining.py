@@ -233,6 +233,7 @@ def explain_view(
     """Explains ``view``, which shows the same images as ``comparison``, perhaps larger.
 
     The distances and embeddings reported are those of ``comparison``, the maps lie on ``view``.
+    A ``fresh`` model was wrapped for this call and is not kept.
     """
     check_images(comparison)
     vectors = _labelled(comparison, labels)
@@ -245,9 +246,10 @@ def explain_view(
     if view is not comparison:
         own = embeddings_of(model, comparison, max_batch)
         moved = 1 - (own * found.embeddings).sum(dim=2)
-    name = method if isinstance(method, str) else _name(method)
-    known = takes_layers(chosen) and _known(model, view, fresh)
     pictures = view.stacked()[:, 0]
+    # No survey is made for warnings alone.
+    surveyed = not (fresh or isinstance(chosen, ChoosesLayers)) or model.is_surveyed(pictures)
+    known = takes_layers(chosen) and surveyed
     return Explanation(
         maps=found.maps,
         layer_maps=found.layer_maps,
@@ -258,7 +260,7 @@ def explain_view(
         positives=comparison.positives.shape[1],
         images=view.stacked(),
         preprocess=model.preprocess,
-        method=name,
+        method=method if isinstance(method, str) else _name(method),
         model=model.name,
         layers=layers,
         options=_told(chosen, magnify),
@@ -273,21 +275,6 @@ def explain_view(
         unexplained=found.unexplained,
         vectors=vectors,
     )
-
-
-def _known(model: SimilarityModel, view: Comparison, fresh: bool) -> bool:
-    """Whether a survey says what the layers show.
-
-    A ``fresh`` model was wrapped for this call, so no survey is made for warnings alone; and what a
-    survey cannot look into is explained without them.
-    """
-    if fresh and not model.is_surveyed(view.stacked()[:, 0]):
-        return False
-    try:
-        model.layers_for(view.stacked()[:, 0])
-    except (ModelError, RuntimeError):
-        return False
-    return True
 
 
 def checked_vectors(model: SimilarityModel, comparison: Comparison) -> Comparison:

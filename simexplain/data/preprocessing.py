@@ -215,14 +215,8 @@ class Preprocess:
             return self._other_channels(image)
         geometry = self.geometry((image.height, image.width))
         pixels = self._resized(image, geometry.resized)
-        (top, left), (height, width) = geometry.offset, geometry.size
-        if self.fit == "pad":
-            border = torch.tensor([round(255 * channel) / 255 for channel in self.mean])
-            view = border[:, None, None].clamp(0, 1).repeat(1, height, width)
-            rows, columns = geometry.resized
-            view[:, -top : rows - top, -left : columns - left] = pixels
-        else:
-            view = F.crop(pixels, top, left, height, width)
+        border = torch.tensor([round(255 * channel) / 255 for channel in self.mean]).clamp(0, 1)
+        view = self._placed(pixels, geometry, border)
         return F.normalize(view, list(self.mean), list(self.std)), geometry
 
     def _resized(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -246,15 +240,20 @@ class Preprocess:
         resized = F.resize(
             values, list(geometry.resized), InterpolationMode(self.interpolation), antialias=True
         )
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        view = self._placed(resized, geometry, mean)
+        return (view - mean.view(-1, 1, 1)) / std.view(-1, 1, 1), geometry
+
+    def _placed(self, resized: Tensor, geometry: Geometry, border: Tensor) -> Tensor:
+        """The view of a resized picture ``(C,h,w)``: cropped, or in a border of colour ``(C,)``."""
         (top, left), (height, width) = geometry.offset, geometry.size
-        mean = torch.tensor(self.mean).view(-1, 1, 1)
-        if self.fit == "pad":
-            view = mean.expand(-1, height, width).clone()
-            rows, columns = geometry.resized
-            view[:, -top : rows - top, -left : columns - left] = resized
-        else:
-            view = F.crop(resized, top, left, height, width)
-        return (view - mean) / torch.tensor(self.std).view(-1, 1, 1), geometry
+        if self.fit != "pad":
+            cropped: Tensor = F.crop(resized, top, left, height, width)
+            return cropped
+        view = border.view(-1, 1, 1).repeat(1, height, width)
+        rows, columns = geometry.resized
+        view[:, -top : rows - top, -left : columns - left] = resized
+        return view
 
     def geometry(self, original: tuple[int, int]) -> Geometry:
         """Where the view of a picture of this ``(height, width)`` lies."""

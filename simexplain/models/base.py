@@ -59,6 +59,7 @@ class SimilarityModel(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self._surveyed: dict[tuple[int, int, int], Surveyed] = {}
+        self._unsurveyed: set[tuple[int, int, int]] = set()
         self._hints: GridHints | None = None
 
     @property
@@ -152,14 +153,13 @@ class SimilarityModel(nn.Module, ABC):
 
         A layer that part of the embedding bypasses cannot show that part.
         """
-        try:
-            return self._survey_of(_shape(images)).cautions(layers)
-        except RuntimeError:  # a network that a survey cannot look into, say for what it overwrites
-            return ()
+        surveyed = self._surveyed_for(images)
+        return () if surveyed is None else surveyed.cautions(layers)
 
     def bypass(self, layers: Sequence[str], images: Tensor) -> dict[str, float]:
         """The share of the embedding that bypasses each of these layers; see :class:`Layer`."""
-        used = self._survey_of(_shape(images)).known(layers)
+        surveyed = self._surveyed_for(images)
+        used = [] if surveyed is None else surveyed.known(layers)
         return {layer.name: round(layer.bypass, 4) for layer in used}
 
     def is_surveyed(self, images: Tensor) -> bool:
@@ -172,6 +172,17 @@ class SimilarityModel(nn.Module, ABC):
             return WHOLE
         found = {layer.region for layer in self._survey_of(_shape(images)).known(layers)}
         return found.pop() if len(found) == 1 else WHOLE
+
+    def _surveyed_for(self, images: Tensor) -> Surveyed | None:
+        """The survey, or None for a network that none can look into, say for what it overwrites."""
+        shape = _shape(images)
+        if shape in self._unsurveyed:
+            return None
+        try:
+            return self._survey_of(shape)
+        except (ModelError, RuntimeError):
+            self._unsurveyed.add(shape)  # not tried again with every explanation
+            return None
 
     def _survey_of(self, shape: tuple[int, int, int]) -> Surveyed:
         if shape not in self._surveyed:
