@@ -114,7 +114,7 @@ def explain(
         view = comparison.like(_enlarged(comparison.stacked(), magnify))
     return explain_view(
         wrapped, comparison, view, method, layer, magnify=magnify, scale=scale,
-        labels=labels, max_batch=max_batch, fresh=wrapped is not model, **options,
+        labels=labels, max_batch=max_batch, **options,
     )  # fmt: skip
 
 
@@ -227,13 +227,11 @@ def explain_view(
     scale: str,
     max_batch: int | None,
     labels: Sequence[str] = (),
-    fresh: bool = False,
     **options: Any,
 ) -> Explanation:
     """Explains ``view``, which shows the same images as ``comparison``, perhaps larger.
 
     The distances and embeddings reported are those of ``comparison``, the maps lie on ``view``.
-    A ``fresh`` model was wrapped for this call and is not kept.
     """
     check_images(comparison)
     vectors = _labelled(comparison, labels)
@@ -246,9 +244,9 @@ def explain_view(
     if view is not comparison:
         own = embeddings_of(model, comparison, max_batch)
         moved = 1 - (own * found.embeddings).sum(dim=2)
-    pictures = view.stacked()[:, 0]
-    # No survey is made for warnings alone.
-    surveyed = not (fresh or isinstance(chosen, ChoosesLayers)) or model.is_surveyed(pictures)
+    pictures = view.stacked().flatten(0, 1)
+    # The layers of a bank or of AVSL are known, and no survey is made for warnings alone.
+    surveyed = not isinstance(chosen, ChoosesLayers) or model.is_surveyed(pictures)
     known = takes_layers(chosen) and surveyed
     return Explanation(
         maps=found.maps,
@@ -266,7 +264,7 @@ def explain_view(
         options=_told(chosen, magnify),
         warnings=found.warnings
         + _more_warnings(found, moved, comparison)
-        + (model.cautions(layers, pictures) if known else ()),
+        + (model.cautions(layers, pictures, found.embeddings.flatten(0, 1)) if known else ()),
         versions=versions(),
         moved=moved,
         scale=scale,

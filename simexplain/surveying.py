@@ -30,6 +30,7 @@ class LayerRun:
         main: Whether everything that the embedding learns of the image passes this output.
         place: Where its cells lie, if local operations such as convolutions made it.
         edge: Where it hangs in the autograd graph, which lives as long as the survey.
+        source: What it was called with, where everything passes that.
         responses: By layout (a key of :data:`LAYOUTS`) how much each position changed when a
             part of the picture was replaced, ``(K,...positions)`` for ``K`` parts.
     """
@@ -43,7 +44,21 @@ class LayerRun:
     main: bool = False
     place: Place | None = None
     edge: GradientEdge | None = None
+    source: Source | None = None
     responses: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A tensor that everything passes, though perhaps no layer returned it: a sum of two, say.
+
+    Attributes:
+        gradient: That of the random projection of the embedding.
+        edge: Where it hangs in the autograd graph.
+    """
+
+    gradient: Tensor
+    edge: GradientEdge
 
 
 LAYOUTS: dict[str, tuple[int, int, int]] = {
@@ -91,13 +106,15 @@ def survey(model: Traceable, picture: Tensor, replaced: Tensor | None = None) ->
             batch = image.expand(record.count, *picture.shape[1:])
             embeddings = model.embed(batch.clone())
         calls = record.calls
-        with torch.enable_grad():
-            gradients = _probe_gradients(embeddings, [call.edge for call in calls])
         paths = Paths(embeddings, image, record.leaves)
+        main = paths.main()
+        sources = [call.source if _vertex(call.source) in main else None for call in calls]
+        with torch.enable_grad():
+            gradients = _probe_gradients(embeddings, [*(call.edge for call in calls), *sources])
         if replaced is not None:
             _respond(model, replaced, calls, record.count, names)
     return Survey(
-        _runs(calls, gradients, paths.main(), paths.places()),
+        _runs(calls, gradients, main, paths.places()),
         embeddings[0].detach(),
         embeddings.requires_grad,
         tuple(dict.fromkeys(record.obstacles)),
@@ -114,6 +131,7 @@ class _Call:
     edge: GradientEdge | None
     follows: str | None
     same: tuple[int, int]
+    source: GradientEdge | None
     responses: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
@@ -149,7 +167,9 @@ class _Record:
         if same not in self._kept:
             self._kept[same] = tensor.detach().clone()
         follows = self._makers.get(id(args[0])) if args else None
-        self.calls.append(_Call(name, module, self._kept[same], edge, follows, same))
+        given = args[0] if args and isinstance(args[0], Tensor) else tensor
+        source = get_gradient_edge(given) if given.requires_grad else None
+        self.calls.append(_Call(name, module, self._kept[same], edge, follows, same, source))
         self._makers[id(tensor)] = name
 
     def _note(self, name: str, tensor: Tensor) -> None:
@@ -171,10 +191,14 @@ def _runs(
     times = {name: names.count(name) for name in set(names)}
     seen: dict[str, int] = {}
     runs = []
-    for call, gradient in zip(calls, gradients, strict=True):
+    both = zip(calls, gradients[: len(calls)], gradients[len(calls) :], strict=True)
+    for call, gradient, above in both:
         number = seen.get(call.name, 0)
         seen[call.name] = number + 1
-        vertex = None if call.edge is None else (call.edge.node, call.edge.output_nr)
+        vertex = _vertex(call.edge)
+        source = None
+        if above is not None and call.source is not None:
+            source = Source(above, call.source)
         runs.append(
             LayerRun(
                 f"{call.name}@{number}" if times[call.name] > 1 else call.name,
@@ -186,10 +210,15 @@ def _runs(
                 vertex in main,
                 places.get(vertex) if vertex else None,
                 call.edge,
+                source,
                 {layout: torch.cat(parts) for layout, parts in call.responses.items()},
             )
         )
     return runs
+
+
+def _vertex(edge: GradientEdge | None) -> Vertex | None:
+    return None if edge is None else (edge.node, edge.output_nr)
 
 
 def _probe_gradients(
@@ -254,8 +283,8 @@ def _changes(before: Tensor, after: Tensor, alone: int, size: int) -> list[tuple
     return found
 
 
-def gradient_through(run: LayerRun, lower: LayerRun) -> Tensor | None:
-    """The part of the gradient at a lower layer that comes to it through a higher one."""
+def gradient_through(run: LayerRun, lower: LayerRun | Source) -> Tensor | None:
+    """The part of the gradient at something lower that comes to it through a layer above."""
     if run.edge is None or lower.edge is None or run.gradient is None:
         return None
     (found,) = torch.autograd.grad(

@@ -154,7 +154,9 @@ class Small(nn.Module):
 
     def __init__(self, give: Callable[[Tensor], Any] = lambda rows: rows) -> None:
         super().__init__()
-        self.parts = nn.ModuleDict({"my-layer": nn.Conv2d(3, 6, 3, padding=1)})
+        self.parts = nn.ModuleDict(
+            {"-1": nn.AvgPool2d(1), "my-layer": nn.Conv2d(3, 6, 3, padding=1)}
+        )
         self.scales = nn.ParameterDict({"a b": torch.rand(6, 1, 1)})
         self.norm = nn.BatchNorm2d(6)
         self.register_buffer("shift", torch.rand(6, 1, 1), persistent=False)
@@ -163,7 +165,10 @@ class Small(nn.Module):
     def forward(self, images: Tensor, flag: bool = True, power: int = 1, extra: Any = None) -> Any:
         with torch.no_grad():
             mean = images.mean()
-        maps = self.norm(self.parts["my-layer"](images - mean)) * self.scales["a b"] + self.shift
+        maps = (
+            self.norm(self.parts["my-layer"](self.parts["-1"](images - mean))) * self.scales["a b"]
+            + self.shift
+        )
         maps = maps.relu() if flag else maps
         return self.give(maps.mean((2, 3)) * power)
 

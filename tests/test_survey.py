@@ -102,6 +102,26 @@ def test_tokens_become_the_grid_of_the_patch_convolution(
     assert follows(model, chosen.name, SIZE) >= 15
 
 
+def stays_behind(network: nn.Module, layer: str, images: Tensor, *, first: bool) -> float:
+    """The share that bypasses a layer by hand: the first image with the second one's patches."""
+    seen: list[Tensor] = []
+
+    def exchange(module: nn.Module, args: object, output: Tensor) -> Tensor | None:
+        tokens = output.transpose(0, 1) if first else output
+        seen.append(tokens.clone())
+        if len(seen) == 2:
+            mixed = torch.cat((seen[1][:, :1], seen[0][:, 1:]), dim=1)
+            return mixed.transpose(0, 1) if first else mixed
+        return None
+
+    with torch.no_grad():
+        own = F.normalize(network(images[:1]), dim=1)
+        handle = network.get_submodule(layer).register_forward_hook(exchange)
+        other, mixed = (F.normalize(network(images[n : n + 1]), dim=1) for n in (1, 0))
+        handle.remove()
+    return float((mixed - other).norm() / (own - other).norm())
+
+
 @pytest.mark.parametrize("first", [False, True])
 def test_a_class_token_reads_the_input_of_the_last_block(first: bool) -> None:
     model = wrapped(Encoder(first=first, before=1, read="class"))
@@ -109,12 +129,14 @@ def test_a_class_token_reads_the_input_of_the_last_block(first: bool) -> None:
     chosen = default(model, images)
     assert (chosen.name, chosen.shape) == ("encoder.layers.2.norm1", (WIDTH, *GRID))
     assert follows(model, chosen.name, SIZE) >= 15
-    # By hand: the patches of that layer exchanged, all else left as it is.
-    assert 0 < chosen.bypass <= 1
+    assert 0 < chosen.bypass <= 1  # on pictures of noise
     (caution,) = model.cautions([chosen.name], images)
     assert f"{chosen.bypass:.0%} of the embedding bypasses" in caution
     result = explain(model, Comparison.pair(images[:1], images[1:]))
-    assert caution in result.warnings
+    share = stays_behind(model.network, chosen.name, images, first=first)
+    assert result.bypass[chosen.name] == pytest.approx(share, abs=2e-4)
+    assert any(f"{share:.0%} of the embedding bypasses" in text for text in result.warnings)
+    assert chosen.bypass == pytest.approx(share, abs=2e-4)  # from then on
     assert result.bypass == {chosen.name: round(chosen.bypass, 4)}
 
 
@@ -256,6 +278,8 @@ def test_the_default_is_what_everything_passes(share: float) -> None:
     assert a**2 + b**2 == pytest.approx(1, abs=0.25)
     assert (a < 0.05 and b > 0.95) if share == 0.01 else (a > 0.3)
     result = explain(model, Comparison.pair(images[:1], images[1:]), "decomposition", layer="b")
+    b = layers["b"].bypass  # now of these images
+    assert b > 0.1
     assert any(f"{b:.0%} of the embedding bypasses layer 'b'" in text for text in result.warnings)
     assert result.bypass["b"] == pytest.approx(b, abs=1e-4)
     assert any("bypasses" in text for text in match(model, images[0], images[1], "b").warnings)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from simexplain.comparison import paired
@@ -27,7 +28,7 @@ from simexplain.methods.unexplained import unexplained_warning
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
-from simexplain.networks import full_precision
+from simexplain.networks import full_precision, unit_rows
 
 _LONG = 20.0
 _TRIED = 1.0
@@ -96,7 +97,10 @@ def match(
         model=wrapped.name,
     )
     more = _integration(found, result, layer)
-    if wrapped is model or wrapped.is_surveyed(first):
+    if first.shape[1:] == second.shape[1:]:
+        rows = torch.cat([unit_rows(parts.vectors) for parts in found])
+        more += wrapped.cautions((layer,), torch.cat((first, second)), rows)
+    else:
         more += wrapped.cautions((layer,), first)
     return replace(result, warnings=result.warnings + more)
 

@@ -148,13 +148,24 @@ class SimilarityModel(nn.Module, ABC):
         """
         return self._survey_of(_shape(images)).usable()
 
-    def cautions(self, layers: Sequence[str], images: Tensor) -> tuple[str, ...]:
-        """What to know before trusting maps at these layers, for images ``(M,C,H,W)``.
+    def cautions(
+        self, layers: Sequence[str], images: Tensor, rows: Tensor | None = None
+    ) -> tuple[str, ...]:
+        """What to know before trusting maps at these layers.
 
         A layer that part of the embedding bypasses cannot show that part.
+
+        Args:
+            layers: Names.
+            images: ``(M,C,H,W)``.
+            rows: Their embeddings ``(M,E)`` by :meth:`embed`; shares are then measured on them.
         """
         surveyed = self._surveyed_for(images)
-        return () if surveyed is None else surveyed.cautions(layers)
+        if surveyed is None:
+            return ()
+        if rows is not None and surveyed.model is self:
+            surveyed.meet(images, rows)
+        return surveyed.cautions(layers)
 
     def bypass(self, layers: Sequence[str], images: Tensor) -> dict[str, float]:
         """The share of the embedding that bypasses each of these layers; see :class:`Layer`."""

@@ -14,16 +14,20 @@ from torch import nn
 from simexplain.errors import ModelError
 from simexplain.models.layers import GridHints, Layer, Layout
 from simexplain.models.moving import WHOLE, Likeness, Moved, Region
-from simexplain.surveying import LayerRun, Survey, gradient_through
+from simexplain.models.orders import orders_of, tokens_of
+from simexplain.surveying import LayerRun, Source, Survey, gradient_through
 
 STAGES = 4
 _MUCH = 0.3
 _MOST_OFFSETS = 1024
 _MOST_PREFIX = 16
+_LATEST, _KNOWN, _HALVED, _BESIDE, _ORDERED, _PART, _SHAPED = range(7)
 _TIERS = (
+    (0.35, 2.5, 0.02),
     (0.35, 2.5, 0.02),
     (0.5, 3.5, 0.1),
     (0.6, 2.6, 0.1),
+    (0.6, 3.5, 0.1),
     (0.75, 3.5, 0.2),
     (0.75, 3.5, 0.2),
 )
@@ -71,6 +75,7 @@ class Maps:
             for kind, axis in (("NLC", 1), ("LNC", 0))
             if kind in run.responses
         }
+        self.doubted: dict[str, Grid] = {}
         self._known: dict[object, Layout | None] = {}
         self._exact: dict[tuple[Grid, Region], Region] = {}
         self._latest: dict[tuple[str, int], Layout] = {}
@@ -92,12 +97,20 @@ class Maps:
             return Layout("NCHW", grid, region=region)
         layout = self._proven(run)
         if layout is None:
+            self._doubt(run)
             return None
         if layout.kind in ("NCHW", "NHWC"):
             self.grids.setdefault(layout.grid, layout.region)
         else:
             self._latest[layout.kind, layout.tokens] = layout
         return layout
+
+    def _doubt(self, run: LayerRun) -> None:
+        """Keeps in mind a sequence that could be a map by its length alone."""
+        tokens = {int(r.shape[1]) for kind, r in run.responses.items() if kind in ("NLC", "LNC")}
+        for grid in self._halved() if run.main else ():
+            if grid[0] * grid[1] in tokens and grid[0] * grid[1] > 3:
+                self.doubted[run.name] = grid
 
     def _proven(self, run: LayerRun) -> Layout | None:
         """The layout whose cells follow the picture best, of the likeliest tier that has one."""
@@ -106,7 +119,8 @@ class Maps:
             if best is not None and tier > best[0]:
                 break
             exact = self._exact.get((layout.grid, layout.region), layout.region)
-            likeness, slope = self.likeness(responses, exact)
+            # Above what padding shifts, layers may look elsewhere again.
+            likeness, slope = max(self.likeness(responses, r) for r in {exact, layout.region})
             least, chance, least_slope = _TIERS[tier]
             least = max(least, chance / math.sqrt(3 * layout.grid[0] * layout.grid[1]))
             if likeness < least or slope < least_slope:
@@ -129,16 +143,18 @@ class Maps:
             for tier, layout in self._sequences(kind, tokens):
                 cells = layout.grid[0] * layout.grid[1]
                 flat = responses[:, layout.prefix : layout.prefix + cells]
+                if layout.order:
+                    flat = flat[:, tokens_of(layout.order).numpy()]
                 yield tier, layout, flat.reshape(len(flat), *layout.grid)
 
     def _regions(self, grid: Grid) -> Iterator[tuple[int, Region]]:
         """Where a map may lie: as a known grid of its size, over the image, or on a part of it."""
         if grid in self.grids:
-            yield 0, self.grids[grid]
+            yield _KNOWN, self.grids[grid]
         if self._fits(grid):
-            yield 0, WHOLE
+            yield _KNOWN, WHOLE
         for region in self._parts_of(grid):
-            yield 3, region
+            yield _PART, region
 
     def _parts_of(self, grid: Grid) -> Iterator[Region]:
         for (rows, columns), region in list(self.grids.items()):
@@ -155,22 +171,26 @@ class Maps:
     def _sequences(self, kind: str, tokens: int) -> Iterator[tuple[int, Layout]]:
         """How a sequence may be laid out, in tiers, the likeliest first."""
         if (kind, tokens) in self._latest:
-            yield 0, self._latest[kind, tokens]
-            return
+            yield _LATEST, self._latest[kind, tokens]
         halved = self._halved()
         for grid, region in halved.items():
             if grid[0] * grid[1] == tokens:
-                yield 0 if grid in self.grids else 1, Layout(kind, grid, 0, tokens, region)
+                tier = _KNOWN if grid in self.grids else _HALVED
+                yield tier, Layout(kind, grid, 0, tokens, region)
         for grid, region in self.grids.items():
             beside = tokens - grid[0] * grid[1]
             if 0 < beside <= 3 * grid[0] * grid[1] and grid[0] * grid[1] > 1:
                 for prefix in range(beside, -1, -1) if beside <= _MOST_PREFIX else (beside, 0):
-                    yield 2, Layout(kind, grid, prefix, tokens, region)
+                    yield _BESIDE, Layout(kind, grid, prefix, tokens, region)
+        for grid, region in halved.items():
+            if grid[0] * grid[1] == tokens:
+                for order in orders_of(grid):
+                    yield _ORDERED, Layout(kind, grid, 0, tokens, region, order)
         for rows, columns in list(self.grids):
             for grid in {(tokens // columns, columns), (rows, tokens // rows)}:
                 if grid[0] * grid[1] == tokens and min(grid) > 1:
                     for region in self._parts_of(grid):
-                        yield 3, Layout(kind, grid, 0, tokens, region)
+                        yield _PART, Layout(kind, grid, 0, tokens, region)
         yield from self._shaped(kind, tokens)
 
     def _shaped(self, kind: str, tokens: int) -> Iterator[tuple[int, Layout]]:
@@ -179,7 +199,7 @@ class Maps:
             for grid in _factors(tokens - beside):
                 if self._fits(grid):
                     for prefix in {beside, 0}:
-                        yield 3 + (beside > 0), Layout(kind, grid, prefix, tokens)
+                        yield _PART + (beside > 0), Layout(kind, grid, prefix, tokens)
 
     def _halved(self) -> dict[Grid, Region]:
         """The known grids and their halves, rounded down and up."""
@@ -209,6 +229,7 @@ def usable_layers(
     maps: Sequence[Map],
     size: tuple[int, int],
     measure: Callable[[str], float],
+    compare: Callable[[str], float],
 ) -> tuple[Layer, ...]:
     """The layers of a survey that feed the embedding from more than one place of the image.
 
@@ -220,6 +241,7 @@ def usable_layers(
         maps: Its outputs that are maps over the image.
         size: ``(height, width)`` of the image.
         measure: Gives the share of the embedding that bypasses a layer.
+        compare: The same from pictures that never change, for choices.
 
     Raises:
         ModelError: If there is none; says why.
@@ -228,7 +250,7 @@ def usable_layers(
     if not usable:
         raise ModelError(_why_none(survey, maps))
     candidates = _without_last_pooling(usable)
-    chosen = _default(survey, candidates, measure)
+    chosen = _default(survey, candidates, compare)
     stages = [_named(stage, candidates, survey.runs) for stage in _stages(chosen, candidates)]
     chosen = _named(chosen, candidates, survey.runs)
     return tuple(
@@ -293,36 +315,48 @@ def _default(survey: Survey, candidates: Sequence[Map], measure: Callable[[str],
         shares = {name: measure(one.run.name) for name, one in last.items()}
         least = min(shares.values())
         return next(last[name] for name in reversed(last) if shares[name] <= least + 1e-6)
+    later = candidates[candidates.index(main[-1]) + 1 :]
+    # What a layer is called with may be what everything passes, though no layer returned it.
+    for number in reversed(range(len(later))):
+        source = later[number].run.source
+        if source is not None and (found := _deepest(source, later[number:])):
+            return found
     last_main = main[-1]
-    return _deeper(survey, last_main, candidates) if last_main.layout.beside else last_main
+    if not last_main.layout.beside:
+        return last_main
+    return _deepest(last_main.run, later, last_main.layout) or last_main
 
 
-def _deeper(survey: Survey, last: Map, candidates: Sequence[Map]) -> Map:
-    """The last map above the given one that all its cells feed, though a class token bypasses it.
+def _deepest(
+    lower: LayerRun | Source, later: Sequence[Map], layout: Layout | None = None
+) -> Map | None:
+    """The last map that all cells of something lower feed, though a class token bypasses it.
 
     In the last block of a network that reads its class token, that is what goes into attention.
+
+    Args:
+        lower: A tensor that everything passes.
+        later: Maps above it, in order of execution.
+        layout: That of the tensor, or None for that of the first of these.
     """
-    places = {id(run): place for place, run in enumerate(survey.runs)}
-    after = [run for run in survey.runs[places[id(last.run)] + 1 :] if run.main]
-    end = places[id(after[0])] if after else len(survey.runs)
-    own = last.layout(last.run.gradient) if last.run.gradient is not None else None
-    best = last
-    for one in candidates:
-        if not places[id(last.run)] < places[id(one.run)] < end:
+    best = None
+    layout = layout or later[0].layout
+    if lower.gradient is None or (own := layout(lower.gradient)) is None:
+        return None
+    for one in later:
+        if one.layout != layout or one.run.output.shape != lower.gradient.shape:
             continue
-        if one.run.output.shape != last.run.output.shape or one.layout != last.layout:
-            continue
-        gradient = gradient_through(one.run, last.run)
-        through = None if gradient is None else last.layout(gradient)
-        if own is None or through is None:
-            continue
-        if float((through - own).norm()) <= 1e-3 * float(own.norm()):
+        gradient = gradient_through(one.run, lower)
+        through = None if gradient is None else layout(gradient)
+        if through is not None and float((through - own).norm()) <= 1e-3 * float(own.norm()):
             best = one
     return best
 
 
 def _stages(default: Map, candidates: Sequence[Map]) -> list[Map]:
     """The last map of each resolution that everything passes, or blocks spread over the depth."""
+    if not any(one.run.main for one in candidates):
+        return [default]  # others may lie beside it, where joining them means nothing
     main = [one for one in candidates if one.run.main and not _inside_coarser(one, candidates)]
     found = [default]
     for one in reversed(main):

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from simexplain.models.moving import WHOLE, Region
+from simexplain.models.orders import Order, tokens_of
 from simexplain.surveying import LAYOUTS
 
 _MOST_PREFIX_TOKENS = 16
@@ -25,6 +26,7 @@ class Layout:
         prefix: Tokens before the first cell.
         tokens: Tokens in all; more than cells where there are class tokens or the like.
         region: Where in the image the cells lie.
+        order: In which order the sequence has the cells, if not row by row.
     """
 
     kind: str
@@ -32,6 +34,7 @@ class Layout:
     prefix: int = 0
     tokens: int = 0
     region: Region = WHOLE
+    order: Order = ()
 
     @property
     def beside(self) -> bool:
@@ -39,7 +42,7 @@ class Layout:
         return self.tokens > self.grid[0] * self.grid[1]
 
     def __call__(self, output: Tensor) -> Tensor | None:
-        """The map ``(M,C,h,w)``, a view of the output; None where the output does not fit."""
+        """The map ``(M,C,h,w)`` of an output; None where it does not fit."""
         if output.dim() != LAYOUTS[self.kind][0]:
             return None
         if self.kind in ("NCHW", "NHWC"):
@@ -49,6 +52,8 @@ class Layout:
         if tokens.shape[1] != self.tokens:
             return None
         cells = tokens[:, self.prefix : self.prefix + self.grid[0] * self.grid[1]]
+        if self.order:
+            cells = cells[:, tokens_of(self.order).to(cells.device)]
         return cells.transpose(1, 2).reshape(len(tokens), -1, *self.grid)
 
     def cells_of(self, output: Tensor, other: Tensor) -> Tensor:
@@ -91,7 +96,8 @@ class Layer:
 
         0 where the graph of the network shows that everything passes the layer. Else the cells are
         replaced by those of another picture, and the share is how far the embedding stays behind;
-        measured when it is first read, with one forward pass of two images.
+        measured when it is first read, with one forward pass of two images: the first two different
+        ones of this shape that were explained, or pictures of noise where none were.
         """
         return 0.0 if self.measure is None else self.measure(self.name)
 

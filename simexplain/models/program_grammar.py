@@ -26,7 +26,7 @@ WRAP = "export a wrapper whose forward returns the embedding as a tensor"
 _DEEPEST_SPEC, _DEEPEST_GRAPH, _LONGEST_SPEC = 32, 8, 1_000_000
 _WIDEST = 2**63
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w{0,499}", re.ASCII)
-_PART = re.compile(r"\w[\w \-+/]{0,199}(@\d{1,4})?", re.ASCII)
+_PART = re.compile(r"-?\w[\w \-+/]{0,199}(@\d{1,4})?", re.ASCII)
 _TAKEN = frozenset(dir(nn.Module()))
 _TEXT = re.compile(r"[\w.,:+\-> ()=*/<]{0,500}", re.ASCII)
 _KEY = re.compile(r"[\w@.\-+/ ]{0,500}", re.ASCII)

@@ -141,8 +141,14 @@ def _takes_text(network: nn.Module) -> bool:
         parameters = list(inspect.signature(network.forward).parameters.values())
     except (TypeError, ValueError):
         return False
-    needed = [p for p in parameters if p.default is p.empty and p.kind in (0, 1)]
-    return len(needed) > 1 or any(p.name in ("text", "texts", "input_ids") for p in parameters)
+    named = any(p.name in ("text", "texts", "input_ids") for p in parameters)
+    return named or _needs_text(network)
+
+
+def _needs_text(network: nn.Module) -> bool:
+    """Whether the network cannot be called with images alone."""
+    parameters = inspect.signature(network.forward).parameters.values()
+    return len([p for p in parameters if p.default is p.empty and p.kind in (0, 1)]) > 1
 
 
 def _wraps_timm(tower: nn.Module) -> bool:
@@ -294,6 +300,8 @@ def _read_sentence_transformers(network: nn.Module, images: Tensor, word: str | 
 def _read_clip(network: nn.Module, images: Tensor, word: str | None) -> Any:
     """open_clip's networks and the original CLIP: the image tower."""
     encode: Any = network.encode_image
+    if word is None and not _needs_text(network):
+        return network(images)
     if word in (None, "projected"):
         return encode(images)
     visual: Any = getattr(network, "visual", None)

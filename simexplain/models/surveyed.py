@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,14 @@ class Surveyable(Traceable, Protocol):
         """Those of the network."""
 
 
+@dataclass(frozen=True, eq=False)
+class AtHand:
+    """Two images ``(2,C,H,W)`` and the embedding ``(E,)`` of the first."""
+
+    both: Tensor
+    row: Tensor
+
+
 class Surveyed:
     """Layers, layouts and shares of a model for images ``(C,H,W)``."""
 
@@ -44,19 +53,21 @@ class Surveyed:
             ModelError: If the network does not run on such images.
         """
         self.model, self.shape = model, shape
-        self._shares: dict[str, float] = {}
+        self._shares: dict[tuple[str, bool], float] = {}
+        self._at_hand: AtHand | None = None
         pictures = self._pictures()
         with _expecting(shape):
             found = survey(model, pictures.picture, pictures.replaced)
-        maps = Maps(found, pictures, model.hints).found
+        looked = Maps(found, pictures, model.hints)
+        maps = looked.found
         self._embedding = found.embedding
         self._layouts: dict[str, Layout] = {one.run.name: one.layout for one in maps}
         self._error = ""
         self._layers: tuple[Layer, ...] = ()
-        self._shallow = ""
+        self._on_default: tuple[str, ...] = ()
         try:
-            self._layers = usable_layers(found, maps, shape[1:], self.bypass)
-            self._shallow = self._early(found)
+            self._layers = usable_layers(found, maps, shape[1:], self.bypass, self._of_noise)
+            self._on_default = (*self._early(found), *self._doubted(found, looked))
         except ModelError as error:
             self._error = str(error)
 
@@ -80,24 +91,45 @@ class Surveyed:
         known = self._layouts.get(layer)
         return self._layouts.get(name) if known is None and call == 0 else known
 
+    def meet(self, images: Tensor, rows: Tensor) -> None:
+        """Notes two images, with which shares are measured from now on; the first ones count.
+
+        Args:
+            images: ``(M,C,H,W)``.
+            rows: Their embeddings ``(M,E)``.
+        """
+        if self._at_hand is not None or rows.shape[1:] != self._embedding.shape:
+            return
+        other = next((image for image in images[1:] if not torch.equal(image, images[0])), None)
+        if other is not None:
+            both = torch.stack((images[0], other)).detach().clone()
+            self._at_hand = AtHand(both, rows[0].detach().clone())
+
     def bypass(self, layer: str) -> float:
         """The share of the embedding that reaches it past the cells of a layer.
 
-        The first picture is run with the cells of the second; the share is how far the embedding
-        then stays from that of the second, over how far the two are apart.
+        An image is run with the cells of another one; the share is how far the embedding then
+        stays from that of the other, over how far the two are apart. The images are the first two
+        different ones that were explained, or pictures of noise where none were.
         """
-        layout = self._layout(layer)
+        return self._of_noise(layer) if self._at_hand is None else self._share(layer, self._at_hand)
+
+    def _of_noise(self, layer: str) -> float:
+        pictures = self._pictures()
+        both = torch.cat((pictures.picture, pictures.other))
+        return self._share(layer, AtHand(both, self._embedding))
+
+    def _share(self, layer: str, images: AtHand) -> float:
+        layout, key = self._layout(layer), (layer, images is self._at_hand)
         if layout is None:
             return 1.0
-        if layer not in self._shares:
-            pictures = self._pictures()
-            both = torch.cat((pictures.picture, pictures.other))
+        if key not in self._shares:
             axis = LAYOUTS[layout.kind][1]
-            rows = swapped(self.model, both, layer, axis, layout.cells_of)
-            apart = float((self._embedding.to(rows) - rows[1]).norm())
+            rows = swapped(self.model, images.both, layer, axis, layout.cells_of)
+            apart = float((images.row.to(rows) - rows[1]).norm())
             behind = float((rows[0] - rows[1]).norm())
-            self._shares[layer] = min(1.0, behind / apart) if apart > 0 else 0.0
-        return self._shares[layer]
+            self._shares[key] = min(1.0, behind / apart) if apart > 0 else 0.0
+        return self._shares[key]
 
     def known(self, names: Sequence[str]) -> list[Layer]:
         """Those of the usable layers that have these names."""
@@ -109,8 +141,8 @@ class Surveyed:
         worst = max(used, key=lambda layer: layer.bypass, default=None)
         if worst is not None and worst.bypass > RELEVANT:
             found.append(self._bypassed(worst))
-        if self._shallow and any(layer.default for layer in used):
-            found.append(self._shallow)
+        if any(layer.default for layer in used):
+            found += self._on_default
         if len({layer.region for layer in used}) > 1:
             found.append(
                 "The layers look at different parts of the image, so their joined map is drawn as "
@@ -126,16 +158,33 @@ class Surveyed:
             "map cannot show; an earlier layer or a method on pixels, such as occlusion, sees more."
         )
 
-    def _early(self, found: Survey) -> str:
-        name = next(layer.name for layer in self._layers if layer.default)
+    @property
+    def _default(self) -> str:
+        return next(layer.name for layer in self._layers if layer.default)
+
+    def _doubted(self, found: Survey, looked: Maps) -> list[str]:
+        names = [run.name for run in found.runs]
+        later = names[names.index(self._default) + 1 :]
+        doubted = [(name, grid) for name, grid in looked.doubted.items() if name in later]
+        if not doubted:
+            return []
+        name, (rows, columns) = doubted[-1]
+        return [
+            f"Layer '{name}', after the default layer '{self._default}', has as many tokens as a "
+            f"grid of {rows}x{columns}, but its tokens do not follow the parts of an image, so it "
+            "was not taken for a map."
+        ]
+
+    def _early(self, found: Survey) -> list[str]:
+        name = self._default
         done, total = depth(found, name)
         if total < _DEEP or done > _SHALLOW * total:
-            return ""
-        return (
+            return []
+        return [
             f"The last map that the whole embedding comes from is layer '{name}', after {done} of "
             f"{total} operations, so maps show early features; name a later layer with layer= to "
             "see one of the ways that part there."
-        )
+        ]
 
     def _pictures(self) -> Any:
         reference = next(iter(self.model.parameters()), torch.zeros(()))

@@ -93,7 +93,7 @@ def compare(case: Case, found: Explanation) -> None:
     net = case.net
     layer = found.layers[0]
     if net.output is not None:
-        layer = layer.removeprefix("network.")
+        layer = layer.removeprefix("network").removeprefix(".")  # '' is the whole network
     assert layer in case.right | set(net.also), f"default '{layer}' from the file"
     assert tuple(found.maps.shape[-2:]) == case.grid_of(layer)
     weights = found.weights[0].expand(2, -1)  # one for both images, or one each

@@ -33,6 +33,7 @@ class Net:
         prefix: Class, distillation and register tokens before those of the patches.
         order: ``(h, w) -> permutation`` of tokens that are not in raster order.
         output: What to pass as ``output=``: a key or a function.
+        forward: How the network embeds images, where calling it with them does not.
         channels: Channels of an image.
         also: Other layers that are as right, with their grids.
         or_warned: Other layers that are right if a warning names the share that bypasses them, with
@@ -62,6 +63,7 @@ class Net:
     prefix: int = 0
     order: Callable[[Grid], Tensor] | None = None
     output: Any = None
+    forward: Callable[[nn.Module, Tensor], Any] | None = None
     channels: int = 3
     also: Mapping[str, Grid] = field(default_factory=dict)
     or_warned: Mapping[str, Grid] = field(default_factory=dict)

@@ -86,7 +86,7 @@ def first(output: Any) -> Tensor | None:
 def vector(net: Net, module: nn.Module, images: Tensor) -> Tensor:
     """What the network gives for images: ``(M,E)``, in single precision at least."""
     reference = next((p for p in module.parameters() if p.is_floating_point()), images)
-    answer = module(images.to(reference.dtype))
+    answer = (net.forward or nn.Module.__call__)(module, images.to(reference.dtype))
     if callable(net.output):
         answer = net.output(answer)
     elif isinstance(net.output, int):
@@ -98,18 +98,17 @@ def vector(net: Net, module: nn.Module, images: Tensor) -> Tensor:
 
 
 def outputs(net: Net, module: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Every module's output, by name, with ``@n`` where it runs several times."""
+    """Every module's output, by name ('' is the whole), with ``@n`` where it runs several times."""
     calls: list[tuple[str, Tensor]] = []
     handles = []
     for name, part in module.named_modules():
-        if name:
 
-            def keep(_m: nn.Module, _a: Any, output: Any, name: str = name) -> None:
-                found = first(output)
-                if found is not None:
-                    calls.append((name, found.detach().clone()))
+        def keep(_m: nn.Module, _a: Any, output: Any, name: str = name) -> None:
+            found = first(output)
+            if found is not None:
+                calls.append((name, found.detach().clone()))
 
-            handles.append(part.register_forward_hook(keep))
+        handles.append(part.register_forward_hook(keep))
     try:
         with torch.no_grad():
             vector(net, module, images)
