@@ -463,6 +463,10 @@ def test_every_choice_is_made_for_the_images_at_hand(build: Callable[[], nn.Modu
     model = as_similarity_model(build(), preprocess=Preprocess(size=(32, 32)))
     assert SimilarityMiningLoss().on(build(), triplet).isfinite()
     assert AVSL(model, nodes=4).embed(images).isfinite().all()
+    larger = as_similarity_model(build(), preprocess=Preprocess(size=(64, 64)))
+    if build is small_resnet:
+        levels = AVSL(larger, nodes=4, size=(32, 32)).levels
+        assert levels == AVSL(model, nodes=4).levels != AVSL(larger, nodes=4).levels
     assert as_similarity_model(small_vit()).default_layer == "encoder.layers.encoder_layer_2.ln_1"
 
 

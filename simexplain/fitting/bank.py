@@ -14,7 +14,7 @@ from simexplain.data.folders import Batches, Record, pictures_in
 from simexplain.errors import ImageError, ModelError
 from simexplain.fitting.passes import Progress
 from simexplain.methods.cams import channel_weights
-from simexplain.methods.weight_bank import WeightBank, noise_for, probe_of, usual_distance
+from simexplain.methods.weight_bank import WeightBank, probe_of, usual_distance
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
 from simexplain.networks import find_layer, full_precision, split_call, unit_rows
@@ -93,7 +93,7 @@ def build_bank(
         raise ModelError(f"build_bank has the options {', '.join(known)}, got '{unknown[0]}'.")
     chosen, base = BankOptions(**options), as_similarity_model(model)
     pictures = _opened(base, source, chosen.batch_size)
-    known_layers = base.layers_for(noise_for(base, pictures.size))
+    known_layers = base.layers_for(base.example(pictures.size))
     default = next(candidate.name for candidate in known_layers if candidate.default)
     layer = chosen.layer or default
     find_layer(base.network, split_call(layer)[0])  # before the long work

@@ -216,17 +216,9 @@ class WeightBank:
             ) from error
 
 
-def noise_for(model: SimilarityModel, size: tuple[int, int]) -> Tensor:
-    """One image of fixed noise ``(1,3,H,W)`` in the type and on the device of the model."""
-    noise = torch.rand(
-        (1, model.preprocess.channels, *size), generator=torch.Generator().manual_seed(0)
-    )
-    return noise.to(model.example())
-
-
 def probe_of(model: SimilarityModel, size: tuple[int, int]) -> Tensor:
     """What the model makes of fixed noise of a size ``(E,)``, a unit row."""
-    rows = trace(model, noise_for(model, size), ()).embeddings.float()
+    rows = trace(model, model.example(size), ()).embeddings.float()
     row: Tensor = unit_rows(rows)[0]
     return row
 

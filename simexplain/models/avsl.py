@@ -64,6 +64,7 @@ class AVSL(SimilarityModel):
         preset: str | AVSLOptions = "paper",
         origin: str = "untrained",
         report: Mapping[str, Any] | None = None,
+        size: tuple[int, int] | None = None,
     ) -> None:
         """Heads, reliabilities and empty edges over a network, which is not changed.
 
@@ -74,6 +75,7 @@ class AVSL(SimilarityModel):
             preset: ``paper``, ``official`` or your own options.
             origin: A key of ``ORIGINS``.
             report: Kept and saved with the model.
+            size: ``(height, width)`` of the images it will get, if not that of the preprocessing.
 
         Raises:
             ModelError: If a level is unknown or a number does not fit.
@@ -84,7 +86,7 @@ class AVSL(SimilarityModel):
         self.preprocess, self.batch_size = self.base.preprocess, self.base.batch_size
         self.largest_batch = self.base.largest_batch
         self.backbone = self.base.backbone
-        found = found_levels(self.base, levels)
+        found = found_levels(self.base, levels, size)
         self.levels = tuple(layer.name for layer in found)
         self.widths = checked_widths(nodes, len(found))
         self.name = f"{self.base.name} AVSL"

@@ -18,14 +18,17 @@ LEVELS = 3
 """How many levels are taken where none are named: those of the paper's ResNet-50."""
 
 
-def found_levels(base: SimilarityModel, levels: Sequence[str] | None) -> list[Layer]:
-    """The layers of the levels in order of execution.
+def found_levels(
+    base: SimilarityModel, levels: Sequence[str] | None, size: tuple[int, int] | None = None
+) -> list[Layer]:
+    """The layers of the levels in order of execution, for images of a size or the model's own.
 
     Raises:
         ModelError: If a level is unknown or named twice, or there is none.
     """
-    layers = base.layers
-    wanted = list(base.stages[-LEVELS:] if levels is None else levels)
+    layers = base.layers_for(base.example(size))
+    wanted = [layer.name for layer in layers if layer.stage][-LEVELS:]
+    wanted = wanted if levels is None else list(levels)
     known = [layer.name for layer in layers]
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted or len(set(wanted)) < len(wanted):

@@ -200,12 +200,15 @@ class SimilarityModel(nn.Module, ABC):
             self._surveyed[shape] = Surveyed(self, shape)
         return self._surveyed[shape]
 
-    def example(self) -> Tensor:
-        """One image of fixed noise in the model's own input size, channels, type and device."""
+    def example(self, size: tuple[int, int] | None = None) -> Tensor:
+        """One image of fixed noise ``(1,C,H,W)`` in the model's own channels, type and device.
+
+        Args:
+            size: ``(height, width)``, or None for the model's own.
+        """
         generator = torch.Generator().manual_seed(0)
-        noise = torch.rand(
-            (1, self.preprocess.channels, *self.preprocess.size), generator=generator
-        )
+        shape = (1, self.preprocess.channels, *(size or self.preprocess.size))
+        noise = torch.rand(shape, generator=generator)
         reference = next(self.parameters(), noise)
         return noise.to(reference.device, reference.dtype)
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError, first_line
-from simexplain.methods.weight_bank import noise_for
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.tracing import trace
@@ -106,7 +105,7 @@ def weights_of(model: SimilarityModel) -> str:
 
 def _answer(model: SimilarityModel) -> Tensor:
     """What the model makes of a fixed image of noise ``(E,)``."""
-    rows = trace(model, noise_for(model, model.preprocess.size), ()).embeddings
+    rows = trace(model, model.example(), ()).embeddings
     return rows[0].detach().float().cpu()
 
 
