@@ -14,13 +14,14 @@ from torch import nn
 from simexplain.errors import ModelError
 from simexplain.models.layers import GridHints, Layer, Layout
 from simexplain.models.moving import WHOLE, Likeness, Moved, Region
-from simexplain.models.orders import orders_of, tokens_of
+from simexplain.models.orders import orders_of
 from simexplain.surveying import LayerRun, Source, Survey, gradient_through
 
 STAGES = 4
 _MUCH = 0.3
 _MOST_OFFSETS = 1024
 _MOST_PREFIX = 16
+_MOST_COLOURS = 3
 _LATEST, _KNOWN, _HALVED, _BESIDE, _ORDERED, _PART, _SHAPED = range(7)
 _TIERS = (
     (0.35, 2.5, 0.02),
@@ -141,10 +142,7 @@ class Maps:
                 continue
             tokens = int(responses.shape[1])
             for tier, layout in self._sequences(kind, tokens):
-                cells = layout.grid[0] * layout.grid[1]
-                flat = responses[:, layout.prefix : layout.prefix + cells]
-                if layout.order:
-                    flat = flat[:, tokens_of(layout.order).numpy()]
+                flat = responses[:, layout.places.numpy()]
                 yield tier, layout, flat.reshape(len(flat), *layout.grid)
 
     def _regions(self, grid: Grid) -> Iterator[tuple[int, Region]]:
@@ -182,6 +180,9 @@ class Maps:
             if 0 < beside <= 3 * grid[0] * grid[1] and grid[0] * grid[1] > 1:
                 for prefix in range(beside, -1, -1) if beside <= _MOST_PREFIX else (beside, 0):
                     yield _BESIDE, Layout(kind, grid, prefix, tokens, region)
+                middle = grid[0] * grid[1] // 2
+                for split in {middle, grid[0] * grid[1] - middle} if beside <= _MOST_PREFIX else ():
+                    yield _BESIDE, Layout(kind, grid, beside, tokens, region, split=split)
         for grid, region in halved.items():
             if grid[0] * grid[1] == tokens:
                 for order in orders_of(grid):
@@ -249,7 +250,7 @@ def usable_layers(
     usable = [found for found in maps if found.cells > 1 and _feeds(found)]
     if not usable:
         raise ModelError(_why_none(survey, maps))
-    candidates = _without_last_pooling(usable)
+    candidates = _without_last_pooling(usable, size)
     chosen = _default(survey, candidates, compare)
     stages = [_named(stage, candidates, survey.runs) for stage in _stages(chosen, candidates)]
     chosen = _named(chosen, candidates, survey.runs)
@@ -258,11 +259,19 @@ def usable_layers(
     )
 
 
-def _without_last_pooling(usable: Sequence[Map]) -> Sequence[Map]:
-    """What a person would choose from: not the pooling that ends a network, nor attention's inside.
+def _is_picture(one: Map, size: tuple[int, int]) -> bool:
+    """Whether a layer gives the picture itself, perhaps with other means and deviations."""
+    channels = one.run.output.shape[1 if one.layout.kind == "NCHW" else -1]
+    return one.layout.grid == size and channels <= _MOST_COLOURS
 
-    Pooling between other layers is as good as they are.
+
+def _without_last_pooling(usable: Sequence[Map], size: tuple[int, int]) -> Sequence[Map]:
+    """What a person would choose from.
+
+    Not the picture itself, the pooling that ends a network, nor attention's inside. Pooling between
+    other layers is as good as they are.
     """
+    usable = [one for one in usable if not _is_picture(one, size)] or usable
     outside = [one for one in usable if not _INSIDE.search(f".{one.run.name}")] or usable
     pools = {one.run.same for one in outside if isinstance(one.run.module, _POOLING)}
     rest = [place for place, one in enumerate(outside) if one.run.same not in pools]

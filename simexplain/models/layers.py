@@ -23,10 +23,11 @@ class Layout:
     Attributes:
         kind: A key of ``LAYOUTS``, such as ``NLC`` for tokens ``(M,L,C)``.
         grid: Rows and columns ``(h,w)``.
-        prefix: Tokens before the first cell.
+        prefix: Tokens before the first cell, or where cells are split.
         tokens: Tokens in all; more than cells where there are class tokens or the like.
         region: Where in the image the cells lie.
         order: In which order the sequence has the cells, if not row by row.
+        split: How many cells come before the tokens that are none.
     """
 
     kind: str
@@ -35,6 +36,12 @@ class Layout:
     tokens: int = 0
     region: Region = WHOLE
     order: Order = ()
+    split: int = 0
+
+    @property
+    def places(self) -> Tensor:
+        """The number in the sequence of each cell, row by row ``(h*w)``."""
+        return tokens_of(self.grid[0] * self.grid[1], self.prefix, self.split, self.order)
 
     @property
     def beside(self) -> bool:
@@ -51,9 +58,10 @@ class Layout:
         tokens = output if self.kind == "NLC" else output.transpose(0, 1)
         if tokens.shape[1] != self.tokens:
             return None
-        cells = tokens[:, self.prefix : self.prefix + self.grid[0] * self.grid[1]]
-        if self.order:
-            cells = cells[:, tokens_of(self.order).to(cells.device)]
+        if self.order or self.split:
+            cells = tokens[:, self.places.to(tokens.device)]
+        else:
+            cells = tokens[:, self.prefix : self.prefix + self.grid[0] * self.grid[1]]
         return cells.transpose(1, 2).reshape(len(tokens), -1, *self.grid)
 
     def cells_of(self, output: Tensor, other: Tensor) -> Tensor:
@@ -61,10 +69,8 @@ class Layout:
         if self.kind in ("NCHW", "NHWC"):
             return other
         axis = 1 if self.kind == "NLC" else 0
-        count = self.grid[0] * self.grid[1]
-        mixed = output.clone()
-        mixed.narrow(axis, self.prefix, count).copy_(other.narrow(axis, self.prefix, count))
-        return mixed
+        places = self.places.to(output.device)
+        return output.index_copy(axis, places, other.index_select(axis, places))
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,21 @@ _MOST_UNROLLINGS = 4
 
 
 @lru_cache(maxsize=64)
-def tokens_of(order: Order) -> Tensor:
-    """The number in the sequence of each cell, row by row ``(h*w)``."""
+def tokens_of(count: int, prefix: int = 0, split: int = 0, order: Order = ()) -> Tensor:
+    """The number in a sequence of each of its cells, row by row ``(h*w)``.
+
+    Args:
+        count: Cells.
+        prefix: Other tokens before the first cell, or after some cells.
+        split: How many cells those are.
+        order: In which order the sequence has the cells.
+    """
+    tokens = torch.arange(count)
+    tokens[split:] += prefix
+    return tokens[_ordered(order)] if order else tokens
+
+
+def _ordered(order: Order) -> Tensor:
     rows, columns = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
     for count, across, down, right in order:
         rows = (rows[:, None] + down * torch.arange(count).repeat_interleave(across)).flatten()

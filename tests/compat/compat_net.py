@@ -31,6 +31,7 @@ class Net:
         tokens: Whether the default is a sequence of tokens or comes of one: then sixteen places of
             the input are changed and the map must follow.
         prefix: Class, distillation and register tokens before those of the patches.
+        middle: The prefix stands in the middle, after half of the patches.
         order: ``(h, w) -> permutation`` of tokens that are not in raster order.
         output: What to pass as ``output=``: a key or a function.
         forward: How the network embeds images, where calling it with them does not.
@@ -61,6 +62,7 @@ class Net:
     stages: tuple[Grid, ...] | str | None = None
     tokens: bool = False
     prefix: int = 0
+    middle: bool = False
     order: Callable[[Grid], Tensor] | None = None
     output: Any = None
     forward: Callable[[nn.Module, Tensor], Any] | None = None

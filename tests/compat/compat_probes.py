@@ -143,6 +143,8 @@ def as_grid(net: Net, output: Tensor, grid: Grid) -> Tensor | None:
             tokens = output[prefix:].transpose(0, 1)
         else:
             continue
+        if net.middle and prefix:
+            tokens = torch.cat([output[:, : h * w // 2], output[:, h * w // 2 + prefix :]], 1)
         if net.order is not None:
             tokens = tokens[:, net.order(grid)]
         return tokens.transpose(1, 2).reshape(len(tokens), -1, h, w)

@@ -9,6 +9,7 @@ import compat_huggingface
 import compat_packages
 import compat_timm
 import compat_torchvision
+import compat_trunks
 import compat_wrapped
 from compat_net import Net
 
@@ -18,6 +19,7 @@ NETS: list[Net] = [
     *compat_huggingface.NETS,
     *compat_packages.NETS,
     *compat_heads.NETS,
+    *compat_trunks.NETS,
     *compat_wrapped.NETS,
 ]
 
