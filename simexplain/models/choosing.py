@@ -80,8 +80,13 @@ class Maps:
         self._known: dict[object, Layout | None] = {}
         self._exact: dict[tuple[Grid, Region], Region] = {}
         self._latest: dict[tuple[str, int], Layout] = {}
-        found = ((run, self._remembered(run)) for run in survey.runs)
-        self.found = [Map(run, layout) for run, layout in found if layout is not None]
+        self.found: list[Map] = []
+        for run in survey.runs:
+            layout = self._remembered(run)
+            if layout is None:
+                self._doubt(run)
+            else:
+                self.found.append(Map(run, layout))
 
     def _remembered(self, run: LayerRun) -> Layout | None:
         if run.same not in self._known:
@@ -98,7 +103,6 @@ class Maps:
             return Layout("NCHW", grid, region=region)
         layout = self._proven(run)
         if layout is None:
-            self._doubt(run)
             return None
         if layout.kind in ("NCHW", "NHWC"):
             self.grids.setdefault(layout.grid, layout.region)

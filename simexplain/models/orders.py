@@ -55,7 +55,7 @@ def orders_of(grid: tuple[int, int]) -> Iterator[Order]:
     unrolled: Order = ()
     for number in range(_MOST_UNROLLINGS):
         step = 1 << number
-        if height % (2 * step) or width % (2 * step):
+        if height % (2 * step) or width % (2 * step) or max(grid) == 2 * step:
             return
         unrolled += ((2, 2, step, step),)
         yield (*unrolled, (height // step // 2, width // step // 2, 2 * step, 2 * step))
