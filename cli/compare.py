@@ -16,7 +16,7 @@ from simexplain.publishing import check_writable
 from simexplain.rendering.overlay import RENDERERS
 
 from .options import busy, free_folder, model_from, model_options, progress_bar, tell_files
-from .recipes import asked_recipes, measuring_options
+from .recipes import asked_recipes, measuring_options, tell_long_work
 
 if TYPE_CHECKING:
     from simexplain.evaluation.comparison_result import MethodComparison
@@ -77,7 +77,14 @@ def command(
     known = [None if mask == "none" else mask for mask in masks] or None
     with progress_bar(f"Comparing {len(recipes)} methods") as progress:
         result = compare_files(
-            network, images, arch, recipes, masks=known, progress=progress, **given
+            network,
+            images,
+            arch,
+            recipes,
+            masks=known,
+            progress=progress,
+            estimate=tell_long_work,
+            **given,
         )
     with busy(f"Writing {out}"):
         files = result.save(out, force=force, style=style)

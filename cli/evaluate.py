@@ -18,7 +18,7 @@ from .evaluate_reid import reid
 from .evaluate_retrieval import retrieval
 from .evaluate_segmentation import segmentation
 from .options import busy, model_from, model_options, progress_bar, tell_files
-from .recipes import asked_recipes, measuring_options
+from .recipes import asked_recipes, measuring_options, tell_long_work
 
 if TYPE_CHECKING:
     from simexplain.evaluation.items import Item
@@ -83,7 +83,9 @@ def faithfulness(
     with busy(f"Loading {model}"):
         network = model_from(model, given)
     with progress_bar(f"Measuring {len(recipes)} methods on {len(items)} comparisons") as progress:
-        result = evaluate_faithfulness(network, items, recipes, progress=progress, **given)
+        result = evaluate_faithfulness(
+            network, items, recipes, progress=progress, estimate=tell_long_work, **given
+        )
     files = {} if out is None else save_evaluation(result, out, force=force)
     if as_json:
         said = {**result.to_json(), "files": files}

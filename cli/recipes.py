@@ -13,13 +13,16 @@ from simexplain.evaluation.recipes import Recipe, quick_methods, recipes_of, set
 from simexplain.methods import METHODS
 from simexplain.metrics.curves import BASELINES
 
+_LONG = 30
+"""Seconds from which on it is said beforehand how long it will take."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _OPTIONS = (
     click.option(
         "--method", "methods", multiple=True, metavar="NAME[@LAYER+LAYER][:OPTION=VALUE,...]",
         help=f"Such as sam@blocks.6:weights=signed; repeat. NAME is one of {', '.join(METHODS)}. "
-        f"[{', '.join(quick_methods())}]",
+        f"[those of {', '.join(quick_methods())} that apply]",
     ),
     click.option("--all", "every", is_flag=True, help="Every method that applies; some are slow."),
     click.option("--steps", default=20, show_default=True, type=click.IntRange(2),
@@ -40,6 +43,16 @@ def measuring_options(command: F) -> F:
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
+
+
+def tell_long_work(seconds: float) -> None:
+    """Says how much longer it will take, where that is worth knowing."""
+    if seconds > _LONG:
+        click.echo(
+            f"About {seconds:.0f} s more, judged by the first; fewer --method or --steps are "
+            "quicker.",
+            err=True,
+        )
 
 
 def asked_recipes(given: dict[str, Any]) -> dict[str, Recipe]:

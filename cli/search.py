@@ -111,8 +111,10 @@ def report(result: SearchResult) -> None:
     """Prints what was found, for a person."""
     layer = f", layer {result.layer}" if result.layer else ""
     click.echo(f"{result.model}{layer}\n{_printable(verdict(result))}")
+    if result.closeness:
+        click.echo(result.closeness)
     classes = any(hit.label is not None for hit in result.hits)
-    head = ["rank", "distance", *(["class"] if classes else []), "picture"]
+    head = ["rank", "cosine", "distance", "close", *(["class"] if classes else []), "picture"]
     reasons = result.query_maps is not None
     head += ["agrees most at"] if reasons else []
     head += ["box (x, y, w, h)"] if result.region is not None else []
@@ -127,7 +129,10 @@ def report(result: SearchResult) -> None:
 
 
 def _row(hit: Hit, result: SearchResult, *, classes: bool, reasons: bool) -> list[str]:
-    row = [str(hit.rank), f"{hit.distance:.4f}", *([hit.label or "-"] if classes else [])]
+    cosine = "-" if hit.similarity is None else f"{hit.similarity:.4f}"
+    close = "-" if hit.close is None else "yes" if hit.close else "no"
+    row = [str(hit.rank), cosine, f"{hit.distance:.4f}", close]
+    row += [hit.label or "-"] if classes else []
     row.append(_near(hit.path))
     if reasons:
         row.append("-" if hit.peak is None else f"{hit.peak[0]:.0f}, {hit.peak[1]:.0f}")

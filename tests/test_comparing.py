@@ -39,11 +39,11 @@ from simexplain.rendering.panel import png_of
 
 CONTRACT = {
     "schema", "architecture", "model", "images", "distances", "condition", "methods", "random",
-    "chance", "skipped", "undefined", "settings", "warnings", "files", "versions",
+    "chance", "skipped", "undefined", "settings", "seconds", "warnings", "files", "versions",
 }  # fmt: skip
 METHOD_CONTRACT = {
     "name", "method", "layer", "layers", "options", "asked", "deletion", "insertion", "gain",
-    "agreement", "forwards", "seconds", "warnings", "per_image", "maps",
+    "agreement", "forwards", "seconds", "measuring", "warnings", "per_image", "maps",
 }  # fmt: skip
 TEXTS = ("sam", "sam@last:weights=signed", "similarity_cam:score=held", "saliency")
 FINE = (
@@ -192,7 +192,9 @@ def test_methods_from_text() -> None:
     options = {"window": 0.5, "stride": 0.1, "fill": "mean", "keep_negative": False, "magnify": 2}
     assert recipe_from(text) == ("occlusion", None, options)
     assert recipe_from("sam@a+b:weights=signed") == ("sam", ("a", "b"), {"weights": "signed"})
-    assert {"sam", "decomposition", "occlusion"} <= set(quick_methods()) <= set(METHODS)
+    assert {"sam", "focus", "decomposition"} <= set(quick_methods()) <= set(METHODS)
+    many = {"smoothgrad", "integrated_gradients", "occlusion", "sbsm", "random_masks"}
+    assert not many & set(quick_methods())
 
 
 @pytest.mark.parametrize(
@@ -367,9 +369,23 @@ def test_the_table_has_a_line_a_method_and_the_random_map(tiny, triplet) -> None
     lines = str(found).splitlines()
     assert lines[0].split() == [
         "method", "deletion", "insertion", "gain", "agreement", "forwards", "seconds",
+        "measuring",
     ]  # fmt: skip
     assert lines[1].startswith("sam ")
     assert f"{found['sam'].means['gain']:+.3f}" in lines[1]
+    spent = sum(method.seconds + method.measuring for method in found.methods)
+    assert all(method.measuring > 0 for method in found.methods)
+    assert spent < found.seconds  # and the random map, which is measured as well
+    assert any("all of it took" in line for line in lines)
+
+
+def test_the_estimate_is_made_once_by_the_first_method(tiny, triplet) -> None:
+    said: list[float] = []
+    found = compare_methods(tiny, triplet, TEXTS[:3], steps=2, estimate=said.append)
+    first = found.methods[0]
+    assert said == [2 * (first.seconds + first.measuring)]
+    compare_methods(tiny, triplet, TEXTS[:1], steps=2, estimate=said.append)
+    assert len(said) == 1
 
 
 # ----------------------------------------------------------------------------- data and results

@@ -20,6 +20,7 @@ from simexplain.evaluation.evaluating import evaluate_faithfulness
 from simexplain.evaluation.faithfulness import faithfulness
 from simexplain.evaluation.items import Item, read_mask
 from simexplain.evaluation.sanity import sanity_check
+from simexplain.evaluation.tables import cost
 from simexplain.methods.scoring import black_of
 
 PREPARE = Preprocess(size=(24, 24), fit="squash")
@@ -270,10 +271,11 @@ def model():
 def test_methods_are_ranked_on_a_data_set(model, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
     items = [Item(paths, masks=masks), (paths[:2], "siamese", (None, masks[1])), (paths, "triplet")]
-    seen = []
+    seen: list[tuple[int, int]] = []
+    told: list[float] = []
     found = evaluate_faithfulness(
         model, items, RECIPES, controls=("random", "centre"), steps=8, baseline="black",
-        progress=lambda done, of: seen.append((done, of)),
+        progress=lambda done, of: seen.append((done, of)), estimate=told.append,
     )  # fmt: skip
     assert list(found.methods) == ["inside", "outside", "(random)", "(centre)"]
     inside, outside = found.methods["inside"], found.methods["outside"]
@@ -288,6 +290,13 @@ def test_methods_are_ranked_on_a_data_set(model, tmp_path: Path) -> None:
     assert (inside.forwards, found.methods["(random)"].forwards) == (3, 0)
     assert inside.seconds > 0
     assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert len(told) == 1
+    assert 0 < told[0] < 30
+    # The medians of what each item took, all together, are about what it took.
+    spent = sum(scores.seconds + scores.measuring for scores in found.methods.values())
+    assert 0 < spent < found.seconds
+    assert f"all of it took {cost(found.seconds)} s" in str(found)
+    assert found.to_json()["seconds"] == found.seconds
     assert not found.broken
     gap = found.difference("inside", "outside")
     assert gap.low > 0
@@ -297,6 +306,21 @@ def test_methods_are_ranked_on_a_data_set(model, tmp_path: Path) -> None:
     assert rows["inside"]["pointing"] == 1
     with pytest.raises(ComparisonError, match="'nobody'"):
         found.difference("inside", "nobody")
+
+
+def test_intervals_of_few_comparisons_are_marked(model, tmp_path: Path) -> None:
+    paths, _ = pictures(tmp_path)
+    options = {"controls": (), "steps": 2, "baseline": "black"}
+    few = evaluate_faithfulness(model, [Item(paths)] * 9, RECIPES, **options)
+    enough = evaluate_faithfulness(model, [Item(paths)] * 10, RECIPES, **options)
+    for found, marked in ((few, True), (enough, False)):
+        assert found.few is marked
+        assert ("?[" in str(found)) is marked
+        assert any("next to nothing" in note for note in found.to_json()["notes"]) is marked
+        for scores in found.to_json()["methods"].values():
+            assert scores["intervals"]["gain"]["few"] is marked
+        texts = [text.get_text() for text in found.figure().texts]
+        assert any("next to nothing" in text for text in texts) is marked
 
 
 def test_a_data_set_is_reproducible_and_saved_whole(model, tmp_path: Path) -> None:

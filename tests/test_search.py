@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from simexplain.errors import ComparisonError, ImageError, ModelError, OutputErr
 from simexplain.models.base import SimilarityModel
 from simexplain.searching.agreement import rival_places
 from simexplain.searching.regions import Region, _best_rectangle, best_box
+from simexplain.searching.search_pictures import _column, _Picture, on_one_scale
 
 pytest.importorskip("faiss")
 HALF = 2.0**-10
@@ -556,10 +558,89 @@ def test_the_figure_has_a_column_for_each_hit(gallery: Path) -> None:
     assert len(axes) == 2 + 3 * 7 + 2 * with_rival + 1
     texts = [text.get_text() for text in found.figure().texts]
     for hit in found.hits:
-        title = next(text for text in texts if text.startswith(f"{hit.rank}   d "))
-        assert float(title.split()[-1]) == pytest.approx(hit.distance, rel=5e-3)
+        title = texts.index(f"{hit.rank}   cos {hit.similarity:.3f}")
+        beside = texts[title + 1]
+        assert beside.startswith("d ")
+        assert float(beside.split()[-1]) == pytest.approx(hit.distance, rel=5e-3)
     with pytest.raises(ComparisonError, match="from 0"):
         found.figure(lines=-1)
+
+
+def test_hits_share_one_scale(gallery: Path) -> None:
+    """A copy and a picture that has little in common with the query must not glow alike."""
+    blobs(100).save(gallery / "cars" / "copy.png")
+    model = network()
+    found = search(model, gallery.parent / "query.png", indexed(gallery, model), 13)
+    assert found.hit_maps is not None
+    assert found.query_maps is not None
+    assert found.hits[0].similarity == pytest.approx(1, abs=1e-5)
+    query = _Picture(found, found.query)
+    columns = on_one_scale([_column(found, query, hit, n, 3) for n, hit in enumerate(found.hits)])
+    for name, maps in (("on_hit", found.hit_maps), ("on_query", found.query_maps)):
+        tops = np.array([np.abs(getattr(column, name)).max() for column in columns])
+        wanted = maps.flatten(1).abs().amax(dim=1)
+        # Between grid points a map is interpolated, so its top may fall short by a little.
+        np.testing.assert_allclose(tops, wanted / wanted.max(), atol=0.12)
+        assert tops.max() == pytest.approx(1)
+    tops = [np.abs(column.contrast).max() for column in columns if column.contrast is not None]
+    assert max(tops) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("folders", [True, False])
+@pytest.mark.parametrize("distance", ["euclidean", "squared", "cosine"])
+def test_a_close_match_is_one_by_the_gallerys_own_distances(
+    tmp_path: Path, distance: str, folders: bool
+) -> None:
+    """The rule of the documentation, restated with numpy on embeddings made one by one."""
+    model = network(distance)
+    for number in range(20):
+        folder = tmp_path / "gallery" / (f"class {number % 4}" if folders else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        blobs(number).save(folder / f"{number:02d}.png")
+    blobs(3).save(tmp_path / "query.png")
+    found = search(model, tmp_path / "query.png", tmp_path / "gallery", 20)
+    index = build_index(model, tmp_path / "gallery", tmp_path / "i.index")
+    rows = index.embeddings.double().numpy()
+    cosine = 1 - rows @ rows.T
+    pairs = cosine[np.triu_indices(20, 1)]
+    classes = np.array([path.split("/")[0] for path in index.paths])
+    others = np.where(classes[:, None] != classes, cosine, np.inf).min(axis=1)
+    steps = NormalDist().inv_cdf(1 - 0.05 / 20)
+    limit = np.quantile(others, 0.05) if folders else pairs.mean() - steps * pairs.std(ddof=1)
+    limit = max(limit, np.sort(pairs)[(len(pairs) - 1) // 2] / 4)
+    limit = {"euclidean": (2 * limit) ** 0.5, "squared": 2 * limit, "cosine": limit}[distance]
+    assert found.close_limit == pytest.approx(limit, rel=1e-3)
+    assert [hit.close for hit in found.hits] == [hit.distance <= limit for hit in found.hits]
+    assert found.hits[0].close  # the copy
+    assert not found.hits[-1].close
+    assert found.to_json()["close_match"] is True
+    assert "not close" in {text.get_text() for axes in found.figure().axes for text in axes.texts}
+
+
+def test_where_nothing_is_like_the_query_it_is_said(tmp_path: Path) -> None:
+    model = network()
+    (tmp_path / "gallery").mkdir()
+    for number in range(8):
+        shade = Image.new("RGB", (60, 80), (250, 40 + number, 40))
+        shade.save(tmp_path / "gallery" / f"{number}.png")
+    query = tmp_path / "query.png"
+    Image.new("RGB", (60, 80), (10, 10, 250)).save(query)
+    found = search(model, query, tmp_path / "gallery", 3)
+    assert [hit.close for hit in found.hits] == [False] * 3
+    assert found.closeness.startswith("No close match")
+    assert found.to_json()["close_match"] is False
+    assert any("No close match" in text.get_text() for text in found.figure().texts)
+    found.save(tmp_path / "out")
+    assert SearchResult.load(tmp_path / "out").closeness == found.closeness
+
+
+def test_one_picture_says_nothing_of_what_is_close(tmp_path: Path) -> None:
+    (tmp_path / "gallery").mkdir()
+    blobs(1).save(tmp_path / "gallery" / "1.png")
+    blobs(2).save(tmp_path / "query.png")
+    found = search(network(), tmp_path / "query.png", tmp_path / "gallery")
+    assert (found.close_limit, found.hits[0].close, found.closeness) == (None, None, "")
+    assert found.to_json()["close_match"] is None
 
 
 def test_a_picture_that_is_gone_is_grey_and_said(gallery: Path) -> None:

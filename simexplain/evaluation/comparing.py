@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +50,7 @@ def compare_methods(
     max_batch: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    estimate: Callable[[float], None] | None = None,
 ) -> MethodComparison:
     """Explains one comparison of image tensors by several methods, and measures each of them.
 
@@ -57,7 +59,7 @@ def compare_methods(
         comparison: One comparison (``B`` = 1) of preprocessed images ``(3,H,W)``.
         methods: Names like ``decomposition``, or texts like ``sam@blocks.6:weights=signed``
             (``NAME[@LAYER+LAYER][:OPTION=VALUE,...]``); or recipes ``(method, layer, options)`` by
-            name; None for all methods on layers, integrated gradients and occlusion.
+            name; None for :func:`quick_methods`.
         masks: For each image a boolean mask ``(H,W)`` of what its map should point at, or None.
         masking: As for ``faithfulness``.
         steps: As for ``faithfulness``.
@@ -66,6 +68,8 @@ def compare_methods(
         max_batch: Bounds the images in one forward pass; maps do not depend on it.
         seed: Of the random map that all are measured against.
         progress: Called with the number of methods done and of all after each of them.
+        estimate: Called once, after the first of several methods, with the seconds that the others
+            will take if each takes as long; those that run the network often take longer.
 
     Returns:
         The maps with their scores. Methods that do not apply are left out, with the reason.
@@ -88,7 +92,7 @@ def compare_methods(
         return explain(wrapped, comparison, method, layer, max_batch=max_batch, **options)
 
     run = _Run(wrapped, question, masking, steps, baseline, tolerance, max_batch, seed)
-    return run.compared(recipes_of(methods), explained, (), progress)
+    return run.compared(recipes_of(methods), explained, (), progress, estimate)
 
 
 def compare_files(
@@ -107,6 +111,7 @@ def compare_files(
     max_batch: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    estimate: Callable[[float], None] | None = None,
 ) -> MethodComparison:
     """The same for picture files, with the heat on the pictures themselves.
 
@@ -126,6 +131,8 @@ def compare_files(
         max_batch: Bounds the images in one forward pass; maps do not depend on it.
         seed: Of the random map that all are measured against.
         progress: Called with the number of methods done and of all after each of them.
+        estimate: Called once, after the first of several methods, with the seconds that the others
+            will take if each takes as long; those that run the network often take longer.
 
     Raises:
         ImageError: If a picture or a mask cannot be read.
@@ -150,7 +157,8 @@ def compare_files(
 
     notes = tuple(note for picture in question.pictures for note in picture.notes)
     run = _Run(wrapped, question, masking, steps, baseline, tolerance, max_batch, seed)
-    return run.compared(recipes, explained, wrapped.preprocess.notes + notes, progress)
+    notes = wrapped.preprocess.notes + notes
+    return run.compared(recipes, explained, notes, progress, estimate)
 
 
 @dataclass(frozen=True)
@@ -180,11 +188,13 @@ class _Run:
         explained: Callable[[Recipe], Explanation],
         notes: tuple[str, ...],
         progress: Progress | None,
+        estimate: Callable[[float], None] | None,
     ) -> MethodComparison:
         """All methods, one after the other; those that do not apply are noted."""
         recipes = {name: settled(recipe) for name, recipe in recipes.items()}
         reasons = {name: ready(recipe) for name, recipe in recipes.items()}
         self._warm_up()
+        start = time.perf_counter()
         found: list[ComparedMethod] = []
         skipped: dict[str, SimexplainError] = {}
         for done, (name, recipe) in enumerate(recipes.items()):
@@ -200,6 +210,9 @@ class _Run:
                 skipped[name] = SimexplainError(f"{type(error).__name__}: {first_line(error)}.")
             if progress is not None:
                 progress(done + 1, len(recipes))
+            if estimate is not None and (left := len(recipes) - done - 1) and len(found) == 1:
+                estimate((found[0].seconds + found[0].measuring) * left)
+                estimate = None
         if not found:
             raise next(iter(skipped.values()))
         return MethodComparison(
@@ -210,6 +223,7 @@ class _Run:
             masks=self.question.masks,
             notes=notes,
             settings={**self._curves(), "tolerance": self.tolerance, "seed": self.seed},
+            seconds=time.perf_counter() - start,
         )
 
     def _curves(self) -> dict[str, Any]:
@@ -236,14 +250,18 @@ class _Run:
     ) -> ComparedMethod:
         explanation, seconds, forwards = timed(self.model, lambda: explained(recipe))
         reference = before[0].explanation if before else explanation
+        start = time.perf_counter()
+        scores = self._scores(explanation)
+        measuring = time.perf_counter() - start
         return ComparedMethod(
             name=name,
             asked=dict(recipe[2]),
             explanation=explanation,
-            scores=self._scores(explanation),
+            scores=scores,
             agreement=_agreement(reference, explanation),
             forwards=forwards,
             seconds=seconds,
+            measuring=measuring,
         )
 
     def _scores(self, explanation: Explanation) -> dict[str, tuple[float, ...]]:

@@ -32,6 +32,7 @@ class ComparedMethod:
             over the images, NaN where all maps are flat.
         forwards: How many images passed forward through the network for the explanation.
         seconds: For the explanation alone, of one run, without reading the pictures.
+        measuring: Seconds for the scores: its curves and its comparison with masks.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ComparedMethod:
     agreement: Mapping[str, float]
     forwards: int
     seconds: float
+    measuring: float = 0.0
 
     @property
     def means(self) -> dict[str, float]:
@@ -61,6 +63,7 @@ class MethodComparison:
         masks: For the places that have one, a boolean mask ``(H0,W0)``.
         notes: What to know of the pictures, whatever the method.
         settings: How it was measured.
+        seconds: What all of it took, reading the pictures aside.
     """
 
     methods: tuple[ComparedMethod, ...]
@@ -70,6 +73,7 @@ class MethodComparison:
     masks: Mapping[int, Tensor]
     notes: tuple[str, ...]
     settings: Mapping[str, Any]
+    seconds: float = 0.0
 
     def __getitem__(self, name: str) -> ComparedMethod:
         for method in self.methods:
@@ -104,25 +108,25 @@ class MethodComparison:
                 **method.agreement,
                 "forwards": method.forwards,
                 "seconds": method.seconds,
+                "measuring": method.measuring,
             }
             for method in self.methods
         ]
         empty = dict.fromkeys(("spearman", "cosine"), float("nan"))
-        rows.append(
-            {"method": "(random)", "layer": "", **self.random, **empty, "forwards": 0, "seconds": 0}
-        )
+        spent = dict.fromkeys(("forwards", "seconds", "measuring"), 0)
+        rows.append({"method": "(random)", "layer": "", **self.random, **empty, **spent})
         return rows
 
     def __str__(self) -> str:
         """The table as plain text, with what was skipped."""
-        head = ("method", *self.metrics, "agreement", "forwards", "seconds")
+        head = ("method", *self.metrics, "agreement", "forwards", "seconds", "measuring")
         lines = [head]
         for method in self.methods:
             scores = [number(method.means[name], name) for name in self.metrics]
             agrees = number(method.agreement["spearman"], "agreement")
-            spent = (str(method.forwards), cost(method.seconds))
+            spent = (str(method.forwards), cost(method.seconds), cost(method.measuring))
             lines.append((method.name, *scores, agrees, *spent))
-        blank = ("", "", "")
+        blank = ("", "", "", "")
         lines.append(("(random)", *(number(self.random[n], n) for n in self.metrics), *blank))
         if self.chance:
             levels = [number(self.chance[n], n) if n in self.chance else "" for n in self.metrics]
@@ -131,7 +135,11 @@ class MethodComparison:
 
     def remarks(self) -> list[str]:
         """Sentences that a reader of the table needs: undefined images, skipped methods."""
-        said = [self.left_out()] if self.undefined() else []
+        said = [
+            f"Seconds are for explaining and for measuring; all of it took {cost(self.seconds)} s."
+        ]
+        said = said if self.seconds else []
+        said += [self.left_out()] if self.undefined() else []
         said += [f"Skipped {name}: {reason}" for name, reason in self.skipped.items()]
         return said
 
@@ -219,6 +227,7 @@ class MethodComparison:
             "skipped": [{"name": n, "reason": reason} for n, reason in self.skipped.items()],
             "undefined": self.undefined(),
             "settings": self.settings,
+            "seconds": self.seconds,
             "warnings": self.notes,
             "files": files or {},
             "versions": versions(),
@@ -246,6 +255,7 @@ def _told(place: int, method: ComparedMethod) -> dict[str, Any]:
         "agreement": method.agreement,
         "forwards": method.forwards,
         "seconds": method.seconds,
+        "measuring": method.measuring,
         "warnings": explanation.warnings,
         "per_image": method.scores,
         "maps": f"maps_{place}",

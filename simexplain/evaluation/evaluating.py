@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -37,6 +38,7 @@ class _Tally:
     values: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in METRICS})
     seconds: list[float] = field(default_factory=list)
     forwards: list[float] = field(default_factory=list)
+    measuring: list[float] = field(default_factory=list)
 
     def add(self, found: Mapping[str, float]) -> None:
         for name, values in self.values.items():
@@ -52,6 +54,7 @@ class _Tally:
             },
             seconds=median(self.seconds) if self.seconds else 0.0,
             forwards=median(self.forwards) if self.forwards else 0.0,
+            measuring=median(self.measuring) if self.measuring else 0.0,
         )
 
 
@@ -69,6 +72,7 @@ def evaluate_faithfulness(
     seed: int = 0,
     level: float = 0.95,
     progress: Callable[[int, int], None] | None = None,
+    estimate: Callable[[float], None] | None = None,
 ) -> Evaluation:
     """Measures methods on the same comparisons, with the same score for all of them.
 
@@ -89,6 +93,8 @@ def evaluate_faithfulness(
         seed: Of random control maps and of the bootstrap.
         level: Of the confidence intervals.
         progress: Called with the number of items done and of all after each of them.
+        estimate: Called once, after the first item of several, with the seconds that the others
+            will take if each takes as long.
 
     Raises:
         SimexplainError: If no item could be measured by any method, with the reason of the first;
@@ -103,8 +109,11 @@ def evaluate_faithfulness(
             f"got {len(records)} items, {len(methods)} methods and {list(controls)}."
         )
     run = _Run(wrapped, methods, controls, masking, steps, baseline, tolerance, max_batch, seed)
+    start = time.perf_counter()
     for number, item in enumerate(records):
         run.measure(number, item)
+        if estimate is not None and number == 0 and len(records) > 1:
+            estimate((time.perf_counter() - start) * (len(records) - 1))
         if progress is not None:
             progress(number + 1, len(records))
     if run.errors and not any(run.tallies[name].seconds for name in methods):
@@ -122,6 +131,7 @@ def evaluate_faithfulness(
             "model": wrapped.name, "masking": masking, "steps": steps, "baseline": baseline,
             "tolerance": tolerance, "seed": seed, "level": level,
         },
+        seconds=time.perf_counter() - start,
     )  # fmt: skip
 
 
@@ -164,7 +174,7 @@ class _Run:
             found: dict[str, float] = {}
             try:
                 explanation, seconds, forwards = self._explained(item, recipe)
-                found = self._scored(question, explanation)
+                found = self._scored(question, explanation, name)
             except SimexplainError as error:
                 self.errors[f"item {number}, {name}"] = error
             else:
@@ -175,7 +185,8 @@ class _Run:
         for name in self.controls:
             found = {}
             if sample is not None:
-                found = self._scored(question, controlled(sample, name, self.seed + number))
+                control = controlled(sample, name, self.seed + number)
+                found = self._scored(question, control, _bracketed(name))
             self.tallies[_bracketed(name)].add(found)
 
     def _explained(self, item: Item, recipe: Recipe) -> tuple[Explanation, float, int]:
@@ -188,14 +199,15 @@ class _Run:
             ),
         )  # fmt: skip
 
-    def _scored(self, question: Asked, explanation: Explanation) -> dict[str, float]:
-        """Every metric of one item, as the mean over its images."""
-        return means(
-            measured(
-                self.model, question, explanation, self.curves, tolerance=self.tolerance,
-                max_batch=self.max_batch,
-            )
+    def _scored(self, question: Asked, explanation: Explanation, name: str) -> dict[str, float]:
+        """Every metric of one item, as the mean over its images; notes what it took."""
+        start = time.perf_counter()
+        found = measured(
+            self.model, question, explanation, self.curves, tolerance=self.tolerance,
+            max_batch=self.max_batch,
         )  # fmt: skip
+        self.tallies[name].measuring.append(time.perf_counter() - start)
+        return means(found)
 
     def _count_chance(self, question: Asked) -> None:
         levels = question.chances(self.tolerance)

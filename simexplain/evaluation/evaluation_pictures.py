@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from simexplain.metrics.intervals import FEW
+from simexplain.rendering.cards import WARNING
 from simexplain.rendering.panel import ShownFigure
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ def draw_evaluation(result: Evaluation) -> Figure:
     about = f"mean over {count} comparison{'s' * (count > 1)} with its {level} interval"
     figure.text(_EDGE / width, 1 - 0.3 / height, "Faithfulness of methods", size=13, color=_INK)
     figure.text(_EDGE / width, 1 - 0.52 / height, about, size=9, color=_FAINT)
+    if result.few:
+        warned = f"dotted: of fewer than {FEW} comparisons, which says next to nothing"
+        figure.text(_EDGE / width, 1 - 0.68 / height, warned, size=8, color=WARNING)
     for column, metric in enumerate(metrics):
         left = _EDGE + label + column * _PANEL
         box = (left / width, _FOOT / height, (_PANEL - 0.2) / width, body / height)
@@ -55,9 +60,11 @@ def _panel(
         colour = _CONTROL if name.startswith("(") else _DOT
         if interval.low == interval.low:
             axes.plot([interval.low, interval.high], [row, row], color=colour, linewidth=2.2,
-                      solid_capstyle="round", alpha=0.55)  # fmt: skip
+                      linestyle=(0, (0.1, 1.5)) if interval.few else "solid", alpha=0.55,
+                      solid_capstyle="round", dash_capstyle="round")  # fmt: skip
         if interval.count:
-            axes.plot(interval.mean, row, marker="o", color=colour, markersize=6)
+            axes.plot(interval.mean, row, marker="o", color=colour, markersize=6,
+                      markerfacecolor="white" if interval.few else colour)  # fmt: skip
     level = result.chance.get(metric, float("nan"))
     if level == level:
         axes.axvline(level, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)))

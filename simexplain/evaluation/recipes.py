@@ -8,7 +8,7 @@ from typing import Any
 
 from simexplain.errors import ComparisonError, SimexplainError
 from simexplain.explaining import Layers
-from simexplain.methods import METHODS, Method, option_from, options_of, takes_layers
+from simexplain.methods import METHODS, Method, option_from, options_of
 
 Recipe = tuple[str | Method, Layers, Mapping[str, Any]]
 """A method, its layers and its options, as ``explain_files`` takes them."""
@@ -16,14 +16,13 @@ Recipe = tuple[str | Method, Layers, Mapping[str, Any]]
 Recipes = Mapping[str, Recipe] | Sequence[str] | None
 """Recipes by name, texts as :func:`recipe_from` takes them, or None for :func:`quick_methods`."""
 
-_QUICK = ("avsl", "integrated_gradients", "occlusion")
+_QUICK = ("sam", "focus", "similarity_cam", "decomposition", "attention_relevance", "avsl")
 _OF_THE_VIEW = ("magnify", "scale")
 
 
 def quick_methods() -> tuple[str, ...]:
-    """All methods on layers or levels, and on pixels one by gradients and one by covering."""
-    layered = [name for name in METHODS if takes_layers(name)]
-    return (*layered, *(name for name in _QUICK if name in METHODS and name not in layered))
+    """What is compared unless methods are named: those that need a pass or two."""
+    return tuple(name for name in METHODS if name in _QUICK)
 
 
 def recipes_of(methods: Recipes) -> dict[str, Recipe]:

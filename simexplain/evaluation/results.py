@@ -15,7 +15,7 @@ from torch import Tensor
 
 from simexplain.errors import ComparisonError
 from simexplain.evaluation.tables import aligned, cost, number, ranged
-from simexplain.metrics.intervals import Interval, bootstrap_difference
+from simexplain.metrics.intervals import FEW, Interval, bootstrap_difference
 from simexplain.publishing import Kind, published
 
 if TYPE_CHECKING:
@@ -122,12 +122,14 @@ class MethodScores:
         intervals: For each metric the mean over items with its confidence interval.
         seconds: Median time of an explanation, from the files to the maps.
         forwards: Median number of images that passed forward through the network for it.
+        measuring: Median time of its scores: the curves, and the comparison with masks.
     """
 
     values: Mapping[str, tuple[float, ...]]
     intervals: Mapping[str, Interval]
     seconds: float
     forwards: float
+    measuring: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ class Evaluation(Measured):
             masks.
         broken: For each item and method that gave no number the reason.
         settings: How it was measured.
+        seconds: What all of it took.
     """
 
     methods: Mapping[str, MethodScores]
@@ -148,6 +151,7 @@ class Evaluation(Measured):
     chance: Mapping[str, float]
     broken: Mapping[str, str]
     settings: Mapping[str, Any]
+    seconds: float = 0.0
 
     def difference(self, one: str, other: str, metric: str = "gain") -> Interval:
         """By how much one method's mean exceeds another's on the items where both have a value.
@@ -192,21 +196,46 @@ class Evaluation(Measured):
 
     def __str__(self) -> str:
         """The table as plain text: each mean with the ends of its interval."""
-        head = ("method", *self.metrics, "forwards", "seconds")
+        head = ("method", *self.metrics, "forwards", "seconds", "measuring")
         skipped, lines = self.skipped, [head]
         for name, scores in self.methods.items():
             if name not in skipped:
                 found = [ranged(scores.intervals[metric], metric) for metric in self.metrics]
                 passed = f"{scores.forwards:g}" if scores.forwards else ""
-                spent = (passed, cost(scores.seconds) if scores.seconds else "")
+                spent = (
+                    passed,
+                    *(cost(s) if s else "" for s in (scores.seconds, scores.measuring)),
+                )
                 lines.append((name, *found, *spent))
         if any(value == value for value in self.chance.values()):
             levels = [
                 number(self.chance[name], name) if name in self.chance else ""
                 for name in self.metrics
             ]
-            lines.append(("(chance)", *levels, "", ""))
-        return aligned(lines)
+            lines.append(("(chance)", *levels, "", "", ""))
+        return "\n".join((aligned(lines), *self.remarks()))
+
+    def remarks(self) -> list[str]:
+        """Sentences that a reader of the table needs: what its seconds are, intervals of few."""
+        said = []
+        if self.seconds:
+            each = "Seconds for one explanation, and for measuring it, are medians"
+            said.append(f"{each}; all of it took {cost(self.seconds)} s.")
+        if self.few:
+            said.append(
+                f"Intervals marked ? are of fewer than {FEW} comparisons and say next to nothing; "
+                "measure more of them."
+            )
+        return said
+
+    @property
+    def few(self) -> bool:
+        """Whether some interval is of too few comparisons to say anything."""
+        return any(
+            interval.few and interval.count > 1
+            for name, scores in self.methods.items() if name not in self.skipped
+            for interval in scores.intervals.values()
+        )  # fmt: skip
 
     def _repr_html_(self) -> str:
         """What Jupyter shows: the figure."""
@@ -223,7 +252,9 @@ class Evaluation(Measured):
                 row[metric] = interval.mean
                 row[f"{metric}_low"], row[f"{metric}_high"] = interval.low, interval.high
                 row[f"{metric}_count"] = interval.count
-            rows.append({**row, "seconds": scores.seconds, "forwards": scores.forwards})
+                row[f"{metric}_few"] = interval.few
+            spent = {name: getattr(scores, name) for name in ("seconds", "measuring", "forwards")}
+            rows.append({**row, **spent})
         return rows
 
     def to_json(self) -> dict[str, Any]:
@@ -236,6 +267,8 @@ class Evaluation(Measured):
             skipped=self.skipped,
             broken=self.broken,
             settings=self.settings,
+            seconds=self.seconds,
+            notes=self.remarks(),
         )
 
 

@@ -100,6 +100,7 @@ def _restored(said: dict[str, Any], arrays: dict[str, Any]) -> MethodComparison:
         explanation = restored(json.loads(str(arrays[f"method_{place}"])), own)
         scores = {name: tuple(map(_float, values)) for name, values in one["per_image"].items()}
         same = {name: one[name] for name in ("name", "asked", "forwards", "seconds")}
+        same["measuring"] = one.get("measuring", 0.0)
         agreement = {name: _float(value) for name, value in one["agreement"].items()}
         methods.append(
             ComparedMethod(explanation=explanation, scores=scores, agreement=agreement, **same)
@@ -116,6 +117,7 @@ def _restored(said: dict[str, Any], arrays: dict[str, Any]) -> MethodComparison:
         },
         notes=tuple(said["warnings"]),
         settings=said["settings"],
+        seconds=said.get("seconds", 0.0),
     )
 
 

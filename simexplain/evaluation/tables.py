@@ -19,11 +19,12 @@ def number(value: float, name: str = "") -> str:
 
 
 def ranged(interval: Interval, name: str = "") -> str:
-    """A mean with the ends of its interval, where there is one."""
+    """A mean with the ends of its interval, where there is one; marked if of few values."""
     said = number(interval.mean, name)
     if math.isnan(interval.low):
         return said
-    return f"{said} [{number(interval.low, name)}, {number(interval.high, name)}]"
+    ends = f"{number(interval.low, name)}, {number(interval.high, name)}"
+    return f"{said} {'?' if interval.few else ''}[{ends}]"
 
 
 def cost(seconds: float) -> str:

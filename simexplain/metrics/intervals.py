@@ -11,6 +11,9 @@ from torch import Tensor
 
 from simexplain.errors import ComparisonError
 
+FEW = 10
+"""Values from which on an interval says something."""
+
 _AT_ONCE = 2**22
 
 
@@ -24,6 +27,7 @@ class Interval:
         high: Upper end; likewise.
         count: How many values were valid.
         level: The confidence level.
+        few: Whether it is of fewer than ``FEW`` values, so that the interval says next to nothing.
     """
 
     mean: float
@@ -31,6 +35,7 @@ class Interval:
     high: float
     count: int
     level: float
+    few: bool = False
 
 
 def bootstrap_mean(
@@ -58,7 +63,7 @@ def bootstrap_mean(
     valid = given[~given.isnan()]
     count, nan = len(valid), math.nan
     if count < 2:
-        return Interval(float(valid[0]) if count else nan, nan, nan, count, level)
+        return Interval(float(valid[0]) if count else nan, nan, nan, count, level, count < FEW)
     generator = torch.Generator().manual_seed(seed)
     at_once = max(1, _AT_ONCE // count)
     means = [
@@ -68,7 +73,7 @@ def bootstrap_mean(
     ]  # fmt: skip
     tail = (1 - level) / 2
     low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
-    return Interval(float(valid.mean()), float(low), float(high), count, level)
+    return Interval(float(valid.mean()), float(low), float(high), count, level, count < FEW)
 
 
 def bootstrap_difference(

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from simexplain.rendering import cards
-from simexplain.rendering.cards import FAINT, INK, LINE, PALE, SMALL, Sheet, foot_lines
+from simexplain.rendering.cards import FAINT, INK, LINE, PALE, SMALL, WARNING, Sheet, foot_lines
 from simexplain.rendering.correspondence import COLOURS, Spot, signed_overlay
 from simexplain.rendering.overlay import COLOURMAP, Heat, Pixels
 from simexplain.rendering.panel import ROLE_COLOURS
@@ -35,7 +35,9 @@ class HitColumn:
 
     Attributes:
         picture: RGB ``(H,W,3)``.
-        title: Rank and distance.
+        title: Rank and cosine.
+        beside: The distance.
+        far: Whether it is no close match.
         label: Its class, or nothing.
         name: Such as the file's name.
         on_hit: Heat over its picture.
@@ -62,6 +64,8 @@ class HitColumn:
     seen: Frame | None = None
     marks: tuple[tuple[Spot, Spot], ...] = ()
     bars: tuple[tuple[str, float], ...] = ()
+    beside: str = ""
+    far: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,9 @@ def _labels(sheet: Sheet, rows: Sequence[str], top: float, shape: _Heights) -> N
 def _column(
     sheet: Sheet, query: QueryPicture, hit: HitColumn, x: float, top: float, shape: _Heights
 ) -> None:
-    sheet.say(x, top + 0.14, hit.title, most=_CELL, size=10, weight="bold")
+    sheet.say(x, top + 0.14, hit.title, most=_CELL, size=10, weight="bold",
+              color=FAINT if hit.far else INK)  # fmt: skip
+    sheet.say(x + _CELL, top + 0.14, hit.beside, ha="right", color=FAINT)
     said = hit.label or hit.name
     sheet.say(x, top + 0.34, said, most=_CELL, color=INK if hit.label else FAINT)
     if hit.label:
@@ -192,6 +198,8 @@ def _column(
     axes = sheet.picture(hit.picture, x, y, _CELL, shape.first)
     _seen(axes, hit.seen)
     _boxed(axes, hit.box)
+    if hit.far:
+        _tagged(axes, "not close")
     y += shape.first + _BETWEEN
     if hit.on_hit is None or hit.on_query is None:
         _bars(sheet, hit, x, y)
@@ -252,6 +260,13 @@ def _boxed(axes: Axes, box: Frame | None) -> None:
             _rectangle(axes, box, edgecolor=colour, linewidth=width)
 
 
+def _tagged(axes: Axes, text: str) -> None:
+    """A word in the picture's upper left corner."""
+    box = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": WARNING, "alpha": 0.9}
+    axes.text(0.03, 0.97, text, transform=axes.transAxes, ha="left", va="top", size=SMALL - 0.5,
+              color=WARNING, bbox=box)  # fmt: skip
+
+
 def _rectangle(axes: Axes, box: Frame, **style: Any) -> None:
     left, top, right, bottom = box
     corner, size = (left - 0.5, top - 0.5), (right - left, bottom - top)
@@ -276,7 +291,7 @@ def _bar(sheet: Sheet, x: float, top: float, height: float) -> None:
     bar.set_ticks([-1, 0, 1])
     bar.ax.tick_params(labelsize=SMALL - 1, colors=FAINT, length=2)
     bar.outline.set_visible(False)
-    bar.set_label("share of each map's largest value", size=SMALL - 1, color=FAINT)
+    bar.set_label("share of the row's largest value", size=SMALL - 1, color=FAINT)
 
 
 def _warm() -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -17,6 +17,7 @@ from simexplain.explanation import versions
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
 from simexplain.networks import full_precision
+from simexplain.searching.closeness import close_limit
 from simexplain.searching.index import build_index
 from simexplain.searching.index_gallery import GalleryIndex, open_index
 from simexplain.searching.index_neighbours import distance_name_of
@@ -49,7 +50,8 @@ def search(
     there is a map over both pictures of where they agree, which sums to their cosine, and one over
     the query of what sets the hit apart from the next picture down of another class, which sums to
     the difference of their distances. Classes are folders, where the whole gallery is in folders;
-    else that picture is simply the next one. The query's own file is never a hit.
+    else that picture is simply the next one. The query's own file is never a hit. Each hit says
+    whether it is a close match, which the nearest picture need not be; see :func:`close_limit`.
 
     With a region, pictures are ranked by that part of the query alone: by the largest cosine
     between the sum of what the region's positions add and what one position of the picture adds.
@@ -88,11 +90,12 @@ def search(
     asked = ask(base, gallery, views, geometry, wanted)
     ranking = rank_gallery(base, gallery, asked, k, own=gallery.place_of(query))
     gallery = _measured_by(base, gallery)
-    found = hits_of(base, gallery, asked, ranking)
+    limit = close_limit(base, gallery, asked, ranking)
+    found = hits_of(base, gallery, asked, ranking, limit)
     result = _result(base, gallery, picture, wanted, asked, found, geometry)
     told = base.preprocess.notes + picture.notes + notes
     searched = str(index) if isinstance(index, (str, Path)) else str(gallery.path)
-    return replace(result, index=searched, warnings=(*told, *result.warnings))
+    return replace(result, index=searched, close_limit=limit, warnings=(*told, *result.warnings))
 
 
 def _gallery(

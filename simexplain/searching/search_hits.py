@@ -15,6 +15,8 @@ from simexplain.matching.ranking import centred, strongest
 from simexplain.methods.unexplained import unexplained_warning
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
+from simexplain.networks import unit_rows
+from simexplain.searching.closeness import ROUNDING
 from simexplain.searching.explaining_hits import HitMaps, hit_maps, level_parts, region_maps
 from simexplain.searching.index_gallery import GalleryIndex
 from simexplain.searching.regions import best_box
@@ -52,15 +54,27 @@ class HitsFound:
 
 
 def hits_of(
-    model: SimilarityModel, gallery: GalleryIndex, asked: Asked, ranking: Ranked
+    model: SimilarityModel,
+    gallery: GalleryIndex,
+    asked: Asked,
+    ranking: Ranked,
+    limit: float | None,
 ) -> HitsFound:
-    """Says for the first pictures of a ranking why they were found, from the index alone."""
+    """Says for the first pictures of a ranking why they were found, from the index alone.
+
+    Args:
+        model: Whose distance counts.
+        gallery: The index.
+        asked: The query.
+        ranking: The gallery, ranked by it.
+        limit: The distance up to which a hit is a close match, or None; see ``close_limit``.
+    """
     count = len(ranking.rivals)
     order = list(dict.fromkeys([*range(count), *(r for r in ranking.rivals if r is not None)]))
     places = [int(place) for place in ranking.places[order]]
     at = {position: number for number, position in enumerate(order)}
     rivals = [None if rival is None else at[rival] for rival in ranking.rivals]
-    hits = [_plain(gallery, ranking, position) for position in range(count)]
+    hits = [_plain(gallery, ranking, position, limit) for position in range(count)]
     distances = ranking.distances[order]
     maps: HitMaps | None = None
     warnings: tuple[str, ...] = ()
@@ -78,6 +92,7 @@ def hits_of(
         hits = _by_level(model, gallery, asked.row, hits, places, rivals)
         warnings = (_BY_LEVEL,)
     else:
+        hits = _with_cosines(gallery, asked, hits, places)
         warnings = (f"Hits are listed without reasons: {gallery.without_basis}",)
     return HitsFound(tuple(hits), maps, tuple(places), ranking.searched, warnings)
 
@@ -94,7 +109,15 @@ def _missing(maps: HitMaps) -> tuple[str, ...]:
     )
 
 
-def _plain(gallery: GalleryIndex, ranking: Ranked, position: int) -> Hit:
+def _with_cosines(
+    gallery: GalleryIndex, asked: Asked, hits: Sequence[Hit], places: Sequence[int]
+) -> list[Hit]:
+    rows = gallery.embeddings[torch.tensor(places[: len(hits)])].float()
+    cosines = unit_rows(rows) @ unit_rows(asked.row.float())[0]
+    return [replace(hit, similarity=float(one)) for hit, one in zip(hits, cosines, strict=True)]
+
+
+def _plain(gallery: GalleryIndex, ranking: Ranked, position: int, limit: float | None) -> Hit:
     """A hit and its rival, as the ranking has them."""
 
     def known(where: int) -> tuple[str, int, float, str | None]:
@@ -103,6 +126,8 @@ def _plain(gallery: GalleryIndex, ranking: Ranked, position: int) -> Hit:
         return str(gallery.file(place)), where + 1, distance, ranking.labels[where]
 
     hit, rival = Hit(*known(position)), ranking.rivals[position]
+    if limit is not None:
+        hit = replace(hit, close=hit.distance <= limit + ROUNDING)
     if rival is None:
         return hit
     found = Rival(*known(rival))

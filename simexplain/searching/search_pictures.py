@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ def draw_search(result: SearchResult, lines: int) -> Figure:
     shown = result.hits[:MOST]
     query = _Picture(result, result.query)
     columns = [_column(result, query, hit, number, lines) for number, hit in enumerate(shown)]
+    columns = on_one_scale(columns)
     rows: tuple[str, ...] = _ROWS[result.region is not None]
     if not _classes(result):
         rows = tuple(row.replace(*_NEXT) for row in rows)
@@ -64,7 +66,7 @@ def draw_search(result: SearchResult, lines: int) -> Figure:
         query.shown(Path(result.query).name, result.region),
         columns,
         title="Why were these found?",
-        verdict=verdict(result),
+        verdict=f"{verdict(result)}. {result.closeness}" if result.closeness else verdict(result),
         rows=rows,
         legend=_legend(result, lines),
         footer=footer(result),
@@ -102,6 +104,7 @@ def _legend(result: SearchResult, lines: int) -> str:
         said.append("Warm places add to the similarity of query and hit, blue ones take from it.")
         if lines:
             said.append("Equal numbers: places that are each other's best match.")
+        said.append("Hits of a row share one scale.")
     else:
         said.append("Box in a hit: where the region was found.")
     further = _NEXT[0] if _classes(result) else _NEXT[1]
@@ -116,7 +119,9 @@ def _column(result: SearchResult, query: _Picture, hit: Hit, number: int, lines:
     own = _Picture(result, hit.path)
     column = HitColumn(
         picture=own.pixels,
-        title=f"{hit.rank}   d {_short(hit.distance)}",
+        title=f"{hit.rank}" if hit.similarity is None else f"{hit.rank}   cos {hit.similarity:.3f}",
+        beside=f"d {_short(hit.distance)}",
+        far=hit.close is False,
         label=hit.label or "",
         name=Path(hit.path).name,
         seen=own.seen,
@@ -146,6 +151,19 @@ def _column(result: SearchResult, query: _Picture, hit: Hit, number: int, lines:
     )
 
 
+def on_one_scale(columns: Sequence[HitColumn]) -> list[HitColumn]:
+    """Every row of heats divided by the largest absolute value in it, so that hits compare."""
+    for row in ("on_hit", "on_query", "contrast"):
+        heats = [getattr(column, row) for column in columns]
+        top = max((float(np.abs(heat).max()) for heat in heats if heat is not None), default=0)
+        if top > 0:
+            columns = [
+                column if heat is None else replace(column, **{row: heat / top})
+                for column, heat in zip(columns, heats, strict=True)
+            ]
+    return list(columns)
+
+
 def _short(value: float) -> str:
     """Three digits that count."""
     return f"{value:.3f}" if value >= 0.1 or value == 0 else cards.number(value)
@@ -169,14 +187,12 @@ class _Picture:
         self.seen = None if all_of_it else self.geometry.box
 
     def heat(self, values: Tensor) -> NDArray[np.float32]:
-        """A map ``(h,w)`` over the picture, divided by its largest absolute value."""
+        """A map ``(h,w)`` over the picture, in its own units."""
         grown = F.interpolate(
             values[None, None].float(), size=self.geometry.size, mode="bilinear",
             align_corners=False,
         )[0, 0]  # fmt: skip
-        top = grown.abs().max()
-        heat: NDArray[np.float32] = (grown / top if bool(top > 0) else grown).cpu().numpy()
-        return self.geometry.to_original(heat)
+        return self.geometry.to_original(grown.cpu().numpy())
 
     def spot(self, point: Point) -> Point:
         """A point of the picture in pixels of the thumbnail, whose first centre is at 0."""

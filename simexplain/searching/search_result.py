@@ -46,7 +46,8 @@ class Hit:
         distance: To the query, as the model measures it; of a region, one minus the cosine with the
             best position.
         label: Its class: the folder that it is in, where the whole gallery is in folders.
-        similarity: The cosine that the maps add up to.
+        similarity: The cosine of query and hit, which the maps add up to; of a region, that of its
+            best position. None for AVSL, whose distance is no cosine.
         residual: By how much at most the sum of a map misses it.
         unexplained: The share of it, in [0, 1], that no position of the two pictures accounts for.
         peak: Where the hit agrees most with the query, ``(x, y)`` in pixels of its picture.
@@ -59,6 +60,8 @@ class Hit:
         gap_residual: What its sum misses of that.
         levels: For AVSL, each layer with what it adds to the distance.
         level_gaps: For AVSL, each layer with what it adds to the gap.
+        close: Whether it is a close match: no further than ``SearchResult.close_limit``. None where
+            the gallery is one picture.
     """
 
     path: str
@@ -77,6 +80,7 @@ class Hit:
     levels: tuple[tuple[str, float], ...] = ()
     level_gaps: tuple[tuple[str, float], ...] = ()
     unexplained: float | None = None
+    close: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ class SearchResult:
         versions: Of the packages that made it.
         pictures: Thumbnails ``(H,W,3)`` of the query, the hits and the rivals by path.
         geometries: Where the network's view lies in the pictures, by path.
+        close_limit: The distance up to which a hit is a close match, judged by the distances
+            between the gallery's own pictures; None where it is one picture.
     """
 
     query: str
@@ -121,6 +127,7 @@ class SearchResult:
     versions: Mapping[str, str]
     pictures: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict, repr=False)
     geometries: Mapping[str, Geometry] = field(default_factory=dict, repr=False)
+    close_limit: float | None = None
 
     def __len__(self) -> int:
         return len(self.hits)
@@ -129,6 +136,24 @@ class SearchResult:
     def paths(self) -> tuple[str, ...]:
         """Of the hits, the nearest first."""
         return tuple(hit.path for hit in self.hits)
+
+    @property
+    def closeness(self) -> str:
+        """How many hits are close matches, as a sentence; empty where that cannot be judged."""
+        if self.close_limit is None:
+            return ""
+        count = sum(bool(hit.close) for hit in self.hits)
+        limit = f"nearer than {self.close_limit:.3g}"
+        if count == 0:
+            return (
+                f"No close match: none is {limit}, the distance at which unrelated pictures of "
+                "this gallery begin."
+            )
+        if count == len(self.hits):
+            return f"All of them are close matches, {limit}."
+        return (
+            f"{count} of them {'are close matches' if count > 1 else 'is a close match'}, {limit}."
+        )
 
     def figure(self, lines: int = 3) -> Figure:
         """The query on the left, a column for each hit: where they agree, what sets it apart.
