@@ -32,7 +32,8 @@ class LayerRun:
         edge: Where it hangs in the autograd graph, which lives as long as the survey.
         source: What it was called with, where everything passes that.
         responses: By layout (a key of :data:`LAYOUTS`) how much each position changed when a
-            part of the picture was replaced, ``(K,...positions)`` for ``K`` parts.
+            part of the picture was replaced, ``(K,...positions)`` for ``K`` parts; nothing where
+            the place of its cells is known.
     """
 
     name: str
@@ -90,7 +91,8 @@ class Survey:
 def survey(model: Traceable, picture: Tensor, replaced: Tensor | None = None) -> Survey:
     """Runs a model on a picture, and on the same with parts replaced, and records every layer.
 
-    Costs one forward and one backward pass of one image, and a forward pass of the others.
+    Costs one forward and one backward pass of one image, and a forward pass of the others, which
+    is left out where local operations made all maps, as in most convolutional networks.
 
     Args:
         model: The model to look into.
@@ -111,10 +113,13 @@ def survey(model: Traceable, picture: Tensor, replaced: Tensor | None = None) ->
         sources = [call.source if _vertex(call.source) in main else None for call in calls]
         with torch.enable_grad():
             gradients = _probe_gradients(embeddings, [*(call.edge for call in calls), *sources])
-        if replaced is not None:
+        places = paths.places()
+        for call in calls:
+            call.settle(places, record.count)
+        if replaced is not None and any(call.open for call in calls):
             _respond(model, replaced, calls, record.count, names)
     return Survey(
-        _runs(calls, gradients, main, paths.places()),
+        _runs(calls, gradients, main, places),
         embeddings[0].detach(),
         embeddings.requires_grad,
         tuple(dict.fromkeys(record.obstacles)),
@@ -133,6 +138,21 @@ class _Call:
     same: tuple[int, int]
     source: GradientEdge | None
     responses: dict[str, list[Tensor]] = field(default_factory=dict)
+    open: bool = False
+
+    def settle(self, places: dict[Vertex, Place], alone: int) -> None:
+        """Opens the question of what the cells respond to, unless the graph answers it.
+
+        Args:
+            places: What is known of places.
+            alone: Images in the pass.
+        """
+        shape = self.output.shape
+        if len(shape) == 4 and shape[0] == alone and _vertex(self.edge) in places:
+            self.responses["NCHW"] = [self.output.new_empty(0)]  # local operations made it
+        else:
+            wide = sum(side > 1 for side in shape) >= 2 + (alone > 1)
+            self.open = len(shape) in (3, 4) and wide
 
 
 class _Record:
@@ -256,7 +276,7 @@ def _respond(
                 if tensor is None:
                     return
                 call = next(waiting, None)
-                if call is not None and call.name == name:
+                if call is not None and call.open and call.name == name:
                     for layout, change in _changes(call.output, tensor, alone, size):
                         call.responses.setdefault(layout, []).append(change[:count])
 
