@@ -156,6 +156,31 @@ def test_where_nothing_is_passed_by_everything_the_default_is_the_only_stage() -
     assert any("of the embedding bypasses" in text for text in result.warnings)
 
 
+class Summing(nn.Module):
+    """Residual sums that no layer returns, and few layers in all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.ways = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(5))
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stem(images)
+        for way in self.ways:
+            maps = (maps + way(maps)).relu()
+        return maps.mean((2, 3))
+
+
+def test_an_early_default_is_mentioned_in_a_small_network_too() -> None:
+    result = explain(wrapped(Summing()), pair())
+    assert result.layers == ("stem",)
+    assert any("after 1 of 6 operations" in text for text in result.warnings)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *(
+        nn.Linear(8, 8) for _ in range(5)
+    ))  # fmt: skip
+    assert not any("operations" in text for text in explain(wrapped(plain), pair()).warnings)
+
+
 class Half(nn.Module):
     """Reads the right half of its map alone."""
 

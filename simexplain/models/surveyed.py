@@ -21,7 +21,7 @@ from simexplain.tracing import Traceable
 RELEVANT = 0.1
 """The share of an embedding from which on results warn that it bypasses the layer."""
 
-_SHALLOW, _DEEP = 0.25, 12
+_SHALLOW, _DEEP, _LATER = 0.25, 12, 3
 
 
 class Surveyable(Traceable, Protocol):
@@ -178,7 +178,9 @@ class Surveyed:
     def _early(self, found: Survey) -> list[str]:
         name = self._default
         done, total = depth(found, name)
-        if total < _DEEP or done > _SHALLOW * total:
+        names = [layer.name for layer in self._layers]
+        later = len(names) - 1 - names.index(name)
+        if done > _SHALLOW * total or (total < _DEEP and later < _LATER):
             return []
         return [
             f"The last map that the whole embedding comes from is layer '{name}', after {done} of "
