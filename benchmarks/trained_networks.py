@@ -65,10 +65,10 @@ _TRIPLET, _ANCHOR = {"loss": "triplet"}, {"loss": "proxy_anchor", "distance": "c
 
 RUNS: dict[str, dict[str, Any]] = {
     "unpadded ResNet": {
-        **_FRESH, "backbone": "timm:unpadded_resnet", "steps": 25, "epochs": 6, "lr": 2e-3,
+        **_FRESH, "backbone": "timm:unpadded_resnet", "steps": 25, "epochs": 14, "lr": 3e-3,
     },
     "plain ViT": {
-        **_FRESH, "backbone": "timm:plain_vit", "steps": 25, "epochs": 10, "lr": 1e-3,
+        **_FRESH, "backbone": "timm:plain_vit", "steps": 30, "epochs": 18, "lr": 1e-3,
     },
     "MobileNetV2, proxy anchor": {**_TUNED, **_ANCHOR, "backbone": _MOBILENET},
     "Lite0, proxy anchor": {**_TUNED, **_ANCHOR, "backbone": _LITE0},
@@ -144,6 +144,11 @@ def weights_of(name: str, seed: int, folder: Path) -> Path:
     return folder_of(name, seed, folder) / "model.pt"
 
 
+def digest(weights: Path) -> str:
+    """What tells trained weights from others."""
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
 def folder_of(name: str, seed: int, folder: Path) -> Path:
     """Where a run is."""
     plain = "".join(c if c.isalnum() else "_" for c in name)
@@ -171,7 +176,7 @@ def trained(
         "processor_seconds": round(time.process_time() - begun),
         "before": found.untrained,
         "reached": found.reached,
-        "weights": hashlib.sha256(weights_of(name, seed, folder).read_bytes()).hexdigest(),
+        "weights": digest(weights_of(name, seed, folder)),
         "torch": torch.__version__,
     }
 

@@ -70,16 +70,16 @@ def rows_for(network: Network) -> dict[str, Explainer]:
     return found
 
 
-def networks(runs: Path, seed: int, wanted: Sequence[str] | None) -> Iterator[Network]:
-    """The trained networks that are there, and the random ones."""
+def networks(runs: Path, seed: int, wanted: Sequence[str] | None) -> Iterator[tuple[Network, str]]:
+    """The trained networks that are there and the random ones, with what tells their weights."""
     for name in (*trained_networks.RUNS, *trained_networks.RANDOM):
         if wanted and not any(name.startswith(start) for start in wanted):
             continue
         file = trained_networks.weights_of(name, seed, runs)
         if name in trained_networks.RANDOM:
-            yield Network.of(name, trained_networks.random_network(name, seed))
+            yield Network.of(name, trained_networks.random_network(name, seed)), f"seed{seed}"
         elif file.is_file():
-            yield Network.of(name, load_model(str(file)))
+            yield Network.of(name, load_model(str(file))), trained_networks.digest(file)
 
 
 def record_of(
@@ -226,9 +226,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parsed(arguments)
     torch.set_num_threads(1)
     emoji = options.emoji / "images" if (options.emoji / "images").is_dir() else options.emoji
-    data, store = scenes_of(emoji), Store(options.cache)
+    data = scenes_of(emoji)
     points: Points = {}
-    for network in networks(options.runs, options.seed, options.networks):
+    for network, weights in networks(options.runs, options.seed, options.networks):
+        store = Store(options.cache / weights[:12])
         for half in options.halves:
             found = record_of(network, data[half], store, options)
             if found:
