@@ -121,12 +121,14 @@ def fingerprint(values: Tensor) -> bytes:
 def remembering(model: SimilarityModel) -> SimilarityModel:
     """The model, changed: its stages up to an eighth of the resolution become one remembered part.
 
-    Layers above keep their names and values; networks of another build are left as they are.
+    Layers above keep their names and values; networks of another build, or of one resolution, are
+    left as they are.
     """
     network: Any = model.network
     stages = [name for name in model.stages if name.split(".")[0] in ("blocks", "features")]
     lower = [name for name in stages if name not in model.stages[-2:]]
-    if not lower or len(model.stages) < 3:
+    grids = {layer.shape[1:] for layer in model.layers if layer.stage}
+    if not lower or len(model.stages) < 3 or len(grids) == 1:
         return model
     container, last = lower[-1].split(".")[:2]
     before = [name for name in ("conv_stem", "bn1") if hasattr(network, name)]

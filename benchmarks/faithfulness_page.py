@@ -144,11 +144,11 @@ def _short(results: Results, data: Data) -> list[str]:
     enough = max(_count(values) for values in found.values()) / 2
     ranked = [n for n in _ranked(found, _margin) if _count(found[n]) >= enough]
     peers = [name for name in ranked if name in PEERS]
-    told = [("Best", ranked[0])]
-    told += [("best of the other packages", peers[0])] if peers else []
-    told += [("as published", REFERENCE)] if REFERENCE in found else []
+    shown = [("Best", ranked[0])]
+    shown += [("best of the other packages", peers[0])] if peers else []
+    shown += [("as published", REFERENCE)] if REFERENCE in found else []
     said = []
-    for what, name in told:
+    for what, name in shown:
         hit, distractor, _ = np.nanmean(found[name], axis=0)
         said.append(f"{what}: `{name}`, {hit:.2f} against {distractor:.2f}")
     return [f"- **{data.name}**, hits against distractor hits on *category*. {'; '.join(said)}."]
@@ -164,14 +164,14 @@ def _pointing(nets: Mapping[str, Mapping[str, Record]], data: Data) -> list[str]
     lines = [
         "Sorted by hits less distractor hits on *category*.",
         "",
-        *_head([*head, "above published"]),
+        *head([*head, "above published"]),
     ]
     for name in _ranked(found, _margin):
         cells = [name, str(_count(found[name]))]
         for setting in data.settings:
             kind = f"points_{setting}"
-            cells += _told(_means(nets, name, kind)) if _has(nets, name, kind) else ["–"] * 3
-        lines.append(_line([*cells, _above(found, name, _margin)]))
+            cells += told(_means(nets, name, kind)) if _has(nets, name, kind) else ["–"] * 3
+        lines.append(line([*cells, _above(found, name, _margin)]))
     return lines
 
 
@@ -180,7 +180,7 @@ def _by_network(nets: Mapping[str, Mapping[str, Record]], data: Data) -> list[st
     key = f"points_{data.settings[-1]}"
     found = {name: _means(nets, name, key) for name in rows}
     head = [f"{net}, {setting}" for net in nets for setting in data.settings]
-    lines = ["Each network: hit / distractor.", "", *_head(["method", *head])]
+    lines = ["Each network: hit / distractor.", "", *head(["method", *head])]
     for name in _ranked(found, _margin):
         cells = [name]
         for own in nets.values():
@@ -191,7 +191,7 @@ def _by_network(nets: Mapping[str, Mapping[str, Record]], data: Data) -> list[st
                 else:
                     hit, distractor, _ = np.nanmean(values, axis=0)
                     cells.append(f"{hit:.2f} / {distractor:.2f}")
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return lines
 
 
@@ -203,10 +203,10 @@ def _curves(nets: Mapping[str, Mapping[str, Record]]) -> list[str]:
     for baseline in BASELINES:
         head += [f"{baseline}: deletion", "insertion", "gain"]
     lines = ["Deletion and insertion on *category*, sorted by the mean of both gains.", ""]
-    lines += _head([*head, "above published"])
+    lines += head([*head, "above published"])
     for name in _ranked(found, _gains):
         cells = [name, str(_count(found[name])), *_areas(found[name])]
-        lines.append(_line([*cells, _above(found, name, _gains)]))
+        lines.append(line([*cells, _above(found, name, _gains)]))
     return lines
 
 
@@ -217,7 +217,7 @@ def _costs(costs: Mapping[str, Costs]) -> list[str]:
         "in images of its own size (backward passes are not counted, they are in the seconds), and "
         "the median time. Other packages explain the scene alone, simexplain all three images.",
         "",
-        *_head(["method", *head]),
+        *head(["method", *head]),
     ]
     names = list(dict.fromkeys(name for own in costs.values() for name in own))
     first = next(iter(costs.values()))
@@ -226,7 +226,7 @@ def _costs(costs: Mapping[str, Costs]) -> list[str]:
         for own in costs.values():
             passes, seconds = own.get(name, (np.nan, np.nan))
             cells += [f"{passes:g}", f"{seconds:.2f}"]
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return lines
 
 
@@ -286,7 +286,7 @@ def _above(
     return f"{interval.mean:+.3f} [{interval.low:+.3f}..{interval.high:+.3f}]"
 
 
-def _told(values: np.ndarray) -> list[str]:
+def told(values: np.ndarray) -> list[str]:
     """Means with their standard errors, column by column."""
     cells = []
     for column in values.T:
@@ -316,9 +316,11 @@ def _areas(values: np.ndarray) -> list[str]:
     return cells
 
 
-def _head(cells: Sequence[str]) -> list[str]:
-    return [_line(cells), _line(["---"] * len(cells))]
+def head(cells: Sequence[str]) -> list[str]:
+    """The first two lines of a table."""
+    return [line(cells), line(["---"] * len(cells))]
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """One line of a table."""
     return f"| {' | '.join(cells)} |"

@@ -66,15 +66,20 @@ def divided(stamps: Stamps, share: float) -> tuple[Stamps, Stamps]:
 def compose_scenes(stamps: Stamps, count: int, seed: int) -> list[Scene]:
     """``count`` scenes, the same for the same seed; categories are drawn evenly."""
     random = np.random.default_rng(seed)
-    grounds = [np.asarray(getattr(data, name)()) for name in GROUNDS]
+    grounds = textures()
     return [_scene(stamps, grounds, random) for _ in range(count)]
+
+
+def textures() -> list[NDArray[np.uint8]]:
+    """The grey photographs that grounds are cut from."""
+    return [np.asarray(getattr(data, name)()) for name in GROUNDS]
 
 
 def _scene(stamps: Stamps, grounds: list[NDArray[np.uint8]], random: np.random.Generator) -> Scene:
     own, other = random.choice(list(stamps), size=2, replace=False)
     positive, relative = _two(stamps[own], random)
     distractor, negative = _two(stamps[other], random)
-    picture = _ground(grounds[random.integers(len(grounds))], random)
+    picture = textured(grounds[random.integers(len(grounds))], random)
     sides = random.permutation(2)
     masks = []
     for stamp, side in ((ImageOps.mirror(positive), sides[0]), (distractor, sides[1])):
@@ -95,10 +100,12 @@ def _two(stamps: list[Image.Image], random: np.random.Generator) -> list[Image.I
     return [stamps[i] for i in random.choice(len(stamps), size=2, replace=False)]
 
 
-def _ground(texture: NDArray[np.uint8], random: np.random.Generator) -> Image.Image:
+def textured(
+    texture: NDArray[np.uint8], random: np.random.Generator, side: int = SIDE
+) -> Image.Image:
     """A square cut from a grey texture, in a random pale or dark colour."""
-    top, left = (int(random.integers(side - SIDE + 1)) for side in texture.shape)
-    grey = texture[top : top + SIDE, left : left + SIDE, None].astype(np.float32)
+    top, left = (int(random.integers(length - side + 1)) for length in texture.shape)
+    grey = texture[top : top + side, left : left + side, None].astype(np.float32)
     colour = random.uniform(0.6, 1.0, size=3).astype(np.float32)
     return Image.fromarray((grey * colour).astype(np.uint8))
 

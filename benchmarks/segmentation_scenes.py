@@ -8,8 +8,7 @@ import numpy as np
 from faithfulness_data import alone
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from scenes import GROUNDS, SIDE, STAMP, Stamps, _ground
-from skimage import data
+from scenes import SIDE, STAMP, Stamps, textured, textures
 
 SHOTS = 5
 
@@ -42,7 +41,7 @@ def enough(stamps: Stamps) -> Stamps:
 def segmentation_scenes(stamps: Stamps, count: int, seed: int) -> list[SegmentationScene]:
     """``count`` scenes, the same for the same seed, composed as in ``scenes.py``."""
     random = np.random.default_rng(seed)
-    grounds = [np.asarray(getattr(data, name)()) for name in GROUNDS]
+    grounds = textures()
     kinds = enough(stamps)
     return [_scene(kinds, grounds, random) for _ in range(count)]
 
@@ -51,7 +50,7 @@ def _scene(
     stamps: Stamps, grounds: list[NDArray[np.uint8]], random: np.random.Generator
 ) -> SegmentationScene:
     labels = random.choice(sorted(stamps), size=2, replace=False).tolist()
-    picture = _ground(grounds[random.integers(len(grounds))], random)
+    picture = textured(grounds[random.integers(len(grounds))], random)
     masks, supports = [], []
     for label, side in zip(labels, random.permutation(2), strict=True):
         drawn = random.choice(len(stamps[label]), size=1 + SHOTS, replace=False)

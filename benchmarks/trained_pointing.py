@@ -1,0 +1,249 @@
+"""Which method is right on networks trained for similarity, and on networks that know nothing?
+
+The networks are those of ``trained_networks.py``, the scenes those of ``faithfulness.py``, made of
+emoji classes that no network was trained on: two drawings on a ground, the query another vendor's
+drawing of one of them. Constants of ``focus`` were chosen on every second class; the page has the
+others.
+
+    python benchmarks/trained_pointing.py EMOJI --runs FOLDER --cache FOLDER \
+        --record docs/benchmarks/trained_pointing.json --out docs/benchmarks/trained_networks.md
+
+Scenes are measured ten at a time; those in the folder of the cache are not measured again, and
+``--done`` shows what is there. With ``--networks`` several processes share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import trained_networks
+from faithfulness import Store, group
+from faithfulness_data import SETTINGS, Data
+from faithfulness_measures import CHUNK, Counts, Record
+from faithfulness_networks import Network
+from faithfulness_page import head, line, told
+from faithfulness_rows import BOTH, FEW, ROWS, Explainer, Row
+from held_out import TRAINED
+from reporting import publish
+from scenes import compose_scenes, divided, read_stamps
+
+from simexplain import load_model
+
+FAST = (
+    "sam paper, last",
+    "similarity_cam cosine, last",
+    "similarity_cam cosine, last x mid",
+    "focus",
+)
+BLACK_BOXES = ("occlusion", "sbsm", "random_masks")
+ON_ATTENTION = {name: Row(name) for name in ("attention", "attention_relevance", "grad_eclip")}
+DATA = ("tuned", "held-out")
+
+Points = dict[str, dict[str, dict[str, dict[str, list[list[float]]]]]]
+"""By network, data, row and setting: hit, distractor hit and energy of every scene."""
+
+
+def scenes_of(emoji: Path) -> dict[str, Data]:
+    """Scenes of the classes that no network saw; every second one is for choosing constants."""
+    held = divided(read_stamps(emoji), TRAINED)[1]
+    halves = ({name: held[name] for name in sorted(held)[start::2]} for start in (0, 1))
+    return {
+        name: Data(f"emoji {name}", partial(compose_scenes, half), curves=False)
+        for name, half in zip(DATA, halves, strict=True)
+    }
+
+
+def rows_for(network: Network) -> dict[str, Explainer]:
+    """What is measured: two layers where there are two, attention where there is some."""
+    found: dict[str, Explainer] = {name: ROWS[name] for name in (*FAST, *BLACK_BOXES)}
+    if network.layers[0] == network.layers[1]:
+        found = {n: row for n, row in found.items() if getattr(row, "layers", "") != BOTH}
+    if "ViT" in network.name:
+        found |= ON_ATTENTION
+    return found
+
+
+def networks(runs: Path, seed: int, wanted: Sequence[str] | None) -> Iterator[tuple[Network, str]]:
+    """The trained networks that are there and the random ones, with what tells their weights."""
+    for name in (*trained_networks.RUNS, *trained_networks.RANDOM):
+        if wanted and not any(name.startswith(start) for start in wanted):
+            continue
+        file = trained_networks.weights_of(name, seed, runs)
+        if name in trained_networks.RANDOM:
+            yield Network.of(name, trained_networks.random_network(name, seed)), f"seed{seed}"
+        elif file.is_file():
+            yield Network.of(name, load_model(str(file))), trained_networks.digest(file)
+
+
+def record_of(
+    network: Network, data: Data, store: Store, options: argparse.Namespace
+) -> dict[str, Record]:
+    """All rows on the scenes of one half, a seed for every ten."""
+    rows = rows_for(network)
+    if options.rows:
+        rows = {n: row for n, row in rows.items() if any(n.startswith(w) for w in options.rows)}
+    scenes, few = options.scenes, options.few if data.name.endswith("held-out") else 0
+    found: dict[str, list[Record]] = {name: [] for name in rows}
+    shards = -(-max(scenes, few) // CHUNK)
+    for shard in range(shards):
+        counts = Counts(
+            min(CHUNK, max(0, scenes - shard * CHUNK)), CHUNK,
+            min(CHUNK, max(0, few - shard * CHUNK)), 0, 1,
+        )  # fmt: skip
+        for name, row in rows.items():
+            done = options.done or (getattr(row, "tier", "") == FEW and options.fast)
+            seed = 1000 + shard
+            part = group(network, data, seed, {name: row}, counts, None, (), store, done=done)
+            found[name] += part.values()
+    joined = {name: parts for name, parts in found.items() if parts}
+    return {
+        name: {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        for name, parts in joined.items()
+    }
+
+
+def listed(record: Record) -> dict[str, list[list[float]]]:
+    """A record as plain numbers."""
+    return {
+        setting: np.round(record[f"points_{setting}"], 3).tolist()
+        for setting in SETTINGS
+        if f"points_{setting}" in record
+    }
+
+
+def page(points: Points, trained: Mapping[str, Any], command: str) -> str:
+    """The whole Markdown page, from the two records alone."""
+    lines = ["# Networks trained for similarity", "", *_about(trained, command), ""]
+    lines += ["## Means", "", *_means(points), ""]
+    for network, found in points.items():
+        if "held-out" in found:
+            lines += [f"## {network}", "", *_table(found["held-out"]), ""]
+    lines += ["## On the classes that constants were chosen on", ""]
+    lines += head(["network", *(f"`focus`, {s}" for s in SETTINGS)])
+    for network, found in points.items():
+        if "focus" in found.get("tuned", {}):
+            cells = _cells(found["tuned"]["focus"], SETTINGS, " / ")
+            lines.append(line([network, *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def _about(trained: Mapping[str, Any], command: str) -> list[str]:
+    data, runs = trained.get("data", {}), trained.get("runs", {})
+    lines = [
+        "Scenes of two emoji on a ground, of classes that no network was trained on; the query is "
+        "the positive itself (*same*) or another vendor's drawing of it (*category*). *Hit*: the "
+        "maximum of the scene's map lies in the positive; *distractor*: in the other emoji; "
+        "*energy*: the share of the heat inside the positive; ± the standard error over scenes. "
+        "Chance is about 0.09. Written by",
+        "",
+        f"    {command}",
+        "",
+        f"The networks were trained by `benchmarks/trained_networks.py` on {data.get('classes')} "
+        f"classes ({data.get('views')} pictures of {data.get('pixels')} pixels), alone on white "
+        "and alone on a ground; Recall@1 is that of "
+        f"{data.get('other classes')} other classes, the query's own vendor left out of the "
+        "gallery.",
+        "",
+        *head(["network", "input", "loss", "pictures seen", "Recall@1 before", "after"]),
+    ]
+    for name, run in runs.items():
+        said = run["options"]
+        size = said["size"][0] if said["size"] else {"plain ViT": 64}.get(name, 150)
+        recall = [
+            f"{run[when].get('recall@1', float('nan')):.2f}" for when in ("before", "reached")
+        ]
+        lines.append(line([name, f"{size}", said["loss"], f"{run['images']}", *recall]))
+    return lines
+
+
+def _means(points: Points) -> list[str]:
+    """Over the trained and over the random networks; rows that all networks of a kind have."""
+    lines = []
+    for kind, names in (
+        ("trained networks", [name for name in points if name not in trained_networks.RANDOM]),
+        ("random weights", [name for name in points if name in trained_networks.RANDOM]),
+    ):
+        held = [points[name]["held-out"] for name in names if "held-out" in points[name]]
+        if not held:
+            continue
+        lines += ["", *head([f"{len(held)} {kind}, *category*", "hit", "distractor", "energy"])]
+        for row in held[0]:
+            if all("category" in one.get(row, {}) for one in held):
+                means = np.mean([np.mean(one[row]["category"], axis=0) for one in held], axis=0)
+                lines.append(line([f"`{row}`", *(f"{value:.2f}" for value in means)]))
+    return lines[1:]
+
+
+def _table(rows: Mapping[str, Mapping[str, list[list[float]]]]) -> list[str]:
+    columns = [f"{s}: {what}" for s in SETTINGS for what in ("hit", "distractor", "energy")]
+    lines = head(["method", "n", *columns])
+    for name, found in rows.items():
+        lines.append(line([f"`{name}`", f"{len(found['category'])}", *_cells(found, SETTINGS)]))
+    return lines
+
+
+def _cells(
+    found: Mapping[str, list[list[float]]], settings: Sequence[str], joint: str = ""
+) -> list[str]:
+    """Means with their errors, a cell for each number or, with a joint, for each setting."""
+    cells = []
+    for setting in settings:
+        own = told(np.array(found[setting])) if setting in found else ["–"] * 3
+        cells += [joint.join(own)] if joint else own
+    return cells
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("emoji", type=Path, help="class folders with one RGBA picture a vendor")
+    add("--runs", type=Path, required=True, metavar="FOLDER", help="of trained_networks.py")
+    add("--trained", type=Path, default=Path("docs/benchmarks/trained_networks.json"))
+    add("--cache", type=Path, required=True, metavar="FOLDER", help="where records are kept")
+    add("--scenes", type=int, default=60, help="for methods of a few passes")
+    add("--few", type=int, default=30, help="for black boxes, held-out classes alone")
+    add("--networks", nargs="+", metavar="NAME", help="names begin like that")
+    add("--rows", nargs="+", metavar="NAME", help="names begin like that")
+    add("--halves", nargs="+", choices=DATA, default=list(DATA))
+    add("--fast", action="store_true", help="measure no black box that is not there yet")
+    add("--done", action="store_true", help="measure nothing; show what is in the cache")
+    add("--seed", type=int, default=0, help="of the trained networks")
+    add("--record", type=Path, metavar="FILE", help="JSON with every scene")
+    add("--out", type=Path, metavar="FILE", help="Markdown file to write")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, keeps the record and writes the page."""
+    options = parsed(arguments)
+    torch.set_num_threads(1)
+    emoji = options.emoji / "images" if (options.emoji / "images").is_dir() else options.emoji
+    data = scenes_of(emoji)
+    points: Points = {}
+    for network, weights in networks(options.runs, options.seed, options.networks):
+        store = Store(options.cache / weights[:12])
+        for half in options.halves:
+            found = record_of(network, data[half], store, options)
+            if found:
+                rows = {name: listed(record) for name, record in found.items()}
+                points.setdefault(network.name, {})[half] = rows
+    if options.record:
+        publish(json.dumps(points, separators=(",", ":")) + "\n", options.record)
+    trained = json.loads(options.trained.read_text("utf-8")) if options.trained.is_file() else {}
+    command = (
+        f"python benchmarks/trained_pointing.py EMOJI --runs FOLDER --cache FOLDER --scenes "
+        f"{options.scenes} --few {options.few}"
+    )
+    publish(page(points, trained, command), options.out)
+
+
+if __name__ == "__main__":
+    main()
