@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from simexplain.data.folders import results_in
 from simexplain.fitting.bank import BankOptions, build_bank
 
 from .options import busy, check_file, few, model_from, model_options, progress_bars
@@ -81,6 +82,8 @@ def command(
     click.echo(f"{bank.model}, layer {bank.layer}, {bank.weights.shape[1]} channels")
     click.echo(f"{told['images']} images of {told['classes']} classes")
     click.echo(f"{told['active']:.0%} of {told['triplets']} triplets each have a loss above zero")
+    if left_out := results_in(folder):
+        click.echo(left_out, err=True)
     if told["left_out"]:
         click.echo(
             f"Warning: {told['left_out']} pictures are left out, being alone in their class or "

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from simexplain.data.folders import results_in
 from simexplain.fitting.posthoc import PostHoc, fit
 from simexplain.models.avsl_options import ORIGINS, PRESETS
 from simexplain.models.writing import check_savable, save_model
@@ -90,8 +91,12 @@ def command(
     for number, (level, width) in enumerate(zip(fitted.levels, fitted.widths, strict=True)):
         click.echo(f"level {number}: {level}, {width} nodes")
     told = dict(fitted.report)
-    skipped = told.pop("skipped", [])
+    skipped, warnings = told.pop("skipped", []), told.pop("warnings", [])
     click.echo(", ".join(f"{name} {value}" for name, value in told.items()))
     if skipped:
         click.echo(f"Warning: {len(skipped)} pictures cannot be read: {few(skipped)}.", err=True)
+    if left_out := results_in(folder):
+        click.echo(left_out, err=True)
+    for text in warnings:
+        click.echo(f"Warning: {text}", err=True)
     click.echo(f"model: {out}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from simexplain.data.folders import results_in
 from simexplain.errors import OutputError
 from simexplain.searching.index import (
     GalleryIndex,
@@ -98,7 +99,8 @@ def command(
             raise
         click.echo("Error: Interrupted; the same command goes on where it was.", err=True)
         raise click.exceptions.Exit(130) from None
-    _tell(index, as_json=as_json)
+    left_out = results_in(folder) if folder.is_dir() else ""
+    _tell(index, left_out, as_json=as_json)
 
 
 def _check_choices(index: GalleryIndex, made: dict[str, Any]) -> None:
@@ -123,9 +125,9 @@ def _check_choices(index: GalleryIndex, made: dict[str, Any]) -> None:
             )
 
 
-def _tell(index: GalleryIndex, *, as_json: bool) -> None:
+def _tell(index: GalleryIndex, left_out: str = "", *, as_json: bool) -> None:
     """Prints what was done."""
-    said = report_of(index)
+    said = {**report_of(index), "warnings": [left_out] if left_out else []}
     if as_json:
         text = json.dumps(said, indent=2, ensure_ascii=False)
         click.echo(text.encode("utf-8", "backslashreplace").decode())
@@ -135,6 +137,8 @@ def _tell(index: GalleryIndex, *, as_json: bool) -> None:
     changes = said["changes"]
     click.echo(", ".join(f"{number} {name}" for name, number in changes.items()))
     click.echo(_kept(index, said))
+    if left_out:
+        click.echo(left_out, err=True)
     broken = list(index.broken.values())
     for reason in broken[:_LISTED]:
         click.echo(f"Warning: left out: {reason}", err=True)

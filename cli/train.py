@@ -16,6 +16,7 @@ import click
 
 from simexplain.data.datasets import DATASETS
 from simexplain.training.datasource import Source
+from simexplain.training.options import titled
 from simexplain.training.recipes import RECIPES, recipe_named
 from simexplain.training.resuming import begun_source
 from simexplain.training.run_folder import CHECKPOINT, first_process
@@ -160,12 +161,8 @@ def report(result: TrainResult) -> None:
                 (f"epoch {result.best_epoch}, the best", result.reached),
             )
         ]
-        click.echo(aligned([("", *map(_titled, names)), *rows]))
+        click.echo(aligned([("", *map(titled, names)), *rows]))
     tell_files(result.files, result.warnings)
-
-
-def _titled(name: str) -> str:
-    return "MAP@R" if name == "map_at_r" else name.capitalize()
 
 
 def epoch_line(row: dict[str, Any], epochs: int | None = None) -> str:
@@ -174,7 +171,7 @@ def epoch_line(row: dict[str, Any], epochs: int | None = None) -> str:
     said = [number]
     if "loss" in row:
         said.append(f"loss {row['loss']:.4f}")
-    said += [f"{_titled(n)} {v:.3f}" for n, v in row.items() if n.startswith(("recall", "map_at"))]
+    said += [f"{titled(n)} {v:.3f}" for n, v in row.items() if n.startswith(("recall", "map_at"))]
     return "  ".join([*said, f"{row['seconds']:.0f} s"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import zipfile
 import zlib
@@ -36,6 +37,40 @@ class Kind:
     arrays: str
     pictures: tuple[str, ...]
     schema: int
+
+
+MANIFESTS = (
+    "explanation.json", "pair.json", "attribution.json", "matching.json", "search.json",
+    "segmentation.json", "comparison.json", "results.json", "reid.json",
+)  # fmt: skip
+"""Files that name the pictures of a result beside them."""
+
+_NUMBERED = {
+    "batch.json": {
+        "heatmaps": re.compile(r"\d{6,}_\d+_(anchor|positive|negative)\.png"),
+        "figures": re.compile(r"\d{6,}\.png"),
+    },
+    "options.json": {"attention": re.compile(r"epoch_\d{3,}\.png")},
+}
+"""Pictures of batches and of training, by the file that tells of them."""
+
+
+def written_pictures(manifest: Path) -> set[Path]:
+    """The pictures that simexplain wrote with a manifest; empty for any other file."""
+    folder = manifest.parent
+    below = _NUMBERED.get(manifest.name, {})
+    if manifest.name not in MANIFESTS and not below:
+        return set()
+    try:
+        said = json.loads(manifest.read_text(encoding="utf-8"))
+        files = said["files"].values() if not below else ()
+        names = {Path(name).name for name in files if isinstance(said["schema"], int)}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return set()
+    found = {folder / name for name in names if name.endswith(".png")}
+    for inside, pattern in below.items() if "schema" in said else ():
+        found |= {path for path in (folder / inside).glob("*.png") if pattern.fullmatch(path.name)}
+    return found
 
 
 def check_writable(folder: Path, names: Iterable[str], *, force: bool) -> None:

@@ -11,12 +11,13 @@ from avsl_cases import LEVELS, Pyramid
 from PIL import Image
 from torch import Tensor
 
-from simexplain import as_similarity_model, fit
+from simexplain import as_similarity_model, attribute, fit
 from simexplain.data.folders import Batches, Record, pictures_in
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ImageError, ModelError
 from simexplain.fitting.heads import pca_head, trained_head
 from simexplain.fitting.passes import FeaturePasses
+from simexplain.fitting.posthoc import too_few
 from simexplain.fitting.reliability import certainty_scales, slopes_and_offsets
 from simexplain.graph.cams import overlap
 from simexplain.models.avsl import AVSL
@@ -125,6 +126,27 @@ def test_unlabelled_heads_are_the_principal_components(folder: Path, base: Simil
         rows = model.embed(images)
         sure = model.pairs(rows[:15], rows[15:]).reliabilities[1]
     assert 0.8 < float(sure.mean()) < 0.95
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_heads_of_more_nodes_than_pictures_carry_a_warning(
+    folder: Path, base: SimilarityModel, labelled: bool
+) -> None:
+    """In the model, in its file and in every distance that it takes apart."""
+    model = fit(base, folder, labelled=labelled, **{**QUICK, "nodes": 31})
+    (said,) = model.report["warnings"]
+    assert "30 pictures are fewer than the 31 nodes" in said
+    images, _ = tensors(folder, base)
+    assert said in attribute(model, images[:1], images[1:2]).warnings
+    enough = fit(base, folder, labelled=labelled, **{**QUICK, "nodes": 30})
+    assert "warnings" not in enough.report
+
+
+def test_two_pictures_a_class_are_too_few_to_choose_a_head_by() -> None:
+    assert too_few(12, 4, 12) == ()
+    assert "fewer than 3 a class" in too_few(11, 4, 8)[0]
+    assert len(too_few(11, 4, 512)) == 2
+    assert too_few(11, 0, 11) == ()
 
 
 @pytest.mark.parametrize("labelled", [True, False])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from simexplain.data.folders import Batches, Record, pictures_in
+from simexplain.data.folders import Batches, Record, pictures_in, results_in
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ImageError
 
@@ -85,3 +85,56 @@ def test_a_batch_of_broken_pictures_only_is_no_batch(tmp_path: Path) -> None:
     batches = Batches(records, SMALL)
     assert list(batches) == []
     assert len(batches.broken) == 2
+
+
+def results(folder: Path) -> list[Path]:
+    """One of every kind of figure that simexplain writes, as its own code writes it."""
+    from conftest import TinyNet
+
+    from simexplain import (
+        BatchOptions,
+        as_similarity_model,
+        compare_files,
+        explain_batch,
+        explain_files,
+        match_files,
+        search,
+    )
+
+    torch.manual_seed(0)
+    model = as_similarity_model(TinyNet().eval(), preprocess=SMALL, name="tiny")
+    pair = [picture(folder / "b" / "2.png", 0), picture(folder / "b" / "3.png", 90)]
+    found = folder / "a" / "found"
+    explain_files(model, pair, "siamese").save(found / "explanation")
+    match_files(model, *pair).save(found / "matching")
+    compare_files(model, pair, "siamese", ["sam"], steps=2).save(found / "comparison")
+    table = folder / "table.csv"
+    table.write_text("anchor,positives\nb/2.png,b/3.png\n")
+    explain_batch(model, table, found / "batch", how=BatchOptions(pictures=True, figures=True))
+    search(model, pair[0], folder / "b").save(folder / "b")
+    return pair
+
+
+def test_figures_of_results_are_left_out_and_own_pictures_beside_them_are_not(
+    folder: Path,
+) -> None:
+    pytest.importorskip("faiss")
+    before = {record.path for record in pictures_in(folder, labelled=True)}
+    assert results_in(folder) == ""
+    added = set(results(folder))
+    own = picture(folder / "a" / "found" / "explanation" / "mine.png")
+    found = {record.path for record in pictures_in(folder, labelled=True)}
+    assert found == before | added | {own}
+    said = results_in(folder)
+    shown = [
+        p for p in folder.rglob("*.png") if "/." not in p.relative_to(folder.parent).as_posix()
+    ]
+    assert int(said.split()[2]) == len(set(shown) - found)
+    assert str(folder / "a" / "found") in said
+
+
+def test_a_table_that_is_no_manifest_hides_nothing(folder: Path) -> None:
+    (folder / "b" / "search.json").write_text('{"files": {"figure": "2.png"}}')
+    (folder / "b" / "results.json").write_text("[1]")
+    (folder / "b" / "own.json").write_text('{"schema": 1, "files": {"figure": "2.png"}}')
+    assert len(pictures_in(folder, labelled=True)) == 4

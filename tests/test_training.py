@@ -45,8 +45,9 @@ from simexplain.training.optimising import (
 )
 from simexplain.training.options import TrainOptions, with_options
 from simexplain.training.recording import Listeners
+from simexplain.training.result import TrainResult
 from simexplain.training.run_folder import RunFolder
-from simexplain.training.training import train
+from simexplain.training.training import not_improved, train
 from simexplain.training.watching import watched_triplets
 
 MARGIN = 0.2
@@ -161,6 +162,26 @@ def test_best_and_last_are_told_apart(data: Path, tmp_path: Path) -> None:
 def test_no_improvement_is_told(data: Path, tmp_path: Path) -> None:
     result = train(data, out=tmp_path / "run", **{**TINY, "lr": 0.0, "head_lr": 0.0, "epochs": 1})
     assert result.warnings == ("Training did not improve retrieval over the untrained network.",)
+
+
+def test_what_rose_and_what_fell_is_told_where_the_chosen_figure_did_not_rise() -> None:
+    before = {"epoch": 0, "recall@1": 0.5, "recall@2": 0.6, "recall@4": 0.9, "map_at_r": 0.3}
+    after = {"epoch": 1, "recall@1": 0.5, "recall@2": 0.7, "recall@4": 0.8, "map_at_r": 0.35}
+
+    def said(row: dict) -> str:
+        result = TrainResult(Path(), TrainOptions(), (before, row), 1, row["recall@1"], {})
+        assert not result.improved
+        return not_improved(result)
+
+    assert said(after) == (
+        "Training did not raise Recall@1, by which the epoch was chosen: Recall@2 0.600 to 0.700, "
+        "MAP@R 0.300 to 0.350 rose; Recall@4 0.900 to 0.800 fell."
+    )
+    worse = {**before, "epoch": 1, "recall@1": 0.4}
+    assert said(worse) == (
+        "Training did not improve retrieval over the untrained network: Recall@1 0.500 to 0.400 "
+        "fell."
+    )
 
 
 def test_the_same_seed_gives_the_same_and_another_another(data: Path, tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ from simexplain.data.bands import ARRAYS
 from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ImageError
+from simexplain.publishing import written_pictures
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jfif")
 _READERS = 2
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def pictures_in(folder: str | Path, *, labelled: bool) -> list[Record]:
     """Every picture in a folder and below, in the order of their names.
 
     Args:
-        folder: Where to look; hidden files and folders are left out.
+        folder: Where to look; hidden files and folders are left out, and so are the figures and
+            heatmaps of simexplain's own results (:func:`results_in`).
         labelled: Each sub-folder directly in ``folder`` is a class; pictures outside any of them
             are then an error, since they would have no label.
 
@@ -55,15 +58,11 @@ def pictures_in(folder: str | Path, *, labelled: bool) -> list[Record]:
     root = Path(folder)
     if not root.is_dir():
         raise ImageError(f"Expected a folder of pictures, but '{root}' is none; check the path.")
-    try:
-        # Folders may be links to elsewhere, which rglob follows only where it starts.
-        below = [path for child in root.iterdir() if child.is_dir() for path in child.rglob("*")]
-        found = [*root.iterdir(), *below]
-        paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
-        # Arrays beside pictures are rather embeddings or masks.
-        paths = paths or sorted(path for path in found if path.suffix.lower() in ARRAYS)
-    except OSError as error:
-        raise ImageError(f"'{root}' cannot be read ({error.strerror or error}).") from error
+    found = _below(root)
+    own = _written(found)
+    paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES and path not in own)
+    # Arrays beside pictures are rather embeddings or masks.
+    paths = paths or sorted(path for path in found if path.suffix.lower() in ARRAYS)
     inside = [path.relative_to(root) for path in paths if path.is_file()]
     seen = [path for path in inside if not any(part.startswith(".") for part in path.parts)]
     if not seen:
@@ -79,6 +78,39 @@ def pictures_in(folder: str | Path, *, labelled: bool) -> list[Record]:
             "only fit works without labels (--unlabelled, labelled=False)."
         )
     return [Record(root / path, path.parts[0]) for path in seen]
+
+
+def results_in(folder: str | Path) -> str:
+    """A sentence that names the folders whose figures :func:`pictures_in` leaves out, or nothing.
+
+    Raises:
+        ImageError: If the folder cannot be read.
+    """
+    root = Path(folder)
+    own = {path for path in _written(_below(root)) if path.is_file()}
+    if not own:
+        return ""
+    places = sorted({str(path.parent) for path in own})
+    named = ", ".join(f"'{place}'" for place in places[:_NAMED])
+    more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
+    count = f"{len(own)} pictures" if len(own) > 1 else "1 picture"
+    return f"Left out: {count} that simexplain wrote as results, in {named}{more}."
+
+
+def _below(root: Path) -> list[Path]:
+    """All that is in a folder and below, in no order."""
+    try:
+        # Folders may be links to elsewhere, which rglob follows only where it starts.
+        below = [path for child in root.iterdir() if child.is_dir() for path in child.rglob("*")]
+        return [*root.iterdir(), *below]
+    except OSError as error:
+        raise ImageError(f"'{root}' cannot be read ({error.strerror or error}).") from error
+
+
+def _written(found: Sequence[Path]) -> set[Path]:
+    """Which pictures simexplain wrote as part of a result."""
+    manifests = [path for path in found if path.suffix == ".json"]
+    return {picture for path in manifests for picture in written_pictures(path)}
 
 
 @dataclass

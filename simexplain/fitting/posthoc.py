@@ -29,6 +29,9 @@ from simexplain.networks import full_precision
 
 _UNLABELLED_STEEPNESS, _UNLABELLED_SHIFT = 0.5, 2.0
 
+FEW_A_CLASS = 3
+"""Pictures of a class, on average, from which on one head can be told from another."""
+
 
 @dataclass(frozen=True)
 class PostHoc:
@@ -101,7 +104,7 @@ class PostHoc:
             nodes=[len(head.weight) for head in heads],
             preset=options,
             origin="unlabelled" if labels is None else "labelled",
-            report=self._report(labels, len(places), broken),
+            report=self._report(labels, self._wanted(vectors, labels), len(places), broken),
         )
         _install(fitted, heads)
         rows = _edges(fitted, passes)
@@ -150,15 +153,46 @@ class PostHoc:
             for beta, offset in zip(model.betas, learned.offsets, strict=True):
                 beta.copy_(torch.where(torch.isinf(offset), beta, offset / scale))
 
+    def _wanted(self, vectors: Sequence[Tensor], labels: Tensor | None) -> int:
+        """Nodes of the largest head, if pictures were many enough."""
+        widest = max(level.shape[1] for level in vectors)
+        return self.nodes if labels is not None else min(self.nodes, widest)
+
     def _report(
-        self, labels: Tensor | None, images: int, broken: dict[Path, str]
+        self, labels: Tensor | None, nodes: int, images: int, broken: dict[Path, str]
     ) -> dict[str, Any]:
         report: dict[str, Any] = {"images": images, "seed": self.seed}
         if labels is not None:
             report |= {"classes": int(labels.max()) + 1, "epochs": self.epochs, "steps": self.steps}
         if broken:
             report["skipped"] = [str(path) for path in broken]
+        classes = 0 if labels is None else int(labels.max()) + 1
+        if warnings := too_few(images, classes, nodes):
+            report["warnings"] = list(warnings)
         return report
+
+
+def too_few(images: int, classes: int, nodes: int) -> tuple[str, ...]:
+    """What to know where heads were fitted on few pictures, a sentence each.
+
+    Args:
+        images: Pictures that were read.
+        classes: Of them, or 0 without labels.
+        nodes: Of the largest head.
+    """
+    said = []
+    if images < nodes:
+        said.append(
+            f"{images} pictures are fewer than the {nodes} nodes of a level, so they do not "
+            "determine its head and single nodes mean little; fit on more pictures, or with at "
+            f"most {images} nodes."
+        )
+    if classes and images < FEW_A_CLASS * classes:
+        said.append(
+            f"{images} pictures of {classes} classes are fewer than {FEW_A_CLASS} a class, too few "
+            "to choose a head by; fit on more pictures."
+        )
+    return tuple(said)
 
 
 @full_precision()

@@ -45,15 +45,16 @@ def features_and_rows(
 
 
 def origin_warnings(model: AVSL, still: str = "") -> tuple[str, ...]:
-    """What to know where heads were never trained or had no labels.
+    """What to know where heads were never trained, had no labels or few pictures.
 
     Args:
         model: The model.
         still: What holds nevertheless, before what does not.
     """
+    few = tuple(str(text) for text in model.report.get("warnings", ()))
     about = f"This model has {ORIGINS[model.origin]}"
     if model.origin == "untrained":
         return (f"{about}; fit or train it first.",)
     if model.origin == "unlabelled":
-        return (f"{about}: {still}nodes are directions of variance, not learned concepts.",)
-    return ()
+        return (f"{about}: {still}nodes are directions of variance, not learned concepts.", *few)
+    return few

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from simexplain.data.folders import results_in
 from simexplain.data.images import Picture, read_picture
 from simexplain.data.preprocessing import Geometry, prepared
 from simexplain.errors import ComparisonError, ModelError
@@ -125,6 +126,8 @@ def _gallery(
         f"'{index}' was indexed for this search alone; simexplain index keeps an index, and "
         "searching that does not run the network on the gallery.",
     )
+    if left_out := results_in(index):
+        said += (left_out,)
     if made.broken:
         said += (f"{len(made.broken)} pictures of '{index}' cannot be read and were left out.",)
     return made, said

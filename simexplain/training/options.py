@@ -215,6 +215,11 @@ def with_options(options: TrainOptions, said: Mapping[str, Any]) -> TrainOptions
     return replace(options, **{name: _tuples(value) for name, value in said.items()})
 
 
+def titled(name: str) -> str:
+    """A figure as a person writes it: ``Recall@1``, ``MAP@R``."""
+    return "MAP@R" if name == "map_at_r" else name.capitalize()
+
+
 def best_column(options: TrainOptions) -> str:
     """The column of ``metrics.csv`` that the best model is chosen by."""
     return f"recall@{options.ks[0]}" if options.best == "recall" else "map_at_r"

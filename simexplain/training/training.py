@@ -29,7 +29,7 @@ from simexplain.training.datasource import (
     searchable,
 )
 from simexplain.training.effects import left_out, without_effect
-from simexplain.training.options import TrainOptions
+from simexplain.training.options import TrainOptions, best_column, titled
 from simexplain.training.place import Place
 from simexplain.training.result import TrainResult
 from simexplain.training.resuming import check_same, go_on, resolved
@@ -222,6 +222,22 @@ def described(split: DataSplit, options: TrainOptions) -> dict[str, Any]:
     }
 
 
+def not_improved(result: TrainResult) -> str:
+    """What rose and what fell where the figure that chose the epoch did not rise, a sentence."""
+    before, after = result.untrained, result.reached
+    moved: dict[str, list[str]] = {"rose": [], "fell": []}
+    for name, value in after.items():
+        if value != before[name]:
+            said = f"{titled(name)} {before[name]:.3f} to {value:.3f}"
+            moved["rose" if value > before[name] else "fell"].append(said)
+    changes = [f"{', '.join(names)} {what}" for what, names in moved.items() if names]
+    told = f": {'; '.join(changes)}" if changes else ""
+    if not moved["rose"]:
+        return f"Training did not improve retrieval over the untrained network{told}."
+    chosen = titled(best_column(result.options))
+    return f"Training did not raise {chosen}, by which the epoch was chosen{told}."
+
+
 def _finished(
     folder: RunFolder, options: TrainOptions, warnings: tuple[str, ...], *, write: bool
 ) -> TrainResult:
@@ -238,8 +254,7 @@ def _finished(
         warnings=warnings,
     )
     if not result.improved:
-        said = "Training did not improve retrieval over the untrained network."
-        result = replace(result, warnings=(*warnings, said))
+        result = replace(result, warnings=(*warnings, not_improved(result)))
     if write:
         folder.write_json(RESULTS, result.to_json())
     return result
