@@ -38,6 +38,6 @@ def command(out: Path, force: bool) -> None:
         model = load_model(DEFAULT_MODEL)
         with as_file(files("simexplain").joinpath("data/demo")) as folder:
             paths = [folder / f"{role}.jpg" for role in ("anchor", "positive", "negative")]
-            result = explain_files(model, paths, "triplet", weights="signed")
+            result = explain_files(model, paths, "triplet")
         written = result.save(out, force=force)
     report(result, written)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simexplain.checking import checked, joined_checks
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError, first_line
 from simexplain.explanation import Explanation, GivenVector, versions
-from simexplain.methods import METHODS, PIXELS, ChoosesLayers, Method, options_of, takes_layers
+from simexplain.methods import ChoosesLayers, Method, takes_layers
+from simexplain.methods.rows import Layers, Methods, Row, rows_of
 from simexplain.methods.similarity_attention import AttentionMaps
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
@@ -26,8 +28,6 @@ from simexplain.networks import full_precision
 from simexplain.pair_explanation import PairExplanation
 from simexplain.tracing import trace
 
-Layers = str | Sequence[str] | None
-
 SCORED = ("similarity_cam", *WITH_GRADIENTS, *WITHOUT_GRADIENTS)
 """Methods that explain a learned score of two images."""
 
@@ -38,7 +38,7 @@ _MOVED_FAR = 0.1
 def explain(
     model: PairModel,
     comparison: Comparison,
-    method: str | Method = "sam",
+    method: Methods = None,
     layer: Layers = None,
     **options: Any,
 ) -> PairExplanation: ...
@@ -48,13 +48,14 @@ def explain(
 def explain(
     model: nn.Module,
     comparison: Comparison,
-    method: str | Method = "sam",
+    method: Methods = None,
     layer: Layers = None,
     *,
     magnify: float = 1,
     scale: str = "image",
     labels: Sequence[str] = (),
     max_batch: int | None = None,
+    check: bool = True,
     **options: Any,
 ) -> Explanation: ...
 
@@ -63,13 +64,14 @@ def explain(
 def explain(
     model: nn.Module | PairModel,
     comparison: Comparison,
-    method: str | Method = "sam",
+    method: Methods = None,
     layer: Layers = None,
     *,
     magnify: float = 1,
     scale: str = "image",
     labels: Sequence[str] = (),
     max_batch: int | None = None,
+    check: bool = True,
     **options: Any,
 ) -> Explanation | PairExplanation:
     """Explains why the images of each comparison are alike or different to a model.
@@ -84,7 +86,10 @@ def explain(
             Of a model of two images (``as_pair_model``) the result is a ``PairExplanation``.
         comparison: Preprocessed images ``(C,H,W)``, which are moved to the model's device and
             type, and perhaps given vectors ``(E,)``.
-        method: A name in ``METHODS`` or an object like ``SimilarityAttention(weights="signed")``.
+        method: A name in ``METHODS``, an object like ``SimilarityAttention(weights="signed")``, or
+            several, of which the first makes the result and the others its rows. None makes
+            similarity attention as published and ``focus`` from one pass; with a layer or an
+            option similarity attention alone, along a direction ``focus`` alone.
         layer: A layer, several to be multiplied, or None for the
             method's own choice, else the model's default. Of a pair model one for both towers, or
             two, one for each.
@@ -93,7 +98,10 @@ def explain(
         scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
         labels: What each given vector stands for, in order, for figures and files.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
-        **options: Passed to a method given by name, such as ``weights="relative"``.
+        check: Hide what each map marks, and as much elsewhere, and ask the model again
+            (:func:`~simexplain.checking.checked`): ``2R + 1`` more passes of each image for ``R``
+            methods.
+        **options: Passed to the methods given by name, such as ``weights="relative"``.
 
     Raises:
         ComparisonError: If images, vectors or options do not fit.
@@ -103,8 +111,9 @@ def explain(
         if magnify != 1 or labels:
             raise ComparisonError("Pair models take neither magnify nor labels; leave them away.")
         return _explain_pair(
-            model, comparison, method, layer, scale=scale, max_batch=max_batch, **options
-        )
+            model, comparison, method, layer, scale=scale, max_batch=max_batch, check=check,
+            **options,
+        )  # fmt: skip
     wrapped = as_similarity_model(model)
     check_images(comparison)
     comparison = checked_vectors(wrapped, comparison)
@@ -114,12 +123,12 @@ def explain(
         view = comparison.like(_enlarged(comparison.stacked(), magnify))
     return explain_view(
         wrapped, comparison, view, method, layer, magnify=magnify, scale=scale,
-        labels=labels, max_batch=max_batch, **options,
+        labels=labels, max_batch=max_batch, check=check, **options,
     )  # fmt: skip
 
 
 def _explain_pair(
-    model: PairModel, comparison: Comparison, method: str | Method, layer: Layers, **chosen: Any
+    model: PairModel, comparison: Comparison, method: Methods, layer: Layers, **chosen: Any
 ) -> PairExplanation:
     """Both sides of a pair model, each with the other one held."""
     if not isinstance(comparison, Comparison) or comparison.given or comparison.anchor.dim() != 4:
@@ -153,7 +162,7 @@ def _explain_pair(
 def _explain_score(
     model: PairModel,
     comparison: Comparison,
-    method: str | Method,
+    method: Methods,
     layers: Sequence[Any],
     **chosen: Any,
 ) -> PairExplanation:
@@ -164,7 +173,8 @@ def _explain_score(
             f"Expected pairs for a learned score, got {1 + others.shape[1]} images in a comparison;"
             " explain them pair by pair."
         )
-    method = "similarity_cam" if method == "sam" else method  # one number has nothing to weigh
+    # One number has nothing to weigh.
+    method = "similarity_cam" if method in (None, "sam") else method
     scored: dict[str, Any] = {"score": "dot"} if method == "similarity_cam" else {}
     if not isinstance(method, str) or method not in SCORED:
         raise ModelError(
@@ -179,7 +189,9 @@ def _explain_score(
             held = model.given(side, other[None])
             along = Comparison.along(own[None], torch.tensor([1.0, 0.0]))
             found = explain(held, along, method, layers[side], **scored, **chosen)
-            sides[side].append(replace(found, options={**found.options, "score": "learned"}))
+            seen = found.check and replace(found.check, moved=found.check.moved * torch.nan)
+            told = {**found.options, "score": "learned"}
+            sides[side].append(replace(found, options=told, check=seen))
     first, second = (_joined(parts) for parts in sides)
     return PairExplanation(first, second, first.scores[:, 0])
 
@@ -212,6 +224,8 @@ def _joined(parts: Sequence[Explanation]) -> Explanation:
     said = tuple(dict.fromkeys(line for part in parts for line in part.warnings))
     rests = [part.unexplained for part in parts if part.unexplained is not None]
     joined["unexplained"] = torch.cat(rests) if len(rests) == len(parts) else None
+    checks = [part.check for part in parts if part.check is not None]
+    joined["check"] = joined_checks(checks) if checks else None
     return replace(parts[0], layer_maps=layer_maps, warnings=said, **joined)
 
 
@@ -220,13 +234,14 @@ def explain_view(
     model: SimilarityModel,
     comparison: Comparison,
     view: Comparison,
-    method: str | Method,
+    method: Methods,
     layer: Layers,
     *,
     magnify: float,
     scale: str,
     max_batch: int | None,
     labels: Sequence[str] = (),
+    check: bool = False,
     **options: Any,
 ) -> Explanation:
     """Explains ``view``, which shows the same images as ``comparison``, perhaps larger.
@@ -235,44 +250,75 @@ def explain_view(
     """
     check_images(comparison)
     vectors = _labelled(comparison, labels)
-    chosen = _method(method, options)
     with _magnified(view, magnify):
-        layers = _layers(model, view, layer, chosen)
-        found = chosen(model, view, layers, max_batch=max_batch)
-    _check_finite(found)
-    own, moved = found.embeddings, None
+        made = rows_of(model, view, method, layer, options, max_batch)
+    own, moved = made[0].found.embeddings, None
     if view is not comparison:
         own = embeddings_of(model, comparison, max_batch)
-        moved = 1 - (own * found.embeddings).sum(dim=2)
-    pictures = view.stacked().flatten(0, 1)
-    # The layers of a bank or of AVSL are known, and no survey is made for warnings alone.
-    surveyed = not isinstance(chosen, ChoosesLayers) or model.is_surveyed(pictures)
-    known = takes_layers(chosen) and surveyed
-    return Explanation(
-        maps=found.maps,
-        layer_maps=found.layer_maps,
-        weights=found.weights,
-        scores=found.scores,
-        embeddings=(members := comparison.joined(own)),
-        distances=distances_of(model, members if comparison.unit else F.normalize(members, dim=2)),
-        positives=comparison.positives.shape[1],
-        images=view.stacked(),
-        preprocess=model.preprocess,
-        method=method if isinstance(method, str) else _name(method),
-        model=model.name,
-        layers=layers,
-        options=_told(chosen, magnify),
-        warnings=found.warnings
-        + _more_warnings(found, moved, comparison)
-        + (model.cautions(layers, pictures, found.embeddings.flatten(0, 1)) if known else ()),
-        versions=versions(),
-        moved=moved,
-        scale=scale,
-        region=model.region(layers, pictures) if known else WHOLE,
-        bypass=model.bypass(layers, pictures) if known else {},
-        unexplained=found.unexplained,
-        vectors=vectors,
-    )
+        moved = 1 - (own * made[0].found.embeddings).sum(dim=2)
+    members = comparison.joined(own)
+    rows = _explanations(
+        model, comparison, view, made, magnify=magnify, embeddings=members, moved=moved,
+        scale=scale, vectors=vectors,
+    )  # fmt: skip
+    if check:
+        heats = [row.heatmaps for row in rows]
+        checks = checked(model, comparison, members, heats, max_batch)
+        rows = [replace(row, check=one) for row, one in zip(rows, checks, strict=True)]
+    return replace(rows[0], others=tuple(rows[1:]))
+
+
+def _explanations(
+    model: SimilarityModel,
+    comparison: Comparison,
+    view: Comparison,
+    made: Sequence[Row],
+    *,
+    magnify: float,
+    embeddings: Tensor,
+    moved: Tensor | None,
+    **said: Any,
+) -> list[Explanation]:
+    """What each method found, with all that is the same for every one of them."""
+    rows = embeddings if comparison.unit else F.normalize(embeddings, dim=2)
+    images = view.stacked()
+    pictures = images.flatten(0, 1)
+    same: dict[str, Any] = {
+        "embeddings": embeddings,
+        "distances": distances_of(model, rows),
+        "positives": comparison.positives.shape[1],
+        "images": images,
+        "preprocess": model.preprocess,
+        "model": model.name,
+        "versions": versions(),
+        "moved": moved,
+        **said,
+    }
+    explained = []
+    for row in made:
+        _check_finite(row.found)
+        # The layers of a bank or of AVSL are known, and no survey is made for warnings alone.
+        surveyed = not isinstance(row.method, ChoosesLayers) or model.is_surveyed(pictures)
+        known = takes_layers(row.method) and surveyed
+        warnings = row.found.warnings + _more_warnings(row.found, moved, comparison)
+        if known:
+            own = row.found.embeddings.flatten(0, 1)
+            warnings += model.cautions(row.layers, pictures, own)
+        explained.append(Explanation(
+            maps=row.found.maps,
+            layer_maps=row.found.layer_maps,
+            weights=row.found.weights,
+            scores=row.found.scores,
+            unexplained=row.found.unexplained,
+            method=row.name,
+            layers=row.layers,
+            options=_told(row.method, magnify),
+            warnings=warnings,
+            region=model.region(row.layers, pictures) if known else WHOLE,
+            bypass=model.bypass(row.layers, pictures) if known else {},
+            **same,
+        ))  # fmt: skip
+    return explained
 
 
 def checked_vectors(model: SimilarityModel, comparison: Comparison) -> Comparison:
@@ -396,57 +442,6 @@ def _check_finite(found: AttentionMaps) -> None:
             "A map is not finite although the embeddings are; look for overflow in half precision "
             "or in the method's options."
         )
-
-
-def _method(method: str | Method, options: dict[str, Any]) -> Method:
-    if not isinstance(method, str):
-        if options:
-            raise ComparisonError(
-                f"Expected options {', '.join(options)} inside the method object, not beside it."
-            )
-        return method
-    if method not in METHODS:
-        raise ComparisonError(f"Expected method to be one of {', '.join(METHODS)}, got '{method}'.")
-    made = METHODS[method]
-    known = [field.name for field in options_of(made)]
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ComparisonError(
-            f"Method '{method}' has the options {', '.join(known)}, got '{unknown[0]}'."
-        )
-    return made(**options)
-
-
-def _layers(
-    model: SimilarityModel, view: Comparison, layer: Layers, method: Method
-) -> tuple[str, ...]:
-    own = None
-    if isinstance(method, ChoosesLayers) and (layer is None or not takes_layers(method)):
-        own = method.layers_for(model, view.stacked()[:, 0])
-    if layer is not None and not takes_layers(method):
-        what = f"has layers of its own ({', '.join(own)})" if own else "works on pixels"
-        known = ", ".join(field.name for field in options_of(method))
-        raise ModelError(
-            f"Method '{_name(method)}' {what} and takes no layer, got {layer!r}; leave it away "
-            f"(the method's options are {known or 'none'})."
-        )
-    if own is not None:
-        return own
-    if not takes_layers(method):
-        return (PIXELS,)
-    if layer is None:
-        return (model.default_for(view.stacked()[:, 0]),)
-    layers = (layer,) if isinstance(layer, str) else tuple(layer)
-    if not layers or len(set(layers)) != len(layers):
-        raise ModelError(f"Expected one or more different layers, got {list(layers)}.")
-    return layers
-
-
-def _name(method: Method) -> str:
-    for name, made in METHODS.items():
-        if isinstance(made, type) and isinstance(method, made):
-            return name
-    return type(method).__name__
 
 
 def _told(method: Method, magnify: float) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from simexplain.data.folders import Batches, pictures_in
 from simexplain.data.images import Picture, read_picture
 from simexplain.data.preprocessing import Geometry, Preprocess, prepared
 from simexplain.errors import ComparisonError, ImageError
-from simexplain.explaining import Layers, check_magnify, checked_vectors, explain, explain_view
+from simexplain.explaining import check_magnify, checked_vectors, explain, explain_view
 from simexplain.explanation import Explanation
-from simexplain.methods import Method
+from simexplain.methods.rows import Layers, Methods
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
 from simexplain.models.pairs import PairModel
@@ -30,7 +30,7 @@ def explain_files(
     model: nn.Module,
     paths: Sequence[str | Path],
     arch: str = "triplet",
-    method: str | Method = "sam",
+    method: Methods = None,
     layer: Layers = None,
     *,
     different: bool = False,
@@ -38,6 +38,7 @@ def explain_files(
     magnify: float = 1,
     scale: str = "image",
     max_batch: int | None = None,
+    check: bool = True,
     **options: Any,
 ) -> Explanation:
     """Reads pictures, explains them, and maps the heat back onto the pictures themselves.
@@ -47,7 +48,8 @@ def explain_files(
             an embedding.
         paths: Picture files, anchor first, then positives, then negatives.
         arch: ``siamese``, ``triplet``, ``quadruplet`` or ``set``.
-        method: A name in ``METHODS`` or an object like ``SimilarityAttention(weights="signed")``.
+        method: As for :func:`~simexplain.explaining.explain`: a name, an object, several to make
+            rows, or None for similarity attention as published and ``focus``.
         layer: A layer, several to be multiplied, or None for the model's default.
         different: The other image of a siamese pair is a negative.
         positives: How many images after the anchor are positives, for ``set``.
@@ -55,6 +57,7 @@ def explain_files(
             detail; the result reports how far that moved the embeddings.
         scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
+        check: Hide what each map marks, and as much elsewhere, and ask the model again.
         **options: Passed to a method given by name, such as ``weights="relative"``.
 
     Raises:
@@ -72,14 +75,12 @@ def explain_files(
         view, geometries = _tensors(wrapped, pictures, magnify, count)
     result = explain_view(
         wrapped, own, view, method, layer, magnify=magnify, scale=scale, max_batch=max_batch,
-        **options,
+        check=check, **options,
     )  # fmt: skip
-    notes = wrapped.preprocess.notes + tuple(n for picture in pictures for n in picture.notes)
-    return replace(
-        result,
+    return result.placed(
+        wrapped.preprocess.notes + tuple(n for picture in pictures for n in picture.notes),
         pictures=tuple(map(wrapped.preprocess.drawn, pictures)),
         geometries=tuple(geometries),
-        warnings=notes + result.warnings,
     )
 
 
@@ -88,13 +89,14 @@ def explain_against(
     path: str | Path,
     positives: Mapping[str, Tensor],
     negatives: Mapping[str, Tensor] | None = None,
-    method: str | Method = "sam",
+    method: Methods = None,
     layer: Layers = None,
     *,
     direction: bool = False,
     magnify: float = 1,
     scale: str = "image",
     max_batch: int | None = None,
+    check: bool = True,
     **options: Any,
 ) -> Explanation:
     """Reads a picture and explains it against given vectors: texts, centroids, stored rows.
@@ -105,12 +107,14 @@ def explain_against(
         path: The picture.
         positives: Vectors ``(E,)`` that the picture should be like, by their labels.
         negatives: Vectors that it should not be like.
-        method: A name in ``METHODS`` or an object like ``SimilarityAttention(weights="signed")``.
+        method: As for :func:`~simexplain.explaining.explain`: a name, an object, several to make
+            rows, or None for similarity attention as published and ``focus``.
         layer: A layer, several to be multiplied, or None for the model's default.
         direction: The one positive is a direction, whose score is ``f . d``.
         magnify: As for :func:`explain_files`.
         scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
+        check: Hide what each map marks, and as much elsewhere, and ask the model again.
         **options: Passed to a method given by name, such as ``weights="relative"``.
 
     Raises:
@@ -142,13 +146,12 @@ def explain_against(
         view = against(views)
     result = explain_view(
         wrapped, own, view, method, layer, magnify=magnify, scale=scale, max_batch=max_batch,
-        labels=[*positives, *negatives], **options,
+        labels=[*positives, *negatives], check=check, **options,
     )  # fmt: skip
-    return replace(
-        result,
+    return result.placed(
+        wrapped.preprocess.notes + pictures[0].notes,
         pictures=tuple(map(wrapped.preprocess.drawn, pictures)),
         geometries=tuple(geometries),
-        warnings=wrapped.preprocess.notes + pictures[0].notes + result.warnings,
     )
 
 
@@ -157,7 +160,7 @@ def explain_pair_files(
     anchor: str | Path,
     positives: Sequence[str | Path],
     negatives: Sequence[str | Path] = (),
-    method: str | Method = "sam",
+    method: Methods = None,
     layer: Layers = None,
     **options: Any,
 ) -> PairExplanation:
@@ -168,9 +171,9 @@ def explain_pair_files(
         anchor: The picture for the first tower.
         positives: Pictures for the second tower that should be close.
         negatives: Pictures for the second tower that should be far.
-        method: A name in ``METHODS``.
+        method: As for :func:`~simexplain.explaining.explain`.
         layer: One layer for both towers, two for one each, or None for the models' defaults.
-        **options: ``scale``, ``max_batch``, and the options of the method.
+        **options: ``scale``, ``max_batch``, ``check`` and the options of the method.
 
     Raises:
         ImageError: If a picture cannot be read.
@@ -190,17 +193,15 @@ def explain_pair_files(
     comparison = Comparison(views[0], others[:, :near], others[:, near:])
     result = explain(model, comparison, method, layer, **options)
     first, second = (
-        replace(
-            side,
+        side.placed(
+            tower.preprocess.notes + tuple(note for picture in shown for note in picture.notes),
             pictures=tuple(map(tower.preprocess.drawn, shown)),
             geometries=places,
-            warnings=tower.preprocess.notes + tuple(n for p in shown for n in p.notes)
-            + side.warnings,
         )
         for side, tower, shown, places in zip(
             result.sides, towers, pictures, geometries, strict=True
         )
-    )  # fmt: skip
+    )
     return replace(result, first=first, second=second)
 
 

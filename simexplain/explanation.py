@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from simexplain.checking import Agreement, Check, agreement_of, doubt_of
 from simexplain.comparison import architecture, roles
 from simexplain.data.images import Picture
 from simexplain.data.preprocessing import Geometry, Preprocess
 from simexplain.errors import ComparisonError
-from simexplain.methods import METHODS
+from simexplain.methods import METHODS, options_of
 from simexplain.metrics.maps import peak_of, placed
 
 if TYPE_CHECKING:
@@ -98,6 +99,10 @@ class Explanation:
             image; zero is drawn beyond it.
         bypass: For each layer the share of the embedding that bypasses it, 0 to 1, where that is
             known; what bypasses a layer its map cannot show.
+        others: What other methods found in the same comparisons, the further rows of a figure;
+            these have no others themselves. See :attr:`rows`.
+        check: What became of the claim when parts of the images were hidden; None where that was
+            not asked for.
     """
 
     maps: Tensor
@@ -123,6 +128,8 @@ class Explanation:
     vectors: tuple[GivenVector, ...] = ()
     region: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
     bypass: Mapping[str, float] = field(default_factory=dict)
+    others: tuple[Explanation, ...] = field(default=(), repr=False)
+    check: Check | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.scale not in SCALES:
@@ -132,6 +139,37 @@ class Explanation:
 
     def __len__(self) -> int:
         return int(self.maps.shape[0])
+
+    @property
+    def rows(self) -> tuple[Explanation, ...]:
+        """This explanation and those of :attr:`others`."""
+        return (self, *self.others)
+
+    @property
+    def title(self) -> str:
+        """What a row of a figure is called: the two of the default say what they are."""
+        return _title(self.method, self.layers, self.options)
+
+    def agreement(self, index: int = 0) -> tuple[Agreement, ...]:
+        """How far each of the other rows shows what the first one shows in comparison ``index``."""
+        heats = [row.heatmaps_at(index) for row in self.rows]
+        peaks = [row.view_peaks(index) for row in self.rows]
+        return tuple(
+            agreement_of(
+                (self.title, row.title), (heats[0], heats[number]), (peaks[0], peaks[number]),
+                (self.check, row.check), index,
+            )
+            for number, row in enumerate(self.others, start=1)
+        )  # fmt: skip
+
+    def doubt(self, index: int = 0) -> str | None:
+        """Why no row of comparison ``index`` can be believed, by its check; else None."""
+        return doubt_of([row.check for row in self.rows if row.check is not None], index)
+
+    def placed(self, notes: Sequence[str] = (), **fields: Any) -> Explanation:
+        """The same in all rows with other fields, such as pictures, and more warnings in front."""
+        own = replace(self, warnings=(*notes, *self.warnings), **fields)
+        return replace(own, others=tuple(row.placed(notes, **fields) for row in self.others))
 
     @property
     def negatives(self) -> int:
@@ -323,6 +361,20 @@ class Explanation:
         if len(self) > _SHOWN:
             parts.append(f"<p>{len(self) - _SHOWN} more comparisons: .figure(index)</p>")
         return "\n".join(parts)
+
+
+def _title(method: str, layers: Sequence[str], options: Mapping[str, Any]) -> str:
+    if method == "focus":
+        return "where the match is"
+    chosen = {field.name: field.default for field in options_of(METHODS.get(method))}
+    told = [f"{key} {value}" for key, value in options.items() if value != chosen.get(key)]
+    if (
+        method == "sam"
+        and len(layers) == 1
+        and not [line for line in told if "magnify" not in line]
+    ):
+        return "similarity attention, as published"
+    return ", ".join([method, *told])
 
 
 def versions() -> dict[str, str]:

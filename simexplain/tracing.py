@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -66,6 +66,10 @@ class Trace:
     def maps(self) -> dict[str, Tensor]:
         """The feature maps ``(M,C,h,w)`` of each layer, in the graph."""
         return {layer: self._grid(layer, chunks) for layer, chunks in self.outputs.items()}
+
+    def at(self, layers: Sequence[str]) -> Trace:
+        """The same pass, opened at some of its layers only: gradients need go no further down."""
+        return replace(self, outputs={layer: self.outputs[layer] for layer in layers})
 
     def gradients(self, score: Tensor, *, create_graph: bool = False) -> dict[str, Tensor]:
         """The gradient of a scalar with respect to the map of every traced layer.

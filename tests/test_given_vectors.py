@@ -92,7 +92,8 @@ def test_a_direction_is_scored_with_its_sign_and_length(
     torch.testing.assert_close(here.maps.sum(), row @ direction, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(there.maps, -2 * here.maps, rtol=1e-4, atol=1e-6)
     with pytest.raises(ComparisonError, match="which a direction does not have"):
-        explain(tiny, Comparison.along(images[:1], direction))
+        explain(tiny, Comparison.along(images[:1], direction), "sam")
+    assert explain(tiny, Comparison.along(images[:1], direction)).method == "focus"
 
 
 @pytest.mark.parametrize("method", WITH_VECTORS)

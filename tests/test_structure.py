@@ -34,7 +34,7 @@ LEVELS = [
     ["simexplain.surveying", "simexplain.attention_recording"],
     ["simexplain.models"],
     ["simexplain.methods"],
-    ["simexplain.losses"],
+    ["simexplain.losses", "simexplain.checking"],
     ["simexplain.explanation"],
     ["simexplain.picturing"],
     ["simexplain.saving"],

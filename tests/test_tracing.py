@@ -139,8 +139,15 @@ def test_every_image_goes_forward_once_and_backward_once(tiny: TinyNet, images: 
     explain(model, comparison)  # the layers are looked up once
     for options in ({}, {"through_weights": True}, {"layer": ["body", "last"]}):
         calls.update(forward=0, backward=0)
-        explain(model, comparison, **{"layer": "last", **options})
+        explain(model, comparison, **{"layer": "last", "check": False, **options})
         assert calls == {"forward": 20, "backward": 20}
+    # Both rows of the default share the pass; the check has 2 images a row and one for both.
+    for check, more in ((False, 0), (True, 5)):
+        calls.update(forward=0, backward=0)
+        found = explain(model, comparison, check=check)
+        assert calls["forward"] == 20 * (1 + more)
+        if check:
+            assert sum(row.check.images for row in found.rows) == 20 * more
 
 
 def test_several_layers_at_once_equal_each_alone(tiny: TinyNet, images: Tensor) -> None:

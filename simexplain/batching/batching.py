@@ -29,9 +29,9 @@ from simexplain.batching.rows import Rows, read_rows
 from simexplain.batching.shards import ShardWriter
 from simexplain.batching.table import check_extra
 from simexplain.errors import ComparisonError
-from simexplain.explaining import Layers
 from simexplain.explanation import Explanation
 from simexplain.methods import Method
+from simexplain.methods.rows import Layers
 from simexplain.models.embedder import as_similarity_model
 from simexplain.training.run_folder import first_process
 

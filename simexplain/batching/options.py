@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from simexplain.errors import ComparisonError, ModelError
-from simexplain.explaining import Layers, check_magnify
+from simexplain.explaining import check_magnify
 from simexplain.methods import Method
+from simexplain.methods.rows import Layers
 from simexplain.models.base import SimilarityModel
 
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")

@@ -89,7 +89,9 @@ def compare_methods(
 
     def explained(recipe: Recipe) -> Explanation:
         method, layer, options = recipe
-        return explain(wrapped, comparison, method, layer, max_batch=max_batch, **options)
+        return explain(
+            wrapped, comparison, method, layer, max_batch=max_batch, check=False, **options
+        )
 
     run = _Run(wrapped, question, masking, steps, baseline, tolerance, max_batch, seed)
     return run.compared(recipes_of(methods), explained, (), progress, estimate)
@@ -150,9 +152,11 @@ def compare_files(
         if options.get("magnify", 1) != 1:  # then the pictures' own finer detail is shown
             return explain_files(
                 wrapped, paths, arch, method, layer, different=different, positives=positives,
-                max_batch=max_batch, **options,
+                max_batch=max_batch, check=False, **options,
             )  # fmt: skip
-        found = explain(wrapped, question.comparison, method, layer, max_batch=max_batch, **options)
+        found = explain(
+            wrapped, question.comparison, method, layer, max_batch=max_batch, check=False, **options
+        )
         return replace(found, pictures=question.pictures, geometries=question.geometries)
 
     notes = tuple(note for picture in question.pictures for note in picture.notes)

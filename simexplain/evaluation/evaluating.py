@@ -195,7 +195,8 @@ class _Run:
             self.model,
             lambda: explain_files(
                 self.model, item.paths, item.arch, method, layer, different=item.different,
-                positives=item.positives, max_batch=self.max_batch, **options,
+                positives=item.positives, max_batch=self.max_batch,
+                check=False, **options,
             ),
         )  # fmt: skip
 

@@ -7,8 +7,8 @@ from dataclasses import MISSING, Field
 from typing import Any
 
 from simexplain.errors import ComparisonError, SimexplainError
-from simexplain.explaining import Layers
 from simexplain.methods import METHODS, Method, option_from, options_of
+from simexplain.methods.rows import Layers
 
 Recipe = tuple[str | Method, Layers, Mapping[str, Any]]
 """A method, its layers and its options, as ``explain_files`` takes them."""

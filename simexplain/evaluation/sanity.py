@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from simexplain.comparison import Comparison
 from simexplain.errors import ModelError
 from simexplain.evaluation.results import SanityScores
-from simexplain.explaining import Layers, explain
+from simexplain.explaining import explain
 from simexplain.methods import Method, takes_layers
+from simexplain.methods.rows import Layers
 from simexplain.metrics.randomising import randomisable, randomised
 from simexplain.metrics.stability import AGREEMENTS
 from simexplain.models.embedder import as_similarity_model
@@ -55,7 +56,7 @@ def sanity_check(
     if not names:
         raise ModelError(f"{wrapped.name} has no parameters that could be randomised.")
     chosen = _depths(depths, len(names))
-    own = explain(wrapped, comparison, method, layer, max_batch=max_batch, **options)
+    own = explain(wrapped, comparison, method, layer, max_batch=max_batch, check=False, **options)
     used = own.layers if layer is None and takes_layers(method) else layer
     found: list[Tensor] = []
     broken: dict[str, str] = {}
@@ -64,7 +65,7 @@ def sanity_check(
         with randomised(network, depth, seed, names):
             try:
                 maps = explain(
-                    wrapped, comparison, method, used, max_batch=max_batch, **options
+                    wrapped, comparison, method, used, max_batch=max_batch, check=False, **options
                 ).maps
             except ModelError as error:  # such as an embedding that is zero now
                 broken[str(depth)] = str(error)

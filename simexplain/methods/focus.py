@@ -107,6 +107,17 @@ class Focus:
         """
         flat = images.stacked().flatten(0, 1)
         traced = trace_vectors(model, flat, layers, max_batch=max_batch, middle=False).trace
+        return self.attend(traced, images)
+
+    def attend(self, traced: Trace, images: Comparison) -> AttentionMaps:
+        """Maps from a pass that has been made already, without a graph.
+
+        Args:
+            traced: A trace of ``images.stacked().flatten(0, 1)`` up to the vectors that are
+                explained, not normalised, as ``trace_vectors`` makes it with ``middle=False``.
+            images: Tells which image has which role; its values are not read.
+        """
+        layers = traced.layers
         vectors = at_least_single(traced.embeddings.detach())
         units = images.restacked(unit_rows(vectors))
         check_embeddings(units, images.roles)
@@ -177,14 +188,14 @@ def _evidence(
     with torch.enable_grad():
         maps = {layer: at_least_single(grid) for layer, grid in traced.maps.items()}
         margin = (at_least_single(traced.embeddings) * directions).sum()
-        slope = at_least_single(traced.gradients(margin)[top])
+        slope = at_least_single(traced.at([top]).gradients(margin)[top])
         alpha = unit_rows(slope.mean(dim=(2, 3)))
         cosines = weighted(alpha, F.normalize(maps[top], dim=1))
         cells = cosines * directions.norm(dim=1).to(cosines).view(-1, 1, 1)
         level = cells.detach().mean(dim=(1, 2), keepdim=True)
         cells = cells - level * alone.to(level).view(-1, 1, 1)
         evidence = F.softplus(contrast * cells) * maps[top].detach().norm(dim=1)
-        gradients = traced.gradients(evidence.sum()) if finer else {}
+        gradients = traced.at(finer).gradients(evidence.sum()) if finer else {}
     # Some layers have values of both signs: only what is there can be evidence.
     cams = {
         name: layer_cam(maps[name].detach().relu(), at_least_single(gradients[name]))
@@ -207,7 +218,7 @@ def _likeness(traced: Trace, layers: Sequence[str], support: Tensor) -> Tensor:
     with torch.enable_grad():
         units = unit_rows(at_least_single(traced.embeddings))
         cosines = (units * support).sum(dim=1)
-        gradients = traced.gradients(cosines.sum())
+        gradients = traced.at(layers).gradients(cosines.sum())
     with torch.no_grad():
         rest = support - cosines.unsqueeze(1) * units
         cams = layer_cams(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from simexplain.methods.held_norms import Holding, Norm, find_norms, freed_norms, holding
 from simexplain.methods.short_tails import ShortTail, short_tail
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import undisturbed
+from simexplain.networks import undisturbed, unit_rows
 from simexplain.tapes import Held, Tape
 from simexplain.tracing import Trace, rerun, trace
 
@@ -70,6 +70,7 @@ class VectorTrace:
         images: ``(M,3,H,W)``.
         size: Images of each chunk; the last one is filled up where the model takes no other
             number.
+        recorded: The pass as the network made it, with no normalisation held.
         norms: How many normalisations are held or left out.
     """
 
@@ -77,6 +78,7 @@ class VectorTrace:
     model: RawVectors
     images: Tensor
     size: int
+    recorded: Trace
     norms: int = 0
     _tails: tuple[Tail, ...] = field(default=(), repr=False)
 
@@ -84,6 +86,13 @@ class VectorTrace:
     def vectors(self) -> Tensor:
         """``(M,E)``, without a graph."""
         return self.trace.embeddings.detach()
+
+    @property
+    def units(self) -> Trace:
+        """The pass as the network made it, with unit rows in the place of its vectors."""
+        with torch.enable_grad():
+            rows = unit_rows(self.recorded.embeddings)
+        return replace(self.recorded, embeddings=rows)
 
     def rerun(self, layer: str, chunk: int, output: Tensor, *, last: bool = False) -> Tensor:
         """The vectors ``(n,E)`` of a chunk when a layer gives another output, differentiable in it.
@@ -181,7 +190,7 @@ def trace_vectors(
     raw = RawVectors(model)
     size = model.pass_size(len(images), min(max_batch or _AT_ONCE, _AT_ONCE))
     traced = trace(raw, images, layers, max_batch=size, taped=True)
-    plain = VectorTrace(traced, raw, images, size)
+    plain = VectorTrace(traced, raw, images, size, recorded=traced)
     if not layers or not all(
         tape.replays(traced.outputs[layer][chunk])
         for chunk, tape in enumerate(traced.tapes)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
-from simexplain.explaining import Layers, explain
+from simexplain.explaining import explain
 from simexplain.explanation import Explanation
 from simexplain.methods import Method
+from simexplain.methods.rows import Layers
 from simexplain.metrics.maps import grown
 from simexplain.models.base import SimilarityModel
 from simexplain.segmentation.cue import SHAPES
@@ -99,8 +100,9 @@ def attend(
     shape = SHAPES.get(method, {}) if isinstance(method, str) else {}
     options = {**shape, **options}
     found = explain(
-        model, comparison, method, layer, magnify=magnify, max_batch=max_batch, **options
-    )
+        model, comparison, method, layer, magnify=magnify, max_batch=max_batch, check=False,
+        **options,
+    )  # fmt: skip
     size = int(test.shape[-2]), int(test.shape[-1])
     heatmaps = grown(found.heatmaps.cpu(), size)  # magnified maps are larger
     heat = heatmaps[:, place].mean(dim=0)

@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from simexplain.errors import ComparisonError
-from simexplain.explaining import Layers
 from simexplain.explanation import versions
 from simexplain.methods import Method
+from simexplain.methods.rows import Layers
 from simexplain.models.embedder import as_similarity_model
 from simexplain.networks import full_precision
 from simexplain.segmentation.attending import Attention, attend, check_tensors

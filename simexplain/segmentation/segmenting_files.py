@@ -15,8 +15,8 @@ from simexplain.data.images import Picture, read_picture
 from simexplain.data.preprocessing import Geometry, Preprocess, prepared
 from simexplain.errors import ComparisonError
 from simexplain.evaluation.items import read_mask
-from simexplain.explaining import Layers
 from simexplain.methods import Method
+from simexplain.methods.rows import Layers
 from simexplain.models.embedder import as_similarity_model
 from simexplain.segmentation.attending import attend
 from simexplain.segmentation.cue import Cue, default_cue

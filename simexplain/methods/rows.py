@@ -1,0 +1,190 @@
+"""Which methods are asked, with which layers, and what they find: one row of maps for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from simexplain.comparison import Comparison
+from simexplain.errors import ComparisonError, ModelError
+from simexplain.methods import METHODS, PIXELS, ChoosesLayers, Method, options_of, takes_layers
+from simexplain.methods.focus import Focus
+from simexplain.methods.one_pass import attended, shares
+from simexplain.methods.similarity_attention import AttentionMaps, SimilarityAttention
+from simexplain.models.avsl import AVSL
+from simexplain.models.base import SimilarityModel
+
+Layers = str | Sequence[str] | None
+Methods = str | Method | Sequence[str | Method] | None
+"""A name in ``METHODS`` or an object, several to make rows, or None for :data:`DEFAULT`."""
+
+DEFAULT = ("sam", "focus")
+"""Made where no method is named: similarity attention as published, and where the match is."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method and what it found.
+
+    Attributes:
+        name: Its name in ``METHODS``, or its class's.
+        method: The method.
+        layers: Its layers.
+        found: Its maps.
+    """
+
+    name: str
+    method: Method
+    layers: tuple[str, ...]
+    found: AttentionMaps
+
+
+def rows_of(
+    model: SimilarityModel,
+    view: Comparison,
+    method: Methods,
+    layer: Layers,
+    options: dict[str, Any],
+    max_batch: int | None,
+) -> list[Row]:
+    """Asks one or several methods; similarity attention and focus share a forward pass.
+
+    Where no method is named and the second of the default cannot be used with a model, the first
+    one says so in its warnings.
+
+    Args:
+        model: The model.
+        view: The images that maps are made for.
+        method: Which methods.
+        layer: For all of them that take layers.
+        options: Of the methods given by name, each for those that have it.
+        max_batch: Bounds the images of one forward pass.
+
+    Raises:
+        ComparisonError: If a method or an option does not exist.
+        ModelError: If the model or a layer cannot be used.
+    """
+    named = _named(model, view, method, layer, options)
+    chosen = [(name, made) for name, made in zip(named, _made(named, options), strict=True)]
+    try:
+        return _found(model, view, chosen, layer, max_batch)
+    except ModelError as error:
+        if method is not None or len(chosen) == 1:
+            raise
+        (first,) = _found(model, view, chosen[:1], layer, max_batch)
+        note = f"Only similarity attention is shown, since focus cannot be used here: {error}"
+        found = replace(first.found, warnings=(*first.found.warnings, note))
+        return [replace(first, found=found)]
+
+
+def _named(
+    model: SimilarityModel,
+    view: Comparison,
+    method: Methods,
+    layer: Layers,
+    options: dict[str, Any],
+) -> Sequence[str | Method]:
+    """The methods that are meant, by name or as objects."""
+    if method is None:
+        if options or layer is not None or isinstance(model, AVSL):
+            return DEFAULT[:1]
+        return DEFAULT if view.unit else DEFAULT[1:]
+    if isinstance(method, str) or not isinstance(method, Sequence):
+        return (method,)
+    if not method:
+        raise ComparisonError(f"Expected one or more methods of {', '.join(METHODS)}, got none.")
+    return method
+
+
+def _made(named: Sequence[str | Method], options: dict[str, Any]) -> list[Method]:
+    """The methods as objects, each of those given by name with the options that it has."""
+    unknown = [name for name in named if isinstance(name, str) and name not in METHODS]
+    if unknown:
+        raise ComparisonError(
+            f"Expected method to be one of {', '.join(METHODS)}, got '{unknown[0]}'."
+        )
+    known = {
+        name: [field.name for field in options_of(METHODS[name])]
+        for name in named
+        if isinstance(name, str)
+    }
+    if options and not known:
+        raise ComparisonError(
+            f"Expected options {', '.join(options)} inside the method object, not beside it."
+        )
+    for option in options:
+        if not any(option in fields for fields in known.values()):
+            has = "; ".join(
+                f"Method '{name}' has the options {', '.join(fields)}"
+                for name, fields in known.items()
+            )
+            raise ComparisonError(f"{has}, got '{option}'.")
+    return [
+        METHODS[name](**{key: value for key, value in options.items() if key in known[name]})
+        if isinstance(name, str)
+        else name
+        for name in named
+    ]
+
+
+def _found(
+    model: SimilarityModel,
+    view: Comparison,
+    chosen: Sequence[tuple[str | Method, Method]],
+    layer: Layers,
+    max_batch: int | None,
+) -> list[Row]:
+    """A row of each method, those that can from one pass."""
+    taken = [layer if len(chosen) == 1 or takes_layers(method) else None for _, method in chosen]
+    layers = [
+        _layers(model, view, own, method) for own, (_, method) in zip(taken, chosen, strict=True)
+    ]
+    sharing = [
+        (method, own)
+        for (_, method), own in zip(chosen, layers, strict=True)
+        if isinstance(method, SimilarityAttention | Focus)
+    ]
+    shared: list[AttentionMaps] = []
+    if len(sharing) > 1 and shares(model):
+        shared = attended(model, view, sharing, max_batch=max_batch)
+    rows = []
+    for (name, method), own in zip(chosen, layers, strict=True):
+        if shared and isinstance(method, SimilarityAttention | Focus):
+            found = shared.pop(0)
+        else:
+            found = method(model, view, own, max_batch=max_batch)
+        rows.append(Row(name if isinstance(name, str) else _name(method), method, own, found))
+    return rows
+
+
+def _layers(
+    model: SimilarityModel, view: Comparison, layer: Layers, method: Method
+) -> tuple[str, ...]:
+    own = None
+    if isinstance(method, ChoosesLayers) and (layer is None or not takes_layers(method)):
+        own = method.layers_for(model, view.stacked()[:, 0])
+    if layer is not None and not takes_layers(method):
+        what = f"has layers of its own ({', '.join(own)})" if own else "works on pixels"
+        known = ", ".join(field.name for field in options_of(method))
+        raise ModelError(
+            f"Method '{_name(method)}' {what} and takes no layer, got {layer!r}; leave it away "
+            f"(the method's options are {known or 'none'})."
+        )
+    if own is not None:
+        return own
+    if not takes_layers(method):
+        return (PIXELS,)
+    if layer is None:
+        return (model.default_for(view.stacked()[:, 0]),)
+    layers = (layer,) if isinstance(layer, str) else tuple(layer)
+    if not layers or len(set(layers)) != len(layers):
+        raise ModelError(f"Expected one or more different layers, got {list(layers)}.")
+    return layers
+
+
+def _name(method: Method) -> str:
+    for name, made in METHODS.items():
+        if isinstance(made, type) and isinstance(method, made):
+            return name
+    return type(method).__name__

@@ -1,0 +1,249 @@
+"""What ``explain`` does when no method is named, and the check of every explanation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import timm
+import torch
+from conftest import TinyNet
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simexplain import Comparison, as_similarity_model, explain, explain_files
+from simexplain.checking import BLIND
+from simexplain.errors import ComparisonError, ModelError
+from simexplain.explanation import Explanation
+from simexplain.methods.focus import Focus
+from simexplain.methods.perturbation import Occlusion
+from simexplain.metrics.fills import blurred
+from simexplain.metrics.hiding import elsewhere, hidden, hottest
+
+
+class Corner(nn.Module):
+    """Embeds the mean colour and the spread of the upper left quarter, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 1)
+        self.pool = nn.MaxPool2d(4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.pool(self.conv(images).relu())
+        half = maps.shape[-2] // 2
+        return maps[..., :half, :half].square().mean(dim=(2, 3))
+
+
+class Ignorant(nn.Module):
+    """An embedding that does not depend on the picture but for a trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.last = nn.ReLU()
+        self.bias = nn.Parameter(torch.rand(8) + 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.bias + 1e-3 * self.last(self.conv(images)).mean(dim=(2, 3))
+
+
+@pytest.fixture
+def triplet(images: Tensor) -> Comparison:
+    return Comparison.triplet(*images[:3, None])
+
+
+@pytest.mark.parametrize("magnify", [1, 2])
+def test_both_rows_are_what_each_method_gives_alone(
+    tiny: TinyNet, images: Tensor, magnify: int
+) -> None:
+    comparison = Comparison.triplet(images[:2], images[2:4], images[4:])
+    both = explain(tiny, comparison, magnify=magnify)
+    assert [row.method for row in both.rows] == ["sam", "focus"]
+    assert [row.title for row in both.rows] == [
+        "similarity attention, as published",
+        "where the match is",
+    ]
+    for row in both.rows:
+        alone = explain(tiny, comparison, row.method, magnify=magnify, check=False)
+        for name in ("maps", "scores", "weights", "embeddings", "distances"):
+            assert torch.equal(getattr(row, name), getattr(alone, name)), name
+        assert row.layers == alone.layers
+        assert row.warnings == alone.warnings
+        assert alone.others == ()
+        assert alone.check is None
+
+
+def test_a_layer_or_an_option_chooses_similarity_attention(
+    tiny: TinyNet, triplet: Comparison
+) -> None:
+    for chosen in ({"layer": "last"}, {"weights": "signed"}, {"method": "sam"}):
+        found = explain(tiny, triplet, **chosen)
+        assert (found.method, found.others) == ("sam", ())
+    assert explain(tiny, triplet, "sam", weights="signed").title == "sam, weights signed"
+
+
+def test_several_methods_make_rows(tiny: TinyNet, triplet: Comparison) -> None:
+    found = explain(tiny, triplet, ["focus", "occlusion", "sam"], "last", weights="signed")
+    assert [row.method for row in found.rows] == ["focus", "occlusion", "sam"]
+    assert [row.layers for row in found.rows] == [("last",), ("pixels",), ("last",)]
+    assert found.rows[2].options["weights"] == "signed"
+    assert len(found.agreement()) == 2
+    alone = explain(tiny, triplet, "sam", "last", weights="signed")
+    assert torch.equal(found.rows[2].maps, alone.maps)
+    with pytest.raises(ComparisonError, match="got none"):
+        explain(tiny, triplet, [])
+    with pytest.raises(ComparisonError, match="window"):
+        explain(tiny, triplet, ["sam", "focus"], window=0.2)
+
+
+def test_where_focus_cannot_be_used_similarity_attention_says_so(
+    tiny: TinyNet, triplet: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise ModelError("No such thing.")
+
+    monkeypatch.setattr(Focus, "attend", failing)
+    found = explain(tiny, triplet)
+    assert (found.method, found.others) == ("sam", ())
+    assert "focus cannot be used here: No such thing." in " ".join(found.warnings)
+    with pytest.raises(ModelError, match="No such thing"):
+        explain(tiny, triplet, "focus")
+
+
+def claim(result: Explanation, rows: Tensor) -> float:
+    """What the comparison claims, by hand: margin, minus a distance, or a distance."""
+    away = (rows[1:] - rows[0]).norm(dim=1)
+    near, far = away[: result.positives], away[result.positives :]
+    if not len(far):
+        return -float(near.mean())
+    return float(far.min() - near.max()) if len(near) else float(far.mean())
+
+
+@pytest.mark.parametrize("kind", ["pair", "apart", "triplet", "several"])
+def test_the_check_is_what_hiding_by_hand_gives(tiny: TinyNet, images: Tensor, kind: str) -> None:
+    comparison = {
+        "pair": Comparison.pair(images[:1], images[1:2]),
+        "apart": Comparison.pair(images[:1], images[1:2], similar=False),
+        "triplet": Comparison.triplet(*images[:3, None]),
+        "several": Comparison(images[:1], images[None, 1:3], images[None, 3:]),
+    }[kind]
+    result = explain(tiny, comparison, keep_negative=True)
+    stack = comparison.stacked()[0]
+    rows = F.normalize(tiny(stack), dim=1).detach()
+    for place in range(len(stack)):
+        hot = hottest(result.heatmaps[0, place])
+        if not hot.any():
+            assert math.isnan(result.check.falls[0, place])
+            assert result.check.says(0, place) == ""
+            continue
+        for mask, found in ((hot, result.check.falls), (elsewhere(hot), result.check.controls)):
+            changed = rows.clone()
+            shown = hidden(stack[place], mask)
+            assert (shown - stack[place]).abs()[:, mask].mean() > 0.05
+            changed[place] = F.normalize(tiny(shown[None]), dim=1)[0].detach()
+            wanted = claim(result, rows) - claim(result, changed)
+            assert float(found[0, place]) == pytest.approx(wanted, abs=1e-5)
+        said = result.check.says(0, place)
+        assert f"{abs(float(result.check.falls[0, place])):.3f}" in said
+        raises = (float(result.check.falls[0, place]) >= 0) == (kind == "pair")
+        assert said.startswith("hiding this raises" if raises else "hiding this lowers")
+    moved = 1 - (F.normalize(tiny(blurred(stack)), dim=1) * rows).sum(dim=1)
+    torch.testing.assert_close(result.check.moved[0].float(), moved.detach(), rtol=0, atol=1e-5)
+
+
+def test_the_control_is_as_much_in_another_place() -> None:
+    heat = torch.zeros(2, 40, 60)
+    heat[0, 5:15, 8:24] = torch.linspace(1, 2, 16)
+    heat[1, 30, 50] = 1
+    hot = hottest(heat)
+    assert hot.flatten(1).sum(dim=1).tolist() == [240, int(hot[1].sum())]
+    assert hot[1, 30, 50]
+    other = elsewhere(hot)
+    assert other.flatten(1).sum(dim=1).tolist() == hot.flatten(1).sum(dim=1).tolist()
+    assert not (hot & other).any()
+    assert torch.equal(other, elsewhere(hot))
+    assert not hottest(torch.zeros(1, 8, 8)).any()
+
+
+def test_hiding_leaves_everything_else_as_it_is(images: Tensor) -> None:
+    mask = torch.zeros(24, 32, dtype=torch.bool)
+    mask[4:10, 5:12] = True
+    shown = hidden(images, mask)
+    assert (shown[..., :, 20:] - images[..., :, 20:]).abs().max() < 1e-6
+    torch.testing.assert_close(shown[..., 7, 8], blurred(images)[..., 7, 8], rtol=0, atol=0.05)
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Marks one square of every image, whatever the network looks at."""
+
+    uses_layers: ClassVar[bool] = False
+    start: int
+
+    def __call__(self, model, images, layers, *, max_batch=None):
+        found = Occlusion()(model, images, layers)
+        maps = torch.zeros_like(found.maps)
+        maps[..., self.start : self.start + 8, self.start : self.start + 8] = 1
+        return replace(found, maps=maps, layer_maps={"pixels": maps})
+
+
+def test_a_map_beside_the_evidence_is_found_out() -> None:
+    """The network looks at the upper left quarter only."""
+    pictures = torch.rand(3, 1, 3, 32, 32)
+    rows = [Marks(4), Marks(20)]
+    right, wrong = (
+        row.check for row in explain(Corner().eval(), Comparison.triplet(*pictures), rows).rows
+    )
+    assert float(right.falls.abs().min()) > 1e-4
+    assert float(wrong.falls.abs().max()) < 1e-6
+
+
+def test_an_embedding_that_ignores_the_picture_is_not_believed(images: Tensor) -> None:
+    found = explain(Ignorant().eval(), Comparison.triplet(*images[:3, None]))
+    assert float(found.check.moved.max()) < BLIND
+    assert "neither map can be believed" in found.doubt()
+    assert found.agreement()[0].favours is None
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "vit_tiny_patch16_224"])
+def test_random_weights_are_not_believed(name: str, demo_paths: list[Path]) -> None:
+    network = timm.create_model(name, num_classes=0).eval()
+    found = explain_files(network, demo_paths, "triplet")
+    assert float(found.check.moved.max()) < BLIND
+    assert "neither map can be believed" in found.doubt()
+
+
+def test_nothing_is_touched_by_the_check(tiny: TinyNet, triplet: Comparison) -> None:
+    tiny.train()
+    before = {name: value.clone() for name, value in tiny.state_dict().items()}
+    state, stack = torch.get_rng_state(), triplet.stacked().clone()
+    explain(tiny, triplet)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(triplet.stacked(), stack)
+    assert tiny.training
+    assert all(torch.equal(value, before[name]) for name, value in tiny.state_dict().items())
+    assert all(parameter.grad is None for parameter in tiny.parameters())
+
+
+def test_agreement_of_equal_and_of_different_maps(tiny: TinyNet, triplet: Comparison) -> None:
+    (same,) = explain(tiny, triplet, ["focus", "focus"]).agreement()
+    assert same.degree == "agree"
+    assert same.overlaps == (1.0, 1.0, 1.0)
+    assert set(same.distances) <= {0.0, None}
+    assert same.favours is None
+    model = as_similarity_model(tiny)
+    (other,) = explain(model, triplet, check=False).agreement()
+    first, second = (
+        [hottest(heat) for heat in row.heatmaps[0]] for row in explain(model, triplet).rows
+    )
+    wanted = [
+        float((a & b).sum()) / max(int(a.sum()), int(b.sum()), 1)
+        for a, b in zip(first, second, strict=True)
+    ]
+    assert list(other.overlaps) == pytest.approx(wanted)
+    assert other.gains == ()
+    assert "favours" not in other.text
