@@ -58,7 +58,7 @@ def local_levit() -> nn.Module:
             ends = [torch.linspace(0, keys - 1, sides) for sides in (queries, keys)]
             cells = [torch.cartesian_prod(end, end) for end in ends]
             with torch.no_grad():
-                part.attention_biases[:, index] = -torch.cdist(cells[0], cells[1])
+                part.attention_biases[:, index] = -3 * torch.cdist(cells[0], cells[1])
     return network
 
 

@@ -388,6 +388,24 @@ def first_and_mean(tokens: Tensor) -> Tensor:
     return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
 
 
+class Residuals(nn.Module):
+    """Residuals of tokens to as many centres as there are cells, and a layer for every centre."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, WIDTH, 16, 16)
+        self.blocks = nn.Sequential(*(Block(WIDTH, batch_first=True) for _ in range(2)))
+        self.assign = nn.Linear(WIDTH, 24)
+        self.centres = nn.Parameter(torch.randn(24, WIDTH))
+        self.f = nn.Linear(WIDTH, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.blocks(self.patch(images).flatten(2).transpose(1, 2))
+        share = self.assign(tokens).softmax(-1)
+        sums = torch.einsum("mtk,mtc->mkc", share, tokens) - share.sum(1)[..., None] * self.centres
+        return self.f(F.normalize(sums, dim=2)).flatten(1)
+
+
 READ = ("blocks.2.ln_1", "blocks.1")
 NETS = [
     Net("tokens: registers in the middle", "own", make(Tokens, extra=4, enter=in_the_middle),
@@ -428,6 +446,8 @@ NETS = [
         tokens=True, why="blocks return weights before tokens; the norm has the tokens"),
     Net("head: 96 latents", "own", Latents, (64, 96), ("trunk",), (8, 12), EIGHTH,
         why="latents read the map twice; 96 are no 8 x 12 places"),
+    Net("head: NetVLAD of tokens", "own", Residuals, (64, 96), ("blocks.1", "blocks"), (4, 6),
+        DEPTH, tokens=True, why="24 clusters of 24 tokens are no 4 x 6 places"),
     Net("head: attention pooling", "own", Weighted, (64, 96), ("trunk",), (8, 12), EIGHTH,
         why="the gate is passed by"),
     Net("head: means of rows", "own", Strips, (64, 96), ("trunk",), (8, 12), EIGHTH,
