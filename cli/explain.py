@@ -11,7 +11,7 @@ import click
 from simexplain.comparison import ARCHITECTURES, positives_of
 from simexplain.explaining_files import explain_files
 from simexplain.methods import PIXELS
-from simexplain.picturing import verdict
+from simexplain.picturing import findings, notes_of, verdict
 from simexplain.publishing import check_writable
 from simexplain.rendering.overlay import RENDERERS
 from simexplain.saving import MAIN_FILES, manifest
@@ -44,6 +44,8 @@ _FOLDER = "explanation"
               show_default=True, help="How to draw; repeat for more rows.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
 @click.option("--force", is_flag=True, help="Replace an explanation that is in the folder.")
+@click.option("--check/--no-check", default=True, show_default=True,
+              help="Hide what the maps mark, and as much elsewhere, and ask the model again.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @model_options
 def command(
@@ -65,6 +67,7 @@ def command(
 
     \b
       simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg c.jpg --arch triplet
+      simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg --arch siamese --method focus
       simexplain explain clip-folder/ a.jpg --text "a red bag" --not-text "a blue bag"
       simexplain explain timm:tf_efficientnet_lite0 a.jpg --class-folder shop/bags
     """  # noqa: D301 - click wants the backspace character
@@ -118,28 +121,53 @@ def _check_images(count: int, arch: str | None) -> None:
 
 def report(result: Explanation, files: dict[str, str]) -> None:
     """Prints what was found, for a person."""
-    where = "" if result.layers == (PIXELS,) else f"layer {result.layer}, "
-    click.echo(f"{result.model}, {where}method {result.method}")
-    rows = [("image", "role", "distance", "peak (x, y)")]
-    distances = ["", *(f"{distance:.4f}" for distance in result.distances[0].tolist())]
-    found = dict(zip(result.places, zip(result.pictures, result.peaks(), strict=True), strict=True))
-    named = {vector.member: vector for vector in result.vectors}
-    for member, (role, distance) in enumerate(zip(result.members, distances, strict=True)):
-        if member in named:
-            measured = "" if named[member].direction else distance
-            rows.append((named[member].label, role, measured, ""))
-            continue
-        picture, peak = found[member]
-        where = "none" if peak is None else f"{peak[0]:.0f}, {peak[1]:.0f}"
-        rows.append((picture.path, role, distance, where))
-    click.echo(aligned(rows))
+    several = len(result.rows) > 1
+    for number, row in enumerate(result.rows, start=1):
+        where = "" if row.layers == (PIXELS,) else f"layer {row.layer}, "
+        about = f"row {number}, {row.title}: " if several else ""
+        click.echo(f"{about}{result.model}, {where}method {row.method}")
+    click.echo(aligned(_table(result)))
     click.echo(verdict(result))
+    for place, role in enumerate(result.roles):
+        for number, row in enumerate(result.rows, start=1):
+            said = "" if row.check is None else row.check.says(0, place)
+            if said:
+                click.echo(f"{role}, row {number}: {said}" if several else f"{role}: {said}")
+    for line in findings(result):
+        click.echo(line)
+    if result.check is not None:
+        images = sum(row.check.images for row in result.rows if row.check is not None)
+        click.echo(f"The check took {images} more passes of an image; --no-check leaves it away.")
     if result.moved is not None:
         moved = ", ".join(f"{value:.3f}" for value in result.moved[0].tolist())
         click.echo(f"magnifying moved the embeddings by cosine distances of {moved}")
-    for warning in result.warnings:
+    for warning in notes_of(result):
         click.echo(f"Warning: {warning}", err=True)
     for kind in ("figure", "manifest", "maps"):
         click.echo(f"{kind}: {files[kind]}")
     heatmaps = [path for kind, path in files.items() if kind.startswith("heatmap")]
     click.echo(f"heatmaps: {', '.join(heatmaps)}")
+
+
+def _table(result: Explanation) -> list[tuple[str, ...]]:
+    """Every image and vector: role, distance, and where each row of maps peaks."""
+    several = len(result.rows) > 1
+    named = {vector.member: vector for vector in result.vectors}
+    peaks = [dict(zip(row.places, row.peaks(), strict=True)) for row in result.rows]
+    paths = dict(zip(result.places, (p.path for p in result.pictures), strict=True))
+    heads = [f"peak {number} (x, y)" for number in range(1, 1 + len(peaks))]
+    rows: list[tuple[str, ...]] = [
+        ("image", "role", "distance", *(heads if several else ["peak (x, y)"]))
+    ]
+    distances = ["", *(f"{distance:.4f}" for distance in result.distances[0].tolist())]
+    for member, (role, distance) in enumerate(zip(result.members, distances, strict=True)):
+        if member in named:
+            measured = "" if named[member].direction else distance
+            rows.append((named[member].label, role, measured, *[""] * len(peaks)))
+            continue
+        found = [
+            "none" if (peak := own[member]) is None else f"{peak[0]:.0f}, {peak[1]:.0f}"
+            for own in peaks
+        ]
+        rows.append((paths[member], role, distance, *found))
+    return rows

@@ -26,9 +26,9 @@ _OPTIONS = (
         "--method",
         type=click.Choice(list(METHODS)),
         metavar="NAME",
-        default="sam",
-        show_default=True,
-        help=f"One of {', '.join(METHODS)}.",
+        multiple=True,
+        help=f"One of {', '.join(METHODS)}; repeat for several rows. [sam as published and focus, or "
+        "sam alone where one of its options or a layer is given]",
     ),
     click.option(
         "--layer", multiple=True, help="Layer to explain; repeat to multiply several layers' maps."
@@ -75,23 +75,25 @@ def method_from(network: SimilarityModel, given: dict[str, Any]) -> dict[str, An
         raise click.UsageError("--sweep takes layers of its own; say it or --layer.")
     layer = network.stages if given.pop("sweep") else given["layer"] or None
     names = given["cam"]
-    given.update(cam=names[0] if len(names) == 1 else names or None, layer=layer)
+    given.update(cam=names[0] if len(names) == 1 else names, layer=layer)
     return _for_method(given)
 
 
 def _for_method(given: dict[str, Any]) -> dict[str, Any]:
-    """Leaves options out that the method has not, unless they were given on purpose."""
+    """Leaves options out that no method has, or that were not given on purpose."""
     context = click.get_current_context()
-    fields = {field.name: field for field in options_of(METHODS[given["method"]])}
+    named: tuple[str, ...] = given["method"]
     for name in _OWN_OPTIONS:
-        source = context.get_parameter_source(name)
-        if name not in fields and source is ParameterSource.DEFAULT:
+        if context.get_parameter_source(name) is ParameterSource.DEFAULT:
             del given[name]
+    fields = {
+        field.name: field for name in named or ("sam",) for field in options_of(METHODS[name])
+    }
     for pair in given.pop("more"):
         name, equals, text = pair.partition("=")
         if not equals or name not in fields:
             raise click.BadParameter(
-                f"expected NAME=VALUE with an option of {given['method']} "
+                f"expected NAME=VALUE with an option of {', '.join(named) or 'sam'} "
                 f"({', '.join(fields)}), got {pair!r}.",
                 param_hint="--option",
             )
@@ -99,4 +101,5 @@ def _for_method(given: dict[str, Any]) -> dict[str, Any]:
             given[name] = option_from(fields[name].default, name, text)
         except ComparisonError as error:
             raise click.BadParameter(str(error), param_hint="--option") from error
+    given["method"] = named[0] if len(named) == 1 else named or None
     return given

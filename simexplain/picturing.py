@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
 
+from simexplain.checking import PROVES
 from simexplain.comparison import roles
 from simexplain.errors import ComparisonError
 from simexplain.methods import PIXELS
 from simexplain.rendering.overlay import FULL_HEAT, RENDERERS, robust
-from simexplain.rendering.panel import Tile, panel
+from simexplain.rendering.panel import Row, Tile, panel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,16 +49,30 @@ def draw_explanation(
         raise ComparisonError(
             f"Expected styles of {', '.join(RENDERERS)}, got {', '.join(unknown) or 'none'}."
         )
+    feet = [footer(row) for row in explanation.rows]
     return draw_tiles(
         _tiles(explanation, index, by_layer=by_layer),
         title=question(explanation),
         verdict=verdict(explanation, index),
         holds=explanation.condition(index).holds,
-        footer=footer(explanation),
-        notes=explanation.warnings,
+        footer="\n".join((*findings(explanation, index), *dict.fromkeys(feet))),
+        notes=notes_of(explanation, index),
         styles=styles,
-        explanations=[explanation],
+        explanations=explanation.rows,
     )
+
+
+def findings(explanation: Explanation, index: int = 0) -> tuple[str, ...]:
+    """What the rows say together: whether they agree, and what the check does not prove."""
+    found = tuple(f"{agreement.text}." for agreement in explanation.agreement(index))
+    return found if explanation.check is None else (*found, PROVES)
+
+
+def notes_of(explanation: Explanation, index: int = 0) -> tuple[str, ...]:
+    """Why no row can be believed, if that is so, and the warnings of all rows."""
+    doubt = explanation.doubt(index)
+    warnings = (warning for row in explanation.rows for warning in row.warnings)
+    return tuple(dict.fromkeys((*filter(None, [doubt]), *warnings)))
 
 
 def draw_tiles(
@@ -162,7 +177,9 @@ def _tiles(explanation: Explanation, index: int, *, by_layer: bool) -> list[Tile
     heatmaps = heat_of(explanation, index)
     distances = [None, *explanation.distances[index].tolist()]
     peaks = explanation.view_peaks(index)
-    shown = explanation.layer_maps if by_layer and len(explanation.layers) > 1 else {}
+    shown = explanation.layer_maps if by_layer and not explanation.others else {}
+    shown = shown if len(explanation.layers) > 1 else {}
+    others = [(row, heat_of(row, index), row.view_peaks(index)) for row in explanation.others]
     more = {
         layer: explanation.drawn(maps[index][None])[0].cpu().numpy()
         for layer, maps in shown.items()
@@ -177,13 +194,23 @@ def _tiles(explanation: Explanation, index: int, *, by_layer: bool) -> list[Tile
             distance=distances[member],
             peak=peaks[place],
             more=tuple((layer, heatmaps[place]) for layer, heatmaps in more.items()),
+            label=explanation.title if explanation.others else "",
+            note=_note(explanation, index, place),
+            others=tuple(
+                Row(row.title, heat[place], found[place], _note(row, index, place))
+                for row, heat, found in others
+            ),
         )
         if explanation.pictures:
             tiles[member] = _from_picture(explanation, place, tile)
         else:
             picture = explanation.preprocess.undo(explanation.images[index, place])
-            peak = tile.peak and (tile.peak[0] - 0.5, tile.peak[1] - 0.5)
-            tiles[member] = replace(tile, picture=picture, peak=peak)
+            tiles[member] = replace(
+                tile,
+                picture=picture,
+                peak=_centred(tile.peak),
+                others=tuple(replace(row, peak=_centred(row.peak)) for row in tile.others),
+            )
     for vector in explanation.vectors:
         kind = explanation.members[vector.member]
         tiles[vector.member] = Tile(
@@ -207,7 +234,10 @@ def _from_picture(explanation: Explanation, place: int, tile: Tile) -> Tile:
     thumbnail = picture.image.resize((small[1], small[0]), Image.Resampling.LANCZOS)
     left, top, right, bottom = reduced.box
     whole = (left, top) == (0, 0) and (right, bottom) == (small[1], small[0])
-    peak = tile.peak and reduced.point_to_original(*tile.peak)
+
+    def there(peak: tuple[float, float] | None) -> tuple[float, float] | None:
+        return _centred(peak and reduced.point_to_original(*peak))
+
     return replace(
         tile,
         picture=np.asarray(thumbnail),
@@ -215,5 +245,18 @@ def _from_picture(explanation: Explanation, place: int, tile: Tile) -> Tile:
         more=tuple((label, reduced.to_original(heatmap)) for label, heatmap in tile.more),
         caption=Path(picture.path).name,
         box=None if whole else reduced.box,
-        peak=peak and (peak[0] - 0.5, peak[1] - 0.5),
+        peak=there(tile.peak),
+        others=tuple(
+            replace(row, heatmap=reduced.to_original(row.heatmap), peak=there(row.peak))
+            for row in tile.others
+        ),
     )
+
+
+def _centred(peak: tuple[float, float] | None) -> tuple[float, float] | None:
+    """A place as figures count it, from the centre of the first pixel."""
+    return peak and (peak[0] - 0.5, peak[1] - 0.5)
+
+
+def _note(row: Explanation, index: int, place: int) -> str:
+    return "" if row.check is None else row.check.says(index, place)

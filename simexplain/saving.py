@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from simexplain.checking import Check
 from simexplain.data.preprocessing import Geometry, Preprocess
 from simexplain.explanation import Explanation, GivenVector
 from simexplain.publishing import Kind, numbered, published, read_back
@@ -25,11 +26,15 @@ _ARRAYS, _FIGURE = "maps.npz", "explanation.png"
 _KIND = Kind("explanation", MANIFEST, _ARRAYS, ("heatmap_", "explanation_"), SCHEMA)
 MAIN_FILES = (MANIFEST, _ARRAYS, _FIGURE)
 """What an explanation of one comparison writes beside its heatmaps."""
-_TENSORS = ("maps", "weights", "scores", "embeddings", "distances")
+_OF_ROWS = ("maps", "weights", "scores")
+_TENSORS = (*_OF_ROWS, "embeddings", "distances")
 
 
 def manifest(explanation: Explanation, files: dict[str, str]) -> dict[str, Any]:
-    """The JSON contract of ``explain``; keys may be added in later versions, never changed."""
+    """The JSON contract of ``explain``; keys may be added in later versions, never changed.
+
+    What stands at the top is that of the first row, ``rows`` has all of them.
+    """
     comparisons = [_comparison(explanation, index) for index in range(len(explanation))]
     return {
         "schema": SCHEMA,
@@ -48,6 +53,31 @@ def manifest(explanation: Explanation, files: dict[str, str]) -> dict[str, Any]:
         "versions": dict(explanation.versions),
         "preprocess": explanation.preprocess.to_json(),
         "comparisons": comparisons,
+        "rows": [_row(row) for row in explanation.rows],
+    }
+
+
+def _row(row: Explanation) -> dict[str, Any]:
+    """What differs from row to row."""
+    every = range(len(row))
+    return {
+        "title": row.title,
+        "method": row.method,
+        "layer": row.layer,
+        "layers": list(row.layers),
+        "options": dict(row.options),
+        "region": list(row.region),
+        "bypass": dict(row.bypass),
+        "warnings": list(row.warnings),
+        "comparisons": [
+            {
+                "peaks": [peak and [round(v, 1) for v in peak] for peak in row.peaks(index)],
+                "scores": row.scores[index].tolist(),
+                "unexplained": _listed(row.unexplained, index),
+                "check": row.check and row.check.to_json(index),
+            }
+            for index in every
+        ],
     }
 
 
@@ -74,6 +104,12 @@ def _comparison(explanation: Explanation, index: int) -> dict[str, Any]:
         "condition": asdict(explanation.condition(index)),
         "moved": _listed(explanation.moved, index),
         "unexplained": _listed(explanation.unexplained, index),
+        "check": explanation.check and explanation.check.to_json(index),
+        "agreement": [
+            {**asdict(agreement), "degree": agreement.degree}
+            for agreement in explanation.agreement(index)
+        ],
+        "doubt": explanation.doubt(index),
     }
 
 
@@ -100,6 +136,9 @@ def file_names(explanation: Explanation) -> dict[str, str]:
         names[f"figure{tag}"] = f"explanation{tag}.png"
         for place, role in enumerate(explanation.roles):
             names[f"heatmap{tag}_{place}"] = f"heatmap{tag}_{place}_{role}.png"
+            for number, row in enumerate(explanation.others, start=2):
+                name = f"heatmap{tag}_{place}_{role}_row{number}_{row.method}.png"
+                names[f"heatmap{tag}_{place}_row{number}"] = name
     return names
 
 
@@ -115,9 +154,11 @@ def _write(
         figure = explanation.figure(index, styles=styles, by_layer=True)
         (draft / names[f"figure{tag}"]).write_bytes(png_of(figure))
         for place in range(len(explanation.roles)):
-            picture, heatmap = explanation.on_picture(place, index)
-            drawn = Image.fromarray(RENDERERS[styles[0]](picture, heatmap))
-            drawn.save(draft / names[f"heatmap{tag}_{place}"], compress_level=3)
+            for number, row in enumerate(explanation.rows, start=1):
+                name = names[f"heatmap{tag}_{place}" + (f"_row{number}" if number > 1 else "")]
+                picture, heatmap = row.on_picture(place, index)
+                drawn = Image.fromarray(RENDERERS[styles[0]](picture, heatmap))
+                drawn.save(draft / name, compress_level=3)
     np.savez_compressed(draft / _ARRAYS, **arrays_of(explanation))
     text = json.dumps(said, indent=2, ensure_ascii=False)
     (draft / MANIFEST).write_text(text, encoding="utf-8")
@@ -125,16 +166,25 @@ def _write(
 
 def arrays_of(explanation: Explanation) -> dict[str, Any]:
     """Everything of an explanation that is no plain JSON, by name."""
-    arrays = {name: getattr(explanation, name).cpu().numpy() for name in _TENSORS}
-    for number, layer in enumerate(explanation.layers):
-        arrays[f"layer_{number}"] = explanation.layer_maps[layer].cpu().numpy()
+    arrays = _row_arrays(explanation, _TENSORS)
     if explanation.moved is not None:
         arrays["moved"] = explanation.moved.cpu().numpy()
-    if explanation.unexplained is not None:
-        arrays["unexplained"] = explanation.unexplained.cpu().numpy()
+    for number, row in enumerate(explanation.others, start=2):
+        own = _row_arrays(row, _OF_ROWS)
+        arrays |= {f"row{number}_{name}": array for name, array in own.items()}
     if explanation.preprocess.channels != 3:  # a drawing does not hold all bands
         arrays["images"] = explanation.images.cpu().numpy()
     return {"views": explanation.views, **arrays}
+
+
+def _row_arrays(row: Explanation, names: Sequence[str]) -> dict[str, Any]:
+    """Some tensors of a row, the maps of its layers, and what it leaves unexplained."""
+    arrays = {name: getattr(row, name).cpu().numpy() for name in names}
+    for number, layer in enumerate(row.layers):
+        arrays[f"layer_{number}"] = row.layer_maps[layer].cpu().numpy()
+    if row.unexplained is not None:
+        arrays["unexplained"] = row.unexplained.cpu().numpy()
+    return arrays
 
 
 def load_explanation(folder: Path) -> Explanation:
@@ -145,16 +195,13 @@ def load_explanation(folder: Path) -> Explanation:
 def restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
     """The explanation with this :func:`manifest` and these arrays (:func:`arrays_of`)."""
     preprocess = Preprocess.from_json(said["preprocess"])
-    tensors: dict[str, Any] = {name: torch.from_numpy(arrays[name]) for name in _TENSORS}
     whole = said["comparisons"][0]
     first = whole["images"]
     places = [image.get("geometry") for image in first]  # which older versions did not write
-    return Explanation(
-        **tensors,
-        layer_maps={
-            layer: torch.from_numpy(arrays[f"layer_{number}"])
-            for number, layer in enumerate(said["layers"])
-        },
+    own = Explanation(
+        **_row_restored(said, said["comparisons"], arrays, ""),
+        embeddings=torch.from_numpy(arrays["embeddings"]),
+        distances=torch.from_numpy(arrays["distances"]),
         positives=sum(
             role.partition(" ")[0] in ("positive", "direction")
             for role in whole.get("members") or [image["role"] for image in first]
@@ -165,17 +212,41 @@ def restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
             else preprocess.redo(arrays["views"])
         ),
         preprocess=preprocess,
-        method=said["method"],
         model=said["model"],
-        layers=tuple(said["layers"]),
-        options=said["options"],
-        warnings=tuple(said["warnings"]),
         versions=said["versions"],
         moved=torch.from_numpy(arrays["moved"]) if "moved" in arrays else None,
         scale=said["scale"],
-        unexplained=torch.from_numpy(arrays["unexplained"]) if "unexplained" in arrays else None,
-        region=tuple(said.get("region", (0.0, 0.0, 1.0, 1.0))),
-        bypass=said.get("bypass", {}),
         geometries=tuple(map(Geometry.from_json, places)) if all(places) else (),
         vectors=tuple(GivenVector(**vector) for vector in whole.get("vectors", ())),
     )
+    others = tuple(
+        replace(own, **_row_restored(row, row["comparisons"], arrays, f"row{number}_"))
+        for number, row in enumerate(said.get("rows", ())[1:], start=2)
+    )
+    return replace(own, others=others)
+
+
+def _row_restored(
+    said: dict[str, Any], comparisons: Sequence[dict[str, Any]], arrays: dict[str, Any], mark: str
+) -> dict[str, Any]:
+    """The fields of an explanation that differ from row to row."""
+    stored = {
+        name: torch.from_numpy(arrays[f"{mark}{name}"])
+        for name in (*_OF_ROWS, "unexplained")
+        if f"{mark}{name}" in arrays
+    }
+    return {
+        "unexplained": None,
+        **stored,
+        "layer_maps": {
+            layer: torch.from_numpy(arrays[f"{mark}layer_{number}"])
+            for number, layer in enumerate(said["layers"])
+        },
+        "method": said["method"],
+        "layers": tuple(said["layers"]),
+        "options": said["options"],
+        "warnings": tuple(said["warnings"]),
+        "region": tuple(said.get("region", (0.0, 0.0, 1.0, 1.0))),
+        "bypass": said.get("bypass", {}),
+        "check": Check.from_json([comparison.get("check") for comparison in comparisons]),
+    }

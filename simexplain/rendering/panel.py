@@ -7,8 +7,8 @@ import html
 import io
 import textwrap
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,25 @@ ROLE_COLOURS = {"anchor": "#1f4e79", "positive": "#1b7837", "negative": "#a6361c
 _INK, _FAINT = "#222222", "#666666"
 _WARNING = "#8a5a00"
 _MOST_COLUMNS = 5
+_NOTE = 0.28
+"""Inches for two lines under a heatmap."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method shows of an image.
+
+    Attributes:
+        label: What the row is called; alike for all tiles.
+        heatmap: ``(H,W)`` in [0, 1].
+        peak: Where the heat is highest, ``(x, y)`` in pixels; None for an empty map.
+        note: A line under the heatmap.
+    """
+
+    label: str
+    heatmap: NDArray[np.float32]
+    peak: tuple[float, float] | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,6 +62,9 @@ class Tile:
         text: Drawn in place of picture and heatmaps, for a member that is not an image: what the
             given vector stands for.
         kind: What to write in place of the role, such as ``positive vector``.
+        label: What the row of ``heatmap`` is called, where there are others.
+        note: A line under the heatmap.
+        others: What other methods show, each in rows of its own; alike for all tiles.
     """
 
     picture: NDArray[np.uint8]
@@ -55,6 +77,14 @@ class Tile:
     more: tuple[tuple[str, NDArray[np.float32]], ...] = ()
     text: str | None = None
     kind: str = ""
+    label: str = ""
+    note: str = ""
+    others: tuple[Row, ...] = ()
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The heatmap and those of other methods."""
+        return (Row(self.label, self.heatmap, self.peak, self.note), *self.others)
 
 
 class ShownFigure(Figure):
@@ -100,7 +130,7 @@ def panel(
         title: The question, in a line.
         verdict: Whether the condition holds and by how much.
         holds: Colours the verdict; None for neither.
-        footer: Model, layer and method, so that the figure can be cited.
+        footer: Model, layer and method, so that the figure can be cited; one or several lines.
         notes: Warnings, printed below.
         styles: Names in ``RENDERERS``, one row each below the pictures.
         scale: What full heat is, for the legend.
@@ -114,13 +144,16 @@ def panel(
     images = [tile for tile in tiles if tile.text is None]
     shape = max(min(tile.picture.shape[0] / tile.picture.shape[1], 1.6) for tile in images)
     cell, legend = 2.75, 0.95
-    margin = 0.3 if images[0].more else 0.15
-    rows = 1 + len(styles) + len(images[0].more)
+    margin = 0.3 if images[0].more or images[0].others else 0.15
+    rows = 1 + len(styles) * len(images[0].rows) + len(images[0].more)
+    gap = 0.1 + _NOTE * any(row.note for tile in images for row in tile.rows)
     room = max(60, int(17 * columns * cell))
-    below = [(line, _FAINT) for line in textwrap.wrap(footer, room) or [""]]
+    below = [
+        (line, _FAINT) for said in footer.split("\n") for line in textwrap.wrap(said, room) or [""]
+    ]
     below += [(line, _WARNING) for note in notes for line in textwrap.wrap(f"! {note}", room)]
     head, foot = 0.75, 0.18 + 0.17 * len(below)
-    body = len(blocks) * (rows * (cell * shape + 0.1) + 0.55)
+    body = len(blocks) * (rows * (cell * shape + gap) + 0.55)
     height, width = head + body + foot, columns * cell + legend + 0.15 + margin
     figure = ShownFigure(figsize=(width, height), dpi=120, facecolor="white")
     _headline(figure, title, verdict, holds, height)
@@ -128,7 +161,7 @@ def panel(
     step = (top - bottom) / len(blocks)
     for number, block in enumerate(blocks):
         area = (margin / width, top - (number + 1) * step, 1 - (legend + 0.2) / width, step)
-        _block(figure, block, columns, (styles, rows), area, 0.55 / (height * step), joined)
+        _block(figure, block, columns, (styles, rows, gap), area, 0.55 / (height * step), joined)
     _legend(figure, (1 - legend / width, bottom, top, 0.13 / width), scale)
     _footer(figure, below, foot, height, width)
     return figure
@@ -154,13 +187,13 @@ def _block(
     figure: Figure,
     tiles: Sequence[Tile],
     columns: int,
-    lines: tuple[Sequence[str], int],
+    lines: tuple[Sequence[str], int, float],
     area: tuple[float, float, float, float],
     head: float,
     joined: str,
 ) -> None:
     """One line of images with their renderings below each other."""
-    (styles, rows), (left, bottom, right, height) = lines, area
+    (styles, rows, gap), (left, bottom, right, height) = lines, area
     shape = max(
         (t.picture.shape[0] / t.picture.shape[1] for t in tiles if t.text is None), default=1.0
     )
@@ -172,26 +205,37 @@ def _block(
         bottom=bottom + 0.02 * height,
         top=bottom + height * (1 - head),
         wspace=0.05,
-        hspace=0.04,
+        hspace=0.04 if gap < _NOTE else gap / 2.75,
     )
     for column, tile in enumerate(tiles):
         if tile.text is not None:
             _card(figure.add_subplot(grid[0, column]), tile, shape)
             continue
-        drawings = [
-            tile.picture,
-            *(RENDERERS[style](tile.picture, tile.heatmap) for style in styles),
-            *(RENDERERS[styles[0]](tile.picture, heatmap) for _, heatmap in tile.more),
-        ]
-        labels = ["", *[""] * len(styles), *(label for label, _ in tile.more)]
-        if tile.more:
-            labels[1] = joined
-        for row, drawn in enumerate(drawings):
-            axes = figure.add_subplot(grid[row, column])
+        for number, (row, drawn) in enumerate(_drawings(tile, styles, joined)):
+            axes = figure.add_subplot(grid[number, column])
             axes.imshow(drawn, interpolation="nearest" if drawn.shape[0] < 64 else "antialiased")
-            _dress(axes, tile, first=row == 0, peak=0 < row <= len(styles))
+            _dress(axes, tile, first=number == 0, peak=row.peak)
             if column == 0:
-                axes.set_ylabel(labels[row], size=8, color=_FAINT, labelpad=3, parse_math=False)
+                axes.set_ylabel(row.label, size=8, color=_FAINT, labelpad=3, parse_math=False)
+            note = textwrap.fill(row.note, 46)
+            axes.set_xlabel(note, size=7, color=_FAINT, labelpad=3, parse_math=False)
+
+
+def _drawings(
+    tile: Tile, styles: Sequence[str], joined: str
+) -> Iterator[tuple[Row, NDArray[np.uint8]]]:
+    """The picture, then what every method and every layer shows on it."""
+    yield Row("", tile.heatmap), tile.picture
+    for row in tile.rows:
+        for style in styles:
+            last = style == styles[-1]
+            named = replace(row, label=joined) if tile.more and not tile.others else row
+            yield (
+                named if last else replace(named, note=""),
+                RENDERERS[style](tile.picture, row.heatmap),
+            )
+    for label, heatmap in tile.more:
+        yield Row(label, heatmap), RENDERERS[styles[0]](tile.picture, heatmap)
 
 
 def _card(axes: Axes, tile: Tile, shape: float) -> None:
@@ -204,10 +248,10 @@ def _card(axes: Axes, tile: Tile, shape: float) -> None:
     lines = textwrap.fill(text, 22 if size > 10 else 28)
     _say(axes, 0.5, 0.55, lines, ha="center", va="center", size=size, color=_INK)
     _say(axes, 0.5, 0.06, "a vector: no map", ha="center", size=8, color=_FAINT)
-    _dress(axes, tile, first=True, peak=False)
+    _dress(axes, tile, first=True, peak=None)
 
 
-def _dress(axes: Axes, tile: Tile, *, first: bool, peak: bool) -> None:
+def _dress(axes: Axes, tile: Tile, *, first: bool, peak: tuple[float, float] | None) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -231,9 +275,9 @@ def _dress(axes: Axes, tile: Tile, *, first: bool, peak: bool) -> None:
             color=_FAINT,
             parse_math=False,
         )
-    elif peak and tile.peak is not None:
-        axes.plot(*tile.peak, marker="+", color="white", markersize=9, markeredgewidth=2.4)
-        axes.plot(*tile.peak, marker="+", color="black", markersize=8, markeredgewidth=1.0)
+    elif peak is not None:
+        axes.plot(*peak, marker="+", color="white", markersize=9, markeredgewidth=2.4)
+        axes.plot(*peak, marker="+", color="black", markersize=8, markeredgewidth=1.0)
     if tile.box is not None:
         left, top, right, bottom = tile.box
         axes.add_patch(
