@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from simexplain.comparison import Comparison, positives_of
 from simexplain.data.folders import Batches, pictures_in
-from simexplain.data.images import Picture, read_picture
+from simexplain.data.images import Picture, PictureSource, read_picture, read_pictures
 from simexplain.data.preprocessing import Geometry, Preprocess, prepared
 from simexplain.errors import ComparisonError, ImageError
 from simexplain.explaining import check_magnify, checked_vectors, explain, explain_view
@@ -28,7 +28,7 @@ from simexplain.tracing import trace
 
 def explain_files(
     model: nn.Module,
-    paths: Sequence[str | Path],
+    paths: Sequence[PictureSource],
     arch: str = "triplet",
     method: Methods = None,
     layer: Layers = None,
@@ -46,7 +46,8 @@ def explain_files(
     Args:
         model: A similarity model, whose ``preprocess`` is used, or any ``nn.Module`` that returns
             an embedding.
-        paths: Picture files, anchor first, then positives, then negatives.
+        paths: Picture files, anchor first, then positives, then negatives; or pictures of PIL or
+            arrays, as ``read_picture`` takes them, mixed with files as you like.
         arch: ``siamese``, ``triplet``, ``quadruplet`` or ``set``.
         method: As for :func:`~simexplain.explaining.explain`: a name, an object, several to make
             rows, or None for similarity attention as published and ``focus``.
@@ -68,7 +69,7 @@ def explain_files(
     wrapped = as_similarity_model(model)
     check_magnify(magnify)
     count = positives_of(arch, len(paths), different=different, positives=positives)
-    pictures = [read_picture(path) for path in paths]
+    pictures = read_pictures(paths)
     own, geometries = _tensors(wrapped, pictures, 1, count)
     view = own
     if magnify != 1:
@@ -86,7 +87,7 @@ def explain_files(
 
 def explain_against(
     model: nn.Module,
-    path: str | Path,
+    path: PictureSource,
     positives: Mapping[str, Tensor],
     negatives: Mapping[str, Tensor] | None = None,
     method: Methods = None,
@@ -104,7 +105,7 @@ def explain_against(
     Args:
         model: A similarity model, whose ``preprocess`` is used, or any ``nn.Module`` that returns
             an embedding.
-        path: The picture.
+        path: The picture: a file, a picture of PIL or an array.
         positives: Vectors ``(E,)`` that the picture should be like, by their labels.
         negatives: Vectors that it should not be like.
         method: As for :func:`~simexplain.explaining.explain`: a name, an object, several to make
@@ -157,9 +158,9 @@ def explain_against(
 
 def explain_pair_files(
     model: PairModel,
-    anchor: str | Path,
-    positives: Sequence[str | Path],
-    negatives: Sequence[str | Path] = (),
+    anchor: PictureSource,
+    positives: Sequence[PictureSource],
+    negatives: Sequence[PictureSource] = (),
     method: Methods = None,
     layer: Layers = None,
     **options: Any,
@@ -180,12 +181,13 @@ def explain_pair_files(
         ComparisonError: If the pictures or options do not fit the model.
         ModelError: If the model or a layer cannot be used.
     """
-    groups = [[anchor], [*positives, *negatives]]
+    read = read_pictures([anchor, *positives, *negatives])
+    groups = [read[:1], read[1:]]
     towers, pictures, views, geometries = (model.first, model.second), [], [], []
-    for tower, paths in zip(towers, groups, strict=True):
-        if not paths:
+    for tower, own in zip(towers, groups, strict=True):
+        if not own:
             raise ComparisonError("Expected at least one picture beside the anchor, got none.")
-        pictures.append([read_picture(path) for path in paths])
+        pictures.append(own)
         stack, places = prepared(tower.preprocess, pictures[-1])
         views.append(stack)
         geometries.append(tuple(places))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from torch import nn
 
 from simexplain.attribution.attributing import attribute
 from simexplain.attribution.result import Attribution
-from simexplain.data.images import read_picture
+from simexplain.data.images import PictureSource, read_pictures
 from simexplain.data.preprocessing import prepared
 from simexplain.errors import ComparisonError
 from simexplain.models.avsl_runs import expected_avsl
@@ -18,7 +17,7 @@ from simexplain.models.avsl_runs import expected_avsl
 
 def attribute_files(
     model: nn.Module,
-    paths: Sequence[str | Path],
+    paths: Sequence[PictureSource],
     *,
     roles: Sequence[str] | None = None,
     max_batch: int | None = None,
@@ -27,7 +26,8 @@ def attribute_files(
 
     Args:
         model: An AVSL model.
-        paths: Two or more picture files. With three and no roles they are a triplet.
+        paths: Two or more picture files, pictures of PIL or arrays. With three and no roles
+            they are a triplet.
         roles: ``positive``, ``negative`` or empty for each picture after the first.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
 
@@ -41,7 +41,7 @@ def attribute_files(
     avsl = expected_avsl(model)
     if roles is None and len(paths) == 3:
         roles = ("positive", "negative")
-    pictures = [read_picture(path) for path in paths]
+    pictures = read_pictures(paths)
     views, geometries = prepared(avsl.preprocess, pictures)
     result = attribute(avsl, views[0], views[1:], roles=roles, max_batch=max_batch)
     notes = avsl.preprocess.notes + tuple(n for picture in pictures for n in picture.notes)

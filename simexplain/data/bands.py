@@ -49,7 +49,16 @@ def read_bands(path: str | Path) -> tuple[NDArray[np.float32], tuple[str, ...]]:
         raise ImageError(
             f"'{path}' cannot be read as bands ({error}); save (H,W), (H,W,C) or (C,H,W) again."
         ) from error
-    return _in_range(path, _bands_last(path, values))
+    return bands_of(str(path), values)
+
+
+def bands_of(name: str, values: NDArray[Any]) -> tuple[NDArray[np.float32], tuple[str, ...]]:
+    """As :func:`read_bands`, of an array in memory, which is left as it is.
+
+    Raises:
+        ImageError: If it is no such array.
+    """
+    return _in_range(name, bands_last(name, values))
 
 
 def fitting_bands(image: Image.Image | NDArray[np.float32], channels: int) -> NDArray[np.float32]:
@@ -130,7 +139,12 @@ def _read(path: Path) -> NDArray[Any]:
         log.disabled = quiet
 
 
-def _bands_last(path: Path, values: NDArray[Any]) -> NDArray[Any]:
+def bands_last(path: str, values: NDArray[Any]) -> NDArray[Any]:
+    """An array ``(H,W)``, ``(H,W,C)`` or ``(C,H,W)`` as ``(H,W,C)``.
+
+    Raises:
+        ImageError: If it has another shape or holds no numbers.
+    """
     if values.dtype.kind not in "fiu" or values.ndim not in (2, 3) or not values.size:
         raise ImageError(
             f"Expected numbers of shape (H,W), (H,W,C) or (C,H,W) in '{path}', got "
@@ -147,7 +161,7 @@ def _bands_last(path: Path, values: NDArray[Any]) -> NDArray[Any]:
     return bands
 
 
-def _in_range(path: Path, values: NDArray[Any]) -> tuple[NDArray[np.float32], tuple[str, ...]]:
+def _in_range(path: str, values: NDArray[Any]) -> tuple[NDArray[np.float32], tuple[str, ...]]:
     """Values as a network wants them, and a note of what was done."""
     top = {"u1": 255.0, "u2": 65535.0}.get(values.dtype.str[1:])
     if not np.isfinite(values).all():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from simexplain.data.bands import as_rgb, is_banded, read_bands
+from simexplain.data.bands import as_rgb, bands_last, bands_of, is_banded, read_bands
 from simexplain.data.quieting import pillow_quiet
 from simexplain.errors import ImageError
 
@@ -25,7 +27,8 @@ class Picture:
     """A picture as it looks on a screen.
 
     Attributes:
-        path: Where it came from, as the user wrote it; empty for pictures made in memory.
+        path: Where it came from, as the user wrote it; ``image 1`` or the like for pictures from
+            memory.
         image: Upright RGB, 8 bits a channel.
         notes: What had to be changed, for the user to read.
         bands: The values ``(H,W,C)``, float32, of a picture that is more or other than RGB: an
@@ -43,19 +46,42 @@ class Picture:
         return self.image if self.bands is None else self.bands
 
 
-def read_picture(path: str | Path) -> Picture:
-    """Reads a picture file.
+PictureSource = str | Path | Image.Image | NDArray[Any] | Picture
+"""What verbs on pictures take: a file, a picture of PIL, or an array."""
+
+PICTURES = (str, Path, Image.Image, np.ndarray, Picture)
+"""The same, to tell one picture from several."""
+
+
+def read_pictures(sources: Sequence[PictureSource]) -> list[Picture]:
+    """Several pictures; those without a path are called ``image 1`` and so on, by their place.
+
+    Raises:
+        ImageError: As for :func:`read_picture`.
+    """
+    return [read_picture(one, f"image {place + 1}") for place, one in enumerate(sources)]
+
+
+def read_picture(path: PictureSource, name: str = "image 1") -> Picture:
+    """Reads a picture file, or takes a picture from memory, which is left as it is.
 
     EXIF rotation is applied, transparency is laid on white, CMYK, palette, grey and 16-bit
     pictures become 8-bit RGB, and of an animation the first frame is taken, with a note. Arrays
     and TIFF files of many bands keep their bands (:func:`read_bands`).
 
     Args:
-        path: Any format that Pillow reads, up to 178 million pixels; ``.npy``, ``.npz``.
+        path: Any format that Pillow reads, up to 178 million pixels; ``.npy``, ``.npz``. Or a
+            picture of PIL, of an animation its present frame. Or an array ``(H,W)``, ``(H,W,C)``
+            or ``(C,H,W)``: grey, RGB or RGBA of 8 bits as such a picture, others as bands, floats
+            in [0, 1].
+        name: What to call a picture without a path.
 
     Raises:
-        ImageError: If the file is missing, not a picture, cut off or too large.
+        ImageError: If the file is missing, not a picture, cut off or too large, or what was given
+            is no picture.
     """
+    if not isinstance(path, (str, Path)):
+        return _in_memory(path, name)
     name = str(path)
     if is_banded(path):
         bands, notes = read_bands(path)
@@ -84,6 +110,41 @@ def read_picture(path: str | Path) -> Picture:
         ) from error
 
 
+def _in_memory(given: Image.Image | NDArray[Any] | Picture, name: str) -> Picture:
+    if isinstance(given, Picture):
+        return given
+    try:
+        if isinstance(given, Image.Image):
+            return _upright(name, given.copy(), [])
+        if isinstance(given, np.ndarray):
+            return _of_array(name, given)
+    except (*_DAMAGE, AssertionError, AttributeError) as error:  # Pillow, of a closed file
+        raise ImageError(f"'{name}' cannot be read ({error}); open or make it again.") from error
+    raise ImageError(
+        f"Expected a path, a picture of PIL or an array for '{name}', got {type(given).__name__}; "
+        "preprocessed tensors are for the verbs without 'files' in their names."
+    )
+
+
+def _of_array(name: str, values: NDArray[Any]) -> Picture:
+    pixels = bands_last(name, values)
+    if pixels.dtype == np.uint8 and pixels.shape[2] in (1, 3, 4):
+        plain = pixels[..., 0] if pixels.shape[2] == 1 else pixels
+        return Picture(name, _on_white(Image.fromarray(np.ascontiguousarray(plain))))
+    if pixels.dtype.kind == "f" and pixels.shape[2] == 3 and _whole_numbers(pixels):
+        raise ImageError(
+            f"Expected floats in [0, 1] in '{name}', got whole numbers up to {pixels.max():g}; "
+            "give them as 8 bits (astype('uint8')), or divide them by 255."
+        )
+    bands, notes = bands_of(name, values)
+    return Picture(name, Image.fromarray(as_rgb(bands)), notes, bands)
+
+
+def _whole_numbers(pixels: NDArray[Any]) -> bool:
+    """Whether floats are 8-bit values by another type, of which 2 and more are no overshoot."""
+    return bool(pixels.max() >= 2 and (pixels == np.round(pixels)).all())
+
+
 def _read(name: str, opened: Image.Image) -> Picture:
     notes = []
     frames = getattr(opened, "n_frames", 1)
@@ -91,6 +152,11 @@ def _read(name: str, opened: Image.Image) -> Picture:
         opened.seek(0)
         notes.append(f"'{name}' has {frames} frames; the first one is used.")
     opened.load()
+    return _upright(name, opened, notes)
+
+
+def _upright(name: str, opened: Image.Image, notes: list[str]) -> Picture:
+    """A loaded picture as RGB."""
     image = ImageOps.exif_transpose(opened) or opened
     if image.mode.startswith(_DEEP_MODES):
         hidden = image.info.get("transparency")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from simexplain.comparison import Comparison
+from simexplain.data.images import PictureSource
 from simexplain.errors import ComparisonError, SimexplainError, first_line
 from simexplain.evaluation.comparison_result import ComparedMethod, MethodComparison
 from simexplain.evaluation.faithfulness import MASKINGS
@@ -99,7 +100,7 @@ def compare_methods(
 
 def compare_files(
     model: nn.Module,
-    paths: Sequence[str | Path],
+    paths: Sequence[PictureSource],
     arch: str = "triplet",
     methods: Recipes = None,
     *,
@@ -119,7 +120,7 @@ def compare_files(
 
     Args:
         model: As for :func:`compare_methods`.
-        paths: Picture files, anchor first, then positives, then negatives.
+        paths: Picture files, pictures of PIL or arrays: anchor, then positives, then negatives.
         arch: ``siamese``, ``triplet``, ``quadruplet`` or ``set``.
         methods: As for :func:`compare_methods`.
         masks: For each picture the mask file of what its map should point at, or None; see

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from torch import nn
 
+from simexplain.data.images import PictureSource
 from simexplain.errors import ComparisonError, SimexplainError
 from simexplain.evaluation.items import Item
 from simexplain.evaluation.measuring import (
@@ -122,7 +124,7 @@ def evaluate_faithfulness(
         methods={
             name: tally.summed(level=level, seed=seed) for name, tally in run.tallies.items()
         },
-        items=tuple(tuple(str(path) for path in item.paths) for item in records),
+        items=tuple(tuple(map(_name, range(len(item.paths)), item.paths)) for item in records),
         chance={
             "pointing": bootstrap_mean(run.hits).mean, "energy": bootstrap_mean(run.areas).mean,
         },
@@ -223,6 +225,11 @@ def _settled(recipe: Recipe) -> Recipe:
         return settled(recipe)
     except (SimexplainError, TypeError):
         return recipe
+
+
+def _name(place: int, source: PictureSource) -> str:
+    """The path of a picture; one from memory has none."""
+    return str(source) if isinstance(source, (str, Path)) else f"image {place + 1}"
 
 
 def _bracketed(name: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from simexplain.data.images import PictureSource
 from simexplain.errors import ComparisonError, ImageError
 
 _HALF = 127
@@ -21,7 +22,7 @@ class Item:
     """One comparison of a data set.
 
     Attributes:
-        paths: Picture files, anchor first, then positives, then negatives.
+        paths: Picture files, pictures of PIL or arrays: anchor, then positives, then negatives.
         arch: ``siamese``, ``triplet``, ``quadruplet`` or ``set``.
         masks: For each picture the mask of what its map should point at, or None: a grey picture of
             the same size, light where it is, or one with an alpha channel, such as the picture
@@ -33,7 +34,7 @@ class Item:
         ComparisonError: If there are not as many masks as pictures.
     """
 
-    paths: tuple[str | Path, ...]
+    paths: tuple[PictureSource, ...]
     arch: str = "triplet"
     masks: tuple[str | Path | None, ...] | None = None
     different: bool = False

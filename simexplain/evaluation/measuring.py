@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from simexplain.comparison import Comparison, positives_of
-from simexplain.data.images import Picture, read_picture
+from simexplain.data.images import Picture, read_pictures
 from simexplain.data.preprocessing import Geometry, prepared
 from simexplain.evaluation.faithfulness import faithfulness
 from simexplain.evaluation.items import Item, read_mask
@@ -101,7 +101,7 @@ def asked(model: SimilarityModel, item: Item) -> Asked:
     near = positives_of(
         item.arch, len(item.paths), different=item.different, positives=item.positives
     )
-    pictures = [read_picture(path) for path in item.paths]
+    pictures = read_pictures(item.paths)
     views, geometries = prepared(model.preprocess, pictures)
     comparison = Comparison(views[:1], views[None, 1 : 1 + near], views[None, 1 + near :])
     masks = {

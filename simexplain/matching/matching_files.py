@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from torch import nn
 
-from simexplain.data.images import read_picture
+from simexplain.data.images import PictureSource, read_pictures
 from simexplain.data.preprocessing import prepared
 from simexplain.matching.matching import match
 from simexplain.matching.result import Matching
@@ -17,8 +16,8 @@ from simexplain.models.embedder import as_similarity_model
 
 def match_files(
     model: nn.Module,
-    a: str | Path,
-    b: str | Path,
+    a: PictureSource,
+    b: PictureSource,
     layer: str | None = None,
     *,
     score: str = "cosine",
@@ -34,7 +33,7 @@ def match_files(
     Args:
         model: A similarity model, whose ``preprocess`` is used, or any ``nn.Module`` that returns
             an embedding.
-        a: A picture file.
+        a: A picture file, a picture of PIL or an array, as ``read_picture`` takes them.
         b: Another one.
         layer: As for :func:`~simexplain.matching.matching.match`, like all that follow.
         score: ``cosine``, ``dot`` or ``squared``.
@@ -49,7 +48,7 @@ def match_files(
         ModelError: If the model or the layer cannot be used.
     """
     wrapped = as_similarity_model(model)
-    pictures = read_picture(a), read_picture(b)
+    pictures = read_pictures((a, b))
     views, (first, second) = prepared(wrapped.preprocess, pictures)
     result = match(
         wrapped, views[:1], views[1:], layer, score=score, style=style, steps=steps,
@@ -58,7 +57,7 @@ def match_files(
     notes = wrapped.preprocess.notes + tuple(n for picture in pictures for n in picture.notes)
     return replace(
         result,
-        pictures=(pictures,),
+        pictures=((pictures[0], pictures[1]),),
         geometries=((first, second),),
         warnings=notes + result.warnings,
     )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from simexplain.data.folders import results_in
-from simexplain.data.images import Picture, read_picture
+from simexplain.data.images import Picture, PictureSource, read_picture
 from simexplain.data.preprocessing import Geometry, prepared
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explanation import versions
@@ -35,7 +35,7 @@ Progress = Callable[[str, int, int], None]
 @torch.no_grad()
 def search(
     model: nn.Module,
-    query: str | Path,
+    query: PictureSource,
     index: str | Path | GalleryIndex,
     k: int | None = None,
     *,
@@ -60,7 +60,7 @@ def search(
 
     Args:
         model: The model that the index was made with; another one is refused.
-        query: A picture file.
+        query: A picture file, a picture of PIL or an array.
         index: An index, its file, or a folder of pictures, which is then indexed for this search
             alone.
         k: How many hits; five unless given, or all where there are fewer.
@@ -79,7 +79,7 @@ def search(
     if region is not None and mask is not None:
         raise ComparisonError("Expected a region or a mask, got both; leave one of them away.")
     base = as_similarity_model(model)
-    picture = read_picture(query)
+    picture = read_picture(query, "query")
     gallery, notes = _gallery(base, index, root, max_batch, progress)
     views, (geometry,) = prepared(gallery.preprocess, [picture])
     wanted = _region(picture, region, mask)
@@ -88,8 +88,9 @@ def search(
             f"A region is searched for by what positions add to the embeddings, which this index "
             f"does not keep: {gallery.without_basis}"
         )
+    own = gallery.place_of(query) if isinstance(query, (str, Path)) else None
     asked = ask(base, gallery, views, geometry, wanted)
-    ranking = rank_gallery(base, gallery, asked, k, own=gallery.place_of(query))
+    ranking = rank_gallery(base, gallery, asked, k, own=own)
     gallery = _measured_by(base, gallery)
     limit = close_limit(base, gallery, asked, ranking)
     found = hits_of(base, gallery, asked, ranking, limit)

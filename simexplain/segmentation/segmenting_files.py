@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from simexplain.data.images import Picture, read_picture
+from simexplain.data.images import PICTURES, Picture, PictureSource, read_pictures
 from simexplain.data.preprocessing import Geometry, Preprocess, prepared
 from simexplain.errors import ComparisonError
 from simexplain.evaluation.items import read_mask
@@ -33,9 +33,9 @@ VIEWS: dict[str, str] = {
 
 def segment_files(
     model: nn.Module,
-    test: str | Path,
-    supports: Sequence[str | Path],
-    others: Sequence[str | Path] = (),
+    test: PictureSource,
+    supports: Sequence[PictureSource],
+    others: Sequence[PictureSource] = (),
     *,
     method: str | Method = METHOD,
     layer: Layers = None,
@@ -55,7 +55,7 @@ def segment_files(
     Args:
         model: A similarity model, whose ``preprocess`` is used, or any ``nn.Module`` that returns
             an embedding.
-        test: A picture file.
+        test: A picture file, a picture of PIL or an array; so may all others be.
         supports: Pictures of the class sought.
         others: Pictures of the other class, for the two-way setting.
         method: As for :func:`~simexplain.segmentation.segmenting.segment`, like all without a
@@ -82,7 +82,7 @@ def segment_files(
     _check(supports, others, support_masks, view)
     chosen = cue or default_cue(method)
     prepare = whole_view(wrapped.preprocess) if view == "whole" else wrapped.preprocess
-    pictures = [read_picture(path) for path in (test, *supports, *others)]
+    pictures = read_pictures((test, *supports, *others))
     views, geometries = prepared(prepare, pictures)
     cut_at = 1 + len(supports)
     near = views[1:cut_at]
@@ -148,17 +148,18 @@ def _masks(
 
 
 def _check(
-    supports: Sequence[str | Path],
-    others: Sequence[str | Path],
+    supports: Sequence[PictureSource],
+    others: Sequence[PictureSource],
     masks: Sequence[str | Path] | None,
     view: str,
 ) -> None:
-    if isinstance(supports, (str, Path)) or not supports:
+    single = isinstance(supports, PICTURES)
+    if single or not supports:
         raise ComparisonError(
             "Expected a list of at least one support picture, got "
-            f"{'one path' if supports else 'none'}."
+            f"{'one path' if single else 'none'}."
         )
-    if isinstance(others, (str, Path)):
+    if isinstance(others, PICTURES):
         raise ComparisonError("Expected a list of pictures of other classes, got one path.")
     if isinstance(masks, (str, Path)):
         raise ComparisonError("Expected a list of support masks, got one path.")
