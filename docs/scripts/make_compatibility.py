@@ -142,15 +142,16 @@ def told(error: Exception) -> str:
 
 def page(rows: list[Row], checks: list[str] | None) -> str:
     """The page as Markdown."""
-    done = Counter("wrong" if row.failures else "right" for row in rows)
-    if not all(row.ran for row in rows):
+    done = Counter("wrong" if row.failures else "right" for row in rows if row.ran)
+    if not done:
         lines = [head_text(), f"{len(rows)} networks. This page has what is right; it was not run."]
         return "\n".join([*lines, *tables(rows)]) + "\n"
     used = {net.net.package for net in rows} - {"own"}
     versions = ", ".join(f"{name} {version(name)}" for name in ["torch", *sorted(used)])
     lines = [
         head_text(),
-        f"{len(rows)} networks, {done['right']} as they should be, {done['wrong']} not. "
+        f"{len(rows)} networks, {done['right']} as they should be, {done['wrong']} not"
+        f"{f', {left} not run (expected)' if (left := len(rows) - done.total()) else ''}. "
         f"Run with {versions}. Checks of this run: {', '.join(checks or [*CHECKS, 'file'])}.",
         *tables(rows),
     ]
