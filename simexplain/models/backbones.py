@@ -98,8 +98,11 @@ def check_registered(name: str, source: str) -> None:
         ModelError: If timm or torchvision has no network of that plain name.
     """
     zoo, _, bare = name.removeprefix("pcb:").partition(":")
-    if zoo not in ("timm", "torchvision"):
-        return  # which build_backbone refuses
+    if zoo not in ("timm", "torchvision") or not bare:
+        raise ModelError(
+            f"Expected a network as {' or '.join(f'{zoo}:NAME' for zoo in ZOOS)} for '{source}', "
+            f"got '{printable(name)[:80]}'; a file never leads to a hub or a folder."
+        )
     tagged = zoo == "timm" and _PLAIN_NAME.fullmatch(bare)
     if (bare.partition(".")[0] if tagged else bare) not in _names(zoo):
         raise ModelError(
