@@ -20,7 +20,7 @@ from simexplain.methods import PIXELS
 from simexplain.training.run_folder import first_process
 
 from .method_options import method_from, method_options
-from .options import busy, model_from, model_options, progress_bars, tell_files
+from .options import OneOf, busy, model_from, model_options, progress_bars, tell_files
 
 if TYPE_CHECKING:
     from simexplain.batching.planning import Progress
@@ -51,7 +51,7 @@ _LISTED = 20
               help="Gigabytes to keep of pictures between rows, in each process.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1),
               help="Pictures in one forward pass. [1 on a CPU, else 16]")  # fmt: skip
-@click.option("--accelerator", type=click.Choice(ACCELERATORS), default="auto", show_default=True,
+@click.option("--accelerator", type=OneOf(ACCELERATORS), default="auto", show_default=True,
               help="Where to run.")  # fmt: skip
 @click.option("--devices", type=click.IntRange(min=1),
               help="Processes on each host. [1, or those of torchrun]")  # fmt: skip

@@ -15,7 +15,7 @@ from simexplain.picturing import verdict
 from simexplain.publishing import check_writable
 from simexplain.rendering.overlay import RENDERERS
 
-from .options import busy, free_folder, model_from, model_options, progress_bar, tell_files
+from .options import OneOf, busy, free_folder, model_from, model_options, progress_bar, tell_files
 from .recipes import asked_recipes, measuring_options, tell_long_work
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _FOLDER = "comparison"
 @click.command("compare")
 @click.argument("model")
 @click.argument("images", type=click.Path(), nargs=-1, required=True)
-@click.option("--arch", type=click.Choice(list(ARCHITECTURES)), required=True,
+@click.option("--arch", type=OneOf(list(ARCHITECTURES)), required=True,
               help="siamese, triplet, quadruplet or set, as for explain.")  # fmt: skip
 @click.option("--different", is_flag=True, help="The pair of a siamese comparison is dissimilar.")
 @click.option("--positives", default=1, show_default=True, help="For set: how many are positives.")
@@ -36,7 +36,7 @@ _FOLDER = "comparison"
               "none where there is no mask. Light or opaque marks it; a cut-out picture can be its "
               "own mask.")  # fmt: skip
 @measuring_options
-@click.option("--style", type=click.Choice(list(RENDERERS)), default="overlay", show_default=True,
+@click.option("--style", type=OneOf(list(RENDERERS)), default="overlay", show_default=True,
               help="How to draw.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
 @click.option("--force", is_flag=True, help="Replace a comparison that is in the folder.")

@@ -17,7 +17,7 @@ from simexplain.publishing import check_writable
 from .evaluate_reid import reid
 from .evaluate_retrieval import retrieval
 from .evaluate_segmentation import segmentation
-from .options import busy, model_from, model_options, progress_bar, tell_files
+from .options import OneOf, busy, model_from, model_options, progress_bar, tell_files
 from .recipes import asked_recipes, measuring_options, tell_long_work
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ command.add_command(segmentation)
 @click.option("--comparisons", type=click.IntRange(1), metavar="N",
               help=f"How many to draw from a folder [{_SAMPLED}], or the first N lines of a file "
               "[all].")  # fmt: skip
-@click.option("--arch", type=click.Choice(list(SAMPLED)), default="triplet", show_default=True,
+@click.option("--arch", type=OneOf(list(SAMPLED)), default="triplet", show_default=True,
               help="What to draw from a folder.")  # fmt: skip
-@click.option("--control", "controls", type=click.Choice(list(CONTROLS)), multiple=True,
+@click.option("--control", "controls", type=OneOf(list(CONTROLS)), multiple=True,
               default=list(CONTROLS), show_default=True,
               help="Maps that know nothing of the network, measured as well; repeat.")  # fmt: skip
 @click.option("--level", default=0.95, show_default=True, type=click.FloatRange(0.5, 0.999),

@@ -18,7 +18,7 @@ from simexplain.evaluation.retrieval_result import Retrieval
 from simexplain.evaluation.saving import RETRIEVAL_FILES, save_retrieval
 from simexplain.publishing import check_writable
 
-from .options import busy, model_from, model_options, progress_bars, tell_files
+from .options import OneOf, busy, model_from, model_options, progress_bars, tell_files
 
 _LISTED = 3
 _OWN = "own"
@@ -31,9 +31,9 @@ _SPLITS = ("all", "train", "test")
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--gallery", type=click.Path(path_type=Path),
               help="Folder of classes to search. [the queries themselves]")  # fmt: skip
-@click.option("--kind", type=click.Choice(list(DATASETS)), default="folder",
+@click.option("--kind", type=OneOf(list(DATASETS)), default="folder",
               show_default=True, help="What DATA is.")  # fmt: skip
-@click.option("--split", type=click.Choice(_SPLITS),
+@click.option("--split", type=OneOf(_SPLITS),
               help="Which pictures are queries. [test where DATA says which those are, else all]",
 )  # fmt: skip
 @click.option("--train-share", type=click.FloatRange(0, 1, min_open=True, max_open=True),

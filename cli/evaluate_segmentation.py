@@ -17,7 +17,7 @@ from simexplain.segmentation.pascal import FOLDS, is_pascal, read_pascal
 from simexplain.segmentation.saving import SCORE_FILES, save_scores
 from simexplain.segmentation.scores import SegmentationScores
 
-from .options import busy, model_from, model_options, progress_bars, tell_files
+from .options import OneOf, busy, model_from, model_options, progress_bars, tell_files
 from .segment_options import segment_options, segmenting_from
 
 _KINDS = ("pascal", "folder", "csv")
@@ -27,12 +27,12 @@ _LISTED = 3
 @click.command("segmentation")
 @click.argument("model")
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("--kind", type=click.Choice(_KINDS),
+@click.option("--kind", type=OneOf(_KINDS),
               help="What DATA is. [found out: a CSV file, PASCAL VOC 2012, or class folders]",
 )  # fmt: skip
 @click.option("--fold", "folds", type=click.IntRange(0, FOLDS - 1), multiple=True,
               help="Of PASCAL-5i; repeat. [all four]")  # fmt: skip
-@click.option("--split", type=click.Choice(("all", "train", "test")),
+@click.option("--split", type=OneOf(("all", "train", "test")),
               help="PASCAL-5i: the fold's classes (test) or the other fifteen (train), for "
               "choosing thresholds. Else which part of DATA. [test; all]")  # fmt: skip
 @click.option("--masks", metavar="FOLDER|alpha",
@@ -44,7 +44,7 @@ _LISTED = 3
               help="Supports for each class.")  # fmt: skip
 @click.option("--episodes", type=click.IntRange(1), default=1000, show_default=True,
               help="Test pictures with their supports, drawn from each fold.")  # fmt: skip
-@click.option("--overlaps", type=click.Choice(list(OVERLAPS)), default="hotter", show_default=True,
+@click.option("--overlaps", type=OneOf(list(OVERLAPS)), default="hotter", show_default=True,
               help="Two ways: " + "; ".join(f"{k}: {v}" for k, v in OVERLAPS.items()) + ".",
 )  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Of the drawing.")

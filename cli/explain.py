@@ -18,7 +18,7 @@ from simexplain.saving import MAIN_FILES, manifest
 
 from .given_vectors import vector_options, vectors_from
 from .method_options import method_from, method_options
-from .options import aligned, busy, free_folder, model_from, model_options
+from .options import OneOf, aligned, busy, free_folder, model_from, model_options
 
 if TYPE_CHECKING:
     from simexplain.explanation import Explanation
@@ -32,7 +32,7 @@ _FOLDER = "explanation"
 @click.argument("other", type=click.Path(), nargs=-1)
 @click.option(
     "--arch",
-    type=click.Choice(list(ARCHITECTURES)),
+    type=OneOf(list(ARCHITECTURES)),
     help="siamese: 2 images; triplet: anchor, positive, negative; quadruplet: anchor, positive, "
     "2 negatives; set: anchor, positives, negatives. Needed where there are several images.",
 )
@@ -40,12 +40,13 @@ _FOLDER = "explanation"
 @click.option("--positives", default=1, show_default=True, help="For set: how many are positives.")
 @vector_options
 @method_options
-@click.option("--style", type=click.Choice(list(RENDERERS)), multiple=True, default=["overlay"],
+@click.option("--style", type=OneOf(list(RENDERERS)), multiple=True, default=["overlay"],
               show_default=True, help="How to draw; repeat for more rows.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
 @click.option("--force", is_flag=True, help="Replace an explanation that is in the folder.")
 @click.option("--check/--no-check", default=True, show_default=True,
-              help="Hide what the maps mark, and as much elsewhere, and ask the model again.")  # fmt: skip
+              help="Hide what the maps mark, and as much elsewhere, and ask the model "
+              "again.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @model_options
 def command(

@@ -13,7 +13,7 @@ from simexplain.fitting.posthoc import PostHoc, fit
 from simexplain.models.avsl_options import ORIGINS, PRESETS
 from simexplain.models.writing import check_savable, save_model
 
-from .options import busy, check_file, few, model_from, model_options, progress_bars
+from .options import OneOf, busy, check_file, few, model_from, model_options, progress_bars
 
 _OWN = PostHoc()
 
@@ -28,7 +28,7 @@ _OWN = PostHoc()
 @click.option("--nodes", default=_OWN.nodes, show_default=True, help="Nodes of each level.")
 @click.option(
     "--preset",
-    type=click.Choice(list(PRESETS)),
+    type=OneOf(list(PRESETS)),
     default="paper",
     show_default=True,
     help="Follow the paper's text or its authors' code where they differ.",

@@ -9,7 +9,7 @@ from importlib import import_module
 import click
 
 from simexplain import __version__
-from simexplain.errors import SimexplainError
+from simexplain.errors import SimexplainError, meant
 
 COMMANDS = {
     "explain": "Heatmaps of what makes images alike or different to a model.",
@@ -41,6 +41,15 @@ class _Lazy(click.Group):
             return None
         command: click.Command = import_module(f"{__package__}.{cmd_name}").command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, with a suggestion for a command that is misspelt."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            hint = meant(args[0], COMMANDS) or f"; expected one of {', '.join(COMMANDS)}."
+            ctx.fail(f"No such command '{args[0]}'{hint}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

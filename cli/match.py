@@ -15,7 +15,7 @@ from simexplain.matching.pictures import default_points, summary
 from simexplain.matching.saving import MAIN_FILES, manifest
 from simexplain.publishing import check_writable
 
-from .options import aligned, busy, free_folder, model_from, model_options, tell_files
+from .options import OneOf, aligned, busy, free_folder, model_from, model_options, tell_files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,10 +51,10 @@ class Place(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     help="A point of A in pixels: show what answers to it in B; repeat. [the strongest matches]",
 )  # fmt: skip
 @click.option("--layer", help="Layer whose positions are matched. [the model's default]")
-@click.option("--score", type=click.Choice(list(SCORES)), default="cosine", show_default=True,
+@click.option("--score", type=OneOf(list(SCORES)), default="cosine", show_default=True,
               help="; ".join(f"{name}: {score.about}" for name, score in SCORES.items()) + ".",
 )  # fmt: skip
-@click.option("--style", type=click.Choice(list(STYLES)), default="exact", show_default=True,
+@click.option("--style", type=OneOf(list(STYLES)), default="exact", show_default=True,
               help="; ".join(f"{name}: {about}" for name, about in STYLES.items()) + ".",
 )  # fmt: skip
 @click.option("--steps", default=16, show_default=True, type=click.IntRange(min=1),

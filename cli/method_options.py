@@ -14,6 +14,8 @@ from simexplain.methods import METHODS, option_from, options_of
 from simexplain.methods.cams import CAMS
 from simexplain.methods.weights import WEIGHTS
 
+from .options import OneOf
+
 if TYPE_CHECKING:
     from simexplain.models.base import SimilarityModel
 
@@ -24,11 +26,11 @@ _OWN_OPTIONS = ("weights", "cam", "through_weights", "keep_negative")
 _OPTIONS = (
     click.option(
         "--method",
-        type=click.Choice(list(METHODS)),
+        type=OneOf(list(METHODS)),
         metavar="NAME",
         multiple=True,
-        help=f"One of {', '.join(METHODS)}; repeat for several rows. [sam as published and focus, or "
-        "sam alone where one of its options or a layer is given]",
+        help=f"One of {', '.join(METHODS)}; repeat for several rows. [sam as published and focus, "
+        "or sam alone where one of its options or a layer is given]",
     ),
     click.option(
         "--layer", multiple=True, help="Layer to explain; repeat to multiply several layers' maps."
@@ -36,13 +38,13 @@ _OPTIONS = (
     click.option("--sweep", is_flag=True, help="Explain the last layer of every resolution."),
     click.option(
         "--weights",
-        type=click.Choice(list(WEIGHTS)),
+        type=OneOf(list(WEIGHTS)),
         default="paper",
         show_default=True,
         help="; ".join(f"{name}: {rule.about}" for name, rule in WEIGHTS.items()) + ".",
     ),
     click.option(
-        "--cam", type=click.Choice(list(CAMS)), multiple=True, help="Formula; once, or per layer."
+        "--cam", type=OneOf(list(CAMS)), multiple=True, help="Formula; once, or per layer."
     ),
     click.option("--through-weights", is_flag=True, help="Gradient through the weights as well."),
     click.option("--keep-negative", is_flag=True, help="Keep negative evidence in the saved maps."),
@@ -52,7 +54,7 @@ _OPTIONS = (
     ),
     click.option("--magnify", default=1.0, show_default=True,
                  help="Enlarge the images, finer maps."),
-    click.option("--scale", type=click.Choice(SCALES), default="image", show_default=True,
+    click.option("--scale", type=OneOf(SCALES), default="image", show_default=True,
                  help="Full heat: each image's own maximum, or one shared by all."),
 )  # fmt: skip
 

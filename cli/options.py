@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from simexplain.data.preprocessing import FITS, INTERPOLATIONS
-from simexplain.errors import OutputError
+from simexplain.errors import OutputError, meant
+from simexplain.methods import ELSEWHERE, METHODS
 from simexplain.models.base import DISTANCES
 from simexplain.models.loading import RANDOM, Pixels, load_model
 from simexplain.models.readouts import OUTPUTS
@@ -23,6 +24,20 @@ if TYPE_CHECKING:
     from simexplain.models.base import SimilarityModel
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class OneOf(click.Choice):  # type: ignore[type-arg,unused-ignore]
+    """One of some names, with a suggestion for what is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The name."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            known = list(map(str, self.choices))
+            others = ELSEWHERE if known == list(METHODS) else None
+            hint = meant(str(value), known, others) or "."
+            self.fail(f"expected one of {', '.join(known)}, got {value!r}{hint}", param, ctx)
 
 
 class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -74,24 +89,22 @@ _MODEL_OPTIONS = (
     ),
     click.option("--size", type=Size(), help="Input size if not the model's own."),
     click.option(
-        "--fit", type=click.Choice(FITS), help="How pictures are fitted, if not as in the model."
+        "--fit", type=OneOf(FITS), help="How pictures are fitted, if not as in the model."
     ),
     click.option(
         "--distance",
-        type=click.Choice(list(DISTANCES)),
+        type=OneOf(list(DISTANCES)),
         help="Between unit embeddings. [euclidean]",
     ),
     click.option(
         "--output",
         "which_vector",
-        type=click.Choice(OUTPUTS),
+        type=OneOf(OUTPUTS),
         help="Which vector of the network is the embedding, if not the one its authors compare.",
     ),
     click.option("--mean", type=Numbers(), help="Of each channel in [0, 1], if not the model's."),
     click.option("--std", type=Numbers(), help="Of each channel in [0, 1], if not the model's."),
-    click.option(
-        "--interpolation", type=click.Choice(INTERPOLATIONS), help="For resizing pictures."
-    ),
+    click.option("--interpolation", type=OneOf(INTERPOLATIONS), help="For resizing pictures."),
     click.option("--channels", type=click.IntRange(1), help="Channels of a picture. [3]"),
     click.option("--fast", is_flag=True, help="Fold batch norm, channels-last: quicker."),
 )

@@ -13,6 +13,8 @@ from simexplain.evaluation.recipes import Recipe, quick_methods, recipes_of, set
 from simexplain.methods import METHODS
 from simexplain.metrics.curves import BASELINES
 
+from .options import OneOf
+
 _LONG = 30
 """Seconds from which on it is said beforehand how long it will take."""
 
@@ -27,9 +29,9 @@ _OPTIONS = (
     click.option("--all", "every", is_flag=True, help="Every method that applies; some are slow."),
     click.option("--steps", default=20, show_default=True, type=click.IntRange(2),
                  help="Points of the deletion and insertion curves."),
-    click.option("--baseline", type=click.Choice(list(BASELINES)), default="blur",
+    click.option("--baseline", type=OneOf(list(BASELINES)), default="blur",
                  show_default=True, help="What deleted pixels become."),
-    click.option("--masking", type=click.Choice(MASKINGS), default="each", show_default=True,
+    click.option("--masking", type=OneOf(MASKINGS), default="each", show_default=True,
                  help="Delete from one image while the others are held, or from all together."),
     click.option("--tolerance", default=0.0, show_default=True, type=click.FloatRange(0),
                  help="Pixels around a mask that still count as hits."),

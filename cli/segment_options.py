@@ -17,6 +17,8 @@ from simexplain.segmentation.grabcut import GrabCut
 from simexplain.segmentation.segmenting import METHOD
 from simexplain.segmentation.segmenting_files import VIEWS
 
+from .options import OneOf
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _THRESHOLDS = ("sure", "probable", "background")
@@ -28,7 +30,7 @@ _OPTIONS = (
         help=f"What makes the map; sam is the paper's. NAME is one of {', '.join(METHODS)}.",
     ),
     click.option(
-        "--by", type=click.Choice(list(REFINEMENTS)), default="grabcut", show_default=True,
+        "--by", type=OneOf(list(REFINEMENTS)), default="grabcut", show_default=True,
         help="From the map to a mask: GrabCut from the map, its probable threshold, Otsu's, "
         "GrabCut from its box, or GrabCut without it.",
     ),
@@ -42,12 +44,12 @@ _OPTIONS = (
                  type=click.IntRange(1), help="Of GrabCut."),
     click.option("--longest", default=_CUT.longest, show_default=True, type=click.IntRange(16),
                  help="Pixels of the longer side at which GrabCut works."),
-    click.option("--several", type=click.Choice(list(SEVERAL)), default="averaged",
+    click.option("--several", type=OneOf(list(SEVERAL)), default="averaged",
                  show_default=True,
                  help="; ".join(f"{name}: {about}" for name, about in SEVERAL.items()) + "."),
-    click.option("--anchor", type=click.Choice(list(ANCHORS)), default="test", show_default=True,
+    click.option("--anchor", type=OneOf(list(ANCHORS)), default="test", show_default=True,
                  help="; ".join(f"{name}: {about}" for name, about in ANCHORS.items()) + "."),
-    click.option("--view", type=click.Choice(list(VIEWS)),
+    click.option("--view", type=OneOf(list(VIEWS)),
                  help="; ".join(f"{name}: {about}" for name, about in VIEWS.items())
                  + ". [whole, or model with --fit]"),
 )  # fmt: skip

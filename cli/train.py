@@ -22,7 +22,7 @@ from simexplain.training.resuming import begun_source
 from simexplain.training.run_folder import CHECKPOINT, first_process
 from simexplain.training.training import check_extra, train
 
-from .options import aligned, tell_files
+from .options import OneOf, aligned, tell_files
 from .train_options import given_settings, training_options
 
 if TYPE_CHECKING:
@@ -50,13 +50,13 @@ def _show_recipe(context: click.Context, option: click.Parameter, name: str | No
 @click.option("--out", type=click.Path(), required=True, help="Folder of the run.")
 @click.option("--force", is_flag=True, help="Replace a run that is in the folder.")
 @click.option("--resume", is_flag=True, help="Go on with the run in the folder, exactly.")
-@click.option("--recipe", type=click.Choice(list(RECIPES)), metavar="NAME",
+@click.option("--recipe", type=OneOf(list(RECIPES)), metavar="NAME",
               help="Settings of a paper, where none are given.")  # fmt: skip
 @click.option("--list-recipes", is_flag=True, is_eager=True, expose_value=False,
               callback=_list_recipes, help="List the recipes and end.")  # fmt: skip
 @click.option("--show-recipe", metavar="NAME", is_eager=True, expose_value=False,
               callback=_show_recipe, help="Show a recipe with its sources and end.")  # fmt: skip
-@click.option("--kind", type=click.Choice(list(DATASETS)),
+@click.option("--kind", type=OneOf(list(DATASETS)),
               help="What DATA is. [that of the recipe, else folder]")  # fmt: skip
 @click.option("--train-share", type=click.FloatRange(0, 1, min_open=True, max_open=True),
               help="Classes to train on, where DATA does not say. [0.5]")  # fmt: skip

@@ -11,7 +11,7 @@ import click
 from simexplain.training.limits import RANGES, choices
 from simexplain.training.options import TrainOptions
 
-from .options import Size
+from .options import OneOf, Size
 
 F = TypeVar("F", bound=Callable[..., Any])
 _OWN = TrainOptions()
@@ -150,7 +150,7 @@ def _option(name: str, tables: dict[str, tuple[str, ...]]) -> Callable[[F], F]:
     told = ",".join(map(str, own)) if isinstance(own, tuple) else own
     default = "" if told in (None, "") else f" [{told}]"
     many = name in _NAMES
-    kind: Any = _TYPES.get(name) or (click.Choice(tables[name]) if name in tables else type(own))
+    kind: Any = _TYPES.get(name) or (OneOf(tables[name]) if name in tables else type(own))
     if name in RANGES:
         least, most = RANGES[name]
         between: Any = click.FloatRange if isinstance(own, float) else click.IntRange

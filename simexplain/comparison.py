@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from simexplain.arguments import check_pixels, typed
 from simexplain.errors import ComparisonError
 
 ARCHITECTURES: dict[str, tuple[int | None, str]] = {
@@ -19,6 +20,7 @@ ARCHITECTURES: dict[str, tuple[int | None, str]] = {
 
 
 @dataclass(frozen=True)
+@typed
 class Comparison:
     """An anchor with a set of positives and a set of negatives, for each of ``B`` comparisons.
 
@@ -51,6 +53,8 @@ class Comparison:
 
     def __post_init__(self) -> None:
         axes = {"anchor": 0, "positives": 1, "negatives": 1}
+        for role, more in axes.items():
+            check_pixels(role, getattr(self, role), 1 + more)
         items = {role: getattr(self, role).dim() - more for role, more in axes.items()}
         vectors = tuple(role for role, number in items.items() if number == 2)
         if vectors and any(number > 3 for number in items.values()):
@@ -95,6 +99,7 @@ class Comparison:
             )
 
     @classmethod
+    @typed
     def pair(cls, a: Tensor, b: Tensor, similar: bool = True) -> Comparison:
         """A siamese comparison of two batches ``(B,*S)``; not ``similar`` makes ``b`` negative.
 
@@ -105,6 +110,7 @@ class Comparison:
         return cls(a, first, none) if similar else cls(a, none, first)
 
     @classmethod
+    @typed
     def along(cls, images: Tensor, direction: Tensor) -> Comparison:
         """Images ``(B,*S)`` along a direction in the space of embeddings, ``(E,)`` or ``(B,E)``.
 
@@ -115,6 +121,7 @@ class Comparison:
         return cls(one.anchor, one.positives, one.negatives, unit=False)
 
     @classmethod
+    @typed
     def triplet(cls, anchor: Tensor, positive: Tensor, negative: Tensor) -> Comparison:
         """One positive and one negative for each anchor, each ``(B,*S)``.
 
@@ -130,6 +137,7 @@ class Comparison:
         )
 
     @classmethod
+    @typed
     def quadruplet(
         cls, anchor: Tensor, positive: Tensor, negative1: Tensor, negative2: Tensor
     ) -> Comparison:
@@ -298,11 +306,8 @@ def paired(a: Tensor, b: Tensor, files: str, *, one_size: bool = False) -> tuple
     Raises:
         ComparisonError: If they are not float images, as many on both sides or one on a side.
     """
-    for side in (a, b):
-        if not isinstance(side, Tensor):
-            raise ComparisonError(
-                f"Expected image tensors, got {type(side).__name__}; use {files} for picture files."
-            )
+    for name, side in (("a", a), ("b", b)):
+        check_pixels(name, side)
     first, second = (side.unsqueeze(0) if side.dim() == 3 else side for side in (a, b))
     if (
         any(side.dim() != 4 or not side.is_floating_point() for side in (first, second))
@@ -319,6 +324,7 @@ def paired(a: Tensor, b: Tensor, files: str, *, one_size: bool = False) -> tuple
 
 
 def _checked(stack: Tensor, what: str) -> Tensor:
+    check_pixels(what, stack, stack.dim())
     if stack.dim() < 2:
         raise ComparisonError(
             f"Expected {what} as a batch (B, ...), got shape {tuple(stack.shape)}; "
@@ -329,6 +335,7 @@ def _checked(stack: Tensor, what: str) -> Tensor:
 
 def _vector_for_all(stack: Tensor, other: Tensor) -> Tensor:
     """One given vector ``(E,)`` or ``(1,E)`` beside images, as one for each comparison."""
+    check_pixels("images and vectors", stack, stack.dim())
     if other.dim() < 4 or stack.dim() not in (1, 2):
         return stack
     one = stack.unsqueeze(0) if stack.dim() == 1 else stack

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simexplain.arguments import typed
 from simexplain.checking import checked, joined_checks
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError, first_line
@@ -32,6 +33,8 @@ SCORED = ("similarity_cam", *WITH_GRADIENTS, *WITHOUT_GRADIENTS)
 """Methods that explain a learned score of two images."""
 
 _MOVED_FAR = 0.1
+_BEYOND = 10
+"""Images that reach so many times what preprocessed pictures do were not preprocessed."""
 
 
 @overload
@@ -53,13 +56,14 @@ def explain(
     *,
     magnify: float = 1,
     scale: str = "image",
-    labels: Sequence[str] = (),
+    labels: str | Sequence[str] | None = (),
     max_batch: int | None = None,
     check: bool = True,
     **options: Any,
 ) -> Explanation: ...
 
 
+@typed
 @full_precision()
 def explain(
     model: nn.Module | PairModel,
@@ -69,7 +73,7 @@ def explain(
     *,
     magnify: float = 1,
     scale: str = "image",
-    labels: Sequence[str] = (),
+    labels: str | Sequence[str] | None = (),
     max_batch: int | None = None,
     check: bool = True,
     **options: Any,
@@ -133,7 +137,10 @@ def _explain_pair(
     """Both sides of a pair model, each with the other one held."""
     if not isinstance(comparison, Comparison) or comparison.given or comparison.anchor.dim() != 4:
         raise ComparisonError("Expected a Comparison of float images for a pair model.")
-    layers = (layer, layer) if layer is None or isinstance(layer, str) else tuple(layer)
+    if layer is None or isinstance(layer, (str, nn.Module)):
+        layers: tuple[Any, ...] = (layer, layer)
+    else:
+        layers = tuple(layer)
     if len(layers) != 2:
         raise ModelError(f"Expected one layer for each of two towers, got {list(layers)}.")
     with model.settled():
@@ -240,7 +247,7 @@ def explain_view(
     magnify: float,
     scale: str,
     max_batch: int | None,
-    labels: Sequence[str] = (),
+    labels: str | Sequence[str] | None = (),
     check: bool = False,
     **options: Any,
 ) -> Explanation:
@@ -301,6 +308,7 @@ def _explanations(
         surveyed = not isinstance(row.method, ChoosesLayers) or model.is_surveyed(pictures)
         known = takes_layers(row.method) and surveyed
         warnings = row.found.warnings + _more_warnings(row.found, moved, comparison)
+        warnings += _out_of_range(model, pictures)
         if known:
             own = row.found.embeddings.flatten(0, 1)
             warnings += model.cautions(row.layers, pictures, own)
@@ -349,15 +357,16 @@ def checked_vectors(model: SimilarityModel, comparison: Comparison) -> Compariso
     return replace(comparison, **unit)
 
 
-def _labelled(comparison: Comparison, labels: Sequence[str]) -> tuple[GivenVector, ...]:
+def _labelled(
+    comparison: Comparison, labels: str | Sequence[str] | None
+) -> tuple[GivenVector, ...]:
     """The given vectors with their labels, numbered where they have none.
 
     Raises:
         ComparisonError: If there are labels, but not one for each vector.
     """
     members = [place for place in range(comparison.members) if place not in comparison.places]
-    if isinstance(labels, str):
-        labels = (labels,)
+    labels = (labels,) if isinstance(labels, str) else labels or ()
     if labels and len(labels) != len(members):
         raise ComparisonError(
             f"Expected a label for each of {len(members)} given vectors, got {len(labels)} labels."
@@ -451,6 +460,19 @@ def _told(method: Method, magnify: float) -> dict[str, Any]:
         chosen = asdict(method)
     told = {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}
     return told if magnify == 1 else {**told, "magnify": magnify}
+
+
+def _out_of_range(model: SimilarityModel, pictures: Tensor) -> tuple[str, ...]:
+    """A warning for images that can hardly be preprocessed as the model's pictures are."""
+    own = model.preprocess
+    most = max(max(abs(m), abs(1 - m)) / s for m, s in zip(own.mean, own.std, strict=True))
+    reached = float(pictures.abs().amax())
+    if reached <= _BEYOND * max(most, 1):
+        return ()
+    return (
+        f"The images reach {reached:.3g}, where pictures prepared as this model has them reach "
+        f"{most:.3g}; divide pixels by 255 and normalise them (model.preprocess).",
+    )
 
 
 def _more_warnings(

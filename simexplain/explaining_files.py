@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simexplain.arguments import typed
 from simexplain.comparison import Comparison, positives_of
 from simexplain.data.folders import Batches, pictures_in
 from simexplain.data.images import Picture, PictureSource, read_picture, read_pictures
@@ -26,6 +27,7 @@ from simexplain.pair_explanation import PairExplanation
 from simexplain.tracing import trace
 
 
+@typed
 def explain_files(
     model: nn.Module,
     paths: Sequence[PictureSource],
@@ -85,6 +87,7 @@ def explain_files(
     )
 
 
+@typed
 def explain_against(
     model: nn.Module,
     path: PictureSource,
@@ -156,6 +159,7 @@ def explain_against(
     )
 
 
+@typed
 def explain_pair_files(
     model: PairModel,
     anchor: PictureSource,
@@ -219,6 +223,7 @@ def _rows(vectors: Mapping[str, Tensor], width: int) -> Tensor:
     return torch.stack(rows).unsqueeze(0) if rows else torch.empty(1, 0, width)
 
 
+@typed
 def centroid(model: nn.Module, folder: str | Path, *, max_batch: int = 32) -> Tensor:
     """The mean direction ``(E,)`` of the embeddings of all pictures in a folder, of unit length.
 

@@ -11,17 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simexplain.errors import ModelError
+from simexplain.errors import ModelError, NetworkError, SimexplainError, first_line
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Computes as tensors say, whatever ``torch.autocast`` the caller has entered.
+    """Computes as tensors say, whatever ``autocast`` or ``inference_mode`` the caller has entered.
 
-    Half precision would round the small differences that maps are made of. A network that enters
-    autocast by itself is left to it.
+    Half precision would round the small differences that maps are made of, and tensors of inference
+    mode have no gradient. A network that enters either by itself is left to it.
     """
     with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(mode=False))
+            stack.enter_context(torch.no_grad())
         for kind in ("cpu", "cuda", "mps", "xpu"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
@@ -43,6 +46,53 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+@contextmanager
+def running(network: nn.Module, images: Tensor) -> Iterator[None]:
+    """Turns what a network raises of images ``(M,C,H,W)`` into a sentence.
+
+    Raises:
+        NetworkError: Whose cause is what the network raised. Lack of memory stays what it is.
+    """
+    try:
+        yield
+    except (SimexplainError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever somebody else's forward raises
+        if "memory" in str(error):
+            raise
+        # contextlib takes an error that comes from StopIteration for the end of this generator.
+        cause = None if isinstance(error, StopIteration) else error
+        raise NetworkError(_failure(network, images, error)) from cause
+
+
+def _failure(network: nn.Module, images: Tensor, error: Exception) -> str:
+    """Why a network does not run on some images, and what to do."""
+    channels, height, width = images.shape[1:]
+    weights = [*network.parameters(), *network.buffers()]
+    if any(weight.is_meta for weight in weights):
+        return (
+            f"The weights of {type(network).__name__} have no values (device 'meta'); load them "
+            "before explaining it."
+        )
+    if any(weight.is_inference() for weight in weights):
+        return (
+            f"The weights of {type(network).__name__} were made inside torch.inference_mode(), so "
+            "no gradient passes them; build or load the model outside of it."
+        )
+    said = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
+    first = next((one for one in network.modules() if isinstance(one, nn.Conv2d)), None)
+    if first is not None and isinstance(error, RuntimeError) and first.in_channels != channels:
+        return (
+            f"Expected images of {first.in_channels} channels, as the first convolution of "
+            f"{type(network).__name__} takes, got {channels}x{height}x{width} ({said}); give "
+            "images (B,C,H,W) with that many channels."
+        )
+    return (
+        f"The model does not run on images of {channels}x{height}x{width} ({said}); give it the "
+        "size and the inputs that its forward expects."
+    )
 
 
 def split_call(layer: str) -> tuple[str, int | None]:
@@ -73,6 +123,23 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
     close = get_close_matches(name, [known for known in modules if known], n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else "`simexplain layers` lists them."
     raise ModelError(f"The model has no layer '{name}'; {hint}")
+
+
+def layer_name(network: nn.Module, layer: str | nn.Module) -> str:
+    """The name of a layer that is given by name or as the module itself.
+
+    Raises:
+        ModelError: If the module is no part of the network.
+    """
+    if isinstance(layer, str):
+        return layer
+    for name, module in network.named_modules():
+        if module is layer and name:
+            return str(name)
+    raise ModelError(
+        f"Expected a layer of {type(network).__name__}, got a {type(layer).__name__} that is no "
+        "part of it; `simexplain layers` lists the names."
+    )
 
 
 def at_least_single(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from simexplain.arguments import described, typed
 from simexplain.errors import ModelError
 from simexplain.networks import find_layer, first_tensor, split_call, undisturbed, with_first
 from simexplain.tapes import Tape
@@ -128,6 +129,7 @@ def listening(network: nn.Module, listeners: Mapping[str, Listener]) -> Iterator
         yield
 
 
+@typed
 def trace(
     model: Traceable,
     images: Tensor,
@@ -157,6 +159,11 @@ def trace(
     Raises:
         ModelError: If a layer is unknown, does not run or has no tensor as its output.
     """
+    if not hasattr(model, "pass_size"):
+        raise ModelError(
+            f"Expected a similarity model, got {described(model)}; wrap it with "
+            "as_similarity_model."
+        )
     size = model.pass_size(len(images), max_batch, together=differentiable)
     pixels = (int(images.shape[-2]), int(images.shape[-1]))
     rows, outputs, tapes = _forward(model, images, size, layers, differentiable, taped)

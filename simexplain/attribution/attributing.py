@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from simexplain.arguments import typed
 from simexplain.attribution.result import Attribution
 from simexplain.comparison import paired
 from simexplain.errors import ComparisonError, ModelError
@@ -22,6 +23,7 @@ ROLES = ("positive", "negative", "")
 _FLAT_BELOW = 0.01
 
 
+@typed
 @full_precision()
 def attribute(
     model: nn.Module,

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from simexplain.arguments import typed
 from simexplain.attribution.attributing import attribute
 from simexplain.attribution.result import Attribution
 from simexplain.data.images import PictureSource, read_pictures
@@ -15,6 +16,7 @@ from simexplain.errors import ComparisonError
 from simexplain.models.avsl_runs import expected_avsl
 
 
+@typed
 def attribute_files(
     model: nn.Module,
     paths: Sequence[PictureSource],

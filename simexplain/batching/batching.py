@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from simexplain.arguments import typed
 from simexplain.batching.distributing import (
     processes,
     sums,
@@ -31,7 +32,7 @@ from simexplain.batching.table import check_extra
 from simexplain.errors import ComparisonError
 from simexplain.explanation import Explanation
 from simexplain.methods import Method
-from simexplain.methods.rows import Layers
+from simexplain.methods.rows import Layers, layer_names
 from simexplain.models.embedder import as_similarity_model
 from simexplain.training.run_folder import first_process
 
@@ -39,6 +40,7 @@ _ON_CARD = 16
 _LISTED = 20
 
 
+@typed
 def explain_batch(
     model: nn.Module,
     rows: Rows,
@@ -99,8 +101,9 @@ def explain_batch(
     folder, first = BatchFolder(Path(out)), first_process()
     if first:
         folder.check(resume=resume, force=force)
-    asked = Asked(method, layer, magnify, scale, max_batch, options)
     wrapped = as_similarity_model(model)
+    layers = None if layer is None else layer_names(wrapped, layer)
+    asked = Asked(method, layers, magnify, scale, max_batch, options)
     read, base = read_rows(rows, root)
     plan = plan_rows(read, base, wrapped.preprocess, size=how.shard_rows, progress=progress)
     if how.strict:

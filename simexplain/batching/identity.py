@@ -32,10 +32,9 @@ def identity_of(
             asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
         )
         method = f"{type(method).__name__}({own})"
-    layer = asked.layer
     settings = {
         "method": method,
-        "layer": [layer] if isinstance(layer, str) else list(layer or ()),
+        "layer": list(asked.layer or ()),
         "magnify": asked.magnify,
         "scale": asked.scale,
         **{name: getattr(how, name) for name in ("shard_rows", "pictures", "figures")},

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from simexplain.arguments import typed
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explaining import check_magnify
 from simexplain.methods import Method
-from simexplain.methods.rows import Layers
 from simexplain.models.base import SimilarityModel
 
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
@@ -23,7 +23,7 @@ class Asked:
     """What is asked of every row; the fields are those of ``explain_files``."""
 
     method: str | Method = "sam"
-    layer: Layers = None
+    layer: Sequence[str] | None = None
     magnify: float = 1
     scale: str = "image"
     max_batch: int | None = None
@@ -34,6 +34,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
+@typed
 class BatchOptions:
     """How a batch is made, as far as it is not the method's business.
 

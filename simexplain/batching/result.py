@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from simexplain.arguments import typed
 from simexplain.batching.folder import RESULTS, SCHEMA, BatchFolder
 from simexplain.batching.planning import stamp_of
 from simexplain.batching.shards import PICTURE, TENSORS
@@ -229,6 +230,7 @@ class BatchResult:
         }
 
 
+@typed
 def open_batch(folder: str | Path) -> BatchResult:
     """Opens what :func:`~simexplain.batching.batching.explain_batch` wrote.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from simexplain.data.folders import without_index
 from simexplain.errors import ComparisonError
 
 COLUMNS = ("anchor", "positives", "negatives", "id")
@@ -121,7 +122,7 @@ def _from_csv(source: Path) -> Iterable[BatchRow]:
         with source.open(encoding="utf-8-sig", newline="") as opened:
             reader = csv.reader(opened, strict=True)
             header = [name.strip().lower() for name in next(reader, [])]
-            _check_header(source, header)
+            _check_header(source, without_index(header))
             for cells in reader:
                 if any(cell.strip() for cell in cells):
                     yield _from_cells(header, cells, reader.line_num)

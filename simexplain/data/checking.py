@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from simexplain.arguments import typed
 from simexplain.data.augmenting import Augmentation
 from simexplain.data.dataset_split import DataSplit, everything, few, relative
 from simexplain.data.folders import Record
@@ -26,6 +27,7 @@ _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
 _EIGHTH = 8
 
 
+@typed
 def check_training(
     split: DataSplit,
     *,

@@ -18,7 +18,7 @@ from simexplain.data.dataset_split import (
     relative,
     zero_shot,
 )
-from simexplain.data.folders import SUFFIXES, Record, pictures_in
+from simexplain.data.folders import SUFFIXES, Record, pictures_in, without_index
 from simexplain.errors import ImageError
 
 COLUMNS = ("path", "label", "split", "group", "mask")
@@ -121,7 +121,7 @@ def read_csv(path: Path, reading: Reading) -> DataSplit:
     """
     header, lines = _lines(path)
     problems: list[str] = []
-    unknown = [name for name in header if name not in COLUMNS]
+    unknown = [name for name in without_index(header) if name not in COLUMNS]
     if unknown:
         problems.append(f"unknown columns {few(unknown)} (known: {', '.join(COLUMNS)})")
     wrong: dict[str, list[int]] = defaultdict(list)

@@ -50,11 +50,12 @@ def read_cars(root: Path, reading: Reading) -> DataSplit:
     Raises:
         ImageError: If pytorch-metric-learning is missing or the folder lies otherwise.
     """
-    if not (root / "names.csv").is_file() and (root / "cars_annos.mat").is_file():
+    lists = ("cars_annos.mat", "devkit", "stanford_cars/devkit", "cars_train_annos.mat")
+    if not (root / "names.csv").is_file() and any((root / name).exists() for name in lists):
         raise ImageError(
             f"Expected Cars196 with class folders and anno_train.csv in '{root}', got Stanford's "
-            "cars_annos.mat, for which pytorch-metric-learning has no reader; write its paths and "
-            "labels into a CSV file and read that."
+            "lists (.mat, as torchvision has them), for which pytorch-metric-learning has no "
+            "reader; write their paths and labels into a CSV file and read that (csv)."
         )
     train, test = _published("Cars196", root, "names.csv, anno_train.csv, anno_test.csv")
     return masked(_by_folders(train, test, "Cars196", root / "car_data" / "car_data"), reading)

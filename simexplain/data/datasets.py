@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from simexplain.arguments import typed
 from simexplain.data.dataset_folders import read_csv, read_folder
 from simexplain.data.dataset_published import (
     read_cars,
@@ -17,7 +18,7 @@ from simexplain.data.dataset_published import (
 from simexplain.data.dataset_split import DataSplit as DataSplit
 from simexplain.data.dataset_split import Reading, few, relative
 from simexplain.data.dataset_split import everything as everything
-from simexplain.errors import ImageError
+from simexplain.errors import ImageError, meant, missing
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ DATASETS: dict[str, DatasetKind] = {
 """The kinds of data sets that are read."""
 
 
+@typed
 def read_dataset(
     kind: str,
     root: str | Path,
@@ -106,7 +108,8 @@ def read_dataset(
         ImageError: If there is no such kind or folder, or its files do not match: all at once.
     """
     if kind not in DATASETS:
-        raise ImageError(f"Expected a kind of data set ({', '.join(DATASETS)}), got '{kind}'.")
+        hint = meant(kind, DATASETS) or "."
+        raise ImageError(f"Expected a kind of data set ({', '.join(DATASETS)}), got '{kind}'{hint}")
     source, known = Path(root), DATASETS[kind]
     if group is not None and not known.grouped:
         able = ", ".join(name for name, other in DATASETS.items() if other.grouped)
@@ -114,8 +117,11 @@ def read_dataset(
     if not (source.is_file() if kind == "csv" else source.is_dir()):
         what = "a CSV file" if kind == "csv" else "a folder"
         raise ImageError(
-            f"Expected {what} for '{kind}' ({known.layout}), but '{source}' is none; check the "
-            "path."
+            missing(
+                source,
+                f"Expected {what} for '{kind}' ({known.layout}), but '{source}' is none; check the "
+                "path.",
+            )
         )
     split = known.read(source, Reading(train_share, group, masks))
     problems = [*split.problems, *_missing(split)] if strict else []

@@ -14,7 +14,7 @@ from torch import Tensor
 from simexplain.data.bands import ARRAYS
 from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import Preprocess
-from simexplain.errors import ImageError
+from simexplain.errors import ImageError, missing
 from simexplain.publishing import written_pictures
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jfif")
@@ -57,7 +57,9 @@ def pictures_in(folder: str | Path, *, labelled: bool) -> list[Record]:
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ImageError(f"Expected a folder of pictures, but '{root}' is none; check the path.")
+        raise ImageError(
+            missing(root, f"Expected a folder of pictures, but '{root}' is none; check the path.")
+        )
     found = _below(root)
     own = _written(found)
     paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES and path not in own)
@@ -111,6 +113,12 @@ def _written(found: Sequence[Path]) -> set[Path]:
     """Which pictures simexplain wrote as part of a result."""
     manifests = [path for path in found if path.suffix == ".json"]
     return {picture for path in manifests for picture in written_pictures(path)}
+
+
+def without_index(header: Sequence[str]) -> list[str]:
+    """The columns of a table without the nameless index that pandas writes before them."""
+    own = [name for name in header[:1] if name.strip() and not name.lower().startswith("unnamed:")]
+    return [*own, *header[1:]]
 
 
 @dataclass

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from simexplain.arguments import typed
 from simexplain.data.bands import as_rgb, bands_last, bands_of, is_banded, read_bands
 from simexplain.data.quieting import pillow_quiet
-from simexplain.errors import ImageError
+from simexplain.errors import ImageError, missing
 
 _WHITE = (255, 255, 255, 255)
 _DEEP_MODES = ("I", "F")
@@ -62,6 +63,7 @@ def read_pictures(sources: Sequence[PictureSource]) -> list[Picture]:
     return [read_picture(one, f"image {place + 1}") for place, one in enumerate(sources)]
 
 
+@typed
 def read_picture(path: PictureSource, name: str = "image 1") -> Picture:
     """Reads a picture file, or takes a picture from memory, which is left as it is.
 
@@ -91,7 +93,7 @@ def read_picture(path: PictureSource, name: str = "image 1") -> Picture:
         with pillow_quiet(), Image.open(path, formats=_formats()) as opened:
             return _read(name, opened)
     except FileNotFoundError as error:
-        raise ImageError(f"There is no file '{name}'; check the path.") from error
+        raise ImageError(missing(name, f"There is no file '{name}'; check the path.")) from error
     except IsADirectoryError as error:
         raise ImageError(f"Expected a picture, but '{name}' is a folder.") from error
     except PermissionError as error:

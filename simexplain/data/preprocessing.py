@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from simexplain.arguments import typed
 from simexplain.data.bands import as_rgb, fitting_bands
 from simexplain.data.images import Picture
 from simexplain.errors import ImageError
@@ -124,6 +125,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+@typed
 class Preprocess:
     """Resize, fit and normalise, as the network was trained to expect.
 

@@ -11,6 +11,7 @@ from typing import TypeAlias, TypeVar
 
 import numpy as np
 
+from simexplain.arguments import typed
 from simexplain.errors import ImageError
 
 Index: TypeAlias = tuple[int, int, int]
@@ -70,6 +71,7 @@ class _Batches(ABC):
 
 
 @dataclass(frozen=True)
+@typed
 class ClassBalanced(_Batches):
     """Batches of P classes with K pictures each.
 
@@ -206,6 +208,7 @@ class Shuffled(_Batches):
 class _Deck:
     """Cards that are dealt until none is left, then shuffled again."""
 
+    @typed
     def __init__(self, cards: Sequence[int], draw: np.random.Generator) -> None:
         self.cards, self.draw = cards, draw
         self.left: list[int] = []

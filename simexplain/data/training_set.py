@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from simexplain.arguments import typed
 from simexplain.data.augmenting import AUGMENTATIONS, Augmentation
 from simexplain.data.folders import Record
 from simexplain.data.images import read_picture
@@ -45,6 +46,7 @@ class TrainingImages(Dataset[Sample]):
         classes: All labels, sorted; the place of one is its number.
     """
 
+    @typed
     def __init__(
         self,
         records: Sequence[Record],

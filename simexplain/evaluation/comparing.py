@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simexplain.arguments import typed
 from simexplain.comparison import Comparison
 from simexplain.data.images import PictureSource
 from simexplain.errors import ComparisonError, SimexplainError, first_line
@@ -37,6 +38,7 @@ _MOST_RANKED = 112
 """Heatmaps are compared on grids of at most this side: finer ones hold nothing more."""
 
 
+@typed
 @full_precision()
 def compare_methods(
     model: nn.Module,
@@ -98,6 +100,7 @@ def compare_methods(
     return run.compared(recipes_of(methods), explained, (), progress, estimate)
 
 
+@typed
 def compare_files(
     model: nn.Module,
     paths: Sequence[PictureSource],

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from simexplain.arguments import typed
 from simexplain.data.images import PictureSource
 from simexplain.errors import ComparisonError, SimexplainError
 from simexplain.evaluation.items import Item
@@ -60,6 +61,7 @@ class _Tally:
         )
 
 
+@typed
 def evaluate_faithfulness(
     model: nn.Module,
     items: Sequence[Item | tuple[Any, ...]],

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simexplain.arguments import typed
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
 from simexplain.evaluation.results import FaithfulnessScores
@@ -26,6 +27,7 @@ LEAST = 0.05
 """The share of the largest possible score that covering has to cost for areas to be normalised."""
 
 
+@typed
 def faithfulness(
     model: nn.Module,
     comparison: Comparison,

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from simexplain.arguments import typed
 from simexplain.comparison import architecture
-from simexplain.data.folders import pictures_in
+from simexplain.data.folders import pictures_in, without_index
 from simexplain.errors import ComparisonError
 from simexplain.evaluation.items import Item
 
@@ -35,6 +36,7 @@ _MASK = "_mask"
 _TRIES = 50
 
 
+@typed
 def read_comparisons(path: str | Path) -> list[Item]:
     """The comparisons in a CSV file, in UTF-8 with a header.
 
@@ -50,7 +52,7 @@ def read_comparisons(path: str | Path) -> list[Item]:
     try:
         with source.open(encoding="utf-8-sig", newline="") as opened:
             reader = csv.DictReader(opened, strict=True)
-            _check_header(source, list(reader.fieldnames or ()))
+            _check_header(source, without_index(reader.fieldnames or ()))
             items = [
                 _item(source, reader.line_num, row) for row in reader if any(_texts(row))
             ]  # fmt: skip
@@ -65,6 +67,7 @@ def read_comparisons(path: str | Path) -> list[Item]:
     return items
 
 
+@typed
 def sample_comparisons(
     folder: str | Path, count: int = 50, *, arch: str = "triplet", seed: int = 0
 ) -> list[Item]:

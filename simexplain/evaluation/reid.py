@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simexplain.arguments import typed
 from simexplain.data.dataset_published import JUNK, is_distractor
 from simexplain.data.dataset_split import DataSplit
 from simexplain.data.folders import Record
@@ -23,6 +24,7 @@ RANKS = (1, 5, 10)
 """The ranks of the CMC that papers report."""
 
 
+@typed
 def evaluate_reid(
     model: nn.Module,
     data: DataSplit,

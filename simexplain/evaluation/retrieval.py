@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simexplain.arguments import typed
 from simexplain.data.folders import Batches, Record
 from simexplain.errors import ComparisonError, ImageError, ModelError
 from simexplain.evaluation.retrieval_result import Retrieval
@@ -85,6 +86,7 @@ def embedded(
     return Embedded(torch.cat(rows), tuple(records[n] for n in places), dict(batches.broken))
 
 
+@typed
 def evaluate_retrieval(
     model: nn.Module,
     queries: Sequence[Record],

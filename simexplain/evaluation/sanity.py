@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simexplain.arguments import typed
 from simexplain.comparison import Comparison
 from simexplain.errors import ModelError
 from simexplain.evaluation.results import SanityScores
@@ -19,6 +20,7 @@ from simexplain.metrics.stability import AGREEMENTS
 from simexplain.models.embedder import as_similarity_model
 
 
+@typed
 def sanity_check(
     model: nn.Module,
     comparison: Comparison,

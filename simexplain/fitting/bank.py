@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simexplain.arguments import typed
 from simexplain.data.folders import Batches, Record, pictures_in
 from simexplain.errors import ImageError, ModelError
 from simexplain.fitting.passes import Progress
@@ -29,6 +30,7 @@ _TOLD = ("triplets", "margin", "seed")
 
 
 @dataclass(frozen=True)
+@typed
 class BankOptions:
     """How a bank is made; the defaults are choices of ours.
 
@@ -60,6 +62,7 @@ class BankOptions:
             raise ModelError(f"Expected a seed of at most 63 bits, got {self.seed}.")
 
 
+@typed
 @full_precision()
 def build_bank(
     model: nn.Module, source: Source, *, progress: Progress | None = None, **options: Any

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simexplain.arguments import typed
 from simexplain.data.folders import Batches, Record, pictures_in
 from simexplain.errors import ImageError, ModelError
 from simexplain.fitting.heads import Head, pca_head, trained_head
@@ -195,6 +196,7 @@ def too_few(images: int, classes: int, nodes: int) -> tuple[str, ...]:
     return tuple(said)
 
 
+@typed
 @full_precision()
 def fit(
     model: nn.Module,

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from simexplain.arguments import typed
 from simexplain.graph.distances import distances
 from simexplain.losses.metric_learning import metric_learning
 from simexplain.losses.roots import rooted
@@ -22,6 +23,7 @@ class GivenDistances(_BaseDistance):  # type: ignore[misc]
     vectors that is the cosine.
     """
 
+    @typed
     def __init__(self, *, similarities: bool = False) -> None:
         super().__init__(normalize_embeddings=False, is_inverted=similarities)
 
@@ -44,6 +46,7 @@ class AVSLDistance(_BaseDistance):  # type: ignore[misc]
     distance alpha and beta alone.
     """
 
+    @typed
     def __init__(
         self,
         model: AVSL,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simexplain.arguments import typed
 from simexplain.errors import ModelError
 from simexplain.graph.distances import distances
 from simexplain.losses.distance_losses import DISTANCE_LOSSES
@@ -73,6 +74,7 @@ class AVSLLoss(Term):
 
     latest: dict[str, Tensor]
 
+    @typed
     def __init__(
         self,
         model: AVSL,

@@ -7,6 +7,7 @@ from math import log
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from simexplain.arguments import typed
 from simexplain.errors import ModelError
 from simexplain.losses.mining import MiningOptions, MiningTerm, mined_along
 from simexplain.losses.objective import Batch, Term
@@ -24,6 +25,7 @@ class ClassHead(nn.Module):
     probability ``1 / classes``; they would take thousands of small steps to get there.
     """
 
+    @typed
     def __init__(self, classes: int, features: int, *, scale: float = 16.0) -> None:
         """Takes the sizes; weights are drawn as those of any linear layer.
 
@@ -83,6 +85,7 @@ class ClassificationLoss(Term):
     The mean over images and classes. Head and network are both trained.
     """
 
+    @typed
     def __init__(self, head: ClassHead) -> None:
         """Takes the head, whose weights become parameters of the term."""
         super().__init__()
@@ -117,6 +120,7 @@ class ClassificationMiningLoss(MiningTerm):
     ``L_bce`` alone trains the head.
     """
 
+    @typed
     def __init__(
         self, head: ClassHead, options: MiningOptions | None = None, **changes: object
     ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from simexplain.arguments import typed
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.losses.mining import named_layers, tuple_weights
 from simexplain.losses.objective import Batch, Term
@@ -57,6 +58,7 @@ class AttentionMaskLoss(Term):
     out; a map that is zero everywhere has the share 0.
     """
 
+    @typed
     def __init__(
         self,
         *,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simexplain.errors import ModelError
 from simexplain.losses.drawing import drawn_from
-from simexplain.losses.metric_learning import metric_learning
+from simexplain.losses.metric_learning import metric_learning, triplet_miner
 from simexplain.losses.proxy_anchor import LossOnDistances, Measured, ProxyAnchor
 from simexplain.losses.roots import rooted
 
@@ -203,11 +203,11 @@ def triplet(
     Args:
         classes: Not used.
         margin: How much nearer a positive has to be.
-        negatives: ``hard``, ``semihard``, ``easy`` or ``all``.
+        negatives: ``hard``, ``semihard``, ``easy`` or ``all``, as for ``triplet_loss``.
         root: Work on Euclidean distances.
     """
     loss = metric_learning("losses").TripletMarginLoss(margin=margin)
-    miner = metric_learning("miners").BatchEasyHardMiner("all", negatives)
+    miner = triplet_miner(negatives, margin)
     settings = {"margin": margin, "negatives": negatives}
     return PairLoss(loss, Mined(miner), root=root, settings=settings)
 

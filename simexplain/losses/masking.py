@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from simexplain.arguments import typed
 from simexplain.errors import ComparisonError
 from simexplain.methods.layer_maps import at_grid, unit_scaled
 
@@ -29,6 +30,7 @@ def attention_mask(
     return (alpha * (scaled - beta)).sigmoid()
 
 
+@typed
 def soft_mask(
     images: Tensor,
     maps: Tensor,

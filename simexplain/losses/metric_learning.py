@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from simexplain.errors import ModelError
+from simexplain.errors import ModelError, meant
 
 
 def metric_learning(part: str) -> Any:
@@ -21,3 +21,24 @@ def metric_learning(part: str) -> Any:
             "Expected pytorch-metric-learning for this loss, which is not installed; run "
             "pip install 'simexplain[train]'."
         ) from error
+
+
+NEGATIVES = ("hard", "semihard", "easy", "all")
+"""Which negatives of a batch make triplets."""
+
+
+def triplet_miner(negatives: str, margin: float) -> Any:
+    """A miner of triplets with all positives; semihard negatives are those of Schroff et al. 2015.
+
+    Raises:
+        ModelError: If there are no such negatives, or the package is not installed.
+    """
+    if negatives not in NEGATIVES:
+        raise ModelError(
+            f"Expected negatives to be one of {', '.join(NEGATIVES)}, got '{negatives}'"
+            f"{meant(negatives, NEGATIVES) or '.'}"
+        )
+    miners = metric_learning("miners")
+    if negatives == "semihard":
+        return miners.TripletMarginMiner(margin=margin, type_of_triplets="semihard")
+    return miners.BatchEasyHardMiner("all", negatives)

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from simexplain.arguments import typed
 from simexplain.errors import ModelError
 from simexplain.losses.identity import PartIdentityLoss
-from simexplain.losses.metric_learning import metric_learning
+from simexplain.losses.metric_learning import metric_learning, triplet_miner
 from simexplain.losses.objective import MetricLoss
 from simexplain.losses.quadruplet import QuadrupletLoss
 from simexplain.losses.settings import check_settings
@@ -64,9 +65,9 @@ def triplet_loss(
         width: Not used.
         margin: How much nearer a positive has to be.
         negatives: ``hard``: the nearest of the batch for every pair; ``semihard``, ``easy`` or
-            ``all``.
+            ``all``. Semihard ones are farther than the positive, but by less than the margin.
     """
-    miner = metric_learning("miners").BatchEasyHardMiner("all", negatives)
+    miner = triplet_miner(negatives, margin)
     return MetricLoss(metric_learning("losses").TripletMarginLoss(margin=margin), miner)
 
 
@@ -108,6 +109,7 @@ LOSSES: dict[str, Callable[..., MetricLoss]] = {
 """Base losses by name: ``(classes, embedding size, **settings) -> MetricLoss``."""
 
 
+@typed
 def metric_loss(name: str, classes: int, width: int, **settings: Any) -> MetricLoss:
     """A base loss by name.
 

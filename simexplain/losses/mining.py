@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from simexplain.arguments import typed
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.losses.attention import scaled_images
@@ -33,6 +34,7 @@ ZERO = "zero"
 
 
 @dataclass(frozen=True)
+@typed
 class MiningOptions:
     """How similarity mining is done; the defaults are the paper's where it says something.
 
@@ -107,6 +109,7 @@ def mining_options(options: MiningOptions, changes: Mapping[str, Any]) -> Mining
 class MiningTerm(Term):
     """What terms that hide attention have in common: options, a layer, comparisons of a batch."""
 
+    @typed
     def __init__(self, options: MiningOptions | None = None, **changes: object) -> None:
         """Takes options, or changes to the default ones by name.
 
@@ -221,6 +224,7 @@ def _ground(batch: Batch, images: Tensor, options: MiningOptions) -> Tensor | No
 class _Look(nn.Module):
     """A model whose call gives embeddings, as ``functional_call`` wants it."""
 
+    @typed
     def __init__(self, model: SimilarityModel) -> None:
         super().__init__()
         self.model = model
@@ -252,7 +256,7 @@ def embed_again(model: SimilarityModel, images: Tensor, *, held: bool = False) -
         try:
             return unit_rows(model, _held(model, images) if held else model.embed(images))
         except RuntimeError as error:
-            if "size" not in str(error):
+            if "size" not in str(error.__cause__ or error):
                 raise
             raise ModelError(
                 f"The model does not take masked images of {tuple(images.shape[2:])}; "

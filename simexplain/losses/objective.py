@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simexplain.arguments import typed
 from simexplain.errors import ModelError
 from simexplain.losses.drawing import drawn_from
 from simexplain.losses.everyone import Everyone
@@ -145,6 +146,7 @@ class Objective(nn.Module):
         step(images, labels, seed).backward()
     """
 
+    @typed
     def __init__(self, terms: Mapping[str, tuple[float, Term]]) -> None:
         """Takes the terms.
 
@@ -271,6 +273,7 @@ def run_batch(
 class MetricLoss(Term):
     """Any loss on embeddings and labels, such as those of pytorch-metric-learning (L_ml)."""
 
+    @typed
     def __init__(
         self, loss: Callable[..., Tensor], miner: Callable[..., Any] | None = None
     ) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from simexplain.arguments import typed
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.losses.roots import rooted
 from simexplain.networks import at_least_single
@@ -92,6 +93,7 @@ class QuadrupletLoss(nn.Module):
     Use it as ``MetricLoss(QuadrupletLoss())``, with or without a miner.
     """
 
+    @typed
     def __init__(self, margin: float = 0.2, margin2: float = 0.1, *, squared: bool = False) -> None:
         """Takes the margins, which are distances (squares of distances if ``squared``).
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from simexplain.arguments import typed
 from simexplain.comparison import paired
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ModelError
@@ -28,19 +29,20 @@ from simexplain.methods.unexplained import unexplained_warning
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
-from simexplain.networks import full_precision, unit_rows
+from simexplain.networks import full_precision, layer_name, unit_rows
 
 _LONG = 20.0
 _TRIED = 1.0
 _FAR_OFF = 0.05
 
 
+@typed
 @full_precision()
 def match(
     model: nn.Module,
     a: Tensor,
     b: Tensor,
-    layer: str | None = None,
+    layer: str | nn.Module | None = None,
     *,
     score: str = "cosine",
     style: str = "exact",
@@ -81,6 +83,7 @@ def match(
             raise ComparisonError(f"Expected {name} of at least 1, got {number}.")
     if layer is None:
         layer = wrapped.default_for(first)
+    layer = layer_name(wrapped.network, layer)
     waited = progress or Patience(lambda text: warnings.warn(text, stacklevel=3))
     found = [
         position_parts(wrapped, side, layer, steps=steps, max_batch=max_batch, progress=waited)

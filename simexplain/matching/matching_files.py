@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from simexplain.arguments import typed
 from simexplain.data.images import PictureSource, read_pictures
 from simexplain.data.preprocessing import prepared
 from simexplain.matching.matching import match
@@ -14,11 +15,12 @@ from simexplain.methods.jacobians import Progress
 from simexplain.models.embedder import as_similarity_model
 
 
+@typed
 def match_files(
     model: nn.Module,
     a: PictureSource,
     b: PictureSource,
-    layer: str | None = None,
+    layer: str | nn.Module | None = None,
     *,
     score: str = "cosine",
     style: str = "exact",

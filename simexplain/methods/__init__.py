@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from simexplain.errors import ComparisonError
+from simexplain.errors import ComparisonError, meant
 from simexplain.methods.attention import AttentionRelevance, GradECLIP, RawAttention
 from simexplain.methods.avsl_maps import AVSLMaps
 from simexplain.methods.bank_maps import BankMaps
@@ -47,6 +47,33 @@ METHODS: dict[str, Callable[..., Method]] = {
     "avsl": AVSLMaps,
 }
 """Every method by name: called with its options it gives ``(model, images, layers) -> maps``."""
+
+
+ELSEWHERE = {
+    **dict.fromkeys(("gradcam", "gradcampp", "hirescam", "layercam", "cam"), "similarity_cam"),
+    **dict.fromkeys(("ig", "integratedgradient", "intgrad"), "integrated_gradients"),
+    **dict.fromkeys(("similarityattention", "attentionmap", "paper"), "sam"),
+    **dict.fromkeys(("rollout", "attentionrollout", "rawattention"), "attention"),
+    **dict.fromkeys(("chefer", "relevance", "lrp"), "attention_relevance"),
+    **dict.fromkeys(("gradient", "gradients", "vanillagradient"), "saliency"),
+    **dict.fromkeys(("rise", "masks"), "random_masks"),
+    **dict.fromkeys(("perturbation", "slidingwindow"), "occlusion"),
+    **dict.fromkeys(("bank", "gradweights"), "weight_bank"),
+    **dict.fromkeys(("eclip", "gradclip"), "grad_eclip"),
+}
+"""What others call our methods, or what comes nearest, in small letters and digits alone."""
+
+
+def check_method(method: str) -> None:
+    """Refuses a name that no method has.
+
+    Raises:
+        ComparisonError: If so; suggests what may have been meant.
+    """
+    if method not in METHODS:
+        hint = meant(method, METHODS, ELSEWHERE)
+        known = ", ".join(METHODS)
+        raise ComparisonError(f"Expected method to be one of {known}, got '{method}'{hint or '.'}")
 
 
 @runtime_checkable
@@ -99,4 +126,5 @@ def option_from(default: Any, option: str, text: str) -> Any:
             pass
     else:
         return text
-    raise ComparisonError(f"Expected {option} to be a {type(default).__name__}, got '{text}'.")
+    kind = {bool: "true or false", int: "a whole number"}.get(type(default), "a number")
+    raise ComparisonError(f"Expected {option} to be {kind}, got '{text}'.")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from simexplain.arguments import typed
 from simexplain.attention_recording import (
     UNREACHED,
     Attention,
@@ -384,6 +385,7 @@ class _OnAttention:
 
 
 @dataclass(frozen=True)
+@typed
 class RawAttention(_OnAttention):
     """The attention of what the embedding is made from, or attention rollout.
 
@@ -445,6 +447,7 @@ class RawAttention(_OnAttention):
 
 
 @dataclass(frozen=True)
+@typed
 class AttentionRelevance(_OnAttention):
     """Gradient-weighted attention relevance (Chefer, Gur and Wolf 2021, arXiv 2103.15679).
 
@@ -502,6 +505,7 @@ class AttentionRelevance(_OnAttention):
 
 
 @dataclass(frozen=True)
+@typed
 class GradECLIP(_OnAttention):
     """Grad-ECLIP (Zhao et al. 2024, ICML; arXiv 2502.18816), on any transformer.
 

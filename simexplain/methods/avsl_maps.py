@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from simexplain.arguments import typed
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
 from simexplain.graph.cams import directed_cams
@@ -42,6 +43,7 @@ over both images; all maps together then add up to what the distances of a compa
 
 
 @dataclass(frozen=True)
+@typed
 class AVSLMaps:
     """The node CAMs of each image, weighted by sensitivities and summed over nodes and levels.
 

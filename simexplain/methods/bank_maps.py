@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from simexplain.arguments import typed
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.methods.cams import weighted
@@ -62,6 +63,7 @@ class BankMaps:
     channels: int = 0
     keep_negative: bool = False
 
+    @typed
     def __init__(
         self,
         bank: WeightBank | str | Path | None = None,

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from simexplain.arguments import typed
 from simexplain.comparison import Comparison
 from simexplain.errors import ModelError
 from simexplain.methods.directions import margin_directions
@@ -23,6 +24,7 @@ _FAR_OFF = 0.05
 
 
 @dataclass(frozen=True)
+@typed
 class Decomposition:
     """Activation decomposition (Zhu et al. 2019; Stylianou et al. 2019), signed and exact.
 

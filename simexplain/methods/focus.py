@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from simexplain.arguments import typed
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
 from simexplain.methods.cams import layer_cam, weighted
@@ -29,6 +30,7 @@ _APART = 1e-3
 
 
 @dataclass(frozen=True)
+@typed
 class Focus:
     """Position by position: more like the images on its own side than like those on the other?
 

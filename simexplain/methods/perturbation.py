@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from simexplain.arguments import typed
 from simexplain.comparison import Comparison
 from simexplain.methods.scoring import (
     Question,
@@ -26,6 +27,7 @@ from simexplain.models.base import SimilarityModel
 
 
 @dataclass(frozen=True)
+@typed
 class Occlusion:
     """How far the score falls when a window is hidden (Zeiler and Fergus 2013, arXiv 1311.2901).
 
@@ -91,6 +93,7 @@ class Occlusion:
 
 
 @dataclass(frozen=True)
+@typed
 class SBSM:
     """Similarity-based saliency maps by sliding windows.
 
@@ -155,6 +158,7 @@ class SBSM:
 
 
 @dataclass(frozen=True)
+@typed
 class RandomMasks:
     """Which random masks keep the score high and which do not, after Distance Explainer.
 

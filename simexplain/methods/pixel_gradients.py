@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from simexplain.arguments import typed
 from simexplain.comparison import Comparison
 from simexplain.methods.scoring import (
     Question,
@@ -48,6 +49,7 @@ CHANNELS: dict[str, Callable[[Tensor], Tensor]] = {"max": _strongest, "sum": _su
 
 
 @dataclass(frozen=True)
+@typed
 class Saliency:
     """The gradient of the score, as Simonyan et al. (2013, arXiv 1312.6034), section 3.
 
@@ -86,6 +88,7 @@ class Saliency:
 
 
 @dataclass(frozen=True)
+@typed
 class InputXGradient:
     """The gradient times the pixel, as Shrikumar et al. (2016, arXiv 1605.01713).
 
@@ -127,6 +130,7 @@ class InputXGradient:
 
 
 @dataclass(frozen=True)
+@typed
 class SmoothGrad:
     """The mean gradient over noisy copies of an image (Smilkov et al. 2017, arXiv 1706.03825).
 
@@ -180,6 +184,7 @@ class SmoothGrad:
 
 
 @dataclass(frozen=True)
+@typed
 class IntegratedGradients:
     """Gradients along the line from a baseline (Sundararajan et al. 2017, arXiv 1703.01365).
 

@@ -6,16 +6,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
+from simexplain.arguments import described
 from simexplain.comparison import Comparison
-from simexplain.errors import ComparisonError, ModelError
-from simexplain.methods import METHODS, PIXELS, ChoosesLayers, Method, options_of, takes_layers
+from simexplain.errors import ComparisonError, ModelError, meant
+from simexplain.methods import (
+    METHODS,
+    PIXELS,
+    ChoosesLayers,
+    Method,
+    check_method,
+    options_of,
+    takes_layers,
+)
 from simexplain.methods.focus import Focus
 from simexplain.methods.one_pass import attended, shares
 from simexplain.methods.similarity_attention import AttentionMaps, SimilarityAttention
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
+from simexplain.networks import layer_name
 
-Layers = str | Sequence[str] | None
+Layers = str | nn.Module | Sequence[str | nn.Module] | None
+"""Layers by name or as modules of the network."""
 Methods = str | Method | Sequence[str | Method] | None
 """A name in ``METHODS`` or an object, several to make rows, or None for :data:`DEFAULT`."""
 
@@ -99,11 +112,14 @@ def _named(
 
 def _made(named: Sequence[str | Method], options: dict[str, Any]) -> list[Method]:
     """The methods as objects, each of those given by name with the options that it has."""
-    unknown = [name for name in named if isinstance(name, str) and name not in METHODS]
-    if unknown:
-        raise ComparisonError(
-            f"Expected method to be one of {', '.join(METHODS)}, got '{unknown[0]}'."
-        )
+    for name in named:
+        if isinstance(name, str):
+            check_method(name)
+        elif isinstance(name, (type, nn.Module)):
+            raise ComparisonError(
+                f"Expected the name of a method or an object like SimilarityAttention(), got "
+                f"{described(name)}; the model comes first, then the comparison, then the method."
+            )
     known = {
         name: [field.name for field in options_of(METHODS[name])]
         for name in named
@@ -119,7 +135,8 @@ def _made(named: Sequence[str | Method], options: dict[str, Any]) -> list[Method
                 f"Method '{name}' has the options {', '.join(fields)}"
                 for name, fields in known.items()
             )
-            raise ComparisonError(f"{has}, got '{option}'.")
+            hint = meant(option, [one for fields in known.values() for one in fields])
+            raise ComparisonError(f"{has}, got '{option}'{hint or '.'}")
     return [
         METHODS[name](**{key: value for key, value in options.items() if key in known[name]})
         if isinstance(name, str)
@@ -177,10 +194,22 @@ def _layers(
         return (PIXELS,)
     if layer is None:
         return (model.default_for(view.stacked()[:, 0]),)
-    layers = (layer,) if isinstance(layer, str) else tuple(layer)
+    layers = layer_names(model, layer)
     if not layers or len(set(layers)) != len(layers):
         raise ModelError(f"Expected one or more different layers, got {list(layers)}.")
     return layers
+
+
+def layer_names(
+    model: SimilarityModel, layer: str | nn.Module | Sequence[str | nn.Module]
+) -> tuple[str, ...]:
+    """The names of layers that are given by name or as modules of the network.
+
+    Raises:
+        ModelError: If a module is no part of the network.
+    """
+    several = (layer,) if isinstance(layer, (str, nn.Module)) else layer
+    return tuple(layer_name(model.network, one) for one in several)
 
 
 def _name(method: Method) -> str:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from simexplain.arguments import typed
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.methods.layer_maps import check_cams, fuse, layer_cams
@@ -59,6 +60,7 @@ class AttentionMaps:
 
 
 @dataclass(frozen=True)
+@typed
 class SimilarityAttention:
     """Similarity attention as published (section 3.1, Eq. 2), with its open questions as options.
 

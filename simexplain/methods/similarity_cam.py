@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from simexplain.arguments import typed
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
 from simexplain.methods.directions import margin_directions
@@ -32,6 +33,7 @@ _CANCELS_BELOW = 1e-3
 
 
 @dataclass(frozen=True)
+@typed
 class SimilarityCAM:
     """Grad-CAM, HiResCAM, LayerCAM or Grad-CAM++ (``CAMS``) of a similarity, for every image.
 

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from simexplain.errors import DAMAGED, ComparisonError, ModelError, OutputError, first_line
+from simexplain.errors import (
+    DAMAGED,
+    ArgumentError,
+    ComparisonError,
+    ModelError,
+    OutputError,
+    cause_of,
+)
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import unit_rows
 from simexplain.tracing import trace
@@ -131,10 +138,10 @@ class WeightBank:
             )
         try:
             probe = probe_of(model, self.size)
-        except (AssertionError, RuntimeError) as error:
+        except (ArgumentError, RuntimeError) as error:
             raise ModelError(
                 f"The bank '{self}' was made from images of {self.size[0]}x{self.size[1]}, which "
-                f"{model.name} does not take ({first_line(error)}); {advice}"
+                f"{model.name} does not take ({cause_of(error)}); {advice}"
             ) from error
         if len(probe) != len(self.probe) or (
             1 - F.cosine_similarity(probe, self.probe.to(probe), dim=0) > _OTHER_MODEL
@@ -171,7 +178,7 @@ class WeightBank:
                 draft.write_bytes(save(tensors, metadata={FORMAT_KEY: json.dumps(said)}))
                 draft.replace(path)
         except OSError as error:
-            raise OutputError(f"'{path}' cannot be written ({first_line(error)}).") from error
+            raise OutputError(f"'{path}' cannot be written ({cause_of(error)}).") from error
 
     @classmethod
     def load(cls, path: str | Path) -> WeightBank:
@@ -212,7 +219,7 @@ class WeightBank:
             if isinstance(error, OutputError):
                 raise
             raise OutputError(
-                f"The bank '{path}' is damaged ({first_line(error)}); make it again."
+                f"The bank '{path}' is damaged ({cause_of(error)}); make it again."
             ) from error
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from simexplain.arguments import typed
 from simexplain.comparison import Comparison, roles
 from simexplain.errors import ComparisonError
 
@@ -71,6 +72,7 @@ def weight_rule(name: str) -> WeightRule:
     return WEIGHTS[name]
 
 
+@typed
 def similarity_weights(embeddings: Comparison, rule: str = "paper") -> Tensor:
     """The weight vector of each comparison: the product of one factor per other image.
 

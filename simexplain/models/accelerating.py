@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from simexplain.arguments import typed
 from simexplain.errors import ModelError
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_files import avsl_from, avsl_tensors, split_state
@@ -21,6 +22,7 @@ from simexplain.surveying import survey
 _TOLERANCE = 1e-3
 
 
+@typed
 def accelerated(model: SimilarityModel) -> SimilarityModel:
     """A copy of a model that gives the same maps in less time; the original is not touched.
 

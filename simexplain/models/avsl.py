@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simexplain.arguments import typed
 from simexplain.errors import ModelError
 from simexplain.graph.cams import CERTAINTIES, node_cams, overlap, pack, pooled
 from simexplain.graph.distances import distances
@@ -55,6 +56,7 @@ class AVSL(SimilarityModel):
 
     edge_updates: Tensor
 
+    @typed
     def __init__(
         self,
         backbone: nn.Module,

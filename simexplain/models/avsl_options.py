@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from simexplain.arguments import typed
 from simexplain.errors import ModelError
 from simexplain.graph.cams import CERTAINTIES, POOLINGS
 
@@ -29,6 +30,7 @@ ORIGINS = {
 
 
 @dataclass(frozen=True)
+@typed
 class AVSLOptions:
     """How the AVSL graph is computed; the defaults follow the paper's text.
 

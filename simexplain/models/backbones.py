@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from simexplain.data.preprocessing import Preprocess
-from simexplain.errors import ModelError, first_line
+from simexplain.errors import ModelError, first_line, meant
 from simexplain.models.checkpoints import printable
 from simexplain.models.pcb import PARTS, part_based, whole_persons
 from simexplain.models.processors import preprocess_of_timm_config
@@ -83,7 +84,7 @@ def build_backbone(
     return replace(backbone, network=backbone.network.eval())
 
 
-def check_registered(name: str) -> None:
+def check_registered(name: str, source: str) -> None:
     """Checks the name of a network whose weights are in a file, so that nothing is fetched for it.
 
     A name such as ``timm:hf-hub:OWNER/NAME`` or ``timm:local-dir:FOLDER`` would let a file decide
@@ -91,25 +92,36 @@ def check_registered(name: str) -> None:
 
     Args:
         name: ``timm:NAME``, ``torchvision:NAME``, or either after ``pcb:``.
+        source: The file, for the error.
 
     Raises:
         ModelError: If timm or torchvision has no network of that plain name.
     """
     zoo, _, bare = name.removeprefix("pcb:").partition(":")
-    if zoo not in ("timm", "torchvision"):
-        return  # which build_backbone refuses
-    plain = _PLAIN_NAME.fullmatch(bare) is not None
-    if plain and zoo == "timm":
+    if zoo not in ("timm", "torchvision") or not bare:
+        raise ModelError(
+            f"Expected a network as {' or '.join(f'{zoo}:NAME' for zoo in ZOOS)} for '{source}', "
+            f"got '{printable(name)[:80]}'; a file never leads to a hub or a folder."
+        )
+    tagged = zoo == "timm" and _PLAIN_NAME.fullmatch(bare)
+    if (bare.partition(".")[0] if tagged else bare) not in _names(zoo):
+        raise ModelError(
+            f"Unknown model '{printable(bare)[:80]}' for '{source}': weights in a file need a "
+            f"network that {zoo} builds by itself, since a file never leads to a hub or a folder"
+            f"{meant(bare, _names(zoo)) or f'; write {zoo}:NAME.'}"
+        )
+
+
+@cache
+def _names(zoo: str) -> frozenset[str]:
+    """The plain names of all networks of a zoo."""
+    if zoo == "timm":
         import timm
 
-        plain = timm.is_model(bare)
-    if not plain:
-        shown = printable(bare)[:80]
-        raise ModelError(
-            f"Unknown model '{shown}': for weights in a file {zoo} must have a network of that "
-            f"plain name, since loading a file never fetches anything; write {zoo}:NAME, or load "
-            "the weights yourself and pass the network to as_similarity_model."
-        )
+        return frozenset(timm.list_models())
+    from torchvision import models
+
+    return frozenset(models.list_models(module=models))
 
 
 def _from_timm(name: str, pretrained: bool, outputs: int, size: tuple[int, int] | None) -> Backbone:
@@ -118,6 +130,9 @@ def _from_timm(name: str, pretrained: bool, outputs: int, size: tuple[int, int] 
     packaged = PACKAGED.get(name) if pretrained else None
     state = packaged() if packaged else None
     options: dict[str, Any] = {"num_classes": outputs}
+    if _PLAIN_NAME.fullmatch(name) and not timm.is_model(name):
+        hint = meant(name.partition(".")[0], _names("timm")) or "; timm.list_models() has them all."
+        raise ModelError(f"Unknown model '{name}': timm has none of this name{hint}")
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     if size is not None and config is not None and config.fixed_input_size:
         options["img_size"] = size
@@ -147,8 +162,9 @@ def _from_torchvision(
 ) -> Backbone:
     from torchvision import models
 
-    if name not in models.list_models(module=models):
-        raise ModelError(f"torchvision has no classification network '{name}'; check the spelling.")
+    if name not in _names("torchvision"):
+        hint = meant(name, _names("torchvision")) or "; check the spelling."
+        raise ModelError(f"torchvision has no classification network '{name}'{hint}")
     weights = models.get_model_weights(name).DEFAULT
     options: dict[str, Any] = {"image_size": size[0]} if size and name.startswith("vit") else {}
     with _hub_errors(f"torchvision:{name}"), warnings.catch_warnings():
@@ -226,22 +242,6 @@ def _load_in_order(network: nn.Module, state: dict[str, Tensor], head: str) -> N
         "The packaged weights do not fit the network any more; install the version of timm in "
         "simexplain's constraints file."
     )
-
-
-def check_built_in(name: str, source: str) -> None:
-    """Refuses a name out of a file that leads to a hub or to a folder: a file never does.
-
-    Raises:
-        ModelError: If the name is not one that timm or torchvision build by themselves.
-    """
-    bare = name
-    while bare.partition(":")[0] in ZOOS:
-        bare = bare.partition(":")[2]
-    if bare == name or any(sign in bare for sign in ":/\\"):
-        raise ModelError(
-            f"'{source}' names the network '{name[:80]}', which would be looked up on a hub or in "
-            "a folder; a file may only name networks that timm or torchvision build themselves."
-        )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simexplain.errors import DAMAGED, ModelError, first_line
+from simexplain.errors import DAMAGED, ModelError, first_line, missing
 
 FORMAT_KEY = "simexplain"
 SCHEMA = 1
@@ -33,8 +33,11 @@ def kind_of(path: Path) -> str:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise ModelError(
-            f"Expected a model file, but '{path}' {what}; for a network by name write timm:NAME "
-            "or torchvision:NAME."
+            missing(
+                path,
+                f"Expected a model file, but '{path}' {what}; for a network by name write "
+                "timm:NAME or torchvision:NAME.",
+            )
         )
     if path.suffix in (".safetensors", ".onnx"):
         return path.suffix[1:]

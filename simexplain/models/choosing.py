@@ -448,6 +448,11 @@ def _is_umbrella(run: LayerRun, runs: Sequence[LayerRun]) -> bool:
 def _why_none(survey: Survey, maps: Sequence[Map]) -> str:
     """Why no layer can carry a heatmap, in one sentence."""
     start = "The model has no layer with a map over the image that feeds the embedding"
+    if not bool(survey.embedding.ne(0).any()):
+        return (
+            "The embedding is the zero vector, so nothing in it can be explained; look for dead or "
+            "missing weights, or a factor of zero in the model's forward."
+        )
     if any("quantized" in type(run.module).__module__ for run in survey.runs):
         return (
             f"{start}, since its modules are quantised and have no gradients; explain the network "

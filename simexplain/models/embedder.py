@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simexplain.arguments import check_pixels, described, typed
 from simexplain.data.preprocessing import IMAGENET, Preprocess
 from simexplain.errors import ModelError
 from simexplain.models.base import DISTANCES, SimilarityModel
@@ -17,7 +18,7 @@ from simexplain.models.preparing import assumed_preprocess
 from simexplain.models.readouts import readout_of, weights_for_images
 from simexplain.models.sidecar import LayerTable
 from simexplain.models.texts import TextEncoder, text_vectors
-from simexplain.networks import at_least_single, unit_rows
+from simexplain.networks import at_least_single, running, unit_rows
 
 Output = Callable[[Any], Tensor] | str | int | None
 
@@ -80,20 +81,28 @@ class Embedder(SimilarityModel):
         Raises:
             ModelError: If the network does not return one vector per image.
         """
+        check_pixels("images", images)
         if images.dim() != 4:
             raise ModelError(
                 f"Expected images of shape (M,C,H,W), got {tuple(images.shape)}; "
                 "add a batch axis with unsqueeze(0)."
             )
         reference = next(weights_for_images(self.module), images)
-        images = images.to(reference.device, reference.dtype)
-        if self.readout is None:
-            vectors = picked(self.module(images), self.output)
-        else:
-            rest = self.output if self.readout.output is None else None
-            vectors = picked(self.readout(self.module, images), rest)
+        with running(self.module, images):
+            images = images.to(reference.device, reference.dtype)
+            if self.readout is None:
+                result, rest = self.module(images), self.output
+            else:
+                result = self.readout(self.module, images)
+                rest = self.output if self.readout.output is None else None
+        vectors = picked(result, rest)
         if vectors.dim() > 2 and vectors.shape[2:].numel() == 1:
             vectors = vectors.flatten(1)
+        if vectors.is_complex() or vectors.is_quantized:
+            raise ModelError(
+                f"Expected an embedding of real numbers from the model, got {vectors.dtype}; "
+                "change the model's last step or pick another part of its output with output=."
+            )
         if vectors.dim() != 2 or len(vectors) != len(images):
             raise ModelError(
                 f"Expected an embedding of shape ({len(images)}, E) from the model, got "
@@ -115,6 +124,7 @@ class Embedder(SimilarityModel):
         return DISTANCES[self.distance_name](q, g)
 
 
+@typed
 def as_similarity_model(
     module: nn.Module,
     *,
@@ -155,9 +165,8 @@ def as_similarity_model(
             "here; use it with explain, or give one of its towers."
         )
     if not isinstance(module, nn.Module):
-        raise ModelError(
-            f"Expected an nn.Module, got {type(module).__name__}; load files with load_model."
-        )
+        mend = "make an instance" if isinstance(module, type) else "load files with load_model"
+        raise ModelError(f"Expected an nn.Module, got {described(module)}; {mend}.")
     module = _unwrapped(module)
     _check_inputs(module)
     if isinstance(module, torch.jit.ScriptModule):

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from simexplain.arguments import typed
 from simexplain.data.preprocessing import FITS, Preprocess
 from simexplain.errors import ImageError, ModelError, first_line
 from simexplain.models.avsl_files import avsl_from, split_state
@@ -15,7 +16,6 @@ from simexplain.models.backbones import (
     ZOOS,
     Backbone,
     build_backbone,
-    check_built_in,
     check_registered,
 )
 from simexplain.models.base import SimilarityModel
@@ -62,6 +62,7 @@ class _Wanted:
 
 
 @dataclass(frozen=True)
+@typed
 class Pixels:
     """How pictures become input, where a model does not know or knows it wrongly; None: as it is.
 
@@ -81,6 +82,7 @@ class Pixels:
 AS_STORED = Pixels()
 
 
+@typed
 def load_model(
     source: str | Path,
     *,
@@ -245,6 +247,8 @@ def _from_content(
         raise ModelError(
             f"'{path}' is a simexplain file with unusable preprocessing: {error}"
         ) from error
+    except ModelError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ModelError(
             f"'{path}' is a simexplain file with damaged options ({first_line(error)}); save it "
@@ -266,8 +270,7 @@ def _from_checkpoint(
         raise TypeError(f"backbone {name!r}, outputs {outputs!r}")
     if not isinstance(state, dict) or not isinstance(options["preprocess"], dict):
         raise TypeError("state_dict and preprocess must be dictionaries")
-    check_built_in(name, str(path))
-    check_registered(name)
+    check_registered(name, str(path))
     output = wanted.output or options.get("output")
     check_output(output)
     preprocess = _preprocess_from(options["preprocess"])

@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from simexplain.arguments import typed
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError
 from simexplain.models.base import SimilarityModel
@@ -80,6 +81,7 @@ class PairModel:
         return _OneSide(self, side, other)
 
 
+@typed
 def as_pair_model(
     first: nn.Module,
     second: nn.Module | None = None,

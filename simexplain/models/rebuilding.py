@@ -24,7 +24,7 @@ def rebuilt(
     Raises:
         ModelError: If the name is not that of a registered network, or the state does not fit it.
     """
-    check_registered(backbone)
+    check_registered(backbone, source)
     built = build_backbone(backbone, pretrained=False, size=size)
     prefix = f"{built.classifier}."
     state, others = network_part(state, built.network, prefix)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from simexplain.errors import ModelError, SimexplainError, first_line
+from simexplain.errors import ModelError
 from simexplain.models.choosing import Maps, depth, usable_layers
 from simexplain.models.layers import GridHints, Layer, Layout
 from simexplain.models.moving import moved
@@ -56,8 +55,7 @@ class Surveyed:
         self._shares: dict[tuple[str, bool], float] = {}
         self._at_hand: AtHand | None = None
         pictures = self._pictures()
-        with _expecting(shape):
-            found = survey(model, pictures.picture, pictures.replaced)
+        found = survey(model, pictures.picture, pictures.replaced)
         looked = Maps(found, pictures, model.hints)
         maps = looked.found
         self._embedding = found.embedding
@@ -192,22 +190,6 @@ class Surveyed:
         reference = next(iter(self.model.parameters()), torch.zeros(()))
         kind = reference.dtype if reference.is_floating_point() else torch.float32
         return moved(torch.zeros((1, *self.shape), dtype=kind, device=reference.device))
-
-
-@contextmanager
-def _expecting(shape: tuple[int, int, int]) -> Iterator[None]:
-    """Turns what a network raises on images of a size into a sentence."""
-    try:
-        yield
-    except (AssertionError, AttributeError, TypeError, ValueError) as error:
-        if isinstance(error, SimexplainError):
-            raise
-        channels, height, width = shape
-        raise ModelError(
-            f"The model does not run on images of {channels}x{height}x{width} "
-            f"({type(error).__name__}: {first_line(error).rstrip('.')}); give it the size and "
-            "the inputs that its forward expects."
-        ) from error
 
 
 def is_convolutional(network: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from simexplain.arguments import typed
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError, OutputError, first_line
 from simexplain.models.avsl import AVSL
@@ -31,6 +32,7 @@ _FOLDERS = ("transformers", "sentence_transformers")
 """Packages whose networks are written as folders."""
 
 
+@typed
 def save_model(
     model: nn.Module,
     path: str | Path,

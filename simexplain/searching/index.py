@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from simexplain.arguments import typed
 from simexplain.data.folders import Record
 from simexplain.errors import ComparisonError, ModelError, OutputError
 from simexplain.models.base import SimilarityModel
@@ -44,6 +45,7 @@ _SAMPLE = 256
 """Pictures from whose positions a common basis is found."""
 
 
+@typed
 @full_precision()
 def build_index(
     model: nn.Module,
@@ -108,6 +110,7 @@ def build_index(
         return _made(base, way, plan, path, batch_size, progress)
 
 
+@typed
 @full_precision()
 def update_index(
     model: nn.Module,
@@ -153,6 +156,7 @@ def update_index(
         return _made(base, Way.again(old), plan, path, batch_size, progress)
 
 
+@typed
 def remove_from_index(
     path: str | Path, pictures: str | Path | Sequence[str | Path]
 ) -> GalleryIndex:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simexplain.arguments import typed
 from simexplain.data.preprocessing import Geometry, Preprocess
 from simexplain.errors import DAMAGED, ComparisonError, ModelError, OutputError, first_line
 from simexplain.matching.factors import Factors
@@ -233,6 +234,7 @@ class GalleryIndex:
         return rows
 
 
+@typed
 def open_index(path: str | Path, *, root: str | Path | None = None) -> GalleryIndex:
     """Opens the index of a gallery by memory map; no code in the file is ever run.
 
@@ -268,6 +270,8 @@ def open_index(path: str | Path, *, root: str | Path | None = None) -> GalleryIn
             tensors=tensors,
             said=said,
         )
+    except OutputError:
+        raise
     except DAMAGED as error:
         raise OutputError(
             f"The index '{path}' is damaged ({first_line(error)}); make it again."

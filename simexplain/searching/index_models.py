@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from simexplain.data.preprocessing import Preprocess
-from simexplain.errors import ModelError, first_line
+from simexplain.errors import ModelError, cause_of
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.tracing import trace
@@ -69,7 +69,7 @@ class Identity:
         except RuntimeError as error:
             raise ModelError(
                 f"'{where}' was made with {self.name}, but this {model.name} does not take images "
-                f"of {model.preprocess.size[0]}x{model.preprocess.size[1]} ({first_line(error)}); "
+                f"of {model.preprocess.size[0]}x{model.preprocess.size[1]} ({cause_of(error)}); "
                 f"{advice}"
             ) from error
         if probe.shape != self.probe.shape or not bool(

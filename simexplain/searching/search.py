@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from simexplain.arguments import typed
 from simexplain.data.folders import results_in
 from simexplain.data.images import Picture, PictureSource, read_picture
 from simexplain.data.preprocessing import Geometry, prepared
@@ -31,6 +32,7 @@ from simexplain.searching.search_thumbnails import Album
 Progress = Callable[[str, int, int], None]
 
 
+@typed
 @full_precision()
 @torch.no_grad()
 def search(

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from simexplain.arguments import typed
 from simexplain.errors import ComparisonError
 from simexplain.methods.focus import Focus
 from simexplain.segmentation.grabcut import (
@@ -27,6 +28,7 @@ Heat = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
+@typed
 class Cue:
     """Thresholds that turn a heatmap into marks, as shares of its maximum.
 

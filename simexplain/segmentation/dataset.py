@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from simexplain.arguments import typed
 from simexplain.data.datasets import read_dataset
 from simexplain.data.folders import Record
 from simexplain.data.mask_files import mask_of
@@ -204,6 +205,7 @@ def _nothing(data: SegmentationData, ways: int, shots: int) -> str:
     )
 
 
+@typed
 def read_masked(
     kind: str, root: str | Path, *, masks: str | Path | None = None, part: str = "all"
 ) -> SegmentationData:

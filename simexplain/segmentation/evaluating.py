@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from simexplain.arguments import typed
 from simexplain.errors import ComparisonError, ImageError
 from simexplain.models.embedder import as_similarity_model
 from simexplain.segmentation.cue import Heat
@@ -32,6 +33,7 @@ OVERLAPS: dict[str, str] = {
 Progress = Callable[[str, int, int], None]
 
 
+@typed
 def evaluate_segmentation(
     model: nn.Module,
     data: SegmentationData | Sequence[SegmentationData],

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from simexplain.arguments import typed
 from simexplain.errors import ComparisonError
 
 Pixels = NDArray[np.uint8]
@@ -23,6 +24,7 @@ BACKGROUND, OBJECT, PROBABLE_BACKGROUND, PROBABLE_OBJECT = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
+@typed
 class GrabCut:
     """Rother, Kolmogorov, Blake 2004, as in OpenCV: colour models and a minimal cut, in turns.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from simexplain.arguments import typed
 from simexplain.errors import ImageError
 from simexplain.segmentation.dataset import VOID, Appearance, SegmentationData, label_map
 
@@ -48,6 +49,7 @@ def is_pascal(root: Path) -> bool:
     return _voc(root) is not None
 
 
+@typed
 def read_pascal(root: str | Path, fold: int, part: str = "test") -> SegmentationData:
     """A fold of PASCAL-5i.
 

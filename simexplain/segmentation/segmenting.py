@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from simexplain.arguments import typed
 from simexplain.errors import ComparisonError
 from simexplain.explanation import versions
 from simexplain.methods import Method
@@ -24,6 +25,7 @@ METHOD = "focus"
 """The method that segmented best where it was measured (``docs/segmentation-results.md``)."""
 
 
+@typed
 @full_precision()
 def segment(
     model: nn.Module,

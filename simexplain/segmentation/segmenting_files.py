@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from simexplain.arguments import typed
 from simexplain.data.images import PICTURES, Picture, PictureSource, read_pictures
 from simexplain.data.preprocessing import Geometry, Preprocess, prepared
 from simexplain.errors import ComparisonError
@@ -31,6 +32,7 @@ VIEWS: dict[str, str] = {
 """What of a picture the network sees."""
 
 
+@typed
 def segment_files(
     model: nn.Module,
     test: PictureSource,

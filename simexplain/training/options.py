@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
+from simexplain.arguments import typed
 from simexplain.errors import ModelError
 from simexplain.models.backbones import DEFAULT_MODEL
 from simexplain.training.limits import avsl_losses, check_terms, check_types, check_values
@@ -17,6 +18,7 @@ USUAL_CLASSES = 16
 
 
 @dataclass(frozen=True)
+@typed
 class TrainOptions:
     """How a network is trained; ``RECIPES`` has the papers' values.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from simexplain.arguments import typed
 from simexplain.data.augmenting import AUGMENTATIONS
 from simexplain.data.checking import check_training, check_views
 from simexplain.data.dataset_split import DataSplit
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 NEEDED = {"lightning": "lightning", "pytorch_metric_learning": "pytorch-metric-learning"}
 
 
+@typed
 def train(
     data: str | Path | DataSplit,
     *,
@@ -104,7 +106,7 @@ def train(
     }
     if state is not None:
         check_same(folder, state, known, data)
-    warnings = checked(split, options, listeners)
+    warnings = checked_data(split, options, listeners)
     # Training needs gradients, whatever the caller has switched off.
     with torch.inference_mode(False), torch.enable_grad():
         module, record = prepared(split, options, folder, known, listeners)
@@ -131,7 +133,7 @@ def check_extra() -> None:
         )
 
 
-def checked(
+def checked_data(
     split: DataSplit, options: TrainOptions, listeners: Listeners | None
 ) -> tuple[str, ...]:
     """What is odd about the data, all of which can be trained on.
