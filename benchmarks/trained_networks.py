@@ -65,10 +65,11 @@ _TRIPLET, _ANCHOR = {"loss": "triplet"}, {"loss": "proxy_anchor", "distance": "c
 
 RUNS: dict[str, dict[str, Any]] = {
     "unpadded ResNet": {
-        **_FRESH, "backbone": "timm:unpadded_resnet", "steps": 25, "epochs": 14, "lr": 3e-3,
+        **_FRESH, "backbone": "timm:unpadded_resnet", "steps": 25, "epochs": 6, "lr": 2e-3,
     },
     "plain ViT": {
-        **_FRESH, "backbone": "timm:plain_vit", "steps": 30, "epochs": 18, "lr": 1e-3,
+        **_FRESH, "backbone": "timm:plain_vit", "steps": 30, "epochs": 10, "eval_every": 18,
+        "lr": 1e-3,
     },
     "MobileNetV2, proxy anchor": {**_TUNED, **_ANCHOR, "backbone": _MOBILENET},
     "Lite0, proxy anchor": {**_TUNED, **_ANCHOR, "backbone": _LITE0},
@@ -173,12 +174,17 @@ def trained(
         "options": options,
         "steps": found.options.epochs * found.options.steps,
         "images": found.options.epochs * found.options.steps * found.options.batch_size,
-        "processor_seconds": round(time.process_time() - begun),
+        "processor_seconds": None if resume else round(time.process_time() - begun),
         "before": found.untrained,
         "reached": found.reached,
         "weights": digest(weights_of(name, seed, folder)),
         "torch": torch.__version__,
     }
+
+
+def known(record: Path) -> dict[str, Any]:
+    """What the record has so far."""
+    return json.loads(record.read_text("utf-8")) if record.is_file() else {}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -193,13 +199,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     emoji = options.emoji / "images" if (options.emoji / "images").is_dir() else options.emoji
-    kept = json.loads(options.record.read_text("utf-8")) if options.record.is_file() else {}
+    kept = known(options.record)
     views = options.runs / f"views-seed{options.seed}"
     if not views.is_dir():
         draft = views.with_name(views.name + ".part")
         counts = make_views(emoji, draft, options.seed)
         draft.rename(views)
         kept["data"] = {**counts, "pixels": VIEW, "seed": options.seed}
+        publish(json.dumps(kept, indent=1, sort_keys=True) + "\n", options.record)
     for name, settings in runs(options.mobilenet, options.runs):
         if options.only and not any(name.startswith(start) for start in options.only):
             continue
@@ -207,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if there and kept.get("runs", {}).get(name, {}).get("seed") == options.seed:
             continue
         found = trained(name, settings, views, options.seed, options.runs)
+        kept = known(options.record)  # another process may have written meanwhile
         kept.setdefault("runs", {})[name] = found
         publish(json.dumps(kept, indent=1, sort_keys=True) + "\n", options.record)
         print(f"{name}: {found['reached']}, {found['processor_seconds']} s", flush=True)

@@ -46,8 +46,13 @@ BLACK_BOXES = ("occlusion", "sbsm", "random_masks")
 ON_ATTENTION = {name: Row(name) for name in ("attention", "attention_relevance", "grad_eclip")}
 DATA = ("tuned", "held-out")
 
+MEASURES = ("hit", "distractor", "energy")
+
+Networks = dict[str, dict[str, dict[str, list[list[float]]]]]
+"""By network, row and setting: hit, distractor hit and energy of every scene."""
+
 Points = dict[str, dict[str, dict[str, dict[str, list[list[float]]]]]]
-"""By network, data, row and setting: hit, distractor hit and energy of every scene."""
+"""The same by network and then by half of the classes."""
 
 
 def scenes_of(emoji: Path) -> dict[str, Data]:
@@ -120,18 +125,17 @@ def listed(record: Record) -> dict[str, list[list[float]]]:
 
 def page(points: Points, trained: Mapping[str, Any], command: str) -> str:
     """The whole Markdown page, from the two records alone."""
+    held = {name: found["held-out"] for name, found in points.items() if "held-out" in found}
     lines = ["# Networks trained for similarity", "", *_about(trained, command), ""]
-    lines += ["## Means", "", *_means(points), ""]
-    for network, found in points.items():
-        if "held-out" in found:
-            lines += [f"## {network}", "", *_table(found["held-out"]), ""]
-    lines += ["## On the classes that constants were chosen on", ""]
-    lines += head(["network", *(f"`focus`, {s}" for s in SETTINGS)])
-    for network, found in points.items():
-        if "focus" in found.get("tuned", {}):
-            cells = _cells(found["tuned"]["focus"], SETTINGS, " / ")
-            lines.append(line([network, *cells]))
-    return "\n".join(lines) + "\n"
+    lines += ["## Networks and methods", "", *_overview(held), ""]
+    lines += ["## Means", "", *_means(held), ""]
+    for network, found in held.items():
+        lines += [f"## {network}", "", *_table(found), ""]
+    tuned = {name: found["tuned"] for name, found in points.items() if "tuned" in found}
+    if tuned:
+        lines += ["## The other half of the classes", "", "Left for choosing constants.", ""]
+        lines += _overview(tuned)
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _about(trained: Mapping[str, Any], command: str) -> list[str]:
@@ -160,44 +164,55 @@ def _about(trained: Mapping[str, Any], command: str) -> list[str]:
             f"{run[when].get('recall@1', float('nan')):.2f}" for when in ("before", "reached")
         ]
         lines.append(line([name, f"{size}", said["loss"], f"{run['images']}", *recall]))
+    notes = [f"{name}: {run['note']}." for name, run in runs.items() if "note" in run]
+    return [*lines, "", *notes] if notes else lines
+
+
+def _overview(found: Networks) -> list[str]:
+    """Every row and network, in short."""
+    names = list(dict.fromkeys(name for rows in found.values() for name in rows))
+    lines = ["*category*, hit / distractor / energy.", "", *head(["method", *found])]
+    for name in names:
+        cells = [
+            " / ".join(f"{value:.2f}" for value in np.mean(rows[name]["category"], axis=0))
+            if name in rows
+            else "–"
+            for rows in found.values()
+        ]
+        lines.append(line([f"`{name}`", *cells]))
     return lines
 
 
-def _means(points: Points) -> list[str]:
+def _means(found: Networks) -> list[str]:
     """Over the trained and over the random networks; rows that all networks of a kind have."""
     lines = []
-    for kind, names in (
-        ("trained networks", [name for name in points if name not in trained_networks.RANDOM]),
-        ("random weights", [name for name in points if name in trained_networks.RANDOM]),
+    for kind, own in (
+        ("trained networks", [v for k, v in found.items() if k not in trained_networks.RANDOM]),
+        ("random weights", [v for k, v in found.items() if k in trained_networks.RANDOM]),
     ):
-        held = [points[name]["held-out"] for name in names if "held-out" in points[name]]
-        if not held:
+        if not own:
             continue
-        lines += ["", *head([f"{len(held)} {kind}, *category*", "hit", "distractor", "energy"])]
-        for row in held[0]:
-            if all("category" in one.get(row, {}) for one in held):
-                means = np.mean([np.mean(one[row]["category"], axis=0) for one in held], axis=0)
-                lines.append(line([f"`{row}`", *(f"{value:.2f}" for value in means)]))
+        columns = [f"{s}: {what}" for s in SETTINGS for what in MEASURES]
+        lines += ["", *head([f"{len(own)} {kind}", *columns])]
+        for row in own[0]:
+            if all(set(SETTINGS) <= set(one.get(row, {})) for one in own):
+                means = [
+                    np.mean([np.mean(one[row][s], axis=0) for one in own], 0) for s in SETTINGS
+                ]
+                cells = [f"{value:.2f}" for value in np.concatenate(means)]
+                lines.append(line([f"`{row}`", *cells]))
     return lines[1:]
 
 
 def _table(rows: Mapping[str, Mapping[str, list[list[float]]]]) -> list[str]:
-    columns = [f"{s}: {what}" for s in SETTINGS for what in ("hit", "distractor", "energy")]
-    lines = head(["method", "n", *columns])
+    """One network, with standard errors."""
+    lines = head(["method", "n", *(f"{s}: {what}" for s in SETTINGS for what in MEASURES)])
     for name, found in rows.items():
-        lines.append(line([f"`{name}`", f"{len(found['category'])}", *_cells(found, SETTINGS)]))
+        cells = [f"`{name}`", f"{len(found['category'])}"]
+        for setting in SETTINGS:
+            cells += told(np.array(found[setting])) if setting in found else ["–"] * len(MEASURES)
+        lines.append(line(cells))
     return lines
-
-
-def _cells(
-    found: Mapping[str, list[list[float]]], settings: Sequence[str], joint: str = ""
-) -> list[str]:
-    """Means with their errors, a cell for each number or, with a joint, for each setting."""
-    cells = []
-    for setting in settings:
-        own = told(np.array(found[setting])) if setting in found else ["–"] * 3
-        cells += [joint.join(own)] if joint else own
-    return cells
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
