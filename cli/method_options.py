@@ -27,7 +27,7 @@ _OPTIONS = (
         type=click.Choice(list(METHODS)),
         metavar="NAME",
         multiple=True,
-        help=f"One of {', '.join(METHODS)}; repeat for several rows. [sam as published and focus, or "
+        help=f"One of {', '.join(METHODS)}; repeat for several rows. [sam as published and focus; "
         "sam alone where one of its options or a layer is given]",
     ),
     click.option(

@@ -11,8 +11,7 @@ import torch
 
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explaining import check_magnify
-from simexplain.methods import Method
-from simexplain.methods.rows import Layers
+from simexplain.methods.rows import Layers, Methods
 from simexplain.models.base import SimilarityModel
 
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
@@ -22,7 +21,7 @@ ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 class Asked:
     """What is asked of every row; the fields are those of ``explain_files``."""
 
-    method: str | Method = "sam"
+    method: Methods = None
     layer: Layers = None
     magnify: float = 1
     scale: str = "image"
