@@ -163,7 +163,9 @@ def scene_maps(
     options = dict(one.options)
     if one.method == "weight_bank" and bank is not None:
         options["bank"] = _named(bank, model)
-    found = explain(model, comparison, one.method, chosen, magnify=one.magnify, **options)
+    found = explain(
+        model, comparison, one.method, chosen, magnify=one.magnify, **options, check=False
+    )
     return found.maps[:, 1]
 
 

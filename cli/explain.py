@@ -44,9 +44,12 @@ _FOLDER = "explanation"
               show_default=True, help="How to draw; repeat for more rows.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
 @click.option("--force", is_flag=True, help="Replace an explanation that is in the folder.")
-@click.option("--check/--no-check", default=True, show_default=True,
-              help="Hide what the maps mark, and as much elsewhere, and ask the model "
-              "again.")  # fmt: skip
+@click.option(
+    "--check/--no-check",
+    default=True,
+    show_default=True,
+    help="Hide what the maps mark, and as much elsewhere, and ask the model again.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @model_options
 def command(

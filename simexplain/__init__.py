@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from simexplain.batching.result import BatchResult as BatchResult
     from simexplain.batching.result import open_batch as open_batch
     from simexplain.batching.rows import BatchRow as BatchRow
+    from simexplain.checking import Agreement as Agreement
+    from simexplain.checking import Check as Check
     from simexplain.comparison import Comparison as Comparison
     from simexplain.data.augmenting import AUGMENTATIONS as AUGMENTATIONS
     from simexplain.data.checking import check_training as check_training
@@ -136,6 +138,8 @@ _HOMES = {
     "Cue": "segmentation.cue",
     "DATASETS": "data.datasets",
     "DataSplit": "data.dataset_split",
+    "Agreement": "checking",
+    "Check": "checking",
     "Explanation": "explanation",
     "GalleryIndex": "searching.index_gallery",
     "GrabCut": "segmentation.grabcut",

@@ -68,9 +68,15 @@ class Check:
     quantity: str
     images: int
 
-    def gain(self, index: int = 0) -> float:
-        """How much more the map hides than the control, mean over the images; NaN if all empty."""
-        return float((self.falls - self.controls)[index].nanmean())
+    def gain(self, index: int = 0, images: Tensor | None = None) -> float:
+        """How much more hiding the map costs than the control; NaN where all maps are empty.
+
+        Args:
+            index: Which comparison.
+            images: Over which images the mean is taken ``(K,)``, boolean; all unless given.
+        """
+        gains = (self.falls - self.controls)[index]
+        return float((gains if images is None else gains[images]).nanmean())
 
     def blind(self, index: int = 0) -> bool:
         """Whether no image's embedding depends on what can be recognised in it."""
@@ -253,7 +259,9 @@ def agreement_of(
     gains: tuple[float, ...] = ()
     one, other = checks
     if one is not None and other is not None:
-        gains = (one.gain(index), other.gain(index))
+        # Of the images on which both have a map, or the means were not of the same thing.
+        both = (one.falls + other.falls)[index].isfinite()
+        gains = (one.gain(index, both), other.gain(index, both))
         noise = float(torch.stack((one.controls[index], other.controls[index])).abs().nanmean())
         best = 0 if gains[0] >= gains[1] else 1
         clear = gains[best] > 0 and abs(gains[0] - gains[1]) > noise

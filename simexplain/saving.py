@@ -16,6 +16,7 @@ from torch import Tensor
 from simexplain.checking import Check
 from simexplain.data.preprocessing import Geometry, Preprocess
 from simexplain.explanation import Explanation, GivenVector
+from simexplain.picturing import notes_of
 from simexplain.publishing import Kind, numbered, published, read_back
 from simexplain.rendering.overlay import RENDERERS
 from simexplain.rendering.panel import png_of
@@ -48,7 +49,11 @@ def manifest(explanation: Explanation, files: dict[str, str]) -> dict[str, Any]:
         "region": list(explanation.region),
         "bypass": dict(explanation.bypass),
         **comparisons[0],
-        "warnings": list(explanation.warnings),
+        "warnings": list(
+            dict.fromkeys(
+                n for index in range(len(explanation)) for n in notes_of(explanation, index)
+            )
+        ),
         "files": files,
         "versions": dict(explanation.versions),
         "preprocess": explanation.preprocess.to_json(),
@@ -198,8 +203,9 @@ def restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
     whole = said["comparisons"][0]
     first = whole["images"]
     places = [image.get("geometry") for image in first]  # which older versions did not write
+    rows = said.get("rows") or [said]  # likewise
     own = Explanation(
-        **_row_restored(said, said["comparisons"], arrays, ""),
+        **_row_restored(rows[0], arrays, ""),
         embeddings=torch.from_numpy(arrays["embeddings"]),
         distances=torch.from_numpy(arrays["distances"]),
         positives=sum(
@@ -220,15 +226,13 @@ def restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
         vectors=tuple(GivenVector(**vector) for vector in whole.get("vectors", ())),
     )
     others = tuple(
-        replace(own, **_row_restored(row, row["comparisons"], arrays, f"row{number}_"))
-        for number, row in enumerate(said.get("rows", ())[1:], start=2)
+        replace(own, **_row_restored(row, arrays, f"row{number}_"))
+        for number, row in enumerate(rows[1:], start=2)
     )
     return replace(own, others=others)
 
 
-def _row_restored(
-    said: dict[str, Any], comparisons: Sequence[dict[str, Any]], arrays: dict[str, Any], mark: str
-) -> dict[str, Any]:
+def _row_restored(said: dict[str, Any], arrays: dict[str, Any], mark: str) -> dict[str, Any]:
     """The fields of an explanation that differ from row to row."""
     stored = {
         name: torch.from_numpy(arrays[f"{mark}{name}"])
@@ -248,5 +252,5 @@ def _row_restored(
         "warnings": tuple(said["warnings"]),
         "region": tuple(said.get("region", (0.0, 0.0, 1.0, 1.0))),
         "bypass": said.get("bypass", {}),
-        "check": Check.from_json([comparison.get("check") for comparison in comparisons]),
+        "check": Check.from_json([one.get("check") for one in said["comparisons"]]),
     }

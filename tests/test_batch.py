@@ -133,6 +133,27 @@ def test_every_row_is_as_explained_alone(method: str, table: Path, tmp_path: Pat
         torch.testing.assert_close(result.maps(number), result.explanation(number).maps[0])
 
 
+@pytest.mark.parametrize("methods", [None, ["focus", "sam"], ["sam", "occlusion"]])
+def test_several_rows_are_as_explained_alone(methods, table: Path, tmp_path: Path) -> None:
+    model = tiny_model()
+    result = explain_batch(model, table, tmp_path / "out", method=methods)
+    assert result.work is not None
+    assert result.work.shared == (methods != ["sam", "occlusion"])
+    if result.work.shared:
+        assert result.work.forwards == len(NAMES)
+    for number, row in enumerate(ROWS[:4]):
+        wanted = one_by_one(model, table.parent, row, methods)
+        found = result.explanation(number)
+        others = result.record(number)["others"]
+        assert len(found.rows) == len(wanted.rows) == 2
+        for one, other in zip(found.rows, wanted.rows, strict=True):
+            agree(one, other)
+        assert [other["method"] for other in others] == [wanted.others[0].method]
+        peaks = [p and (p["x"], p["y"]) for p in others[0]["peaks"]]
+        assert rounded(peaks) == rounded(wanted.others[0].peaks())
+    assert [row["method"] for row in result.manifest["rows"]] == [r.method for r in wanted.rows]
+
+
 @pytest.mark.parametrize(
     ("method", "options"),
     [

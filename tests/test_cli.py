@@ -84,6 +84,14 @@ def test_json_is_pure_and_keeps_the_contract(triplet: Run, folder: Path) -> None
             assert 0 <= image["peak"][1] <= picture.height
     near, far = said["distances"]
     assert said["condition"]["holds"] is (near < far)
+    assert [row["method"] for row in said["rows"]] == ["sam", "focus"]
+    for row in said["rows"]:
+        (one,) = row["comparisons"]
+        assert len(one["peaks"]) == len(one["check"]["falls"]) == len(one["check"]["says"]) == 3
+    assert said["check"] == said["rows"][0]["comparisons"][0]["check"]
+    assert said["agreement"][0]["degree"] in ("agree", "agree in part", "disagree")
+    assert said["doubt"] == said["warnings"][0]  # of weights that are random
+    assert "neither map can be believed" in said["doubt"]
     assert said == json.loads((folder / "triplet/explanation.json").read_text(encoding="utf-8"))
 
 
@@ -91,7 +99,7 @@ def test_files_are_written(triplet: Run, folder: Path) -> None:
     files = json.loads(triplet.out)["files"]
     roles = ("0_anchor", "1_positive", "2_negative")
     names = {"explanation.json", "explanation.png", "maps.npz"}
-    names |= {f"heatmap_{role}.png" for role in roles}
+    names |= {f"heatmap_{role}{row}.png" for role in roles for row in ("", "_row2_focus")}
     assert {path.name for path in (folder / "triplet").iterdir()} == names
     assert {folder / path for path in files.values()} == {folder / "triplet" / n for n in names}
     for role, path in zip(roles, PICTURES, strict=True):
@@ -133,6 +141,9 @@ def test_text_output_of_every_arrangement(
     holds = said["condition"]["holds"]
     assert {True: "holds by", False: "fails by", None: "distance"}[holds] in run.out
     assert str(out / "explanation.png") in run.out
+    (check,) = (row["comparisons"][0]["check"] for row in said["rows"][:1])
+    assert all(f": {line}" in run.out for line in check["says"] if line)
+    assert "more passes of an image" in run.out
     # Warnings go to the other stream, all of them and nothing else.
     assert "Warning" not in run.out
     assert run.err.splitlines() == [f"Warning: {warning}" for warning in said["warnings"]]

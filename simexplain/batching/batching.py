@@ -31,8 +31,7 @@ from simexplain.batching.shards import ShardWriter
 from simexplain.batching.table import check_extra
 from simexplain.errors import ComparisonError
 from simexplain.explanation import Explanation
-from simexplain.methods import Method
-from simexplain.methods.rows import Layers, layer_names
+from simexplain.methods.rows import Layers, Methods, layer_names
 from simexplain.models.embedder import as_similarity_model
 from simexplain.training.run_folder import first_process
 
@@ -47,7 +46,7 @@ def explain_batch(
     out: str | Path,
     *,
     root: str | Path | None = None,
-    method: str | Method = "sam",
+    method: Methods = None,
     layer: Layers = None,
     magnify: float = 1,
     scale: str = "image",
@@ -74,7 +73,7 @@ def explain_batch(
         rows: A CSV file, or rows; see :func:`~simexplain.batching.rows.read_rows`.
         out: The folder of the batch.
         root: What relative paths are relative to; the folder of the CSV file unless given.
-        method: A name in ``METHODS`` or an object like ``SimilarityAttention(weights="signed")``.
+        method: As for ``explain_files``; there is no check.
         layer: A layer, several to be multiplied, or None for the method's or the model's own.
         magnify: As for ``explain_files``.
         scale: As for ``explain_files``.
@@ -173,6 +172,15 @@ def _described(example: Explanation, explainer: RowExplainer) -> dict[str, Any]:
         "options": dict(example.options),
         "scale": example.scale,
         "view": list(explainer.view),
+        "rows": [
+            {
+                "title": row.title,
+                "method": row.method,
+                "layers": list(row.layers),
+                "options": dict(row.options),
+            }
+            for row in example.rows
+        ],
         "shared": explainer.shared,
         "versions": dict(example.versions),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from simexplain.batching.options import Asked, BatchOptions
 from simexplain.batching.planning import Plan
 from simexplain.errors import ModelError, OutputError
+from simexplain.methods.rows import Methods
 from simexplain.methods.weight_bank import probe_of
 from simexplain.models.base import SimilarityModel
 from simexplain.searching.index_models import weights_of
@@ -26,14 +27,8 @@ def identity_of(
     model: SimilarityModel, plan: Plan, asked: Asked, how: BatchOptions
 ) -> dict[str, Any]:
     """What may not change between a batch and its resumption, in plain JSON values."""
-    method = asked.method
-    if not isinstance(method, str):
-        own: dict[str, Any] = (
-            asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
-        )
-        method = f"{type(method).__name__}({own})"
     settings = {
-        "method": method,
+        "method": _named(asked.method),
         "layer": list(asked.layer or ()),
         "magnify": asked.magnify,
         "scale": asked.scale,
@@ -57,6 +52,18 @@ def identity_of(
     }  # fmt: skip
     found: dict[str, Any] = json.loads(json.dumps(said, default=str))
     return found
+
+
+def _named(method: Methods) -> str:
+    """What is asked in a word, the same for the same methods."""
+    if method is None or isinstance(method, str):
+        return method or "the default"
+    if isinstance(method, Sequence):
+        return ", ".join(_named(one) for one in method)
+    own: dict[str, Any] = {}
+    if is_dataclass(method) and not isinstance(method, type):
+        own = asdict(method)
+    return f"{type(method).__name__}({own})"
 
 
 def check_same(folder: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:

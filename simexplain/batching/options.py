@@ -12,7 +12,7 @@ import torch
 from simexplain.arguments import typed
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explaining import check_magnify
-from simexplain.methods import Method
+from simexplain.methods.rows import Methods
 from simexplain.models.base import SimilarityModel
 
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
@@ -22,7 +22,7 @@ ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 class Asked:
     """What is asked of every row; the fields are those of ``explain_files``."""
 
-    method: str | Method = "sam"
+    method: Methods = None
     layer: Sequence[str] | None = None
     magnify: float = 1
     scale: str = "image"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from simexplain.arguments import typed
 from simexplain.batching.folder import RESULTS, SCHEMA, BatchFolder
 from simexplain.batching.planning import stamp_of
-from simexplain.batching.shards import PICTURE, TENSORS
+from simexplain.batching.shards import OF_ROWS, PICTURE, TENSORS
 from simexplain.batching.table import OK, check_extra
 from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import Geometry, Preprocess, prepared
@@ -131,29 +131,20 @@ class BatchResult:
             ImageError: If a picture cannot be read.
         """
         record, said = self._good(row), self.manifest
-        layers = [f"layer_{number}" for number in range(len(said["layers"]))]
+        shapes = said.get("rows") or [said]  # which older versions did not write
+        names = _stored_names(shapes)
         pictures = [f"{PICTURE}/{number}" for number in record["pictures"]]
-        stored = self._tensors(record, (*TENSORS, *layers), pictures)
-        maps = stored["maps"][None]
+        stored = self._tensors(record, (*TENSORS, *names), pictures)
         images, originals, geometries = self._views(record)
         moved = stored.get("moved")
-        return Explanation(
-            maps=maps,
-            layer_maps={
-                layer: stored[name][None] if name in stored else maps
-                for layer, name in zip(said["layers"], layers, strict=True)
-            },
-            weights=stored["weights"][None],
-            scores=stored["scores"][None],
+        own = Explanation(
+            **_row(shapes[0], stored, ""),
             embeddings=torch.stack([stored[name] for name in pictures])[None],
             distances=stored["distances"][None],
             positives=len(record["positives"]),
             images=images,
             preprocess=Preprocess.from_json(said["model"]["preprocess"]),
-            method=said["method"],
             model=said["model"]["name"],
-            layers=tuple(said["layers"]),
-            options=said["options"],
             warnings=tuple(record["warnings"]),
             versions=said["versions"],
             moved=None if moved is None else moved[None],
@@ -161,6 +152,13 @@ class BatchResult:
             pictures=originals,
             geometries=geometries,
         )
+        others = (
+            replace(own, **_row(shape, stored, f"row{number}_"), warnings=tuple(told["warnings"]))
+            for number, (shape, told) in enumerate(
+                zip(shapes[1:], record.get("others") or (), strict=True), start=2
+            )
+        )
+        return replace(own, others=tuple(others))
 
     def _views(self, record: Mapping[str, Any]) -> tuple[Tensor, tuple[Any, ...], tuple[Any, ...]]:
         """The pictures of a row as the network saw them, themselves, and where the views lie."""
@@ -228,6 +226,34 @@ class BatchResult:
             "files": BatchFolder(self.folder).files(),
             "versions": dict(self.manifest["versions"]),
         }
+
+
+def _stored_names(shapes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What shards may have of each row of maps beside the tensors of the first."""
+    names = []
+    for number, shape in enumerate(shapes, start=1):
+        mark = f"row{number}_" if number > 1 else ""
+        names += [f"{mark}{name}" for name in OF_ROWS if mark]
+        names += [f"{mark}layer_{layer}" for layer in range(len(shape["layers"]))]
+    return names
+
+
+def _row(shape: Mapping[str, Any], stored: Mapping[str, Tensor], mark: str) -> dict[str, Any]:
+    """The fields of an explanation that differ from one row of maps to another."""
+    maps = stored[f"{mark}maps"][None]
+    layers = [stored.get(f"{mark}layer_{number}") for number in range(len(shape["layers"]))]
+    return {
+        "maps": maps,
+        "layer_maps": {
+            layer: maps if own is None else own[None]
+            for layer, own in zip(shape["layers"], layers, strict=True)
+        },
+        "weights": stored[f"{mark}weights"][None],
+        "scores": stored[f"{mark}scores"][None],
+        "method": shape["method"],
+        "layers": tuple(shape["layers"]),
+        "options": shape["options"],
+    }
 
 
 @typed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +18,10 @@ from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ImageError, ModelError
 from simexplain.explaining import explain_view
 from simexplain.explanation import Explanation
-from simexplain.methods import METHODS, Method, takes_layers
+from simexplain.methods import Method, takes_layers
 from simexplain.methods.avsl_maps import AVSLMaps
 from simexplain.methods.raw_vectors import RawVectors
+from simexplain.methods.rows import Methods, asked_of
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_runs import features_and_rows
 from simexplain.models.base import SimilarityModel
@@ -66,7 +66,7 @@ class RowExplainer:
         height, width = (max(1, round(side * asked.magnify)) for side in self.own)
         self.view: Size = (height, width)
         self.reader = Reader(plan.pictures, model.preprocess, self.view)
-        self._chosen: Method | None = None
+        self._chosen: tuple[Method, ...] = ()
         self._layers: tuple[str, ...] = ()
         self._images: tuple[int, ...] = ()
         self._uses: dict[int, dict[int, list[int]]] = {}
@@ -116,9 +116,10 @@ class RowExplainer:
             raise ComparisonError(
                 f"None of {len(self.plan.rows)} rows can be explained, the first because: {reason}"
             )
-        method = self.asked.method
-        self._chosen = METHODS[method](**self.asked.options) if isinstance(method, str) else method
-        self._layers = found.layers
+        asked = self.asked
+        chosen = asked_of(self.model, asked.method, asked.layer, asked.options)
+        self._chosen = tuple(method for _, method in chosen)[: len(found.rows)]
+        self._layers = tuple(dict.fromkeys(name for row in found.rows for name in row.layers))
         self.shared = self._can_share() and self._agrees(row, found)
         self.forwards = 0
         if not self.shared:
@@ -134,7 +135,7 @@ class RowExplainer:
         if self._proven is not None and self._proven[0] == row:
             return self._proven[1]
         self._keep.now = self._places.get(row, 0)
-        assert self._chosen is not None, "prove() comes first"
+        assert self._chosen, "prove() comes first"
         try:
             if self.shared:
                 try:
@@ -150,15 +151,15 @@ class RowExplainer:
         images = self.plan.images[row]
         pictures = tuple(self.reader.picture(image) for image in images)
         views = torch.stack([self.reader.tensor(image, self.view) for image in images])
-        return replace(found, pictures=pictures, images=views[None])
+        return found.placed(pictures=pictures, images=views[None])
 
     def _can_share(self) -> bool:
-        assert self._chosen is not None
-        if isinstance(self._chosen, AVSLMaps) and isinstance(self.model, AVSL):
+        (first, *others) = self._chosen
+        if isinstance(first, AVSLMaps) and isinstance(self.model, AVSL) and not others:
             self._remembering = recalled_avsl(self.model, self._levels)
             return True
         self._remembering = Recalled(self.model, self._layers, self._passes)
-        return takes_layers(self._chosen)
+        return all(takes_layers(method) for method in self._chosen)
 
     def _agrees(self, row: int, plain: Explanation) -> bool:
         """Whether a row comes out from memory as it does from the network."""
@@ -168,16 +169,15 @@ class RowExplainer:
             return False
         finally:
             self._keep.release()
-        pairs = (
-            (found.maps, plain.maps), (found.embeddings, plain.embeddings),
-            (found.scores, plain.scores), (found.distances, plain.distances),
-        )  # fmt: skip
+        pairs = [(found.embeddings, plain.embeddings), (found.distances, plain.distances)]
+        for one, other in zip(found.rows, plain.rows, strict=True):
+            pairs += [(one.maps, other.maps), (one.scores, other.scores)]
         return all(
             a.shape == b.shape and bool((a - b).abs().max() <= _CLOSE * b.abs().max())
             for a, b in pairs
         )
 
-    def _plain(self, row: int, method: str | Method, options: dict[str, Any]) -> Explanation:
+    def _plain(self, row: int, method: Methods, options: dict[str, Any]) -> Explanation:
         images = self.plan.images[row]
         own = self._comparison(row, torch.stack([self._tensor(i, self.own) for i in images])[None])
         view = own
@@ -193,7 +193,6 @@ class RowExplainer:
         view = own
         if self.asked.magnify != 1:
             view = self._comparison(row, blank(self.view, len(images)))
-        assert self._chosen is not None
         return self._told(images, self._explained(self._remembering, own, view, self._chosen, {}))
 
     def _explained(
@@ -201,7 +200,7 @@ class RowExplainer:
         model: SimilarityModel,
         own: Comparison,
         view: Comparison,
-        method: str | Method,
+        method: Methods,
         options: dict[str, Any],
     ) -> Explanation:
         asked = self.asked
@@ -216,11 +215,7 @@ class RowExplainer:
         """With where the maps lie in the pictures, and all that the user should know."""
         seen = [self.reader.seen[image] for image in images]
         notes = self.model.preprocess.notes + tuple(note for one in seen for note in one.notes)
-        return replace(
-            found,
-            geometries=tuple(one.geometry for one in seen),
-            warnings=notes + found.warnings,
-        )
+        return found.placed(notes, geometries=tuple(one.geometry for one in seen))
 
     def _comparison(self, row: int, stack: Tensor) -> Comparison:
         cut = 1 + len(self.plan.rows[row].positives)

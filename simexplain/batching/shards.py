@@ -20,6 +20,8 @@ from simexplain.rendering.panel import png_of
 
 TENSORS = ("maps", "weights", "scores", "distances", "moved")
 """What a shard has of each row under ``KEY/NAME``, beside ``KEY/layer_N`` of several layers."""
+OF_ROWS = ("maps", "weights", "scores")
+"""What it has of each further row of maps, under ``KEY/rowN_NAME``."""
 PICTURE = "picture"
 """What a shard has of each picture, once for all rows: its embedding under ``picture/NUMBER``."""
 
@@ -111,13 +113,21 @@ class ShardWriter:
 
 def tensors_of(found: Explanation) -> dict[str, Tensor]:
     """Everything of an explanation of one row that is no plain value, on the CPU."""
-    named = {name: getattr(found, name) for name in TENSORS}
-    if len(found.layers) > 1 or not torch.equal(found.layer_maps[found.layers[0]], found.maps):
-        layers = enumerate(found.layers)
-        named |= {f"layer_{number}": found.layer_maps[layer] for number, layer in layers}
+    named = {name: getattr(found, name) for name in TENSORS} | _layers_of(found, "")
+    for number, row in enumerate(found.others, start=2):
+        named |= {f"row{number}_{name}": getattr(row, name) for name in OF_ROWS}
+        named |= _layers_of(row, f"row{number}_")
     # A copy of its own each: safetensors refuses tensors that share memory.
     return {
         name: value[0].detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in named.items()
         if value is not None
     }
+
+
+def _layers_of(row: Explanation, mark: str) -> dict[str, Tensor]:
+    """The maps of each layer, where they are not those of the row."""
+    if len(row.layers) == 1 and torch.equal(row.layer_maps[row.layers[0]], row.maps):
+        return {}
+    layers = enumerate(row.layers)
+    return {f"{mark}layer_{number}": row.layer_maps[layer] for number, layer in layers}

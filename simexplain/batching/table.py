@@ -55,6 +55,20 @@ def schema() -> pyarrow.Schema:
             ("margin", pa.float64()),
             ("peaks", pa.list_(point)),
             ("scores", several),
+            (
+                "others",
+                pa.list_(
+                    pa.struct(
+                        [
+                            ("method", pa.string()),
+                            ("peaks", pa.list_(point)),
+                            ("scores", several),
+                            ("overlaps", several),
+                            ("warnings", pa.list_(pa.string())),
+                        ]
+                    )
+                ),
+            ),
             ("moved", several),
             ("warnings", pa.list_(pa.string())),
             ("pictures", pa.list_(pa.int64())),
@@ -98,14 +112,28 @@ def explained(
         "condition": condition.text,
         "holds": condition.holds,
         "margin": condition.margin,
-        "peaks": [peak and {"x": peak[0], "y": peak[1]} for peak in found.peaks()],
+        "peaks": _points(found),
         "scores": found.scores[0].tolist(),
+        "others": [
+            {
+                "method": other.method,
+                "peaks": _points(other),
+                "scores": other.scores[0].tolist(),
+                "overlaps": list(agreement.overlaps),
+                "warnings": list(other.warnings),
+            }
+            for other, agreement in zip(found.others, found.agreement(), strict=True)
+        ],
         "moved": None if found.moved is None else found.moved[0].tolist(),
         "warnings": list(found.warnings),
         "pictures": list(pictures),
         "maps_file": maps[0],
         "maps_key": maps[1],
     }
+
+
+def _points(row: Explanation) -> list[dict[str, float] | None]:
+    return [peak and {"x": peak[0], "y": peak[1]} for peak in row.peaks()]
 
 
 def failed(number: int, row: BatchRow, error: str) -> Record:

@@ -78,8 +78,7 @@ def rows_of(
         ComparisonError: If a method or an option does not exist.
         ModelError: If the model or a layer cannot be used.
     """
-    named = _named(model, view, method, layer, options)
-    chosen = [(name, made) for name, made in zip(named, _made(named, options), strict=True)]
+    chosen = asked_of(model, method, layer, options, direction=not view.unit)
     try:
         return _found(model, view, chosen, layer, max_batch)
     except ModelError as error:
@@ -91,18 +90,43 @@ def rows_of(
         return [replace(first, found=found)]
 
 
-def _named(
+def asked_of(
     model: SimilarityModel,
-    view: Comparison,
     method: Methods,
     layer: Layers,
     options: dict[str, Any],
+    *,
+    direction: bool = False,
+) -> list[tuple[str | Method, Method]]:
+    """The methods that are meant, as they were given and as objects.
+
+    Args:
+        model: The model.
+        method: Which methods.
+        layer: The layers that were named.
+        options: Of the methods given by name.
+        direction: Images are scored along a direction.
+
+    Raises:
+        ComparisonError: If a method or an option does not exist.
+    """
+    named = _named(model, method, layer, options, direction=direction)
+    return list(zip(named, _made(named, options), strict=True))
+
+
+def _named(
+    model: SimilarityModel,
+    method: Methods,
+    layer: Layers,
+    options: dict[str, Any],
+    *,
+    direction: bool,
 ) -> Sequence[str | Method]:
     """The methods that are meant, by name or as objects."""
     if method is None:
         if options or layer is not None or isinstance(model, AVSL):
             return DEFAULT[:1]
-        return DEFAULT if view.unit else DEFAULT[1:]
+        return DEFAULT[1:] if direction else DEFAULT
     if isinstance(method, str) or not isinstance(method, Sequence):
         return (method,)
     if not method:
