@@ -14,7 +14,15 @@ from simexplain.models.avsl_options import ORIGINS
 from simexplain.models.avsl_runs import expected_avsl
 from simexplain.publishing import check_writable
 
-from .options import aligned, busy, free_folder, model_from, model_options, tell_files
+from .options import (
+    aligned,
+    busy,
+    free_folder,
+    model_from,
+    model_options,
+    tell_files,
+    tell_hardly_seen,
+)
 
 if TYPE_CHECKING:
     from simexplain.attribution.account import Decomposition, Node
@@ -99,6 +107,7 @@ def _place(result: Attribution, text: str) -> tuple[int, int]:
 def report(result: Attribution, top: int, parts: list[Decomposition]) -> None:
     """Prints the account of every pair, for a person."""
     click.echo(f"{result.model}: {ORIGINS[result.origin]}")
+    tell_hardly_seen(result.pictures, result.geometries)
     for index in range(len(result)):
         _report_pair(result, index, top)
         if parts:

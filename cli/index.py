@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from simexplain.data.folders import results_in
+from simexplain.data.preprocessing import hardly_seen
 from simexplain.errors import OutputError
 from simexplain.searching.index import (
     GalleryIndex,
@@ -134,6 +135,9 @@ def _tell(index: GalleryIndex, left_out: str = "", *, as_json: bool) -> None:
         return
     where = f", layer {index.layer}" if index.layer else ""
     click.echo(f"{index.model_name}{where}: {_counted(len(index))}")
+    few = [(index.paths[n], index.geometry(n)) for n in range(len(index))]
+    if cut_off := hardly_seen(few):
+        click.echo(cut_off.encode("utf-8", "backslashreplace").decode())
     changes = said["changes"]
     click.echo(", ".join(f"{number} {name}" for name, number in changes.items()))
     click.echo(_kept(index, said))

@@ -15,7 +15,16 @@ from simexplain.matching.pictures import default_points, summary
 from simexplain.matching.saving import MAIN_FILES, manifest
 from simexplain.publishing import check_writable
 
-from .options import OneOf, aligned, busy, free_folder, model_from, model_options, tell_files
+from .options import (
+    OneOf,
+    aligned,
+    busy,
+    free_folder,
+    model_from,
+    model_options,
+    tell_files,
+    tell_hardly_seen,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,6 +123,7 @@ def report(result: Matching, points: Sequence[Point] | None, top: int) -> None:
     first, second = (picture.path for picture in result.pictures[0])
     click.echo(f"{result.model}, layer {result.layer}, style {result.style}")
     click.echo(f"{first} and {second}")
+    tell_hardly_seen(result.pictures, result.geometries)
     click.echo(summary(result, 0))
     shown = default_points(result, 0) if points is None else points
     answers = [result.best(*point) for point in shown]

@@ -7,12 +7,13 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from simexplain.data.preprocessing import FITS, INTERPOLATIONS
+from simexplain.data.preprocessing import FITS, INTERPOLATIONS, hardly_seen
 from simexplain.errors import OutputError, meant
 from simexplain.methods import ELSEWHERE, METHODS
 from simexplain.models.base import DISTANCES
@@ -20,6 +21,8 @@ from simexplain.models.loading import RANDOM, Pixels, load_model
 from simexplain.models.readouts import OUTPUTS
 
 if TYPE_CHECKING:
+    from simexplain.data.images import Picture
+    from simexplain.data.preprocessing import Geometry
     from simexplain.fitting.passes import Progress
     from simexplain.models.base import SimilarityModel
 
@@ -217,6 +220,15 @@ def free_folder(base: Path) -> Path:
     while (folder := base.with_name(f"{base.name}-{number}")).exists():
         number += 1
     return folder
+
+
+def tell_hardly_seen(
+    pictures: Iterable[Iterable[Picture]], geometries: Iterable[Iterable[Geometry]]
+) -> None:
+    """Names pictures so wide or tall that the network saw little of them."""
+    pairs = zip(chain.from_iterable(pictures), chain.from_iterable(geometries), strict=True)
+    if said := hardly_seen((picture.path, geometry) for picture, geometry in pairs):
+        click.echo(said)
 
 
 def tell_files(files: Mapping[str, str], warnings: Iterable[str] = ()) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from simexplain.data.preprocessing import hardly_seen
 from simexplain.publishing import check_writable
 from simexplain.searching.search import search
 from simexplain.searching.search_pictures import verdict
@@ -113,6 +114,10 @@ def report(result: SearchResult) -> None:
     click.echo(f"{result.model}{layer}\n{_printable(verdict(result))}")
     if result.closeness:
         click.echo(result.closeness)
+    shown = [(result.query, result.geometries[result.query])]
+    shown += [(hit.path, result.geometries[hit.path]) for hit in result.hits]
+    if said := hardly_seen((_printable(path), geometry) for path, geometry in shown):
+        click.echo(said)
     classes = any(hit.label is not None for hit in result.hits)
     head = ["rank", "cosine", "distance", "close", *(["class"] if classes else []), "picture"]
     reasons = result.query_maps is not None

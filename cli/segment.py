@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from simexplain.data.preprocessing import hardly_seen
 from simexplain.publishing import check_writable
 from simexplain.segmentation.saving import MAIN_FILES, manifest
 from simexplain.segmentation.segmenting_files import segment_files
@@ -80,6 +81,9 @@ def report(result: Segmentation) -> None:
     counts = [sum(one.role == role for one in result.images) for role in ("support", "other")]
     against = f", {counts[1]} of another class" if counts[1] else ""
     click.echo(f"{result.name}: {counts[0]} of the class sought{against}, by {result.by}")
+    names = (result.name, *(one.name for one in result.images))
+    if cut_off := hardly_seen(zip(names, result.geometries, strict=True)):
+        click.echo(cut_off)
     if result.box is None:
         click.echo("nothing was found")
         return

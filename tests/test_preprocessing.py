@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from pictures import noise, square
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from simexplain.data.preprocessing import FITS, Geometry, Preprocess
+from simexplain.data.preprocessing import FITS, IMAGENET, Geometry, Preprocess, hardly_seen
 from simexplain.errors import ImageError
 from simexplain.models.backbones import preprocess_of_timm
 
@@ -238,3 +239,39 @@ def test_masks_lie_on_the_view_as_the_picture_does(fit: str, share: float) -> No
     away = mask != (view[0] > 0.5).numpy()  # at most at the edge, where pixels are mixed
     assert away.mean() < 0.03
     assert centroid(mask) == pytest.approx(centroid(view[0].numpy()), abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("fit", "size", "wanted"),
+    [
+        ("crop", (100, 200), 0.875 * 0.4375),
+        ("crop", (100, 100), 0.875**2),
+        ("squash", (100, 200), 0.875**2),
+        ("pad", (100, 200), 1.0),
+        ("pad", (300, 40), 1.0),
+    ],
+)
+def test_the_share_that_is_seen(fit: str, size: tuple[int, int], wanted: float) -> None:
+    """Counted pixel by pixel: those of the picture that the view's pixels come from."""
+    geometry = replace(IMAGENET, fit=fit).geometry(size)
+    assert geometry.seen == pytest.approx(wanted, abs=0.01)
+    left, top, right, bottom = geometry.box
+    rows = sum(top <= y + 0.5 < bottom for y in range(size[0]))
+    columns = sum(left <= x + 0.5 < right for x in range(size[1]))
+    assert geometry.seen == pytest.approx(rows * columns / (size[0] * size[1]), abs=0.02)
+    assert geometry.to_json()["seen"] == round(geometry.seen, 4)
+
+
+def test_pictures_whose_ends_are_cut_off_are_named() -> None:
+    def said(fit: str, *sizes: tuple[int, int]) -> str:
+        prepare = replace(IMAGENET, fit=fit)
+        return hardly_seen((f"{n}.jpg", prepare.geometry(size)) for n, size in enumerate(sizes))
+
+    assert said("crop", (100, 100), (100, 102)) == ""
+    assert said("squash", (100, 300)) == ""
+    assert said("pad", (100, 300)) == ""
+    assert "saw 38% of '1.jpg', whose" in said("crop", (100, 100), (100, 200))
+    assert "'0.jpg'" in said("crop", (200, 100))
+    many = said("crop", *[(100, 200)] * 5)
+    assert many.count("'") == 6
+    assert "2 more" in many

@@ -57,12 +57,15 @@ def _pair(
     paths: list[str | None] = [None, None]
     if attribution.pictures:
         paths = [picture.path for picture in attribution.pictures[index]]
+    seen: list[float | None] = [None, None]
+    if attribution.geometries:
+        seen = [round(geometry.seen, 4) for geometry in attribution.geometries[index]]
     parts = attribution.level_contributions[index].tolist()
     shares = attribution.shares[index].tolist()
     return {
         "images": [
-            {"path": paths[0], "role": "anchor"},
-            {"path": paths[1], "role": attribution.roles[index]},
+            {"path": paths[0], "role": "anchor", "seen": seen[0]},
+            {"path": paths[1], "role": attribution.roles[index], "seen": seen[1]},
         ],
         "distance": float(attribution.distances[index]),
         "residual": float(attribution.residual[index]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 from typing import Any
@@ -63,6 +63,12 @@ class Geometry:
             min(float(height), (top + self.size[0]) / sy),
         )
 
+    @property
+    def seen(self) -> float:
+        """The share of the picture's area that the network saw, in [0, 1]."""
+        left, top, right, bottom = self.box
+        return min(1.0, (right - left) * (bottom - top) / (self.original[0] * self.original[1]))
+
     def to_original(self, heatmap: NDArray[np.float32]) -> NDArray[np.float32]:
         """A heatmap over the view as one over the picture; zero where the network saw nothing.
 
@@ -114,13 +120,13 @@ class Geometry:
         return np.asarray(mask[np.ix_(rows, columns)] & np.outer(*inside))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON from which :meth:`from_json` makes an equal object."""
-        return asdict(self)
+        """Plain JSON from which :meth:`from_json` makes an equal object, and ``seen``."""
+        return {**asdict(self), "seen": round(self.seen, 4)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Geometry:
         """The counterpart of :meth:`to_json`."""
-        pairs: dict[str, Any] = {name: tuple(pair) for name, pair in values.items()}
+        pairs: dict[str, Any] = {n: tuple(pair) for n, pair in values.items() if n != "seen"}
         return cls(**pairs)
 
 
@@ -352,6 +358,36 @@ def _check_values(prepare: Preprocess) -> None:
     texts = prepare.notes if isinstance(prepare.notes, (tuple, list)) else (None,)
     if not all(isinstance(text, str) for text in (prepare.source, *texts)):
         raise ImageError("Expected source as a text and notes as several, got something else.")
+
+
+ROUND = 0.95
+"""How much less may be seen along one side than along the other before it is worth saying."""
+
+_NAMED = 3
+
+
+def hardly_seen(named: Iterable[tuple[str, Geometry]]) -> str:
+    """A sentence on pictures so wide or tall that much of them is cut off; empty without any.
+
+    The rim that a centre crop cuts off all around, of any picture, is not counted.
+
+    Args:
+        named: What to call each picture, and where the network's view lies in it.
+    """
+    few: dict[str, float] = {}
+    for name, geometry in named:
+        (left, top, right, bottom), (height, width) = geometry.box, geometry.original
+        along = (right - left) / width, (bottom - top) / height
+        if min(along) < ROUND * max(along):
+            few[name] = geometry.seen
+    if not few:
+        return ""
+    shares = [f"{share:.0%} of '{name}'" for name, share in list(few.items())[:_NAMED]]
+    more = f" and little of {len(few) - _NAMED} more" if len(few) > _NAMED else ""
+    return (
+        f"The network saw {', '.join(shares)}{more}, whose ends are cut off; --fit squash or pad "
+        "(fit= in Python) shows them."
+    )
 
 
 def prepared(prepare: Preprocess, pictures: Sequence[Picture]) -> tuple[Tensor, list[Geometry]]:

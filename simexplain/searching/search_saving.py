@@ -33,7 +33,8 @@ def manifest(result: SearchResult, files: dict[str, str]) -> dict[str, Any]:
         "close_limit": result.close_limit,
         "close_match": None if result.close_limit is None else any(h.close for h in result.hits),
         "region": None if result.region is None else list(result.region),
-        "hits": [_told(hit) for hit in result.hits],
+        "hits": [{**_told(hit), "seen": _seen(result, hit.path)} for hit in result.hits],
+        "seen": _seen(result, result.query),
         "warnings": list(result.warnings),
         "files": files,
         "versions": dict(result.versions),
@@ -42,6 +43,12 @@ def manifest(result: SearchResult, files: dict[str, str]) -> dict[str, Any]:
             for path in result.pictures
         ],
     }
+
+
+def _seen(result: SearchResult, path: str) -> float | None:
+    """The share of a picture that the network saw, in [0, 1]."""
+    geometry = result.geometries.get(path)
+    return None if geometry is None else round(geometry.seen, 4)
 
 
 def _told(hit: Hit) -> dict[str, Any]:
@@ -103,7 +110,7 @@ def _box(values: list[float]) -> tuple[float, float, float, float]:
 
 
 def _hit(said: dict[str, Any]) -> Hit:
-    made: dict[str, Any] = dict(said)
+    made: dict[str, Any] = {name: value for name, value in said.items() if name != "seen"}
     made["pairs"] = tuple(
         PositionPair(**{**pair, "a": tuple(pair["a"]), "b": tuple(pair["b"])})
         for pair in said["pairs"]

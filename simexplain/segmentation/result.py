@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from simexplain.data.preprocessing import Geometry
     from simexplain.segmentation.cue import Heat
     from simexplain.segmentation.grabcut import Mask, Pixels
 
@@ -55,6 +56,8 @@ class Segmentation:
         options: Everything else that was chosen, as plain JSON values.
         warnings: What to know before trusting it.
         versions: Of the packages that made it.
+        geometries: Where the network's view lies in the test picture, then in those of ``images``;
+            empty for tensors.
     """
 
     mask: Mask = field(repr=False)
@@ -70,6 +73,7 @@ class Segmentation:
     options: Mapping[str, Any]
     warnings: tuple[str, ...]
     versions: Mapping[str, str] = field(repr=False)
+    geometries: tuple[Geometry, ...] = field(default=(), repr=False)
 
     @property
     def share(self) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from simexplain.data.preprocessing import Geometry
 from simexplain.evaluation.saving import write_json, write_table
 from simexplain.publishing import Kind, published, read_back
 from simexplain.rendering.panel import png_of
@@ -44,6 +45,8 @@ def manifest(result: Segmentation, files: dict[str, str]) -> dict[str, Any]:
         **{name: getattr(result, name) for name in _PLAIN},
         "layers": list(result.layers),
         "test": {"path": result.name or None, "size": [width, height]},
+        "seen": round(result.geometries[0].seen, 4) if result.geometries else None,
+        "geometries": [geometry.to_json() for geometry in result.geometries],
         "supports": [image.name or None for image in result.images if image.role == "support"],
         "others": [image.name or None for image in result.images if image.role == "other"],
         "share": result.share,
@@ -123,6 +126,7 @@ def _restored(said: dict[str, Any], arrays: dict[str, Any]) -> Segmentation:
         options=said["options"],
         warnings=tuple(said["warnings"]),
         versions=said["versions"],
+        geometries=tuple(map(Geometry.from_json, said.get("geometries", ()))),
     )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def segment_files(
         anchor=anchor, magnify=magnify, max_batch=max_batch, **options,
     )  # fmt: skip
     notes = wrapped.preprocess.notes + tuple(n for picture in pictures for n in picture.notes)
-    return finished(
+    result = finished(
         found,
         np.asarray(pictures[0].image),
         geometries[0].to_original(found.heat.numpy().astype(np.float32)),
@@ -118,6 +118,7 @@ def segment_files(
         name=pictures[0].path,
         notes=notes,
     )
+    return replace(result, geometries=tuple(geometries))
 
 
 def whole_view(prepare: Preprocess) -> Preprocess:
