@@ -15,7 +15,15 @@ from simexplain.matching.pictures import default_points, summary
 from simexplain.matching.saving import MAIN_FILES, manifest
 from simexplain.publishing import check_writable
 
-from .options import aligned, busy, free_folder, model_from, model_options, tell_files
+from .options import (
+    aligned,
+    busy,
+    free_folder,
+    model_from,
+    model_options,
+    tell_files,
+    tell_shares,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,6 +123,7 @@ def report(result: Matching, points: Sequence[Point] | None, top: int) -> None:
     click.echo(f"{result.model}, layer {result.layer}, style {result.style}")
     click.echo(f"{first} and {second}")
     click.echo(summary(result, 0))
+    tell_shares(result.bypass, None if (own := result.unexplained) is None else float(own[0]))
     shown = default_points(result, 0) if points is None else points
     answers = [result.best(*point) for point in shown]
     for title, pairs in (

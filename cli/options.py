@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsFloat, TypeVar
 
 import click
 
@@ -106,21 +106,26 @@ def model_options(command: F) -> F:
 
 def model_from(source: str, given: dict[str, Any]) -> SimilarityModel:
     """Takes the model options out of ``given`` and loads the model."""
-    untrained, fast = given.pop("untrained"), given.pop("fast")
-    names = ("backbone", "keep_head", "trust_pickle", "size", "fit", "distance")
-    pixels = Pixels(*(given.pop(name) for name in ("mean", "std", "interpolation", "channels")))
-    model = load_model(
-        source,
-        weights=RANDOM if untrained else None,
-        output=given.pop("which_vector"),
-        pixels=pixels,
-        **{name: given.pop(name) for name in names},
-    )
+    fast = given["fast"]
+    model = load_model(source, **loading_from(given))
     if fast:
         from simexplain.models.accelerating import accelerated
 
         model = accelerated(model)
     return model
+
+
+def loading_from(given: dict[str, Any]) -> dict[str, Any]:
+    """Takes the model options out of ``given``, as ``load_model`` has them."""
+    untrained, _ = given.pop("untrained"), given.pop("fast")
+    names = ("backbone", "keep_head", "trust_pickle", "size", "fit", "distance")
+    pixels = Pixels(*(given.pop(name) for name in ("mean", "std", "interpolation", "channels")))
+    return {
+        "weights": RANDOM if untrained else None,
+        "output": given.pop("which_vector"),
+        "pixels": pixels,
+        **{name: given.pop(name) for name in names},
+    }
 
 
 @contextmanager
@@ -204,6 +209,23 @@ def free_folder(base: Path) -> Path:
     while (folder := base.with_name(f"{base.name}-{number}")).exists():
         number += 1
     return folder
+
+
+def tell_shares(
+    bypass: Mapping[str, float], unexplained: SupportsFloat | None, of: str = "score"
+) -> None:
+    """A line on what maps cannot show, where that is known.
+
+    Args:
+        bypass: For each layer the share of the embedding that bypasses it.
+        unexplained: The largest share that positions do not account for.
+        of: Of what.
+    """
+    said = [f"{share:.1%} of the embedding bypasses {layer}" for layer, share in bypass.items()]
+    if unexplained is not None:
+        said.append(f"{float(unexplained):.1%} of the {of} comes from no position")
+    if said:
+        click.echo("not in the maps: " + ", ".join(said))
 
 
 def tell_files(files: Mapping[str, str], warnings: Iterable[str] = ()) -> None:

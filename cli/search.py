@@ -21,6 +21,7 @@ from .options import (
     model_options,
     progress_bars,
     tell_files,
+    tell_shares,
 )
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ def report(result: SearchResult) -> None:
     click.echo(f"{result.model}{layer}\n{_printable(verdict(result))}")
     if result.closeness:
         click.echo(result.closeness)
+    rests = [hit.unexplained for hit in result.hits if hit.unexplained is not None]
+    tell_shares(result.bypass, max(rests, default=None))
     classes = any(hit.label is not None for hit in result.hits)
     head = ["rank", "cosine", "distance", "close", *(["class"] if classes else []), "picture"]
     reasons = result.query_maps is not None

@@ -12,7 +12,7 @@ from simexplain.publishing import check_writable
 from simexplain.segmentation.saving import MAIN_FILES, manifest
 from simexplain.segmentation.segmenting_files import segment_files
 
-from .options import busy, free_folder, model_from, model_options, tell_files
+from .options import busy, free_folder, model_from, model_options, tell_files, tell_shares
 from .segment_options import segment_options, segmenting_from
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def report(result: Segmentation) -> None:
     counts = [sum(one.role == role for one in result.images) for role in ("support", "other")]
     against = f", {counts[1]} of another class" if counts[1] else ""
     click.echo(f"{result.name}: {counts[0]} of the class sought{against}, by {result.by}")
+    tell_shares(result.bypass, None)
     if result.box is None:
         click.echo("nothing was found")
         return

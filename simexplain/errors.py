@@ -17,6 +17,10 @@ class ModelError(SimexplainError):
     """A model, a layer of it or a file that should hold one cannot be used."""
 
 
+class TwoImagesError(ModelError):
+    """A model that looks at two images at once was given where one image is embedded."""
+
+
 class OutputError(SimexplainError):
     """A result cannot be written or read back."""
 

@@ -33,6 +33,7 @@ from simexplain.explanation import Explanation
 from simexplain.methods import Method
 from simexplain.methods.rows import Layers
 from simexplain.models.embedder import as_similarity_model
+from simexplain.saving import placing
 from simexplain.training.run_folder import first_process
 
 _ON_CARD = 16
@@ -169,6 +170,7 @@ def _described(example: Explanation, explainer: RowExplainer) -> dict[str, Any]:
         "layers": list(example.layers),
         "options": dict(example.options),
         "scale": example.scale,
+        **placing(example),
         "view": list(explainer.view),
         "shared": explainer.shared,
         "versions": dict(example.versions),

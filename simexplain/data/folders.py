@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from simexplain.data.bands import ARRAYS
-from simexplain.data.images import read_picture
+from simexplain.data.images import Picture, PictureSource, read_pages, read_picture
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ImageError
 from simexplain.publishing import written_pictures
@@ -111,6 +111,25 @@ def _written(found: Sequence[Path]) -> set[Path]:
     """Which pictures simexplain wrote as part of a result."""
     manifests = [path for path in found if path.suffix == ".json"]
     return {picture for path in manifests for picture in written_pictures(path)}
+
+
+def read_item(path: PictureSource, name: str = "image 1", *, pages: bool) -> list[Picture]:
+    """The pictures that one argument stands for: those of a folder, the pages of a file, or one.
+
+    Args:
+        path: A picture file, or a folder, all pictures of which show one thing; or a picture from
+            memory.
+        name: What to call a picture without a path.
+        pages: Take every page or frame of a file that has several, not the first alone.
+
+    Raises:
+        ImageError: If a picture cannot be read, or there is none.
+    """
+    if not isinstance(path, (str, Path)):
+        return [read_picture(path, name)]
+    if Path(path).is_dir():
+        return [read_picture(record.path) for record in pictures_in(path, labelled=False)]
+    return read_pages(path) if pages else [read_picture(path)]
 
 
 @dataclass

@@ -55,6 +55,8 @@ class Segmentation:
         options: Everything else that was chosen, as plain JSON values.
         warnings: What to know before trusting it.
         versions: Of the packages that made it.
+        bypass: For each layer the share of the embedding that bypasses it, 0 to 1, where that is
+            known.
     """
 
     mask: Mask = field(repr=False)
@@ -70,6 +72,7 @@ class Segmentation:
     options: Mapping[str, Any]
     warnings: tuple[str, ...]
     versions: Mapping[str, str] = field(repr=False)
+    bypass: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def share(self) -> float:

@@ -43,6 +43,7 @@ def manifest(result: Segmentation, files: dict[str, str]) -> dict[str, Any]:
         "schema": SCHEMA,
         **{name: getattr(result, name) for name in _PLAIN},
         "layers": list(result.layers),
+        "bypass": dict(result.bypass),
         "test": {"path": result.name or None, "size": [width, height]},
         "supports": [image.name or None for image in result.images if image.role == "support"],
         "others": [image.name or None for image in result.images if image.role == "other"],
@@ -123,6 +124,7 @@ def _restored(said: dict[str, Any], arrays: dict[str, Any]) -> Segmentation:
         options=said["options"],
         warnings=tuple(said["warnings"]),
         versions=said["versions"],
+        bypass=said.get("bypass", {}),
     )  # fmt: skip
 
 

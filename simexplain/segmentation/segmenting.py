@@ -128,6 +128,7 @@ def finished(
         options={**explained.options, **told, "cue": asdict(cue), "cut": asdict(cut)},
         warnings=said,
         versions=versions(),
+        bypass=explained.bypass,
     )
 
 
