@@ -234,7 +234,6 @@ def restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
         versions=said["versions"],
         moved=torch.from_numpy(arrays["moved"]) if "moved" in arrays else None,
         scale=said["scale"],
-        **placing_of(said),
         geometries=tuple(map(Geometry.from_json, places)) if all(places) else (),
         frames=tuple(whole.get("frames", ())),
         vectors=tuple(GivenVector(**vector) for vector in whole.get("vectors", ())),
