@@ -11,6 +11,8 @@ import click
 from simexplain.comparison import ARCHITECTURES, positives_of
 from simexplain.explaining_files import explain_files
 from simexplain.methods import PIXELS
+from simexplain.models.frames import POOLINGS
+from simexplain.models.pairs import PairModel
 from simexplain.picturing import findings, notes_of, verdict
 from simexplain.publishing import check_writable
 from simexplain.rendering.overlay import RENDERERS
@@ -18,12 +20,14 @@ from simexplain.saving import MAIN_FILES, manifest
 
 from .given_vectors import vector_options, vectors_from
 from .method_options import method_from, method_options
-from .options import OneOf, aligned, busy, free_folder, model_from, model_options
+from .options import OneOf, aligned, busy, free_folder, model_options, tell_shares
+from .pair_models import any_model_from, explain_pair, pair_options, report_pair
 
 if TYPE_CHECKING:
     from simexplain.explanation import Explanation
 
 _FOLDER = "explanation"
+_NO_ARCH = f"Missing option '--arch', which says what the images are: {', '.join(ARCHITECTURES)}."
 
 
 @click.command("explain")
@@ -38,6 +42,10 @@ _FOLDER = "explanation"
 )
 @click.option("--different", is_flag=True, help="The pair of a siamese comparison is dissimilar.")
 @click.option("--positives", default=1, show_default=True, help="For set: how many are positives.")
+@click.option("--frames", "pooling", type=click.Choice(list(POOLINGS)),
+              help="How frames of one item are pooled: pictures of a folder given in place of a "
+              "picture [mean], and with this option also pages of one file.")  # fmt: skip
+@pair_options
 @vector_options
 @method_options
 @click.option("--style", type=OneOf(list(RENDERERS)), multiple=True, default=["overlay"],
@@ -67,20 +75,24 @@ def command(
 
     MODEL is timm:NAME, torchvision:NAME, hf:ORG/NAME, a folder or a file. In place of OTHER images
     there may be texts, vectors from files and centroids of folders, all positives or, with --not-,
-    negatives. Examples:
+    negatives. A folder in place of a picture is one item of several frames, such as a video clip or
+    photographs of one thing, with a map for each. MODEL may be a file that scores two images, or
+    the first of two towers. Examples:
 
     \b
       simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg c.jpg --arch triplet
       simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg --arch siamese --method focus
       simexplain explain clip-folder/ a.jpg --text "a red bag" --not-text "a blue bag"
       simexplain explain timm:tf_efficientnet_lite0 a.jpg --class-folder shop/bags
+      simexplain explain tracker.pt2 template.jpg frame.jpg
     """  # noqa: D301 - click wants the backspace character
     paths = [anchor, *other]
     different, positives = given.pop("different"), given.pop("positives")
     vectors = vectors_from(given)
     if not vectors:
         _check_images(len(paths), arch)
-        positives_of(arch or "", len(paths), different=different, positives=positives)
+        said = arch or "siamese"
+        near = positives_of(said, len(paths), different=different, positives=positives)
     elif other or arch or different:
         raise click.UsageError(
             "Expected one image to explain against texts, vectors or folders, without other "
@@ -89,7 +101,16 @@ def command(
     out = out or free_folder(Path(_FOLDER))
     check_writable(out, MAIN_FILES, force=force)
     with busy(f"Loading {model}"):
-        network = model_from(model, given)
+        network = any_model_from(model, given)
+    if isinstance(network, PairModel):
+        if vectors:
+            raise click.UsageError(f"{model} scores pairs of images; give another image.")
+        with busy(f"Explaining {len(paths)} images"):
+            pair = explain_pair(network, paths, near, given)
+        report_pair(pair, pair.save(out, force=force, styles=style), as_json=as_json)
+        return
+    if not vectors and arch is None:
+        raise click.UsageError(_NO_ARCH)
     given = method_from(network, given)
     with busy(f"Explaining {len(paths)} images"):
         if vectors:
@@ -117,10 +138,8 @@ def _check_images(count: int, arch: str | None) -> None:
             "Expected another image beside ANCHOR, or --text, --vector, --class-folder or "
             "--direction to compare it with."
         )
-    if arch is None:
-        raise click.UsageError(
-            f"Missing option '--arch', which says what the images are: {', '.join(ARCHITECTURES)}."
-        )
+    if arch is None and count > 2:  # of two, the model may be one that scores pairs
+        raise click.UsageError(_NO_ARCH)
 
 
 def report(result: Explanation, files: dict[str, str]) -> None:
@@ -132,6 +151,8 @@ def report(result: Explanation, files: dict[str, str]) -> None:
         click.echo(f"{about}{result.model}, {where}method {row.method}")
     click.echo(aligned(_table(result)))
     click.echo(verdict(result))
+    for row in result.rows:
+        tell_shares(row.bypass, None if row.unexplained is None else row.unexplained.max())
     for place, role in enumerate(result.roles):
         for number, row in enumerate(result.rows, start=1):
             said = "" if row.check is None else row.check.says(0, place)
@@ -157,8 +178,7 @@ def _table(result: Explanation) -> list[tuple[str, ...]]:
     """Every image and vector: role, distance, and where each row of maps peaks."""
     several = len(result.rows) > 1
     named = {vector.member: vector for vector in result.vectors}
-    peaks = [dict(zip(row.places, row.peaks(), strict=True)) for row in result.rows]
-    paths = dict(zip(result.places, (p.path for p in result.pictures), strict=True))
+    peaks = [row.peaks() for row in result.rows]
     heads = [f"peak {number} (x, y)" for number in range(1, 1 + len(peaks))]
     rows: list[tuple[str, ...]] = [
         ("image", "role", "distance", *(heads if several else ["peak (x, y)"]))
@@ -169,9 +189,10 @@ def _table(result: Explanation) -> list[tuple[str, ...]]:
             measured = "" if named[member].direction else distance
             rows.append((named[member].label, role, measured, *[""] * len(peaks)))
             continue
-        found = [
-            "none" if (peak := own[member]) is None else f"{peak[0]:.0f}, {peak[1]:.0f}"
-            for own in peaks
-        ]
-        rows.append((paths[member], role, distance, *found))
+        for place in (number for number, own in enumerate(result.places) if own == member):
+            found = [
+                "none" if (peak := own[place]) is None else f"{peak[0]:.0f}, {peak[1]:.0f}"
+                for own in peaks
+            ]
+            rows.append((result.pictures[place].path, role, distance, *found))
     return rows

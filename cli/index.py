@@ -21,7 +21,7 @@ from simexplain.searching.index import (
 from simexplain.searching.index_report import report_of
 from simexplain.searching.index_work import work_folder
 
-from .options import busy, check_file, model_from, model_options, progress_bars
+from .options import busy, check_file, model_from, model_options, progress_bars, tell_shares
 
 _LISTED = 3
 
@@ -143,6 +143,8 @@ def _tell(index: GalleryIndex, left_out: str = "", *, as_json: bool) -> None:
     click.echo(_kept(index, said))
     if left_out:
         click.echo(left_out, err=True)
+    if said["basis"] is not None:
+        tell_shares(index.bypass, said["basis"]["unexplained"], of="embeddings")
     broken = list(index.broken.values())
     for reason in broken[:_LISTED]:
         click.echo(f"Warning: left out: {reason}", err=True)

@@ -24,6 +24,7 @@ from .options import (
     model_options,
     tell_files,
     tell_hardly_seen,
+    tell_shares,
 )
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def report(result: Matching, points: Sequence[Point] | None, top: int) -> None:
     click.echo(f"{first} and {second}")
     tell_hardly_seen(result.pictures, result.geometries)
     click.echo(summary(result, 0))
+    tell_shares(result.bypass, None if (own := result.unexplained) is None else float(own[0]))
     shown = default_points(result, 0) if points is None else points
     answers = [result.best(*point) for point in shown]
     for title, pairs in (

@@ -29,8 +29,8 @@ _OPTIONS = (
         type=OneOf(list(METHODS)),
         metavar="NAME",
         multiple=True,
-        help=f"One of {', '.join(METHODS)}; repeat for several rows. [sam as published and focus; "
-        "sam alone where one of its options or a layer is given]",
+        help=f"One of {', '.join(METHODS)}; repeat for several rows. [sam as published and "
+        "focus, or sam alone where one of its options or a layer is given]",
     ),
     click.option(
         "--layer", multiple=True, help="Layer to explain; repeat to multiply several layers' maps."

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsFloat, TypeVar
 
 import click
 
@@ -122,21 +122,26 @@ def model_options(command: F) -> F:
 
 def model_from(source: str, given: dict[str, Any]) -> SimilarityModel:
     """Takes the model options out of ``given`` and loads the model."""
-    untrained, fast = given.pop("untrained"), given.pop("fast")
-    names = ("backbone", "keep_head", "trust_pickle", "size", "fit", "distance")
-    pixels = Pixels(*(given.pop(name) for name in ("mean", "std", "interpolation", "channels")))
-    model = load_model(
-        source,
-        weights=RANDOM if untrained else None,
-        output=given.pop("which_vector"),
-        pixels=pixels,
-        **{name: given.pop(name) for name in names},
-    )
+    fast = given["fast"]
+    model = load_model(source, **loading_from(given))
     if fast:
         from simexplain.models.accelerating import accelerated
 
         model = accelerated(model)
     return model
+
+
+def loading_from(given: dict[str, Any]) -> dict[str, Any]:
+    """Takes the model options out of ``given``, as ``load_model`` has them."""
+    untrained, _ = given.pop("untrained"), given.pop("fast")
+    names = ("backbone", "keep_head", "trust_pickle", "size", "fit", "distance")
+    pixels = Pixels(*(given.pop(name) for name in ("mean", "std", "interpolation", "channels")))
+    return {
+        "weights": RANDOM if untrained else None,
+        "output": given.pop("which_vector"),
+        "pixels": pixels,
+        **{name: given.pop(name) for name in names},
+    }
 
 
 @contextmanager
@@ -229,6 +234,23 @@ def tell_hardly_seen(
     pairs = zip(chain.from_iterable(pictures), chain.from_iterable(geometries), strict=True)
     if said := hardly_seen((picture.path, geometry) for picture, geometry in pairs):
         click.echo(said)
+
+
+def tell_shares(
+    bypass: Mapping[str, float], unexplained: SupportsFloat | None, of: str = "score"
+) -> None:
+    """A line on what maps cannot show, where that is known.
+
+    Args:
+        bypass: For each layer the share of the embedding that bypasses it.
+        unexplained: The largest share that positions do not account for.
+        of: Of what.
+    """
+    said = [f"{share:.1%} of the embedding bypasses {layer}" for layer, share in bypass.items()]
+    if unexplained is not None:
+        said.append(f"{float(unexplained):.1%} of the {of} comes from no position")
+    if said:
+        click.echo("not in the maps: " + ", ".join(said))
 
 
 def tell_files(files: Mapping[str, str], warnings: Iterable[str] = ()) -> None:

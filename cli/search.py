@@ -22,6 +22,7 @@ from .options import (
     model_options,
     progress_bars,
     tell_files,
+    tell_shares,
 )
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ def report(result: SearchResult) -> None:
     shown += [(hit.path, result.geometries[hit.path]) for hit in result.hits]
     if said := hardly_seen((_printable(path), geometry) for path, geometry in shown):
         click.echo(said)
+    rests = [hit.unexplained for hit in result.hits if hit.unexplained is not None]
+    tell_shares(result.bypass, max(rests, default=None))
     classes = any(hit.label is not None for hit in result.hits)
     head = ["rank", "cosine", "distance", "close", *(["class"] if classes else []), "picture"]
     reasons = result.query_maps is not None

@@ -13,7 +13,7 @@ from simexplain.publishing import check_writable
 from simexplain.segmentation.saving import MAIN_FILES, manifest
 from simexplain.segmentation.segmenting_files import segment_files
 
-from .options import busy, free_folder, model_from, model_options, tell_files
+from .options import busy, free_folder, model_from, model_options, tell_files, tell_shares
 from .segment_options import segment_options, segmenting_from
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def report(result: Segmentation) -> None:
     names = (result.name, *(one.name for one in result.images))
     if cut_off := hardly_seen(zip(names, result.geometries, strict=True)):
         click.echo(cut_off)
+    tell_shares(result.bypass, None)
     if result.box is None:
         click.echo("nothing was found")
         return

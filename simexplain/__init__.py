@@ -85,6 +85,7 @@ if TYPE_CHECKING:
     from simexplain.models.base import SimilarityModel as SimilarityModel
     from simexplain.models.embedder import as_similarity_model as as_similarity_model
     from simexplain.models.loading import load_model as load_model
+    from simexplain.models.loading import load_pair_model as load_pair_model
     from simexplain.models.pairs import PairModel as PairModel
     from simexplain.models.pairs import as_pair_model as as_pair_model
     from simexplain.models.writing import save_model as save_model
@@ -198,6 +199,7 @@ _HOMES = {
     "faithfulness": "evaluation.faithfulness",
     "fit": "fitting.posthoc",
     "load_model": "models.loading",
+    "load_pair_model": "models.loading",
     "match": "matching.matching",
     "match_files": "matching.matching_files",
     "metric_loss": "losses.metric_losses",

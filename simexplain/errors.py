@@ -31,6 +31,10 @@ class NetworkError(ModelError, RuntimeError):
     """A network failed on the images that it was given; the cause is what it raised."""
 
 
+class TwoImagesError(ModelError):
+    """A model that looks at two images at once was given where one image is embedded."""
+
+
 class OutputError(SimexplainError):
     """A result cannot be written or read back."""
 

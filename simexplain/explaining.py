@@ -16,14 +16,14 @@ from simexplain.checking import checked, joined_checks
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError, first_line
 from simexplain.explanation import Explanation, GivenVector, versions
-from simexplain.methods import ChoosesLayers, Method, takes_layers
+from simexplain.frame_sets import by_frame, framed, is_framed
+from simexplain.methods import PIXELS, ChoosesLayers, Method
 from simexplain.methods.rows import Layers, Methods, Row, rows_of
 from simexplain.methods.similarity_attention import AttentionMaps
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.models.blackbox import WITH_GRADIENTS, WITHOUT_GRADIENTS
 from simexplain.models.embedder import as_similarity_model
-from simexplain.models.moving import WHOLE
 from simexplain.models.pairs import PairModel
 from simexplain.networks import full_precision
 from simexplain.pair_explanation import PairExplanation
@@ -57,6 +57,7 @@ def explain(
     magnify: float = 1,
     scale: str = "image",
     labels: str | Sequence[str] | None = (),
+    pooling: str = "mean",
     max_batch: int | None = None,
     check: bool = True,
     **options: Any,
@@ -74,6 +75,7 @@ def explain(
     magnify: float = 1,
     scale: str = "image",
     labels: str | Sequence[str] | None = (),
+    pooling: str = "mean",
     max_batch: int | None = None,
     check: bool = True,
     **options: Any,
@@ -89,7 +91,9 @@ def explain(
             calls wrap it once with ``as_similarity_model``: that remembers the default layer.
             Of a model of two images (``as_pair_model``) the result is a ``PairExplanation``.
         comparison: Preprocessed images ``(C,H,W)``, which are moved to the model's device and
-            type, and perhaps given vectors ``(E,)``.
+            type, and perhaps given vectors ``(E,)``. Or sets of frames ``(T,C,H,W)``, such as
+            video clips or photographs of one item, each of which counts as one member and has a
+            map for every frame; one method explains them, without a check.
         method: A name in ``METHODS``, an object like ``SimilarityAttention(weights="signed")``, or
             several, of which the first makes the result and the others its rows. None makes
             similarity attention as published and ``focus`` from one pass; with a layer or an
@@ -101,6 +105,7 @@ def explain(
             result reports how far that moved the embeddings.
         scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
         labels: What each given vector stands for, in order, for figures and files.
+        pooling: How the unit embeddings of the frames of a set become one: ``mean`` or ``max``.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
         check: Hide what each map marks, and as much elsewhere, and ask the model again
             (:func:`~simexplain.checking.checked`): ``2R + 1`` more passes of each image for ``R``
@@ -119,16 +124,38 @@ def explain(
             **options,
         )  # fmt: skip
     wrapped = as_similarity_model(model)
-    check_images(comparison)
+    if not is_framed(comparison):
+        check_images(comparison)
     comparison = checked_vectors(wrapped, comparison)
     view = comparison
     if magnify != 1:
         check_magnify(magnify)
-        view = comparison.like(_enlarged(comparison.stacked(), magnify))
-    return explain_view(
-        wrapped, comparison, view, method, layer, magnify=magnify, scale=scale,
-        labels=labels, max_batch=max_batch, check=check, **options,
+        view = _enlarged(comparison, magnify)
+    return explain_items(
+        wrapped, comparison, view, method, layer, magnify=magnify, scale=scale, labels=labels,
+        pooling=pooling, max_batch=max_batch, check=check, **options,
     )  # fmt: skip
+
+
+def explain_items(
+    model: SimilarityModel,
+    comparison: Comparison,
+    view: Comparison,
+    method: Methods,
+    layer: Layers,
+    *,
+    pooling: str,
+    check: bool,
+    **chosen: Any,
+) -> Explanation:
+    """As :func:`explain_view`, of images or of sets of frames."""
+    if not is_framed(comparison):
+        return explain_view(model, comparison, view, method, layer, check=check, **chosen)
+    method = "sam" if method is None else method
+    sets, own = framed(model, comparison, pooling, method, layer)
+    shown = own if view is comparison else framed(model, view, pooling, method, layer)[1]
+    found = explain_view(sets, own, shown, method, layer, check=False, **chosen)
+    return by_frame(found, sets.frames)
 
 
 def _explain_pair(
@@ -266,7 +293,7 @@ def explain_view(
     members = comparison.joined(own)
     rows = _explanations(
         model, comparison, view, made, magnify=magnify, embeddings=members, moved=moved,
-        scale=scale, vectors=vectors,
+        scale=scale, vectors=vectors, named=layer is not None,
     )  # fmt: skip
     if check:
         heats = [row.heatmaps for row in rows]
@@ -284,6 +311,7 @@ def _explanations(
     magnify: float,
     embeddings: Tensor,
     moved: Tensor | None,
+    named: bool,
     **said: Any,
 ) -> list[Explanation]:
     """What each method found, with all that is the same for every one of them."""
@@ -304,9 +332,9 @@ def _explanations(
     explained = []
     for row in made:
         _check_finite(row.found)
-        # The layers of a bank or of AVSL are known, and no survey is made for warnings alone.
-        surveyed = not isinstance(row.method, ChoosesLayers) or model.is_surveyed(pictures)
-        known = takes_layers(row.method) and surveyed
+        # A method that names its layers itself may know them without a survey.
+        surveyed = named or not isinstance(row.method, ChoosesLayers)
+        known = row.layers != (PIXELS,) and (surveyed or model.is_surveyed(pictures))
         warnings = row.found.warnings + _more_warnings(row.found, moved, comparison)
         warnings += _out_of_range(model, pictures)
         if known:
@@ -322,11 +350,20 @@ def _explanations(
             layers=row.layers,
             options=_told(row.method, magnify),
             warnings=warnings,
-            region=model.region(row.layers, pictures) if known else WHOLE,
-            bypass=model.bypass(row.layers, pictures) if known else {},
+            **(_placing(model, row.layers, pictures) if known else {}),
             **same,
         ))  # fmt: skip
     return explained
+
+
+def _placing(model: SimilarityModel, layers: Sequence[str], images: Tensor) -> dict[str, Any]:
+    """Where maps lie and what bypasses their layers, as fields of an explanation."""
+    regions = model.regions(layers, images)
+    return {
+        "region": model.region(layers, images),
+        "bypass": model.bypass(layers, images),
+        "layer_regions": dict(zip(layers, regions, strict=True)) if len(set(regions)) > 1 else {},
+    }
 
 
 def checked_vectors(model: SimilarityModel, comparison: Comparison) -> Comparison:
@@ -439,10 +476,20 @@ def check_magnify(magnify: float) -> None:
         raise ComparisonError(f"Expected magnify between 0 and 16, got {magnify}.")
 
 
-def _enlarged(stack: Tensor, magnify: float) -> Tensor:
-    size = [max(1, round(side * magnify)) for side in stack.shape[-2:]]
-    flat = F.interpolate(stack.flatten(0, 1), size=size, mode="bilinear", align_corners=False)
-    return flat.view(*stack.shape[:3], *size)
+def _enlarged(comparison: Comparison, magnify: float) -> Comparison:
+    """The same with larger images."""
+    height, width = comparison.image_size
+    size = [max(1, round(side * magnify)) for side in (height, width)]
+    changed: dict[str, Any] = {}
+    for role in ("anchor", "positives", "negatives"):
+        stack = getattr(comparison, role)
+        if role not in comparison.given and stack.numel():
+            flat = stack.flatten(0, -4)
+            grown = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
+            changed[role] = grown.reshape(*stack.shape[:-2], *size)
+        elif role not in comparison.given:
+            changed[role] = stack.new_empty((*stack.shape[:-2], *size))
+    return replace(comparison, **changed)
 
 
 def _check_finite(found: AttentionMaps) -> None:

@@ -13,15 +13,16 @@ from torch.nn import functional as F
 
 from simexplain.arguments import typed
 from simexplain.comparison import Comparison, positives_of
-from simexplain.data.folders import Batches, pictures_in
-from simexplain.data.images import Picture, PictureSource, read_picture, read_pictures
+from simexplain.data.folders import Batches, pictures_in, read_item
+from simexplain.data.images import Picture, PictureSource, read_pictures
 from simexplain.data.preprocessing import Geometry, Preprocess, prepared
 from simexplain.errors import ComparisonError, ImageError
-from simexplain.explaining import check_magnify, checked_vectors, explain, explain_view
+from simexplain.explaining import check_magnify, checked_vectors, explain, explain_items
 from simexplain.explanation import Explanation
 from simexplain.methods.rows import Layers, Methods
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
+from simexplain.models.frames import padded_sets
 from simexplain.models.pairs import PairModel
 from simexplain.pair_explanation import PairExplanation
 from simexplain.tracing import trace
@@ -39,6 +40,7 @@ def explain_files(
     positives: int = 1,
     magnify: float = 1,
     scale: str = "image",
+    pooling: str | None = None,
     max_batch: int | None = None,
     check: bool = True,
     **options: Any,
@@ -49,7 +51,8 @@ def explain_files(
         model: A similarity model, whose ``preprocess`` is used, or any ``nn.Module`` that returns
             an embedding.
         paths: Picture files, anchor first, then positives, then negatives; or pictures of PIL or
-            arrays, as ``read_picture`` takes them, mixed with files as you like.
+            arrays, as ``read_picture`` takes them, mixed with files as you like. A folder is one
+            item of several frames: a video clip, photographs of one thing.
         arch: ``siamese``, ``triplet``, ``quadruplet`` or ``set``.
         method: As for :func:`~simexplain.explaining.explain`: a name, an object, several to make
             rows, or None for similarity attention as published and ``focus``.
@@ -59,6 +62,8 @@ def explain_files(
         magnify: Shows the network this many times larger images, with the pictures' own finer
             detail; the result reports how far that moved the embeddings.
         scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
+        pooling: ``mean`` or ``max`` of the frames of an item; unless given ``mean``, and of files
+            with several pages or frames the first alone is taken.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
         check: Hide what each map marks, and as much elsewhere, and ask the model again.
         **options: Passed to a method given by name, such as ``weights="relative"``.
@@ -71,14 +76,18 @@ def explain_files(
     wrapped = as_similarity_model(model)
     check_magnify(magnify)
     count = positives_of(arch, len(paths), different=different, positives=positives)
-    pictures = read_pictures(paths)
-    own, geometries = _tensors(wrapped, pictures, 1, count)
+    items = [
+        read_item(path, f"image {place}", pages=pooling is not None)
+        for place, path in enumerate(paths, start=1)
+    ]
+    pictures = [picture for item in items for picture in item]
+    own, geometries = _tensors(wrapped, items, 1, count)
     view = own
     if magnify != 1:
-        view, geometries = _tensors(wrapped, pictures, magnify, count)
-    result = explain_view(
+        view, geometries = _tensors(wrapped, items, magnify, count)
+    result = explain_items(
         wrapped, own, view, method, layer, magnify=magnify, scale=scale, max_batch=max_batch,
-        check=check, **options,
+        check=check, pooling=pooling or "mean", **options,
     )  # fmt: skip
     return result.placed(
         wrapped.preprocess.notes + tuple(n for picture in pictures for n in picture.notes),
@@ -99,6 +108,7 @@ def explain_against(
     direction: bool = False,
     magnify: float = 1,
     scale: str = "image",
+    pooling: str | None = None,
     max_batch: int | None = None,
     check: bool = True,
     **options: Any,
@@ -108,7 +118,8 @@ def explain_against(
     Args:
         model: A similarity model, whose ``preprocess`` is used, or any ``nn.Module`` that returns
             an embedding.
-        path: The picture: a file, a picture of PIL or an array.
+        path: The picture: a file, a picture of PIL or an array; or a folder of several frames of
+            one item.
         positives: Vectors ``(E,)`` that the picture should be like, by their labels.
         negatives: Vectors that it should not be like.
         method: As for :func:`~simexplain.explaining.explain`: a name, an object, several to make
@@ -117,6 +128,7 @@ def explain_against(
         direction: The one positive is a direction, whose score is ``f . d``.
         magnify: As for :func:`explain_files`.
         scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
+        pooling: As for :func:`explain_files`.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
         check: Hide what each map marks, and as much elsewhere, and ask the model again.
         **options: Passed to a method given by name, such as ``weights="relative"``.
@@ -136,11 +148,12 @@ def explain_against(
             f"Expected one direction and no negatives, got {len(positives) + len(negatives)} "
             "vectors."
         )
-    pictures = [read_picture(path)]
+    pictures = read_item(path, pages=pooling is not None)
 
     def against(images: Tensor) -> Comparison:
         width = next(iter([*positives.values(), *negatives.values()])).shape[-1]
         near, far = (_rows(side, width) for side in (positives, negatives))
+        images = images if len(pictures) == 1 else images.unsqueeze(0)
         return checked_vectors(wrapped, Comparison(images, near, far, unit=not direction))
 
     views, geometries = prepared(wrapped.preprocess, pictures)
@@ -148,12 +161,12 @@ def explain_against(
     if magnify != 1:
         views, geometries = prepared(_magnified(wrapped.preprocess, magnify), pictures)
         view = against(views)
-    result = explain_view(
+    result = explain_items(
         wrapped, own, view, method, layer, magnify=magnify, scale=scale, max_batch=max_batch,
-        labels=[*positives, *negatives], check=check, **options,
+        labels=[*positives, *negatives], pooling=pooling or "mean", check=check, **options,
     )  # fmt: skip
     return result.placed(
-        wrapped.preprocess.notes + pictures[0].notes,
+        wrapped.preprocess.notes + tuple(n for picture in pictures for n in picture.notes),
         pictures=tuple(map(wrapped.preprocess.drawn, pictures)),
         geometries=tuple(geometries),
     )
@@ -252,10 +265,13 @@ def _magnified(prepare: Preprocess, magnify: float) -> Preprocess:
 
 
 def _tensors(
-    model: SimilarityModel, pictures: Sequence[Picture], magnify: float, positives: int
+    model: SimilarityModel, items: Sequence[Sequence[Picture]], magnify: float, positives: int
 ) -> tuple[Comparison, list[Geometry]]:
-    """The pictures as one comparison at ``magnify`` times the model's own size."""
+    """Items of one or more pictures as one comparison at ``magnify`` times the model's size."""
+    pictures = [picture for item in items for picture in item]
     views, geometries = prepared(_magnified(model.preprocess, magnify), pictures)
     stack = views.unsqueeze(0)
+    if len(pictures) > len(items):
+        stack = padded_sets(torch.split(views, [len(item) for item in items])).unsqueeze(0)
     comparison = Comparison(stack[:, 0], stack[:, 1 : 1 + positives], stack[:, 1 + positives :])
     return comparison, geometries

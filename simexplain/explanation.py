@@ -22,6 +22,7 @@ from simexplain.data.preprocessing import Geometry, Preprocess
 from simexplain.errors import ComparisonError
 from simexplain.methods import METHODS, options_of
 from simexplain.metrics.maps import peak_of, placed
+from simexplain.models.moving import WHOLE, Region
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,6 +98,11 @@ class Explanation:
         vectors: The members that are given vectors.
         region: Top, left, bottom and right of what the maps' cells look at, as shares of the
             image; zero is drawn beyond it.
+        frames: Where members are sets of frames, how many images each of them has, in order; then
+            ``K`` counts frames, and what there is of each image is repeated for every frame of a
+            set. Empty where every member is one image.
+        layer_regions: The same of the own map of each layer, where several were joined that look
+            at different parts.
         bypass: For each layer the share of the embedding that bypasses it, 0 to 1, where that is
             known; what bypasses a layer its map cannot show.
         others: What other methods found in the same comparisons, the further rows of a figure;
@@ -126,10 +132,12 @@ class Explanation:
     geometries: tuple[Geometry, ...] = field(default=(), repr=False)
     unexplained: Tensor | None = None
     vectors: tuple[GivenVector, ...] = ()
-    region: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    region: Region = WHOLE
     bypass: Mapping[str, float] = field(default_factory=dict)
     others: tuple[Explanation, ...] = field(default=(), repr=False)
     check: Check | None = field(default=None, repr=False)
+    layer_regions: Mapping[str, Region] = field(default_factory=dict)
+    frames: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.scale not in SCALES:
@@ -180,7 +188,9 @@ class Explanation:
     def places(self) -> tuple[int, ...]:
         """Which of the ``M`` members each of the ``K`` images is."""
         given = {vector.member for vector in self.vectors}
-        return tuple(n for n in range(int(self.embeddings.shape[1])) if n not in given)
+        shown = [n for n in range(int(self.embeddings.shape[1])) if n not in given]
+        counts = self.frames or (1,) * len(shown)
+        return tuple(n for n, count in zip(shown, counts, strict=True) for _ in range(count))
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -197,6 +207,13 @@ class Explanation:
                 "direction" if vector.direction else f"{every[vector.member]} vector"
             )
         return tuple(every)
+
+    def kind(self, place: int) -> str:
+        """What to call one of the ``K`` images where its role is not enough: which frame it is."""
+        if not self.frames:
+            return ""
+        number = place + 1 - self.places.index(self.places[place])
+        return f"{self.roles[place]}, frame {number}"
 
     @property
     def architecture(self) -> str:
@@ -218,7 +235,7 @@ class Explanation:
         """``(B,K,H,W)`` float32 in [0, 1], for drawing over :attr:`images`.
 
         Maps are upsampled bilinearly with pixel centres at half-integers, negative values cut
-        off, and divided by the true maximum; a zero map stays zero.
+        off, and divided by the true maximum, of all frames of a set; a zero map stays zero.
         """
         return self.drawn(self.maps)
 
@@ -226,12 +243,23 @@ class Explanation:
         """``(K,H,W)``: the heatmaps of one comparison, without the work for all others."""
         return self.drawn(self.maps[index][None])[0]
 
-    def drawn(self, maps: Tensor) -> Tensor:
-        """Any of this explanation's maps ``(B,K,h,w)`` as heatmaps, like :attr:`heatmaps`."""
+    def drawn(self, maps: Tensor, layer: str | None = None) -> Tensor:
+        """Any of this explanation's maps ``(B,K,h,w)`` as heatmaps, like :attr:`heatmaps`.
+
+        Args:
+            maps: The maps.
+            layer: Whose own they are; None for joined ones.
+        """
         size = self.images.shape[-2:]
-        grown = placed(maps.float().relu(), (int(size[0]), int(size[1])), self.region)
-        axes = (-2, -1) if self.scale == "image" else (-3, -2, -1)
-        top = grown.amax(dim=axes, keepdim=True)
+        region = self.region if layer is None else self.layer_regions.get(layer, self.region)
+        grown = placed(maps.float().relu(), (int(size[0]), int(size[1])), region)
+        top = grown.amax(dim=(-2, -1), keepdim=True)
+        if self.scale == "shared":
+            top = top.amax(dim=-3, keepdim=True)
+        elif self.frames:  # frames of one item are on one scale
+            parts = torch.split(top, list(self.frames), dim=1)
+            own = [part.amax(dim=1, keepdim=True).expand_as(part) for part in parts]
+            top = torch.cat(own, dim=1)
         return (grown / torch.where(top > 0, top, torch.ones_like(top))).clamp(0, 1)
 
     @property

@@ -120,11 +120,12 @@ class PairExplanation:
             if self.score is not None:
                 arrays["score"] = self.score.cpu().numpy()
             np.savez_compressed(draft / _ARRAYS, **arrays)
-            text = json.dumps(self._to_json(files), indent=2, ensure_ascii=False)
+            text = json.dumps(self.to_json(files), indent=2, ensure_ascii=False)
             (draft / _MANIFEST).write_text(text, encoding="utf-8")
         return files
 
-    def _to_json(self, files: dict[str, str]) -> dict[str, Any]:
+    def to_json(self, files: dict[str, str]) -> dict[str, Any]:
+        """The JSON contract of pair models; keys may be added in later versions, never changed."""
         sides = {name: manifest(side, {}) for name, side in zip(_SIDES, self.sides, strict=True)}
         score = None if self.score is None else self.score.tolist()
         return {"schema": SCHEMA, "score": score, **sides, "files": files}

@@ -23,7 +23,7 @@ from simexplain.rendering.panel import Row, Tile, panel
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from simexplain.explanation import Explanation
+    from simexplain.explanation import Explanation, GivenVector
 
 _THUMBNAIL = 560
 _NOTHING = np.zeros((1, 1, 3), np.uint8)
@@ -181,10 +181,10 @@ def _tiles(explanation: Explanation, index: int, *, by_layer: bool) -> list[Tile
     shown = shown if len(explanation.layers) > 1 else {}
     others = [(row, heat_of(row, index), row.view_peaks(index)) for row in explanation.others]
     more = {
-        layer: explanation.drawn(maps[index][None])[0].cpu().numpy()
+        layer: explanation.drawn(maps[index][None], layer)[0].cpu().numpy()
         for layer, maps in shown.items()
     }
-    tiles = {}
+    tiles: list[tuple[int, Tile]] = []
     for place, role in enumerate(explanation.roles):
         member = explanation.places[place]
         tile = Tile(
@@ -200,28 +200,36 @@ def _tiles(explanation: Explanation, index: int, *, by_layer: bool) -> list[Tile
                 Row(row.title, heat[place], found[place], _note(row, index, place))
                 for row, heat, found in others
             ),
+            kind=explanation.kind(place),
         )
         if explanation.pictures:
-            tiles[member] = _from_picture(explanation, place, tile)
+            tiles.append((member, _from_picture(explanation, place, tile)))
         else:
             picture = explanation.preprocess.undo(explanation.images[index, place])
-            tiles[member] = replace(
-                tile,
-                picture=picture,
-                peak=_centred(tile.peak),
-                others=tuple(replace(row, peak=_centred(row.peak)) for row in tile.others),
-            )
-    for vector in explanation.vectors:
-        kind = explanation.members[vector.member]
-        tiles[vector.member] = Tile(
-            picture=_NOTHING,
-            heatmap=_NOTHING[..., 0].astype(np.float32),
-            role=roles(explanation.positives, explanation.negatives)[vector.member],
-            distance=None if vector.direction else distances[vector.member],
-            text=vector.label,
-            kind=kind,
-        )
-    return [tiles[member] for member in sorted(tiles)]
+            tiles.append((member, _on_view(tile, picture)))
+    tiles += [
+        (vector.member, _card(explanation, vector, distances[vector.member]))
+        for vector in explanation.vectors
+    ]
+    return [tile for _, tile in sorted(tiles, key=lambda one: one[0])]
+
+
+def _on_view(tile: Tile, picture: NDArray[np.uint8]) -> Tile:
+    """The network's view with the heat on it."""
+    others = tuple(replace(row, peak=_centred(row.peak)) for row in tile.others)
+    return replace(tile, picture=picture, peak=_centred(tile.peak), others=others)
+
+
+def _card(explanation: Explanation, vector: GivenVector, distance: float | None) -> Tile:
+    """A given vector, which has no picture."""
+    return Tile(
+        picture=_NOTHING,
+        heatmap=_NOTHING[..., 0].astype(np.float32),
+        role=roles(explanation.positives, explanation.negatives)[vector.member],
+        distance=None if vector.direction else distance,
+        text=vector.label,
+        kind=explanation.members[vector.member],
+    )
 
 
 def _from_picture(explanation: Explanation, place: int, tile: Tile) -> Tile:

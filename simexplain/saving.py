@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from simexplain.checking import Check
 from simexplain.data.preprocessing import Geometry, Preprocess
 from simexplain.explanation import Explanation, GivenVector
+from simexplain.models.moving import WHOLE
 from simexplain.picturing import notes_of
 from simexplain.publishing import Kind, numbered, published, read_back
 from simexplain.rendering.overlay import RENDERERS
@@ -46,8 +47,7 @@ def manifest(explanation: Explanation, files: dict[str, str]) -> dict[str, Any]:
         "layers": list(explanation.layers),
         "options": dict(explanation.options),
         "scale": explanation.scale,
-        "region": list(explanation.region),
-        "bypass": dict(explanation.bypass),
+        **placing(explanation),
         **comparisons[0],
         "warnings": list(
             dict.fromkeys(
@@ -71,8 +71,7 @@ def _row(row: Explanation) -> dict[str, Any]:
         "layer": row.layer,
         "layers": list(row.layers),
         "options": dict(row.options),
-        "region": list(row.region),
-        "bypass": dict(row.bypass),
+        **placing(row),
         "warnings": list(row.warnings),
         "comparisons": [
             {
@@ -103,6 +102,7 @@ def _comparison(explanation: Explanation, index: int) -> dict[str, Any]:
             for path, role, peak, place in zip(paths, explanation.roles, peaks, places, strict=True)
         ],
         "members": list(explanation.members),
+        "frames": list(explanation.frames),
         "vectors": [asdict(vector) for vector in explanation.vectors],
         "distances": explanation.distances[index].tolist(),
         "scores": explanation.scores[index].tolist(),
@@ -197,6 +197,24 @@ def load_explanation(folder: Path) -> Explanation:
     return read_back(folder, _KIND, restored)
 
 
+def placing(explanation: Explanation) -> dict[str, Any]:
+    """Where the maps lie and what bypasses their layers, for a manifest."""
+    return {
+        "region": list(explanation.region),
+        "bypass": dict(explanation.bypass),
+        "layer_regions": {name: list(own) for name, own in explanation.layer_regions.items()},
+    }
+
+
+def placing_of(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The counterpart, as fields of an explanation; older manifests do not say."""
+    return {
+        "region": tuple(said.get("region", WHOLE)),
+        "bypass": said.get("bypass", {}),
+        "layer_regions": {name: tuple(own) for name, own in said.get("layer_regions", {}).items()},
+    }
+
+
 def restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
     """The explanation with this :func:`manifest` and these arrays (:func:`arrays_of`)."""
     preprocess = Preprocess.from_json(said["preprocess"])
@@ -223,6 +241,7 @@ def restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
         moved=torch.from_numpy(arrays["moved"]) if "moved" in arrays else None,
         scale=said["scale"],
         geometries=tuple(map(Geometry.from_json, places)) if all(places) else (),
+        frames=tuple(whole.get("frames", ())),
         vectors=tuple(GivenVector(**vector) for vector in whole.get("vectors", ())),
     )
     others = tuple(
@@ -250,7 +269,6 @@ def _row_restored(said: dict[str, Any], arrays: dict[str, Any], mark: str) -> di
         "layers": tuple(said["layers"]),
         "options": said["options"],
         "warnings": tuple(said["warnings"]),
-        "region": tuple(said.get("region", (0.0, 0.0, 1.0, 1.0))),
-        "bypass": said.get("bypass", {}),
+        **placing_of(said),
         "check": Check.from_json([one.get("check") for one in said["comparisons"]]),
     }

@@ -88,6 +88,21 @@ def test_the_json_is_the_contract_and_the_manifest(made: Path, run: Callable[...
         assert Path(path).stat().st_size > 1000
 
 
+def test_what_maps_cannot_show_is_a_line_of_every_command(
+    made: Path, run: Callable[..., Run]
+) -> None:
+    for command, of in (
+        (("search", *QUICK), "score"),
+        (("index", NETWORK, "gallery", "--out", "new.index", *FAST), "embeddings"),
+        (("match", NETWORK, "a.png", "b.jpg", *FAST), "score"),
+    ):
+        done = run(*command)
+        assert done.code == 0, done.err
+        (line,) = [line for line in done.out.splitlines() if line.startswith("not in the maps: ")]
+        assert "of the embedding bypasses" in line
+        assert f"of the {of} comes from no position" in line
+
+
 def test_a_region_and_its_mask_give_boxes(made: Path, run: Callable[..., Run]) -> None:
     done = run("search", *QUICK, "--fit", "crop", "--region", "10,5,30,20", "--json")
     assert done.code == 0, done.err

@@ -39,7 +39,7 @@ LEVELS = [
     ["simexplain.explanation"],
     ["simexplain.picturing"],
     ["simexplain.saving"],
-    ["simexplain.pair_explanation"],
+    ["simexplain.frame_sets", "simexplain.pair_explanation"],
     ["simexplain.explaining"],
     ["simexplain.explaining_files"],
     [

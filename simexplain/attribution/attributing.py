@@ -86,6 +86,7 @@ def attribute(
         options=avsl.options.to_json(),
         warnings=_warnings(avsl, pairs.reliabilities),
         versions=versions(),
+        regions=dict(zip(avsl.levels, avsl.regions(avsl.levels, images), strict=True)),
     )
 
 

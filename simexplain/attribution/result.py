@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from simexplain.attribution.account import Account, over
 from simexplain.data.images import Picture
 from simexplain.data.preprocessing import Geometry, Preprocess
 from simexplain.graph.cams import directed_cams, node_cams
+from simexplain.metrics.maps import placed
+from simexplain.models.moving import WHOLE, Region
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,6 +45,8 @@ class Attribution(Account):
         versions: Of the packages that made it.
         pictures: The original pictures of each pair where files were attributed, else empty.
         geometries: Where the images lie in the pictures.
+        regions: For each level top, left, bottom and right of what its cells look at, as shares of
+            the image; all of it where nothing is said.
     """
 
     embeddings: tuple[Tensor, ...]
@@ -59,6 +62,7 @@ class Attribution(Account):
     versions: Mapping[str, str]
     pictures: tuple[tuple[Picture, Picture], ...] = field(default=(), repr=False)
     geometries: tuple[tuple[Geometry, Geometry], ...] = field(default=(), repr=False)
+    regions: Mapping[str, Region] = field(default_factory=dict)
 
     def maps(self, level: int | str, nodes: int | Sequence[int], index: int = 0) -> Tensor:
         """CAMs of nodes on both images of pair ``index``, signed (Eq. 2).
@@ -84,10 +88,11 @@ class Attribution(Account):
         A node may be positive in one image and negative in the other. So each CAM is turned by the
         sign of its own mean, cut off at zero and divided by its maximum.
         """
-        cams = self.maps(level, list(nodes), index).float()
+        number = self.level(level)
+        cams = self.maps(number, list(nodes), index).float()
         turned = cams * torch.where(cams.mean(dim=(2, 3), keepdim=True) < 0, -1.0, 1.0)
         size = (int(self.images.shape[-2]), int(self.images.shape[-1]))
-        grown = F.interpolate(turned.relu(), size=size, mode="bilinear", align_corners=False)
+        grown = placed(turned.relu(), size, self.regions.get(self.levels[number], WHOLE))
         return over(grown, grown.amax(dim=(2, 3), keepdim=True)).clamp(0, 1)
 
     def level_maps(self, level: int | str, index: int = 0) -> Tensor:

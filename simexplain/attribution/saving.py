@@ -16,6 +16,7 @@ from simexplain.attribution.result import Attribution
 from simexplain.data.preprocessing import Preprocess
 from simexplain.graph.inference import PairGraph
 from simexplain.models.avsl_options import ORIGINS
+from simexplain.models.moving import WHOLE
 from simexplain.publishing import Kind, numbered, published, read_back
 from simexplain.rendering.panel import png_of
 
@@ -70,7 +71,14 @@ def _pair(
         "distance": float(attribution.distances[index]),
         "residual": float(attribution.residual[index]),
         "levels": [
-            {"level": number, "layer": layer, "contribution": part, "share": share, "nodes": count}
+            {
+                "level": number,
+                "layer": layer,
+                "contribution": part,
+                "share": share,
+                "nodes": count,
+                "region": list(attribution.regions.get(layer, WHOLE)),
+            }
             for number, (layer, part, share, count) in enumerate(
                 zip(attribution.levels, parts, shares, _counts(attribution), strict=True)
             )
@@ -177,4 +185,5 @@ def _restored(said: dict[str, Any], arrays: dict[str, Any]) -> Attribution:
         options=said["options"],
         warnings=tuple(said["warnings"]),
         versions=said["versions"],
+        regions={level["layer"]: tuple(level.get("region", WHOLE)) for level in said["levels"]},
     )

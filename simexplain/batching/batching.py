@@ -33,6 +33,7 @@ from simexplain.errors import ComparisonError
 from simexplain.explanation import Explanation
 from simexplain.methods.rows import Layers, Methods, layer_names
 from simexplain.models.embedder import as_similarity_model
+from simexplain.saving import placing
 from simexplain.training.run_folder import first_process
 
 _ON_CARD = 16
@@ -171,6 +172,7 @@ def _described(example: Explanation, explainer: RowExplainer) -> dict[str, Any]:
         "layers": list(example.layers),
         "options": dict(example.options),
         "scale": example.scale,
+        **placing(example),
         "view": list(explainer.view),
         "rows": [
             {

@@ -96,6 +96,10 @@ class Recalled(SimilarityModel):
         """Of the base model."""
         return self.base.layers_for(images)
 
+    def is_surveyed(self, images: Tensor) -> bool:
+        """Of the base model."""
+        return self.base.is_surveyed(images)
+
     def _survey_of(self, shape: tuple[int, int, int]) -> Surveyed:
         """Of the base model."""
         return self.base._survey_of(shape)

@@ -21,6 +21,7 @@ from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import Geometry, Preprocess, prepared
 from simexplain.errors import DAMAGED, ComparisonError, OutputError, first_line
 from simexplain.explanation import Explanation
+from simexplain.saving import placing_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -151,6 +152,8 @@ class BatchResult:
             scale=said["scale"],
             pictures=originals,
             geometries=geometries,
+            unexplained=None if (rest := stored.get("unexplained")) is None else rest[None],
+            **placing_of(said),
         )
         others = (
             replace(own, **_row(shape, stored, f"row{number}_"), warnings=tuple(told["warnings"]))
@@ -219,6 +222,7 @@ class BatchResult:
             "model": self.manifest["model"]["name"],
             "method": self.manifest["method"],
             "layers": list(self.manifest["layers"]),
+            "bypass": dict(self.manifest.get("bypass", {})),
             "pictures": len(self.manifest["pictures"]),
             "failures": self.failures,
             "warnings": dict(warnings.most_common(_SHOWN)),

@@ -18,7 +18,7 @@ from simexplain.explanation import Explanation
 from simexplain.rendering.overlay import RENDERERS
 from simexplain.rendering.panel import png_of
 
-TENSORS = ("maps", "weights", "scores", "distances", "moved")
+TENSORS = ("maps", "weights", "scores", "distances", "moved", "unexplained")
 """What a shard has of each row under ``KEY/NAME``, beside ``KEY/layer_N`` of several layers."""
 OF_ROWS = ("maps", "weights", "scores")
 """What it has of each further row of maps, under ``KEY/rowN_NAME``."""

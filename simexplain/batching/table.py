@@ -70,6 +70,7 @@ def schema() -> pyarrow.Schema:
                 ),
             ),
             ("moved", several),
+            ("unexplained", several),
             ("warnings", pa.list_(pa.string())),
             ("pictures", pa.list_(pa.int64())),
             ("maps_file", pa.string()),
@@ -125,6 +126,7 @@ def explained(
             for other, agreement in zip(found.others, found.agreement(), strict=True)
         ],
         "moved": None if found.moved is None else found.moved[0].tolist(),
+        "unexplained": None if found.unexplained is None else found.unexplained[0].tolist(),
         "warnings": list(found.warnings),
         "pictures": list(pictures),
         "maps_file": maps[0],

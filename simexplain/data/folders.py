@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from simexplain.data.bands import ARRAYS
-from simexplain.data.images import read_picture
+from simexplain.data.images import Picture, PictureSource, read_pages, read_picture
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ImageError, missing
 from simexplain.publishing import written_pictures
@@ -119,6 +119,25 @@ def without_index(header: Sequence[str]) -> list[str]:
     """The columns of a table without the nameless index that pandas writes before them."""
     own = [name for name in header[:1] if name.strip() and not name.lower().startswith("unnamed:")]
     return [*own, *header[1:]]
+
+
+def read_item(path: PictureSource, name: str = "image 1", *, pages: bool) -> list[Picture]:
+    """The pictures that one argument stands for: those of a folder, the pages of a file, or one.
+
+    Args:
+        path: A picture file, or a folder, all pictures of which show one thing; or a picture from
+            memory.
+        name: What to call a picture without a path.
+        pages: Take every page or frame of a file that has several, not the first alone.
+
+    Raises:
+        ImageError: If a picture cannot be read, or there is none.
+    """
+    if not isinstance(path, (str, Path)):
+        return [read_picture(path, name)]
+    if Path(path).is_dir():
+        return [read_picture(record.path) for record in pictures_in(path, labelled=False)]
+    return read_pages(path) if pages else [read_picture(path)]
 
 
 @dataclass

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from simexplain.arguments import typed
 from simexplain.data.bands import as_rgb, bands_last, bands_of, is_banded, read_bands
 from simexplain.data.quieting import pillow_quiet
 from simexplain.errors import ImageError, missing
+
+Taken = TypeVar("Taken")
 
 _WHITE = (255, 255, 255, 255)
 _DEEP_MODES = ("I", "F")
@@ -84,14 +86,32 @@ def read_picture(path: PictureSource, name: str = "image 1") -> Picture:
     """
     if not isinstance(path, (str, Path)):
         return _in_memory(path, name)
-    name = str(path)
     if is_banded(path):
         bands, notes = read_bands(path)
-        return Picture(name, Image.fromarray(as_rgb(bands)), notes, bands)
+        return Picture(str(path), Image.fromarray(as_rgb(bands)), notes, bands)
+    return _taken(path, _read)
+
+
+def read_pages(path: str | Path) -> list[Picture]:
+    """Reads every frame of an animation or page of a file; see :func:`read_picture`.
+
+    Their paths end with ``#1``, ``#2`` and so on.
+
+    Raises:
+        ImageError: As for :func:`read_picture`.
+    """
+    if is_banded(path):
+        return [read_picture(path)]
+    return _taken(path, _pages)
+
+
+def _taken(path: str | Path, take: Callable[[str, Image.Image], Taken]) -> Taken:
+    """What is taken out of an open picture file."""
+    name = str(path)
     try:
         # Pillow warns of damaged metadata, and from 89 million pixels; it refuses twice that.
         with pillow_quiet(), Image.open(path, formats=_formats()) as opened:
-            return _read(name, opened)
+            return take(name, opened)
     except FileNotFoundError as error:
         raise ImageError(missing(name, f"There is no file '{name}'; check the path.")) from error
     except IsADirectoryError as error:
@@ -153,6 +173,22 @@ def _read(name: str, opened: Image.Image) -> Picture:
     if frames > 1:
         opened.seek(0)
         notes.append(f"'{name}' has {frames} frames; the first one is used.")
+    return _shown(name, opened, notes)
+
+
+def _pages(name: str, opened: Image.Image) -> list[Picture]:
+    count = getattr(opened, "n_frames", 1)
+    if count == 1:
+        return [_shown(name, opened, [])]
+    pages = []
+    for number in range(count):
+        opened.seek(number)
+        pages.append(_shown(f"{name}#{number + 1}", opened, []))
+    return pages
+
+
+def _shown(name: str, opened: Image.Image, notes: list[str]) -> Picture:
+    """The frame that an open file is at."""
     opened.load()
     return _upright(name, opened, notes)
 

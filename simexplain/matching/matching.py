@@ -105,7 +105,12 @@ def match(
         more += wrapped.cautions((layer,), torch.cat((first, second)), rows)
     else:
         more += wrapped.cautions((layer,), first)
-    return replace(result, warnings=result.warnings + more)
+    return replace(
+        result,
+        warnings=result.warnings + more,
+        regions=(wrapped.region((layer,), first), wrapped.region((layer,), second)),
+        bypass=wrapped.bypass((layer,), first),
+    )
 
 
 @full_precision()

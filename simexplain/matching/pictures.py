@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from simexplain.data.preprocessing import Geometry
 from simexplain.errors import ComparisonError
 from simexplain.matching.factors import SCORES
 from simexplain.matching.points import Point, PositionPair
 from simexplain.matching.result import SIDES, Matching
+from simexplain.metrics.maps import signed_heat
 from simexplain.rendering.correspondence import COLOURS, Row, correspondence
 
 if TYPE_CHECKING:
@@ -133,11 +133,7 @@ class _Side:
 
     def heat(self, values: Tensor) -> NDArray[np.float32]:
         """A map ``(h,w)`` over the picture, divided by its largest absolute value."""
-        grown = F.interpolate(
-            values[None, None].float(), size=self.frame.view, mode="bilinear", align_corners=False
-        )[0, 0]
-        top = grown.abs().max()
-        heat: NDArray[np.float32] = (grown / top if bool(top > 0) else grown).cpu().numpy()
+        heat = signed_heat(values, self.frame.view, self.frame.region)
         return heat if self.geometry is None else self.geometry.to_original(heat)
 
     def spot(self, x: float, y: float) -> Point:

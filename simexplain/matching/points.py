@@ -9,6 +9,8 @@ from torch import Tensor
 
 from simexplain.data.preprocessing import Geometry
 from simexplain.errors import ComparisonError
+from simexplain.metrics.maps import tents
+from simexplain.models.moving import WHOLE, Region
 
 Point = tuple[float, float]
 
@@ -45,12 +47,14 @@ class Frame:
         view: ``(height, width)`` of the tensor.
         grid: ``(h, w)`` of the layer.
         geometry: Where the view lies in a picture; None where pixels are those of the tensor.
+        region: Where in the view the positions lie; a layer may see a part of it.
     """
 
     name: str
     view: tuple[int, int]
     grid: tuple[int, int]
     geometry: Geometry | None = None
+    region: Region = WHOLE
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -79,6 +83,8 @@ class Frame:
         """Bilinear weights ``(h,w)`` of a point: four neighbours, the edge going on outside.
 
         Centres lie at half-integers: position 0 of a grid with cells of 32 pixels is at pixel 16.
+        Of a layer that sees a part of the image, the outermost positions stand for points up to a
+        cell beyond it.
 
         Args:
             x: In the user's pixels, from the left edge.
@@ -86,19 +92,41 @@ class Frame:
             like: Whose type and device the weights shall have.
 
         Raises:
-            ComparisonError: If the network did not see the point.
+            ComparisonError: If the network or the layer did not see the point.
         """
         across, down = self.in_view(x, y)
-        tents = []
-        for place, pixels, cells in zip((down, across), self.view, self.grid, strict=True):
-            centre = min(max(place * cells / pixels - 0.5, 0.0), cells - 1.0)
-            steps = torch.arange(cells, dtype=like.dtype, device=like.device) - centre
-            tents.append((1 - steps.abs()).clamp_min(0))
-        return tents[0][:, None] * tents[1][None, :]
+        sides = []
+        for axis, place in enumerate((down, across)):
+            start, end = self._span(axis)
+            reach = (end - start) / self.grid[axis]
+            if not start - reach <= place <= end + reach:
+                raise ComparisonError(self._unseen(x, y))
+            where = torch.tensor([place], dtype=like.dtype, device=like.device)
+            sides.append(tents(where, self.grid[axis], start, end)[0])
+        return sides[0][:, None] * sides[1][None, :]
+
+    def _unseen(self, x: float, y: float) -> str:
+        (top, bottom), (left, right) = self._span(0), self._span(1)
+        (left, top), (right, bottom) = self._own(left, top), self._own(right, bottom)
+        return (
+            f"Expected a point of {self.name} that the layer looks at, x from {left:.1f} to "
+            f"{right:.1f} and y from {top:.1f} to {bottom:.1f}, got ({x:g}, {y:g}); name an "
+            "earlier layer, which sees the whole."
+        )
 
     def centre(self, position: int) -> Point:
         """The centre of a position, counted row by row, in the user's pixels."""
-        row, column = divmod(position, self.grid[1])
-        (height, width), (rows, columns) = self.view, self.grid
-        x, y = (column + 0.5) * width / columns, (row + 0.5) * height / rows
+        places = []
+        for axis, number in enumerate(divmod(position, self.grid[1])):
+            start, end = self._span(axis)
+            places.append(start + (number + 0.5) * (end - start) / self.grid[axis])
+        return self._own(places[1], places[0])
+
+    def _span(self, axis: int) -> tuple[float, float]:
+        """From where to where positions lie, in pixels of the view."""
+        start, end = self.region[axis::2]
+        return start * self.view[axis], end * self.view[axis]
+
+    def _own(self, x: float, y: float) -> Point:
+        """A point of the view in the user's pixels."""
         return (x, y) if self.geometry is None else self.geometry.point_to_original(x, y)

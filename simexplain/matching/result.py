@@ -16,6 +16,7 @@ from simexplain.errors import ComparisonError
 from simexplain.matching.factors import SCORES
 from simexplain.matching.points import Frame, Point, PositionPair
 from simexplain.matching.ranking import centred, strongest
+from simexplain.models.moving import WHOLE, Region
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,6 +46,10 @@ class Matching:
             wherever they are known.
         unexplained: The share ``(B,)`` of each score, in [0, 1], that positions do not account for:
             biases, what passes by the layer, the error of an integration. None of old files.
+        regions: Of both sides top, left, bottom and right of where the positions lie, as shares of
+            the image; a layer may see a part of it.
+        bypass: For the layer the share of the embedding that bypasses it, 0 to 1, where that is
+            known.
     """
 
     matrix: Tensor
@@ -60,6 +65,8 @@ class Matching:
     pictures: tuple[tuple[Picture, Picture], ...] = field(default=(), repr=False)
     geometries: tuple[tuple[Geometry, Geometry], ...] = field(default=(), repr=False)
     unexplained: Tensor | None = None
+    regions: tuple[Region, Region] = (WHOLE, WHOLE)
+    bypass: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.matrix)
@@ -195,6 +202,7 @@ class Matching:
             view=(int(image.shape[-2]), int(image.shape[-1])),
             grid=(int(axes[0]), int(axes[1])),
             geometry=self.geometries[index][place] if self.geometries else None,
+            region=self.regions[place],
         )
 
     def figure(

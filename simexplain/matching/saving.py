@@ -15,6 +15,7 @@ from simexplain.data.preprocessing import Geometry, Preprocess
 from simexplain.matching.pictures import default_points
 from simexplain.matching.points import Point, PositionPair
 from simexplain.matching.result import Matching
+from simexplain.models.moving import WHOLE, Region
 from simexplain.publishing import Kind, numbered, published, read_back
 from simexplain.rendering.panel import png_of
 
@@ -39,6 +40,7 @@ def manifest(
         "schema": SCHEMA,
         **{name: getattr(matching, name) for name in _NAMES},
         **pairs[0],
+        "bypass": dict(matching.bypass),
         "warnings": list(matching.warnings),
         "files": files,
         "versions": dict(matching.versions),
@@ -76,6 +78,7 @@ def _image(matching: Matching, index: int, place: int) -> dict[str, Any]:
     return {
         "path": matching.pictures[index][place].path if matching.pictures else None,
         "grid": list(frame.grid),
+        "region": list(frame.region),
         "seen": _rounded(frame.box),
         "geometry": frame.geometry and frame.geometry.to_json(),
     }
@@ -147,7 +150,15 @@ def _restored(said: dict[str, Any], arrays: dict[str, Any]) -> Matching:
         versions=said["versions"],
         geometries=tuple(geometries),
         unexplained=_shares([pair.get("unexplained") for pair in said["matchings"]]),
+        regions=(_region(said["images"][0]), _region(said["images"][1])),
+        bypass=said.get("bypass", {}),
     )
+
+
+def _region(image: dict[str, Any]) -> Region:
+    """The whole, of files that an older version wrote."""
+    top, left, bottom, right = image.get("region", WHOLE)
+    return top, left, bottom, right
 
 
 def _shares(values: Sequence[float | None]) -> torch.Tensor | None:

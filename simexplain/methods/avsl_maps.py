@@ -21,6 +21,7 @@ from simexplain.methods.similarity_attention import AttentionMaps, check_embeddi
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_runs import expected_avsl, features_and_rows, origin_warnings
 from simexplain.models.base import SimilarityModel
+from simexplain.models.moving import Region
 
 Towards = Callable[[Tensor, Tensor], Tensor]
 
@@ -111,7 +112,9 @@ class AVSLMaps:
                 directed_cams(grid, weight, bias, pull.flatten(0, 1), avsl.options.pooling)
                 for grid, (weight, bias), pull in zip(features, avsl.weights, pulls, strict=True)
             ]
-            total = images.restacked(_summed([levels[number] for number in wanted]))
+            shown = [avsl.levels[number] for number in wanted]
+            parts = avsl.apart(shown, images.stacked()[:, 0])
+            total = images.restacked(_summed([levels[number] for number in wanted], parts))
             own = {avsl.levels[number]: images.restacked(levels[number]) for number in wanted}
             kept = [
                 pull if number in wanted else torch.zeros_like(pull)
@@ -160,11 +163,12 @@ class AVSLMaps:
         return found
 
 
-def _summed(levels: Sequence[Tensor]) -> Tensor:
+def _summed(levels: Sequence[Tensor], regions: Sequence[Region]) -> Tensor:
     """Maps ``(M,h,w)`` of several grids as one at the finest, the sum of each map kept."""
-    finest = finest_grid(levels)
+    finest = finest_grid(levels, regions)
     total = torch.zeros(())
-    for level in levels:
-        grown = at_grid(level, finest)
-        total = total.to(grown) + grown * (level[0].numel() / math.prod(finest))
+    for level, region in zip(levels, regions, strict=True):
+        grown = at_grid(level, finest, region)
+        area = (region[2] - region[0]) * (region[3] - region[1])
+        total = total.to(grown) + grown * (level[0].numel() / (math.prod(finest) * area))
     return total

@@ -85,7 +85,7 @@ class Decomposition:
                 worst = max(worst, float(done.residual.max()))
         share = images.restacked(torch.stack(shares).amax(dim=0))
         return AttentionMaps(
-            maps=fuse(list(found.values())),
+            maps=fuse(list(found.values()), model.apart(list(found), images.stacked()[:, 0])),
             layer_maps=found,
             weights=directions,
             scores=(units * directions).sum(dim=2),

@@ -21,6 +21,7 @@ from simexplain.methods.rivals import rivals_of
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.metrics.fills import gaussian
 from simexplain.models.base import SimilarityModel
+from simexplain.models.moving import WHOLE, Region
 from simexplain.networks import at_least_single, unit_rows
 from simexplain.tracing import Trace
 
@@ -109,17 +110,21 @@ class Focus:
         """
         flat = images.stacked().flatten(0, 1)
         traced = trace_vectors(model, flat, layers, max_batch=max_batch, middle=False).trace
-        return self.attend(traced, images)
+        return self.attend(traced, images, model.apart(layers, flat))
 
-    def attend(self, traced: Trace, images: Comparison) -> AttentionMaps:
+    def attend(
+        self, traced: Trace, images: Comparison, apart: Sequence[Region] = ()
+    ) -> AttentionMaps:
         """Maps from a pass that has been made already, without a graph.
 
         Args:
             traced: A trace of ``images.stacked().flatten(0, 1)`` up to the vectors that are
                 explained, not normalised, as ``trace_vectors`` makes it with ``middle=False``.
             images: Tells which image has which role; its values are not read.
+            apart: Where in the joined map each layer's own lies; all over it unless given.
         """
         layers = traced.layers
+        places = dict(zip(layers, apart or (WHOLE,) * len(layers), strict=True))
         vectors = at_least_single(traced.embeddings.detach())
         units = images.restacked(unit_rows(vectors))
         check_embeddings(units, images.roles)
@@ -128,17 +133,18 @@ class Focus:
         directions = rivals.directions(members)
         sizes = {layer: maps.shape[-2:].numel() for layer, maps in traced.maps.items()}
         order = sorted(layers, key=lambda layer: (sizes[layer], -layers.index(layer)))
+        parts = [places[layer] for layer in order]
         cells, found = _evidence(
             traced, order, directions.flatten(0, 1), rivals.unopposed, self.contrast
         )
         like = torch.zeros_like(cells)
         if self.detail:
-            like = _likeness(traced, order[:2], rivals.support(members).flatten(0, 1))
+            like = _likeness(traced, order[:2], rivals.support(members).flatten(0, 1), parts[:2])
         with torch.no_grad():
             middle = at_least_single(traced.maps[order[min(1, len(order) - 1)]])
             matched = rivals.matched(images.restacked(middle)).flatten(0, 1)
             cams = [found[layer] for layer in order[1:] or order]
-            joined = self._joined(cams, cells, matched, like)
+            joined = self._joined(cams, cells, matched, like, parts)
         return AttentionMaps(
             maps=images.restacked(joined),
             layer_maps={layer: images.restacked(found[layer]) for layer in layers},
@@ -149,13 +155,25 @@ class Focus:
         ).detached()
 
     def _joined(
-        self, cams: Sequence[Tensor], cells: Tensor, matched: Tensor, like: Tensor
+        self,
+        cams: Sequence[Tensor],
+        cells: Tensor,
+        matched: Tensor,
+        like: Tensor,
+        parts: Sequence[Region],
     ) -> Tensor:
-        """One map ``(M,h,w)`` from those of the layers and what was asked of the positions."""
-        grid = finest_grid(cams)
-        first, *finer = (at_grid(unit_scaled(cam), grid) for cam in cams)
-        told = torch.sigmoid(self.contrast * at_grid(cells, grid))
-        own = first * told * (1 + self.matching * unit_scaled(at_grid(matched, grid)))
+        """One map ``(M,h,w)`` from those of the layers and what was asked of the positions.
+
+        ``parts`` tell where in it each layer lies, the coarsest first.
+        """
+        top, middle = parts[0], parts[min(1, len(parts) - 1)]
+        own_parts = parts[1:] or parts
+        grid = finest_grid(cams, own_parts)
+        first, *finer = (
+            at_grid(unit_scaled(cam), grid, part) for cam, part in zip(cams, own_parts, strict=True)
+        )
+        told = torch.sigmoid(self.contrast * at_grid(cells, grid, top))
+        own = first * told * (1 + self.matching * unit_scaled(at_grid(matched, grid, middle)))
         product = math.prod(finer, start=own)
         blurred = math.prod((unit_scaled(self._smoothed(cam)) for cam in finer), start=own)
         smooth = unit_scaled(self._smoothed(unit_scaled(blurred)))
@@ -206,7 +224,9 @@ def _evidence(
     return cells.detach(), {top: evidence.detach(), **cams}
 
 
-def _likeness(traced: Trace, layers: Sequence[str], support: Tensor) -> Tensor:
+def _likeness(
+    traced: Trace, layers: Sequence[str], support: Tensor, parts: Sequence[Region]
+) -> Tensor:
     """Where an image is like those on its own side ``(M,h,w)``, non-negative.
 
     Grad-CAM of the cosine at the first of the layers, times LayerCAM at the second. Zero where the
@@ -216,6 +236,7 @@ def _likeness(traced: Trace, layers: Sequence[str], support: Tensor) -> Tensor:
         traced: The pass.
         layers: The coarsest and the next, or one.
         support: The mean unit embedding of the supporting images ``(M,E)``.
+        parts: Where in the joined map each of the layers lies.
     """
     with torch.enable_grad():
         units = unit_rows(at_least_single(traced.embeddings))
@@ -230,4 +251,4 @@ def _likeness(traced: Trace, layers: Sequence[str], support: Tensor) -> Tensor:
             scale=(rest.norm(dim=1) > _APART).to(units),
             keep_negative=False,
         )
-        return fuse(list(cams.values()))
+        return fuse(list(cams.values()), parts)

@@ -35,9 +35,11 @@ def attended(
     flat = images.stacked().flatten(0, 1)
     traced = trace_vectors(model, flat, every, max_batch=max_batch, middle=False)
     return [
-        method.attend(traced.trace.at(layers), images)
+        method.attend(traced.trace.at(layers), images, model.apart(layers, flat))
         if isinstance(method, Focus)
-        else method.attend(traced.units.at(layers), images).detached()
+        else method.attend(
+            traced.units.at(layers), images, apart=model.apart(layers, flat)
+        ).detached()
         for method, layers in methods
     ]
 

@@ -221,6 +221,8 @@ def _layers(
     layers = layer_names(model, layer)
     if not layers or len(set(layers)) != len(layers):
         raise ModelError(f"Expected one or more different layers, got {list(layers)}.")
+    if len(layers) > 1:
+        model.regions(layers, view.stacked().flatten(0, 1))  # whose maps are joined where they look
     return layers
 
 

@@ -14,7 +14,9 @@ from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.methods.layer_maps import check_cams, fuse, layer_cams
 from simexplain.methods.weights import FLAT_BELOW, flat_factors, scaled_weights, weight_rule
-from simexplain.tracing import Trace, Traceable, trace
+from simexplain.models.base import SimilarityModel
+from simexplain.models.moving import Region
+from simexplain.tracing import Trace, trace
 
 _HALF_SCALE = 1024.0
 _SMALLEST_LOG = -60.0
@@ -88,7 +90,7 @@ class SimilarityAttention:
 
     def __call__(
         self,
-        model: Traceable,
+        model: SimilarityModel,
         images: Comparison,
         layers: Sequence[str],
         *,
@@ -107,10 +109,17 @@ class SimilarityAttention:
         """
         flat = images.stacked().flatten(0, 1)
         traced = trace(model, flat, layers, max_batch=max_batch)
-        return self.attend(traced, images).detached()
+        apart = model.apart(layers, flat)
+        return self.attend(traced, images, apart=apart, frames=model.frames).detached()
 
     def attend(
-        self, traced: Trace, images: Comparison, *, create_graph: bool = False
+        self,
+        traced: Trace,
+        images: Comparison,
+        *,
+        create_graph: bool = False,
+        apart: Sequence[Region] = (),
+        frames: int = 1,
     ) -> AttentionMaps:
         """Maps from a pass that has been made already; differentiable if ``create_graph``.
 
@@ -118,6 +127,8 @@ class SimilarityAttention:
             traced: A trace of ``images.stacked().flatten(0, 1)``.
             images: Tells which image has which role; its values are not read.
             create_graph: Keep the maps differentiable, for training.
+            apart: Where in the joined map each layer's own lies; all over it unless given.
+            frames: Of how many frames below each other the images are made.
         """
         if not images.unit:
             raise ComparisonError(
@@ -147,11 +158,12 @@ class SimilarityAttention:
                 self.cam,
                 scale=scale.repeat_interleave(images.count),
                 keep_negative=self.keep_negative,
+                frames=frames,
             )
             layer_maps = {layer: images.restacked(maps) for layer, maps in layer_maps.items()}
             published = weights * log_scale.exp().unsqueeze(1)
             return AttentionMaps(
-                maps=fuse(list(layer_maps.values())),
+                maps=fuse(list(layer_maps.values()), apart),
                 layer_maps=layer_maps,
                 weights=published,
                 scores=(published.unsqueeze(1) * rows).sum(dim=2),

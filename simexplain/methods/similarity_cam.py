@@ -102,14 +102,19 @@ class SimilarityCAM:
         with torch.no_grad():
             share = self._unexplained(traced, gradients, scores.detach())
             signed = layer_cams(
-                traced.maps, gradients, self.cam, scale=torch.ones_like(scores), keep_negative=True
+                traced.maps,
+                gradients,
+                self.cam,
+                scale=torch.ones_like(scores),
+                keep_negative=True,
+                frames=model.frames,
             )
             found = {
                 layer: images.restacked(maps if self.keep_negative else maps.relu())
                 for layer, maps in self._above_rounding(signed, flat, units.flatten(0, 1)).items()
             }
         return AttentionMaps(
-            maps=fuse(list(found.values())),
+            maps=fuse(list(found.values()), model.apart(list(found), flat_images)),
             layer_maps=found,
             weights=directions,
             scores=images.restacked(scores.detach()),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
+
+from simexplain.models.surveyed import RELEVANT
 
 LARGE = 0.5
 """Above this share less than half of a score comes from positions, so that a map of it is mostly an
@@ -25,6 +29,15 @@ def unexplained_share(scores: Tensor, explained: Tensor) -> Tensor:
     whole = explained.abs().double() + rest
     found: Tensor = (rest / whole.clamp_min(1e-300)).to(scores.dtype)
     return found
+
+
+def bypass_warning(bypass: Mapping[str, float]) -> tuple[str, ...]:
+    """What to say of a layer that a large share of the embedding bypasses."""
+    return tuple(
+        f"{share:.0%} of the embedding bypasses layer '{layer}', which maps of it cannot show."
+        for layer, share in bypass.items()
+        if share > RELEVANT
+    )
 
 
 def unexplained_warning(share: float, layer: str) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -57,19 +58,43 @@ def placed(
     """
     if region == (0.0, 0.0, 1.0, 1.0):
         return F.interpolate(heatmaps, size=size, mode="bilinear", align_corners=False)
-    top, left, bottom, right = region
-    down = _tents(heatmaps.shape[-2], size[0], top, bottom).to(heatmaps)
-    along = _tents(heatmaps.shape[-1], size[1], left, right).to(heatmaps)
-    return down @ heatmaps @ along.T
+    sides = []
+    for axis, start, end in ((-2, *region[::2]), (-1, *region[1::2])):
+        centres = (torch.arange(size[axis]) + 0.5) / size[axis]
+        inside = (centres >= start) & (centres <= end)
+        weights = tents(centres, heatmaps.shape[axis], start, end) * inside[:, None]
+        sides.append(weights.to(heatmaps))
+    return sides[0] @ heatmaps @ sides[1].T
 
 
-def _tents(cells: int, pixels: int, start: float, end: float) -> Tensor:
-    """Bilinear weights ``(pixels,cells)``, with the edge going on to the border of the part."""
-    centres = (torch.arange(pixels) + 0.5) / pixels
-    inside = (centres >= start) & (centres <= end)
-    along = ((centres - start) / (end - start) * cells - 0.5).clamp(0, cells - 1)
-    weights = (1 - (along[:, None] - torch.arange(cells)).abs()).clamp_min(0)
-    return weights * inside[:, None]
+def tents(places: Tensor, cells: int, start: float, end: float) -> Tensor:
+    """Bilinear weights ``(P,cells)`` of places along one side; the edge goes on beyond the cells.
+
+    Args:
+        places: ``(P,)``, as shares of the side.
+        cells: How many lie between start and end.
+        start: Where the cells begin, as a share of the side.
+        end: Where they end.
+    """
+    along = ((places - start) / (end - start) * cells - 0.5).clamp(0, cells - 1)
+    steps = torch.arange(cells, dtype=along.dtype, device=along.device)
+    return (1 - (along[:, None] - steps).abs()).clamp_min(0)
+
+
+def signed_heat(
+    values: Tensor, size: tuple[int, int], region: tuple[float, float, float, float]
+) -> NDArray[np.float32]:
+    """A signed map ``(h,w)`` over the image ``(H,W)``, divided by its largest absolute value.
+
+    Args:
+        values: The map.
+        size: As for :func:`placed`.
+        region: As for :func:`placed`.
+    """
+    heat = placed(values[None, None].float(), size, region)[0, 0]
+    top = heat.abs().max()
+    found: NDArray[np.float32] = (heat / top if bool(top > 0) else heat).cpu().numpy()
+    return found
 
 
 def peak_of(heatmap: Tensor) -> tuple[int, int] | None:

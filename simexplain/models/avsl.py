@@ -133,9 +133,23 @@ class AVSL(SimilarityModel):
         """The layers of the plain model."""
         return self.base.layers_for(images)
 
+    def is_surveyed(self, images: Tensor) -> bool:
+        """That of the plain model."""
+        return self.base.is_surveyed(images)
+
     def _survey_of(self, shape: tuple[int, int, int]) -> Surveyed:
         """That of the plain model."""
         return self.base._survey_of(shape)
+
+    def bypass(self, layers: Sequence[str], images: Tensor) -> dict[str, float]:
+        """Nothing: every level's head reads its layer."""
+        return {}
+
+    def cautions(
+        self, layers: Sequence[str], images: Tensor, rows: Tensor | None = None
+    ) -> tuple[str, ...]:
+        """None, for the same reason."""
+        return ()
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """One pass: the feature map ``(M,C,h,w)`` of every level, float32 or 64, in the graph."""

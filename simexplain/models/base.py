@@ -48,6 +48,7 @@ class SimilarityModel(nn.Module, ABC):
         batch_size: The only batch one forward pass takes (exported programs), or None.
         largest_batch: The most images one forward pass takes (exported programs), or None.
         backbone: ``timm:NAME`` or ``torchvision:NAME`` that rebuilds the network, where known.
+        frames: How many frames below each other an image is made of; see ``FrameSets``.
     """
 
     name: str
@@ -55,6 +56,7 @@ class SimilarityModel(nn.Module, ABC):
     batch_size: int | None = None
     largest_batch: int | None = None
     backbone: str | None = None
+    frames: int = 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,6 +169,11 @@ class SimilarityModel(nn.Module, ABC):
             surveyed.meet(images, rows)
         return surveyed.cautions(layers)
 
+    def usual_bypass(self, layer: str) -> float | None:
+        """As :meth:`bypass`, at the model's own size and on noise, whatever was explained."""
+        surveyed = self._surveyed_for(self.example())
+        return None if surveyed is None else round(surveyed.usual_bypass(layer), 4)
+
     def bypass(self, layers: Sequence[str], images: Tensor) -> dict[str, float]:
         """The share of the embedding that bypasses each of these layers; see :class:`Layer`."""
         surveyed = self._surveyed_for(images)
@@ -178,11 +185,27 @@ class SimilarityModel(nn.Module, ABC):
         return _shape(images) in self._surveyed
 
     def region(self, layers: Sequence[str], images: Tensor) -> Region:
-        """Where in images ``(M,C,H,W)`` the maps of these layers lie; see :class:`Layer`."""
-        if not self.is_surveyed(images):
-            return WHOLE
-        found = {layer.region for layer in self._survey_of(_shape(images)).known(layers)}
+        """Where in images ``(M,C,H,W)`` the joined map of these layers lies; see :class:`Layer`.
+
+        Layers that look at different parts are joined on the whole image.
+        """
+        found = set(self.regions(layers, images))
         return found.pop() if len(found) == 1 else WHOLE
+
+    def regions(self, layers: Sequence[str], images: Tensor) -> tuple[Region, ...]:
+        """Where in images ``(M,C,H,W)`` the own map of each of these layers lies."""
+        surveyed = self._surveyed_for(images)
+        return tuple(WHOLE if surveyed is None else surveyed.region(layer) for layer in layers)
+
+    def apart(self, layers: Sequence[str], images: Tensor) -> tuple[Region, ...]:
+        """Where in the joined map of these layers each one's own lies.
+
+        All over it, unless they are known to look at different parts of images ``(M,C,H,W)``; no
+        survey is made for it.
+        """
+        known = len(layers) > 1 and self.is_surveyed(images)
+        found = self.regions(layers, images) if known else ()
+        return found if len(set(found)) > 1 else (WHOLE,) * len(layers)
 
     def _surveyed_for(self, images: Tensor) -> Surveyed | None:
         """The survey, or None for a network that none can look into, say for what it overwrites."""

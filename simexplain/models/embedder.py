@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simexplain.arguments import check_pixels, described, typed
 from simexplain.data.preprocessing import IMAGENET, Preprocess
-from simexplain.errors import ModelError
+from simexplain.errors import ModelError, TwoImagesError
 from simexplain.models.base import DISTANCES, SimilarityModel
 from simexplain.models.layers import Layer
 from simexplain.models.preparing import assumed_preprocess
@@ -210,7 +210,7 @@ def _check_inputs(module: nn.Module) -> None:
         and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
     if len(wanted) > 1:
-        raise ModelError(
+        raise (TwoImagesError if len(wanted) == 2 else ModelError)(
             f"Expected a network that embeds one image, but {type(module).__name__} takes "
             f"{', '.join(wanted)}; for a score of two images use as_pair_model, else give a module "
             "around it that takes images alone."

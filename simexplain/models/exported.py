@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from simexplain.data.preprocessing import IMAGENET
-from simexplain.errors import ModelError, first_line
+from simexplain.errors import ModelError, TwoImagesError, first_line
 from simexplain.models.base import SimilarityModel
-from simexplain.models.embedder import as_similarity_model
+from simexplain.models.embedder import Embedder, as_similarity_model
 from simexplain.models.vetting import vetted
 
 _USUAL_SIDE = 224
@@ -35,6 +35,45 @@ def load_exported(path: Path, *, trust: bool, distance: str) -> SimilarityModel:
     Raises:
         ModelError: If it is damaged, could run code, or does not take one batch of images.
     """
+    program, network, call = _read(path, trust=trust, images=1)
+    limits = call.limits
+    prepare = replace(IMAGENET, size=call.sizes[0], notes=_notes(program, path))
+    prepare = prepare.for_channels(call.channels)
+    model = as_similarity_model(
+        network,
+        output=_only_output(program),
+        preprocess=prepare,
+        name=path.stem,
+        distance=distance,
+        batch_size=limits.fixed,
+    )
+    model.largest_batch = limits.largest
+    return model
+
+
+def load_exported_pair(path: Path, *, trust: bool) -> tuple[Embedder, Embedder]:
+    """Loads a program of two images that gives their score, once for each of the two inputs.
+
+    Raises:
+        ModelError: As for :func:`load_exported`, or if it does not take two images.
+    """
+    program, network, call = _read(path, trust=trust, images=2)
+    notes = _notes(program, path)
+    first, second = (
+        Embedder(
+            network,
+            preprocess=replace(IMAGENET, size=size, notes=notes).for_channels(call.channels),
+            name=path.stem,
+            batch_size=call.limits.fixed,
+        )
+        for size in call.sizes
+    )
+    first.largest_batch = second.largest_batch = call.limits.largest
+    return first, second
+
+
+def _read(path: Path, *, trust: bool, images: int) -> tuple[Any, ExportedNetwork, _Call]:
+    """A program, what runs it, and how it is called with so many images."""
     # Read once: what is vetted is what is loaded.
     content = path.read_bytes()
     source = io.BytesIO(content) if trust else vetted(path, content)
@@ -44,7 +83,7 @@ def load_exported(path: Path, *, trust: bool, distance: str) -> SimilarityModel:
         logger.disabled = True  # it would print a traceback before our one line
         program = torch.export.load(source)
         network = torch.export.unflatten(program)
-        call, output = _call_of(program, path), _only_output(program)
+        call = _call_of(program, path, images)
     except ModelError:
         raise
     except Exception as error:  # torch raises anything from KeyError to its own classes here
@@ -54,19 +93,7 @@ def load_exported(path: Path, *, trust: bool, distance: str) -> SimilarityModel:
         ) from error
     finally:
         logger.disabled = before
-    limits = call.limits
-    prepare = replace(IMAGENET, size=call.size, notes=_notes(program, path))
-    prepare = prepare.for_channels(call.channels)
-    model = as_similarity_model(
-        ExportedNetwork(network, call),
-        output=output,
-        preprocess=prepare,
-        name=path.stem,
-        distance=distance,
-        batch_size=limits.fixed,
-    )
-    model.largest_batch = limits.largest
-    return model
+    return program, ExportedNetwork(network, call), call
 
 
 @dataclass(frozen=True)
@@ -83,18 +110,18 @@ class _Call:
 
     Attributes:
         values: What each input gets, None for the images, in the order of the program.
-        place: Which of them the images are.
+        places: Which of them the images are, one or two.
         spec: How the inputs are laid out as arguments.
         limits: Of the batch.
-        size: ``(height, width)`` of the images.
+        sizes: ``(height, width)`` of each of the images.
         channels: Of an image.
     """
 
     values: tuple[Any, ...]
-    place: int
+    places: tuple[int, ...]
     spec: Any
     limits: _Limits
-    size: tuple[int, int]
+    sizes: tuple[tuple[int, int], ...]
     channels: int = 3
 
 
@@ -109,59 +136,69 @@ class ExportedNetwork(nn.Module):
         object.__setattr__(self, "_program", network)
         self._call = call
 
-    def forward(self, images: torch.Tensor) -> Any:
-        """Whatever the program returns for images ``(M,3,H,W)``.
+    def forward(self, *images: torch.Tensor) -> Any:
+        """Whatever the program returns for images ``(M,3,H,W)``, or for two of them.
 
         Raises:
             ModelError: If it does not take that many images at once.
         """
-        limits = self._call.limits
-        if limits.fixed not in (None, len(images)):
+        limits, count = self._call.limits, len(images[0])
+        if limits.fixed not in (None, count):
             raise ModelError(
                 f"Expected {limits.fixed} images in one pass of the exported program, which takes "
-                f"no other number, got {len(images)}."
+                f"no other number, got {count}."
             )
-        if limits.largest is not None and len(images) > limits.largest:
+        if limits.largest is not None and count > limits.largest:
             raise ModelError(
                 f"Expected at most {limits.largest} images in one pass of the exported program, "
-                f"got {len(images)}; pass max_batch={limits.largest}."
+                f"got {count}; pass max_batch={limits.largest}."
             )
         values = list(self._call.values)
-        values[self._call.place] = images
+        for place, image in zip(self._call.places, images, strict=True):
+            values[place] = image
         arguments, options = pytree.tree_unflatten(values, self._call.spec)
         return self._program(*arguments, **options)  # type: ignore[operator]
 
 
-def _call_of(program: Any, path: Path) -> _Call:
-    """The only tensor among the inputs, and the constants that were exported beside it.
+def _call_of(program: Any, path: Path, images: int) -> _Call:
+    """The tensors among the inputs, and the constants that were exported beside them.
 
     Raises:
-        ModelError: If there is not exactly one tensor, or it is not one of images.
+        ModelError: If there are not so many tensors, or one is not one of images.
+        TwoImagesError: If there are two of images where one is wanted.
     """
     values: list[Any] = []
     shapes: list[Sequence[Any]] = []
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    place = 0
+    places: list[int] = []
     for spec in program.graph_signature.input_specs:
         if spec.kind.name != "USER_INPUT":
             continue
         held = nodes[spec.arg.name].meta.get("val") if spec.arg.name in nodes else None
         if isinstance(held, torch.Tensor):
-            place = len(values)
+            places.append(len(values))
             shapes.append(held.shape)
         values.append(getattr(spec.arg, "value", None))
-    images = [shape for shape in shapes if len(shape) == 4 and isinstance(shape[1], int)]
     # Three or fewer columns are rather the colours of a program with channels last.
-    if len(shapes) != 1 or not images or (isinstance(images[0][3], int) and images[0][3] <= 3):
-        raise ModelError(
-            f"Expected '{path}' to take one batch of images (M,C,H,W), but it takes "
-            f"{', '.join(str(tuple(shape)) for shape in shapes) or 'nothing'}."
+    fitting = [
+        len(shape) == 4
+        and isinstance(shape[1], int)
+        and not (isinstance(shape[3], int) and shape[3] <= 3)
+        for shape in shapes
+    ]
+    if len(shapes) != images or not all(fitting):
+        two = len(shapes) == 2 and all(fitting)
+        number = "one batch" if images == 1 else "two batches"
+        raise (TwoImagesError if two else ModelError)(
+            f"Expected '{path}' to take {number} of images (M,C,H,W), but it takes "
+            f"{', '.join(str(tuple(shape)) for shape in shapes) or 'nothing'}"
+            f"{'; pairs are explained by simexplain explain (load_pair_model)' if two else ''}."
         )
-    batch, channels, height, width = shapes[0]
-    sides = (_side(height, program), _side(width, program))
+    batch, channels = shapes[0][:2]
+    sizes = tuple((_side(shape[2], program), _side(shape[3], program)) for shape in shapes)
     spec = program.module_call_graph[0].signature.in_spec
     limits = _limits_of(batch, program)
-    return _Call(tuple(values), place, spec, limits, sides, channels)
+    return _Call(tuple(values), tuple(places), spec, limits, sizes, channels)
 
 
 def _range_of(size: Any, program: Any) -> tuple[int, int | None]:

@@ -31,7 +31,7 @@ from simexplain.models.checkpoints import (
     state_dict_in,
 )
 from simexplain.models.embedder import Embedder, as_similarity_model
-from simexplain.models.exported import load_exported
+from simexplain.models.exported import load_exported, load_exported_pair
 from simexplain.models.hub import (
     HUBS,
     HubModel,
@@ -41,6 +41,7 @@ from simexplain.models.hub import (
     load_hub,
     offline,
 )
+from simexplain.models.pairs import PairModel, as_pair_model, check_pair
 from simexplain.models.preparing import UNSTATED
 from simexplain.models.rebuilding import rebuilt
 from simexplain.models.sidecar import Sidecar, read_sidecar, with_values
@@ -144,6 +145,69 @@ def load_model(
     else:
         model = _from_file(path, wanted, beside)
     return _adjusted(_beside(model, beside), size, fit, pixels)
+
+
+def load_pair_model(
+    source: str | Path,
+    second: str | Path | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    second_size: tuple[int, int] | None = None,
+    fit: str | None = None,
+    pixels: Pixels = AS_STORED,
+    trust_pickle: bool = False,
+    **options: Any,
+) -> PairModel:
+    """Loads a model of two images: two towers, or a file whose forward takes two images.
+
+    Args:
+        source: As for :func:`load_model`: the tower of the anchor; or, without ``second``, a
+            pickled module (with ``trust_pickle``) or exported program that gives a score of two
+            images.
+        second: The tower of the other images, likewise.
+        size: ``(height, width)`` of the first input where it is not the model's own.
+        second_size: Of the second input; that of the first unless given, or the model's own.
+        fit: As for :func:`load_model`, for both.
+        pixels: As for :func:`load_model`, for both.
+        trust_pickle: As for :func:`load_model`.
+        **options: Of :func:`load_model`, for both towers.
+
+    Raises:
+        ModelError: If a model cannot be used, or the only one embeds single images.
+    """
+    if second is not None:
+        said: dict[str, Any] = {"fit": fit, "pixels": pixels, "trust_pickle": trust_pickle}
+        return as_pair_model(
+            load_model(source, size=size, **said, **options),
+            load_model(second, size=second_size or size, **said, **options),
+        )
+    path = Path(source)
+    both: tuple[SimilarityModel, SimilarityModel]
+    if path.is_file() and kind_of(path) == "exported":
+        both = load_exported_pair(path, trust=trust_pickle)
+        sizes = (size, second_size)
+    else:
+        content = read_torch(path, trust_pickle=trust_pickle) if path.is_file() else None
+        if not isinstance(content, nn.Module):
+            raise ModelError(
+                f"'{source}' embeds single images; name the tower of the other images with "
+                "--second-model (second=) to compare two kinds of images."
+            )
+        pair = as_pair_model(content)
+        both = pair.first, pair.second
+        sizes = (size, second_size or size)
+    beside = read_sidecar(path)
+    first, second_side = (
+        _adjusted(_beside(side, beside), own, fit, pixels).preprocess
+        for side, own in zip(both, sizes, strict=True)
+    )
+    pair = as_pair_model(
+        both[0].network, preprocess=first, second_preprocess=second_side, name=path.stem
+    )
+    for own, known in zip((pair.first, pair.second), both, strict=True):
+        own.batch_size, own.largest_batch = known.batch_size, known.largest_batch
+    check_pair(pair)
+    return pair
 
 
 def _from_hub(

@@ -105,13 +105,13 @@ class Likeness:
         """The share of each part in each cell ``(PARTS,h,w)`` of a grid laid on a region."""
         key = ((grid[0], grid[1]), region)
         if key not in self._there:
-            rows = _overlaps(grid[0], region[0], region[2], self.parts.shape[1])
-            columns = _overlaps(grid[1], region[1], region[3], self.parts.shape[2])
+            rows = overlaps(grid[0], region[0], region[2], self.parts.shape[1])
+            columns = overlaps(grid[1], region[1], region[3], self.parts.shape[2])
             self._there[key] = rows @ self.parts @ columns.T
         return self._there[key]
 
 
-def _overlaps(cells: int, start: float, end: float, bins: int) -> NDArray[np.float64]:
+def overlaps(cells: int, start: float, end: float, bins: int) -> NDArray[np.float64]:
     """Which share of each of the cells between start and end lies in each of the bins."""
     edges = np.linspace(start, end, cells + 1) * bins
     marks = np.arange(bins)

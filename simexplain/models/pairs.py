@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from simexplain.arguments import typed
 from simexplain.data.preprocessing import Preprocess
-from simexplain.errors import ModelError
+from simexplain.errors import ModelError, first_line
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import Embedder, as_similarity_model
 from simexplain.models.layers import Layer
@@ -127,6 +127,28 @@ def as_pair_model(
     return PairModel(towers[0], towers[1], head, None, name or title)
 
 
+def check_pair(pair: PairModel) -> None:
+    """Runs a learned score once on noise, in the sizes of its inputs.
+
+    Raises:
+        ModelError: If it does not run, or gives something other than one score.
+    """
+    one, two = pair.first.example(), pair.second.example()
+    count = pair.first.batch_size or 1
+    try:
+        with torch.no_grad(), pair.settled():
+            pair.score(one.expand(count, -1, -1, -1), two.expand(count, -1, -1, -1))
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        sizes = " and ".join("x".join(map(str, side.shape[1:])) for side in (one, two))
+        raise ModelError(
+            f"{pair.name} does not run on two images of {sizes} ({first_line(error).rstrip('.')}); "
+            "give their sizes with --size and --second-size, or a module whose forward takes two "
+            "images."
+        ) from error
+
+
 class _OneSide(SimilarityModel):
     """A learned score as a model of one of the two images."""
 
@@ -137,6 +159,8 @@ class _OneSide(SimilarityModel):
         reference = next(self.tower.parameters(), other)
         self.other = other.detach().to(reference.device, reference.dtype)
         self.name, self.preprocess = pair.name, self.tower.preprocess
+        self.batch_size = None if pair.joint is None else self.tower.batch_size
+        self.largest_batch = self.tower.largest_batch
         self.kept: Tensor | None = None
         if pair.joint is None:
             with torch.no_grad(), pair.settled():

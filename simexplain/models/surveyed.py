@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from simexplain.errors import ModelError
 from simexplain.models.choosing import Maps, depth, usable_layers
 from simexplain.models.layers import GridHints, Layer, Layout
-from simexplain.models.moving import moved
+from simexplain.models.moving import WHOLE, Region, moved
 from simexplain.networks import split_call
 from simexplain.surveying import LAYOUTS, Survey, survey, swapped
 from simexplain.tracing import Traceable
@@ -84,6 +84,11 @@ class Surveyed:
         layout = self._layout(layer)
         return None if layout is None else layout(output)
 
+    def region(self, layer: str) -> Region:
+        """Where in the image the cells of a layer lie."""
+        layout = self._layout(layer)
+        return WHOLE if layout is None else layout.region
+
     def _layout(self, layer: str) -> Layout | None:
         name, call = split_call(layer)
         known = self._layouts.get(layer)
@@ -111,6 +116,12 @@ class Surveyed:
         different ones that were explained, or pictures of noise where none were.
         """
         return self._of_noise(layer) if self._at_hand is None else self._share(layer, self._at_hand)
+
+    def usual_bypass(self, layer: str) -> float:
+        """The same on pictures of noise, whatever was explained before."""
+        known = self.known((layer,))
+        passed = bool(known) and known[0].measure is None
+        return 0.0 if passed else self._of_noise(layer)
 
     def _of_noise(self, layer: str) -> float:
         pictures = self._pictures()
@@ -141,11 +152,6 @@ class Surveyed:
             found.append(self._bypassed(worst))
         if any(layer.default for layer in used):
             found += self._on_default
-        if len({layer.region for layer in used}) > 1:
-            found.append(
-                "The layers look at different parts of the image, so their joined map is drawn as "
-                "if all looked at the whole; explain them one by one."
-            )
         return tuple(found)
 
     def _bypassed(self, layer: Layer) -> str:

@@ -72,7 +72,16 @@ def _by_transformers(module: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     config = getattr(module.config, "text_config", module.config)
     most = int(getattr(config, "max_position_embeddings", 0) or 0)
     whole = "siglip" in str(getattr(module.config, "model_type", ""))  # trained with full length
-    _check_lengths(texts, [len(ids) for ids in tokenizer(texts)["input_ids"]], most)
+    plain = tokenizer(texts)["input_ids"]
+    _check_lengths(texts, [len(ids) for ids in plain], most)
+    # transformers makes an empty tokenizer for a folder of CLIP that has none.
+    nothing = set(tokenizer.all_special_ids)
+    for text, ids in zip(texts, plain, strict=True):
+        if nothing.issuperset(ids):
+            raise ModelError(
+                f"The tokenizer knows nothing of the text '{text[:40]}'; save the one that belongs "
+                f"to {type(module).__name__} in the model's folder, or {_HOW}."
+            )
     tokens = tokenizer(
         texts,
         padding="max_length" if whole else True,
@@ -89,7 +98,7 @@ def _by_open_clip(module: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     if callable(encode := getattr(tokenizer, "encode", None)):
         # Beside the words there are a token of the start and one of the end.
         lengths = [len(encode(text)) + 2 for text in texts]
-        _check_lengths(texts, lengths, int(getattr(module, "context_length", 0) or 0))
+        _check_lengths(texts, lengths, _of_text_tower(module, "context_length", 0))
     device = next(module.parameters()).device
     vectors: Tensor = module.encode_text(tokenizer(texts).to(device))
     return vectors
@@ -125,7 +134,7 @@ def _local_tokenizer(module: Any) -> Any:
 
 def _clip_tokenizer(module: Any) -> Any:
     """CLIP's own word list, which open_clip brings along."""
-    words = int(getattr(module, "vocab_size", _CLIP_WORDS) or 0)
+    words = _of_text_tower(module, "vocab_size", _CLIP_WORDS)
     try:
         import open_clip
     except ImportError as error:
@@ -137,4 +146,13 @@ def _clip_tokenizer(module: Any) -> Any:
             f"{type(module).__name__} knows {words} tokens, where CLIP's word list has "
             f"{_CLIP_WORDS}, so its tokenizer has to be named: text=text_encoder(model, TOKENIZER)."
         )
-    return open_clip.SimpleTokenizer(context_length=int(getattr(module, "context_length", 77)))
+    length = _of_text_tower(module, "context_length", 77)
+    return open_clip.SimpleTokenizer(context_length=length)
+
+
+def _of_text_tower(module: Any, name: str, usual: int) -> int:
+    """A number of a text tower; CoCa has it in its tower alone."""
+    for part in (module, getattr(module, "text", None)):
+        if isinstance(found := getattr(part, name, None), int):
+            return found
+    return usual

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from simexplain.methods.position_parts import EXACT, PositionParts, position_par
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_runs import features_and_rows
 from simexplain.models.base import SimilarityModel
+from simexplain.models.moving import WHOLE, Region
 from simexplain.networks import at_least_single, undisturbed, unit_rows
 from simexplain.searching.index_tails import UniformTail, uniform_tail
 from simexplain.tracing import chunks_of, trace
@@ -36,6 +37,9 @@ class Keeping:
         normalised: Whether embeddings are the vectors at unit length.
         reason: Why nothing is kept, for the user to read.
         held: Share of the squared length of all parts of a sample that lies in the basis.
+        region: Where in the network's view the positions of the layer lie: top, left, bottom and
+            right as shares.
+        bypass: The share of the embedding that bypasses the layer; None where that is not known.
         basis: Orthonormal columns ``(E,D)`` on which parts are projected; None to keep them whole.
         tail: The network above the layer, where that is a matrix; it only saves time.
     """
@@ -46,12 +50,19 @@ class Keeping:
     normalised: bool = True
     reason: str = ""
     held: float = 1.0
+    region: Region = WHOLE
+    bypass: float | None = None
     basis: Tensor | None = field(default=None, repr=False)
     tail: UniformTail | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """All but tensors, as plain JSON."""
         return {k: value for k, value in vars(self).items() if k not in ("basis", "tail")}
+
+    @classmethod
+    def of_json(cls, said: Mapping[str, Any], basis: Tensor | None) -> Keeping:
+        """The counterpart of :meth:`to_json`; older indexes say less."""
+        return cls(**{**said, "region": tuple(said.get("region", WHOLE))}, basis=basis)
 
     def __call__(self, model: SimilarityModel, images: Tensor) -> dict[str, Tensor]:
         """Columns of an index for preprocessed images ``(M,3,H,W)``, on the CPU.
@@ -143,7 +154,17 @@ def keeping_for(
     if normalised is None:
         why = "The model's embeddings are neither its vectors nor those at unit length."
         return Keeping(NOTHING, reason=why)
-    return Keeping(PARTS, chosen, steps or 16, normalised)
+    return surveyed_keeping(Keeping(PARTS, chosen, steps or 16, normalised), model)
+
+
+def surveyed_keeping(keeping: Keeping, model: SimilarityModel) -> Keeping:
+    """The same with where its layer looks, and what share of the embedding bypasses it."""
+    layers, image = (keeping.layer,), model.example()
+    return replace(
+        keeping,
+        region=model.region(layers, image),
+        bypass=model.usual_bypass(keeping.layer),
+    )
 
 
 def with_tail(keeping: Keeping, model: SimilarityModel) -> Keeping:

@@ -97,6 +97,12 @@ class GalleryIndex:
         return self.keeping.layer
 
     @property
+    def bypass(self) -> dict[str, float]:
+        """For the layer the share of the embedding that bypasses it; empty where none is known."""
+        share = self.keeping.bypass
+        return {} if share is None else {self.layer: share}
+
+    @property
     def preprocess(self) -> Preprocess:
         """How every picture was made a tensor."""
         return self.identity.preprocess
@@ -250,7 +256,7 @@ def open_index(path: str | Path, *, root: str | Path | None = None) -> GalleryIn
     said, tensors = read_columns(path)
     try:
         names = unpacked_texts(tensors)
-        keeping = Keeping(**said["keeping"], basis=tensors.get("basis"))
+        keeping = Keeping.of_json(said["keeping"], tensors.get("basis"))
         check_columns(keeping, tensors, len(names))
         return GalleryIndex(
             path=path,

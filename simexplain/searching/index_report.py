@@ -55,6 +55,8 @@ def report_of(index: GalleryIndex) -> dict[str, Any]:
             "held": index.keeping.held,
             "residual": float(index.tensors["residuals"].max()),
             "unexplained": _unexplained(index),
+            "region": list(index.keeping.region),
+            "bypass": index.keeping.bypass,
         }
     return {
         "schema": 1,

@@ -16,6 +16,8 @@ from simexplain.data.mask_files import mask_of
 from simexplain.data.preprocessing import Geometry
 from simexplain.errors import ComparisonError
 from simexplain.matching.factors import Factors
+from simexplain.models.moving import WHOLE, overlaps
+from simexplain.models.moving import Region as Span
 from simexplain.networks import unit_rows
 
 Box = tuple[float, float, float, float]
@@ -94,15 +96,16 @@ class Region:
         bounds = (left, top, float(columns[-1]) + 1 - left, float(rows[-1]) + 1 - top)
         return cls(mask, bounds, str(path))
 
-    def coverage(self, geometry: Geometry, grid: tuple[int, int]) -> Tensor:
+    def coverage(self, geometry: Geometry, grid: tuple[int, int], layer: Span = WHOLE) -> Tensor:
         """Which share of each position's cell it covers ``(h,w)``, in [0, 1].
 
         Args:
             geometry: Where the network's view lies in the picture.
             grid: ``(h, w)``.
+            layer: Where in the view the positions lie: top, left, bottom and right as shares.
 
         Raises:
-            ComparisonError: If the network saw nothing of it.
+            ComparisonError: If the network or the layer saw nothing of it.
         """
         seen = torch.from_numpy(geometry.from_original(self.mask)).float()
         if not bool(seen.any()):
@@ -114,7 +117,19 @@ class Region:
                 f"from {top:.0f} to {bottom:.0f}, but none of it lies there; --fit pad or squash "
                 "shows the network the whole picture."
             )
-        return F.adaptive_avg_pool2d(seen[None, None], grid)[0, 0]
+        rows, columns = (
+            torch.from_numpy(overlaps(cells, start, end, pixels)).float()
+            for cells, start, end, pixels in zip(
+                grid, layer[:2], layer[2:], seen.shape, strict=True
+            )
+        )
+        covered = rows @ seen @ columns.T
+        if not bool(covered.any()):
+            raise ComparisonError(
+                "Expected a region that the layer looks at, which sees a part of the picture "
+                "alone, but none of it lies there; make the index of an earlier layer with --layer."
+            )
+        return covered
 
 
 def _mark(seen: Tensor, mask: NDArray[np.bool_], geometry: Geometry) -> None:
@@ -163,7 +178,7 @@ def similarities(images: Factors, unit: Tensor) -> Tensor:
     return found.reshape(len(images), *images.parts.shape[2:])
 
 
-def best_box(similarity: Tensor, geometry: Geometry) -> Box:
+def best_box(similarity: Tensor, geometry: Geometry, layer: Span = WHOLE) -> Box:
     """The box of the place that a map points at, in pixels of the picture.
 
     The map is interpolated to at least 28 cells a side. A threshold is laid between its mean and
@@ -173,6 +188,7 @@ def best_box(similarity: Tensor, geometry: Geometry) -> Box:
     Args:
         similarity: ``(h,w)``.
         geometry: Where the network's view lies in the picture.
+        layer: As for :meth:`Region.coverage`.
     """
     times = max(1, -(-_FINE // min(similarity.shape)))
     fine = F.interpolate(
@@ -182,9 +198,14 @@ def best_box(similarity: Tensor, geometry: Geometry) -> Box:
     mean = float(similarity.double().mean())
     border = mean + ABOVE_MEAN * (float(similarity.double().max()) - mean)
     top, left, bottom, right = _best_rectangle(values - border)
-    (height, width), (rows, columns) = geometry.size, values.shape
-    first = geometry.point_to_original(left * width / columns, top * height / rows)
-    last = geometry.point_to_original(right * width / columns, bottom * height / rows)
+    down, along = (
+        np.linspace(start * side, end * side, cells + 1).clip(0, side)
+        for start, end, side, cells in zip(
+            layer[:2], layer[2:], geometry.size, values.shape, strict=True
+        )
+    )
+    first = geometry.point_to_original(float(along[left]), float(down[top]))
+    last = geometry.point_to_original(float(along[right]), float(down[bottom]))
     return first[0], first[1], last[0] - first[0], last[1] - first[1]
 
 

@@ -21,6 +21,7 @@ from simexplain.models.embedder import as_similarity_model
 from simexplain.networks import full_precision
 from simexplain.searching.closeness import close_limit
 from simexplain.searching.index import build_index
+from simexplain.searching.index_embedding import surveyed_keeping
 from simexplain.searching.index_gallery import GalleryIndex, open_index
 from simexplain.searching.index_neighbours import distance_name_of
 from simexplain.searching.regions import Box, Region
@@ -83,6 +84,7 @@ def search(
     base = as_similarity_model(model)
     picture = read_picture(query, "query")
     gallery, notes = _gallery(base, index, root, max_batch, progress)
+    gallery = _surveyed_by(base, gallery)
     views, (geometry,) = prepared(gallery.preprocess, [picture])
     wanted = _region(picture, region, mask)
     if wanted is not None and not gallery.has_basis:
@@ -142,6 +144,13 @@ def _measured_by(model: SimilarityModel, gallery: GalleryIndex) -> GalleryIndex:
     return gallery if name == gallery.distance_name else replace(gallery, distance_name=name)
 
 
+def _surveyed_by(model: SimilarityModel, gallery: GalleryIndex) -> GalleryIndex:
+    """With where the layer looks and what bypasses it, which older indexes do not say."""
+    if not gallery.has_basis or gallery.keeping.bypass is not None:
+        return gallery
+    return replace(gallery, keeping=surveyed_keeping(gallery.keeping, model))
+
+
 def _region(picture: Picture, box: Box | None, mask: str | Path | None) -> Region | None:
     size = (picture.image.height, picture.image.width)
     if box is not None:
@@ -181,4 +190,6 @@ def _result(
         versions=versions(),
         pictures=album.pictures,
         geometries=album.geometries,
+        layer_region=gallery.keeping.region,
+        bypass=gallery.bypass,
     )

@@ -12,9 +12,10 @@ from simexplain.data.preprocessing import Geometry
 from simexplain.matching.factors import Factors, pair_matrix
 from simexplain.matching.points import Frame, PositionPair
 from simexplain.matching.ranking import centred, strongest
-from simexplain.methods.unexplained import unexplained_warning
+from simexplain.methods.unexplained import bypass_warning, unexplained_warning
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
+from simexplain.models.moving import Region
 from simexplain.networks import unit_rows
 from simexplain.searching.closeness import ROUNDING
 from simexplain.searching.explaining_hits import HitMaps, hit_maps, level_parts, region_maps
@@ -87,7 +88,7 @@ def hits_of(
         if asked.region is None and not gallery.distance_name:
             warnings = (_OWN_DISTANCE,)
         warnings += unexplained_warning(float(maps.unexplained.max()), gallery.layer)
-        warnings += _missing(maps)
+        warnings += _missing(maps) + bypass_warning(gallery.bypass)
     elif isinstance(model, AVSL):
         hits = _by_level(model, gallery, asked.row, hits, places, rivals)
         warnings = (_BY_LEVEL,)
@@ -159,11 +160,12 @@ def _explained(
     places: Sequence[int],
 ) -> list[Hit]:
     assert asked.factors is not None
-    own = _frame(asked.geometry, asked.factors)
+    region = gallery.keeping.region
+    own = _frame(asked.geometry, asked.factors, region)
     found = []
     for number, hit in enumerate(hits):
         geometry = gallery.geometry(places[number])
-        there = _frame(geometry, images)
+        there = _frame(geometry, images, region)
         hit = replace(
             hit,
             similarity=float(maps.similarity[number]),
@@ -174,7 +176,7 @@ def _explained(
             gap_residual=None if hit.rival is None else float(maps.gap_residual[number]),
         )
         if asked.region is not None:
-            found.append(replace(hit, box=best_box(maps.hits[number], geometry)))
+            found.append(replace(hit, box=best_box(maps.hits[number], geometry, region)))
             continue
         one = Factors(
             *(t[number : number + 1] for t in (images.parts, images.rest, images.vectors))
@@ -183,9 +185,9 @@ def _explained(
     return found
 
 
-def _frame(geometry: Geometry, factors: Factors) -> Frame:
+def _frame(geometry: Geometry, factors: Factors, region: Region) -> Frame:
     height, width = factors.parts.shape[2:]
-    return Frame("", geometry.size, (int(height), int(width)), geometry)
+    return Frame("", geometry.size, (int(height), int(width)), geometry, region)
 
 
 def _pairs(query: Factors, hit: Factors, own: Frame, there: Frame) -> tuple[PositionPair, ...]:

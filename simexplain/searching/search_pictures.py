@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from simexplain.data.preprocessing import Geometry
 from simexplain.errors import ComparisonError
 from simexplain.matching.points import Point
+from simexplain.metrics.maps import placed
 from simexplain.rendering import cards
 from simexplain.rendering.hits import HitColumn, QueryPicture, hits_figure
 from simexplain.searching.regions import Box
@@ -179,6 +179,7 @@ class _Picture:
 
     def __init__(self, result: SearchResult, path: str) -> None:
         self.pixels = result.pictures[path]
+        self.layer_region = result.layer_region
         whole = result.geometries[path]
         height, width = self.pixels.shape[:2]
         self.geometry: Geometry = replace(whole, original=(height, width))
@@ -188,10 +189,8 @@ class _Picture:
 
     def heat(self, values: Tensor) -> NDArray[np.float32]:
         """A map ``(h,w)`` over the picture, in its own units."""
-        grown = F.interpolate(
-            values[None, None].float(), size=self.geometry.size, mode="bilinear",
-            align_corners=False,
-        )[0, 0]  # fmt: skip
+        size = self.geometry.size
+        grown = placed(values[None, None].float(), size, self.layer_region)[0, 0]
         return self.geometry.to_original(grown.cpu().numpy())
 
     def spot(self, point: Point) -> Point:

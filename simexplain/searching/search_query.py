@@ -91,7 +91,7 @@ def ask(
     if wanted is None:
         return Asked(row, factors, geometry)
     height, width = factors.parts.shape[2:]
-    coverage = wanted.coverage(geometry, (height, width))
+    coverage = wanted.coverage(geometry, (height, width), keeping.region)
     return Asked(row, factors, geometry, coverage, region_vector(factors, coverage))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from simexplain.data.preprocessing import Geometry
 from simexplain.matching.points import Point, PositionPair
+from simexplain.models.moving import WHOLE, Region
 from simexplain.searching.regions import Box
 
 if TYPE_CHECKING:
@@ -109,6 +110,10 @@ class SearchResult:
         geometries: Where the network's view lies in the pictures, by path.
         close_limit: The distance up to which a hit is a close match, judged by the distances
             between the gallery's own pictures; None where it is one picture.
+        layer_region: Top, left, bottom and right of where the positions of the layer lie in the
+            network's view, as shares of it.
+        bypass: For the layer the share of the embedding that bypasses it, 0 to 1; empty where there
+            is no layer.
     """
 
     query: str
@@ -128,6 +133,8 @@ class SearchResult:
     pictures: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict, repr=False)
     geometries: Mapping[str, Geometry] = field(default_factory=dict, repr=False)
     close_limit: float | None = None
+    layer_region: Region = WHOLE
+    bypass: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.hits)

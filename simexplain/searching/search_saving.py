@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from simexplain.data.preprocessing import Geometry
 from simexplain.matching.points import PositionPair
+from simexplain.models.moving import WHOLE
 from simexplain.publishing import Kind, published, read_back
 from simexplain.rendering.panel import png_of
 from simexplain.searching.search_result import Hit, Rival, SearchResult
@@ -33,8 +35,10 @@ def manifest(result: SearchResult, files: dict[str, str]) -> dict[str, Any]:
         "close_limit": result.close_limit,
         "close_match": None if result.close_limit is None else any(h.close for h in result.hits),
         "region": None if result.region is None else list(result.region),
-        "hits": [{**_told(hit), "seen": _seen(result, hit.path)} for hit in result.hits],
         "seen": _seen(result, result.query),
+        "layer_region": list(result.layer_region),
+        "bypass": dict(result.bypass),
+        "hits": [{**_told(hit), "seen": _seen(result, hit.path)} for hit in result.hits],
         "warnings": list(result.warnings),
         "files": files,
         "versions": dict(result.versions),
@@ -99,12 +103,14 @@ def _restored(said: dict[str, Any], arrays: dict[str, Any]) -> SearchResult:
         close_limit=said.get("close_limit"),
         warnings=tuple(said["warnings"]),
         versions=said["versions"],
+        layer_region=_box(said.get("layer_region", WHOLE)),  # older files do not say
+        bypass=said.get("bypass", {}),
         pictures={one["path"]: arrays[f"picture_{n}"] for n, one in enumerate(pictures)},
         geometries={one["path"]: Geometry.from_json(one["geometry"]) for one in pictures},
     )
 
 
-def _box(values: list[float]) -> tuple[float, float, float, float]:
+def _box(values: Sequence[float]) -> tuple[float, float, float, float]:
     x, y, width, height = values
     return x, y, width, height
 

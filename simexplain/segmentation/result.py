@@ -56,6 +56,8 @@ class Segmentation:
         options: Everything else that was chosen, as plain JSON values.
         warnings: What to know before trusting it.
         versions: Of the packages that made it.
+        bypass: For each layer the share of the embedding that bypasses it, 0 to 1, where that is
+            known.
         geometries: Where the network's view lies in the test picture, then in those of ``images``;
             empty for tensors.
     """
@@ -73,6 +75,7 @@ class Segmentation:
     options: Mapping[str, Any]
     warnings: tuple[str, ...]
     versions: Mapping[str, str] = field(repr=False)
+    bypass: Mapping[str, float] = field(default_factory=dict)
     geometries: tuple[Geometry, ...] = field(default=(), repr=False)
 
     @property

@@ -44,6 +44,7 @@ def manifest(result: Segmentation, files: dict[str, str]) -> dict[str, Any]:
         "schema": SCHEMA,
         **{name: getattr(result, name) for name in _PLAIN},
         "layers": list(result.layers),
+        "bypass": dict(result.bypass),
         "test": {"path": result.name or None, "size": [width, height]},
         "seen": round(result.geometries[0].seen, 4) if result.geometries else None,
         "geometries": [geometry.to_json() for geometry in result.geometries],
@@ -127,6 +128,7 @@ def _restored(said: dict[str, Any], arrays: dict[str, Any]) -> Segmentation:
         warnings=tuple(said["warnings"]),
         versions=said["versions"],
         geometries=tuple(map(Geometry.from_json, said.get("geometries", ()))),
+        bypass=said.get("bypass", {}),
     )  # fmt: skip
 
 

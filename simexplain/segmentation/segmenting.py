@@ -130,6 +130,7 @@ def finished(
         options={**explained.options, **told, "cue": asdict(cue), "cut": asdict(cut)},
         warnings=said,
         versions=versions(),
+        bypass=explained.bypass,
     )
 
 

@@ -1,0 +1,122 @@
+"""Comparisons whose members are sets of frames: into what methods take, and back out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simexplain.comparison import Comparison
+from simexplain.errors import ComparisonError, ModelError
+from simexplain.explanation import Explanation
+from simexplain.methods.similarity_attention import SimilarityAttention
+from simexplain.methods.similarity_cam import SimilarityCAM
+from simexplain.models.base import SimilarityModel
+from simexplain.models.frames import FrameSets, present_frames, split_frames, tall
+
+FRAMED = ("sam", "similarity_cam", "saliency")
+"""Methods whose maps of a set of frames are the gradient through the pooling."""
+_FRAME = 4
+"""Axes of one set of frames ``(T,C,H,W)``."""
+
+
+def is_framed(comparison: Comparison) -> bool:
+    """Whether the items of a comparison are sets of frames ``(T,C,H,W)``, not images."""
+    if not isinstance(comparison, Comparison):
+        return False
+    axes = {"anchor": 1, "positives": 2, "negatives": 2}
+    shown = [role for role in axes if role not in comparison.given]
+    return all(getattr(comparison, role).dim() - axes[role] == _FRAME for role in shown)
+
+
+def framed(
+    model: SimilarityModel, comparison: Comparison, pooling: str, method: object, layer: object
+) -> tuple[FrameSets, Comparison]:
+    """A model of sets of frames, and the comparison with every set as one tall image.
+
+    Args:
+        model: The model of single images.
+        comparison: Of sets; roles may have different numbers of frames.
+        pooling: A name in ``POOLINGS``.
+        method: The method, by name or as an object.
+        layer: The layer, or None.
+
+    Raises:
+        ComparisonError: If a set is not made of float images, or not the same for all comparisons.
+        ModelError: If the method or the model cannot take sets.
+    """
+    if method not in FRAMED and not isinstance(method, SimilarityAttention | SimilarityCAM):
+        raise ModelError(
+            f"Sets of frames are explained by the methods {', '.join(FRAMED)}, got '{method}'; "
+            "take one of them, or explain single frames."
+        )
+    if layer is not None and not isinstance(layer, str) and len(list(layer)) > 1:  # type: ignore[call-overload]
+        raise ModelError(
+            "Sets of frames are explained at one layer, got several; name one of them."
+        )
+    roles = {"anchor": comparison.anchor.unsqueeze(1), "positives": comparison.positives,
+             "negatives": comparison.negatives}  # fmt: skip
+    shown = {role: stack for role, stack in roles.items() if role not in comparison.given}
+    frames = max(stack.shape[2] for stack in shown.values() if stack.shape[1])
+    changed: dict[str, Any] = {}
+    for role, stack in shown.items():
+        if not stack.is_floating_point():
+            raise ComparisonError(f"Expected float images in every set, got {stack.dtype}.")
+        missing = frames - stack.shape[2] if stack.shape[1] else 0
+        filler = stack.new_full((*stack.shape[:2], max(0, missing), *stack.shape[3:]), torch.nan)
+        whole = torch.cat((stack, filler), dim=2)
+        _check_present(present_frames(whole), role)
+        laid = tall(whole)
+        changed[role] = laid[:, 0] if role == "anchor" else laid
+    return FrameSets(model, frames, pooling), replace(comparison, **changed)
+
+
+def _check_present(present: Tensor, role: str) -> None:
+    """Frames that are there come first, as many in every comparison of a batch."""
+    counts = present.sum(dim=-1)
+    first = torch.arange(present.shape[-1], device=present.device) < counts[..., None]
+    if not bool((present == first).all()) or not bool((counts > 0).all()):
+        raise ComparisonError(
+            f"Expected sets of at least one frame as {role}, missing ones (NaN) at their end, got "
+            "NaN among the others; look for it in the images."
+        )
+    if not bool((counts == counts[:1]).all()):
+        raise ComparisonError(
+            f"Expected sets of as many frames in every comparison of a batch as {role}, got "
+            f"{sorted(set(counts.flatten().tolist()))}; explain them one by one."
+        )
+
+
+def by_frame(found: Explanation, frames: int) -> Explanation:
+    """An explanation of tall images with a map for each frame, in order.
+
+    Args:
+        found: Of ``framed`` sets.
+        frames: The most frames of a set.
+    """
+    images = split_frames(found.images, frames)
+    present = present_frames(images)[0]
+    items, places = present.nonzero(as_tuple=True)
+
+    def cut(maps: Tensor) -> Tensor:
+        return split_frames(maps[:, :, None], frames)[:, items, places, 0]
+
+    each: dict[str, Any] = {
+        name: value[:, items]
+        for name in ("scores", "moved", "unexplained")
+        if (value := getattr(found, name)) is not None
+    }
+    layer_maps: Mapping[str, Tensor] = {name: cut(maps) for name, maps in found.layer_maps.items()}
+    weights = found.weights if found.weights.dim() == 2 else found.weights[:, items]
+    return replace(
+        found,
+        maps=cut(found.maps),
+        layer_maps=layer_maps,
+        weights=weights,
+        images=images[:, items, places],
+        frames=tuple(present.sum(dim=1).tolist()),
+        **each,
+    )

@@ -1,0 +1,232 @@
+"""Sets of frames as one item: pooled embeddings, a map for each frame, exact gradients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runs import Run
+from conftest import TinyNet
+from pictures import noise
+from torch import Tensor
+from torch.nn import functional as F
+
+from simexplain import (
+    Comparison,
+    Explanation,
+    as_similarity_model,
+    explain,
+    explain_files,
+    read_picture,
+)
+from simexplain.data.preprocessing import Preprocess
+from simexplain.errors import ComparisonError, ModelError
+from simexplain.models.frames import POOLINGS
+
+COUNTS = (3, 2, 1)
+
+
+@pytest.fixture
+def clips() -> list[Tensor]:
+    """An anchor of three frames, a positive of two and a negative of one."""
+    generator = torch.Generator().manual_seed(8)
+    return [torch.rand(count, 3, 24, 32, generator=generator) for count in COUNTS]
+
+
+def triplet(clips: list[Tensor]) -> Comparison:
+    anchor, positive, negative = (clip[None] for clip in clips)
+    return Comparison(anchor, positive[:, None], negative[:, None])
+
+
+def by_hand(
+    network: TinyNet, clips: list[Tensor], pooling: str, weigh: Callable[..., Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """Grad-CAM maps ``(T,h,w)`` of every clip and the rows, from plain autograd."""
+    kept: list[Tensor] = []
+    hook = network.last.register_forward_hook(lambda *call: kept.append(call[2]))
+    pooled = [POOLINGS[pooling](F.normalize(network(clip), dim=1)) for clip in clips]
+    hook.remove()
+    rows = F.normalize(torch.stack(pooled), dim=1)
+    scores = [(row * weight).sum() for row, weight in zip(rows, weigh(rows.detach()), strict=True)]
+    gradients = torch.autograd.grad(sum(scores), kept)
+    maps = [
+        (grid * slope.mean((2, 3), keepdim=True)).sum(1).relu()
+        for grid, slope in zip(kept, gradients, strict=True)
+    ]
+    return [one.detach() for one in maps], rows.detach()
+
+
+def margins(rows: Tensor) -> Tensor:
+    return torch.stack((rows[1] - rows[2], rows[0], -rows[0]))
+
+
+def weights(rows: Tensor) -> Tensor:
+    anchor, near, far = rows
+    return ((1 - (anchor - near).abs()) * (anchor - far).abs()).expand(3, -1)
+
+
+@pytest.mark.parametrize("pooling", list(POOLINGS))
+@pytest.mark.parametrize(("method", "weigh"), [("similarity_cam", margins), ("sam", weights)])
+def test_maps_of_frames_are_those_of_plain_autograd_through_the_pooling(
+    tiny: TinyNet, clips: list[Tensor], method: str, weigh: Callable[..., Tensor], pooling: str
+) -> None:
+    result = explain(tiny, triplet(clips), method, "last", pooling=pooling)
+    wanted, rows = by_hand(tiny, clips, pooling, weigh)
+    assert result.frames == COUNTS
+    assert result.maps.shape[:2] == (1, sum(COUNTS))
+    torch.testing.assert_close(result.maps[0], torch.cat(wanted), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(result.embeddings[0], rows)
+    torch.testing.assert_close(result.distances[0], (rows[0] - rows[1:]).norm(dim=1))
+    assert torch.equal(result.images[0], torch.cat(clips))
+
+
+def test_saliency_of_frames_is_the_gradient_at_their_pixels(
+    tiny: TinyNet, clips: list[Tensor]
+) -> None:
+    result = explain(tiny, triplet(clips), "saliency")
+    leaves = [clip.clone().requires_grad_() for clip in clips]
+    rows = F.normalize(
+        torch.stack([F.normalize(tiny(clip), dim=1).mean(0) for clip in leaves]), dim=1
+    )
+    scores = (rows * margins(rows.detach())).sum()
+    found = torch.autograd.grad(scores, leaves)
+    wanted = torch.cat([slope.abs().amax(dim=1) for slope in found])
+    torch.testing.assert_close(result.maps[0], wanted, rtol=1e-3, atol=1e-7)
+
+
+def test_a_set_of_one_frame_is_the_image(tiny: TinyNet, clips: list[Tensor]) -> None:
+    images = [clip[:1] for clip in clips]
+    for method in ("sam", "similarity_cam"):
+        plain = explain(tiny, Comparison.triplet(*images), method)
+        sets = explain(tiny, triplet(images), method)
+        torch.testing.assert_close(sets.maps, plain.maps)
+        torch.testing.assert_close(sets.heatmaps, plain.heatmaps)
+        torch.testing.assert_close(sets.scores, plain.scores)
+
+
+def test_a_frame_that_is_repeated_changes_nothing_but_shares_its_map(
+    tiny: TinyNet, clips: list[Tensor]
+) -> None:
+    """The mean of equal embeddings is one of them, and each frame has a part of the gradient."""
+    once = [clip[:1] for clip in clips]
+    twice = [once[0].expand(2, -1, -1, -1), *once[1:]]
+    one, two = (explain(tiny, triplet(each), "similarity_cam") for each in (once, twice))
+    torch.testing.assert_close(two.distances, one.distances)
+    torch.testing.assert_close(two.maps[:, 0] + two.maps[:, 1], one.maps[:, 0])
+
+
+def test_frames_of_one_item_are_drawn_on_one_scale(tiny: TinyNet, clips: list[Tensor]) -> None:
+    dim = [clip.clone() for clip in clips]
+    dim[0][0] *= 0.05
+    result = explain(tiny, triplet(dim), "similarity_cam")
+    tops = result.heatmaps[0].amax(dim=(1, 2))
+    shown = result.maps[0].amax(dim=(1, 2))
+    for frames in ((0, 1, 2), (3, 4), (5,)):
+        own = list(frames)
+        assert tops[own].max() == pytest.approx(1)
+        assert tops[own].argmax() == shown[own].argmax()
+    assert tops[:3].min() < 0.99
+
+
+def test_the_model_and_the_images_are_left_as_they_were(tiny: TinyNet, clips: list[Tensor]) -> None:
+    tiny.train()
+    before = [clip.clone() for clip in clips]
+    state = {name: value.clone() for name, value in tiny.state_dict().items()}
+    explain(tiny, triplet(clips))
+    assert tiny.training
+    assert all(torch.equal(a, b) for a, b in zip(before, clips, strict=True))
+    assert all(torch.equal(value, state[name]) for name, value in tiny.state_dict().items())
+
+
+def test_sets_against_a_given_vector_and_magnified(tiny: TinyNet, clips: list[Tensor]) -> None:
+    vector = F.normalize(torch.randn(10, generator=torch.Generator().manual_seed(2)), dim=0)
+    comparison = Comparison(clips[0][None], vector[None, None], vector[None, None][:, :0])
+    result = explain(tiny, comparison, "similarity_cam", magnify=2)
+    row = F.normalize(F.normalize(tiny(clips[0]), dim=1).mean(0), dim=0)
+    assert result.frames == (3,)
+    assert result.members == ("anchor", "positive vector")
+    assert result.images.shape == (1, 3, 3, 48, 64)
+    torch.testing.assert_close(result.embeddings[0, 0], row.detach())
+    assert result.moved is not None
+    assert result.moved.shape == (1, 3)
+
+
+def test_what_does_not_fit_is_one_sentence(tiny: TinyNet, clips: list[Tensor]) -> None:
+    sets = triplet(clips)
+    hole = [clip.clone() for clip in clips]
+    hole[0][1] = torch.nan
+    for comparison, options, kind, said in (
+        (sets, {"method": "occlusion"}, ModelError, "explained by the methods sam"),
+        (sets, {"layer": ["stem", "last"]}, ModelError, "at one layer"),
+        (sets, {"pooling": "median"}, ModelError, "pooling of mean, max"),
+        (triplet(hole), {}, ComparisonError, "at their end"),
+    ):
+        with pytest.raises(kind, match=said) as caught:
+            explain(tiny, comparison, **options)
+        assert str(caught.value).endswith(".")
+    fixed = as_similarity_model(tiny)
+    fixed.batch_size = 1
+    with pytest.raises(ModelError, match="takes 3 frames in one pass, but TinyNet takes 1"):
+        explain(fixed, sets)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """A folder of three frames, an animation of two, and a picture."""
+    (tmp_path / "clip").mkdir()
+    for number in range(3):
+        noise(40, 60, seed=number).save(tmp_path / "clip" / f"{number}.png")
+    first, second = noise(40, 60, seed=3), noise(40, 60, seed=4)
+    first.save(tmp_path / "pages.tiff", save_all=True, append_images=[second])
+    noise(40, 60, seed=5).save(tmp_path / "one.png")
+    return [tmp_path / "clip", tmp_path / "pages.tiff", tmp_path / "one.png"]
+
+
+def test_folders_and_pages_are_items(tiny: TinyNet, folders: list[Path], tmp_path: Path) -> None:
+    prepare = Preprocess(size=(24, 32), fit="squash")
+    model = as_similarity_model(tiny, preprocess=prepare)
+    result = explain_files(model, folders, "triplet", pooling="max")
+    assert result.frames == (3, 2, 1)
+    names = [Path(picture.path).name for picture in result.pictures]
+    assert names == ["0.png", "1.png", "2.png", "pages.tiff#1", "pages.tiff#2", "one.png"]
+    stack = [prepare(noise(40, 60, seed=seed))[0] for seed in range(6)]
+    wanted = explain(
+        model, triplet([torch.stack(stack[:3]), torch.stack(stack[3:5]), stack[5][None]]),
+        pooling="max",
+    )  # fmt: skip
+    torch.testing.assert_close(result.maps, wanted.maps)
+    assert len(result.peaks()) == 6
+    result.save(tmp_path / "out")
+    again = Explanation.load(tmp_path / "out")
+    assert again.frames == result.frames
+    assert again.roles == ("anchor",) * 3 + ("positive",) * 2 + ("negative",)
+    assert torch.equal(again.heatmaps, result.heatmaps)
+    titles = [axes.get_title().strip() for axes in again.figure().axes]
+    assert any(title.startswith("positive, frame 2") for title in titles)
+    first = explain_files(model, folders[1:], "siamese")
+    assert first.frames == ()
+    assert any("2 frames; the first one is used" in line for line in first.warnings)
+    assert first.pictures[0].image.tobytes() == read_picture(folders[1]).image.tobytes()
+
+
+def test_the_command_line(
+    run: Callable[..., Run], fails: Callable[..., str], here: Path, folders: list[Path]
+) -> None:
+    network = ("timm:test_resnet.r160_in1k", "--untrained", "--size", "64")
+    done = run("explain", *network, *folders[:2], "--arch", "siamese", "--frames", "mean",
+               "--out", "o", "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    said = json.loads(done.out)
+    assert said["frames"] == [3, 2]
+    assert [image["role"] for image in said["images"]] == ["anchor"] * 3 + ["positive"] * 2
+    plain = run("explain", *network, folders[0], folders[2], "--arch", "siamese", "--out", "p")
+    assert plain.code == 0, plain.err
+    assert sum(" anchor " in line for line in plain.out.splitlines()) == 3
+    (here / "empty").mkdir()
+    assert "found none" in fails("explain", *network, "empty", "a.png", "--arch", "siamese")
+    assert "methods sam" in fails(
+        "explain", *network, folders[0], "a.png", "--arch", "siamese", "--method", "occlusion"
+    )
