@@ -37,7 +37,17 @@ def schema() -> pyarrow.Schema:
     import pyarrow as pa
 
     several = pa.list_(pa.float64())
+    texts = pa.list_(pa.string())
     point = pa.struct([("x", pa.float64()), ("y", pa.float64())])
+    other = pa.struct(
+        [
+            ("method", pa.string()),
+            ("peaks", pa.list_(point)),
+            ("scores", several),
+            ("overlaps", several),
+            ("warnings", texts),
+        ]
+    )
     return pa.schema(
         [
             ("row", pa.int64()),
@@ -47,31 +57,18 @@ def schema() -> pyarrow.Schema:
             ("error", pa.string()),
             ("architecture", pa.string()),
             ("anchor", pa.string()),
-            ("positives", pa.list_(pa.string())),
-            ("negatives", pa.list_(pa.string())),
+            ("positives", texts),
+            ("negatives", texts),
             ("distances", several),
             ("condition", pa.string()),
             ("holds", pa.bool_()),
             ("margin", pa.float64()),
             ("peaks", pa.list_(point)),
             ("scores", several),
-            (
-                "others",
-                pa.list_(
-                    pa.struct(
-                        [
-                            ("method", pa.string()),
-                            ("peaks", pa.list_(point)),
-                            ("scores", several),
-                            ("overlaps", several),
-                            ("warnings", pa.list_(pa.string())),
-                        ]
-                    )
-                ),
-            ),
+            ("others", pa.list_(other)),
             ("moved", several),
             ("unexplained", several),
-            ("warnings", pa.list_(pa.string())),
+            ("warnings", texts),
             ("pictures", pa.list_(pa.int64())),
             ("maps_file", pa.string()),
             ("maps_key", pa.string()),
