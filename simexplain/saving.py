@@ -223,7 +223,7 @@ def restored(said: dict[str, Any], arrays: dict[str, Any]) -> Explanation:
     places = [image.get("geometry") for image in first]  # which older versions did not write
     rows = said.get("rows") or [said]  # likewise
     own = Explanation(
-        **_row_restored(rows[0], arrays, ""),
+        **_row_restored(said | {"warnings": rows[0]["warnings"]}, arrays, ""),
         embeddings=torch.from_numpy(arrays["embeddings"]),
         distances=torch.from_numpy(arrays["distances"]),
         positives=sum(
