@@ -28,7 +28,7 @@ from faithfulness import Store, group
 from faithfulness_data import SETTINGS, Data
 from faithfulness_measures import CHUNK, Counts, Record
 from faithfulness_networks import Network
-from faithfulness_page import head, line, told
+from faithfulness_page import header, line, told
 from faithfulness_rows import BOTH, FEW, ROWS, Explainer, Row
 from held_out import TRAINED
 from reporting import publish
@@ -155,7 +155,7 @@ def _about(trained: Mapping[str, Any], command: str) -> list[str]:
         f"{data.get('other classes')} other classes, the query's own vendor left out of the "
         "gallery.",
         "",
-        *head(["network", "input", "loss", "pictures seen", "Recall@1 before", "after"]),
+        *header(["network", "input", "loss", "pictures seen", "Recall@1 before", "after"]),
     ]
     for name, run in runs.items():
         said = run["options"]
@@ -171,7 +171,7 @@ def _about(trained: Mapping[str, Any], command: str) -> list[str]:
 def _overview(found: Networks) -> list[str]:
     """Every row and network, in short."""
     names = list(dict.fromkeys(name for rows in found.values() for name in rows))
-    lines = ["*category*, hit / distractor / energy.", "", *head(["method", *found])]
+    lines = ["*category*, hit / distractor / energy.", "", *header(["method", *found])]
     for name in names:
         cells = [
             " / ".join(f"{value:.2f}" for value in np.mean(rows[name]["category"], axis=0))
@@ -193,7 +193,7 @@ def _means(found: Networks) -> list[str]:
         if not own:
             continue
         columns = [f"{s}: {what}" for s in SETTINGS for what in MEASURES]
-        lines += ["", *head([f"{len(own)} {kind}", *columns])]
+        lines += ["", *header([f"{len(own)} {kind}", *columns])]
         for row in own[0]:
             if all(set(SETTINGS) <= set(one.get(row, {})) for one in own):
                 means = [
@@ -206,7 +206,7 @@ def _means(found: Networks) -> list[str]:
 
 def _table(rows: Mapping[str, Mapping[str, list[list[float]]]]) -> list[str]:
     """One network, with standard errors."""
-    lines = head(["method", "n", *(f"{s}: {what}" for s in SETTINGS for what in MEASURES)])
+    lines = header(["method", "n", *(f"{s}: {what}" for s in SETTINGS for what in MEASURES)])
     for name, found in rows.items():
         cells = [f"`{name}`", f"{len(found['category'])}"]
         for setting in SETTINGS:
