@@ -164,7 +164,7 @@ def _pointing(nets: Mapping[str, Mapping[str, Record]], data: Data) -> list[str]
     lines = [
         "Sorted by hits less distractor hits on *category*.",
         "",
-        *head([*head, "above published"]),
+        *header([*head, "above published"]),
     ]
     for name in _ranked(found, _margin):
         cells = [name, str(_count(found[name]))]
@@ -180,7 +180,7 @@ def _by_network(nets: Mapping[str, Mapping[str, Record]], data: Data) -> list[st
     key = f"points_{data.settings[-1]}"
     found = {name: _means(nets, name, key) for name in rows}
     head = [f"{net}, {setting}" for net in nets for setting in data.settings]
-    lines = ["Each network: hit / distractor.", "", *head(["method", *head])]
+    lines = ["Each network: hit / distractor.", "", *header(["method", *head])]
     for name in _ranked(found, _margin):
         cells = [name]
         for own in nets.values():
@@ -203,7 +203,7 @@ def _curves(nets: Mapping[str, Mapping[str, Record]]) -> list[str]:
     for baseline in BASELINES:
         head += [f"{baseline}: deletion", "insertion", "gain"]
     lines = ["Deletion and insertion on *category*, sorted by the mean of both gains.", ""]
-    lines += head([*head, "above published"])
+    lines += header([*head, "above published"])
     for name in _ranked(found, _gains):
         cells = [name, str(_count(found[name])), *_areas(found[name])]
         lines.append(line([*cells, _above(found, name, _gains)]))
@@ -217,7 +217,7 @@ def _costs(costs: Mapping[str, Costs]) -> list[str]:
         "in images of its own size (backward passes are not counted, they are in the seconds), and "
         "the median time. Other packages explain the scene alone, simexplain all three images.",
         "",
-        *head(["method", *head]),
+        *header(["method", *head]),
     ]
     names = list(dict.fromkeys(name for own in costs.values() for name in own))
     first = next(iter(costs.values()))
@@ -316,7 +316,7 @@ def _areas(values: np.ndarray) -> list[str]:
     return cells
 
 
-def head(cells: Sequence[str]) -> list[str]:
+def header(cells: Sequence[str]) -> list[str]:
     """The first two lines of a table."""
     return [line(cells), line(["---"] * len(cells))]
 

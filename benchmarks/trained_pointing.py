@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 import trained_networks
-from faithfulness import Store, group
+from faithfulness import Store, described, group
 from faithfulness_data import SETTINGS, Data
 from faithfulness_measures import CHUNK, Counts, Record
 from faithfulness_networks import Network
-from faithfulness_page import head, line, told
+from faithfulness_page import header, line, told
 from faithfulness_rows import BOTH, FEW, ROWS, Explainer, Row
 from held_out import TRAINED
 from reporting import publish
@@ -65,53 +65,61 @@ def scenes_of(emoji: Path) -> dict[str, Data]:
     }
 
 
-def rows_for(network: Network) -> dict[str, Explainer]:
+def rows_for(name: str, network: Network | None) -> dict[str, Explainer]:
     """What is measured: two layers where there are two, attention where there is some."""
-    found: dict[str, Explainer] = {name: ROWS[name] for name in (*FAST, *BLACK_BOXES)}
-    if network.layers[0] == network.layers[1]:
+    found: dict[str, Explainer] = {row: ROWS[row] for row in (*FAST, *BLACK_BOXES)}
+    if network is not None and network.layers[0] == network.layers[1]:
         found = {n: row for n, row in found.items() if getattr(row, "layers", "") != BOTH}
-    if "ViT" in network.name:
-        found |= ON_ATTENTION
-    return found
+    return found | ON_ATTENTION if "ViT" in name else found
 
 
-def networks(runs: Path, seed: int, wanted: Sequence[str] | None) -> Iterator[tuple[Network, str]]:
-    """The trained networks that are there and the random ones, with what tells their weights."""
+def networks(
+    runs: Path, seed: int, wanted: Sequence[str] | None, *, load: bool = True
+) -> Iterator[tuple[str, str, Network | None]]:
+    """Of every network its name, what tells its weights and, if asked for, the network itself."""
     for name in (*trained_networks.RUNS, *trained_networks.RANDOM):
         if wanted and not any(name.startswith(start) for start in wanted):
             continue
         file = trained_networks.weights_of(name, seed, runs)
         if name in trained_networks.RANDOM:
-            yield Network.of(name, trained_networks.random_network(name, seed)), f"seed{seed}"
+            model = trained_networks.random_network(name, seed) if load else None
+            yield name, f"seed{seed}", Network.of(name, model) if model else None
         elif file.is_file():
-            yield Network.of(name, load_model(str(file))), trained_networks.digest(file)
+            model = load_model(str(file)) if load else None
+            weights = trained_networks.digest(file)
+            yield name, weights, Network.of(name, model) if model else None
 
 
 def record_of(
-    network: Network, data: Data, store: Store, options: argparse.Namespace
+    name: str, network: Network | None, data: Data, store: Store, options: argparse.Namespace
 ) -> dict[str, Record]:
-    """All rows on the scenes of one half, a seed for every ten."""
-    rows = rows_for(network)
+    """All rows on the scenes of one half, a seed for every ten; without a network those known."""
+    rows = rows_for(name, network)
     if options.rows:
         rows = {n: row for n, row in rows.items() if any(n.startswith(w) for w in options.rows)}
     scenes, few = options.scenes, options.few if data.name.endswith("held-out") else 0
-    found: dict[str, list[Record]] = {name: [] for name in rows}
-    shards = -(-max(scenes, few) // CHUNK)
-    for shard in range(shards):
-        counts = Counts(
-            min(CHUNK, max(0, scenes - shard * CHUNK)), CHUNK,
-            min(CHUNK, max(0, few - shard * CHUNK)), 0, 1,
-        )  # fmt: skip
-        for name, row in rows.items():
-            done = options.done or (getattr(row, "tier", "") == FEW and options.fast)
-            seed = 1000 + shard
-            part = group(network, data, seed, {name: row}, counts, None, (), store, done=done)
-            found[name] += part.values()
-    joined = {name: parts for name, parts in found.items() if parts}
+    found: dict[str, list[Record]] = {row: [] for row in rows}
+    for shard in range(-(-max(scenes, few) // CHUNK)):
+        seed, counts = 1000 + shard, Counts(*(_part(n, shard) for n in (scenes, scenes, few)), 0, 1)
+        for title, row in rows.items():
+            if network is None:
+                made = f"{described(row)} {counts.told(row, data)}"
+                known = store.read((name, data.name, seed, title), made)
+                found[title] += [known] if known is not None else []
+                continue
+            done = getattr(row, "tier", "") == FEW and options.fast
+            part = group(network, data, seed, {title: row}, counts, None, (), store, done=done)
+            found[title] += part.values()
     return {
-        name: {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        for name, parts in joined.items()
+        title: {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        for title, parts in found.items()
+        if parts
     }
+
+
+def _part(count: int, shard: int) -> int:
+    """How many of so many scenes are in a shard."""
+    return min(CHUNK, max(0, count - shard * CHUNK))
 
 
 def listed(record: Record) -> dict[str, list[list[float]]]:
@@ -155,7 +163,7 @@ def _about(trained: Mapping[str, Any], command: str) -> list[str]:
         f"{data.get('other classes')} other classes, the query's own vendor left out of the "
         "gallery.",
         "",
-        *head(["network", "input", "loss", "pictures seen", "Recall@1 before", "after"]),
+        *header(["network", "input", "loss", "pictures seen", "Recall@1 before", "after"]),
     ]
     for name, run in runs.items():
         said = run["options"]
@@ -171,7 +179,7 @@ def _about(trained: Mapping[str, Any], command: str) -> list[str]:
 def _overview(found: Networks) -> list[str]:
     """Every row and network, in short."""
     names = list(dict.fromkeys(name for rows in found.values() for name in rows))
-    lines = ["*category*, hit / distractor / energy.", "", *head(["method", *found])]
+    lines = ["*category*, hit / distractor / energy.", "", *header(["method", *found])]
     for name in names:
         cells = [
             " / ".join(f"{value:.2f}" for value in np.mean(rows[name]["category"], axis=0))
@@ -193,7 +201,7 @@ def _means(found: Networks) -> list[str]:
         if not own:
             continue
         columns = [f"{s}: {what}" for s in SETTINGS for what in MEASURES]
-        lines += ["", *head([f"{len(own)} {kind}", *columns])]
+        lines += ["", *header([f"{len(own)} {kind}", *columns])]
         for row in own[0]:
             if all(set(SETTINGS) <= set(one.get(row, {})) for one in own):
                 means = [
@@ -206,7 +214,7 @@ def _means(found: Networks) -> list[str]:
 
 def _table(rows: Mapping[str, Mapping[str, list[list[float]]]]) -> list[str]:
     """One network, with standard errors."""
-    lines = head(["method", "n", *(f"{s}: {what}" for s in SETTINGS for what in MEASURES)])
+    lines = header(["method", "n", *(f"{s}: {what}" for s in SETTINGS for what in MEASURES)])
     for name, found in rows.items():
         cells = [f"`{name}`", f"{len(found['category'])}"]
         for setting in SETTINGS:
@@ -243,13 +251,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     emoji = options.emoji / "images" if (options.emoji / "images").is_dir() else options.emoji
     data = scenes_of(emoji)
     points: Points = {}
-    for network, weights in networks(options.runs, options.seed, options.networks):
+    asked = (options.runs, options.seed, options.networks)
+    for name, weights, network in networks(*asked, load=not options.done):
         store = Store(options.cache / weights[:12])
         for half in options.halves:
-            found = record_of(network, data[half], store, options)
+            found = record_of(name, network, data[half], store, options)
             if found:
-                rows = {name: listed(record) for name, record in found.items()}
-                points.setdefault(network.name, {})[half] = rows
+                rows = {row: listed(record) for row, record in found.items()}
+                points.setdefault(name, {})[half] = rows
     if options.record:
         publish(json.dumps(points, separators=(",", ":")) + "\n", options.record)
     trained = json.loads(options.trained.read_text("utf-8")) if options.trained.is_file() else {}
