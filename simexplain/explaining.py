@@ -514,7 +514,7 @@ def _out_of_range(model: SimilarityModel, pictures: Tensor) -> tuple[str, ...]:
     own = model.preprocess
     most = max(max(abs(m), abs(1 - m)) / s for m, s in zip(own.mean, own.std, strict=True))
     reached = float(pictures.abs().amax())
-    if reached <= _BEYOND * max(most, 1):
+    if not reached > _BEYOND * max(most, 1):  # also where nothing is known of the images
         return ()
     return (
         f"The images reach {reached:.3g}, where pictures prepared as this model has them reach "

@@ -229,7 +229,7 @@ def test_the_command_line_explains_a_folder(
     written("DINOv2", tmp_path / "net")
     done = run("explain", tmp_path / "net", *demo_paths, "--arch", "triplet", "--out", "out")
     assert done.code == 0, done.err
-    assert done.out.startswith("net, layer ")
+    assert ": net, layer " in done.out.splitlines()[0]
     assert (tmp_path / "out" / "explanation.png").is_file()
     listed = run("layers", tmp_path / "net", "--output", "patch_mean")
     assert listed.code == 0, listed.err

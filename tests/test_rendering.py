@@ -173,7 +173,7 @@ def test_figure_of_any_number_of_images(count: int, styles: tuple[str, ...]) -> 
     result = explained(count)
     figure = result.figure(styles=styles)
     shown = [axes for axes in figure.axes if axes.images]
-    assert len(shown) == count * (1 + len(styles))
+    assert len(shown) == count * (1 + len(result.rows) * len(styles))
     said = " ".join(axes.get_title() for axes in shown)
     for role in ("anchor", "positive", "negative"):
         assert said.count(role) == result.roles.count(role)

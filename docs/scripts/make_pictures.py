@@ -222,10 +222,10 @@ def sweep(model: SimilarityModel) -> Figure:
     )
 
 
-def write(figure: Figure, name: str) -> None:
+def write(figure: Figure, name: str, share: float = 1) -> None:
     """Writes a picture as a PNG of 256 colours, a third of its size in full colour."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white")
+    figure.savefig(buffer, format="png", facecolor="white", dpi=share * figure.dpi)
     picture = Image.open(buffer).convert("RGB")
     # k-means keeps the few bright colours of the heat, which plain median cut merges.
     palette = picture.reduce(3).quantize(256, kmeans=2)
@@ -261,7 +261,7 @@ def main() -> None:
     """Writes all pictures and tables and prints the tables."""
     TARGET.mkdir(parents=True, exist_ok=True)
     model = load_model(MODEL)
-    write(explain_files(model, TRIPLET).figure(), "demo")
+    write(explain_files(model, TRIPLET).figure(), "demo", share=0.75)
     signed = explain_files(model, TRIPLET, check=False, **SIGNED)
     write(line({k: draw(*signed.on_picture(1)) for k, draw in RENDERERS.items()}), "renderers")
     write(sweep(model), "sweep")

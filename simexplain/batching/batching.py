@@ -174,7 +174,7 @@ def _described(example: Explanation, explainer: RowExplainer) -> dict[str, Any]:
         "scale": example.scale,
         **placing(example),
         "view": list(explainer.view),
-        "rows": [
+        "maps": [
             {
                 "title": row.title,
                 "method": row.method,

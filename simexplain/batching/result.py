@@ -132,7 +132,7 @@ class BatchResult:
             ImageError: If a picture cannot be read.
         """
         record, said = self._good(row), self.manifest
-        shapes = said.get("rows") or [said]  # which older versions did not write
+        shapes = said.get("maps") or [said]  # which older versions did not write
         names = _stored_names(shapes)
         pictures = [f"{PICTURE}/{number}" for number in record["pictures"]]
         stored = self._tensors(record, (*TENSORS, *names), pictures)
