@@ -38,6 +38,7 @@ NETWORKS = {
     "class and distillation token": ("deit_tiny_distilled_patch16_224", {}),
     "registers": ("vit_small_patch14_reg4_dinov2", {"patch_size": 16, "init_values": 0.5}),
     "queries and keys normalised": ("vit_tiny_patch16_224", {"qk_norm": True}),
+    "more places than dimensions": ("vit_tiny_patch16_224", {"embed_dim": 12}),
 }
 
 
@@ -72,9 +73,10 @@ def test_tails_that_read_every_token_are_run_whole() -> None:
         assert trace_vectors(model, images, (layer,)).short(layer, 0) is None
 
 
-def test_a_matching_costs_at_most_eight_forward_passes() -> None:
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_a_matching_costs_at_most_eight_forward_passes(name: str) -> None:
     """Floating-point operations of products, which no load on the machine changes."""
-    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=112).eval()
+    network = timm.create_model(name, num_classes=0, img_size=112).eval()
     images = torch.rand(2, 3, 112, 112)
     model = as_similarity_model(network)
     with FlopCounterMode(display=False) as plain, torch.no_grad():

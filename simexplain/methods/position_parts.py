@@ -131,8 +131,6 @@ class _Tail:
         )
         # Of a few directions the whole tail is as quick.
         self.short = whole.short(layer, number) if self.products.width > _FEW else None
-        if self.short is not None:
-            self.products.forward = False
 
     def direct(self, tick: Ticker) -> PositionParts:
         """``J A``, and what is left of the vectors where the layer gives zeros."""
