@@ -34,8 +34,11 @@ _TIERS = (
 )
 """What a layout must reach: likeness, its multiple of chance, and slope; guesses need more.
 
-Maps of the networks in the matrix reach 0.55 at the least, sums over as many clusters 0.4 at most.
+Sequences of the networks in the matrix that are maps reach 0.55 at the least, sums over as many
+clusters as there are cells 0.4 at most.
 """
+_TWO_AXES = (0.35, 2.5, 0.02)
+"""What is enough where a tensor has the two axes of a known grid, which clusters have not."""
 _POOLING = tuple(
     kind
     for kind in vars(nn.modules.pooling).values()
@@ -129,7 +132,8 @@ class Maps:
             exact = self._exact.get((layout.grid, layout.region), layout.region)
             # Above what padding shifts, layers may look elsewhere again.
             likeness, slope = max(self.likeness(responses, r) for r in {exact, layout.region})
-            least, chance, least_slope = _TIERS[tier]
+            two_axes = tier <= _KNOWN and layout.kind in ("NCHW", "NHWC")
+            least, chance, least_slope = _TWO_AXES if two_axes else _TIERS[tier]
             least = max(least, chance / math.sqrt(3 * layout.grid[0] * layout.grid[1]))
             if likeness < least or slope < least_slope:
                 continue
