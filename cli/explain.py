@@ -90,7 +90,8 @@ def command(
     different, positives = given.pop("different"), given.pop("positives")
     vectors = vectors_from(given)
     if not vectors:
-        _check_images(len(paths), arch)
+        of_two = given["second_model"] is not None or Path(model).exists()
+        _check_images(len(paths), arch, of_two=of_two)
         said = arch or "siamese"
         near = positives_of(said, len(paths), different=different, positives=positives)
     elif other or arch or different:
@@ -127,8 +128,14 @@ def command(
         report(result, files)
 
 
-def _check_images(count: int, arch: str | None) -> None:
+def _check_images(count: int, arch: str | None, *, of_two: bool) -> None:
     """Refuses images without an arrangement, and one image that is compared with nothing.
+
+    Args:
+        count: How many images there are.
+        arch: Their arrangement, if given.
+        of_two: Whether the model may be one that scores pairs, which needs none; names of a hub
+            are of models of one image.
 
     Raises:
         click.UsageError: If so.
@@ -138,7 +145,7 @@ def _check_images(count: int, arch: str | None) -> None:
             "Expected another image beside ANCHOR, or --text, --vector, --class-folder or "
             "--direction to compare it with."
         )
-    if arch is None and count > 2:  # of two, the model may be one that scores pairs
+    if arch is None and (count > 2 or not of_two):
         raise click.UsageError(_NO_ARCH)
 
 

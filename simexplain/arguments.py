@@ -24,6 +24,8 @@ Made = TypeVar("Made", bound=Callable[..., Any])
 _LOOKED_AT = 1000
 """So many items of a long sequence are looked at."""
 _NETWORKS = ("model", "module")
+_WITH_FILES = ("explain", "match", "attribute", "segment")
+"""Functions on tensors that have one on picture files, with ``_files`` after the name."""
 _COUNTS = ("max_batch", "batch_size")
 """What counts images in one forward pass, wherever it is an argument."""
 
@@ -34,7 +36,8 @@ def typed(made: Made) -> Made:
     A class is decorated below ``@dataclass``: its fields are compared before its own checks.
     Numbers of numpy count as numbers, lists as tuples; NaN is none; extra options are left alone.
 
-    Networks are left to ``as_similarity_model``, which says more about what is none.
+    Networks are left to ``as_similarity_model``, which says more about what is none, and what is in
+    a list of pictures to ``read_pictures``, which says at which place it is.
 
     Raises:
         ArgumentError: In a call, if an argument is not of its kind.
@@ -148,6 +151,8 @@ def _fits_container(value: Any, origin: Any, inner: tuple[Any, ...]) -> bool:
     if issubclass(origin, Sequence):
         if not isinstance(value, origin) or (isinstance(value, str) and _wants(inner[0], str)):
             return False  # a text is a sequence of letters, which nobody means
+        if _wants(inner[0], Image.Image):
+            return True
         return all(fits(one, inner[0]) for one in value[:_LOOKED_AT])
     return isinstance(value, origin)
 
@@ -173,11 +178,17 @@ _PLAIN: dict[Any, tuple[str, str]] = {
 def _named(hint: Any, *, many: bool = False) -> str:
     """What a hint stands for, in words."""
     origin, inner = get_origin(hint), get_args(hint)
+    if _wants(hint, Image.Image):
+        none = " or None" if type(None) in inner else ""
+        kinds = "(files, PIL pictures or arrays)" if many else "(a file, PIL picture or array)"
+        return f"{'pictures' if many else 'a picture'} {kinds}{none}"
     if origin in (Union, types.UnionType):
         *rest, last = dict.fromkeys(_named(one, many=many) for one in inner)
         return f"{', '.join(rest)} or {last}" if rest else last
     if origin is Literal:
         return f"one of {', '.join(map(repr, inner))}"
+    if inner == (str, Any):
+        return "pairs (name, value)" if many else "a pair (name, value)"
     if origin is tuple and Ellipsis not in inner:
         return f"({', '.join(_named(one) for one in inner)})"
     if origin is tuple or (isinstance(origin, type) and issubclass(origin, Sequence)):
@@ -206,6 +217,7 @@ def described(value: Any) -> str:
         return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
     if isinstance(value, (tuple, list)) and 0 < len(value) <= 4:
         inside = ", ".join(map(described, value))
+        inside += "," * (isinstance(value, tuple) and len(value) == 1)
         return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
     kind = value.__name__ if isinstance(value, type) else type(value).__name__
     return f"the class {kind}" if isinstance(value, type) else f"an object of {kind}"
@@ -239,6 +251,12 @@ def check_pixels(what: str, images: Any, axes: int = 1) -> None:
 def _advice(value: Any, hint: Any, owner: str) -> str:
     """What to do about it."""
     text, words = _named(hint), isinstance(value, str)
+    if _is_nan(value):
+        return "give a finite number"
+    if isinstance(value, (tuple, list)) and any(map(_is_nan, value)):
+        return "give finite numbers"
+    if _wants(hint, Tensor) and owner in _WITH_FILES:
+        return f"use {owner}_files for picture files, or model.preprocess to make tensors of them"
     if _wants(hint, Tensor):
         return (
             "pictures become tensors with model.preprocess, or take the function for files "
@@ -253,8 +271,24 @@ def _advice(value: Any, hint: Any, owner: str) -> str:
         return "wrap a network with as_similarity_model, load files with load_model"
     if isinstance(value, nn.Module):
         return "give the name that the layer has in named_modules()"
-    if words and "list" in text:
+    if _wants(hint, nn.Module) and isinstance(value, (str, os.PathLike)):
+        return "load files with load_model"
+    if _fits_in(value, hint):
         return "put it into a list"
     if words and ("number" in text or "true" in text):
         return "write it without quotes"
     return f"help({owner}) describes it"
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, (float, np.floating)) and math.isnan(value)
+
+
+def _fits_in(value: Any, hint: Any) -> bool:
+    """Whether a value is one item of the list that a hint stands for."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits_in(value, one) for one in inner)
+    if not isinstance(origin, type) or not issubclass(origin, (Sequence, tuple)):
+        return False
+    return (origin is not tuple or Ellipsis in inner) and fits(value, inner[0])

@@ -175,7 +175,7 @@ def test_what_is_no_image_or_model(kind: str) -> None:
         (lambda image: image.permute(0, 2, 3, 1), "3 channels"),
         (lambda image: image[:, :1], "3 channels"),
         (lambda image: image[:, :, :0], "nothing in it"),
-        (lambda image: image[None], "(1, 1, 3, 32, 32)"),
+        (lambda image: image[None, None], "(1, 1, 1, 3, 32, 32)"),
         (lambda image: image.to(torch.uint8), "uint8"),
         (lambda image: image.to(torch.complex64), "complex64"),
         (lambda image: image.to_sparse(), "to_dense"),

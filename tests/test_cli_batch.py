@@ -118,7 +118,7 @@ def test_another_weight_rule_on_resume(
 ) -> None:
     assert run("batch", network, table, "--out", "out").code == 0
     error = fails("batch", network, table, "--out", "out", "--resume", "--weights", "relative")
-    assert "begun with option weights='paper', and cannot go on with 'relative'" in error
+    assert "begun without option weights, and cannot go on with option weights='relative'" in error
     assert "holds a batch already" in fails("batch", network, table, "--out", "out")
 
 

@@ -21,14 +21,15 @@ PAIR = ("--arch", "siamese")
     ("bad", "said"),
     [
         ("none.jpg", "no file"),
-        (".", "folder"),
+        ("nothing", "folder"),
         ("text.jpg", "not a picture"),
         ("empty.png", "not a picture"),
         ("cut.jpg", "cut off"),
         ("strip.png", "elongated"),
     ],
 )
-def test_bad_pictures(fails: Callable[..., str], bad: str, said: str) -> None:
+def test_bad_pictures(fails: Callable[..., str], here: Path, bad: str, said: str) -> None:
+    (here / "nothing").mkdir()
     for order in (("a.png", bad), (bad, "a.png")):
         text = fails("explain", NETWORK, *order, *PAIR, *FAST, "--out", "out", "--json")
         assert said in text
@@ -157,7 +158,9 @@ def test_existing_results(run: Callable[..., Run], fails: Callable[..., str], he
     fails(*arguments(2, "--force")[:3], "none.png", "--arch", "siamese", "--out", "out", "--force")
     assert run(*arguments(2, "--force")).code == 0
     assert sorted(path.name for path in (here / "out").iterdir()) == [
-        "explanation.json", "explanation.png", "heatmap_0_anchor.png", "heatmap_1_positive.png",
+        "explanation.json", "explanation.png",
+        "heatmap_0_anchor.png", "heatmap_0_anchor_row2_focus.png",
+        "heatmap_1_positive.png", "heatmap_1_positive_row2_focus.png",
         "maps.npz", "mine.txt",
     ]  # fmt: skip
 

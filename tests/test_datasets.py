@@ -247,7 +247,7 @@ def test_cars_first_98_models_train(tmp_path: Path) -> None:
 
 def test_the_other_layout_of_cars_is_named(tmp_path: Path) -> None:
     (tmp_path / "cars_annos.mat").touch()
-    assert "write its paths and labels into a CSV file" in refused("cars", tmp_path)
+    assert "write their paths and labels into a CSV file" in refused("cars", tmp_path)
 
 
 def test_sop_takes_the_authors_lists(tmp_path: Path) -> None:

@@ -627,7 +627,10 @@ def test_any_network_is_trained_as_the_model_it_becomes(wrap) -> None:
         ({"images": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)}, "of torch.uint8"),
         ({"labels": torch.zeros(4)}, "whole numbers as labels"),
         ({"seed": None}, "whole number as the seed of this step, got None"),
-        ({"model": "resnet18"}, "Expected an nn.Module, got str"),
+        (
+            {"model": "resnet18"},
+            "Expected an nn.Module, got 'resnet18'; load files",
+        ),
     ],
 )
 def test_raw_inputs_are_refused_in_a_sentence(linear, change: dict, said: str) -> None:

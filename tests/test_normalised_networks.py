@@ -472,7 +472,7 @@ def test_networks_that_normalise_cost_no_more(plain: nn.Module, images: Tensor) 
     explain(model, pair, "decomposition", "net.act")  # the layers are looked up once
     for method, options in (("decomposition", {}), ("similarity_cam", {"score": "held"})):
         runs.clear()
-        explain(model, pair, method, "net.act", **options)
+        explain(model, pair, method, "net.act", check=False, **options)
         assert sum(runs) == 2
     runs.clear()
     match(model, images[:1], images[1:2], "net.act")

@@ -172,7 +172,7 @@ def test_what_cannot_work_is_one_sentence(tmp_path: Path) -> None:
     for call, said in (
         (lambda: build_index(pair, DEMO, tmp_path / "x"), "A pair model compares two images"),
         (lambda: as_similarity_model(Tracker()), "takes template, search; for a score of two"),
-        (lambda: as_pair_model("net"), "Expected modules"),
+        (lambda: as_pair_model("net"), "Expected an nn.Module as first, got 'net'; load"),
         (lambda: explain(pair, Comparison.pair(*images[:2, None]), "focus"), "method 'focus' does"),
         (lambda: as_pair_model(TinyNet(), TinyNet()).score(images, images), "no learned score"),
     ):

@@ -144,8 +144,10 @@ def test_what_does_not_fit_is_refused() -> None:
     pairs = tuple(torch.zeros(1, dtype=torch.long) for _ in range(4))
     with pytest.raises(ComparisonError, match="use QuadrupletMiner"):
         QuadrupletLoss()(rows, LABELS, pairs)
-    with pytest.raises(ModelError, match="finite margins"):
+    with pytest.raises(ModelError, match="a number as margin, got nan; give a finite number"):
         QuadrupletLoss(float("nan"))
+    with pytest.raises(ModelError, match="finite margins"):
+        QuadrupletLoss(float("inf"))
 
 
 def test_given_quadruplets_are_taken_as_they_are() -> None:

@@ -57,7 +57,9 @@ def test_other_kinds_of_settings() -> None:
     assert "true or false" in refused(**margin, loss_options=(("learn_beta", "maybe"),))
     assert "to be a name, got 3" in refused(loss_options=(("negatives", 3),))
     assert "among margin, negatives, got 'foo'" in refused(loss_options=(("foo", 1),))
-    assert "pairs (name, value), got 'margin'" in refused(loss_options=("margin",))
+    assert "a list of pairs (name, value) as loss_options, got ('margin',)" in refused(
+        loss_options=("margin",)
+    )
     each_level = (("margin", (0.1, 0.2, "x")),)
     assert "got 'x'" in refused(avsl=True, loss="triplet", loss_options=each_level)
     with_options(TrainOptions(), {"avsl": True, "loss_options": (("margin", (0.1, 0.2, 0.3)),)})

@@ -66,6 +66,10 @@ def _named(method: Methods) -> str:
     return f"{type(method).__name__}({own})"
 
 
+def _having(name: str, settings: Mapping[str, Any]) -> str:
+    return f"with {name}={settings[name]!r}" if name in settings else f"without {name}"
+
+
 def check_same(folder: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Whether a batch can go on with these settings, this model and these pictures.
 
@@ -78,8 +82,8 @@ def check_same(folder: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) -
     for name in {**theirs, **ours}:
         if theirs.get(name) != ours.get(name):
             raise ModelError(
-                f"The batch in '{folder}' was begun with {name}={theirs.get(name)!r}, and "
-                f"cannot go on with {ours.get(name)!r}; leave it as it was or {again}"
+                f"The batch in '{folder}' was begun {_having(name, theirs)}, and cannot go on "
+                f"{_having(name, ours)}; leave it as it was or {again}"
             )
     if not _same_model(begun["model"], now["model"]):
         raise ModelError(

@@ -52,9 +52,6 @@ class Picture:
 PictureSource = str | Path | Image.Image | NDArray[Any] | Picture
 """What verbs on pictures take: a file, a picture of PIL, or an array."""
 
-PICTURES = (str, Path, Image.Image, np.ndarray, Picture)
-"""The same, to tell one picture from several."""
-
 
 def read_pictures(sources: Sequence[PictureSource]) -> list[Picture]:
     """Several pictures; those without a path are called ``image 1`` and so on, by their place.
@@ -62,7 +59,7 @@ def read_pictures(sources: Sequence[PictureSource]) -> list[Picture]:
     Raises:
         ImageError: As for :func:`read_picture`.
     """
-    return [read_picture(one, f"image {place + 1}") for place, one in enumerate(sources)]
+    return [_picture(one, f"image {place + 1}") for place, one in enumerate(sources)]
 
 
 @typed
@@ -84,6 +81,10 @@ def read_picture(path: PictureSource, name: str = "image 1") -> Picture:
         ImageError: If the file is missing, not a picture, cut off or too large, or what was given
             is no picture.
     """
+    return _picture(path, name)
+
+
+def _picture(path: PictureSource, name: str) -> Picture:
     if not isinstance(path, (str, Path)):
         return _in_memory(path, name)
     if is_banded(path):

@@ -34,7 +34,6 @@ ZERO = "zero"
 
 
 @dataclass(frozen=True)
-@typed
 class MiningOptions:
     """How similarity mining is done; the defaults are the paper's where it says something.
 

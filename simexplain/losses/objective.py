@@ -146,7 +146,6 @@ class Objective(nn.Module):
         step(images, labels, seed).backward()
     """
 
-    @typed
     def __init__(self, terms: Mapping[str, tuple[float, Term]]) -> None:
         """Takes the terms.
 

@@ -110,9 +110,6 @@ def as_pair_model(
     Raises:
         ModelError: If a part is not a module.
     """
-    for part in (first, second, head):
-        if part is not None and not isinstance(part, nn.Module):
-            raise ModelError(f"Expected modules for a pair model, got {type(part).__name__}.")
     prepared = (preprocess, second_preprocess or preprocess)
     if second is None and head is None:
         whole = [

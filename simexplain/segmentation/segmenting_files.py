@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from simexplain.arguments import typed
-from simexplain.data.images import PICTURES, Picture, PictureSource, read_pictures
+from simexplain.data.images import Picture, PictureSource, read_pictures
 from simexplain.data.preprocessing import Geometry, Preprocess, prepared
 from simexplain.errors import ComparisonError
 from simexplain.evaluation.items import read_mask
@@ -81,7 +81,7 @@ def segment_files(
         ModelError: If the model or a layer cannot be used.
     """
     wrapped = as_similarity_model(model)
-    _check(supports, others, support_masks, view)
+    _check(supports, support_masks, view)
     chosen = cue or default_cue(method)
     prepare = whole_view(wrapped.preprocess) if view == "whole" else wrapped.preprocess
     pictures = read_pictures((test, *supports, *others))
@@ -152,20 +152,11 @@ def _masks(
 
 def _check(
     supports: Sequence[PictureSource],
-    others: Sequence[PictureSource],
     masks: Sequence[str | Path] | None,
     view: str,
 ) -> None:
-    single = isinstance(supports, PICTURES)
-    if single or not supports:
-        raise ComparisonError(
-            "Expected a list of at least one support picture, got "
-            f"{'one path' if single else 'none'}."
-        )
-    if isinstance(others, PICTURES):
-        raise ComparisonError("Expected a list of pictures of other classes, got one path.")
-    if isinstance(masks, (str, Path)):
-        raise ComparisonError("Expected a list of support masks, got one path.")
+    if not supports:
+        raise ComparisonError("Expected a list of at least one support picture, got none.")
     if masks is not None and len(masks) != len(supports):
         raise ComparisonError(
             f"Expected a mask for each of {len(supports)} supports, got {len(masks)}."
