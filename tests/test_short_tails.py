@@ -85,3 +85,25 @@ def test_a_matching_costs_at_most_eight_forward_passes(name: str) -> None:
     with FlopCounterMode(display=False) as counted:
         match(model, images[:1], images[1:], "blocks.11.norm1")
     assert counted.get_total_flops() <= 8 * plain.get_total_flops()
+
+
+def test_queries_keys_and_values_may_be_made_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers has it: three linear layers read the layer, not one."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
+    config = transformers.ViTConfig(
+        **sizes, intermediate_size=192, image_size=64, initializer_range=0.2
+    )
+    network = transformers.ViTModel(config, add_pooling_layer=False).eval()
+    images = torch.rand(2, 3, 64, 64)
+    model, layer = as_similarity_model(network), "layers.2.layernorm_before"
+    found = trace_vectors(model, images, (layer,)).short(layer, 0)
+    assert found is not None
+    assert len(found.linears) == 3
+    short = position_parts(model, images, layer, steps=3)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_FEW", 10**9)
+        whole = position_parts(model, images, layer, steps=3)
+    size = float(whole.parts.abs().max())
+    torch.testing.assert_close(short.parts, whole.parts, rtol=1e-3, atol=1e-4 * size)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from simexplain import Preprocess, as_similarity_model, explain_files, load_model, save_model
 from simexplain.errors import ModelError, OutputError
-from simexplain.models.loading import Pixels
+from simexplain.models.loading import Pixels, load_pair_model
 
 SIZE = (24, 32)
 OWN = Preprocess(SIZE, "squash", 1.0, "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "own training")
@@ -154,7 +154,32 @@ class Dictionary(nn.Module):
         return {"features": found * found, "embedding": found}
 
 
+class Odd(nn.Module):
+    """A buffer, tied weights, one parameter in two places, and control flow on sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = TinyNet()
+        wide = self.trunk(torch.zeros(1, 3, 32, 32)).shape[1]
+        self.first, self.second = nn.Linear(wide, wide), nn.Linear(wide, wide)
+        self.second.weight = self.first.weight
+        self.inner = nn.ModuleList([self.first])
+        self.register_buffer("middle", torch.rand(wide))
+        self.register_buffer("left_out", torch.rand(wide), persistent=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if images.shape[-1] > 100:
+            images = nn.functional.avg_pool2d(images, 2)
+        found = self.trunk(images) - self.middle + self.left_out
+        return found, self.second(self.inner[0](found))
+
+
 CASES = {
+    "odd": (lambda: Odd(), 1),
+    "half": (lambda: TinyNet().bfloat16(), None),
+    "double": (lambda: TinyNet().double(), None),
+    "channels last": (lambda: TinyNet().to(memory_format=torch.channels_last), None),
+    "frozen": (lambda: TinyNet().requires_grad_(False), None),
     "plain": (lambda: TinyNet(), None),
     "shared": (lambda: SharedNet(), None),
     "key": (lambda: Dictionary(), "embedding"),
@@ -211,6 +236,54 @@ def test_what_a_bare_module_is_given_is_saved(tmp_path: Path, tiny: nn.Module) -
     save_model(model, tmp_path / "other.pt2", preprocess=OWN)
     assert load_model(tmp_path / "other.pt2").preprocess == OWN
     assert model.preprocess != OWN
+
+
+class Both(nn.Module):
+    """Takes two images and gives their score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = TinyNet()
+
+    def forward(self, one: Tensor, two: Tensor) -> Tensor:
+        return (self.trunk(one) * self.trunk(two)).sum(dim=1)
+
+
+def test_a_module_of_two_images_is_saved(tmp_path: Path, run: Callable[..., Run]) -> None:
+    network = Both().train()
+    save_model(network, tmp_path / "pair.pt2", preprocess=OWN)
+    assert network.trunk.training
+    network.eval()
+    again = load_pair_model(tmp_path / "pair.pt2")
+    assert (again.first.preprocess, again.second.preprocess) == (OWN, OWN)
+    one, two = torch.rand(2, 5, 3, *SIZE)
+    with torch.no_grad():
+        for count in (1, 2, 5):
+            wanted = network(one[:count], two[:count])
+            assert torch.allclose(again.score(one[:count], two[:count]), wanted, atol=1e-5)
+    line = ("explain", tmp_path / "pair.pt2", "a.png", "b.jpg", "--no-check")
+    done = run(*line, "--method", "occlusion")
+    assert done.code == 0, done.err
+
+
+def test_a_network_without_layers_to_draw_is_saved(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE[0] * SIZE[1], 4)).eval()
+    save_model(network, tmp_path / "net.pt2", preprocess=OWN)
+    again = load_model(tmp_path / "net.pt2")
+    images = torch.rand(3, 3, *SIZE)
+    with torch.no_grad():
+        assert torch.allclose(again.vectors(images), network(images), atol=1e-5)
+    assert again.preprocess == OWN
+
+
+def test_what_cannot_be_saved_for_another_reason_gets_no_advice_on_exporting(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        save_model(Odd(), tmp_path / "net.pt2", preprocess=OWN)
+    assert str(caught.value).endswith("pick the embedding with output=.")
+    assert "control flow" not in str(caught.value)
+    assert not list(tmp_path.glob("net*"))
 
 
 class Branching(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from simexplain.tapes import Call, Held, Tape
 
@@ -22,8 +23,9 @@ class ShortTail:
 
     The last block of a class-token transformer attends for every token, but only the class token is
     read. Its query alone is needed of the attention, and everything above it for one token instead
-    of all. The gradient is taken at the output of the linear layer that makes queries, keys and
-    values: it acts on each token by itself, so a change of a token goes through it by one product.
+    of all. The gradient is taken at the output of the linear layers that make queries, keys and
+    values, one for all of them or one each: they act on each token by itself, so a change of a
+    token goes through them by one product.
     Both make the same numbers as the whole tail, which is checked on every call.
 
     Attributes:
@@ -32,7 +34,7 @@ class ShortTail:
         attention: The number of the call of attention.
         tokens: How many tokens there are.
         read: How many of them, from the first on, are read.
-        linear: The number of the call of the linear layer, or None where there is none.
+        linears: The numbers of the calls of the linear layers; empty where others read the layer.
     """
 
     tape: Tape
@@ -40,7 +42,7 @@ class ShortTail:
     attention: int
     tokens: int
     read: int
-    linear: int | None
+    linears: tuple[int, ...]
 
     def run(
         self, output: Tensor, change: Tensor, held: Mapping[int, Held]
@@ -57,21 +59,24 @@ class ShortTail:
             that tensor.
         """
         assert self.tape.result is not None
-        point, at, first = output.detach(), self.source, 0
-        if self.linear is not None:
-            call = self.tape.calls[self.linear]
-            weight, at, first = call.flat[1].detach(), call.outputs[0], self.linear + 1
+        point, sizes = output.detach(), [output.shape[-1]]
+        ends = [self.source]
+        if self.linears:
+            calls = [self.tape.calls[number] for number in self.linears]
+            ends = [call.outputs[0] for call in calls]
+            sizes = [end.shape[-1] for end in ends]
             with torch.no_grad():
-                bias = call.flat[2] if len(call.flat) > 2 else None
-                point = torch.nn.functional.linear(point, weight, bias)
-                change = torch.nn.functional.linear(change, weight)
+                point = torch.cat([call.run([point, *call.flat[1:]]) for call in calls], dim=-1)
+                change = torch.cat([F.linear(change, call.flat[1]) for call in calls], dim=-1)
         point = point.requires_grad_()
         cut = {
             number: self._cut(held.get(number))
             for number in range(self.attention + 1, len(self.tape.calls))
         }
         ways = {**held, **cut, self.attention: self._attend}
-        found = self.tape.replay({id(at): point.clone()}, ways, first=first)
+        with torch.enable_grad():
+            parts = point.clone().split(sizes, dim=-1)
+        found = self.tape.replay(dict(zip(map(id, ends), parts, strict=True)), ways)
         return found[id(self.tape.result)], point, change
 
     def _attend(self, call: Call, flat: Sequence[Any]) -> Tensor:
@@ -124,7 +129,7 @@ def short_tail(tape: Tape, source: Tensor, held: Mapping[int, Held]) -> ShortTai
     if _masked(call) or not 0 < read <= _MOST or not _only_through(tape, number):
         return None
     found = ShortTail(
-        tape, source, number, int(call.flat[0].shape[-2]), read, _first_linear(tape, source)
+        tape, source, number, int(call.flat[0].shape[-2]), read, _linears(tape, source)
     )
     try:
         again = found.run(source.detach(), source.detach(), held)[0].detach()
@@ -168,17 +173,18 @@ def _only_through(tape: Tape, attention: int) -> bool:
     return True
 
 
-def _first_linear(tape: Tape, source: Tensor) -> int | None:
-    """The linear layer that alone reads a layer's output, as it is."""
+def _linears(tape: Tape, source: Tensor) -> tuple[int, ...]:
+    """The linear layers that read a layer's output, as it is, where nothing else reads it."""
     value = tape.number_of(source)
     for _ in range(2):  # the copy of the output, and what reads it
         users = [n for n, call in enumerate(tape.calls) if value in call.inputs.values()]
-        if len(users) != 1:
-            return None
-        call = tape.calls[users[0]]
-        if call.name == "linear" and call.inputs.keys() == {0} and call.outputs[0].dim() == 3:
-            return users[0]
-        if getattr(call.func, "__name__", "") != "clone":
-            return None
-        value = call.values[0]
-    return None
+        calls = [tape.calls[number] for number in users]
+        if all(
+            call.name == "linear" and call.inputs.keys() == {0} and call.outputs[0].dim() == 3
+            for call in calls
+        ):
+            return tuple(users)
+        if len(calls) != 1 or getattr(calls[0].func, "__name__", "") != "clone":
+            return ()
+        value = calls[0].values[0]
+    return ()

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from simexplain.errors import ModelError, first_line
+from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import Embedder, picked
+from simexplain.models.pairs import PairModel
 from simexplain.networks import at_least_single, undisturbed
 
 _TOLERANCE = 1e-4
@@ -30,28 +32,54 @@ def exported_bytes(model: Embedder) -> bytes:
     Raises:
         ModelError: If it cannot be exported, or its program gives other vectors; says why.
     """
-    kind = type(model.module).__name__
-    try:
+    with _said(model.module):
         twin = _twin(model)
-        example = _examples(model)
-        with _quiet(), torch.no_grad(), undisturbed(twin):
-            program = torch.export.export(
-                twin, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},)
-            )
-            wanted, got = twin(example), program.module()(example)
-        content = io.BytesIO()
-        with _quiet():
-            torch.export.save(program, content)
+        return _exported(twin, (_examples(model, model.batch_size or 2),))
+
+
+def exported_pair_bytes(pair: PairModel) -> bytes:
+    """The content of a ``.pt2`` file whose program gives the scores of two batches of images.
+
+    Args:
+        pair: Made from a module whose ``forward`` takes two images.
+
+    Raises:
+        ModelError: As for :func:`exported_bytes`.
+    """
+    assert pair.joint is not None
+    with _said(pair.joint):
+        twin = copy.deepcopy(pair.joint)
+        return _exported(twin, (_examples(pair.first, 2), _examples(pair.second, 2)))
+
+
+@contextmanager
+def _said(module: nn.Module) -> Iterator[None]:
+    """Turns whatever torch.export raises into a sentence."""
+    try:
+        yield
+    except ModelError:
+        raise
     except Exception as error:  # torch.export raises as many kinds of errors as there are networks
         raise ModelError(
-            f"{kind} cannot be written as an exported program ({_reason(error)}); say backbone= if "
-            "timm or torchvision builds it, rewrite that part without control flow on values, or "
-            "keep the module in Python and use as_similarity_model."
+            f"{type(module).__name__} cannot be written as an exported program ({_reason(error)}); "
+            "say backbone= if timm or torchvision builds it, rewrite that part without control "
+            "flow on values, or keep the module in Python and use as_similarity_model."
         ) from error
+
+
+def _exported(twin: nn.Module, examples: tuple[Tensor, ...]) -> bytes:
+    shapes = tuple({0: torch.export.Dim.AUTO} for _ in examples)
+    with _quiet(), torch.no_grad(), undisturbed(twin):
+        program = torch.export.export(twin, examples, dynamic_shapes=shapes)
+        wanted, got = twin(*examples), program.module()(*examples)
+    content = io.BytesIO()
+    with _quiet():
+        torch.export.save(program, content)
     if not torch.allclose(wanted, got, atol=_TOLERANCE * float(wanted.abs().max()), rtol=0):
         raise ModelError(
-            f"The exported program of {kind} gives other vectors than the module, which may draw "
-            "random numbers or change itself; keep it in Python and use as_similarity_model."
+            f"The exported program of {type(twin).__name__} gives other results than the module, "
+            "which may draw random numbers or change itself; keep it in Python and use "
+            "as_similarity_model."
         )
     return content.getvalue()
 
@@ -71,10 +99,9 @@ def _twin(model: Embedder) -> nn.Module:
     return network
 
 
-def _examples(model: Embedder) -> Tensor:
-    """Two different images, since a single one would fix the number; or as many as it takes."""
+def _examples(model: SimilarityModel, count: int) -> Tensor:
+    """So many different images, at least two since a single one would fix the number."""
     image = model.example()
-    count = model.batch_size or 2
     shades = torch.linspace(1.0, 0.5, count, device=image.device, dtype=image.dtype)
     return image * shades.view(-1, 1, 1, 1)
 

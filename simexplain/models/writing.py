@@ -13,7 +13,7 @@ from torch import nn
 
 from simexplain.arguments import typed
 from simexplain.data.preprocessing import Preprocess
-from simexplain.errors import ModelError, OutputError, first_line
+from simexplain.errors import ModelError, NetworkError, OutputError, TwoImagesError, first_line
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_files import avsl_tensors
 from simexplain.models.backbones import preprocess_of_timm
@@ -21,8 +21,9 @@ from simexplain.models.base import SimilarityModel
 from simexplain.models.checkpoints import FORMAT_KEY, SCHEMA
 from simexplain.models.embedder import Embedder, as_similarity_model
 from simexplain.models.exported import ExportedNetwork
-from simexplain.models.exporting import exported_bytes
+from simexplain.models.exporting import exported_bytes, exported_pair_bytes
 from simexplain.models.hub import quiet_transformers
+from simexplain.models.pairs import as_pair_model
 from simexplain.models.preparing import UNSTATED
 from simexplain.models.readouts import OUTPUTS, package_of
 from simexplain.models.rebuilding import rebuilt
@@ -48,8 +49,9 @@ def save_model(
     * one that timm or torchvision rebuilds from its name: a file of tensors and plain values;
     * one of transformers or sentence-transformers: a folder, as the package itself writes it, with
       preprocessing, distance and the choice of vector in ``simexplain.json``;
-    * any other module: an exported program (``.pt2``), with the same and the default layers in a
-      JSON file beside it (``model.pt2.json``).
+    * any other module, also one whose ``forward`` takes two images: an exported program
+      (``.pt2``), with the same and the default layers in a JSON file beside it
+      (``model.pt2.json``).
 
     Args:
         model: A network, or a similarity model made from one.
@@ -63,7 +65,13 @@ def save_model(
         OutputError: If the file or folder cannot be written.
     """
     path = Path(path)
-    by_name = backbone is not None or isinstance(model, AVSL) or _is_rebuilt_by_name(model)
+    try:
+        by_name = backbone is not None or isinstance(model, AVSL) or _is_rebuilt_by_name(model)
+    except TwoImagesError:
+        pair = as_pair_model(model, preprocess=preprocess)
+        beside = Sidecar(_prepared(pair.first.preprocess)).to_json()
+        _write_program(exported_pair_bytes(pair), beside, path)
+        return
     if not by_name:
         wrapped = as_similarity_model(model, preprocess=preprocess, distance=distance)
         if preprocess is not None and wrapped is model:
@@ -71,8 +79,15 @@ def save_model(
             wrapped.preprocess = preprocess
         if package_of(wrapped.network) in _FOLDERS:
             _write_folder(wrapped, path)
+        elif not isinstance(wrapped, Embedder) or isinstance(wrapped.network, ExportedNetwork):
+            raise ModelError(
+                f"{wrapped.name} is a program already, which cannot be written again; copy its "
+                "file."
+            )
         else:
-            _write_program(wrapped, path)
+            beside = _beside(wrapped)
+            beside.pop("output", None)  # the program gives the vectors themselves
+            _write_program(exported_bytes(wrapped), beside, path)
         return
     _write(_content(model, backbone, preprocess, distance), path)
 
@@ -149,28 +164,36 @@ def _is_rebuilt_by_name(model: nn.Module) -> bool:
 
 def _beside(model: SimilarityModel) -> dict[str, Any]:
     """Preprocessing, distance, vector and layers of a model, as a sidecar has them."""
-    layers = model.layers
-    default = next(layer.name for layer in layers if layer.default)
-    stages = tuple(layer.name for layer in layers if layer.stage)
-    prepare = model.preprocess.to_json()
-    prepare["notes"] = [note for note in model.preprocess.notes if UNSTATED not in note]
     sidecar = Sidecar(
-        prepare,
+        _prepared(model.preprocess),
         getattr(model, "distance_name", None),
         model.readout.output if isinstance(model, Embedder) and model.readout else None,
-        LayerTable(default, stages),
+        _layer_table(model),
     )
     return sidecar.to_json()
 
 
-def _write_program(model: SimilarityModel, path: Path) -> None:
+def _prepared(preprocess: Preprocess) -> dict[str, Any]:
+    """Preprocessing as a sidecar has it, without the note that it is assumed."""
+    notes = [note for note in preprocess.notes if UNSTATED not in note]
+    return preprocess.to_json() | {"notes": notes}
+
+
+def _layer_table(model: SimilarityModel) -> LayerTable | None:
+    """The layers to use when none are named; None for a network that pixels alone explain."""
+    try:
+        layers = model.layers
+    except NetworkError:
+        raise
+    except ModelError:
+        return None
+    default = next((layer.name for layer in layers if layer.default), None)
+    stages = tuple(layer.name for layer in layers if layer.stage)
+    return None if default is None else LayerTable(default, stages)
+
+
+def _write_program(content: bytes, beside: dict[str, Any], path: Path) -> None:
     """An exported program, and what it cannot say of itself beside it."""
-    if not isinstance(model, Embedder) or isinstance(model.network, ExportedNetwork):
-        raise ModelError(
-            f"{model.name} is a program already, which cannot be written again; copy its file."
-        )
-    content, beside = exported_bytes(model), _beside(model)
-    beside.pop("output", None)  # the program gives the vectors themselves
     sidecar = path.with_name(f"{path.name}.json")
     try:
         with tempfile.TemporaryDirectory(prefix=".simexplain-", dir=path.absolute().parent) as made:
