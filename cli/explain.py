@@ -20,7 +20,15 @@ from simexplain.saving import MAIN_FILES, manifest
 
 from .given_vectors import vector_options, vectors_from
 from .method_options import method_from, method_options
-from .options import OneOf, aligned, busy, free_folder, model_options, tell_shares
+from .options import (
+    OneOf,
+    aligned,
+    busy,
+    free_folder,
+    model_options,
+    tell_hardly_seen,
+    tell_shares,
+)
 from .pair_models import any_model_from, explain_pair, pair_options, report_pair
 
 if TYPE_CHECKING:
@@ -157,6 +165,7 @@ def report(result: Explanation, files: dict[str, str]) -> None:
         about = f"row {number}, {row.title}: " if several else ""
         click.echo(f"{about}{result.model}, {where}method {row.method}")
     click.echo(aligned(_table(result)))
+    tell_hardly_seen((result.pictures,), (result.geometries,))
     click.echo(verdict(result))
     for row in result.rows:
         tell_shares(row.bypass, None if row.unexplained is None else row.unexplained.max())

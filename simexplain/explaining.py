@@ -513,8 +513,9 @@ def _out_of_range(model: SimilarityModel, pictures: Tensor) -> tuple[str, ...]:
     """A warning for images that can hardly be preprocessed as the model's pictures are."""
     own = model.preprocess
     most = max(max(abs(m), abs(1 - m)) / s for m, s in zip(own.mean, own.std, strict=True))
-    reached = float(pictures.abs().amax())
-    if not reached > _BEYOND * max(most, 1):  # also where nothing is known of the images
+    # Frames that an item does not have are NaN.
+    reached = float(pictures.abs().nan_to_num(0, posinf=torch.inf).amax())
+    if reached <= _BEYOND * max(most, 1):
         return ()
     return (
         f"The images reach {reached:.3g}, where pictures prepared as this model has them reach "

@@ -50,6 +50,7 @@ class Trace:
         to_grid: Turns ``(layer, output)`` into a map ``(M,C,h,w)``.
         diagnose: Finds out, at the price of one more pass, why a layer has no gradient.
         tapes: What the network did above the layers, for each chunk, where that was recorded.
+        counts: The images in each chunk, with what filled it up.
     """
 
     embeddings: Tensor
@@ -57,6 +58,7 @@ class Trace:
     to_grid: Callable[[str, Tensor], Tensor]
     diagnose: Callable[[str], str]
     tapes: tuple[Tape, ...] = ()
+    counts: tuple[int, ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -106,7 +108,14 @@ class Trace:
         if len(present) < len(chunks):
             raise ModelError(self.diagnose(layer))
         # Not joined before: some layers have their images along another axis.
-        return _joined([self.to_grid(layer, chunk) for chunk in present], len(self.embeddings))
+        grids = [self.to_grid(layer, chunk) for chunk in present]
+        for grid, count in zip(grids, self.counts, strict=False):
+            if len(grid) != count:
+                raise ModelError(
+                    f"Expected one map for each image at layer '{layer}', got {len(grid)} for "
+                    f"{count} (the network cuts or joins images); take a layer before or after."
+                )
+        return _joined(grids, len(self.embeddings))
 
 
 @contextmanager
@@ -175,6 +184,7 @@ def trace(
         to_grid=lambda layer, output: model.to_grid(layer, output, pixels),
         diagnose=lambda layer: _diagnosis(model, images[:size], layer),
         tapes=tuple(tapes),
+        counts=tuple(len(row) for row in rows),
     )
 
 

@@ -190,6 +190,7 @@ def test_folders_and_pages_are_items(tiny: TinyNet, folders: list[Path], tmp_pat
     model = as_similarity_model(tiny, preprocess=prepare)
     result = explain_files(model, folders, "triplet", pooling="max")
     assert result.frames == (3, 2, 1)
+    assert not any("The images reach" in line for line in result.warnings)
     names = [Path(picture.path).name for picture in result.pictures]
     assert names == ["0.png", "1.png", "2.png", "pages.tiff#1", "pages.tiff#2", "one.png"]
     stack = [prepare(noise(40, 60, seed=seed))[0] for seed in range(6)]

@@ -74,9 +74,11 @@ def test_segment_sees_all_unless_told(both: Callable[..., tuple[str, dict[str, A
     assert "The network saw" not in text
 
 
-def test_explain_says_it_where_the_view_lies(
+def test_explain(
     both: Callable[..., tuple[str, dict[str, Any]]],
 ) -> None:
-    _, said = both("explain", NETWORK, "wide.png", "square.png", "--arch", "siamese")
+    text, said = both("explain", NETWORK, "wide.png", "square.png", "--arch", "siamese")
     shares = [image["geometry"]["seen"] for image in said["images"]]
     assert shares == pytest.approx([WIDE, SQUARE], abs=0.02)
+    assert f"{LINE} 'wide.png'" in text
+    assert "square.png'" not in text.split(LINE)[1].split(";")[0]

@@ -259,3 +259,24 @@ def test_tuple_outputs_go_on_whole(images: Tensor) -> None:
     comparison = Comparison.pair(images[:1], images[1:2])
     whole, inner = (explain(net, comparison, layer=name).maps for name in ("pair", "pair.conv"))
     torch.testing.assert_close(whole, inner)
+
+
+class Crops(nn.Module):
+    """Four crops of every image go through the layers as images of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU())
+
+    def forward(self, images: Tensor) -> Tensor:
+        crops = torch.stack(
+            [images[..., y : y + 24, x : x + 24] for y in (0, 8) for x in (0, 8)], 1
+        )
+        return self.trunk(crops.flatten(0, 1)).mean((2, 3)).unflatten(0, (-1, 4)).mean(1)
+
+
+def test_a_layer_that_runs_on_other_images_than_those_given_is_refused() -> None:
+    model = as_similarity_model(Crops())
+    first, second = torch.rand(2, 1, 3, 32, 32)
+    with pytest.raises(ModelError, match="one map for each image at layer 'trunk', got 4 for 1"):
+        explain(model, Comparison.pair(first, second), "similarity_cam", layer="trunk", check=False)
