@@ -75,7 +75,7 @@ class ShortTail:
         }
         ways = {**held, **cut, self.attention: self._attend}
         with torch.enable_grad():
-            parts = point.clone().split(sizes, dim=-1)
+            parts = torch.split(point.clone(), sizes, dim=-1)
         found = self.tape.replay(dict(zip(map(id, ends), parts, strict=True)), ways)
         return found[id(self.tape.result)], point, change
 
