@@ -28,6 +28,9 @@ _WITH_FILES = ("explain", "match", "attribute", "segment")
 """Functions on tensors that have one on picture files, with ``_files`` after the name."""
 _COUNTS = ("max_batch", "batch_size")
 """What counts images in one forward pass, wherever it is an argument."""
+_TIMES = ("steps", "samples", "count", "masks", "triplets", "epochs", "iterations")
+"""What says how often something is done, wherever it is an argument."""
+_MOST_TIMES = 1_000_000
 
 
 def typed(made: Made) -> Made:
@@ -104,6 +107,10 @@ def _check(name: str, value: Any, hint: Any, owner: str) -> None:
         )
     if name in _COUNTS and value is not None and value < 1:
         raise ArgumentError(f"Expected {name} of at least 1, got {value}.")
+    if name in _TIMES and isinstance(value, int) and value > _MOST_TIMES:
+        raise ArgumentError(
+            f"Expected {name} of at most {_MOST_TIMES:,}, got {value}; so many would never end."
+        )
 
 
 def fits(value: Any, hint: Any) -> bool:

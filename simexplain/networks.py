@@ -84,8 +84,9 @@ def _failure(network: nn.Module, images: Tensor, error: Exception) -> str:
     said = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
     first = next((one for one in network.modules() if isinstance(one, nn.Conv2d)), None)
     if first is not None and isinstance(error, RuntimeError) and first.in_channels != channels:
+        plural = "s" * (first.in_channels != 1)
         return (
-            f"Expected images of {first.in_channels} channels, as the first convolution of "
+            f"Expected images of {first.in_channels} channel{plural}, as the first convolution of "
             f"{type(network).__name__} takes, got {channels}x{height}x{width} ({said}); give "
             "images (B,C,H,W) with that many channels."
         )

@@ -42,6 +42,9 @@ from simexplain.batching.rows import read_rows
 from simexplain.errors import NetworkError, SimexplainError
 from simexplain.fitting.bank import BankOptions
 from simexplain.methods import METHODS, options_of
+from simexplain.metrics.curves import deletion
+from simexplain.metrics.intervals import bootstrap_mean
+from simexplain.metrics.stability import infidelity
 
 WRONG: dict[str, Any] = {
     "string": "x", "tuple": (0.2, 0.4), "None": None, "NaN": math.nan, "negative": -1,
@@ -396,3 +399,26 @@ def test_tables_with_the_index_of_pandas(index: str, tmp_path: Path) -> None:
     assert [path.name for path in item.paths] == ["a.png", "b.png", "c.png"]
     (row,) = read_rows(table)[0]
     assert (row.anchor, row.positives, row.negatives) == ("a.png", ("b.png",), ("c.png",))
+
+
+def test_what_would_never_end_is_refused(tmp_path: Path) -> None:
+    model, both, many = tiny_model(), pair(), 10**12
+    for name in "ab":
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (4, 4)).save(tmp_path / "own" / name / f"{number}.png")
+    one, two = images(2)[:1], images(2)[1:]
+    for made in (
+        lambda: match(model, one, two, steps=many),
+        lambda: explain(model, both, "decomposition", steps=many),
+        lambda: simexplain.sample_comparisons(tmp_path / "own", many),
+        lambda: simexplain.build_index(model, tmp_path / "own", tmp_path / "index", steps=many),
+        lambda: deletion(lambda x: x.sum((1, 2, 3)), one[0], one[0, 0], steps=many),
+        lambda: bootstrap_mean([1.0, 2.0], samples=many),
+        lambda: infidelity(lambda x: x.sum((1, 2, 3)), one, one[:, 0], samples=many),
+    ):
+        said = a_sentence(made)
+        assert "at most" in said
+        assert str(many) in said
+    drawn = simexplain.sample_comparisons(tmp_path / "own", 10**6, arch="siamese")
+    assert len(drawn) == 4  # the two ordered pairs of each class

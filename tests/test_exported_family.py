@@ -296,7 +296,7 @@ def test_no_pass_exceeds_the_largest_batch(method: str, tmp_path: Path) -> None:
     rest = stack.transpose(0, 1)
     comparison = Comparison(stack[0], positives=rest[:, 1:3], negatives=rest[:, 3:])
     options: dict[str, Any] = {} if method in ("saliency", "sbsm") else {"layer": "last"}
-    ours = explain(model, comparison, method, **options)
+    ours = explain(model, comparison, method, **options, max_batch=64)
     assert max(counts) <= 3
     whole = explain(network, comparison, method, **options)
     assert torch.allclose(ours.embeddings, whole.embeddings, atol=1e-5)

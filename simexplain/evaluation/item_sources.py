@@ -34,6 +34,7 @@ SAMPLED = {"siamese": (1, 0), "triplet": (1, 1), "quadruplet": (1, 2)}
 
 _MASK = "_mask"
 _TRIES = 50
+_MISSED = 30
 
 
 @typed
@@ -101,11 +102,13 @@ def sample_comparisons(
     draws = random.Random(seed)
     draws.shuffle(anchors)
     found: dict[tuple[Path, ...], None] = {}
+    missed = 0  # draws in a row that were known already
     for number in range(_TRIES * count):
         paths = _drawn(classes, *anchors[number % len(anchors)], *SAMPLED[arch], draws)
+        missed = missed + 1 if paths is None or paths in found else 0
         if paths is not None:
             found.setdefault(paths)
-        if len(found) == count:
+        if len(found) == count or missed > _MISSED * (len(found) + len(anchors)):
             break
     if not found:
         raise ComparisonError(f"Expected enough pictures of other classes in '{folder}'.")

@@ -24,7 +24,7 @@ from simexplain.matching.factors import (
 )
 from simexplain.matching.result import Matching
 from simexplain.methods.jacobians import Progress
-from simexplain.methods.position_parts import PositionParts, position_parts
+from simexplain.methods.position_parts import MOST_STEPS, PositionParts, position_parts
 from simexplain.methods.unexplained import unexplained_warning
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
@@ -81,6 +81,8 @@ def match(
     for name, number in (("steps", steps), ("max_batch", max_batch)):
         if number is not None and number < 1:
             raise ComparisonError(f"Expected {name} of at least 1, got {number}.")
+    if steps > MOST_STEPS:
+        raise ComparisonError(f"Expected steps of at most {MOST_STEPS}, got {steps}.")
     if layer is None:
         layer = wrapped.default_for(first)
     layer = layer_name(wrapped.network, layer)

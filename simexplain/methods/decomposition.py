@@ -13,7 +13,7 @@ from simexplain.comparison import Comparison
 from simexplain.errors import ModelError
 from simexplain.methods.directions import margin_directions
 from simexplain.methods.layer_maps import fuse
-from simexplain.methods.position_parts import EXACT, parts_of
+from simexplain.methods.position_parts import EXACT, MOST_STEPS, parts_of
 from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.methods.unexplained import unexplained_share, unexplained_warning
@@ -45,8 +45,10 @@ class Decomposition:
     keep_negative: bool = True
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ModelError(f"Expected steps of at least 1, got {self.steps}.")
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise ModelError(
+                f"Expected steps of at least 1 and at most {MOST_STEPS}, got {self.steps}."
+            )
 
     def __call__(
         self,

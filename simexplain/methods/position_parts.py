@@ -19,6 +19,9 @@ from simexplain.tracing import trace
 EXACT = 1e-5
 """Relative error below which a tail counts as linear along the way from zero."""
 
+MOST_STEPS = 1000
+"""Points of the quadrature; finding more of them takes long by itself, and brings nothing."""
+
 _FEW = 8
 """Directions below which a tail is not searched for what can be left out."""
 

@@ -22,6 +22,9 @@ Score = Callable[[Tensor], Tensor]
 _FLAT = 1e-5
 
 
+_MOST_STEPS = 100_000
+
+
 @dataclass(frozen=True)
 class Curve:
     """A score while more and more pixels are deleted, or revealed.
@@ -204,5 +207,5 @@ def _check(images: Tensor, heatmaps: Tensor, steps: int, least: float) -> None:
         )
     if not least >= 0:
         raise ComparisonError(f"Expected least to be at least 0, got {least}.")
-    if steps < 1:
-        raise ComparisonError(f"Expected at least one step, got {steps}.")
+    if not 1 <= steps <= _MOST_STEPS:
+        raise ComparisonError(f"Expected at least one step and at most {_MOST_STEPS}, got {steps}.")

@@ -17,6 +17,9 @@ FEW = 10
 _AT_ONCE = 2**22
 
 
+_MOST_SAMPLES = 1_000_000
+
+
 @dataclass(frozen=True)
 class Interval:
     """A mean with its confidence interval.
@@ -59,6 +62,8 @@ def bootstrap_mean(
         raise ComparisonError(
             f"Expected a level between 0 and 1 and at least one sample, got {level} and {samples}."
         )
+    if samples > _MOST_SAMPLES:
+        raise ComparisonError(f"Expected at most {_MOST_SAMPLES:,} samples, got {samples}.")
     given = torch.as_tensor(values, dtype=torch.float64).detach().flatten().cpu()
     valid = given[~given.isnan()]
     count, nan = len(valid), math.nan

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simexplain.arguments import typed
 from simexplain.errors import ComparisonError, SimexplainError
 from simexplain.metrics.curves import Score, baseline_of
 from simexplain.metrics.maps import grown
@@ -17,6 +18,7 @@ Explainer = Callable[[Tensor], Tensor]
 """From images ``(M,3,H,W)`` to their heatmaps ``(M,h,w)``."""
 
 
+@typed
 def infidelity(
     score: Score,
     images: Tensor,
@@ -89,6 +91,7 @@ def _punched(
     return holes, torch.where(holes > 0, ground, images)
 
 
+@typed
 def sensitivity(
     explainer: Explainer,
     images: Tensor,

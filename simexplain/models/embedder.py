@@ -249,7 +249,7 @@ def picked(result: Any, output: Output) -> Tensor:
     if not isinstance(result, Tensor):
         raise ModelError(
             f"Expected a tensor from the model, got {_described(result)}; "
-            "pick the embedding with output=."
+            'pick the embedding with output=, for a file by "output" in a JSON file beside it.'
         )
     return result
 

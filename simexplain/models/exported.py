@@ -142,7 +142,12 @@ class ExportedNetwork(nn.Module):
         Raises:
             ModelError: If it does not take that many images at once.
         """
-        limits, count = self._call.limits, len(images[0])
+        limits, count, channels = self._call.limits, len(images[0]), self._call.channels
+        if images[0].shape[1] != channels:
+            raise ModelError(
+                f"Expected images of {channels} channel{'s' * (channels != 1)}, as the exported "
+                f"program takes, got {images[0].shape[1]}; leave --channels (channels=) away."
+            )
         if limits.fixed not in (None, count):
             raise ModelError(
                 f"Expected {limits.fixed} images in one pass of the exported program, which takes "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from simexplain.arguments import typed
 from simexplain.data.folders import Record
 from simexplain.errors import ComparisonError, ModelError, OutputError
+from simexplain.methods.position_parts import MOST_STEPS
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
 from simexplain.networks import full_precision
@@ -288,3 +289,5 @@ def _check(path: Path, batch_size: int, width: int | None, steps: int, *, force:
     for name, number, least in limits:
         if number is not None and number < least:
             raise ComparisonError(f"Expected {name} of at least {least}, got {number}.")
+    if steps > MOST_STEPS:
+        raise ComparisonError(f"Expected steps of at most {MOST_STEPS}, got {steps}.")
