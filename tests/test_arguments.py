@@ -61,7 +61,7 @@ VERBS = (
     "faithfulness", "sanity_check", "evaluate_faithfulness", "evaluate_retrieval", "evaluate_reid",
     "evaluate_segmentation", "build_index", "update_index", "remove_from_index", "open_index",
     "search", "fit", "train", "build_bank", "explain_batch", "open_batch", "read_dataset",
-    "read_comparisons", "sample_comparisons", "read_picture", "centroid", "load_model",
+    "read_comparisons", "sample_comparisons", "centroid", "load_model",
     "save_model", "as_similarity_model", "as_pair_model", "similarity_weights", "soft_mask",
     "metric_loss", "trace", "accelerated", "check_training", "SimilarityMiningLoss",
     "QuadrupletLoss", "AttentionMaskLoss", "ClassHead", "ClassBalanced", "AVSLLoss", "AVSL",

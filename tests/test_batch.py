@@ -570,7 +570,7 @@ def stopped(table: Path, out: Path, **options: Any) -> None:
     [
         ({"method": "focus"}, "method='the default'"),
         ({"layer": "body"}, "layer="),
-        ({"weights": "signed"}, "option weights=None"),
+        ({"weights": "signed"}, "option weights"),
         ({"magnify": 2}, "magnify=1"),
         ({"scale": "shared"}, "scale='image'"),
         ({"how": BatchOptions(shard_rows=3)}, "shard_rows=2"),
@@ -583,7 +583,7 @@ def test_other_options_are_refused_on_resume(
     stopped(table, tmp_path / "out")
     before = contents(tmp_path / "out")
     options: dict[str, Any] = {"how": BatchOptions(shard_rows=2), **changed}
-    with pytest.raises(ModelError, match=f"begun with {said}"):
+    with pytest.raises(ModelError, match=f"begun (with|without) {said}"):
         explain_batch(tiny_model(), table, tmp_path / "out", resume=True, **options)
     assert contents(tmp_path / "out") == before
 

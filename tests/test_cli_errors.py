@@ -21,7 +21,7 @@ PAIR = ("--arch", "siamese")
     ("bad", "said"),
     [
         ("none.jpg", "no file"),
-        ("nothing", "folder"),
+        ("nothing", "found none"),
         ("text.jpg", "not a picture"),
         ("empty.png", "not a picture"),
         ("cut.jpg", "cut off"),

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from simexplain.arguments import typed
 from simexplain.data.bands import as_rgb, bands_last, bands_of, is_banded, read_bands
 from simexplain.data.quieting import pillow_quiet
 from simexplain.errors import ImageError, missing
@@ -62,7 +61,6 @@ def read_pictures(sources: Sequence[PictureSource]) -> list[Picture]:
     return [_picture(one, f"image {place + 1}") for place, one in enumerate(sources)]
 
 
-@typed
 def read_picture(path: PictureSource, name: str = "image 1") -> Picture:
     """Reads a picture file, or takes a picture from memory, which is left as it is.
 
