@@ -27,8 +27,9 @@ _FOLDER = "comparison"
 @click.command("compare")
 @click.argument("model")
 @click.argument("images", type=click.Path(), nargs=-1, required=True)
-@click.option("--arch", type=OneOf(list(ARCHITECTURES)), required=True,
-              help="siamese, triplet, quadruplet or set, as for explain.")  # fmt: skip
+@click.option("--arch", type=OneOf(list(ARCHITECTURES)),
+              help="siamese, triplet, quadruplet or set. [2 images: siamese, 3: triplet]",
+)  # fmt: skip
 @click.option("--different", is_flag=True, help="The pair of a siamese comparison is dissimilar.")
 @click.option("--positives", default=1, show_default=True, help="For set: how many are positives.")
 @click.option("--mask", "masks", multiple=True, type=click.Path(), metavar="FILE",
@@ -45,7 +46,7 @@ _FOLDER = "comparison"
 def command(
     model: str,
     images: tuple[str, ...],
-    arch: str,
+    arch: str | None,
     masks: tuple[str, ...],
     style: str,
     out: Path | None,
@@ -59,7 +60,7 @@ def command(
     are skipped with the reason. Example:
 
     \b
-      simexplain compare timm:tf_efficientnet_lite0 a.jpg b.jpg c.jpg --arch triplet \\
+      simexplain compare timm:tf_efficientnet_lite0 a.jpg b.jpg c.jpg \\
         --method sam:weights=signed --method decomposition
     """  # noqa: D301 - click wants the backspace character
     positives_of(arch, len(images), different=given["different"], positives=given["positives"])

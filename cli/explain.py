@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from simexplain.explanation import Explanation
 
 _FOLDER = "explanation"
-_NO_ARCH = f"Missing option '--arch', which says what the images are: {', '.join(ARCHITECTURES)}."
+_ALONE = (
+    "Expected another image beside ANCHOR, or --text, --vector, --class-folder or --direction to "
+    "compare it with."
+)
 
 
 @click.command("explain")
@@ -46,7 +49,7 @@ _NO_ARCH = f"Missing option '--arch', which says what the images are: {', '.join
     "--arch",
     type=OneOf(list(ARCHITECTURES)),
     help="siamese: 2 images; triplet: anchor, positive, negative; quadruplet: anchor, positive, "
-    "2 negatives; set: anchor, positives, negatives. Needed where there are several images.",
+    "2 negatives; set: anchor, positives, negatives. [siamese for 2 images, triplet for 3]",
 )
 @click.option("--different", is_flag=True, help="The pair of a siamese comparison is dissimilar.")
 @click.option("--positives", default=1, show_default=True, help="For set: how many are positives.")
@@ -88,8 +91,8 @@ def command(
     the first of two towers. Examples:
 
     \b
-      simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg c.jpg --arch triplet
-      simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg --arch siamese --method focus
+      simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg c.jpg
+      simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg --method focus
       simexplain explain clip-folder/ a.jpg --text "a red bag" --not-text "a blue bag"
       simexplain explain timm:tf_efficientnet_lite0 a.jpg --class-folder shop/bags
       simexplain explain tracker.pt2 template.jpg frame.jpg
@@ -98,10 +101,9 @@ def command(
     different, positives = given.pop("different"), given.pop("positives")
     vectors = vectors_from(given)
     if not vectors:
-        of_two = given["second_model"] is not None or Path(model).exists()
-        _check_images(len(paths), arch, of_two=of_two)
-        said = arch or "siamese"
-        near = positives_of(said, len(paths), different=different, positives=positives)
+        if not other:
+            raise click.UsageError(_ALONE)
+        near = positives_of(arch, len(paths), different=different, positives=positives)
     elif other or arch or different:
         raise click.UsageError(
             "Expected one image to explain against texts, vectors or folders, without other "
@@ -118,15 +120,13 @@ def command(
             pair = explain_pair(network, paths, near, given)
         report_pair(pair, pair.save(out, force=force, styles=style), as_json=as_json)
         return
-    if not vectors and arch is None:
-        raise click.UsageError(_NO_ARCH)
     given = method_from(network, given)
     with busy(f"Explaining {len(paths)} images"):
         if vectors:
             result = vectors.explain(network, anchor, given)
         else:
             result = explain_files(
-                network, paths, arch or "", different=different, positives=positives, **given
+                network, paths, arch, different=different, positives=positives, **given
             )
     with busy(f"Writing {out}"):
         files = result.save(out, force=force, styles=style)
@@ -134,27 +134,6 @@ def command(
         click.echo(json.dumps(manifest(result, files), indent=2, ensure_ascii=False))
     else:
         report(result, files)
-
-
-def _check_images(count: int, arch: str | None, *, of_two: bool) -> None:
-    """Refuses images without an arrangement, and one image that is compared with nothing.
-
-    Args:
-        count: How many images there are.
-        arch: Their arrangement, if given.
-        of_two: Whether the model may be one that scores pairs, which needs none; names of a hub
-            are of models of one image.
-
-    Raises:
-        click.UsageError: If so.
-    """
-    if count < 2:
-        raise click.UsageError(
-            "Expected another image beside ANCHOR, or --text, --vector, --class-folder or "
-            "--direction to compare it with."
-        )
-    if arch is None and (count > 2 or not of_two):
-        raise click.UsageError(_NO_ARCH)
 
 
 def report(result: Explanation, files: dict[str, str]) -> None:

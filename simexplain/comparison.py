@@ -269,12 +269,34 @@ def architecture(positives: int, negatives: int) -> str:
     return {(1, 1): "triplet", (1, 2): "quadruplet"}.get((positives, negatives), "set")
 
 
-def positives_of(arch: str, count: int, *, different: bool = False, positives: int = 1) -> int:
-    """How many of ``count`` images are positives in an arrangement.
+def arch_of(count: int) -> str:
+    """The arrangement of ``count`` images where their number alone says it: a pair or a triplet.
+
+    Raises:
+        ComparisonError: If there is one image, or so many that several arrangements fit.
+    """
+    clear = {2: "siamese", 3: "triplet"}
+    if count in clear:
+        return clear[count]
+    if count < 2:
+        raise ComparisonError(f"Expected two or more images to compare, got {count}.")
+    fits = {name: order for name, (size, order) in ARCHITECTURES.items() if size in (None, count)}
+    named = " or ".join(f"{name} ({order})" for name, order in fits.items())
+    raise ComparisonError(
+        f"Two images are a siamese pair and three a triplet, but {count} need an arch (--arch): "
+        f"{named}."
+    )
+
+
+def positives_of(
+    arch: str | None, count: int, *, different: bool = False, positives: int = 1
+) -> int:
+    """How many of ``count`` images are positives in an arrangement, None for :func:`arch_of`.
 
     Raises:
         ComparisonError: If the arrangement is unknown or the number does not fit it.
     """
+    arch = arch_of(count) if arch is None else arch
     if arch not in ARCHITECTURES:
         raise ComparisonError(
             f"Expected arch to be one of {', '.join(ARCHITECTURES)}, got '{arch}'."
@@ -284,6 +306,8 @@ def positives_of(arch: str, count: int, *, different: bool = False, positives: i
         raise ComparisonError(f"Expected {wanted} images for {arch} ({order}), got {count}.")
     if different and arch != "siamese":
         raise ComparisonError(f"Expected a siamese pair with different, got {arch}.")
+    if positives != 1 and arch != "set":
+        raise ComparisonError(f"Expected a set (arch, --arch) with positives, got {arch}.")
     if arch != "set":
         return 0 if different else 1
     if count < 2 or not 0 <= positives < count:

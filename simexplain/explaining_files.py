@@ -32,7 +32,7 @@ from simexplain.tracing import trace
 def explain_files(
     model: nn.Module,
     paths: Sequence[PictureSource],
-    arch: str = "triplet",
+    arch: str | None = None,
     method: Methods = None,
     layer: Layers = None,
     *,
@@ -53,7 +53,8 @@ def explain_files(
         paths: Picture files, anchor first, then positives, then negatives; or pictures of PIL or
             arrays, as ``read_picture`` takes them, mixed with files as you like. A folder is one
             item of several frames: a video clip, photographs of one thing.
-        arch: ``siamese``, ``triplet``, ``quadruplet`` or ``set``.
+        arch: ``siamese``, ``triplet``, ``quadruplet`` or ``set``; unless given, two pictures are
+            siamese and three a triplet.
         method: As for :func:`~simexplain.explaining.explain`: a name, an object, several to make
             rows, or None for similarity attention as published and ``focus``.
         layer: A layer, several to be multiplied, or None for the model's default.

@@ -117,17 +117,27 @@ def test_files_are_written(triplet: Run, folder: Path) -> None:
         ("siamese", 2, ("--different", "--weights", "paper"), ["negative"]),
         ("quadruplet", 4, ("--layer", "layer3", "--layer", "layer4"),
          ["positive", "negative", "negative"]),
+        (None, 2, ("--weights", "relative"), ["positive"]),
+        (None, 3, ("--weights", "relative"), ["positive", "negative"]),
         ("set", 4, ("--positives", "2", "--weights", "signed", "--magnify", "1.5"),
          ["positive", "positive", "negative"]),
     ],
 )  # fmt: skip
 def test_text_output_of_every_arrangement(
-    folder: Path, arch: str, count: int, options: tuple[str, ...], roles: list[str]
+    folder: Path, arch: str | None, count: int, options: tuple[str, ...], roles: list[str]
 ) -> None:
-    out = folder / "-".join((arch, *options)).replace("--", "")
+    out = folder / "-".join((str(arch), str(count), *options)).replace("--", "")
     pictures = [*PICTURES, PICTURES[1]][:count]
     run = simexplain(
-        "explain", NETWORK, *pictures, "--arch", arch, *options, *FAST, "--out", out, cwd=folder
+        "explain",
+        NETWORK,
+        *pictures,
+        *(("--arch", arch) if arch else ()),
+        *options,
+        *FAST,
+        "--out",
+        out,
+        cwd=folder,
     )
     assert run.code == 0, run.err
     said = json.loads((out / "explanation.json").read_text(encoding="utf-8"))

@@ -78,7 +78,6 @@ def test_bad_values(fails: Callable[..., str], options: tuple[str, ...], said: s
     "arguments",
     [
         ("explain", NETWORK, "a.png", "b.jpg", "--arch", "pentuplet"),
-        ("explain", NETWORK, "a.png", "b.jpg"),
         ("explain", NETWORK, "a.png", *PAIR),
         ("explain", NETWORK, "a.png", "b.jpg", *PAIR, "--method", "none"),
         ("explain", NETWORK, "a.png", "b.jpg", *PAIR, "--size", "0"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simexplain.comparison import Comparison, architecture, positives_of, roles
+from simexplain.comparison import Comparison, arch_of, architecture, positives_of, roles
 from simexplain.errors import ComparisonError
 
 
@@ -68,6 +68,9 @@ def test_images_without_a_batch_axis_are_refused() -> None:
         ("quadruplet", 4, {}, 1),
         ("set", 5, {"positives": 3}, 3),
         ("set", 2, {"positives": 0}, 0),
+        (None, 2, {}, 1),
+        (None, 2, {"different": True}, 0),
+        (None, 3, {}, 1),
     ],
 )
 def test_positives_of(arch: str, count: int, options: dict, positives: int) -> None:
@@ -86,11 +89,23 @@ def test_positives_of(arch: str, count: int, options: dict, positives: int) -> N
         ("set", 3, {"positives": -1}),
         ("pair", 2, {}),
         ("triplet", 3, {"different": True}),
+        ("triplet", 3, {"positives": 2}),
+        (None, 1, {}),
+        (None, 3, {"different": True}),
+        (None, 3, {"positives": 2}),
     ],
 )
 def test_positives_of_refuses(arch: str, count: int, options: dict) -> None:
     with pytest.raises(ComparisonError, match="Expected"):
         positives_of(arch, count, **options)
+
+
+def test_the_number_of_images_says_pairs_and_triplets_alone() -> None:
+    assert [arch_of(2), arch_of(3)] == ["siamese", "triplet"]
+    with pytest.raises(ComparisonError, match=r"4 need an arch \(--arch\): quadruplet .* or set "):
+        arch_of(4)
+    with pytest.raises(ComparisonError, match=r"5 need an arch \(--arch\): set "):
+        arch_of(5)
 
 
 def test_names_of_arrangements() -> None:

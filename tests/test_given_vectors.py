@@ -299,4 +299,6 @@ def test_the_command_line_refuses(fails: Callable[..., str], here: Path) -> None
     usage = fails("explain", *NETWORK, "a.png", "b.jpg", "--vector", "v.npy", code=2)
     assert "one image" in usage
     assert "another image" in fails("explain", *NETWORK, "a.png", code=2)
-    assert "--arch" in fails("explain", *NETWORK, "a.png", "b.jpg", code=2)
+    four = fails("explain", *NETWORK, "a.png", "b.jpg", "a.png", "b.jpg")
+    assert "4 need an arch (--arch): quadruplet (" in four
+    assert " or set (" in four

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from simexplain.arguments import typed
-from simexplain.comparison import Comparison
+from simexplain.comparison import Comparison, arch_of
 from simexplain.data.images import PictureSource
 from simexplain.errors import ComparisonError, SimexplainError, first_line
 from simexplain.evaluation.comparison_result import ComparedMethod, MethodComparison
@@ -104,7 +104,7 @@ def compare_methods(
 def compare_files(
     model: nn.Module,
     paths: Sequence[PictureSource],
-    arch: str = "triplet",
+    arch: str | None = None,
     methods: Recipes = None,
     *,
     masks: Sequence[str | Path | None] | None = None,
@@ -124,7 +124,8 @@ def compare_files(
     Args:
         model: As for :func:`compare_methods`.
         paths: Picture files, pictures of PIL or arrays: anchor, then positives, then negatives.
-        arch: ``siamese``, ``triplet``, ``quadruplet`` or ``set``.
+        arch: ``siamese``, ``triplet``, ``quadruplet`` or ``set``; unless given, two pictures are
+            siamese and three a triplet.
         methods: As for :func:`compare_methods`.
         masks: For each picture the mask file of what its map should point at, or None; see
             ``Item``.
@@ -147,6 +148,7 @@ def compare_files(
     """
     wrapped = as_similarity_model(model)
     given = None if masks is None else tuple(masks)
+    arch = arch_of(len(paths)) if arch is None else arch
     item = Item(tuple(paths), arch, given, different=different, positives=positives)
     recipes = recipes_of(methods)
     question = asked(wrapped, item)
