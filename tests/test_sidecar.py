@@ -97,7 +97,7 @@ def test_values_of_a_pickled_module(written: str, tmp_path: Path) -> None:
     model = load_model(path, trust_pickle=True, size=SIZE, fit="squash", pixels=pixels)
     picture = noise(*SIZE).convert("L")
     wanted = torch.from_numpy((np.asarray(picture, dtype=np.float32) / 255 - 0.5) / 0.25)
-    assert torch.allclose(model.preprocess(picture), wanted[None, None], atol=1e-6)
+    assert torch.allclose(model.preprocess(picture)[0], wanted[None], atol=1e-6)
     assert model.preprocess.interpolation == "bicubic"
     assert not any("does not say" in note for note in model.preprocess.notes)
     with pytest.raises(ModelError, match="of 1 channel, as the first convolution"):

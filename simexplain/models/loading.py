@@ -258,7 +258,10 @@ def _hub_embedder(found: HubModel, distance: str | None) -> SimilarityModel:
 def _beside(model: SimilarityModel, beside: Sidecar) -> SimilarityModel:
     """The model with the preprocessing and layers that lie beside its file."""
     if beside.preprocess:
-        model.preprocess = _stated(with_values(model.preprocess, beside.preprocess), beside)
+        values = dict(beside.preprocess)
+        if values.get("fit", "crop") != "crop":  # as with fit=: all of the picture, no margin off
+            values.setdefault("crop_fraction", 1.0)
+        model.preprocess = _stated(with_values(model.preprocess, values), beside)
     if isinstance(model, Embedder) and beside.layers is not None:
         model.layer_table = beside.layers
     return model
