@@ -15,6 +15,7 @@ from simexplain.models.avsl_runs import expected_avsl
 from simexplain.publishing import check_writable
 
 from .options import (
+    FilePath,
     aligned,
     busy,
     free_folder,
@@ -34,9 +35,9 @@ _DECOMPOSED = 8
 
 @click.command("attribute")
 @click.argument("model")
-@click.argument("a", type=click.Path())
-@click.argument("b", type=click.Path())
-@click.argument("more", type=click.Path(), nargs=-1)
+@click.argument("a", type=FilePath())
+@click.argument("b", type=FilePath())
+@click.argument("more", type=FilePath(), nargs=-1)
 @click.option("--top", default=8, show_default=True, help="How many nodes to list.")
 @click.option(
     "--decompose",
@@ -44,7 +45,7 @@ _DECOMPOSED = 8
     help="Take this node apart into the lower nodes that stand in for it; the graph shows it. "
     "LEVEL is a number from 0, the lowest, or a layer.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
+@click.option("--out", type=FilePath(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
 @click.option("--force", is_flag=True, help="Replace an attribution that is in the folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @model_options

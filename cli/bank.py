@@ -11,15 +11,15 @@ import click
 from simexplain.data.folders import results_in
 from simexplain.fitting.bank import BankOptions, build_bank
 
-from .options import busy, check_file, few, model_from, model_options, progress_bars
+from .options import FilePath, busy, check_file, few, model_from, model_options, progress_bars
 
 _OWN = BankOptions()
 
 
 @click.command("bank")
 @click.argument("model")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The file to write.")
+@click.argument("folder", type=FilePath(path_type=Path))
+@click.option("--out", type=FilePath(path_type=Path), required=True, help="The file to write.")
 @click.option("--force", is_flag=True, help="Replace the file if it is there.")
 @click.option("--layer", help="Layer of the maps. [the model's default]")
 @click.option(

@@ -20,7 +20,7 @@ from simexplain.methods import PIXELS
 from simexplain.training.run_folder import first_process
 
 from .method_options import method_from, method_options
-from .options import OneOf, busy, model_from, model_options, progress_bars, tell_files
+from .options import FilePath, OneOf, busy, model_from, model_options, progress_bars, tell_files
 
 if TYPE_CHECKING:
     from simexplain.batching.planning import Progress
@@ -36,11 +36,11 @@ _LISTED = 20
 @click.command("batch")
 @method_options
 @click.argument("model")
-@click.argument("comparisons", type=click.Path())
-@click.option("--out", type=click.Path(), required=True, help="Folder of the batch.")
+@click.argument("comparisons", type=FilePath())
+@click.option("--out", type=FilePath(), required=True, help="Folder of the batch.")
 @click.option("--resume", is_flag=True, help="Go on with the batch in the folder, exactly.")
 @click.option("--force", is_flag=True, help="Replace a batch that is in the folder.")
-@click.option("--root", type=click.Path(file_okay=False),
+@click.option("--root", type=FilePath(file_okay=False),
               help="What relative paths are relative to. [the folder of COMPARISONS]")  # fmt: skip
 @click.option("--strict", is_flag=True, help="Refuse to begin while any row cannot be explained.")
 @click.option("--pictures", is_flag=True, help="Also draw a heatmap over every picture.")

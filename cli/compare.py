@@ -15,7 +15,16 @@ from simexplain.picturing import verdict
 from simexplain.publishing import check_writable
 from simexplain.rendering.overlay import RENDERERS
 
-from .options import OneOf, busy, free_folder, model_from, model_options, progress_bar, tell_files
+from .options import (
+    FilePath,
+    OneOf,
+    busy,
+    free_folder,
+    model_from,
+    model_options,
+    progress_bar,
+    tell_files,
+)
 from .recipes import asked_recipes, measuring_options, tell_long_work
 
 if TYPE_CHECKING:
@@ -26,20 +35,20 @@ _FOLDER = "comparison"
 
 @click.command("compare")
 @click.argument("model")
-@click.argument("images", type=click.Path(), nargs=-1, required=True)
+@click.argument("images", type=FilePath(), nargs=-1, required=True)
 @click.option("--arch", type=OneOf(list(ARCHITECTURES)),
               help="siamese, triplet, quadruplet or set. [2 images: siamese, 3: triplet]",
 )  # fmt: skip
 @click.option("--different", is_flag=True, help="The pair of a siamese comparison is dissimilar.")
 @click.option("--positives", default=1, show_default=True, help="For set: how many are positives.")
-@click.option("--mask", "masks", multiple=True, type=click.Path(), metavar="FILE",
+@click.option("--mask", "masks", multiple=True, type=FilePath(), metavar="FILE",
               help="What the map of an image should point at: once for each image, in their order, "
               "none where there is no mask. Light or opaque marks it; a cut-out picture can be its "
               "own mask.")  # fmt: skip
 @measuring_options
 @click.option("--style", type=OneOf(list(RENDERERS)), default="overlay", show_default=True,
               help="How to draw.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
+@click.option("--out", type=FilePath(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
 @click.option("--force", is_flag=True, help="Replace a comparison that is in the folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @model_options

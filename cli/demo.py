@@ -15,11 +15,11 @@ from simexplain.publishing import check_writable
 from simexplain.saving import MAIN_FILES
 
 from .explain import report
-from .options import busy
+from .options import FilePath, busy
 
 
 @click.command("demo")
-@click.option("--out", type=click.Path(path_type=Path), default="simexplain-demo",
+@click.option("--out", type=FilePath(path_type=Path), default="simexplain-demo",
               show_default=True, help="Folder to write to.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an earlier demo in the folder.")
 def command(out: Path, force: bool) -> None:

@@ -17,7 +17,7 @@ from simexplain.publishing import check_writable
 from .evaluate_reid import reid
 from .evaluate_retrieval import retrieval
 from .evaluate_segmentation import segmentation
-from .options import OneOf, busy, model_from, model_options, progress_bar, tell_files
+from .options import FilePath, OneOf, busy, model_from, model_options, progress_bar, tell_files
 from .recipes import asked_recipes, measuring_options, tell_long_work
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ command.add_command(segmentation)
 
 @command.command("faithfulness")
 @click.argument("model")
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("data", type=FilePath(path_type=Path))
 @measuring_options
 @click.option("--comparisons", type=click.IntRange(1), metavar="N",
               help=f"How many to draw from a folder [{_SAMPLED}], or the first N lines of a file "
@@ -51,7 +51,7 @@ command.add_command(segmentation)
               help="Maps that know nothing of the network, measured as well; repeat.")  # fmt: skip
 @click.option("--level", default=0.95, show_default=True, type=click.FloatRange(0.5, 0.999),
               help="Of the confidence intervals.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path),
+@click.option("--out", type=FilePath(path_type=Path),
               help="Folder for results.json, values.csv and results.png. [none]")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an evaluation that is in the folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")

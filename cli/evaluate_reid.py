@@ -18,7 +18,7 @@ from simexplain.evaluation.saving import REID_FILES, save_reid
 from simexplain.models.pcb import PCB
 from simexplain.publishing import check_writable
 
-from .options import OneOf, busy, model_from, model_options, progress_bars, tell_files
+from .options import FilePath, OneOf, busy, model_from, model_options, progress_bars, tell_files
 
 _LISTED = 3
 _DATASETS = ("market1501", "cuhk03")
@@ -27,14 +27,14 @@ _MODEL = ("backbone", "keep_head", "untrained", "trust_pickle", "size", "fit", "
 
 @click.command("reid")
 @click.argument("model")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=FilePath(path_type=Path))
 @click.option("--dataset", type=OneOf(_DATASETS), default="market1501", show_default=True,
               help="How FOLDER is laid out; DukeMTMC-reID is as market1501.")  # fmt: skip
 @click.option("--k", "ks", type=click.IntRange(1), multiple=True, default=RANKS,
               show_default=True, help="Ranks of the CMC; repeat.")  # fmt: skip
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
               help="Pictures in one forward pass.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path),
+@click.option("--out", type=FilePath(path_type=Path),
               help="Folder for reid.json, queries.csv, failures.csv and failures.png. [none]",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an evaluation that is in the folder.")

@@ -18,7 +18,7 @@ from simexplain.evaluation.retrieval_result import Retrieval
 from simexplain.evaluation.saving import RETRIEVAL_FILES, save_retrieval
 from simexplain.publishing import check_writable
 
-from .options import OneOf, busy, model_from, model_options, progress_bars, tell_files
+from .options import FilePath, OneOf, busy, model_from, model_options, progress_bars, tell_files
 
 _LISTED = 3
 _OWN = "own"
@@ -28,8 +28,8 @@ _SPLITS = ("all", "train", "test")
 
 @click.command("retrieval")
 @click.argument("model")
-@click.argument("data", type=click.Path(path_type=Path))
-@click.option("--gallery", type=click.Path(path_type=Path),
+@click.argument("data", type=FilePath(path_type=Path))
+@click.option("--gallery", type=FilePath(path_type=Path),
               help="Folder of classes to search. [the queries themselves]")  # fmt: skip
 @click.option("--kind", type=OneOf(list(DATASETS)), default="folder",
               show_default=True, help="What DATA is.")  # fmt: skip
@@ -47,7 +47,7 @@ _SPLITS = ("all", "train", "test")
               show_default=True, help="Of Recall@K; repeat.")  # fmt: skip
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
               help="Pictures in one forward pass.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path),
+@click.option("--out", type=FilePath(path_type=Path),
               help="Folder for retrieval.json, queries.csv and classes.csv. [none]")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an evaluation that is in the folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")

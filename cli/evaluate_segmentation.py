@@ -17,7 +17,7 @@ from simexplain.segmentation.pascal import FOLDS, is_pascal, read_pascal
 from simexplain.segmentation.saving import SCORE_FILES, save_scores
 from simexplain.segmentation.scores import SegmentationScores
 
-from .options import OneOf, busy, model_from, model_options, progress_bars, tell_files
+from .options import FilePath, OneOf, busy, model_from, model_options, progress_bars, tell_files
 from .segment_options import segment_options, segmenting_from
 
 _KINDS = ("pascal", "folder", "csv")
@@ -26,7 +26,7 @@ _LISTED = 3
 
 @click.command("segmentation")
 @click.argument("model")
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("data", type=FilePath(path_type=Path))
 @click.option("--kind", type=OneOf(_KINDS),
               help="What DATA is. [found out: a CSV file, PASCAL VOC 2012, or class folders]",
 )  # fmt: skip
@@ -49,7 +49,7 @@ _LISTED = 3
 )  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Of the drawing.")
 @segment_options
-@click.option("--out", type=click.Path(path_type=Path),
+@click.option("--out", type=FilePath(path_type=Path),
               help="Folder for scores.json and episodes.csv. [none]")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an evaluation that is in the folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")

@@ -21,6 +21,7 @@ from simexplain.saving import MAIN_FILES, manifest
 from .given_vectors import vector_options, vectors_from
 from .method_options import method_from, method_options
 from .options import (
+    FilePath,
     OneOf,
     aligned,
     busy,
@@ -43,8 +44,8 @@ _ALONE = (
 
 @click.command("explain")
 @click.argument("model")
-@click.argument("anchor", type=click.Path())
-@click.argument("other", type=click.Path(), nargs=-1)
+@click.argument("anchor", type=FilePath())
+@click.argument("other", type=FilePath(), nargs=-1)
 @click.option(
     "--arch",
     type=OneOf(list(ARCHITECTURES)),
@@ -61,7 +62,7 @@ _ALONE = (
 @method_options
 @click.option("--style", type=OneOf(list(RENDERERS)), multiple=True, default=["overlay"],
               show_default=True, help="How to draw; repeat for more rows.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
+@click.option("--out", type=FilePath(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
 @click.option("--force", is_flag=True, help="Replace an explanation that is in the folder.")
 @click.option(
     "--check/--no-check",

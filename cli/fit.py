@@ -13,15 +13,24 @@ from simexplain.fitting.posthoc import PostHoc, fit
 from simexplain.models.avsl_options import ORIGINS, PRESETS
 from simexplain.models.writing import check_savable, save_model
 
-from .options import OneOf, busy, check_file, few, model_from, model_options, progress_bars
+from .options import (
+    FilePath,
+    OneOf,
+    busy,
+    check_file,
+    few,
+    model_from,
+    model_options,
+    progress_bars,
+)
 
 _OWN = PostHoc()
 
 
 @click.command("fit")
 @click.argument("model")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The file to write.")
+@click.argument("folder", type=FilePath(path_type=Path))
+@click.option("--out", type=FilePath(path_type=Path), required=True, help="The file to write.")
 @click.option("--force", is_flag=True, help="Replace the file if it is there.")
 @click.option("--unlabelled", is_flag=True, help="PCA heads and edges from images alone.")
 @click.option("--level", "levels", multiple=True, help="Layer; repeat. [the last three stages]")

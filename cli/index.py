@@ -21,15 +21,23 @@ from simexplain.searching.index import (
 from simexplain.searching.index_report import report_of
 from simexplain.searching.index_work import work_folder
 
-from .options import busy, check_file, model_from, model_options, progress_bars, tell_shares
+from .options import (
+    FilePath,
+    busy,
+    check_file,
+    model_from,
+    model_options,
+    progress_bars,
+    tell_shares,
+)
 
 _LISTED = 3
 
 
 @click.command("index")
 @click.argument("model")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True,
+@click.argument("folder", type=FilePath(path_type=Path))
+@click.option("--out", type=FilePath(path_type=Path), required=True,
               help="The index. One that is there is brought up to date.")  # fmt: skip
 @click.option("--add", is_flag=True,
               help="Add or refresh the pictures in FOLDER and leave all others in.")  # fmt: skip

@@ -16,6 +16,7 @@ from simexplain.matching.saving import MAIN_FILES, manifest
 from simexplain.publishing import check_writable
 
 from .options import (
+    FilePath,
     OneOf,
     aligned,
     busy,
@@ -54,8 +55,8 @@ class Place(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 
 @click.command("match")
 @click.argument("model")
-@click.argument("a", type=click.Path())
-@click.argument("b", type=click.Path())
+@click.argument("a", type=FilePath())
+@click.argument("b", type=FilePath())
 @click.option(
     "--at", "points", type=Place(), multiple=True,
     help="A point of A in pixels: show what answers to it in B; repeat. [the strongest matches]",
@@ -72,7 +73,7 @@ class Place(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 )  # fmt: skip
 @click.option("--top", default=8, show_default=True, type=click.IntRange(min=0),
               help="How many pairs of positions to list.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
+@click.option("--out", type=FilePath(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
 @click.option("--force", is_flag=True, help="Replace a matching that is in the folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @model_options

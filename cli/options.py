@@ -43,6 +43,20 @@ class OneOf(click.Choice):  # type: ignore[type-arg,unused-ignore]
             self.fail(f"expected one of {', '.join(known)}, got {value!r}{hint}", param, ctx)
 
 
+class FilePath(click.Path):  # type: ignore[type-arg,unused-ignore]
+    """A file or folder, of which an empty name is none: Python would take it for this folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        if not str(value):
+            self.fail(
+                "expected a file or folder, got an empty name; is a variable of the shell unset?",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
 class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """``224`` or ``384x128``: height, then width."""
 

@@ -107,5 +107,5 @@ def report_pair(result: PairExplanation, files: dict[str, str], *, as_json: bool
             distance = distances[len(rows) - 1] if far else ""
             rows.append((Path(picture.path).name, role, distance, where))
     click.echo(aligned(rows))
-    click.echo(result.condition().text)
+    click.echo(result.verdict())
     tell_files(files, result.warnings)

@@ -15,6 +15,7 @@ from simexplain.searching.search_pictures import verdict
 from simexplain.searching.search_saving import MAIN_FILES, manifest
 
 from .options import (
+    FilePath,
     aligned,
     busy,
     free_folder,
@@ -51,17 +52,17 @@ class BoxType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 
 @click.command("search")
 @click.argument("model")
-@click.argument("query", type=click.Path())
-@click.argument("index", type=click.Path())
+@click.argument("query", type=FilePath())
+@click.argument("index", type=FilePath())
 @click.option("-k", "k", type=click.IntRange(min=1), help="How many hits. [5, or all there are]")
 @click.option("--region", type=BoxType(),
               help="Search for this part of the query alone, in pixels: left, top, width, height.",
 )  # fmt: skip
-@click.option("--mask", type=click.Path(),
+@click.option("--mask", type=FilePath(),
               help="Likewise: a picture of the query's size, white where it is.")  # fmt: skip
-@click.option("--root", type=click.Path(),
+@click.option("--root", type=FilePath(),
               help="Where the gallery's pictures are now, if they were moved.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
+@click.option("--out", type=FilePath(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
 @click.option("--force", is_flag=True, help="Replace a search that is in the folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @model_options

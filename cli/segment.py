@@ -13,7 +13,7 @@ from simexplain.publishing import check_writable
 from simexplain.segmentation.saving import MAIN_FILES, manifest
 from simexplain.segmentation.segmenting_files import segment_files
 
-from .options import busy, free_folder, model_from, model_options, tell_files, tell_shares
+from .options import FilePath, busy, free_folder, model_from, model_options, tell_files, tell_shares
 from .segment_options import segment_options, segmenting_from
 
 if TYPE_CHECKING:
@@ -24,16 +24,16 @@ _FOLDER = "segmentation"
 
 @click.command("segment")
 @click.argument("model")
-@click.argument("test", type=click.Path())
-@click.argument("support", type=click.Path(), nargs=-1, required=True)
-@click.option("--other", "others", type=click.Path(), multiple=True,
+@click.argument("test", type=FilePath())
+@click.argument("support", type=FilePath(), nargs=-1, required=True)
+@click.option("--other", "others", type=FilePath(), multiple=True,
               help="A picture of another class, which the mask should leave out; repeat.",
 )  # fmt: skip
-@click.option("--support-mask", "support_masks", type=click.Path(), multiple=True,
+@click.option("--support-mask", "support_masks", type=FilePath(), multiple=True,
               help="Where the object is in a support, white or opaque; one for each support, in "
               "their order. [none is needed]")  # fmt: skip
 @segment_options
-@click.option("--out", type=click.Path(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
+@click.option("--out", type=FilePath(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
 @click.option("--force", is_flag=True, help="Replace a segmentation that is in the folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @model_options

@@ -22,7 +22,7 @@ from simexplain.training.resuming import begun_source
 from simexplain.training.run_folder import CHECKPOINT, first_process
 from simexplain.training.training import check_extra, train
 
-from .options import OneOf, aligned, tell_files
+from .options import FilePath, OneOf, aligned, tell_files
 from .train_options import given_settings, training_options
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ def _show_recipe(context: click.Context, option: click.Parameter, name: str | No
 
 
 @click.command("train")
-@click.argument("data", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(), required=True, help="Folder of the run.")
+@click.argument("data", type=FilePath(path_type=Path))
+@click.option("--out", type=FilePath(), required=True, help="Folder of the run.")
 @click.option("--force", is_flag=True, help="Replace a run that is in the folder.")
 @click.option("--resume", is_flag=True, help="Go on with the run in the folder, exactly.")
 @click.option("--recipe", type=OneOf(list(RECIPES)), metavar="NAME",

@@ -75,23 +75,30 @@ class PairExplanation:
             return self.first.condition(index)
         return Condition(f"learned score {float(self.score[index]):+.3f}", None, None)
 
+    def verdict(self, index: int = 0) -> str:
+        """One line: whether the condition holds, a pair's distance, or the learned score."""
+        if self.score is not None:
+            return self.condition(index).text
+        if self.first.architecture == "siamese":
+            return f"distance {float(self.first.distances[index, 0]):.3f}"
+        return verdict(self.first, index)
+
     def figure(self, index: int = 0, *, styles: Sequence[str] = ("overlay",)) -> Figure:
         """A figure of comparison ``index``: both sides, their heatmaps and what compares them."""
         tiles = [image_tiles(side, index) for side in self.sides]
-        title, line = question(self.first), verdict(self.first, index)
+        title = question(self.first)
         if self.score is not None:
             tiles[1] = [replace(tile, role="positive", kind="second image") for tile in tiles[1]]
             tiles[0] = [replace(tile, kind="first image") for tile in tiles[0]]
             tiles = [[replace(tile, distance=None) for tile in side] for side in tiles]
-            title, line = "What gives these two their score?", self.condition(index).text
+            title = "What gives these two their score?"
         elif self.first.architecture == "siamese":
-            line = f"distance {float(self.first.distances[index, 0]):.3f}"
             title = f"What makes these two {'alike' if self.first.positives else 'different'}?"
         feet = dict.fromkeys(footer(side) for side in self.sides)
         return draw_tiles(
-            [*tiles[0], *tiles[1]], title=title, verdict=line, explanations=self.sides,
-            holds=self.condition(index).holds, footer="  |  ".join(feet), notes=self.warnings,
-            styles=styles,
+            [*tiles[0], *tiles[1]], title=title, verdict=self.verdict(index),
+            explanations=self.sides, holds=self.condition(index).holds,
+            footer="  |  ".join(feet), notes=self.warnings, styles=styles,
         )  # fmt: skip
 
     def save(

@@ -14,6 +14,10 @@ from cli_runs import FAST, NETWORK, Run, interrupted, simexplain
 from conftest import TinyNet
 from simexplain_cli.main import main
 
+from simexplain.data.folders import pictures_in, read_item
+from simexplain.data.images import read_picture
+from simexplain.errors import ImageError
+
 PAIR = ("--arch", "siamese")
 
 
@@ -34,6 +38,40 @@ def test_bad_pictures(fails: Callable[..., str], here: Path, bad: str, said: str
         text = fails("explain", NETWORK, *order, *PAIR, *FAST, "--out", "out", "--json")
         assert said in text
         assert bad in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("explain", NETWORK, "", "a.png"),
+        ("explain", NETWORK, "a.png", "", "b.jpg"),
+        ("compare", NETWORK, "a.png", ""),
+        ("match", NETWORK, "a.png", ""),
+        ("attribute", "avsl.pt", "", "a.png"),
+        ("segment", NETWORK, "a.png", ""),
+        ("segment", NETWORK, "a.png", "b.jpg", "--other", ""),
+        ("search", NETWORK, "", "."),
+        ("search", NETWORK, "a.png", ""),
+        ("index", NETWORK, "", "--out", "x"),
+        ("batch", NETWORK, "", "--out", "x"),
+        ("bank", NETWORK, "", "--out", "x"),
+        ("fit", NETWORK, "", "--out", "x"),
+        ("train", "", "--out", "x"),
+        ("evaluate", "retrieval", NETWORK, ""),
+    ],
+    ids=" ".join,
+)
+def test_an_empty_name_is_not_this_folder(
+    fails: Callable[..., str], arguments: tuple[str, ...]
+) -> None:
+    assert "got an empty name" in fails(*arguments, code=2)
+
+
+@pytest.mark.parametrize("read", [lambda: read_item("", pages=False), lambda: read_picture(""),
+                                  lambda: pictures_in("", labelled=False)])  # fmt: skip
+def test_an_empty_name_in_python(here: Path, read: Callable[[], object]) -> None:
+    with pytest.raises(ImageError, match="got an empty name"):
+        read()
 
 
 @pytest.mark.parametrize(

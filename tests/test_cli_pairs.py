@@ -114,6 +114,15 @@ def test_two_towers(run: Callable[..., Run], here: Path) -> None:
     )  # fmt: skip
     assert done.code == 0, done.err
     said = json.loads(done.out)
+    near, far = said["first"]["distances"]
+    towers = ("--second-model", "timm:test_resnet.r160_in1k", "--untrained", "--size", "64")
+    text = run("explain", "timm:test_resnet.r160_in1k", "a.png", "b.jpg", "c.png", *towers,
+               "--second-size", "96", "--out", "t").out  # fmt: skip
+    assert f": {'holds' if near < far else 'fails'} by {abs(far - near):.3f}" in text
+    pair = run("explain", "timm:test_resnet.r160_in1k", "a.png", "b.jpg", *towers,
+               "--second-size", "96", "--out", "u").out  # fmt: skip
+    assert f"distance {near:.3f}\n" in pair
+    assert "no condition" not in pair
     assert said["score"] is None
     assert said["first"]["preprocess"]["size"] == [64, 64]
     assert said["second"]["preprocess"]["size"] == [96, 96]

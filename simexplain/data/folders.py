@@ -55,6 +55,8 @@ def pictures_in(folder: str | Path, *, labelled: bool) -> list[Record]:
     Raises:
         ImageError: If there is no such folder, no picture in it, or no classes where asked for.
     """
+    if not str(folder):
+        raise ImageError("Expected a folder of pictures, got an empty name; give its path.")
     root = Path(folder)
     if not root.is_dir():
         raise ImageError(
@@ -135,7 +137,7 @@ def read_item(path: PictureSource, name: str = "image 1", *, pages: bool) -> lis
     """
     if not isinstance(path, (str, Path)):
         return [read_picture(path, name)]
-    if Path(path).is_dir():
+    if str(path) and Path(path).is_dir():
         return [read_picture(record.path) for record in pictures_in(path, labelled=False)]
     return read_pages(path) if pages else [read_picture(path)]
 

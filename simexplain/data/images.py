@@ -107,6 +107,8 @@ def read_pages(path: str | Path) -> list[Picture]:
 def _taken(path: str | Path, take: Callable[[str, Image.Image], Taken]) -> Taken:
     """What is taken out of an open picture file."""
     name = str(path)
+    if not name:
+        raise ImageError("Expected a picture, got an empty name; give the path of a file.")
     try:
         # Pillow warns of damaged metadata, and from 89 million pixels; it refuses twice that.
         with pillow_quiet(), Image.open(path, formats=_formats()) as opened:

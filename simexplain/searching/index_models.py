@@ -52,14 +52,15 @@ class Identity:
             ModelError: If weights, preprocessing or answers differ; says which.
         """
         advice = "give that model, or index the gallery again with this one (--force)."
-        if weights_of(model) != self.weights:
+        theirs, ours = _steps(model.preprocess), _steps(self.preprocess)
+        name = next((key for key in ours if ours[key] != theirs[key]), "")
+        prepared_otherwise = name and model.name == self.name
+        if not prepared_otherwise and weights_of(model) != self.weights:
             raise ModelError(
                 f"'{where}' was made with {self.name} and other weights than this {model.name} "
                 f"has (--fast changes them as well); {advice}"
             )
-        if _steps(model.preprocess) != _steps(self.preprocess):
-            theirs, ours = _steps(model.preprocess), _steps(self.preprocess)
-            name = next(key for key in ours if ours[key] != theirs[key])
+        if name:
             raise ModelError(
                 f"'{where}' was made from pictures prepared with {name} {_told(ours[name])}, got a "
                 f"model with {_told(theirs[name])}; {advice}"
