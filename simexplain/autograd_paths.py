@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+T = TypeVar("T")
 Vertex = tuple[Any, int]
 """A node of the autograd graph and which of its outputs."""
 
@@ -26,6 +27,11 @@ _CELLWISE = {
 _FAR_OFF = 0.55
 """A padded convolution of stride 2 puts its cells half a cell off the middle of their pixels."""
 
+_RIM = 0.1
+"""The share of a cell from which on pixels that no cell sees are left without heat."""
+
+Pair = tuple[float, float]
+
 
 @dataclass(frozen=True)
 class Place:
@@ -34,17 +40,54 @@ class Place:
     Attributes:
         start: ``(vertical, horizontal)``.
         step: Likewise.
+        reach: How far from its centre a cell sees.
+        first: Where the pixels begin that any cell sees.
+        last: Where they end.
     """
 
-    start: tuple[float, float]
-    step: tuple[float, float]
+    start: Pair
+    step: Pair
+    reach: Pair
+    first: Pair
+    last: Pair
 
-    def moved(self, start: Sequence[float], step: Sequence[float]) -> Place:
-        """The place of a map whose cells start at, and are as far apart as, so many of these."""
-        return Place(
-            (self.start[0] + start[0] * self.step[0], self.start[1] + start[1] * self.step[1]),
-            (self.step[0] * step[0], self.step[1] * step[1]),
+    def moved(
+        self, start: Sequence[float], step: Sequence[float], reach: Sequence[float] = (0, 0)
+    ) -> Place:
+        """The place of a map whose cells start at, are apart and see on by so many of these."""
+        return replace(
+            self,
+            start=(
+                self.start[0] + start[0] * self.step[0],
+                self.start[1] + start[1] * self.step[1],
+            ),
+            step=(self.step[0] * step[0], self.step[1] * step[1]),
+            reach=(
+                self.reach[0] + reach[0] * self.step[0],
+                self.reach[1] + reach[1] * self.step[1],
+            ),
         )
+
+    def seeing(self, grid: Sequence[int]) -> Place:
+        """The same with what a grid of so many cells sees of what went in, which may be less."""
+        first, last = [], []
+        for axis, cells in enumerate(grid):
+            start, reach = self.start[axis], self.reach[axis]
+            first.append(max(self.first[axis], start - reach))
+            last.append(min(self.last[axis], start + (cells - 1) * self.step[axis] + reach))
+        return replace(self, first=_two(first), last=_two(last))
+
+    def joined(self, other: Place) -> Place:
+        """The same where each cell also sees what that of another map sees."""
+        reach = [
+            max(own, its + abs(here - there))
+            for own, its, here, there in zip(
+                self.reach, other.reach, self.start, other.start, strict=True
+            )
+        ]
+        first = [min(pair) for pair in zip(self.first, other.first, strict=True)]
+        last = [max(pair) for pair in zip(self.last, other.last, strict=True)]
+        return replace(self, reach=_two(reach), first=_two(first), last=_two(last))
 
     def region(self, grid: Sequence[int], size: Sequence[int]) -> tuple[float, float, float, float]:
         """Top, left, bottom and right of the cells as shares of the image."""
@@ -55,7 +98,14 @@ class Place:
         return top_left[0], top_left[1], bottom_right[0], bottom_right[1]
 
     def is_off(self, grid: Sequence[int], size: Sequence[int]) -> bool:
-        """Whether cells stretched over the image would lie far from where they are."""
+        """Whether cells stretched over the image would lie far from where they are.
+
+        Nor may they reach over a rim that none of them sees, which patches leave that do not
+        divide the image.
+        """
+        ends = zip(self.first, self.last, self.step, size, strict=True)
+        if any(max(low, side - high) > _RIM * abs(step) for low, high, step, side in ends):
+            return True
         return any(
             abs(start + cell * step - (cell + 0.5) * side / cells) > _FAR_OFF * abs(step)
             for start, step, cells, side in zip(self.start, self.step, grid, size, strict=True)
@@ -107,15 +157,21 @@ class Paths:
         for vertex in self._order:
             node = vertex[0]
             if node is self._root:
-                found[vertex] = Place((0.5, 0.5), (1.0, 1.0))
+                rows, columns = _shape(vertex)[-2:]
+                half = (0.5, 0.5)
+                found[vertex] = Place(half, (1.0, 1.0), half, (0.0, 0.0), (rows, columns))
                 continue
             before = [after for after in _next(vertex) if after in found]
             if not before:
                 continue
             source = max(before, key=lambda after: _cells(after))
-            place = _placed(vertex, source, found[source])
+            joined = found[source]
+            for other in before:
+                if _shape(other)[-2:] == _shape(source)[-2:]:
+                    joined = joined.joined(found[other])
+            place = _placed(vertex, source, joined)
             if place is not None:
-                found[vertex] = place
+                found[vertex] = place.seeing(_shape(vertex)[-2:])
         return found
 
 
@@ -181,11 +237,12 @@ def _convolved(node: Any, place: Place, before: Any, after: Any, _: int) -> Plac
     if len(kernel) != 2:
         return None
     stride, padding, dilation = (_two(v) for v in (stride, padding, dilation))
-    reach = [d * (k - 1) / 2 - p for k, p, d in zip(kernel, padding, dilation, strict=True)]
+    reach = [d * (k - 1) / 2 for k, d in zip(kernel, dilation, strict=True)]
+    start = [r - p for r, p in zip(reach, padding, strict=True)]
     if node._saved_transposed:
         step = [1 / s for s in stride]
-        return place.moved([r * s for r, s in zip(reach, step, strict=True)], step)
-    return place.moved(reach, stride)
+        return place.moved([r * s for r, s in zip(start, step, strict=True)], step, reach)
+    return place.moved(start, stride, reach)
 
 
 def _pooled(node: Any, place: Place, before: Any, after: Any, _: int) -> Place | None:
@@ -193,13 +250,14 @@ def _pooled(node: Any, place: Place, before: Any, after: Any, _: int) -> Place |
     stride = _two(node._saved_stride or kernel)
     padding = _two(node._saved_padding)
     dilation = _two(getattr(node, "_saved_dilation", (1, 1)))
-    reach = [d * (k - 1) / 2 - p for k, p, d in zip(kernel, padding, dilation, strict=True)]
-    return place.moved(reach, stride)
+    reach = [d * (k - 1) / 2 for k, d in zip(kernel, dilation, strict=True)]
+    start = [r - p for r, p in zip(reach, padding, strict=True)]
+    return place.moved(start, stride, reach)
 
 
 def _resized(node: Any, place: Place, before: Any, after: Any, _: int) -> Place | None:
     step = [b / a for b, a in zip(before[-2:], after[-2:], strict=True)]
-    return place.moved([(s - 1) / 2 for s in step], step)
+    return place.moved([(s - 1) / 2 for s in step], step, [max(s, 1) for s in step])
 
 
 def _padded(node: Any, place: Place, before: Any, after: Any, _: int) -> Place | None:
@@ -245,7 +303,7 @@ def _strided(node: Any, place: Place, before: Any, after: Any, _: int) -> Place 
     return place if whole and (node._saved_storage_offset or 0) % (rows * columns) == 0 else None
 
 
-def _two(values: Sequence[int]) -> tuple[int, int]:
+def _two(values: Sequence[T]) -> tuple[T, T]:
     return (values[0], values[-1])
 
 

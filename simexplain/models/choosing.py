@@ -75,7 +75,8 @@ class Maps:
         self.grids: dict[Grid, Region] = {}
         base = hints.base_grid(self.size)
         if base is not None:
-            self.grids[base] = WHOLE
+            placed = (found for run in survey.runs if (found := self._placed(run)))
+            self.grids[base] = next((region for grid, region, _ in placed if grid == base), WHOLE)
         self.lengths = {
             run.output.shape[axis]
             for run in survey.runs
@@ -99,11 +100,17 @@ class Maps:
             self._known[run.same] = self._layout(run)
         return self._known[run.same]
 
+    def _placed(self, run: LayerRun) -> tuple[Grid, Region, Region] | None:
+        """The grid of a map that local operations made, where it is drawn, and exactly where."""
+        if "NCHW" not in run.responses or run.place is None:
+            return None
+        grid = (int(run.output.shape[2]), int(run.output.shape[3]))
+        exact = run.place.region(grid, self.size)
+        return grid, exact if run.place.is_off(grid, self.size) else WHOLE, exact
+
     def _layout(self, run: LayerRun) -> Layout | None:
-        if "NCHW" in run.responses and run.place is not None:
-            grid = (int(run.output.shape[2]), int(run.output.shape[3]))
-            exact = run.place.region(grid, self.size)
-            region = exact if run.place.is_off(grid, self.size) else WHOLE
+        if placed := self._placed(run):
+            grid, region, exact = placed
             self.grids.setdefault(grid, region)
             self._exact.setdefault((grid, region), exact)
             return Layout("NCHW", grid, region=region)
@@ -160,22 +167,28 @@ class Maps:
         """Where a map may lie: as a known grid of its size, over the image, or on a part of it."""
         if grid in self.grids:
             yield _KNOWN, self.grids[grid]
-        if self._fits(grid):
+        if self._fits(grid) and not _rimmed(grid, self.grids.get(grid, WHOLE)):
             yield _KNOWN, WHOLE
         for region in self._parts_of(grid):
             yield _PART, region
 
     def _parts_of(self, grid: Grid) -> Iterator[Region]:
         for (rows, columns), region in list(self.grids.items()):
-            if region != WHOLE or (grid[0] == rows) == (grid[1] == columns):
+            seen = region == WHOLE or _rimmed((rows, columns), region)
+            if not seen or (grid[0] == rows) == (grid[1] == columns):
                 continue
             down, right = rows - grid[0], columns - grid[1]
             if min(down, right) < 0 or (down + 1) * (right + 1) > _MOST_OFFSETS:
                 continue
             for top in range(down + 1):
                 for left in range(right + 1):
-                    bottom, far = (top + grid[0]) / rows, (left + grid[1]) / columns
-                    yield top / rows, left / columns, bottom, far
+                    ends = (
+                        top / rows,
+                        left / columns,
+                        (top + grid[0]) / rows,
+                        (left + grid[1]) / columns,
+                    )
+                    yield _within(region, ends)
 
     def _sequences(self, kind: str, tokens: int) -> Iterator[tuple[int, Layout]]:
         """How a sequence may be laid out, in tiers, the likeliest first."""
@@ -228,6 +241,21 @@ class Maps:
         """Whether ``(h,w)`` has the shape of the image and is not finer than its pixels."""
         (h, w), (height, width) = grid, self.size
         return h <= height and w <= width and abs(h * width - w * height) <= max(height, width)
+
+
+def _within(region: Region, part: Region) -> Region:
+    """A part of a region, given as shares of it, as shares of the image."""
+    top, left, bottom, right = region
+    high, wide = bottom - top, right - left
+    return top + part[0] * high, left + part[1] * wide, top + part[2] * high, left + part[3] * wide
+
+
+def _rimmed(grid: Grid, region: Region) -> bool:
+    """Whether a grid lies on the image but for less than a cell at each side."""
+    gaps = [abs(end - whole) for end, whole in zip(region, WHOLE, strict=True)]
+    return region != WHOLE and all(
+        gap * cells < 1 for gap, cells in zip(gaps, grid * 2, strict=True)
+    )
 
 
 def _factors(cells: int) -> Iterator[Grid]:
