@@ -137,6 +137,25 @@ def test_values_out_of_range_are_stretched_with_a_note(tmp_path: Path) -> None:
     assert "-3 to 9" in read_picture(tmp_path / "floats.tiff").notes[0]
 
 
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("top", [1, 254, 255, 256, 4000, 4095, 4096, 65535])
+def test_white_is_the_maximum_without_a_jump(tmp_path: Path, kind: type, top: int) -> None:
+    values = np.round(np.linspace(0, top, 12)).reshape(3, 4)
+    Image.fromarray(values.astype(kind)).save(tmp_path / "deep.tiff")
+    white = max(top, 1 if kind is np.float32 else 255)
+    assert np.array_equal(pixels(tmp_path / "deep.tiff")[..., 0], np.round(values / white * 255))
+
+
+def test_floats_just_above_one_stay_as_they_are(tmp_path: Path) -> None:
+    values = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+    read = []
+    for name, factor in (("one.tiff", 1.0), ("above.tiff", 1.0001), ("below.tiff", 0.9999)):
+        Image.fromarray((values * factor).astype(np.float32)).save(tmp_path / name)
+        read.append(pixels(tmp_path / name).astype(int))
+    assert max(np.abs(other - read[0]).max() for other in read[1:]) <= 1
+    assert read[0].max() == 255
+
+
 def test_constant_and_not_finite_floats(tmp_path: Path) -> None:
     Image.fromarray(np.full((2, 2), -5, np.float32)).save(tmp_path / "flat.tiff")
     assert np.unique(pixels(tmp_path / "flat.tiff")).size == 1

@@ -218,20 +218,19 @@ def _formats() -> list[str]:
 
 
 def _to_8_bits(image: Image.Image, hidden: int | None) -> tuple[Image.Image, str]:
-    """16-bit and float grey pictures as 8-bit grey, from their nominal range where they fit it.
+    """Deep grey pictures as 8-bit grey: black is 0 or their minimum below it, white their maximum.
 
-    The value ``hidden``, if any, is transparent and becomes white.
+    White is at least 255 for integers and 1 for floats, so that dark pictures stay dark. The value
+    ``hidden``, if any, is transparent and becomes white.
     """
     values = np.asarray(image).astype(np.float64)
     transparent = values == hidden if hidden is not None else np.zeros(values.shape, bool)
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite")
-    low, high = float(values.min()), float(values.max())
-    top = 1.0 if image.mode == "F" and high <= 1 else 255.0 if image.mode == "F" else 65535.0
-    if low < 0 or high > top:
-        span = (high - low) or 1.0
-        values, said = (values - low) / span, f"was scaled from its range {low:g} to {high:g}."
-    else:
-        values, said = values / top, f"has deep grey values; 0 to {top:g} became 8 bits."
+    seen = values[~transparent]
+    low = float(seen.min(initial=0.0))
+    high = float(seen.max(initial=1.0 if image.mode == "F" else 255.0))
+    values = ((values - low) / (high - low)).clip(0, 1)
+    said = f"has deep grey values; {low:g} to {high:g} became 8 bits."
     grey = np.where(transparent, 255, np.round(values * 255))
     return Image.fromarray(grey.astype(np.uint8)), said
