@@ -103,8 +103,13 @@ class Place:
         Nor may they reach over a rim that none of them sees, which patches leave that do not
         divide the image.
         """
-        ends = zip(self.first, self.last, self.step, size, strict=True)
-        if any(max(low, side - high) > _RIM * abs(step) for low, high, step, side in ends):
+        # Only where nothing is padded: a first cell that reaches out has its place by the image.
+        if any(
+            start >= reach - 1e-6 and max(low, side - high) > _RIM * abs(step)
+            for start, reach, low, high, step, side in zip(
+                self.start, self.reach, self.first, self.last, self.step, size, strict=True
+            )
+        ):
             return True
         return any(
             abs(start + cell * step - (cell + 0.5) * side / cells) > _FAR_OFF * abs(step)

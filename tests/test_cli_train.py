@@ -224,7 +224,7 @@ def test_a_reader_that_goes_away_stops_no_run(epochs: int, here: Path, data: Pat
 
 
 def test_an_empty_name_is_no_folder(fails: Callable[..., str], data: Path) -> None:
-    assert "an empty name" in fails("train", "data", "--out", "", *QUICK)
+    assert "an empty name" in fails("train", "data", "--out", "", *QUICK, code=2)
     assert "lies within the data" in fails("train", "data", "--out", "data/run", *QUICK)
 
 
