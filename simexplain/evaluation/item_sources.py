@@ -199,7 +199,7 @@ def _item(source: Path, line: int, row: Mapping[str, str | None]) -> Item:
         arch,
         masks_of if any(masks_of) else None,
         different=arch == "siamese" and not near.files,
-        positives=len(near.files),
+        positives=len(near.files) if arch == "set" else 1,
     )
 
 
