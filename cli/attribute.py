@@ -108,7 +108,10 @@ def _place(result: Attribution, text: str) -> tuple[int, int]:
 def report(result: Attribution, top: int, parts: list[Decomposition]) -> None:
     """Prints the account of every pair, for a person."""
     click.echo(f"{result.model}: {ORIGINS[result.origin]}")
-    tell_hardly_seen(result.pictures, result.geometries)
+    tell_hardly_seen(
+        (picture.path for pair in result.pictures for picture in pair),
+        (geometry for pair in result.geometries for geometry in pair),
+    )
     for index in range(len(result)):
         _report_pair(result, index, top)
         if parts:

@@ -145,7 +145,7 @@ def report(result: Explanation, files: dict[str, str]) -> None:
         about = f"row {number}, {row.title}: " if several else ""
         click.echo(f"{about}{result.model}, {where}method {row.method}")
     click.echo(aligned(_table(result)))
-    tell_hardly_seen((result.pictures,), (result.geometries,))
+    tell_hardly_seen((picture.path for picture in result.pictures), result.geometries)
     click.echo(verdict(result))
     for row in result.rows:
         tell_shares(row.bypass, None if row.unexplained is None else row.unexplained.max())

@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from simexplain.data.folders import results_in
-from simexplain.data.preprocessing import hardly_seen
 from simexplain.errors import OutputError
 from simexplain.searching.index import (
     GalleryIndex,
@@ -28,6 +27,7 @@ from .options import (
     model_from,
     model_options,
     progress_bars,
+    tell_hardly_seen,
     tell_shares,
 )
 
@@ -143,9 +143,7 @@ def _tell(index: GalleryIndex, left_out: str = "", *, as_json: bool) -> None:
         return
     where = f", layer {index.layer}" if index.layer else ""
     click.echo(f"{index.model_name}{where}: {_counted(len(index))}")
-    few = [(index.paths[n], index.geometry(n)) for n in range(len(index))]
-    if cut_off := hardly_seen(few):
-        click.echo(cut_off.encode("utf-8", "backslashreplace").decode())
+    tell_hardly_seen(index.paths, map(index.geometry, range(len(index))))
     changes = said["changes"]
     click.echo(", ".join(f"{number} {name}" for name, number in changes.items()))
     click.echo(_kept(index, said))

@@ -125,7 +125,10 @@ def report(result: Matching, points: Sequence[Point] | None, top: int) -> None:
     first, second = (picture.path for picture in result.pictures[0])
     click.echo(f"{result.model}, layer {result.layer}, style {result.style}")
     click.echo(f"{first} and {second}")
-    tell_hardly_seen(result.pictures, result.geometries)
+    tell_hardly_seen(
+        (picture.path for pair in result.pictures for picture in pair),
+        (geometry for pair in result.geometries for geometry in pair),
+    )
     click.echo(summary(result, 0))
     tell_shares(result.bypass, None if (own := result.unexplained) is None else float(own[0]))
     shown = default_points(result, 0) if points is None else points

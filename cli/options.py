@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat, TypeVar
 
@@ -21,7 +20,6 @@ from simexplain.models.loading import RANDOM, Pixels, load_model
 from simexplain.models.readouts import OUTPUTS
 
 if TYPE_CHECKING:
-    from simexplain.data.images import Picture
     from simexplain.data.preprocessing import Geometry
     from simexplain.fitting.passes import Progress
     from simexplain.models.base import SimilarityModel
@@ -241,13 +239,11 @@ def free_folder(base: Path) -> Path:
     return folder
 
 
-def tell_hardly_seen(
-    pictures: Iterable[Iterable[Picture]], geometries: Iterable[Iterable[Geometry]]
-) -> None:
+def tell_hardly_seen(names: Iterable[str], geometries: Iterable[Geometry]) -> None:
     """Names pictures so wide or tall that the network saw little of them."""
-    pairs = zip(chain.from_iterable(pictures), chain.from_iterable(geometries), strict=True)
-    if said := hardly_seen((picture.path, geometry) for picture, geometry in pairs):
-        click.echo(said)
+    if line := hardly_seen(zip(names, geometries, strict=True)):
+        # Names of files need not be text.
+        click.echo(line.encode("utf-8", "backslashreplace").decode())
 
 
 def tell_shares(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from simexplain.data.preprocessing import hardly_seen
 from simexplain.publishing import check_writable
 from simexplain.searching.search import search
 from simexplain.searching.search_pictures import verdict
@@ -23,6 +22,7 @@ from .options import (
     model_options,
     progress_bars,
     tell_files,
+    tell_hardly_seen,
     tell_shares,
 )
 
@@ -116,10 +116,8 @@ def report(result: SearchResult) -> None:
     click.echo(f"{result.model}{layer}\n{_printable(verdict(result))}")
     if result.closeness:
         click.echo(result.closeness)
-    shown = [(result.query, result.geometries[result.query])]
-    shown += [(hit.path, result.geometries[hit.path]) for hit in result.hits]
-    if said := hardly_seen((_printable(path), geometry) for path, geometry in shown):
-        click.echo(said)
+    shown = (result.query, *(hit.path for hit in result.hits))
+    tell_hardly_seen(map(_printable, shown), (result.geometries[path] for path in shown))
     rests = [hit.unexplained for hit in result.hits if hit.unexplained is not None]
     tell_shares(result.bypass, max(rests, default=None))
     classes = any(hit.label is not None for hit in result.hits)

@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from simexplain.data.preprocessing import hardly_seen
 from simexplain.publishing import check_writable
 from simexplain.segmentation.saving import MAIN_FILES, manifest
 from simexplain.segmentation.segmenting_files import segment_files
 
-from .options import FilePath, busy, free_folder, model_from, model_options, tell_files, tell_shares
+from .options import (
+    FilePath,
+    busy,
+    free_folder,
+    model_from,
+    model_options,
+    tell_files,
+    tell_hardly_seen,
+    tell_shares,
+)
 from .segment_options import segment_options, segmenting_from
 
 if TYPE_CHECKING:
@@ -81,9 +89,7 @@ def report(result: Segmentation) -> None:
     counts = [sum(one.role == role for one in result.images) for role in ("support", "other")]
     against = f", {counts[1]} of another class" if counts[1] else ""
     click.echo(f"{result.name}: {counts[0]} of the class sought{against}, by {result.by}")
-    names = (result.name, *(one.name for one in result.images))
-    if cut_off := hardly_seen(zip(names, result.geometries, strict=True)):
-        click.echo(cut_off)
+    tell_hardly_seen((result.name, *(one.name for one in result.images)), result.geometries)
     tell_shares(result.bypass, None)
     if result.box is None:
         click.echo("nothing was found")

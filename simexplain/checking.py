@@ -198,7 +198,8 @@ def checked(
     for index, images in enumerate(stack):
         masks = [hottest(grown(heat[index], size)) for heat in heatmaps]
         both = [mask.to(images.device) for hot in masks for mask in (hot, elsewhere(hot))]
-        variants = torch.stack([blurred(images), *(hidden(images, mask) for mask in both)])
+        veil = blurred(images)
+        variants = torch.stack([veil, *(hidden(images, mask, veil) for mask in both)])
         found = trace(model, variants.flatten(0, 1), (), max_batch=max_batch).embeddings.detach()
         found = found.view(len(variants), len(places), -1)
         members = embeddings[index].to(found)

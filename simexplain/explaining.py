@@ -329,14 +329,14 @@ def _explanations(
         "moved": moved,
         **said,
     }
+    out_of_range = _out_of_range(model, pictures)
     explained = []
     for row in made:
         _check_finite(row.found)
         # A method that names its layers itself may know them without a survey.
         surveyed = named or not isinstance(row.method, ChoosesLayers)
         known = row.layers != (PIXELS,) and (surveyed or model.is_surveyed(pictures))
-        warnings = row.found.warnings + _more_warnings(row.found, moved, comparison)
-        warnings += _out_of_range(model, pictures)
+        warnings = row.found.warnings + _more_warnings(row.found, moved, comparison) + out_of_range
         if known:
             own = row.found.embeddings.flatten(0, 1)
             warnings += model.cautions(row.layers, pictures, own)

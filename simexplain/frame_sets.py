@@ -15,7 +15,7 @@ from simexplain.explanation import Explanation
 from simexplain.methods.similarity_attention import SimilarityAttention
 from simexplain.methods.similarity_cam import SimilarityCAM
 from simexplain.models.base import SimilarityModel
-from simexplain.models.frames import FrameSets, present_frames, split_frames, tall
+from simexplain.models.frames import FrameSets, present_frames, split_frames, tall, with_missing
 
 FRAMED = ("sam", "similarity_cam", "saliency")
 """Methods whose maps of a set of frames are the gradient through the pooling."""
@@ -65,9 +65,7 @@ def framed(
     for role, stack in shown.items():
         if not stack.is_floating_point():
             raise ComparisonError(f"Expected float images in every set, got {stack.dtype}.")
-        missing = frames - stack.shape[2] if stack.shape[1] else 0
-        filler = stack.new_full((*stack.shape[:2], max(0, missing), *stack.shape[3:]), torch.nan)
-        whole = torch.cat((stack, filler), dim=2)
+        whole = with_missing(stack, frames if stack.shape[1] else 0)
         _check_present(present_frames(whole), role)
         laid = tall(whole)
         changed[role] = laid[:, 0] if role == "anchor" else laid

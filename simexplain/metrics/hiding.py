@@ -47,13 +47,18 @@ def elsewhere(masks: Tensor) -> Tensor:
     return torch.stack(chosen).view(masks.shape)
 
 
-def hidden(images: Tensor, masks: Tensor) -> Tensor:
+def hidden(images: Tensor, masks: Tensor, veil: Tensor | None = None) -> Tensor:
     """Images ``(...,C,H,W)`` blurred beyond recognition where masks ``(...,H,W)`` are true.
 
     The border between what is hidden and what is not is soft, so that it is no edge to be seen.
+
+    Args:
+        images: The images.
+        masks: Where to hide.
+        veil: The images, :func:`~simexplain.metrics.fills.blurred`, where they are at hand.
     """
     share = _smoothed(masks.to(torch.float32)).unsqueeze(-3).to(images.dtype)
-    return torch.lerp(images, blurred(images), share)
+    return torch.lerp(images, blurred(images) if veil is None else veil, share)
 
 
 def _smoothed(maps: Tensor) -> Tensor:

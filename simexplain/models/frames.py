@@ -124,9 +124,11 @@ def padded_sets(items: Sequence[Tensor]) -> Tensor:
     Items of fewer frames than the longest end with frames of NaN.
     """
     most = max(len(item) for item in items)
-    return torch.stack(
-        [
-            torch.cat((item, item.new_full((most - len(item), *item.shape[1:]), torch.nan)))
-            for item in items
-        ]
-    )
+    return torch.stack([with_missing(item, most) for item in items])
+
+
+def with_missing(frames: Tensor, most: int) -> Tensor:
+    """Frames ``(...,T,C,H,W)`` with as many of NaN after them as are missing to ``most``."""
+    missing = max(0, most - frames.shape[-4])
+    filler = frames.new_full((*frames.shape[:-4], missing, *frames.shape[-3:]), torch.nan)
+    return torch.cat((frames, filler), dim=-4)
