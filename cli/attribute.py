@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,10 @@ from simexplain.attribution.attributing_files import attribute_files
 from simexplain.attribution.saving import MAIN_FILES, manifest
 from simexplain.models.avsl_options import ORIGINS
 from simexplain.models.avsl_runs import expected_avsl
+from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 
+from .console import echo, echo_lines
 from .options import (
     FilePath,
     aligned,
@@ -85,7 +86,7 @@ def command(
     parts = [] if apart is None else [result.decompose(*apart, n) for n in range(len(result))]
     if as_json:
         said = manifest(result, files, top, apart)
-        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+        echo_lines(json_text(said))
     else:
         report(result, top, parts)
         tell_files(files, result.warnings)
@@ -107,7 +108,7 @@ def _place(result: Attribution, text: str) -> tuple[int, int]:
 
 def report(result: Attribution, top: int, parts: list[Decomposition]) -> None:
     """Prints the account of every pair, for a person."""
-    click.echo(f"{result.model}: {ORIGINS[result.origin]}")
+    echo(f"{result.model}: {ORIGINS[result.origin]}")
     tell_hardly_seen(
         (picture.path for pair in result.pictures for picture in pair),
         (geometry for pair in result.geometries for geometry in pair),
@@ -121,7 +122,8 @@ def report(result: Attribution, top: int, parts: list[Decomposition]) -> None:
 def _report_pair(result: Attribution, index: int, top: int) -> None:
     first, second = (picture.path for picture in result.pictures[index])
     role = f" ({result.roles[index]})" if result.roles[index] else ""
-    click.echo(f"\n{first} and {second}{role}")
+    echo("")
+    echo(f"{first} and {second}{role}")
     rows = [("level", "layer", "nodes", "contribution", "share")]
     contributions = result.level_contributions[index].tolist()
     shares = result.shares[index].tolist()
@@ -138,13 +140,14 @@ def _report_pair(result: Attribution, index: int, top: int) -> None:
         )
     total = sum(contributions)
     rows.append(("", "sum", "", f"{total:.6f}", f"{sum(shares):.1%}"))
-    click.echo(aligned(rows))
+    echo_lines(aligned(rows))
     residual = float(result.residual[index])
-    click.echo(f"distance {float(result.distances[index]):.6f}, residual {residual:+.1e}")
+    echo(f"distance {float(result.distances[index]):.6f}, residual {residual:+.1e}")
     if top:
         found = result.top(top, index)
-        click.echo(f"\nThe {len(found)} nodes that contribute most")
-        click.echo(aligned([_HEAD, *(_line(node) for node in found)]))
+        echo("")
+        echo(f"The {len(found)} nodes that contribute most")
+        echo_lines(aligned([_HEAD, *(_line(node) for node in found)]))
 
 
 _HEAD = ("node", "value", "reliability", "sensitivity", "contribution", "share")
@@ -164,9 +167,10 @@ def _line(node: Node) -> tuple[str, ...]:
 def _report_parts(found: Decomposition) -> None:
     """What a node brings to the distance by itself and through others."""
     name = f"{found.node.level}:{found.node.node}"
-    click.echo(f"\nNode {name} brings {found.flow:.6f}, {found.own:.6f} of it its own value")
+    echo("")
+    echo(f"Node {name} brings {found.flow:.6f}, {found.own:.6f} of it its own value")
     if not found.stand_ins:
-        click.echo("no lower node stands in for it")
+        echo("no lower node stands in for it")
         return
     shown, rest = found.stand_ins[:_DECOMPOSED], found.stand_ins[_DECOMPOSED:]
     rows = [("stands in", "edge", "part", "value", "reliability")]
@@ -182,4 +186,4 @@ def _report_parts(found: Decomposition) -> None:
     ]
     if rest:
         rows.append((f"{len(rest)} more", "", f"{sum(part.part for part in rest):.6f}", "", ""))
-    click.echo(aligned(rows))
+    echo_lines(aligned(rows))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,9 @@ import click
 
 from simexplain.data.folders import results_in
 from simexplain.fitting.bank import BankOptions, build_bank
+from simexplain.printing import json_text
 
+from .console import echo, echo_lines
 from .options import FilePath, busy, check_file, few, model_from, model_options, progress_bars
 
 _OWN = BankOptions()
@@ -77,19 +78,19 @@ def command(
             "schema": 1, "model": bank.model, "layer": bank.layer,
             "channels": bank.weights.shape[1], "report": dict(bank.report), "file": str(out),
         }  # fmt: skip
-        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+        echo_lines(json_text(said))
         return
-    click.echo(f"{bank.model}, layer {bank.layer}, {bank.weights.shape[1]} channels")
-    click.echo(f"{told['images']} images of {told['classes']} classes")
-    click.echo(f"{told['active']:.0%} of {told['triplets']} triplets each have a loss above zero")
+    echo(f"{bank.model}, layer {bank.layer}, {bank.weights.shape[1]} channels")
+    echo(f"{told['images']} images of {told['classes']} classes")
+    echo(f"{told['active']:.0%} of {told['triplets']} triplets each have a loss above zero")
     if left_out := results_in(folder):
-        click.echo(left_out, err=True)
+        echo(left_out, err=True)
     if told["left_out"]:
-        click.echo(
+        echo(
             f"Warning: {told['left_out']} pictures are left out, being alone in their class or "
             "without a triplet whose loss is above zero.",
             err=True,
         )
     if skipped:
-        click.echo(f"Warning: {len(skipped)} pictures cannot be read: {few(skipped)}.", err=True)
-    click.echo(f"bank: {out}")
+        echo(f"Warning: {len(skipped)} pictures cannot be read: {few(skipped)}.", err=True)
+    echo(f"bank: {out}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,8 +16,10 @@ from simexplain.batching.folder import MANIFEST
 from simexplain.batching.options import ACCELERATORS, BatchOptions
 from simexplain.batching.table import check_extra
 from simexplain.methods import PIXELS
+from simexplain.printing import json_text
 from simexplain.training.run_folder import first_process
 
+from .console import echo, echo_lines
 from .method_options import method_from, method_options
 from .options import FilePath, OneOf, busy, model_from, model_options, progress_bars, tell_files
 
@@ -107,9 +108,8 @@ def command(
     if not first_process():
         return
     if as_json:
-        # Names of files that are not UTF-8 become escapes of JSON's.
-        text = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
-        click.echo(text.encode("utf-8", "backslashreplace").decode())
+        text = json_text(result.to_json())
+        echo_lines(text)
     else:
         report(result, known)
 
@@ -127,28 +127,26 @@ def _bars() -> Iterator[Progress | None]:
 def _warn(lines: Sequence[str]) -> None:
     """Tells of all rows that are known not to work, before the work."""
     rows = "row" if len(lines) == 1 else "rows"
-    click.echo(f"Warning: {len(lines)} {rows} cannot be explained and will be skipped:", err=True)
+    echo(f"Warning: {len(lines)} {rows} cannot be explained and will be skipped:", err=True)
     for line in lines[:_LISTED]:
-        click.echo(f"  {line}", err=True)
+        echo(f"  {line}", err=True)
     if len(lines) > _LISTED:
-        click.echo(f"  and {len(lines) - _LISTED} more, which the table has", err=True)
+        echo(f"  and {len(lines) - _LISTED} more, which the table has", err=True)
 
 
 def report(result: BatchResult, known: Sequence[str] = ()) -> None:
     """Prints what came of it, for a person; ``known`` was told before."""
     said = result.to_json()
     layers = "" if said["layers"] == [PIXELS] else f"layers {', '.join(said['layers'])}, "
-    click.echo(f"{said['model']}, {layers}method {said['method']}")
-    click.echo(f"{said['rows']} rows, {said['explained']} explained, {said['failed']} failed")
+    echo(f"{said['model']}, {layers}method {said['method']}")
+    echo(f"{said['rows']} rows, {said['explained']} explained, {said['failed']} failed")
     if of := said["conditions"]["of"]:
-        click.echo(
-            f"the distances are as the roles demand in {said['conditions']['holds']} of {of}"
-        )
+        echo(f"the distances are as the roles demand in {said['conditions']['holds']} of {of}")
     work = result.work
     if work is None:
-        click.echo("all rows were done already")
+        echo("all rows were done already")
     elif work.forwards is not None:
-        click.echo(
+        echo(
             f"{work.forwards} pictures went through the network; one by one it were {work.separate}"
         )
     fresh = [
@@ -157,7 +155,7 @@ def report(result: BatchResult, known: Sequence[str] = ()) -> None:
         if not any(line.endswith(why) for line in known)
     ]
     for line in fresh[:_LISTED]:
-        click.echo(f"Warning: row {line}", err=True)
+        echo(f"Warning: row {line}", err=True)
     first = next(iter(said["warnings"]), None)
     tell_files(said["files"], () if first is None else (f"{first} (More: column warnings.)",))
 
@@ -178,5 +176,5 @@ def _interrupted(out: str, earlier: tuple[int, int] | None) -> None:
             raise KeyboardInterrupt
         words = [word for word in sys.argv[1:] if word not in ("--resume", "--force")]
         again = shlex.join(["simexplain", *words, "--resume"])
-        click.echo(f"Error: Interrupted; go on with: {again}", err=True)
+        echo(f"Error: Interrupted; go on with: {again}", err=True)
     raise click.exceptions.Exit(130)

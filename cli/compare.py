@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,11 @@ from simexplain.comparison import ARCHITECTURES, positives_of
 from simexplain.evaluation.comparing import compare_files
 from simexplain.evaluation.saving import COMPARISON_FILES
 from simexplain.picturing import verdict
+from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 from simexplain.rendering.overlay import RENDERERS
 
+from .console import echo, echo_lines
 from .options import (
     FilePath,
     OneOf,
@@ -99,14 +100,14 @@ def command(
     with busy(f"Writing {out}"):
         files = result.save(out, force=force, style=style)
     if as_json:
-        click.echo(json.dumps(result.to_json(files), indent=2, ensure_ascii=False))
+        echo_lines(json_text(result.to_json(files)))
     else:
         report(result, files)
 
 
 def report(result: MethodComparison, files: dict[str, str]) -> None:
     """Prints the table, for a person."""
-    click.echo(f"{result.first.model}, {verdict(result.first)}")
-    click.echo(str(result))
+    echo(f"{result.first.model}, {verdict(result.first)}")
+    echo_lines(str(result))
     own = [f"{one.name}: {text}" for one in result.methods for text in one.explanation.warnings]
     tell_files(files, (*result.notes, *own))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,10 @@ from simexplain.evaluation.evaluating import evaluate_faithfulness
 from simexplain.evaluation.item_sources import SAMPLED, read_comparisons, sample_comparisons
 from simexplain.evaluation.measuring import CONTROLS
 from simexplain.evaluation.saving import EVALUATION_FILES, save_evaluation
+from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 
+from .console import echo, echo_lines
 from .evaluate_reid import reid
 from .evaluate_retrieval import retrieval
 from .evaluate_segmentation import segmentation
@@ -89,7 +90,7 @@ def faithfulness(
     files = {} if out is None else save_evaluation(result, out, force=force)
     if as_json:
         said = {**result.to_json(), "files": files}
-        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+        echo_lines(json_text(said))
     else:
         report(result, files)
 
@@ -104,13 +105,13 @@ def report(result: Evaluation, files: dict[str, str]) -> None:
     """Prints the table, for a person."""
     done = len(result.items) - sum(", " not in where for where in result.broken)
     level = f"{100 * result.settings['level']:g} %"
-    click.echo(
+    echo(
         f"{result.settings['model']}, {done} of {len(result.items)} comparisons measured, means "
         f"with {level} intervals"
     )
-    click.echo(str(result))
+    echo_lines(str(result))
     for name, reason in result.skipped.items():
-        click.echo(f"Skipped {name}: {reason}")
+        echo(f"Skipped {name}: {reason}")
     broken = {
         where: reason
         for where, reason in result.broken.items()

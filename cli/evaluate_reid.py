@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,8 +15,10 @@ from simexplain.evaluation.reid import RANKS, evaluate_reid
 from simexplain.evaluation.reid_result import Reidentification
 from simexplain.evaluation.saving import REID_FILES, save_reid
 from simexplain.models.pcb import PCB
+from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 
+from .console import echo, echo_lines
 from .options import FilePath, OneOf, busy, model_from, model_options, progress_bars, tell_files
 
 _LISTED = 3
@@ -77,7 +78,7 @@ def reid(
     files = {} if out is None else save_reid(result, out, force=force)
     if as_json:
         said = {**result.to_json(), "files": files, "warnings": list(data.problems)}
-        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+        echo_lines(json_text(said))
     else:
         report(result, files, again, data.problems)
 
@@ -86,21 +87,21 @@ def report(
     result: Reidentification, files: dict[str, str], model: list[str], problems: Sequence[str]
 ) -> None:
     """Prints the table, for a person; ``model`` as words of a command."""
-    click.echo(
+    echo(
         f"{result.settings['model']}, {result.settings['data']}: "
         f"{_counted(len(result.queries) - result.left_out, 'query', 'queries')} of "
         f"{_counted(result.persons, 'person', 'persons')}, searched in "
         f"{_counted(result.searched, 'picture', 'pictures')} ({result.distractors} of "
         f"distractors, {result.junk} more of junk ignored)"
     )
-    click.echo(str(result))
+    echo_lines(str(result))
     if result.failures:
         worst = result.failures[0]
         paths = [str(record.path) for record in (worst.query, worst.right, worst.wrong)]
         failed = _counted(len(result.failures), "query", "queries")
-        click.echo(f"{failed} found somebody else first; the worst, explained:")
+        echo(f"{failed} found somebody else first; the worst, explained:")
         words = [model[0], *paths, "--arch", "triplet", *model[1:]]
-        click.echo(f"  simexplain explain {shlex.join(words)}")
+        echo(f"  simexplain explain {shlex.join(words)}")
     said = list(problems)
     if result.left_out:
         what = _counted(result.left_out, "query has", "queries have")

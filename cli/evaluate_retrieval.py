@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,10 @@ from simexplain.data.folders import Record
 from simexplain.evaluation.retrieval import RECALLS, evaluate_retrieval
 from simexplain.evaluation.retrieval_result import Retrieval
 from simexplain.evaluation.saving import RETRIEVAL_FILES, save_retrieval
+from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 
+from .console import echo, echo_lines
 from .options import FilePath, OneOf, busy, model_from, model_options, progress_bars, tell_files
 
 _LISTED = 3
@@ -107,7 +108,7 @@ def retrieval(
     files = {} if out is None else save_retrieval(result, out, force=force)
     if as_json:
         said = {**result.to_json(), "files": files}
-        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+        echo_lines(json_text(said))
     else:
         report(result, files)
 
@@ -131,8 +132,8 @@ def report(result: Retrieval, files: dict[str, str]) -> None:
         among = f"searched in {_counted(len(result.gallery), 'picture', 'pictures')}"
     left = ", without their own groups" if settings["own group"] == "ignored" else ""
     asked = _counted(len(result.queries) - result.left_out, "query", "queries")
-    click.echo(f"{settings['model']}, {settings['split']}: {asked}, {among}{left}")
-    click.echo(str(result))
+    echo(f"{settings['model']}, {settings['split']}: {asked}, {among}{left}")
+    echo_lines(str(result))
     said = []
     if result.left_out:
         said.append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import click
 
 from simexplain.data.dataset_split import ALPHA
+from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 from simexplain.segmentation.dataset import SegmentationData, read_masked
 from simexplain.segmentation.evaluating import OVERLAPS, evaluate_segmentation
@@ -17,6 +17,7 @@ from simexplain.segmentation.pascal import FOLDS, is_pascal, read_pascal
 from simexplain.segmentation.saving import SCORE_FILES, save_scores
 from simexplain.segmentation.scores import SegmentationScores
 
+from .console import echo, echo_lines
 from .options import FilePath, OneOf, busy, model_from, model_options, progress_bars, tell_files
 from .segment_options import segment_options, segmenting_from
 
@@ -100,7 +101,7 @@ def segmentation(
     files = {} if out is None else save_scores(result, out, force=force)
     if as_json:
         said = {**result.to_json(), "files": files}
-        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+        echo_lines(json_text(said))
     else:
         report(result, files)
 
@@ -129,11 +130,11 @@ def report(result: SegmentationScores, files: dict[str, str]) -> None:
     """Prints the tables, for a person."""
     settings = result.settings
     count = sum(len(fold.episodes) for fold in result.folds)
-    click.echo(
+    echo(
         f"{settings['model']}, {settings['method']}, {settings['by']}: {count} episodes, "
         f"{settings['ways']}-way {settings['shots']}-shot"
     )
-    click.echo(str(result))
+    echo_lines(str(result))
     said = [f"left out: {where}: {why}" for where, why in list(result.broken.items())[:_LISTED]]
     if said:
         asked = settings["episodes"] * len(result.folds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +13,12 @@ from simexplain.methods import PIXELS
 from simexplain.models.frames import POOLINGS
 from simexplain.models.pairs import PairModel
 from simexplain.picturing import findings, notes_of, verdict
+from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 from simexplain.rendering.overlay import RENDERERS
 from simexplain.saving import MAIN_FILES, manifest
 
+from .console import echo, echo_lines
 from .given_vectors import vector_options, vectors_from
 from .method_options import method_from, method_options
 from .options import (
@@ -132,7 +133,7 @@ def command(
     with busy(f"Writing {out}"):
         files = result.save(out, force=force, styles=style)
     if as_json:
-        click.echo(json.dumps(manifest(result, files), indent=2, ensure_ascii=False))
+        echo_lines(json_text(manifest(result, files)))
     else:
         report(result, files)
 
@@ -143,31 +144,31 @@ def report(result: Explanation, files: dict[str, str]) -> None:
     for number, row in enumerate(result.rows, start=1):
         where = "" if row.layers == (PIXELS,) else f"layer {row.layer}, "
         about = f"row {number}, {row.title}: " if several else ""
-        click.echo(f"{about}{result.model}, {where}method {row.method}")
-    click.echo(aligned(_table(result)))
+        echo(f"{about}{result.model}, {where}method {row.method}")
+    echo_lines(aligned(_table(result)))
     tell_hardly_seen((picture.path for picture in result.pictures), result.geometries)
-    click.echo(verdict(result))
+    echo(verdict(result))
     for row in result.rows:
         tell_shares(row.bypass, None if row.unexplained is None else row.unexplained.max())
     for place, role in enumerate(result.roles):
         for number, row in enumerate(result.rows, start=1):
             said = "" if row.check is None else row.check.says(0, place)
             if said:
-                click.echo(f"{role}, row {number}: {said}" if several else f"{role}: {said}")
+                echo(f"{role}, row {number}: {said}" if several else f"{role}: {said}")
     for line in findings(result):
-        click.echo(line)
+        echo(line)
     if result.check is not None:
         images = sum(row.check.images for row in result.rows if row.check is not None)
-        click.echo(f"The check took {images} more passes of an image; --no-check leaves it away.")
+        echo(f"The check took {images} more passes of an image; --no-check leaves it away.")
     if result.moved is not None:
         moved = ", ".join(f"{value:.3f}" for value in result.moved[0].tolist())
-        click.echo(f"magnifying moved the embeddings by cosine distances of {moved}")
+        echo(f"magnifying moved the embeddings by cosine distances of {moved}")
     for warning in notes_of(result):
-        click.echo(f"Warning: {warning}", err=True)
+        echo(f"Warning: {warning}", err=True)
     for kind in ("figure", "manifest", "maps"):
-        click.echo(f"{kind}: {files[kind]}")
+        echo(f"{kind}: {files[kind]}")
     heatmaps = [path for kind, path in files.items() if kind.startswith("heatmap")]
-    click.echo(f"heatmaps: {', '.join(heatmaps)}")
+    echo(f"heatmaps: {', '.join(heatmaps)}")
 
 
 def _table(result: Explanation) -> list[tuple[str, ...]]:

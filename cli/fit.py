@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ from simexplain.data.folders import results_in
 from simexplain.fitting.posthoc import PostHoc, fit
 from simexplain.models.avsl_options import ORIGINS, PRESETS
 from simexplain.models.writing import check_savable, save_model
+from simexplain.printing import json_text
 
+from .console import echo, echo_lines
 from .options import (
     FilePath,
     OneOf,
@@ -94,18 +95,18 @@ def command(
     save_model(fitted, out)
     said = {"schema": 1, "model": fitted.name, **fitted.to_json(), "file": str(out)}
     if as_json:
-        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+        echo_lines(json_text(said))
         return
-    click.echo(f"{fitted.name}: {ORIGINS[fitted.origin]}")
+    echo(f"{fitted.name}: {ORIGINS[fitted.origin]}")
     for number, (level, width) in enumerate(zip(fitted.levels, fitted.widths, strict=True)):
-        click.echo(f"level {number}: {level}, {width} nodes")
+        echo(f"level {number}: {level}, {width} nodes")
     told = dict(fitted.report)
     skipped, warnings = told.pop("skipped", []), told.pop("warnings", [])
-    click.echo(", ".join(f"{name} {value}" for name, value in told.items()))
+    echo(", ".join(f"{name} {value}" for name, value in told.items()))
     if skipped:
-        click.echo(f"Warning: {len(skipped)} pictures cannot be read: {few(skipped)}.", err=True)
+        echo(f"Warning: {len(skipped)} pictures cannot be read: {few(skipped)}.", err=True)
     if left_out := results_in(folder):
-        click.echo(left_out, err=True)
+        echo(left_out, err=True)
     for text in warnings:
-        click.echo(f"Warning: {text}", err=True)
-    click.echo(f"model: {out}")
+        echo(f"Warning: {text}", err=True)
+    echo(f"model: {out}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import click
 
 from simexplain.data.folders import results_in
 from simexplain.errors import OutputError
+from simexplain.printing import json_text
 from simexplain.searching.index import (
     GalleryIndex,
     build_index,
@@ -20,6 +20,7 @@ from simexplain.searching.index import (
 from simexplain.searching.index_report import report_of
 from simexplain.searching.index_work import work_folder
 
+from .console import echo, echo_lines
 from .options import (
     FilePath,
     busy,
@@ -106,7 +107,7 @@ def command(
     except KeyboardInterrupt:
         if not work_folder(out).is_dir():
             raise
-        click.echo("Error: Interrupted; the same command goes on where it was.", err=True)
+        echo("Error: Interrupted; the same command goes on where it was.", err=True)
         raise click.exceptions.Exit(130) from None
     left_out = results_in(folder) if folder.is_dir() else ""
     _tell(index, left_out, as_json=as_json)
@@ -138,25 +139,25 @@ def _tell(index: GalleryIndex, left_out: str = "", *, as_json: bool) -> None:
     """Prints what was done."""
     said = {**report_of(index), "warnings": [left_out] if left_out else []}
     if as_json:
-        text = json.dumps(said, indent=2, ensure_ascii=False)
-        click.echo(text.encode("utf-8", "backslashreplace").decode())
+        text = json_text(said)
+        echo_lines(text)
         return
     where = f", layer {index.layer}" if index.layer else ""
-    click.echo(f"{index.model_name}{where}: {_counted(len(index))}")
+    echo(f"{index.model_name}{where}: {_counted(len(index))}")
     tell_hardly_seen(index.paths, map(index.geometry, range(len(index))))
     changes = said["changes"]
-    click.echo(", ".join(f"{number} {name}" for name, number in changes.items()))
-    click.echo(_kept(index, said))
+    echo(", ".join(f"{number} {name}" for name, number in changes.items()))
+    echo(_kept(index, said))
     if left_out:
-        click.echo(left_out, err=True)
+        echo(left_out, err=True)
     if said["basis"] is not None:
         tell_shares(index.bypass, said["basis"]["unexplained"], of="embeddings")
     broken = list(index.broken.values())
     for reason in broken[:_LISTED]:
-        click.echo(f"Warning: left out: {reason}", err=True)
+        echo(f"Warning: left out: {reason}", err=True)
     if len(broken) > _LISTED:
-        click.echo(f"Warning: {len(broken) - _LISTED} more, listed by --json.", err=True)
-    click.echo(f"index: {index.path}")
+        echo(f"Warning: {len(broken) - _LISTED} more, listed by --json.", err=True)
+    echo(f"index: {index.path}")
 
 
 def _kept(index: GalleryIndex, said: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .console import echo, echo_lines
 from .options import aligned, busy, model_from, model_options
 
 
@@ -25,10 +26,10 @@ def command(model: str, as_json: bool, **given: Any) -> None:
         layers = loaded.layers
     if as_json:
         rows = [layer.to_json() for layer in layers]
-        click.echo(json.dumps({"schema": 1, "model": loaded.name, "layers": rows}, indent=2))
+        echo(json.dumps({"schema": 1, "model": loaded.name, "layers": rows}, indent=2))
         return
     height, width = loaded.preprocess.size
-    click.echo(f"{loaded.name}: {len(layers)} layers for images of {height}x{width}")
+    echo(f"{loaded.name}: {len(layers)} layers for images of {height}x{width}")
     table = [("", "layer", "kind", "channels", "map", "stride")]
     for layer in layers:
         channels, h, w = layer.shape
@@ -36,4 +37,4 @@ def command(model: str, as_json: bool, **given: Any) -> None:
         stride = f"{vertical:g}" if vertical == horizontal else f"{vertical:g}, {horizontal:g}"
         mark = "*" if layer.default else "+" if layer.stage else ""
         table.append((mark, layer.name, layer.kind, str(channels), f"{h}x{w}", stride))
-    click.echo(aligned(table))
+    echo_lines(aligned(table))

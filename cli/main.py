@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from io import StringIO
 
 import click
 
 from simexplain import __version__
 from simexplain.errors import SimexplainError, meant
+
+from .console import echo, echo_lines
 
 COMMANDS = {
     "explain": "Heatmaps of what makes images alike or different to a model.",
@@ -79,7 +82,9 @@ def main() -> None:
     try:
         code = cli.main(standalone_mode=False)
     except click.UsageError as error:
-        error.show()
+        usage = StringIO()
+        error.show(file=usage)
+        echo_lines(usage.getvalue().rstrip(), err=True)
         code = error.exit_code
     except click.ClickException as error:
         code = _complain(error.format_message(), 1)
@@ -106,7 +111,7 @@ def main() -> None:
 
 
 def _complain(text: str, code: int) -> int:
-    click.echo(f"Error: {text}", err=True)
+    echo(f"Error: {text}", err=True)
     return code
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,10 @@ from simexplain.matching.matching import Patience
 from simexplain.matching.matching_files import match_files
 from simexplain.matching.pictures import default_points, summary
 from simexplain.matching.saving import MAIN_FILES, manifest
+from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 
+from .console import echo, echo_lines
 from .options import (
     FilePath,
     OneOf,
@@ -104,7 +105,7 @@ def command(
     check_writable(out, MAIN_FILES, force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
-    patience = Patience(lambda text: click.echo(f"Note: {text}", err=True))
+    patience = Patience(lambda text: echo(f"Note: {text}", err=True))
     with busy("Matching 2 images"):
         result = match_files(
             network, a, b, layer, score=score, style=style, steps=steps, progress=patience
@@ -114,7 +115,7 @@ def command(
         files = result.save(out, force=force, points=chosen, top=top)
     if as_json:
         said = manifest(result, files, chosen, top)
-        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+        echo_lines(json_text(said))
     else:
         report(result, chosen, top)
         tell_files(files, result.warnings)
@@ -123,13 +124,13 @@ def command(
 def report(result: Matching, points: Sequence[Point] | None, top: int) -> None:
     """Prints what was found, for a person."""
     first, second = (picture.path for picture in result.pictures[0])
-    click.echo(f"{result.model}, layer {result.layer}, style {result.style}")
-    click.echo(f"{first} and {second}")
+    echo(f"{result.model}, layer {result.layer}, style {result.style}")
+    echo(f"{first} and {second}")
     tell_hardly_seen(
         (picture.path for pair in result.pictures for picture in pair),
         (geometry for pair in result.geometries for geometry in pair),
     )
-    click.echo(summary(result, 0))
+    echo(summary(result, 0))
     tell_shares(result.bypass, None if (own := result.unexplained) is None else float(own[0]))
     shown = default_points(result, 0) if points is None else points
     answers = [result.best(*point) for point in shown]
@@ -148,7 +149,7 @@ def report(result: Matching, points: Sequence[Point] | None, top: int) -> None:
                  f"{p.specific:+.6f}")
                 for p in pairs
             ]  # fmt: skip
-            click.echo(f"\n{title}\n{aligned(rows)}")
+            echo_lines(f"\n{title}\n{aligned(rows)}")
 
 
 def _pixel(point: Point) -> str:

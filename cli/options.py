@@ -18,6 +18,9 @@ from simexplain.methods import ELSEWHERE, METHODS
 from simexplain.models.base import DISTANCES
 from simexplain.models.loading import RANDOM, Pixels, load_model
 from simexplain.models.readouts import OUTPUTS
+from simexplain.printing import printable
+
+from .console import echo
 
 if TYPE_CHECKING:
     from simexplain.data.preprocessing import Geometry
@@ -224,10 +227,11 @@ def few(names: Sequence[str]) -> str:
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as a table of plain text."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
+        for row in cells
     )
 
 
@@ -242,8 +246,7 @@ def free_folder(base: Path) -> Path:
 def tell_hardly_seen(names: Iterable[str], geometries: Iterable[Geometry]) -> None:
     """Names pictures so wide or tall that the network saw little of them."""
     if line := hardly_seen(zip(names, geometries, strict=True)):
-        # Names of files need not be text.
-        click.echo(line.encode("utf-8", "backslashreplace").decode())
+        echo(line)
 
 
 def tell_shares(
@@ -260,12 +263,12 @@ def tell_shares(
     if unexplained is not None:
         said.append(f"{float(unexplained):.1%} of the {of} comes from no position")
     if said:
-        click.echo("not in the maps: " + ", ".join(said))
+        echo("not in the maps: " + ", ".join(said))
 
 
 def tell_files(files: Mapping[str, str], warnings: Iterable[str] = ()) -> None:
     """The end of what a command prints for a person: warnings, then what was written."""
     for warning in warnings:
-        click.echo(f"Warning: {warning}", err=True)
+        echo(f"Warning: {warning}", err=True)
     for kind, path in files.items():
-        click.echo(f"{kind}: {path}")
+        echo(f"{kind}: {path}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +12,9 @@ from simexplain.errors import ComparisonError, TwoImagesError
 from simexplain.explaining_files import explain_pair_files
 from simexplain.models.loading import load_pair_model
 from simexplain.models.pairs import PairModel
+from simexplain.printing import json_text
 
+from .console import echo, echo_lines
 from .method_options import method_from
 from .options import Size, aligned, loading_from, model_from, tell_files
 
@@ -93,11 +94,11 @@ def explain_pair(
 def report_pair(result: PairExplanation, files: dict[str, str], *, as_json: bool) -> None:
     """Prints what was found, as JSON or for a person."""
     if as_json:
-        click.echo(json.dumps(result.to_json(files), indent=2, ensure_ascii=False))
+        echo_lines(json_text(result.to_json(files)))
         return
     names = dict.fromkeys(side.model for side in result.sides)
     layers = " and ".join(side.layer for side in result.sides)
-    click.echo(f"{' | '.join(names)}, layers {layers}, method {result.first.method}")
+    echo(f"{' | '.join(names)}, layers {layers}, method {result.first.method}")
     rows = [("image", "role", "distance", "peak (x, y)")]
     far = [] if result.distances is None else result.distances[0].tolist()
     distances = ["", *(f"{value:.4f}" for value in far)]
@@ -106,6 +107,6 @@ def report_pair(result: PairExplanation, files: dict[str, str], *, as_json: bool
             where = "none" if peak is None else f"{peak[0]:.0f}, {peak[1]:.0f}"
             distance = distances[len(rows) - 1] if far else ""
             rows.append((Path(picture.path).name, role, distance, where))
-    click.echo(aligned(rows))
-    click.echo(result.verdict())
+    echo_lines(aligned(rows))
+    echo(result.verdict())
     tell_files(files, result.warnings)

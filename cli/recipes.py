@@ -13,6 +13,7 @@ from simexplain.evaluation.recipes import Recipe, quick_methods, recipes_of, set
 from simexplain.methods import METHODS
 from simexplain.metrics.curves import BASELINES
 
+from .console import echo
 from .options import OneOf
 
 _LONG = 30
@@ -50,7 +51,7 @@ def measuring_options(command: F) -> F:
 def tell_long_work(seconds: float) -> None:
     """Says how much longer it will take, where that is worth knowing."""
     if seconds > _LONG:
-        click.echo(
+        echo(
             f"About {seconds:.0f} s more, judged by the first; fewer --method or --steps are "
             "quicker.",
             err=True,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 from simexplain.searching.search import search
 from simexplain.searching.search_pictures import verdict
 from simexplain.searching.search_saving import MAIN_FILES, manifest
 
+from .console import echo, echo_lines
 from .options import (
     FilePath,
     aligned,
@@ -104,7 +105,7 @@ def command(
     with busy(f"Writing {out}"):
         files = result.save(out, force=force)
     if as_json:
-        click.echo(_printable(json.dumps(manifest(result, files), indent=2, ensure_ascii=False)))
+        echo_lines(json_text(manifest(result, files)))
     else:
         report(result)
         tell_files(files, result.warnings)
@@ -113,11 +114,12 @@ def command(
 def report(result: SearchResult) -> None:
     """Prints what was found, for a person."""
     layer = f", layer {result.layer}" if result.layer else ""
-    click.echo(f"{result.model}{layer}\n{_printable(verdict(result))}")
+    echo(f"{result.model}{layer}")
+    echo(verdict(result))
     if result.closeness:
-        click.echo(result.closeness)
+        echo(result.closeness)
     shown = (result.query, *(hit.path for hit in result.hits))
-    tell_hardly_seen(map(_printable, shown), (result.geometries[path] for path in shown))
+    tell_hardly_seen(shown, (result.geometries[path] for path in shown))
     rests = [hit.unexplained for hit in result.hits if hit.unexplained is not None]
     tell_shares(result.bypass, max(rests, default=None))
     classes = any(hit.label is not None for hit in result.hits)
@@ -127,12 +129,13 @@ def report(result: SearchResult) -> None:
     head += ["box (x, y, w, h)"] if result.region is not None else []
     head += ["set apart by", "from"]
     rows = [head, *(_row(hit, result, classes=classes, reasons=reasons) for hit in result.hits)]
-    click.echo(aligned(rows))
+    echo_lines(aligned(rows))
     if result.hits[0].levels:
-        click.echo("\nWhat each level adds to the distance")
+        echo("")
+        echo("What each level adds to the distance")
         layers = [layer for layer, _ in result.hits[0].levels]
         shares = [[str(h.rank), *(f"{value:.4f}" for _, value in h.levels)] for h in result.hits]
-        click.echo(aligned([["rank", *layers], *shares]))
+        echo_lines(aligned([["rank", *layers], *shares]))
 
 
 def _row(hit: Hit, result: SearchResult, *, classes: bool, reasons: bool) -> list[str]:
@@ -155,10 +158,4 @@ def _near(path: str) -> str:
     """A path as short as it can be written from here."""
     here = Path.cwd()
     full = Path(path)
-    short = str(full.relative_to(here)) if full.is_relative_to(here) else path
-    return _printable(short.replace("\n", "\\n"))
-
-
-def _printable(text: str) -> str:
-    """With escapes for bytes of a file's name that are no UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return str(full.relative_to(here)) if full.is_relative_to(here) else path

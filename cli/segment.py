@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 from simexplain.segmentation.saving import MAIN_FILES, manifest
 from simexplain.segmentation.segmenting_files import segment_files
 
+from .console import echo, echo_lines
 from .options import (
     FilePath,
     busy,
@@ -77,7 +78,7 @@ def command(
     with busy(f"Writing {out}"):
         files = result.save(out, force=force)
     if as_json:
-        click.echo(json.dumps(manifest(result, files), indent=2, ensure_ascii=False))
+        echo_lines(json_text(manifest(result, files)))
     else:
         report(result)
         tell_files(files, result.warnings)
@@ -85,18 +86,18 @@ def command(
 
 def report(result: Segmentation) -> None:
     """Prints what was found, for a person."""
-    click.echo(f"{result.model}, layer {' x '.join(result.layers)}, method {result.method}")
+    echo(f"{result.model}, layer {' x '.join(result.layers)}, method {result.method}")
     counts = [sum(one.role == role for one in result.images) for role in ("support", "other")]
     against = f", {counts[1]} of another class" if counts[1] else ""
-    click.echo(f"{result.name}: {counts[0]} of the class sought{against}, by {result.by}")
+    echo(f"{result.name}: {counts[0]} of the class sought{against}, by {result.by}")
     tell_hardly_seen((result.name, *(one.name for one in result.images)), result.geometries)
     tell_shares(result.bypass, None)
     if result.box is None:
-        click.echo("nothing was found")
+        echo("nothing was found")
         return
     left, top, right, bottom = result.box
     height, width = result.mask.shape
-    click.echo(
+    echo(
         f"the mask covers {result.share:.1%} of {width}x{height} pixels, from ({left}, {top}) to "
         f"({right - 1}, {bottom - 1})"
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from simexplain.data.datasets import DATASETS
+from simexplain.printing import json_text
 from simexplain.training.datasource import Source
 from simexplain.training.options import titled
 from simexplain.training.recipes import RECIPES, recipe_named
@@ -22,6 +23,7 @@ from simexplain.training.resuming import begun_source
 from simexplain.training.run_folder import CHECKPOINT, first_process
 from simexplain.training.training import check_extra, train
 
+from .console import echo, echo_lines
 from .options import FilePath, OneOf, aligned, tell_files
 from .train_options import given_settings, training_options
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 def _list_recipes(context: click.Context, option: click.Parameter, asked: bool) -> None:
     if asked and not context.resilient_parsing:
         rows = [(name, recipe.kind, recipe.about) for name, recipe in RECIPES.items()]
-        click.echo(aligned([("recipe", "kind", "what it trains"), *rows]))
+        echo_lines(aligned([("recipe", "kind", "what it trains"), *rows]))
         context.exit()
 
 
@@ -41,7 +43,7 @@ def _show_recipe(context: click.Context, option: click.Parameter, name: str | No
     if name and not context.resilient_parsing:
         values = recipe_named(name).values.items()
         shown = [(setting, json.dumps(value), source) for setting, (value, source) in values]
-        click.echo(aligned([("setting", "value", "source"), *shown]))
+        echo_lines(aligned([("setting", "value", "source"), *shown]))
         context.exit()
 
 
@@ -110,9 +112,8 @@ def command(
         return
     with _while_read():
         if as_json:
-            # Names of files that are not UTF-8 become escapes of JSON's.
-            text = json.dumps(result.to_json(), indent=2, ensure_ascii=False)
-            click.echo(text.encode("utf-8", "backslashreplace").decode())
+            text = json_text(result.to_json())
+            echo_lines(text)
         else:
             report(result)
 
@@ -146,7 +147,7 @@ def _interrupted(out: Path, earlier: tuple[int, int] | None) -> None:
             raise KeyboardInterrupt
         words = [word for word in sys.argv[1:] if word not in ("--resume", "--force")]
         again = shlex.join(["simexplain", *words, "--resume"])
-        click.echo(f"Error: Interrupted; go on with: {again}", err=True)
+        echo(f"Error: Interrupted; go on with: {again}", err=True)
     raise click.exceptions.Exit(130)
 
 
@@ -161,7 +162,7 @@ def report(result: TrainResult) -> None:
                 (f"epoch {result.best_epoch}, the best", result.reached),
             )
         ]
-        click.echo(aligned([("", *map(titled, names)), *rows]))
+        echo_lines(aligned([("", *map(titled, names)), *rows]))
     tell_files(result.files, result.warnings)
 
 
@@ -213,7 +214,7 @@ def _listening(*, quiet: bool) -> Iterator[Listeners | None]:
 
 def _echo(row: dict[str, Any]) -> None:
     with _while_read():
-        click.echo(epoch_line(row))
+        echo(epoch_line(row))
 
 
 @contextmanager

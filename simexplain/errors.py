@@ -6,9 +6,17 @@ import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
+from simexplain.printing import printable
+
 
 class SimexplainError(ValueError):
-    """Base of all errors meant for the user; its text is complete without a traceback."""
+    """Base of all errors meant for the user; its text is complete without a traceback.
+
+    Names in it, which may hold anything, are shown without what a terminal would act on.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(printable(text))
 
 
 class ComparisonError(SimexplainError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from simexplain.explanation import Condition, Explanation
 from simexplain.picturing import draw_tiles, footer, image_tiles, question, verdict
+from simexplain.printing import json_text
 from simexplain.publishing import Kind, numbered, published, read_back
 from simexplain.rendering.overlay import RENDERERS
 from simexplain.rendering.panel import as_html, png_of
@@ -127,7 +127,7 @@ class PairExplanation:
             if self.score is not None:
                 arrays["score"] = self.score.cpu().numpy()
             np.savez_compressed(draft / _ARRAYS, **arrays)
-            text = json.dumps(self.to_json(files), indent=2, ensure_ascii=False)
+            text = json_text(self.to_json(files))
             (draft / _MANIFEST).write_text(text, encoding="utf-8")
         return files
 

@@ -17,6 +17,7 @@ from simexplain.checking import PROVES
 from simexplain.comparison import roles
 from simexplain.errors import ComparisonError
 from simexplain.methods import PIXELS
+from simexplain.printing import printable
 from simexplain.rendering.overlay import FULL_HEAT, RENDERERS, robust
 from simexplain.rendering.panel import Row, Tile, panel
 
@@ -251,7 +252,7 @@ def _from_picture(explanation: Explanation, place: int, tile: Tile) -> Tile:
         picture=np.asarray(thumbnail),
         heatmap=reduced.to_original(tile.heatmap),
         more=tuple((label, reduced.to_original(heatmap)) for label, heatmap in tile.more),
-        caption=Path(picture.path).name,
+        caption=printable(Path(picture.path).name),
         box=None if whole else reduced.box,
         peak=there(tile.peak),
         others=tuple(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from simexplain.data.preprocessing import Geometry, Preprocess
 from simexplain.explanation import Explanation, GivenVector
 from simexplain.models.moving import WHOLE
 from simexplain.picturing import notes_of
+from simexplain.printing import json_text
 from simexplain.publishing import Kind, numbered, published, read_back
 from simexplain.rendering.overlay import RENDERERS
 from simexplain.rendering.panel import png_of
@@ -165,7 +165,7 @@ def _write(
                 drawn = Image.fromarray(RENDERERS[styles[0]](picture, heatmap))
                 drawn.save(draft / name, compress_level=3)
     np.savez_compressed(draft / _ARRAYS, **arrays_of(explanation))
-    text = json.dumps(said, indent=2, ensure_ascii=False)
+    text = json_text(said)
     (draft / MANIFEST).write_text(text, encoding="utf-8")
 
 

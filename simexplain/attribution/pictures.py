@@ -14,6 +14,7 @@ from simexplain.attribution.account import Node
 from simexplain.attribution.result import Attribution
 from simexplain.errors import ComparisonError
 from simexplain.models.avsl_options import ORIGINS
+from simexplain.printing import printable
 from simexplain.rendering.cards import Branch, LevelShare, NodeCard
 from simexplain.rendering.cards import StandIn as Stand
 from simexplain.rendering.graph import attribution_graph
@@ -212,7 +213,7 @@ def _shrunk(picture: Pixels, longest: int) -> Pixels:
 def _captions(attribution: Attribution, index: int) -> tuple[str, str]:
     if attribution.pictures:
         first, second = attribution.pictures[index]
-        return Path(first.path).name, Path(second.path).name
+        return printable(Path(first.path).name), printable(Path(second.path).name)
     role = attribution.roles[index]
     return ("anchor", role) if role else ("first image", "second image")
 

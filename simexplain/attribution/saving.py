@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from simexplain.data.preprocessing import Preprocess
 from simexplain.graph.inference import PairGraph
 from simexplain.models.avsl_options import ORIGINS
 from simexplain.models.moving import WHOLE
+from simexplain.printing import json_text
 from simexplain.publishing import Kind, numbered, published, read_back
 from simexplain.rendering.panel import png_of
 
@@ -108,7 +108,7 @@ def save_attribution(
         _write_table(attribution, draft / _TABLE)
         np.savez_compressed(draft / _ARRAYS, **_arrays(attribution))
         said = manifest(attribution, files, top, node)
-        text = json.dumps(said, indent=2, ensure_ascii=False)
+        text = json_text(said)
         (draft / MANIFEST).write_text(text, encoding="utf-8")
     return files
 
@@ -123,7 +123,7 @@ def file_names(attribution: Attribution) -> dict[str, str]:
 
 
 def _write_table(attribution: Attribution, path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.writer(file)
         for index in range(len(attribution)):
             table = attribution.table(index)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.patches import Rectangle
 
+from simexplain.rendering.lettering import write
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -109,7 +111,7 @@ def rule(figure: Figure, plan: Plan, start: float, end: float, y: float) -> None
 
 def say(figure: Figure, plan: Plan, x: float, y: float, text: str, **style: Any) -> None:
     """Text as it is, at inches from the left and from the top; dollar signs are no formulas."""
-    figure.text(x / plan.width, 1 - y / plan.height, text, parse_math=False, **style)
+    write(figure, x / plan.width, 1 - y / plan.height, text, **style)
 
 
 def shortened(text: str, limit: int) -> str:

@@ -35,6 +35,7 @@ from simexplain.evaluation.comparison_layout import (
 )
 from simexplain.evaluation.tables import cost, number
 from simexplain.picturing import full_heat, heat_of, verdict
+from simexplain.printing import printable
 from simexplain.rendering.overlay import COLOURMAP, RENDERERS
 from simexplain.rendering.panel import ROLE_COLOURS, ShownFigure
 
@@ -150,7 +151,9 @@ def _picture(
         style = {**style, "weight": "normal"}
         say(figure, plan, middle, above, distance.strip(), ha="center", **style)
     if first.pictures:
-        name = shortened(Path(first.pictures[place].path).name, round(plan.widths[place] * 15))
+        name = shortened(
+            printable(Path(first.pictures[place].path).name), round(plan.widths[place] * 15)
+        )
         say(figure, plan, middle, plan.head - 0.08, name, ha="center", size=7.5, color=FAINT)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from simexplain.metrics.intervals import FEW
 from simexplain.rendering.cards import WARNING
+from simexplain.rendering.lettering import write
 from simexplain.rendering.panel import ShownFigure
 
 if TYPE_CHECKING:
@@ -34,21 +35,21 @@ def draw_evaluation(result: Evaluation) -> Figure:
     count = len(result.items)
     level = f"{100 * result.settings['level']:g} %"
     about = f"mean over {count} comparison{'s' * (count > 1)} with its {level} interval"
-    figure.text(_EDGE / width, 1 - 0.3 / height, "Faithfulness of methods", size=13, color=_INK)
-    figure.text(_EDGE / width, 1 - 0.52 / height, about, size=9, color=_FAINT)
+    write(figure, _EDGE / width, 1 - 0.3 / height, "Faithfulness of methods", size=13, color=_INK)
+    write(figure, _EDGE / width, 1 - 0.52 / height, about, size=9, color=_FAINT)
     if result.few:
         warned = f"dotted: of fewer than {FEW} comparisons, which says next to nothing"
-        figure.text(_EDGE / width, 1 - 0.68 / height, warned, size=8, color=WARNING)
+        write(figure, _EDGE / width, 1 - 0.68 / height, warned, size=8, color=WARNING)
     for column, metric in enumerate(metrics):
         left = _EDGE + label + column * _PANEL
         box = (left / width, _FOOT / height, (_PANEL - 0.2) / width, body / height)
         axes = figure.add_axes(box)
         _panel(axes, result, metric, names, first=column == 0)
     chosen = "   ·   ".join(f"{key} {value}" for key, value in result.settings.items())
-    figure.text(_EDGE / width, 0.32 / height, chosen, size=7.5, color=_FAINT, parse_math=False)
+    write(figure, _EDGE / width, 0.32 / height, chosen, size=7.5, color=_FAINT)
     if skipped:
         said = f"Not applicable: {', '.join(skipped)}."
-        figure.text(_EDGE / width, 0.14 / height, said, size=7.5, color=_FAINT, parse_math=False)
+        write(figure, _EDGE / width, 0.14 / height, said, size=7.5, color=_FAINT)
     return figure
 
 

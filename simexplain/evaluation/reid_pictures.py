@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from simexplain.data.images import read_picture
+from simexplain.rendering.lettering import write
 from simexplain.rendering.panel import ROLE_COLOURS, ShownFigure
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def draw_failures(failures: Sequence[Failure], count: int, model: str) -> Figure
     title = f"Found somebody else first: {said}, the worst first"
     if not failures:
         title = "Every query found its person first"
-    figure.text(_EDGE / width, 1 - 0.2 / height, title, size=10, color=_INK, va="center")
-    figure.text(_EDGE / width, 1 - 0.42 / height, model, size=7, color=_FAINT, va="center")
+    write(figure, _EDGE / width, 1 - 0.2 / height, title, size=10, color=_INK, va="center")
+    write(figure, _EDGE / width, 1 - 0.42 / height, model, size=7, color=_FAINT, va="center")
     for number, failure in enumerate(failures):
         row, column = divmod(number, across)
         left = _EDGE + column * block[0]
@@ -82,7 +83,7 @@ def _draw_one(
             ((f"{record.label} c{record.camera}", _INK), (below, _FAINT))
         ):
             y = 1 - (under + (line + 0.65) * _LINE) / height
-            figure.text(middle, y, text, size=6, color=colour, ha="center", va="center")
+            write(figure, middle, y, text, size=6, color=colour, ha="center", va="center")
         y = 1 - (top + 0.4 * _LINE) / height
         colour = ROLE_COLOURS[role]
-        figure.text(middle, y, title, size=6.5, color=colour, ha="center", va="center")
+        write(figure, middle, y, title, size=6.5, color=colour, ha="center", va="center")

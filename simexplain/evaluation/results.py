@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from torch import Tensor
 from simexplain.errors import ComparisonError
 from simexplain.evaluation.tables import aligned, cost, number, ranged
 from simexplain.metrics.intervals import FEW, Interval, bootstrap_difference
+from simexplain.printing import json_text
 from simexplain.publishing import Kind, published
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Measured(ABC):
         """
         target = Path(path)
         kind = Kind("evaluation", target.name, "", (), SCHEMA)
-        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json_text(self.to_json())
         with published(target.parent, [target.name], kind, force=force) as draft:
             (draft / target.name).write_text(text + "\n", encoding="utf-8")
         return target

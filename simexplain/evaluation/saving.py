@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from simexplain.evaluation.results import SCHEMA, Evaluation
+from simexplain.printing import json_text
 from simexplain.publishing import Kind, published, read_back
 from simexplain.rendering.panel import png_of
 from simexplain.saving import arrays_of, manifest, restored
@@ -145,7 +146,9 @@ def save_evaluation(result: Evaluation, folder: Path, *, force: bool) -> dict[st
     kind = Kind("evaluation", names["results"], "", (), SCHEMA)
     with published(folder, list(names.values()), kind, force=force) as draft:
         write_json(draft / names["results"], {**result.to_json(), "files": files})
-        with (draft / names["values"]).open("w", encoding="utf-8", newline="") as opened:
+        with (draft / names["values"]).open(
+            "w", encoding="utf-8", errors="backslashreplace", newline=""
+        ) as opened:
             writer = csv.writer(opened)
             writer.writerow(("item", "anchor", "method", *result.metrics))
             writer.writerows(_values(result))
@@ -222,7 +225,7 @@ def save_reid(result: Reidentification, folder: Path, *, force: bool) -> dict[st
 
 def write_table(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
     """A CSV file; what is undefined is left empty."""
-    with path.open("w", encoding="utf-8", newline="") as opened:
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as opened:
         writer = csv.DictWriter(opened, columns)
         writer.writeheader()
         for row in rows:
@@ -231,5 +234,5 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None
 
 def write_json(path: Path, said: dict[str, Any]) -> None:
     """A manifest; NaN and infinity must be told as null before."""
-    text = json.dumps(said, indent=2, ensure_ascii=False, allow_nan=False)
+    text = json_text(said)
     path.write_text(text + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from simexplain.matching.factors import SCORES
 from simexplain.matching.points import Point, PositionPair
 from simexplain.matching.result import SIDES, Matching
 from simexplain.metrics.maps import signed_heat
+from simexplain.printing import printable
 from simexplain.rendering.correspondence import COLOURS, Row, correspondence
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class _Side:
         self.geometry: Geometry | None = None
         if matching.pictures:
             picture = matching.pictures[index][place]
-            self.caption = Path(picture.path).name
+            self.caption = printable(Path(picture.path).name)
             width, height = picture.image.size
             self.shrink = min(1.0, _THUMBNAIL / max(width, height))
             small = (max(1, round(height * self.shrink)), max(1, round(width * self.shrink)))

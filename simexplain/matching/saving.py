@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from simexplain.matching.pictures import default_points
 from simexplain.matching.points import Point, PositionPair
 from simexplain.matching.result import Matching
 from simexplain.models.moving import WHOLE, Region
+from simexplain.printing import json_text
 from simexplain.publishing import Kind, numbered, published, read_back
 from simexplain.rendering.panel import png_of
 
@@ -112,7 +112,7 @@ def save_matching(
             views_a=first,
             views_b=second,
         )
-        text = json.dumps(said, indent=2, ensure_ascii=False)
+        text = json_text(said)
         (draft / MANIFEST).write_text(text, encoding="utf-8")
     return files
 

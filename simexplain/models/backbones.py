@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError, first_line, meant
-from simexplain.models.checkpoints import printable
 from simexplain.models.pcb import PARTS, part_based, whole_persons
 from simexplain.models.processors import preprocess_of_timm_config
 
@@ -101,14 +100,14 @@ def check_registered(name: str, source: str) -> None:
     if zoo not in ("timm", "torchvision") or not bare:
         raise ModelError(
             f"Expected a network as {' or '.join(f'{zoo}:NAME' for zoo in ZOOS)} for '{source}', "
-            f"got '{printable(name)[:80]}'; a file or its backbone option may only name networks "
+            f"got '{name[:80]}'; a file or its backbone option may only name networks "
             "that timm or torchvision build by themselves, never one from a hub or a folder."
         )
     tagged = zoo == "timm" and _PLAIN_NAME.fullmatch(bare)
     if (bare.partition(".")[0] if tagged else bare) not in _names(zoo):
         hint = meant(bare, _names(zoo)).removeprefix("; ")
         raise ModelError(
-            f"Unknown model '{printable(bare)[:80]}' for '{source}'{hint and f' ({hint})'}; "
+            f"Unknown model '{bare[:80]}' for '{source}'{hint and f' ({hint})'}; "
             f"a file or its backbone option may only name networks that {zoo} builds by itself, "
             f"as {zoo}:NAME, never one from a hub or a folder."
         )

@@ -19,11 +19,6 @@ SCHEMA = 1
 _LISTED = 4
 
 
-def printable(text: str) -> str:
-    """A text of a file without what a terminal would act on."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
 def kind_of(path: Path) -> str:
     """What a model file is: safetensors, onnx, exported, torchscript or torch.
 
@@ -162,7 +157,7 @@ def network_part(
     kept = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     beside = {k: v for k, v in state.items() if not k.startswith(prefix)}
     kept |= {k: v for k, v in beside.items() if k in own or k.startswith(classifier)}
-    others = [printable(key) for key in beside if key not in kept]
+    others = [key for key in beside if key not in kept]
     listed = ", ".join(others[:_LISTED]) + (", ..." if len(others) > _LISTED else "")
     note = f"Only the tensors under '{prefix}' were loaded; left out: {listed}." if others else ""
     return kept, note
@@ -223,6 +218,4 @@ def _check_plain(key: str, value: Any, source: str, *, complex_too: bool) -> Non
         kind, remedy = "a tensor of complex numbers", "save the real one that the network has"
     else:
         return
-    raise ModelError(
-        f"Expected a plain tensor for {printable(str(key))} in '{source}', got {kind}; {remedy}."
-    )
+    raise ModelError(f"Expected a plain tensor for {key} in '{source}', got {kind}; {remedy}.")

@@ -25,7 +25,6 @@ from simexplain.models.checkpoints import (
     SCHEMA,
     kind_of,
     load_fitting,
-    printable,
     read_safetensors,
     read_torch,
     state_dict_in,
@@ -45,6 +44,7 @@ from simexplain.models.pairs import PairModel, as_pair_model, check_pair
 from simexplain.models.preparing import UNSTATED
 from simexplain.models.rebuilding import rebuilt
 from simexplain.models.sidecar import Sidecar, read_sidecar, with_values
+from simexplain.printing import printable
 
 RANDOM = "random"
 _MOST_CHANNELS = 1024

@@ -21,6 +21,8 @@ from matplotlib.path import Path
 from matplotlib.textpath import TextToPath
 from matplotlib.transforms import Affine2D
 
+from simexplain.printing import printable
+from simexplain.rendering.lettering import write
 from simexplain.rendering.overlay import Pixels
 from simexplain.rendering.panel import ShownFigure
 
@@ -128,11 +130,10 @@ class Sheet:
     def say(self, x: float, y: float, text: str, *, most: float | None = None, **style: Any) -> Any:
         """Writes text as it is, dollars and all, shortened to ``most`` inches where given."""
         style = {"size": SMALL, "color": INK, "va": "center", "zorder": 6, **style}
-        text = text.replace("\n", " ").replace("\r", " ")
-        text = text.encode("utf-8", "replace").decode()  # names of files need not be UTF-8
+        text = printable(text)
         if most is not None:
             text = shortened(text, most, style["size"], style.get("weight", "normal"))
-        return self.figure.text(x, y, text, transform=self._place, parse_math=False, **style)
+        return write(self.figure, x, y, text, transform=self._place, **style)
 
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:
         """Axes whose top left corner is at ``(x, y)``."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from simexplain.rendering.lettering import write
 from simexplain.rendering.masks import MARK_COLOURS
 from simexplain.rendering.overlay import Pixels
 from simexplain.rendering.panel import ShownFigure
@@ -67,7 +67,7 @@ def mask_panel(
     foot = 0.4 + 0.17 * len(wrapped) + (0.28 if marks else 0)
     height = 0.5 + 0.5 + tall + len(lines) * (low + 0.5) + foot
     figure = ShownFigure(figsize=(width, height), dpi=120, facecolor="white")
-    _say(figure, 0.5, 1 - 0.28 / height, title, ha="center", va="center", size=13, color=_INK)
+    write(figure, 0.5, 1 - 0.28 / height, title, ha="center", va="center", size=13, color=_INK)
     top = height - 1.0
     _row(figure, cells, _CELL, tall, top, (width, height), size=11)
     for number, line in enumerate(lines):
@@ -138,11 +138,6 @@ def _foot(
     figure: Figure, footer: str, notes: Sequence[str], start: float, height: float, width: float
 ) -> None:
     left = 0.15 / width
-    _say(figure, left, start, footer, size=7.5, color=_FAINT, va="top")
+    write(figure, left, start, footer, size=7.5, color=_FAINT, va="top")
     for number, note in enumerate(notes, start=1):
-        _say(figure, left, start - 0.17 * number / height, note, size=7.5, color=_WARN, va="top")
-
-
-def _say(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
-    """Text as it is: file names may hold dollar signs, which would be read as formulas."""
-    figure.text(x, y, text, parse_math=False, **style)
+        write(figure, left, start - 0.17 * number / height, note, size=7.5, color=_WARN, va="top")

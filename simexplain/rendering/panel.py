@@ -9,7 +9,6 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from simexplain.printing import printable
+from simexplain.rendering.lettering import write
 from simexplain.rendering.overlay import COLOURMAP, CONTOUR_LEVELS, RENDERERS
 
 ROLE_COLOURS = {"anchor": "#1f4e79", "positive": "#1b7837", "negative": "#a6361c"}
@@ -106,9 +107,7 @@ def png_of(figure: Figure) -> bytes:
 def as_html(figure: Figure, alt: str) -> str:
     """A figure as an image element that holds its own data."""
     data = base64.b64encode(png_of(figure)).decode()
-    return (
-        f'<img style="max-width:100%" alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
-    )
+    return f'<img style="max-width:100%" alt="{html.escape(printable(alt))}" src="data:image/png;base64,{data}">'
 
 
 def panel(
@@ -169,8 +168,8 @@ def panel(
 
 def _headline(figure: Figure, title: str, verdict: str, holds: bool | None, height: float) -> None:
     colour = {True: "#1b7837", False: "#a6361c", None: _FAINT}[holds]
-    _say(figure, 0.5, 1 - 0.28 / height, title, ha="center", va="center", size=13, color=_INK)
-    _say(
+    write(figure, 0.5, 1 - 0.28 / height, title, ha="center", va="center", size=13, color=_INK)
+    write(
         figure,
         0.5,
         1 - 0.58 / height,
@@ -246,8 +245,8 @@ def _card(axes: Axes, tile: Tile, shape: float) -> None:
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.set_box_aspect(shape)
     lines = textwrap.fill(text, 22 if size > 10 else 28)
-    _say(axes, 0.5, 0.55, lines, ha="center", va="center", size=size, color=_INK)
-    _say(axes, 0.5, 0.06, "a vector: no map", ha="center", size=8, color=_FAINT)
+    write(axes, 0.5, 0.55, lines, ha="center", va="center", size=size, color=_INK)
+    write(axes, 0.5, 0.06, "a vector: no map", ha="center", size=8, color=_FAINT)
     _dress(axes, tile, first=True, peak=None)
 
 
@@ -309,12 +308,7 @@ def _footer(
     """Lines with their colours, from the bottom of the pictures on."""
     for number, (line, colour) in enumerate(lines):
         level = (foot - 0.12 - 0.17 * number) / height
-        _say(figure, 0.15 / width, level, line, size=7.5, color=colour, va="top")
-
-
-def _say(place: Figure | Axes, x: float, y: float, text: str, **style: Any) -> None:
-    """Text as it is: file names may hold dollar signs, which would be read as formulas."""
-    place.text(x, y, text, parse_math=False, **style)
+        write(figure, 0.15 / width, level, line, size=7.5, color=colour, va="top")
 
 
 def _shortened(text: str, limit: int = 34) -> str:

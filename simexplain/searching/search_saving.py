@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from simexplain.data.preprocessing import Geometry
 from simexplain.matching.points import PositionPair
 from simexplain.models.moving import WHOLE
+from simexplain.printing import json_text
 from simexplain.publishing import Kind, published, read_back
 from simexplain.rendering.panel import png_of
 from simexplain.searching.search_result import Hit, Rival, SearchResult
@@ -78,9 +78,8 @@ def save_search(result: SearchResult, folder: Path, *, force: bool) -> dict[str,
     with published(folder, list(names.values()), _KIND, force=force) as draft:
         (draft / _FIGURE).write_bytes(png_of(result.figure()))
         np.savez_compressed(draft / _ARRAYS, **arrays)
-        text = json.dumps(manifest(result, files), indent=2, ensure_ascii=False)
-        # A file's name need not be UTF-8; as an escape, JSON can say it and give it back.
-        (draft / MANIFEST).write_bytes(text.encode("utf-8", "backslashreplace"))
+        text = json_text(manifest(result, files))
+        (draft / MANIFEST).write_text(text, encoding="utf-8")
     return files
 
 

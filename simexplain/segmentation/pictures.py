@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from simexplain.printing import printable
 from simexplain.rendering.mask_panel import Cell, mask_panel
 from simexplain.rendering.masks import marked
 from simexplain.rendering.overlay import overlay
@@ -72,7 +73,7 @@ def _shots(result: Segmentation) -> int:
 
 
 def _name(path: str) -> str:
-    return Path(path).name
+    return printable(Path(path).name)
 
 
 def _method(result: Segmentation) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from PIL import Image
 
 from simexplain.data.preprocessing import Geometry
 from simexplain.evaluation.saving import write_json, write_table
+from simexplain.printing import json_text
 from simexplain.publishing import Kind, published, read_back
 from simexplain.rendering.panel import png_of
 from simexplain.segmentation.result import Segmentation, SupportImage
@@ -69,7 +69,7 @@ def save_segmentation(result: Segmentation, folder: Path, *, force: bool) -> dic
         Image.fromarray(result.cutout()).save(draft / _NAMES["cutout"])
         (draft / _NAMES["figure"]).write_bytes(png_of(result.figure()))
         np.savez_compressed(draft / _NAMES["arrays"], **_arrays(result))
-        text = json.dumps(said, indent=2, ensure_ascii=False)
+        text = json_text(said)
         (draft / MANIFEST).write_text(text, encoding="utf-8")
     return files
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ import torch
 
 from simexplain.errors import DAMAGED, ModelError, OutputError, first_line
 from simexplain.models.checkpoints import read_torch
+from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 from simexplain.training.options import TrainOptions
 from simexplain.training.place import Place
@@ -165,8 +165,8 @@ class RunFolder:
 
     def write_json(self, name: str, said: Mapping[str, Any]) -> Path:
         """A JSON file; what is not UTF-8 in names of files becomes an escape of JSON's."""
-        text = json.dumps(said, indent=2, ensure_ascii=False)
-        return self.write(name, text.encode("utf-8", "backslashreplace"))
+        text = json_text(said)
+        return self.write(name, text.encode())
 
     def write_rows(self, rows: Sequence[Mapping[str, Any]]) -> Path:
         """``metrics.csv``: one row an epoch; cells without a value are empty."""

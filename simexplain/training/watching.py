@@ -15,6 +15,7 @@ from simexplain.explaining_files import explain_files
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.picturing import footer, verdict
+from simexplain.rendering.lettering import write
 from simexplain.rendering.overlay import RENDERERS
 from simexplain.rendering.panel import ROLE_COLOURS, png_of
 
@@ -113,8 +114,8 @@ def _drawn(rows: Sequence[_Row], title: str, foot: str) -> Figure:
     width = 2 * _EDGE + 6 * cell + 3 * _GAP + 2 * 0.2
     total = head + max(1, len(rows)) * (height + line) + 0.3
     figure = Figure(figsize=(width, total), dpi=110, facecolor="white")
-    figure.text(_EDGE / width, 1 - 0.2 / total, title, size=11, color=_INK, va="center")
-    figure.text(_EDGE / width, 0.15 / total, foot, size=7, color=_FAINT, va="center")
+    write(figure, _EDGE / width, 1 - 0.2 / total, title, size=11, color=_INK, va="center")
+    write(figure, _EDGE / width, 0.15 / total, foot, size=7, color=_FAINT, va="center")
     for number, (views, heat, said, holds) in enumerate(rows):
         top = head + number * (height + line)
         for place, view in enumerate(views):
@@ -127,11 +128,11 @@ def _drawn(rows: Sequence[_Row], title: str, foot: str) -> Figure:
                 axes.imshow(picture)
                 axes.set_axis_off()
             if number == 0:
-                figure.text(
+                write(figure,
                     left / width, 1 - (head - 0.14) / total, _ROLES[place], size=9,
                     color=ROLE_COLOURS[_ROLES[place]], va="center", weight="bold",
                 )  # fmt: skip
         colour = _FAINT if holds is None else ROLE_COLOURS["positive" if holds else "negative"]
         y = 1 - (top + height + 0.12) / total
-        figure.text(_EDGE / width, y, said, size=8, color=colour, va="center")
+        write(figure, _EDGE / width, y, said, size=8, color=colour, va="center")
     return figure
