@@ -7,12 +7,20 @@ from typing import Any
 
 import click
 
-from simexplain.data.folders import results_in
 from simexplain.fitting.bank import BankOptions, build_bank
 from simexplain.printing import json_text
 
 from .console import echo, echo_lines
-from .options import FilePath, busy, check_file, few, model_from, model_options, progress_bars
+from .options import (
+    FilePath,
+    busy,
+    check_file,
+    few,
+    model_from,
+    model_options,
+    progress_bars,
+    tell_left_out,
+)
 
 _OWN = BankOptions()
 
@@ -83,8 +91,7 @@ def command(
     echo(f"{bank.model}, layer {bank.layer}, {bank.weights.shape[1]} channels")
     echo(f"{told['images']} images of {told['classes']} classes")
     echo(f"{told['active']:.0%} of {told['triplets']} triplets each have a loss above zero")
-    if left_out := results_in(folder):
-        echo(left_out, err=True)
+    tell_left_out(folder)
     if told["left_out"]:
         echo(
             f"Warning: {told['left_out']} pictures are left out, being alone in their class or "

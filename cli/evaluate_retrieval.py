@@ -19,7 +19,16 @@ from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 
 from .console import echo, echo_lines
-from .options import FilePath, OneOf, busy, model_from, model_options, progress_bars, tell_files
+from .options import (
+    FilePath,
+    OneOf,
+    busy,
+    model_from,
+    model_options,
+    progress_bars,
+    tell_files,
+    tell_left_out,
+)
 
 _LISTED = 3
 _OWN = "own"
@@ -80,6 +89,8 @@ def retrieval(
     """  # noqa: D301 - click wants the backspace character
     if out is not None:
         check_writable(out, RETRIEVAL_FILES, force=force)
+    if kind == "folder":
+        tell_left_out(data)
     rule = None if group == _OWN else group
     asked = read_dataset(kind, data, train_share=train_share or _SHARE, group=rule)
     split, queries, sought = _chosen(asked, split, gallery, rule)

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from simexplain.data.folders import results_in
 from simexplain.fitting.posthoc import PostHoc, fit
 from simexplain.models.avsl_options import ORIGINS, PRESETS
 from simexplain.models.writing import check_savable, save_model
@@ -23,6 +22,7 @@ from .options import (
     model_from,
     model_options,
     progress_bars,
+    tell_left_out,
 )
 
 _OWN = PostHoc()
@@ -105,8 +105,7 @@ def command(
     echo(", ".join(f"{name} {value}" for name, value in told.items()))
     if skipped:
         echo(f"Warning: {len(skipped)} pictures cannot be read: {few(skipped)}.", err=True)
-    if left_out := results_in(folder):
-        echo(left_out, err=True)
+    tell_left_out(folder)
     for text in warnings:
         echo(f"Warning: {text}", err=True)
     echo(f"model: {out}")

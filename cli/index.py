@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from simexplain.data.folders import results_in
+from simexplain.data.folders import left_out_of
 from simexplain.errors import OutputError
 from simexplain.printing import json_text
 from simexplain.searching.index import (
@@ -109,7 +109,7 @@ def command(
             raise
         echo("Error: Interrupted; the same command goes on where it was.", err=True)
         raise click.exceptions.Exit(130) from None
-    left_out = results_in(folder) if folder.is_dir() else ""
+    left_out = left_out_of(folder) if folder.is_dir() else ""
     _tell(index, left_out, as_json=as_json)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat, TypeVar
 
 import click
 
+from simexplain.data.folders import left_out_of
 from simexplain.data.preprocessing import FITS, INTERPOLATIONS, hardly_seen
 from simexplain.errors import OutputError, meant
 from simexplain.methods import ELSEWHERE, METHODS
@@ -241,6 +242,12 @@ def free_folder(base: Path) -> Path:
     while (folder := base.with_name(f"{base.name}-{number}")).exists():
         number += 1
     return folder
+
+
+def tell_left_out(folder: str | Path) -> None:
+    """A line on what is in a folder of pictures but not used."""
+    if Path(folder).is_dir() and (line := left_out_of(folder)):
+        echo(line, err=True)
 
 
 def tell_hardly_seen(names: Iterable[str], geometries: Iterable[Geometry]) -> None:

@@ -202,7 +202,7 @@ def test_names_that_are_no_text_are_shown_and_kept(made: Path, run: Callable[...
     shutil.copy("a.png", query)
     done = run("search", NETWORK, query, "gallery", *FAST, "-k", "7", "--out", "found")
     assert done.code == 0, done.err
-    assert "gallery/even/\\udcff$_{.png" in done.out
+    assert "gallery/even/\\xff$_{.png" in done.out
     assert "gallery/new\\nline/2.png" in done.out
     again = SearchResult.load(made / "found")
     assert str(made / odd) in again.paths

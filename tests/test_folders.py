@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from simexplain.data.folders import Batches, Record, pictures_in, results_in
+from simexplain.data.folders import Batches, Record, left_out_of, pictures_in
+from simexplain.data.images import read_pages, read_picture
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ImageError
+from simexplain.evaluation.items import read_mask
 
 SMALL = Preprocess(size=(16, 16))
 
@@ -120,12 +123,12 @@ def test_figures_of_results_are_left_out_and_own_pictures_beside_them_are_not(
 ) -> None:
     pytest.importorskip("faiss")
     before = {record.path for record in pictures_in(folder, labelled=True)}
-    assert results_in(folder) == ""
+    assert "simexplain wrote" not in left_out_of(folder)
     added = set(results(folder))
     own = picture(folder / "a" / "found" / "explanation" / "mine.png")
     found = {record.path for record in pictures_in(folder, labelled=True)}
     assert found == before | added | {own}
-    said = results_in(folder)
+    said = left_out_of(folder)
     shown = [
         p for p in folder.rglob("*.png") if "/." not in p.relative_to(folder.parent).as_posix()
     ]
@@ -138,3 +141,63 @@ def test_a_table_that_is_no_manifest_hides_nothing(folder: Path) -> None:
     (folder / "b" / "results.json").write_text("[1]")
     (folder / "b" / "own.json").write_text('{"schema": 1, "files": {"figure": "2.png"}}')
     assert len(pictures_in(folder, labelled=True)) == 4
+
+
+def save_as(path: Path, kind: str) -> Path:
+    """A picture in a format of Pillow, whatever its ending."""
+    with Image.open(picture(path.with_name("for-now.png"))) as opened:
+        opened.convert("L" if kind in ("PPM", "SPIDER") else "RGB").save(path, kind)
+    path.with_name("for-now.png").unlink()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("ending", "kind"),
+    [(".pgm", "PPM"), (".jpe", "JPEG"), (".tga", "TGA"), (".jp2", "JPEG2000"), (".ico", "ICO"),
+     (".avif", "AVIF"), (".mpo", "MPO"), (".qoi", "QOI"), (".PNG", "PNG"), ("", "PNG")],
+)  # fmt: skip
+def test_pictures_of_every_ending_are_read(folder: Path, ending: str, kind: str) -> None:
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"Pillow here does not write {kind}")
+    own = save_as(folder / "b" / f"other{ending}", kind)
+    found = [record.path for record in pictures_in(folder, labelled=True)]
+    assert own in found
+    assert read_picture(own).image.size[0] > 0
+    assert left_out_of(folder) == "Left out: files that are not pictures (.txt 1)."
+
+
+def test_what_is_no_picture_is_named(folder: Path) -> None:
+    for name in ("a/more.txt", "b/clip.mp4", "b/README", "b/drawing.eps"):
+        (folder / name).write_text("%!PS-Adobe-3.0 EPSF-3.0")
+    for name in ("empty", ".git"):
+        (folder / name).mkdir()
+    before = len(pictures_in(folder, labelled=True))
+    said = left_out_of(folder)
+    assert said.startswith("Left out: files that are not pictures (")
+    assert "(.eps 1, .mp4 1, .txt 2, no ending 1);" in said
+    assert said.endswith("folders without a picture, empty.")
+    assert before == len(pictures_in(folder, labelled=True))
+
+
+def test_a_folder_without_pictures_says_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ImageError, match=r"found none.*\.txt 1"):
+        pictures_in(tmp_path, labelled=False)
+
+
+@pytest.mark.parametrize("name", ["pipe.png", "pipe.tif", "pipe.npy", "pipe"])
+def test_pipes_and_devices_are_refused_at_once(folder: Path, name: str) -> None:
+    os.mkfifo(folder / "b" / name)
+    for path in (folder / "b" / name, Path("/dev/zero")):
+        for reads in (read_picture, read_pages, lambda own: read_mask(own, (4, 4))):
+            with pytest.raises(ImageError, match="pipe or a device"):
+                reads(path)
+    assert all(record.path.name != name for record in pictures_in(folder, labelled=True))
+
+
+def test_no_other_program_reads_a_mask(tmp_path: Path) -> None:
+    mask = tmp_path / "mask.eps"
+    mask.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n")
+    with pytest.raises(ImageError, match="cannot identify image file"):
+        read_mask(mask, (4, 4))

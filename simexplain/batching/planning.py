@@ -10,12 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from simexplain.batching.rows import BatchRow
-from simexplain.data.images import read_picture
+from simexplain.data.images import opened_picture, read_picture
 from simexplain.data.preprocessing import Preprocess
-from simexplain.data.quieting import pillow_quiet
 from simexplain.errors import ImageError
 
 Progress = Callable[[str, int, int], None]
@@ -146,7 +143,7 @@ def stamp_of(path: Path) -> Stamp:
 def problem_of(path: Path, preprocess: Preprocess) -> str:
     """Why a picture cannot be used, as far as the head of its file tells; empty if it can."""
     try:
-        with pillow_quiet(), Image.open(path) as opened:
+        with opened_picture(path) as opened:
             width, height = opened.size
     except Exception:  # Pillow raises many kinds; reading it gives the sentence for the user
         try:

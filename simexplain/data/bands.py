@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import stat
 import struct
 import zipfile
 from pathlib import Path
@@ -21,6 +22,21 @@ _MOST_BANDS, _MOST_VALUES = 1024, 2**30
 _LOW, _HIGH = 2, 98
 """Percentiles between which bands of unknown range are drawn."""
 _SAMPLES_PER_PIXEL = 277
+
+
+def check_no_pipe(path: Path) -> None:
+    """Refuses what is neither a file nor a folder: reading a pipe or a device might never end.
+
+    Raises:
+        ImageError: If it is one.
+        OSError: If there is nothing of that name.
+    """
+    kind = path.stat().st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise ImageError(
+            f"Expected a picture file, but '{path}' is a pipe or a device; save what comes out of "
+            "it as a file."
+        )
 
 
 def is_banded(path: str | Path) -> bool:
@@ -43,6 +59,7 @@ def read_bands(path: str | Path) -> tuple[NDArray[np.float32], tuple[str, ...]]:
     path = Path(path)
     if not path.exists():
         raise ImageError(f"There is no file '{path}'; check the path.")
+    check_no_pipe(path)
     try:
         values = _read(path)
     except (OSError, ValueError, KeyError, EOFError, struct.error, zipfile.BadZipFile) as error:
@@ -176,6 +193,7 @@ def _in_range(path: str, values: NDArray[Any]) -> tuple[NDArray[np.float32], tup
 def _samples(path: Path) -> int:
     """How many bands a TIFF has by its own word; 0 where it cannot be read."""
     try:
+        check_no_pipe(path)
         with path.open("rb") as file:
             head = file.read(8)
             order = {b"II": "<", b"MM": ">"}.get(head[:2], "")
@@ -187,6 +205,6 @@ def _samples(path: Path) -> int:
                 tag, _kind, _count, value, _ = struct.unpack(order + "HHIHH", file.read(12))
                 if tag == _SAMPLES_PER_PIXEL:
                     return int(value)
-    except (OSError, struct.error):
+    except (OSError, ImageError, struct.error):
         return 0
     return 0

@@ -17,7 +17,7 @@ from simexplain.arguments import typed
 from simexplain.data.augmenting import Augmentation
 from simexplain.data.dataset_split import DataSplit, everything, few, relative
 from simexplain.data.folders import Record
-from simexplain.data.images import read_picture
+from simexplain.data.images import opened_picture, read_picture
 from simexplain.data.mask_files import mask_of
 from simexplain.data.preprocessing import Preprocess
 from simexplain.data.quieting import pillow_quiet
@@ -88,7 +88,7 @@ def check_views(
         records = [*split.train, *records]
 
     def why(path: Path) -> str:
-        with pillow_quiet(), Image.open(path) as opened:
+        with opened_picture(path) as opened:
             try:
                 preprocess.geometry((opened.height, opened.width))
             except ImageError:

@@ -18,7 +18,8 @@ from simexplain.data.dataset_split import (
     relative,
     zero_shot,
 )
-from simexplain.data.folders import SUFFIXES, Record, pictures_in, without_index
+from simexplain.data.folders import Record, pictures_in, without_index
+from simexplain.data.images import is_picture
 from simexplain.errors import ImageError
 
 COLUMNS = ("path", "label", "split", "group", "mask")
@@ -76,7 +77,7 @@ def _has_classes(folder: Path) -> bool:
 
 
 def _has_pictures(folder: Path) -> bool:
-    return any(path.suffix.lower() in SUFFIXES and path.is_file() for path in folder.rglob("*"))
+    return any(is_picture(path) for path in folder.rglob("*") if path.is_file())
 
 
 def _labelled(

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from simexplain.data.folders import SUFFIXES, Record
+from simexplain.data.folders import Record
+from simexplain.data.images import is_picture
 from simexplain.errors import ImageError
 
 ALPHA = "alpha"
@@ -187,7 +188,7 @@ def few(names: Sequence[object], quote: str = "'") -> str:
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and is_picture(path)]
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,14 +13,13 @@ import torch
 from torch import Tensor
 
 from simexplain.data.bands import ARRAYS
-from simexplain.data.images import Picture, PictureSource, read_pages, read_picture
+from simexplain.data.images import Picture, PictureSource, is_picture, read_pages, read_picture
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ImageError, missing
 from simexplain.publishing import written_pictures
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jfif")
 _READERS = 2
-_NAMED = 3
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def pictures_in(folder: str | Path, *, labelled: bool) -> list[Record]:
     """Every picture in a folder and below, in the order of their names.
 
     Args:
-        folder: Where to look; hidden files and folders are left out, and so are the figures and
-            heatmaps of simexplain's own results (:func:`results_in`).
+        folder: Where to look; hidden files and folders are left out, and so is what
+            :func:`left_out_of` names.
         labelled: Each sub-folder directly in ``folder`` is a class; pictures outside any of them
             are then an error, since they would have no label.
 
@@ -64,13 +64,13 @@ def pictures_in(folder: str | Path, *, labelled: bool) -> list[Record]:
         )
     found = _below(root)
     own = _written(found)
-    paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES and path not in own)
+    paths = sorted(path for path in found if is_picture(path) and path not in own)
     # Arrays beside pictures are rather embeddings or masks.
     paths = paths or sorted(path for path in found if path.suffix.lower() in ARRAYS)
-    inside = [path.relative_to(root) for path in paths if path.is_file()]
-    seen = [path for path in inside if not any(part.startswith(".") for part in path.parts)]
+    inside = [path for path in paths if path.is_file() and not _hidden(path, root)]
+    seen = [path.relative_to(root) for path in inside]
     if not seen:
-        raise ImageError(f"Expected pictures in '{root}', found none ({', '.join(SUFFIXES)}).")
+        raise ImageError(f"Expected pictures in '{root}', found none. {left_out_of(root)}".strip())
     if not labelled:
         return [Record(root / path) for path in seen]
     loose = [path for path in seen if len(path.parts) < 2]
@@ -84,21 +84,48 @@ def pictures_in(folder: str | Path, *, labelled: bool) -> list[Record]:
     return [Record(root / path, path.parts[0]) for path in seen]
 
 
-def results_in(folder: str | Path) -> str:
-    """A sentence that names the folders whose figures :func:`pictures_in` leaves out, or nothing.
+def left_out_of(folder: str | Path) -> str:
+    """What :func:`pictures_in` leaves out of a folder, in a line for the user, or nothing.
+
+    That is what simexplain wrote there as results, files that are not pictures by their ending or,
+    where they have none, by their content, and folders in it without any picture.
 
     Raises:
         ImageError: If the folder cannot be read.
     """
     root = Path(folder)
-    own = {path for path in _written(_below(root)) if path.is_file()}
-    if not own:
-        return ""
-    places = sorted({str(path.parent) for path in own})
-    named = ", ".join(f"'{place}'" for place in places[:_NAMED])
-    more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
-    count = f"{len(own)} pictures" if len(own) > 1 else "1 picture"
-    return f"Left out: {count} that simexplain wrote as results, in {named}{more}."
+    found = [path for path in _below(root) if path.is_file() and not _hidden(path, root)]
+    own = _written(found)
+    results = {path.parent for path in own}
+    pictures = {path for path in found if path not in own and is_picture(path)}
+    parts = []
+    if own:
+        written = f"{len(own)} pictures" if len(own) > 1 else "1 picture"
+        places = _few([f"'{place}'" for place in sorted(map(str, results))])
+        parts.append(f"{written} that simexplain wrote as results, in {places}")
+    others = Counter(
+        path.suffix.lower() or "no ending"
+        for path in {*found} - pictures - own
+        if path.suffix not in ARRAYS and not results & {*path.parents}
+    )
+    if others:
+        kinds = [f"{kind} {count}" for kind, count in sorted(others.items())]
+        parts.append(f"files that are not pictures ({_few(kinds)})")
+    used = {path.relative_to(root).parts[0] for path in (*pictures, *(results - {root}))}
+    inside = sorted(path for path in root.iterdir() if path.is_dir() and not _hidden(path, root))
+    if empty := [path.name for path in inside if path.name not in used]:
+        parts.append(f"folders without a picture, {_few(empty)}")
+    return f"Left out: {'; '.join(parts)}." if parts else ""
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first of some names."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _below(root: Path) -> list[Path]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from simexplain.data.bands import as_rgb, bands_last, bands_of, is_banded, read_bands
+from simexplain.data.bands import as_rgb, bands_last, bands_of, check_no_pipe, is_banded, read_bands
 from simexplain.data.quieting import pillow_quiet
 from simexplain.errors import ImageError, missing
 
@@ -21,6 +23,7 @@ Taken = TypeVar("Taken")
 
 _WHITE = (255, 255, 255, 255)
 _DEEP_MODES = ("I", "F")
+_NOT_READ = ("EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF")
 _DAMAGE = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 
@@ -104,15 +107,30 @@ def read_pages(path: str | Path) -> list[Picture]:
     return _taken(path, _pages)
 
 
+@contextmanager
+def opened_picture(path: str | Path) -> Iterator[Image.Image]:
+    """A picture file as Pillow has it, quietly; Pillow warns of damaged metadata, for instance.
+
+    Raises:
+        ImageError: If it is a pipe or a device, which might never end.
+        Exception: Whatever Pillow raises.
+    """
+    check_no_pipe(Path(path))
+    with pillow_quiet(), Image.open(path, formats=_formats()) as opened:
+        yield opened
+
+
 def _taken(path: str | Path, take: Callable[[str, Image.Image], Taken]) -> Taken:
     """What is taken out of an open picture file."""
     name = str(path)
     if not name:
         raise ImageError("Expected a picture, got an empty name; give the path of a file.")
     try:
-        # Pillow warns of damaged metadata, and from 89 million pixels; it refuses twice that.
-        with pillow_quiet(), Image.open(path, formats=_formats()) as opened:
+        # Pillow warns from 89 million pixels and refuses twice that.
+        with opened_picture(path) as opened:
             return take(name, opened)
+    except ImageError:
+        raise
     except FileNotFoundError as error:
         raise ImageError(missing(name, f"There is no file '{name}'; check the path.")) from error
     except IsADirectoryError as error:
@@ -212,9 +230,31 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _formats() -> list[str]:
-    """Everything that Pillow reads by itself; EPS would be handed to another program."""
+    """Everything that Pillow reads by itself.
+
+    EPS would be handed to another program, of the others it knows the header alone.
+    """
     Image.init()
-    return [name for name in Image.OPEN if name != "EPS"]
+    return [name for name in Image.OPEN if name not in _NOT_READ]
+
+
+@cache
+def endings() -> frozenset[str]:
+    """The endings of picture files that can be read, such as ``.jpg``, in small letters."""
+    readable = set(_formats())
+    known = Image.registered_extensions() | {".mpo": "JPEG"}  # its reader finds that there are more
+    return frozenset(end for end, kind in known.items() if kind in readable)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture by its ending or, where it has none, by its content."""
+    if path.suffix:
+        return path.suffix.lower() in endings()
+    try:
+        with opened_picture(path):
+            return True
+    except (*_DAMAGE, Image.DecompressionBombError):
+        return False
 
 
 def _to_8_bits(image: Image.Image, hidden: int | None) -> tuple[Image.Image, str]:

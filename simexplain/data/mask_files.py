@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from simexplain.data.folders import Record
-from simexplain.data.images import read_picture
-from simexplain.data.quieting import pillow_quiet
+from simexplain.data.images import opened_picture, read_picture
 from simexplain.errors import ImageError
 
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -46,7 +45,7 @@ def mask_of(record: Record, size: tuple[int, int]) -> NDArray[np.uint8] | None:
 
 def _alpha(path: Path) -> NDArray[np.uint8] | None:
     try:
-        with pillow_quiet(), Image.open(path) as opened:  # it warns of damaged metadata
+        with opened_picture(path) as opened:
             if "A" not in opened.getbands() and "transparency" not in opened.info:
                 return None
             upright = ImageOps.exif_transpose(opened) or opened

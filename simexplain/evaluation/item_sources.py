@@ -11,11 +11,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from simexplain.arguments import typed
 from simexplain.comparison import architecture
 from simexplain.data.folders import pictures_in, without_index
+from simexplain.data.images import opened_picture
 from simexplain.errors import ComparisonError
 from simexplain.evaluation.items import Item
 
@@ -156,7 +157,7 @@ def _masked(paths: tuple[Path, ...], arch: str, masks: Mapping[Path, Path]) -> I
 def _cut_out(path: Path) -> bool:
     """Whether parts of a picture are transparent; one that cannot be read is told of later."""
     try:
-        with Image.open(path) as opened:
+        with opened_picture(path) as opened:
             if "A" not in opened.getbands() and "transparency" not in opened.info:
                 return False
             alpha = np.asarray(opened.convert("RGBA").getchannel("A"))

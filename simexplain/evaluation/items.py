@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from simexplain.data.images import PictureSource
+from simexplain.data.images import PictureSource, opened_picture
 from simexplain.errors import ComparisonError, ImageError
 
 _HALF = 127
@@ -59,8 +58,7 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
         ImageError: If it cannot be read, has another size or marks nothing.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as opened:
-            warnings.simplefilter("ignore")  # Pillow warns of damaged metadata
+        with opened_picture(path) as opened:
             image = ImageOps.exif_transpose(opened) or opened
             clear = "A" in image.getbands() or "transparency" in image.info
             grey = image.convert("RGBA").getchannel("A") if clear else image.convert("L")

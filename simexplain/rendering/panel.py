@@ -107,7 +107,8 @@ def png_of(figure: Figure) -> bytes:
 def as_html(figure: Figure, alt: str) -> str:
     """A figure as an image element that holds its own data."""
     data = base64.b64encode(png_of(figure)).decode()
-    return f'<img style="max-width:100%" alt="{html.escape(printable(alt))}" src="data:image/png;base64,{data}">'
+    name = html.escape(printable(alt))
+    return f'<img style="max-width:100%" alt="{name}" src="data:image/png;base64,{data}">'
 
 
 def panel(

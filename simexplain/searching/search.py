@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from simexplain.arguments import typed
-from simexplain.data.folders import results_in
+from simexplain.data.folders import left_out_of
 from simexplain.data.images import Picture, PictureSource, read_picture
 from simexplain.data.preprocessing import Geometry, prepared
 from simexplain.errors import ComparisonError, ModelError
@@ -131,7 +131,7 @@ def _gallery(
         f"'{index}' was indexed for this search alone; simexplain index keeps an index, and "
         "searching that does not run the network on the gallery.",
     )
-    if left_out := results_in(index):
+    if left_out := left_out_of(index):
         said += (left_out,)
     if made.broken:
         said += (f"{len(made.broken)} pictures of '{index}' cannot be read and were left out.",)

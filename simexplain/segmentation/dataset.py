@@ -16,6 +16,7 @@ from PIL import Image
 from simexplain.arguments import typed
 from simexplain.data.datasets import read_dataset
 from simexplain.data.folders import Record
+from simexplain.data.images import opened_picture
 from simexplain.data.mask_files import mask_of
 from simexplain.errors import ComparisonError, ImageError
 
@@ -263,7 +264,7 @@ def label_map(path: Path) -> NDArray[np.uint8]:
     if path.suffix == ".mat":
         return _boundaries(path)
     try:
-        with Image.open(path) as opened:
+        with opened_picture(path) as opened:
             if opened.mode not in ("P", "L"):
                 raise ImageError(
                     f"Expected the mask '{path}' as a palette or grey picture of class numbers, "
