@@ -38,7 +38,7 @@ types: $(VENV)/.dev
 
 # Two workers with a thread each; what differs between threads and processors is test-portable's.
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-portable: $(VENV)/.dev
 	$(BIN)/python tests/portable.py $(SETTINGS)

@@ -22,7 +22,15 @@ from torch.nn import functional as F
 from simexplain import load_model
 from simexplain.errors import ModelError
 
+LONGEST = ("notebooks", "training_ddp", "benchmarks", "accelerating", "cli", "cli_batch")
+"""Test files that take minutes, the longest first."""
 DEMO = Path(__file__).parents[1] / "simexplain" / "data" / "demo"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that two workers end at about the same time."""
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 class TinyNet(nn.Module):
