@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
+from threading import Lock, RLock
 from typing import Any
 
 import torch
@@ -31,9 +33,37 @@ def full_precision() -> Iterator[None]:
         yield
 
 
+_LOCKS: dict[int, RLock] = {}
+_NEW_LOCK = Lock()
+
+
+@contextmanager
+def locked(network: nn.Module) -> Iterator[None]:
+    """One thread at a time: modes and hooks of a network are the same for all of them.
+
+    Networks with the same first parameter, such as one and another around it, count as one.
+    """
+    own = next(network.parameters(), network)
+    with _NEW_LOCK:
+        if id(own) not in _LOCKS:
+            weakref.finalize(own, _LOCKS.pop, id(own), None).atexit = False
+        lock = _LOCKS.setdefault(id(own), RLock())
+    with lock:
+        yield
+
+
 @contextmanager
 def undisturbed(network: nn.Module) -> Iterator[None]:
-    """Evaluates inside, without the caller's autocast, and restores modes and random state."""
+    """Evaluates inside, without the caller's autocast, and restores modes and random state.
+
+    Other threads that want the same network wait.
+    """
+    with locked(network), _evaluating(network):
+        yield
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in network.modules()]
     devices = {p.device.index for p in network.parameters() if p.device.type == "cuda"}
     indices = [index for index in devices if index is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from threading import get_ident
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from simexplain.arguments import described, typed
 from simexplain.errors import ModelError
-from simexplain.networks import find_layer, first_tensor, split_call, undisturbed, with_first
+from simexplain.networks import (
+    find_layer,
+    first_tensor,
+    locked,
+    split_call,
+    undisturbed,
+    with_first,
+)
 from simexplain.tapes import Tape
 
 Listener = Callable[[nn.Module, Any, Any], Any]
@@ -130,11 +138,16 @@ def listening(network: nn.Module, listeners: Mapping[str, Listener]) -> Iterator
     Raises:
         ModelError: If there is no such layer.
     """
-    modules = dict(network.named_modules())
-    with ExitStack() as stack:
+    own, modules = get_ident(), dict(network.named_modules())
+
+    def heard(listener: Listener) -> Listener:
+        # The network may run in another thread, for a caller of its own.
+        return lambda *call: listener(*call) if get_ident() == own else None
+
+    with locked(network), ExitStack() as stack:
         for name, listener in listeners.items():
             module = modules.get(name) or find_layer(network, name)  # which says what is wrong
-            stack.callback(module.register_forward_hook(listener).remove)
+            stack.callback(module.register_forward_hook(heard(listener)).remove)
         yield
 
 
