@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from simexplain.attribution.attributing_files import attribute_files
-from simexplain.attribution.saving import MAIN_FILES, manifest
+from simexplain.attribution.saving import MAIN_FILES
 from simexplain.models.avsl_options import ORIGINS
 from simexplain.models.avsl_runs import expected_avsl
-from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 
 from .console import echo, echo_lines
@@ -22,8 +21,10 @@ from .options import (
     free_folder,
     model_from,
     model_options,
+    saved,
     tell_files,
     tell_hardly_seen,
+    tell_manifest,
 )
 
 if TYPE_CHECKING:
@@ -73,20 +74,19 @@ def command(
     """  # noqa: D301 - click wants the backspace character
     if top < 0:
         raise click.BadParameter(f"expected a number of nodes, got {top}.", param_hint="--top")
-    out = out or free_folder(Path(_FOLDER))
-    check_writable(out, MAIN_FILES, force=force)
+    check_writable(out or free_folder(Path(_FOLDER)), MAIN_FILES, force=force)
     with busy(f"Loading {model}"):
         network = expected_avsl(model_from(model, given))
     paths = [a, b, *more]
     with busy(f"Attributing {len(paths)} images"):
         result = attribute_files(network, paths)
     apart = None if decompose is None else _place(result, decompose)
-    with busy(f"Writing {out}"):
-        files = result.save(out, force=force, top=top, node=apart)
+    files = saved(
+        lambda folder: result.save(folder, force=force, top=top, node=apart), out, _FOLDER
+    )
     parts = [] if apart is None else [result.decompose(*apart, n) for n in range(len(result))]
     if as_json:
-        said = manifest(result, files, top, apart)
-        echo_lines(json_text(said))
+        tell_manifest(files)
     else:
         report(result, top, parts)
         tell_files(files, result.warnings)

@@ -11,7 +11,6 @@ from simexplain.comparison import ARCHITECTURES, positives_of
 from simexplain.evaluation.comparing import compare_files
 from simexplain.evaluation.saving import COMPARISON_FILES
 from simexplain.picturing import verdict
-from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 from simexplain.rendering.overlay import RENDERERS
 
@@ -24,7 +23,9 @@ from .options import (
     model_from,
     model_options,
     progress_bar,
+    saved,
     tell_files,
+    tell_manifest,
 )
 from .recipes import asked_recipes, measuring_options, tell_long_work
 
@@ -81,8 +82,7 @@ def command(
             param_hint="--mask",
         )
     recipes = asked_recipes(given)
-    out = out or free_folder(Path(_FOLDER))
-    check_writable(out, COMPARISON_FILES, force=force)
+    check_writable(out or free_folder(Path(_FOLDER)), COMPARISON_FILES, force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
     known = [None if mask == "none" else mask for mask in masks] or None
@@ -97,10 +97,9 @@ def command(
             estimate=tell_long_work,
             **given,
         )
-    with busy(f"Writing {out}"):
-        files = result.save(out, force=force, style=style)
+    files = saved(lambda folder: result.save(folder, force=force, style=style), out, _FOLDER)
     if as_json:
-        echo_lines(json_text(result.to_json(files)))
+        tell_manifest(files)
     else:
         report(result, files)
 

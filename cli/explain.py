@@ -13,10 +13,9 @@ from simexplain.methods import PIXELS
 from simexplain.models.frames import POOLINGS
 from simexplain.models.pairs import PairModel
 from simexplain.picturing import findings, notes_of, verdict
-from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 from simexplain.rendering.overlay import RENDERERS
-from simexplain.saving import MAIN_FILES, manifest
+from simexplain.saving import MAIN_FILES
 
 from .console import echo, echo_lines
 from .given_vectors import vector_options, vectors_from
@@ -28,7 +27,9 @@ from .options import (
     busy,
     free_folder,
     model_options,
+    saved,
     tell_hardly_seen,
+    tell_manifest,
     tell_shares,
 )
 from .pair_models import any_model_from, explain_pair, pair_options, report_pair
@@ -111,8 +112,7 @@ def command(
             "Expected one image to explain against texts, vectors or folders, without other "
             "images, --arch or --different."
         )
-    out = out or free_folder(Path(_FOLDER))
-    check_writable(out, MAIN_FILES, force=force)
+    check_writable(out or free_folder(Path(_FOLDER)), MAIN_FILES, force=force)
     with busy(f"Loading {model}"):
         network = any_model_from(model, given)
     if isinstance(network, PairModel):
@@ -120,7 +120,8 @@ def command(
             raise click.UsageError(f"{model} scores pairs of images; give another image.")
         with busy(f"Explaining {len(paths)} images"):
             pair = explain_pair(network, paths, near, given)
-        report_pair(pair, pair.save(out, force=force, styles=style), as_json=as_json)
+        files = saved(lambda folder: pair.save(folder, force=force, styles=style), out, _FOLDER)
+        report_pair(pair, files, as_json=as_json)
         return
     given = method_from(network, given)
     with busy(f"Explaining {len(paths)} images"):
@@ -130,10 +131,9 @@ def command(
             result = explain_files(
                 network, paths, arch, different=different, positives=positives, **given
             )
-    with busy(f"Writing {out}"):
-        files = result.save(out, force=force, styles=style)
+    files = saved(lambda folder: result.save(folder, force=force, styles=style), out, _FOLDER)
     if as_json:
-        echo_lines(json_text(manifest(result, files)))
+        tell_manifest(files)
     else:
         report(result, files)
 

@@ -11,8 +11,7 @@ from simexplain.matching.factors import SCORES, STYLES
 from simexplain.matching.matching import Patience
 from simexplain.matching.matching_files import match_files
 from simexplain.matching.pictures import default_points, summary
-from simexplain.matching.saving import MAIN_FILES, manifest
-from simexplain.printing import json_text
+from simexplain.matching.saving import MAIN_FILES
 from simexplain.publishing import check_writable
 
 from .console import echo, echo_lines
@@ -24,8 +23,10 @@ from .options import (
     free_folder,
     model_from,
     model_options,
+    saved,
     tell_files,
     tell_hardly_seen,
+    tell_manifest,
     tell_shares,
 )
 
@@ -101,8 +102,7 @@ def command(
     \b
       simexplain match timm:tf_efficientnet_lite0 a.jpg b.jpg --at 120,85
     """  # noqa: D301 - click wants the backspace character
-    out = out or free_folder(Path(_FOLDER))
-    check_writable(out, MAIN_FILES, force=force)
+    check_writable(out or free_folder(Path(_FOLDER)), MAIN_FILES, force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
     patience = Patience(lambda text: echo(f"Note: {text}", err=True))
@@ -111,11 +111,11 @@ def command(
             network, a, b, layer, score=score, style=style, steps=steps, progress=patience
         )
     chosen = points or None
-    with busy(f"Writing {out}"):
-        files = result.save(out, force=force, points=chosen, top=top)
+    files = saved(
+        lambda folder: result.save(folder, force=force, points=chosen, top=top), out, _FOLDER
+    )
     if as_json:
-        said = manifest(result, files, chosen, top)
-        echo_lines(json_text(said))
+        tell_manifest(files)
     else:
         report(result, chosen, top)
         tell_files(files, result.warnings)

@@ -21,7 +21,7 @@ from simexplain.models.loading import RANDOM, Pixels, load_model
 from simexplain.models.readouts import OUTPUTS
 from simexplain.printing import printable
 
-from .console import echo
+from .console import echo, echo_lines
 
 if TYPE_CHECKING:
     from simexplain.data.preprocessing import Geometry
@@ -242,6 +242,33 @@ def free_folder(base: Path) -> Path:
     while (folder := base.with_name(f"{base.name}-{number}")).exists():
         number += 1
     return folder
+
+
+def saved(save: Callable[[Path], dict[str, str]], out: Path | None, base: str) -> dict[str, str]:
+    """Saves a result into a folder, or into the first one of ``base-1``, ``base-2``, ... there.
+
+    Args:
+        save: Writes into a folder and returns the files by kind.
+        out: The folder, if one was named.
+        base: The name of folders otherwise.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    while True:
+        folder = out or free_folder(Path(base))
+        with busy(f"Writing {folder}"):
+            try:
+                return save(folder)
+            except OutputError:
+                # Another run may have taken the name.
+                if out is not None or not folder.exists():
+                    raise
+
+
+def tell_manifest(files: Mapping[str, str]) -> None:
+    """Prints the JSON of a result that was saved."""
+    echo_lines(Path(files["manifest"]).read_text(encoding="utf-8").rstrip())
 
 
 def tell_left_out(folder: str | Path) -> None:

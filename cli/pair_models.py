@@ -12,11 +12,10 @@ from simexplain.errors import ComparisonError, TwoImagesError
 from simexplain.explaining_files import explain_pair_files
 from simexplain.models.loading import load_pair_model
 from simexplain.models.pairs import PairModel
-from simexplain.printing import json_text
 
 from .console import echo, echo_lines
 from .method_options import method_from
-from .options import Size, aligned, loading_from, model_from, tell_files
+from .options import Size, aligned, loading_from, model_from, tell_files, tell_manifest
 
 if TYPE_CHECKING:
     from simexplain.models.base import SimilarityModel
@@ -94,7 +93,7 @@ def explain_pair(
 def report_pair(result: PairExplanation, files: dict[str, str], *, as_json: bool) -> None:
     """Prints what was found, as JSON or for a person."""
     if as_json:
-        echo_lines(json_text(result.to_json(files)))
+        tell_manifest(files)
         return
     names = dict.fromkeys(side.model for side in result.sides)
     layers = " and ".join(side.layer for side in result.sides)

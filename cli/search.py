@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 from simexplain.searching.search import search
 from simexplain.searching.search_pictures import verdict
-from simexplain.searching.search_saving import MAIN_FILES, manifest
+from simexplain.searching.search_saving import MAIN_FILES
 
 from .console import echo, echo_lines
 from .options import (
@@ -22,8 +21,10 @@ from .options import (
     model_from,
     model_options,
     progress_bars,
+    saved,
     tell_files,
     tell_hardly_seen,
+    tell_manifest,
     tell_shares,
 )
 
@@ -94,18 +95,16 @@ def command(
     """  # noqa: D301 - click wants the backspace character
     if region is not None and mask is not None:
         raise click.UsageError("--region and --mask exclude each other; say one of them.")
-    out = out or free_folder(Path(_FOLDER))
-    check_writable(out, MAIN_FILES, force=force)
+    check_writable(out or free_folder(Path(_FOLDER)), MAIN_FILES, force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
     with progress_bars("Searching") as progress:
         result = search(
             network, query, index, k, region=region, mask=mask, root=root, progress=progress
         )
-    with busy(f"Writing {out}"):
-        files = result.save(out, force=force)
+    files = saved(lambda folder: result.save(folder, force=force), out, _FOLDER)
     if as_json:
-        echo_lines(json_text(manifest(result, files)))
+        tell_manifest(files)
     else:
         report(result)
         tell_files(files, result.warnings)

@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from simexplain.printing import json_text
 from simexplain.publishing import check_writable
-from simexplain.segmentation.saving import MAIN_FILES, manifest
+from simexplain.segmentation.saving import MAIN_FILES
 from simexplain.segmentation.segmenting_files import segment_files
 
-from .console import echo, echo_lines
+from .console import echo
 from .options import (
     FilePath,
     busy,
     free_folder,
     model_from,
     model_options,
+    saved,
     tell_files,
     tell_hardly_seen,
+    tell_manifest,
     tell_shares,
 )
 from .segment_options import segment_options, segmenting_from
@@ -67,18 +68,16 @@ def command(
       simexplain segment timm:tf_efficientnet_lite0 test.jpg cat.jpg --other dog.jpg
     """  # noqa: D301 - click wants the backspace character
     options = segmenting_from(given)
-    out = out or free_folder(Path(_FOLDER))
-    check_writable(out, MAIN_FILES, force=force)
+    check_writable(out or free_folder(Path(_FOLDER)), MAIN_FILES, force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
     with busy(f"Segmenting {test}"):
         result = segment_files(
             network, test, support, others, support_masks=support_masks or None, **options
         )
-    with busy(f"Writing {out}"):
-        files = result.save(out, force=force)
+    files = saved(lambda folder: result.save(folder, force=force), out, _FOLDER)
     if as_json:
-        echo_lines(json_text(manifest(result, files)))
+        tell_manifest(files)
     else:
         report(result)
         tell_files(files, result.warnings)

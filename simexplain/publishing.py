@@ -1,14 +1,18 @@
-"""Results on disk: a folder of files written whole or not at all, and read back safely."""
+"""Results on disk: a folder of files written atomically, and read back safely."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
+import shutil
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +20,17 @@ from typing import Any, TypeVar
 import numpy as np
 
 from simexplain.errors import DAMAGED, OutputError
+from simexplain.printing import json_text
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 Result = TypeVar("Result")
+_DRAFT = ".simexplain-draft-"
+_ABANDONED = 60
+"""Seconds after which a draft that nobody holds is taken for one of a killed run."""
 
 
 @dataclass(frozen=True)
@@ -114,15 +127,74 @@ def published(folder: Path, names: list[str], kind: Kind, *, force: bool) -> Ite
     """
     check_writable(folder, names, force=force)
     try:
-        with tempfile.TemporaryDirectory(prefix=".simexplain-", dir=_existing(folder)) as temporary:
+        place = _existing(folder)
+        _remove_drafts(place)
+        with tempfile.TemporaryDirectory(prefix=_DRAFT, dir=place) as temporary, ExitStack() as own:
+            own.enter_context(locked(Path(temporary)))
             draft = Path(temporary) / "draft"
             draft.mkdir()
             yield draft
-            _publish(draft, folder, names, kind)
+            _add_digests(draft, names, kind)
+            # Another process may have written meanwhile.
+            with locked(_existing(folder)):
+                check_writable(folder, names, force=force)
+                _publish(draft, folder, names, kind)
     except OSError as error:
         raise OutputError(
             f"'{folder}' cannot be written ({error.strerror or error}); choose another folder."
         ) from error
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Holds a folder against other processes, which the system lets go of when this one dies.
+
+    Where there are no locks, as on Windows and some network drives, nothing is held.
+
+    Raises:
+        BlockingIOError: Without ``wait``, if another process holds it.
+    """
+    place = None
+    try:
+        if fcntl is not None:
+            with suppress(PermissionError):  # it may be written and not listed
+                place = os.open(folder, os.O_RDONLY)
+        if place is not None:
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:
+                pass
+        yield
+    finally:
+        if place is not None:
+            os.close(place)
+
+
+def _remove_drafts(place: Path) -> None:
+    """Removes what runs that were killed left behind."""
+    for old in place.glob(f"{_DRAFT}*"):
+        with suppress(OSError):
+            if old.is_dir() and time.time() - old.stat().st_mtime > _ABANDONED:
+                with locked(old, wait=False):
+                    shutil.rmtree(old)
+
+
+def _add_digests(draft: Path, names: Iterable[str], kind: Kind) -> None:
+    """Puts into the manifest what tells its own files from those of another run."""
+    if not kind.arrays:
+        return
+    manifest = draft / kind.manifest
+    said = json.loads(manifest.read_text(encoding="utf-8"))
+    others = sorted(set(names) - {kind.manifest})
+    said["digests"] = {name: digest_of(draft / name) for name in others}
+    manifest.write_text(json_text(said), encoding="utf-8")
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _existing(folder: Path) -> Path:
@@ -171,6 +243,12 @@ def read_back(
             raise OutputError(
                 f"'{folder}' was written in schema {said['schema']}, but this version reads "
                 f"schema {kind.schema}; use a matching version of simexplain."
+            )
+        known = said.get("digests", {}).get(kind.arrays)  # earlier versions wrote none
+        if known is not None and known != digest_of(folder / kind.arrays):
+            raise OutputError(
+                f"'{folder}' holds files of two runs, since one was stopped while it replaced "
+                f"another; make the {kind.what} again with --force (force=True)."
             )
         with np.load(folder / kind.arrays, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
