@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 from simexplain_cli.main import cli
-from simexplain_cli.method_options import MethodText
+from simexplain_cli.method_options import MethodText, method_from
 from simexplain_cli.options import Command
 
 from simexplain.errors import ArgumentError
+from simexplain.methods.similarity_attention import SimilarityAttention
 from simexplain.renaming import RENAMED_OPTIONS, new_name
 
 # Commands that write one file and commands that write a folder of files.
@@ -173,3 +177,87 @@ def test_addresses_on_the_web_get_a_sentence(name: str, words: str) -> None:
     address = "https://example.org/a.jpg"
     with pytest.raises(ArgumentError, match=f"'{address}' is an address on the web, .* download"):
         COMMANDS[name].make_context(name, words.format(address).split())
+
+
+def chosen(words: str) -> dict[str, Any]:
+    """What ``explain`` passes on of the options of methods."""
+    context = COMMANDS["explain"].make_context("explain", ["m", "a", "b", *words.split()])
+    network = SimpleNamespace(stages=("low", "high"))
+    names = ("method", "layer", "upscale", "weights", "cam", "through_weights", "keep_negative")
+    with context:
+        found = method_from(network, dict(context.params))  # type: ignore[arg-type]
+    return {name: found[name] for name in (*names, "score") if name in found}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("--method sam:weights=signed", "--method sam --weights signed"),
+        ("--method sam@layer3:cam=layer_cam", "--method sam --layer layer3 --cam layer_cam"),
+        ("--method sam@layer3+layer4", "--method sam --layer layer3 --layer layer4"),
+        ("--method similarity_cam:score=held", "--method similarity_cam --option score=held"),
+        (
+            "--method sam:upscale=2,through_weights=yes",
+            "--method sam --upscale 2 --through-weights",
+        ),
+        ("--method focus:upscale=2 --sweep", "--method focus --upscale 2 --sweep"),
+    ],
+)
+def test_options_inside_a_method_are_those_beside_it(recipe: str, words: str) -> None:
+    one, other = chosen(recipe), chosen(words)
+    for found in (one, other):
+        layer = found.get("layer")
+        found["layer"] = (layer,) if isinstance(layer, str) else layer
+    assert one == other
+
+
+def test_rows_may_have_options_of_their_own() -> None:
+    plain = chosen("--method sam --method focus")
+    assert plain["method"] == ["sam", "focus"]
+    found = chosen("--method sam:weights=signed --method sam:weights=relative --method focus")
+    assert found["method"] == [
+        SimilarityAttention(weights="signed"), SimilarityAttention(weights="relative"), "focus",
+    ]  # fmt: skip
+    assert chosen("")["method"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--method sam:weights=signed --weights paper", "weights is given twice"),
+        ("--method sam@layer3 --layer layer4", "layer is given twice"),
+        ("--method sam@layer3 --method focus", "--layer"),
+        ("--method sam:upscale=2 --method focus", "--upscale"),
+        ("--method gradcam", "did you mean similarity_cam?"),
+        ("--method sam:weight=signed", "an option of sam"),
+        ("--method sam@", "a layer after '@'"),
+    ],
+)
+def test_methods_that_cannot_be_read(words: str, said: str) -> None:
+    with pytest.raises(click.UsageError) as caught:
+        chosen(words)
+    assert said in caught.value.format_message()
+
+
+@pytest.mark.parametrize("name", ["compare", "segment", "evaluate faithfulness", "batch"])
+def test_a_misspelt_method_gets_a_suggestion_everywhere(name: str) -> None:
+    words = {"segment": "m a b", "compare": "m a b", "batch": "m c.csv --out o"}.get(name, "m .")
+    with pytest.raises(click.BadParameter, match="did you mean occlusion"):
+        COMMANDS[name].make_context(name, [*words.split(), "--method", "oclusion"])
+
+
+@pytest.mark.parametrize(
+    ("words", "typed", "wanted"),
+    [
+        ([], "seg", {"segment"}),
+        (["explain", "m", "a"], "--ups", {"--upscale"}),
+        (["compare", "m", "a", "--method"], "sim", {"similarity_cam"}),
+        (["explain", "m", "a", "--scale"], "", {"image", "shared"}),
+        (["evaluate"], "re", {"reid", "retrieval"}),
+    ],
+)
+def test_the_tab_key_completes(words: list[str], typed: str, wanted: set[str]) -> None:
+    found = ShellComplete(cli, {}, "simexplain", "_SIMEXPLAIN_COMPLETE").get_completions(
+        words, typed
+    )
+    assert {item.value for item in found} == wanted

@@ -17,6 +17,7 @@ from torch import Tensor
 import simexplain
 from simexplain import Comparison, Explanation, TrainOptions, explain
 from simexplain.arguments import typed
+from simexplain.batching.identity import check_same
 from simexplain.errors import ArgumentError, SimexplainError
 from simexplain.evaluation.recipes import recipe_from
 from simexplain.evaluation.results import Evaluation, SanityScores
@@ -33,6 +34,7 @@ from simexplain.renaming import (
 )
 from simexplain.segmentation.result import Segmentation
 from simexplain.training.options import with_options
+from simexplain.training.resuming import resolved
 
 
 @typed
@@ -185,3 +187,22 @@ def test_other_verbs_take_the_old_names(tmp_path: Path) -> None:
         )  # fmt: skip
     with pytest.raises(SimexplainError, match="OPTION=VALUE with an option of sam"):
         recipe_from("sam:masking=each")
+
+
+def test_runs_and_batches_begun_by_the_last_version_go_on(tmp_path: Path) -> None:
+    state = {"options": {"classes": 4, "each": 3, "watch": 1, "ks": [1, 2]}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolved(None, {"attention_triplets": 2}, state).images_per_class == 3
+        with pytest.raises(SimexplainError, match="begun with images_per_class=3"):
+            resolved(None, {"images_per_class": 2}, state)
+        same = {"model": {}, "digest": "", "pictures": []}
+        now: dict[str, Any] = {"settings": {"upscale": 2.0, "scale": "image"}, **same}
+        begun: dict[str, Any] = {"settings": {"magnify": 1.0, "scale": "image"}, **same}
+        with pytest.raises(SimexplainError, match=r"begun with upscale=1\.0"):
+            check_same(tmp_path, begun, now)
+        probe = {"name": "m", "weights": "w", "preprocess": {}, "probe": [1.0]}
+        begun = {**begun, "settings": {"magnify": 2.0, "scale": "image"}, "model": probe}
+        check_same(tmp_path, begun, {**now, "model": probe})
+    with pytest.warns(RenamedWarning, match="'watch'"):
+        assert resolved(None, {"watch": 2}, state).attention_triplets == 2
