@@ -164,7 +164,7 @@ def scene_maps(
     if one.method == "weight_bank" and bank is not None:
         options["bank"] = _named(bank, model)
     found = explain(
-        model, comparison, one.method, chosen, magnify=one.magnify, **options, check=False
+        model, comparison, one.method, chosen, upscale=one.magnify, **options, check=False
     )
     return found.maps[:, 1]
 

@@ -63,7 +63,7 @@ def retrieval(model: SimilarityModel, fit: str, pictures: Sequence[Labelled]) ->
         chunk = pictures[start : start + CHUNK]
         rows.append(model.embed(views(model, fit, [one.picture for one in chunk])[0]))
     records = tuple(Record(Path(f"{n}.png"), label=one.label) for n, one in enumerate(pictures))
-    found = ranked_retrieval(model, Embedded(torch.cat(rows), records, {}), ks=(1,))
+    found = ranked_retrieval(model, Embedded(torch.cat(rows), records, {}), ranks=(1,))
     return [found.recall[1], found.map_at_r]
 
 

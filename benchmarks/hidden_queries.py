@@ -80,7 +80,7 @@ def measure(
 
 def scores(model: SimilarityModel, queries: Embedded, gallery: Embedded) -> tuple[float, float]:
     """Recall@1 and MAP@R in percent; a query's own picture and its vendor are left out."""
-    found = ranked_retrieval(model, queries, gallery, ks=(1,), grouped=True)
+    found = ranked_retrieval(model, queries, gallery, ranks=(1,), grouped=True)
     return 100 * found.recall[1], 100 * found.map_at_r
 
 

@@ -134,7 +134,7 @@ def scene_maps(
 
 
 def _prepared(model: SimilarityModel, magnify: int) -> Callable[[list], Tensor]:
-    """Pictures to tensors, enlarged as ``explain(magnify=...)`` enlarges them."""
+    """Pictures to tensors, enlarged as ``explain(upscale=...)`` enlarges them."""
     prepare = replace(model.preprocess, fit="squash")  # the scenes have the size of the input
 
     def tensors(pictures: list) -> Tensor:

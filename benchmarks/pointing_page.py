@@ -133,7 +133,7 @@ def _advice(choices: Sequence[Any], scores: Scores, arrangement: str) -> str:
     return (
         f"- **{arrangement.capitalize()}s**, last layer alone: {', '.join(rules)}. Best: "
         f"{' or '.join(f'`{choice.weights}`' for choice in leaders)}. `{rule.weights}` with a "
-        f"second, finer layer: {_category(scores, fused)}; with `magnify=2`: "
+        f"second, finer layer: {_category(scores, fused)}; with `upscale=2`: "
         f"{_category(scores, larger)}; with both: {_category(scores, both)}. Best of all rows: "
         f"{' or '.join(_described(choice) for choice in _leaders(scores, own))}."
     )
@@ -161,5 +161,5 @@ def _leaders(scores: Scores, candidates: Sequence[Any]) -> list[Any]:
 
 
 def _described(choice: Any) -> str:
-    size = f" with `magnify={choice.magnify}`" if choice.magnify != 1 else ""
+    size = f" with `upscale={choice.magnify}`" if choice.magnify != 1 else ""
     return f"`{choice.weights}` at {choice.layers}{size}"

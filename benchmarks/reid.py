@@ -24,7 +24,7 @@ from simexplain.evaluation.reid_result import Reidentification
 BACKBONE = "timm:tf_efficientnet_lite0"
 SETTINGS: dict[str, Any] = {
     "backbone": f"pcb:{BACKBONE}", "size": (128, 64), "embedding": 384, "lr": 5e-4, "head_lr": 2e-3,
-    "proxy_lr": 1e-2, "watch": 0, "accelerator": "cpu", "step_epochs": 100,
+    "proxy_lr": 1e-2, "attention_triplets": 0, "accelerator": "cpu", "step_epochs": 100,
 }  # fmt: skip
 """In place of the recipe's: a smaller network and picture, and rates for a hundred steps."""
 

@@ -53,23 +53,37 @@ SIZES = (0.35, 0.85)
 _VENDOR = r"([^/]+?)(?:-\d+)?\.png$"
 
 COMMON: dict[str, Any] = {
-    "embedding": 128, "augmentation": "light", "weight_decay": 1e-4, "grouped": True, "ks": (1,),
-    "watch": 0, "checkpoint_every": 0, "schedule": "cosine",
+    "embedding": 128, "augmentation": "light", "weight_decay": 1e-4, "grouped": True, "ranks": (1,),
+    "attention_triplets": 0, "checkpoint_every": 0, "schedule": "cosine",
 }  # fmt: skip
-_TUNED = {"size": (112, 112), "classes": 16, "each": 2, "steps": 20, "epochs": 2, "lr": 2e-4}
+_TUNED = {
+    "size": (112, 112),
+    "classes_per_batch": 16,
+    "images_per_class": 2,
+    "batches_per_epoch": 20,
+    "epochs": 2,
+    "lr": 2e-4,
+}
 _TUNED |= {"warmup_epochs": 1, "freeze_bn": True}
-_FRESH = {"pretrained": False, "freeze_bn": False, "classes": 16, "each": 4, "head_lr": 2e-3}
+_FRESH = {
+    "pretrained": False,
+    "freeze_bn": False,
+    "classes_per_batch": 16,
+    "images_per_class": 4,
+    "head_lr": 2e-3,
+}
 _FRESH |= {"loss": "proxy_anchor", "distance": "cosine", "warmup_epochs": 1, "warmup": "linear"}
 _LITE0, _MOBILENET = "timm:tf_efficientnet_lite0", "MobileNetV2"
 _TRIPLET, _ANCHOR = {"loss": "triplet"}, {"loss": "proxy_anchor", "distance": "cosine"}
 
 RUNS: dict[str, dict[str, Any]] = {
     "unpadded ResNet": {
-        **_FRESH, "backbone": "timm:unpadded_resnet", "steps": 25, "epochs": 6, "lr": 2e-3,
-    },
+        **_FRESH, "backbone": "timm:unpadded_resnet", "batches_per_epoch": 25,
+        "epochs": 6, "lr": 2e-3,
+},
     "plain ViT": {
-        **_FRESH, "backbone": "timm:plain_vit", "steps": 30, "epochs": 10, "eval_every": 18,
-        "lr": 1e-3,
+        **_FRESH, "backbone": "timm:plain_vit", "batches_per_epoch": 30, "epochs": 10,
+        "eval_every": 18, "lr": 1e-3,
     },
     "MobileNetV2, proxy anchor": {**_TUNED, **_ANCHOR, "backbone": _MOBILENET},
     "Lite0, proxy anchor": {**_TUNED, **_ANCHOR, "backbone": _LITE0},
@@ -172,8 +186,8 @@ def trained(
     return {
         "seed": seed,
         "options": options,
-        "steps": found.options.epochs * found.options.steps,
-        "images": found.options.epochs * found.options.steps * found.options.batch_size,
+        "steps": found.options.epochs * found.options.batches_per_epoch,
+        "images": found.options.epochs * found.options.batches_per_epoch * found.options.batch_size,
         "processor_seconds": None if resume else round(time.process_time() - begun),
         "before": found.untrained,
         "reached": found.reached,

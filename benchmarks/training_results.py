@@ -32,8 +32,8 @@ KS = (1, 2, 4, 8)
 _KS = (1, 2, 8, 32, 128)
 COMMON: dict[str, Any] = {
     "size": (96, 96), "embedding": 128, "augmentation": "light", "lr": 1e-4, "head_lr": 1e-3,
-    "weight_decay": 1e-4, "classes": 16, "each": 2, "grouped": True, "ks": KS, "watch": 0,
-    "checkpoint_every": 0, "schedule": "cosine",
+    "weight_decay": 1e-4, "classes_per_batch": 16, "images_per_class": 2, "grouped": True,
+    "ranks": KS, "attention_triplets": 0, "checkpoint_every": 0, "schedule": "cosine",
 }  # fmt: skip
 WARM = {"warmup_epochs": 1}
 """Head and proxies alone train for an epoch, as in AVSL's code, which does so for longer."""
@@ -100,13 +100,16 @@ def graphs(args: argparse.Namespace) -> list[Row]:
             )
         ]
         found.append(Row(f"{name} + AVSL", tables, whole))
-        found += [Row(f"{name} + AVSL, k = {k}", (f"k {loss}",), whole, {"k": k}) for k in _KS]
+        found += [
+            Row(f"{name} + AVSL, k = {k}", (f"k {loss}",), whole, {"edges_per_node": k})
+            for k in _KS
+        ]
     return found
 
 
 def settings_of(loss: str, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of a run without AVSL and of one with it."""
-    graph = {"avsl": True, "k": 32, **args.avsl, "loss": loss}
+    graph = {"avsl": True, "edges_per_node": 32, **args.avsl, "loss": loss}
     if loss != "proxy_anchor":
         return {"loss": loss}, graph
     return {"loss": loss, "distance": "cosine", **WARM}, {**graph, **WARM}
@@ -233,7 +236,7 @@ def again(row: Row, folder: Path, args: argparse.Namespace) -> dict[str, float]:
         raise SystemExit(f"'{folder}' holds no AVSL model.")
     model.options = replace(model.options, **row.measured)
     queries = held_out(args.folder, args.group)
-    found = evaluate_retrieval(model, queries, ks=KS, grouped=True)
+    found = evaluate_retrieval(model, queries, ranks=KS, grouped=True)
     return {f"recall@{k}": v for k, v in found.recall.items()}
 
 

@@ -15,6 +15,7 @@ from simexplain.publishing import check_writable
 
 from .console import echo, echo_lines
 from .options import (
+    Command,
     FilePath,
     aligned,
     busy,
@@ -22,6 +23,7 @@ from .options import (
     model_from,
     model_options,
     saved,
+    saving_options,
     tell_files,
     tell_hardly_seen,
     tell_manifest,
@@ -35,21 +37,19 @@ _FOLDER = "attribution"
 _DECOMPOSED = 8
 
 
-@click.command("attribute")
+@click.command("attribute", cls=Command)
 @click.argument("model")
 @click.argument("a", type=FilePath())
 @click.argument("b", type=FilePath())
 @click.argument("more", type=FilePath(), nargs=-1)
-@click.option("--top", default=8, show_default=True, help="How many nodes to list.")
+@click.option("--top", default=8, show_default=True, help="How many to list: nodes.")
 @click.option(
     "--decompose",
     metavar="LEVEL:NODE",
     help="Take this node apart into the lower nodes that stand in for it; the graph shows it. "
     "LEVEL is a number from 0, the lowest, or a layer.",
 )
-@click.option("--out", type=FilePath(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
-@click.option("--force", is_flag=True, help="Replace an attribution that is in the folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@saving_options(f"Folder to write. [a new {_FOLDER}-N]")
 @model_options
 def command(
     model: str,

@@ -12,6 +12,7 @@ from simexplain.printing import json_text
 
 from .console import echo, echo_lines
 from .options import (
+    Command,
     FilePath,
     busy,
     check_file,
@@ -19,29 +20,28 @@ from .options import (
     model_from,
     model_options,
     progress_bars,
+    saving_options,
     tell_left_out,
 )
 
 _OWN = BankOptions()
 
 
-@click.command("bank")
+@click.command("bank", cls=Command)
 @click.argument("model")
 @click.argument("folder", type=FilePath(path_type=Path))
-@click.option("--out", type=FilePath(path_type=Path), required=True, help="The file to write.")
-@click.option("--force", is_flag=True, help="Replace the file if it is there.")
+@saving_options("File to write.", required=True)
 @click.option("--layer", help="Layer of the maps. [the model's default]")
 @click.option(
-    "--triplets", default=_OWN.triplets, show_default=True, help="Drawn for each picture."
+    "--triplets", default=_OWN.triplets, show_default=True, help="Triplets drawn for each picture."
 )
 @click.option(
     "--margin",
     default=_OWN.margin,
     show_default=True,
-    help="Of the triplet loss on squared distances of unit embeddings.",
+    help="Margin of the triplet loss, on squared distances of unit embeddings.",
 )
-@click.option("--seed", default=_OWN.seed, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@click.option("--seed", default=_OWN.seed, show_default=True, help="Random seed.")
 @model_options
 def command(
     model: str,
@@ -62,8 +62,8 @@ def command(
 
     \b
       simexplain bank timm:tf_efficientnet_lite0 pictures/ --out bank.safetensors
-      simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg --arch siamese \\
-        --method weight_bank --option bank=bank.safetensors
+      simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg \\
+        --method weight_bank:bank=bank.safetensors
     """  # noqa: D301 - click wants the backspace character
     check_file(out, force=force)
     with busy(f"Loading {model}"):

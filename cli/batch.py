@@ -21,7 +21,17 @@ from simexplain.training.run_folder import first_process
 
 from .console import echo, echo_lines
 from .method_options import method_from, method_options
-from .options import FilePath, OneOf, busy, model_from, model_options, progress_bars, tell_files
+from .options import (
+    Command,
+    FilePath,
+    OneOf,
+    busy,
+    model_from,
+    model_options,
+    progress_bars,
+    saving_options,
+    tell_files,
+)
 
 if TYPE_CHECKING:
     from simexplain.batching.planning import Progress
@@ -34,15 +44,14 @@ _HOW = (
 _LISTED = 20
 
 
-@click.command("batch")
-@method_options
+@click.command("batch", cls=Command)
 @click.argument("model")
 @click.argument("comparisons", type=FilePath())
-@click.option("--out", type=FilePath(), required=True, help="Folder of the batch.")
-@click.option("--resume", is_flag=True, help="Go on with the batch in the folder, exactly.")
-@click.option("--force", is_flag=True, help="Replace a batch that is in the folder.")
+@saving_options("Folder to write.", required=True)
+@click.option("--resume", is_flag=True, help="Go on with the run in the folder, exactly.")
+@method_options
 @click.option("--root", type=FilePath(file_okay=False),
-              help="What relative paths are relative to. [the folder of COMPARISONS]")  # fmt: skip
+              help="Folder that relative paths start from. [that of COMPARISONS]")  # fmt: skip
 @click.option("--strict", is_flag=True, help="Refuse to begin while any row cannot be explained.")
 @click.option("--pictures", is_flag=True, help="Also draw a heatmap over every picture.")
 @click.option("--figures", is_flag=True, help="Also draw a figure of every row.")
@@ -54,16 +63,18 @@ _LISTED = 20
               help="Pictures in one forward pass. [1 on a CPU, else 16]")  # fmt: skip
 @click.option("--accelerator", type=OneOf(ACCELERATORS), default="auto", show_default=True,
               help="Where to run.")  # fmt: skip
-@click.option("--devices", type=click.IntRange(min=1),
-              help="Processes on each host. [1, or those of torchrun]")  # fmt: skip
+@click.option(
+    "--devices",
+    type=click.IntRange(min=1),
+    help="Processes on each host: GPUs, where there are. [1, or those of torchrun]",
+)
 @click.option("--nodes", default=1, show_default=True, type=click.IntRange(min=1),
-              help="Hosts, which must see one folder.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+              help="Hosts: they must share one folder.")  # fmt: skip
 @model_options
 def command(
     model: str,
     comparisons: str,
-    out: str,
+    out: Path,
     resume: bool,
     force: bool,
     root: str | None,
@@ -160,16 +171,16 @@ def report(result: BatchResult, known: Sequence[str] = ()) -> None:
     tell_files(said["files"], () if first is None else (f"{first} (More: column warnings.)",))
 
 
-def _stamp(out: str) -> tuple[int, int] | None:
+def _stamp(out: Path) -> tuple[int, int] | None:
     """What tells one manifest from another, None where there is none."""
     try:
-        found = (Path(out) / MANIFEST).stat()
+        found = (out / MANIFEST).stat()
     except (OSError, ValueError):
         return None
     return found.st_ino, found.st_mtime_ns
 
 
-def _interrupted(out: str, earlier: tuple[int, int] | None) -> None:
+def _interrupted(out: Path, earlier: tuple[int, int] | None) -> None:
     """Says how to go on, where there is something to go on with."""
     if first_process():
         if _stamp(out) == earlier:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from simexplain.comparison import ARCHITECTURES, positives_of
+from simexplain.comparison import positives_of
 from simexplain.evaluation.comparing import compare_files
 from simexplain.evaluation.saving import COMPARISON_FILES
 from simexplain.picturing import verdict
@@ -16,14 +16,17 @@ from simexplain.rendering.overlay import RENDERERS
 
 from .console import echo, echo_lines
 from .options import (
+    Command,
     FilePath,
     OneOf,
     busy,
+    comparison_options,
     free_folder,
     model_from,
     model_options,
     progress_bar,
     saved,
+    saving_options,
     tell_files,
     tell_manifest,
 )
@@ -35,24 +38,18 @@ if TYPE_CHECKING:
 _FOLDER = "comparison"
 
 
-@click.command("compare")
+@click.command("compare", cls=Command)
 @click.argument("model")
 @click.argument("images", type=FilePath(), nargs=-1, required=True)
-@click.option("--arch", type=OneOf(list(ARCHITECTURES)),
-              help="siamese, triplet, quadruplet or set. [2 images: siamese, 3: triplet]",
-)  # fmt: skip
-@click.option("--different", is_flag=True, help="The pair of a siamese comparison is dissimilar.")
-@click.option("--positives", default=1, show_default=True, help="For set: how many are positives.")
+@comparison_options
 @click.option("--mask", "masks", multiple=True, type=FilePath(), metavar="FILE",
               help="What the map of an image should point at: once for each image, in their order, "
-              "none where there is no mask. Light or opaque marks it; a cut-out picture can be its "
-              "own mask.")  # fmt: skip
+              "or none for an image without a mask. It is light or opaque there; a cut-out picture "
+              "can be its own mask.")  # fmt: skip
 @measuring_options
 @click.option("--style", type=OneOf(list(RENDERERS)), default="overlay", show_default=True,
               help="How to draw.")  # fmt: skip
-@click.option("--out", type=FilePath(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
-@click.option("--force", is_flag=True, help="Replace a comparison that is in the folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@saving_options(f"Folder to write. [a new {_FOLDER}-N]")
 @model_options
 def command(
     model: str,
@@ -74,7 +71,7 @@ def command(
       simexplain compare timm:tf_efficientnet_lite0 a.jpg b.jpg c.jpg \\
         --method sam:weights=signed --method decomposition
     """  # noqa: D301 - click wants the backspace character
-    positives_of(arch, len(images), different=given["different"], positives=given["positives"])
+    positives_of(arch, len(images), negative=given["negative"], positives=given["positives"])
     if masks and len(masks) != len(images):
         raise click.BadParameter(
             f"expected it once for each of {len(images)} images (none for no mask), got "

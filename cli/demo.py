@@ -15,15 +15,15 @@ from simexplain.publishing import check_writable
 from simexplain.saving import MAIN_FILES
 
 from .explain import report
-from .options import FilePath, busy
+from .options import Command, FilePath, busy
 
 
-@click.command("demo")
+@click.command("demo", cls=Command)
 @click.option("--out", type=FilePath(path_type=Path), default="simexplain-demo",
-              show_default=True, help="Folder to write to.")  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace an earlier demo in the folder.")
+              show_default=True, help="Folder to write.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace what is there already.")
 def command(out: Path, force: bool) -> None:
-    """Explain a bundled triplet with EfficientNet-Lite0, its ImageNet weights and no network.
+    """Explain a bundled triplet with EfficientNet-Lite0, its ImageNet weights, offline.
 
     Anchor and positive share a cat and nothing else; positive and negative share everything but
     the cat. A map that can be trusted shows the cat.

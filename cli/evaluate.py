@@ -18,7 +18,17 @@ from .console import echo, echo_lines
 from .evaluate_reid import reid
 from .evaluate_retrieval import retrieval
 from .evaluate_segmentation import segmentation
-from .options import FilePath, OneOf, busy, model_from, model_options, progress_bar, tell_files
+from .options import (
+    Command,
+    FilePath,
+    OneOf,
+    busy,
+    model_from,
+    model_options,
+    progress_bar,
+    saving_options,
+    tell_files,
+)
 from .recipes import asked_recipes, measuring_options, tell_long_work
 
 if TYPE_CHECKING:
@@ -38,7 +48,7 @@ command.add_command(reid)
 command.add_command(segmentation)
 
 
-@command.command("faithfulness")
+@command.command("faithfulness", cls=Command)
 @click.argument("model")
 @click.argument("data", type=FilePath(path_type=Path))
 @measuring_options
@@ -46,16 +56,19 @@ command.add_command(segmentation)
               help=f"How many to draw from a folder [{_SAMPLED}], or the first N lines of a file "
               "[all].")  # fmt: skip
 @click.option("--arch", type=OneOf(list(SAMPLED)), default="triplet", show_default=True,
-              help="What to draw from a folder.")  # fmt: skip
+              help="What is compared: drawn so from a folder.")  # fmt: skip
 @click.option("--control", "controls", type=OneOf(list(CONTROLS)), multiple=True,
               default=list(CONTROLS), show_default=True,
               help="Maps that know nothing of the network, measured as well; repeat.")  # fmt: skip
-@click.option("--level", default=0.95, show_default=True, type=click.FloatRange(0.5, 0.999),
-              help="Of the confidence intervals.")  # fmt: skip
-@click.option("--out", type=FilePath(path_type=Path),
-              help="Folder for results.json, values.csv and results.png. [none]")  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace an evaluation that is in the folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@click.option(
+    "--confidence",
+    "level",
+    default=0.95,
+    show_default=True,
+    type=click.FloatRange(0.5, 0.999),
+    help="Confidence of the intervals.",
+)
+@saving_options("Folder to write: results.json, values.csv and results.png. [none]")
 @model_options
 def faithfulness(
     model: str,
@@ -103,7 +116,7 @@ def _items(data: Path, count: int | None, arch: str, seed: int) -> list[Item]:
 
 def report(result: Evaluation, files: dict[str, str]) -> None:
     """Prints the table, for a person."""
-    done = len(result.items) - sum(", " not in where for where in result.broken)
+    done = len(result.items) - sum(", " not in where for where in result.errors)
     level = f"{100 * result.settings['level']:g} %"
     echo(
         f"{result.settings['model']}, {done} of {len(result.items)} comparisons measured, means "
@@ -114,7 +127,7 @@ def report(result: Evaluation, files: dict[str, str]) -> None:
         echo(f"Skipped {name}: {reason}")
     broken = {
         where: reason
-        for where, reason in result.broken.items()
+        for where, reason in result.errors.items()
         if where.partition(", ")[2] not in result.skipped
     }
     said = [f"{where}: {reason}" for where, reason in list(broken.items())[:_LISTED]]

@@ -19,27 +19,43 @@ from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 
 from .console import echo, echo_lines
-from .options import FilePath, OneOf, busy, model_from, model_options, progress_bars, tell_files
+from .options import (
+    RANKS_TYPE,
+    Command,
+    FilePath,
+    OneOf,
+    busy,
+    joined,
+    model_from,
+    model_options,
+    progress_bars,
+    saving_options,
+    tell_files,
+)
 
 _LISTED = 3
 _DATASETS = ("market1501", "cuhk03")
 _MODEL = ("backbone", "keep_head", "untrained", "trust_pickle", "size", "fit", "distance", "fast")
 
 
-@click.command("reid")
+@click.command("reid", cls=Command)
 @click.argument("model")
-@click.argument("folder", type=FilePath(path_type=Path))
-@click.option("--dataset", type=OneOf(_DATASETS), default="market1501", show_default=True,
-              help="How FOLDER is laid out; DukeMTMC-reID is as market1501.")  # fmt: skip
-@click.option("--k", "ks", type=click.IntRange(1), multiple=True, default=RANKS,
-              show_default=True, help="Ranks of the CMC; repeat.")  # fmt: skip
+@click.argument("folder", type=FilePath(path_type=Path), metavar="DATA")
+@click.option(
+    "--kind",
+    "dataset",
+    type=OneOf(_DATASETS),
+    default="market1501",
+    show_default=True,
+    help="What DATA is: DukeMTMC-reID is laid out as market1501.",
+)
+@click.option("--ranks", type=RANKS_TYPE, multiple=True, default=[RANKS],
+              callback=joined, help=f"Ranks to report. [{','.join(map(str, RANKS))}]")  # fmt: skip
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
               help="Pictures in one forward pass.")  # fmt: skip
-@click.option("--out", type=FilePath(path_type=Path),
-              help="Folder for reid.json, queries.csv, failures.csv and failures.png. [none]",
+@saving_options(
+    "Folder to write: reid.json, queries.csv, failures.csv and failures.png. [none]"
 )  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace an evaluation that is in the folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @model_options
 def reid(
     model: str,
@@ -48,19 +64,19 @@ def reid(
     out: Path | None,
     force: bool,
     as_json: bool,
-    ks: tuple[int, ...],
+    ranks: tuple[int, ...],
     batch_size: int,
     **given: Any,
 ) -> None:
-    """Measure whether persons are found again before other cameras.
+    """Measure whether persons are found again in pictures from other cameras.
 
-    FOLDER has bounding_box_train, query and bounding_box_test, as published. Rank-1, rank-5,
-    rank-10 and mAP of single queries; the same person before the query's own camera and junk are
-    ignored. Examples:
+    DATA has bounding_box_train, query and bounding_box_test, as published. Reported are
+    rank-1, rank-5, rank-10 and mAP of single queries; junk, and pictures of the same person from
+    the query's own camera, are ignored. For example:
 
     \b
       simexplain evaluate reid model.pt Market-1501-v15.09.15/ --out scores
-      simexplain evaluate reid model.pt cuhk03-np/detected/ --dataset cuhk03
+      simexplain evaluate reid model.pt cuhk03-np/detected/ --kind cuhk03
       simexplain evaluate reid timm:tf_efficientnet_lite0 Market/ --size 384x128 --fit squash
     """  # noqa: D301 - click wants the backspace character
     if out is not None:
@@ -72,7 +88,7 @@ def reid(
     if any(isinstance(part, PCB) for part in network.modules()):
         again += ["--cam", "hires_cam"]  # Grad-CAM mixes what the stripes want
     with progress_bars("Embedding queries") as progress:
-        result = evaluate_reid(network, data, ks=ks, batch_size=batch_size, progress=progress)
+        result = evaluate_reid(network, data, ranks=ranks, batch_size=batch_size, progress=progress)
     protocol = {"folder": str(folder), "dataset": dataset}
     result = replace(result, settings={**result.settings, **protocol})
     files = {} if out is None else save_reid(result, out, force=force)
@@ -89,7 +105,7 @@ def report(
     """Prints the table, for a person; ``model`` as words of a command."""
     echo(
         f"{result.settings['model']}, {result.settings['data']}: "
-        f"{_counted(len(result.queries) - result.left_out, 'query', 'queries')} of "
+        f"{_counted(len(result.queries) - result.skipped, 'query', 'queries')} of "
         f"{_counted(result.persons, 'person', 'persons')}, searched in "
         f"{_counted(result.searched, 'picture', 'pictures')} ({result.distractors} of "
         f"distractors, {result.junk} more of junk ignored)"
@@ -103,12 +119,12 @@ def report(
         words = [model[0], *paths, "--arch", "triplet", *model[1:]]
         echo(f"  simexplain explain {shlex.join(words)}")
     said = list(problems)
-    if result.left_out:
-        what = _counted(result.left_out, "query has", "queries have")
+    if result.skipped:
+        what = _counted(result.skipped, "query has", "queries have")
         said.append(f"{what} no picture before another camera and take no part in the means.")
-    said += [f"left out: {reason}" for reason in list(result.broken.values())[:_LISTED]]
-    if len(result.broken) > _LISTED:
-        said.append(f"{len(result.broken) - _LISTED} more, listed by --json.")
+    said += [f"left out: {reason}" for reason in list(result.errors.values())[:_LISTED]]
+    if len(result.errors) > _LISTED:
+        said.append(f"{len(result.errors) - _LISTED} more, listed by --json.")
     tell_files(files, said)
 
 

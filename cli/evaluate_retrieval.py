@@ -20,47 +20,54 @@ from simexplain.publishing import check_writable
 
 from .console import echo, echo_lines
 from .options import (
+    GROUP_HELP,
+    OWN_GROUP,
+    RANKS_TYPE,
+    Command,
     FilePath,
     OneOf,
     busy,
+    joined,
     model_from,
     model_options,
     progress_bars,
+    saving_options,
     tell_files,
     tell_left_out,
 )
 
 _LISTED = 3
-_OWN = "own"
 _SHARE = 0.5
 _SPLITS = ("all", "train", "test")
 
 
-@click.command("retrieval")
+@click.command("retrieval", cls=Command)
 @click.argument("model")
 @click.argument("data", type=FilePath(path_type=Path))
 @click.option("--gallery", type=FilePath(path_type=Path),
               help="Folder of classes to search. [the queries themselves]")  # fmt: skip
 @click.option("--kind", type=OneOf(list(DATASETS)), default="folder",
               show_default=True, help="What DATA is.")  # fmt: skip
-@click.option("--split", type=OneOf(_SPLITS),
-              help="Which pictures are queries. [test where DATA says which those are, else all]",
-)  # fmt: skip
+@click.option(
+    "--split",
+    type=OneOf(_SPLITS),
+    help="Which part of DATA: its pictures are the queries. [test where DATA says which, else all]",
+)
 @click.option("--train-share", type=click.FloatRange(0, 1, min_open=True, max_open=True),
-              help="With --split, where DATA does not say: this share of the classes, the first by "
-              f"name, trains, the others test. [{_SHARE}]")  # fmt: skip
-@click.option("--group", metavar="name|own|REGEX",
-              help="Leave the query's own group out of the gallery: pictures of the same file name "
-              "without its ending, of the same group in DATA, or where the expression's group in "
-              "parentheses finds the same in the path.")  # fmt: skip
-@click.option("--k", "ks", type=click.IntRange(1), multiple=True, default=RECALLS,
-              show_default=True, help="Of Recall@K; repeat.")  # fmt: skip
+              help="Share of the classes that trains, the first by name: with --split, where DATA "
+              f"does not say. [{_SHARE}]")  # fmt: skip
+@click.option("--group", metavar="name|own|REGEX", help=GROUP_HELP)
+@click.option(
+    "--ranks",
+    type=RANKS_TYPE,
+    multiple=True,
+    default=[RECALLS],
+    callback=joined,
+    help=f"Ranks to report: the K of Recall@K. [{','.join(map(str, RECALLS))}]",
+)
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
               help="Pictures in one forward pass.")  # fmt: skip
-@click.option("--out", type=FilePath(path_type=Path),
-              help="Folder for retrieval.json, queries.csv and classes.csv. [none]")  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace an evaluation that is in the folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@saving_options("Folder to write: retrieval.json, queries.csv and classes.csv. [none]")
 @model_options
 def retrieval(
     model: str,
@@ -73,25 +80,25 @@ def retrieval(
     out: Path | None,
     force: bool,
     as_json: bool,
-    ks: tuple[int, ...],
+    ranks: tuple[int, ...],
     batch_size: int,
     **given: Any,
 ) -> None:
     """Measure whether the nearest pictures are of the query's own class.
 
-    DATA has a sub-folder of pictures for each class, or is what --kind says. Each picture is a
-    query once and searches all others, or the folder given by --gallery. Examples:
+    DATA has a sub-folder of pictures for each class, or another layout (--kind). Each picture is
+    a query once and searches all others, or the folder given by --gallery. Examples:
 
     \b
       simexplain evaluate retrieval timm:tf_efficientnet_lite0 pictures/ --out scores
       simexplain evaluate retrieval model.pt pictures/ --split test --train-share 0.5
-      simexplain evaluate retrieval model.pt queries/ --gallery gallery/ --k 1 --k 10
+      simexplain evaluate retrieval model.pt queries/ --gallery gallery/ --ranks 1,10
     """  # noqa: D301 - click wants the backspace character
     if out is not None:
         check_writable(out, RETRIEVAL_FILES, force=force)
     if kind == "folder":
         tell_left_out(data)
-    rule = None if group == _OWN else group
+    rule = None if group == OWN_GROUP else group
     asked = read_dataset(kind, data, train_share=train_share or _SHARE, group=rule)
     split, queries, sought = _chosen(asked, split, gallery, rule)
     shared = not asked.told and split != "all"
@@ -107,7 +114,7 @@ def retrieval(
             network,
             queries,
             sought,
-            ks=ks,
+            ranks=ranks,
             grouped=group is not None,
             batch_size=batch_size,
             progress=progress,
@@ -142,18 +149,18 @@ def report(result: Retrieval, files: dict[str, str]) -> None:
     if settings["gallery"] == "separate":
         among = f"searched in {_counted(len(result.gallery), 'picture', 'pictures')}"
     left = ", without their own groups" if settings["own group"] == "ignored" else ""
-    asked = _counted(len(result.queries) - result.left_out, "query", "queries")
+    asked = _counted(len(result.queries) - result.skipped, "query", "queries")
     echo(f"{settings['model']}, {settings['split']}: {asked}, {among}{left}")
     echo_lines(str(result))
     said = []
-    if result.left_out:
+    if result.skipped:
         said.append(
-            f"{_counted(result.left_out, 'query has', 'queries have')} nothing of the same class "
+            f"{_counted(result.skipped, 'query has', 'queries have')} nothing of the same class "
             "to find and take no part in the means."
         )
-    said += [f"left out: {reason}" for reason in list(result.broken.values())[:_LISTED]]
-    if len(result.broken) > _LISTED:
-        said.append(f"{len(result.broken) - _LISTED} more, listed by --json.")
+    said += [f"left out: {reason}" for reason in list(result.errors.values())[:_LISTED]]
+    if len(result.errors) > _LISTED:
+        said.append(f"{len(result.errors) - _LISTED} more, listed by --json.")
     tell_files(files, said)
 
 

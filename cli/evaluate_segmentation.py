@@ -18,27 +18,40 @@ from simexplain.segmentation.saving import SCORE_FILES, save_scores
 from simexplain.segmentation.scores import SegmentationScores
 
 from .console import echo, echo_lines
-from .options import FilePath, OneOf, busy, model_from, model_options, progress_bars, tell_files
+from .options import (
+    Command,
+    FilePath,
+    OneOf,
+    busy,
+    model_from,
+    model_options,
+    progress_bars,
+    saving_options,
+    tell_files,
+)
 from .segment_options import segment_options, segmenting_from
 
 _KINDS = ("pascal", "folder", "csv")
 _LISTED = 3
 
 
-@click.command("segmentation")
+@click.command("segmentation", cls=Command)
 @click.argument("model")
 @click.argument("data", type=FilePath(path_type=Path))
 @click.option("--kind", type=OneOf(_KINDS),
-              help="What DATA is. [found out: a CSV file, PASCAL VOC 2012, or class folders]",
+              help="What DATA is. [detected: a CSV file, PASCAL VOC 2012, or class folders]",
 )  # fmt: skip
 @click.option("--fold", "folds", type=click.IntRange(0, FOLDS - 1), multiple=True,
-              help="Of PASCAL-5i; repeat. [all four]")  # fmt: skip
-@click.option("--split", type=OneOf(("all", "train", "test")),
-              help="PASCAL-5i: the fold's classes (test) or the other fifteen (train), for "
-              "choosing thresholds. Else which part of DATA. [test; all]")  # fmt: skip
+              help="Fold of PASCAL-5i; repeat. [all four]")  # fmt: skip
+@click.option(
+    "--split",
+    type=OneOf(("all", "train", "test")),
+    help="Which part of DATA: of PASCAL-5i the fold's classes (test) or the other "
+    "fifteen (train), for choosing thresholds. [test of PASCAL-5i, else all]",
+)
 @click.option("--masks", metavar="FOLDER|alpha",
-              help="Of class folders: a folder with a mask of the same relative path for each "
-              "picture, or alpha for their alpha channels. [alpha]")  # fmt: skip
+              help="Folder of masks: one of the same relative path for each picture, or alpha for "
+              "their alpha channels. [alpha, of class folders]")  # fmt: skip
 @click.option("--ways", type=click.IntRange(1, 2), default=1, show_default=True,
               help="Classes to find in a test picture.")  # fmt: skip
 @click.option("--shots", type=click.IntRange(1), default=1, show_default=True,
@@ -48,12 +61,9 @@ _LISTED = 3
 @click.option("--overlaps", type=OneOf(list(OVERLAPS)), default="hotter", show_default=True,
               help="Two ways: " + "; ".join(f"{k}: {v}" for k, v in OVERLAPS.items()) + ".",
 )  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="Of the drawing.")
+@click.option("--seed", default=0, show_default=True, help="Random seed.")
 @segment_options
-@click.option("--out", type=FilePath(path_type=Path),
-              help="Folder for scores.json and episodes.csv. [none]")  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace an evaluation that is in the folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@saving_options("Folder to write: scores.json and episodes.csv. [none]")
 @model_options
 def segmentation(
     model: str,
@@ -131,14 +141,14 @@ def report(result: SegmentationScores, files: dict[str, str]) -> None:
     settings = result.settings
     count = sum(len(fold.episodes) for fold in result.folds)
     echo(
-        f"{settings['model']}, {settings['method']}, {settings['by']}: {count} episodes, "
+        f"{settings['model']}, {settings['method']}, {settings['refine']}: {count} episodes, "
         f"{settings['ways']}-way {settings['shots']}-shot"
     )
     echo_lines(str(result))
-    said = [f"left out: {where}: {why}" for where, why in list(result.broken.items())[:_LISTED]]
+    said = [f"left out: {where}: {why}" for where, why in list(result.errors.items())[:_LISTED]]
     if said:
         asked = settings["episodes"] * len(result.folds)
         said.insert(0, f"{asked - count} of {asked} episodes cannot be measured and are left out.")
-    if len(result.broken) > _LISTED:
-        said.append(f"{len(result.broken) - _LISTED} more, listed by --json.")
+    if len(result.errors) > _LISTED:
+        said.append(f"{len(result.errors) - _LISTED} more, listed by --json.")
     tell_files(files, said)

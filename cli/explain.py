@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from simexplain.comparison import ARCHITECTURES, positives_of
+from simexplain.comparison import positives_of
 from simexplain.explaining_files import explain_files
 from simexplain.methods import PIXELS
 from simexplain.models.frames import POOLINGS
@@ -21,13 +21,16 @@ from .console import echo, echo_lines
 from .given_vectors import vector_options, vectors_from
 from .method_options import method_from, method_options
 from .options import (
+    Command,
     FilePath,
     OneOf,
     aligned,
     busy,
+    comparison_options,
     free_folder,
     model_options,
     saved,
+    saving_options,
     tell_hardly_seen,
     tell_manifest,
     tell_shares,
@@ -44,18 +47,11 @@ _ALONE = (
 )
 
 
-@click.command("explain")
+@click.command("explain", cls=Command)
 @click.argument("model")
 @click.argument("anchor", type=FilePath())
 @click.argument("other", type=FilePath(), nargs=-1)
-@click.option(
-    "--arch",
-    type=OneOf(list(ARCHITECTURES)),
-    help="siamese: 2 images; triplet: anchor, positive, negative; quadruplet: anchor, positive, "
-    "2 negatives; set: anchor, positives, negatives. [siamese for 2 images, triplet for 3]",
-)
-@click.option("--different", is_flag=True, help="The pair of a siamese comparison is dissimilar.")
-@click.option("--positives", default=1, show_default=True, help="For set: how many are positives.")
+@comparison_options
 @click.option("--frames", "pooling", type=click.Choice(list(POOLINGS)),
               help="How frames of one item are pooled: pictures of a folder given in place of a "
               "picture [mean], and with this option also pages of one file.")  # fmt: skip
@@ -64,15 +60,13 @@ _ALONE = (
 @method_options
 @click.option("--style", type=OneOf(list(RENDERERS)), multiple=True, default=["overlay"],
               show_default=True, help="How to draw; repeat for more rows.")  # fmt: skip
-@click.option("--out", type=FilePath(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
-@click.option("--force", is_flag=True, help="Replace an explanation that is in the folder.")
+@saving_options(f"Folder to write. [a new {_FOLDER}-N]")
 @click.option(
     "--check/--no-check",
     default=True,
     show_default=True,
-    help="Hide what the maps mark, and as much elsewhere, and ask the model again.",
+    help="Test each map: hide what it marks, and as much elsewhere, and run the model again.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @model_options
 def command(
     model: str,
@@ -95,22 +89,22 @@ def command(
 
     \b
       simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg c.jpg
-      simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg --method focus
+      simexplain explain timm:tf_efficientnet_lite0 a.jpg b.jpg --method sam:weights=relative
       simexplain explain clip-folder/ a.jpg --text "a red bag" --not-text "a blue bag"
       simexplain explain timm:tf_efficientnet_lite0 a.jpg --class-folder shop/bags
       simexplain explain tracker.pt2 template.jpg frame.jpg
     """  # noqa: D301 - click wants the backspace character
     paths = [anchor, *other]
-    different, positives = given.pop("different"), given.pop("positives")
+    negative, positives = given.pop("negative"), given.pop("positives")
     vectors = vectors_from(given)
     if not vectors:
         if not other:
             raise click.UsageError(_ALONE)
-        near = positives_of(arch, len(paths), different=different, positives=positives)
-    elif other or arch or different:
+        near = positives_of(arch, len(paths), negative=negative, positives=positives)
+    elif other or arch or negative:
         raise click.UsageError(
             "Expected one image to explain against texts, vectors or folders, without other "
-            "images, --arch or --different."
+            "images, --arch or --negative."
         )
     check_writable(out or free_folder(Path(_FOLDER)), MAIN_FILES, force=force)
     with busy(f"Loading {model}"):
@@ -129,7 +123,7 @@ def command(
             result = vectors.explain(network, anchor, given)
         else:
             result = explain_files(
-                network, paths, arch, different=different, positives=positives, **given
+                network, paths, arch, negative=negative, positives=positives, **given
             )
     files = saved(lambda folder: result.save(folder, force=force, styles=style), out, _FOLDER)
     if as_json:
@@ -162,7 +156,7 @@ def report(result: Explanation, files: dict[str, str]) -> None:
         echo(f"The check took {images} more passes of an image; --no-check leaves it away.")
     if result.moved is not None:
         moved = ", ".join(f"{value:.3f}" for value in result.moved[0].tolist())
-        echo(f"magnifying moved the embeddings by cosine distances of {moved}")
+        echo(f"upscaling moved the embeddings by cosine distances of {moved}")
     for warning in notes_of(result):
         echo(f"Warning: {warning}", err=True)
     for kind in ("figure", "manifest", "maps"):

@@ -14,6 +14,7 @@ from simexplain.printing import json_text
 
 from .console import echo, echo_lines
 from .options import (
+    Command,
     FilePath,
     OneOf,
     busy,
@@ -22,33 +23,47 @@ from .options import (
     model_from,
     model_options,
     progress_bars,
+    saving_options,
     tell_left_out,
 )
 
 _OWN = PostHoc()
 
 
-@click.command("fit")
+@click.command("fit", cls=Command)
 @click.argument("model")
 @click.argument("folder", type=FilePath(path_type=Path))
-@click.option("--out", type=FilePath(path_type=Path), required=True, help="The file to write.")
-@click.option("--force", is_flag=True, help="Replace the file if it is there.")
+@saving_options("File to write.", required=True)
 @click.option("--unlabelled", is_flag=True, help="PCA heads and edges from images alone.")
-@click.option("--level", "levels", multiple=True, help="Layer; repeat. [the last three stages]")
-@click.option("--nodes", default=_OWN.nodes, show_default=True, help="Nodes of each level.")
+@click.option(
+    "--level",
+    "levels",
+    multiple=True,
+    help="Layer that makes a level of AVSL; repeat. [the last three stages]",
+)
+@click.option("--nodes-per-level", "nodes", default=_OWN.nodes, show_default=True,
+              help="How many nodes each level gets.")  # fmt: skip
 @click.option(
     "--preset",
     type=OneOf(list(PRESETS)),
     default="paper",
     show_default=True,
-    help="Follow the paper's text or its authors' code where they differ.",
+    help="AVSL as in the paper or as in its authors' code.",
 )
-@click.option("--epochs", default=_OWN.epochs, show_default=True, help="For the heads.")
 @click.option(
-    "--steps", default=_OWN.steps, show_default=True, help="Batches for the reliabilities."
+    "--epochs",
+    default=_OWN.epochs,
+    show_default=True,
+    help="Passes over the pictures: to train the heads.",
 )
-@click.option("--seed", default=_OWN.seed, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@click.option(
+    "--reliability-batches",
+    "steps",
+    default=_OWN.steps,
+    show_default=True,
+    help="Batches that train the reliabilities.",
+)
+@click.option("--seed", default=_OWN.seed, show_default=True, help="Random seed.")
 @model_options
 def command(
     model: str,

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _KINDS = {
-    "text": ("TEXT", "A text that the image should be like, through the text tower of MODEL"),
+    "text": ("TEXT", "Text that the image should be like, through the text tower of MODEL"),
     "vector": ("FILE", "Vectors it should be like: .npy, .npz, .safetensors or .json"),
-    "class_folder": ("DIR", "A folder to whose mean embedding it should be near"),
+    "class_folder": ("DIR", "Folder whose mean embedding it should be near"),
 }
 
 
@@ -33,7 +33,7 @@ def vector_options(command: F) -> F:
     command = click.option(
         "--direction",
         metavar="FILE",
-        help="One vector, as a direction: score f . d, with its sign.",
+        help="File of one vector as a direction: the score is f . d, with its sign.",
     )(command)
     for name, (metavar, what) in reversed(_KINDS.items()):
         flag = name.replace("_", "-")
@@ -41,7 +41,7 @@ def vector_options(command: F) -> F:
             f"--not-{flag}",
             metavar=metavar,
             multiple=True,
-            help="The same, as a negative; repeat.",
+            help=f"As --{flag}, for what it should not be like; repeat.",
         )(command)
         command = click.option(
             f"--{flag}", metavar=metavar, multiple=True, help=f"{what}; repeat."

@@ -22,12 +22,14 @@ from simexplain.searching.index_work import work_folder
 
 from .console import echo, echo_lines
 from .options import (
+    Command,
     FilePath,
     busy,
     check_file,
     model_from,
     model_options,
     progress_bars,
+    saving_options,
     tell_hardly_seen,
     tell_shares,
 )
@@ -35,25 +37,30 @@ from .options import (
 _LISTED = 3
 
 
-@click.command("index")
+@click.command("index", cls=Command)
 @click.argument("model")
 @click.argument("folder", type=FilePath(path_type=Path))
-@click.option("--out", type=FilePath(path_type=Path), required=True,
-              help="The index. One that is there is brought up to date.")  # fmt: skip
 @click.option("--add", is_flag=True,
               help="Add or refresh the pictures in FOLDER and leave all others in.")  # fmt: skip
 @click.option("--remove", is_flag=True,
               help="Take FOLDER, or a picture, out of the index. MODEL is not loaded.")  # fmt: skip
-@click.option("--layer", help="Layer whose positions are kept. [the model's default]")
+@click.option("--layer", help="Layer of the maps: its positions are kept. [the model's default]")
 @click.option("--no-basis", is_flag=True, help="Keep embeddings alone, which explain nothing.")
 @click.option("--width", type=click.IntRange(1), metavar="D",
               help="Keep the D main dimensions of what positions add. [all, exact]")  # fmt: skip
-@click.option("--steps", type=click.IntRange(1), metavar="N",
-              help="Jacobians averaged where the network above the layer is curved.")  # fmt: skip
+@click.option(
+    "--jacobians",
+    "steps",
+    type=click.IntRange(1),
+    metavar="N",
+    help="How many Jacobians to average where the network above the layer is curved.",
+)
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
               help="Pictures in one forward pass.")  # fmt: skip
-@click.option("--force", is_flag=True, help="Make the index anew, whatever is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@saving_options(
+    "File to write: the index; one that is there is brought up to date.",
+    required=True, more=": the index is made anew",
+)  # fmt: skip
 @model_options
 def command(
     model: str,
@@ -72,9 +79,9 @@ def command(
 ) -> None:
     """Embed a folder of pictures, to be searched and explained.
 
-    Beside each embedding lies what every position adds to it: simexplain search then tells why a
-    picture was found without running the network on it. The same command again brings the index up
-    to date, and goes on where it was killed. Examples:
+    Beside each embedding the index keeps what every position adds to it, so that simexplain search
+    can explain a hit without running the network on it. Run the same command again to bring the
+    index up to date, or to go on after an interruption. Examples:
 
     \b
       simexplain index timm:tf_efficientnet_lite0 pictures/ --out pictures.index
@@ -127,7 +134,7 @@ def _check_choices(index: GalleryIndex, made: dict[str, Any]) -> None:
     }  # fmt: skip
     for name, value in made.items():
         if value is not None and value != own[name]:
-            option = "--" + name.replace("_", "-")
+            option = "--" + {"steps": "jacobians"}.get(name, name).replace("_", "-")
             raise OutputError(
                 f"'{index.path}' was not made with {option}"
                 f"{'' if value is True else f' {value}'}; leave it away, or make the index anew "
@@ -152,11 +159,11 @@ def _tell(index: GalleryIndex, left_out: str = "", *, as_json: bool) -> None:
         echo(left_out, err=True)
     if said["basis"] is not None:
         tell_shares(index.bypass, said["basis"]["unexplained"], of="embeddings")
-    broken = list(index.broken.values())
-    for reason in broken[:_LISTED]:
+    errors = list(index.errors.values())
+    for reason in errors[:_LISTED]:
         echo(f"Warning: left out: {reason}", err=True)
-    if len(broken) > _LISTED:
-        echo(f"Warning: {len(broken) - _LISTED} more, listed by --json.", err=True)
+    if len(errors) > _LISTED:
+        echo(f"Warning: {len(errors) - _LISTED} more, listed by --json.", err=True)
     echo(f"index: {index.path}")
 
 

@@ -8,12 +8,18 @@ from typing import Any
 import click
 
 from .console import echo, echo_lines
-from .options import aligned, busy, model_from, model_options
+from .options import (
+    Command,
+    aligned,
+    busy,
+    model_from,
+    model_options,
+)
 
 
-@click.command("layers")
+@click.command("layers", cls=Command)
 @click.argument("model")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @model_options
 def command(model: str, as_json: bool, **given: Any) -> None:
     """List every layer of MODEL that can carry a heatmap, in the order of execution.

@@ -17,7 +17,7 @@ from .console import echo, echo_lines
 COMMANDS = {
     "explain": "Heatmaps of what makes images alike or different to a model.",
     "attribute": "Take a distance apart: which nodes of which level make it up.",
-    "match": "Tell which region of one picture answers to which of another.",
+    "match": "Show which region of one picture corresponds to which of another.",
     "search": "Find the pictures nearest to one, and why each was found.",
     "index": "Embed a folder of pictures, to be searched and explained.",
     "batch": "Explain thousands of comparisons from a CSV file, resumable.",
@@ -97,7 +97,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except MemoryError:
-        code = _complain("Not enough memory; use smaller images or a smaller --magnify.", 1)
+        code = _complain("Not enough memory; use smaller images or a smaller --upscale.", 1)
     except Exception as error:
         if os.environ.get("SIMEXPLAIN_DEBUG"):
             raise

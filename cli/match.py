@@ -16,6 +16,7 @@ from simexplain.publishing import check_writable
 
 from .console import echo, echo_lines
 from .options import (
+    Command,
     FilePath,
     OneOf,
     aligned,
@@ -24,6 +25,7 @@ from .options import (
     model_from,
     model_options,
     saved,
+    saving_options,
     tell_files,
     tell_hardly_seen,
     tell_manifest,
@@ -55,29 +57,30 @@ class Place(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return x, y
 
 
-@click.command("match")
+@click.command("match", cls=Command)
 @click.argument("model")
 @click.argument("a", type=FilePath())
 @click.argument("b", type=FilePath())
 @click.option(
     "--at", "points", type=Place(), multiple=True,
-    help="A point of A in pixels: show what answers to it in B; repeat. [the strongest matches]",
+    help="A point of A in pixels: show what corresponds to it in B; repeat. [the strongest "
+    "matches]",
 )  # fmt: skip
-@click.option("--layer", help="Layer whose positions are matched. [the model's default]")
+@click.option("--layer", help="Layer of the maps: its positions are matched. [the model's default]")
 @click.option("--score", type=OneOf(list(SCORES)), default="cosine", show_default=True,
-              help="; ".join(f"{name}: {score.about}" for name, score in SCORES.items()) + ".",
+              help="Score that is taken apart. "
+              + "; ".join(f"{name}: {score.about}" for name, score in SCORES.items()) + ".",
 )  # fmt: skip
-@click.option("--style", type=OneOf(list(STYLES)), default="exact", show_default=True,
-              help="; ".join(f"{name}: {about}" for name, about in STYLES.items()) + ".",
+@click.option("--formula", "style", type=OneOf(list(STYLES)), default="exact", show_default=True,
+              help="Formula for the pairs. "
+              + "; ".join(f"{name}: {about}" for name, about in STYLES.items()) + ".",
 )  # fmt: skip
-@click.option("--steps", default=16, show_default=True, type=click.IntRange(min=1),
-              help="Jacobians to average where the network above the layer is not linear.",
+@click.option("--jacobians", "steps", default=16, show_default=True, type=click.IntRange(min=1),
+              help="How many Jacobians to average where the network above the layer is curved.",
 )  # fmt: skip
 @click.option("--top", default=8, show_default=True, type=click.IntRange(min=0),
-              help="How many pairs of positions to list.")  # fmt: skip
-@click.option("--out", type=FilePath(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
-@click.option("--force", is_flag=True, help="Replace a matching that is in the folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+              help="How many to list: pairs of positions.")  # fmt: skip
+@saving_options(f"Folder to write. [a new {_FOLDER}-N]")
 @model_options
 def command(
     model: str,
@@ -94,7 +97,7 @@ def command(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Tell which region of picture A answers to which region of picture B.
+    """Show which region of picture A corresponds to which region of picture B.
 
     The score of the two is taken apart, exactly, into what every pair of their positions adds.
     MODEL is timm:NAME, torchvision:NAME, hf:ORG/NAME, a folder or a file. Example:
@@ -124,7 +127,7 @@ def command(
 def report(result: Matching, points: Sequence[Point] | None, top: int) -> None:
     """Prints what was found, for a person."""
     first, second = (picture.path for picture in result.pictures[0])
-    echo(f"{result.model}, layer {result.layer}, style {result.style}")
+    echo(f"{result.model}, layer {result.layer}, formula {result.style}")
     echo(f"{first} and {second}")
     tell_hardly_seen(
         (picture.path for pair in result.pictures for picture in pair),

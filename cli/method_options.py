@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from simexplain.errors import ComparisonError
+from simexplain.evaluation.recipes import Recipe, recipe_from
 from simexplain.explanation import SCALES
 from simexplain.methods import METHODS, option_from, options_of
 from simexplain.methods.cams import CAMS
@@ -21,19 +23,46 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+
+class MethodText(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A method with its layers and options, such as ``sam@blocks.6:weights=signed``."""
+
+    name = "NAME[@LAYER+LAYER][:OPTION=VALUE,...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text, which can be read."""
+        try:
+            recipe_from(str(value))
+        except ComparisonError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The names of methods."""
+        return [CompletionItem(name) for name in METHODS if name.startswith(incomplete)]
+
+
+METHOD_HELP = (
+    "Method that makes the maps: NAME is one of "
+    f"{', '.join(METHODS)}; for example sam@blocks.6:weights=signed"
+)
+"""What ``--method`` is in every command."""
+
 _OWN_OPTIONS = ("weights", "cam", "through_weights", "keep_negative")
 """Options of the default method that have a name of their own here."""
 _OPTIONS = (
     click.option(
         "--method",
-        type=OneOf(list(METHODS)),
-        metavar="NAME",
+        type=MethodText(),
         multiple=True,
-        help=f"One of {', '.join(METHODS)}; repeat for several rows. [sam as published and "
-        "focus, or sam alone where one of its options or a layer is given]",
+        help=f"{METHOD_HELP}; repeat for several rows. [sam as published and focus, or sam alone "
+        "where one of its options or a layer is given]",
     ),
     click.option(
-        "--layer", multiple=True, help="Layer to explain; repeat to multiply several layers' maps."
+        "--layer", multiple=True,
+        help="Layer of the maps; repeat to multiply those of several. [the method's default]",
     ),
     click.option("--sweep", is_flag=True, help="Explain the last layer of every resolution."),
     click.option(
@@ -41,21 +70,25 @@ _OPTIONS = (
         type=OneOf(list(WEIGHTS)),
         default="paper",
         show_default=True,
-        help="; ".join(f"{name}: {rule.about}" for name, rule in WEIGHTS.items()) + ".",
+        help="Rule for the weights of sam. "
+        + "; ".join(f"{name}: {rule.about}" for name, rule in WEIGHTS.items()) + ".",
     ),
     click.option(
-        "--cam", type=OneOf(list(CAMS)), multiple=True, help="Formula; once, or per layer."
+        "--cam", type=OneOf(list(CAMS)), multiple=True,
+        help="How sam weighs channels; once, or for each layer."
     ),
-    click.option("--through-weights", is_flag=True, help="Gradient through the weights as well."),
+    click.option("--through-weights", is_flag=True,
+        help="Let the gradient of sam pass through its weights.",
+    ),
     click.option("--keep-negative", is_flag=True, help="Keep negative evidence in the saved maps."),
     click.option(
         "--option", "more", metavar="NAME=VALUE", multiple=True,
-        help="Any option of the method, such as score=held; repeat.",
+        help="Option of the method, such as score=held; repeat.",
     ),
-    click.option("--magnify", default=1.0, show_default=True,
-                 help="Enlarge the images, finer maps."),
+    click.option("--upscale", default=1.0, show_default=True,
+                 help="Enlarge the images, for finer maps."),
     click.option("--scale", type=OneOf(SCALES), default="image", show_default=True,
-                 help="Full heat: each image's own maximum, or one shared by all."),
+                 help="Full heat is each image's own maximum, or one shared by all."),
 )  # fmt: skip
 
 
@@ -75,16 +108,44 @@ def method_from(network: SimilarityModel, given: dict[str, Any]) -> dict[str, An
     """
     if given["sweep"] and given["layer"]:
         raise click.UsageError("--sweep takes layers of its own; say it or --layer.")
-    layer = network.stages if given.pop("sweep") else given["layer"] or None
+    sweep = given.pop("sweep")
+    recipes = [recipe_from(text) for text in given["method"]]
     names = given["cam"]
-    given.update(cam=names[0] if len(names) == 1 else names, layer=layer)
-    return _for_method(given)
+    given.update(cam=names[0] if len(names) == 1 else names, layer=given["layer"] or None)
+    given = _for_method(given, [str(name) for name, _, _ in recipes])
+    given |= _of_recipes(recipes, given)
+    return {**given, "layer": network.stages} if sweep else given
 
 
-def _for_method(given: dict[str, Any]) -> dict[str, Any]:
+def _of_recipes(recipes: Sequence[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said inside ``--method``, as ``explain_files`` has it.
+
+    Raises:
+        click.BadParameter: If it is said twice, or several methods are to differ in what is one for
+            all of them.
+    """
+    if len(recipes) == 1:
+        ((name, layer, options),) = recipes
+        twice = [option for option in options if option in given and option != "upscale"]
+        if twice or (layer and given["layer"]):
+            what = twice[0] if twice else "layer"
+            raise click.BadParameter(
+                f"{what} is given twice; leave one out.", param_hint="--method"
+            )
+        return {"method": name, **({"layer": layer} if layer else {}), **options}
+    if any(layer or "upscale" in options for _, layer, options in recipes):
+        raise click.BadParameter(
+            "several methods share their layers and their upscale; say --layer and --upscale, or "
+            "use compare.",
+            param_hint="--method",
+        )
+    made = [METHODS[str(name)](**options) if options else name for name, _, options in recipes]
+    return {"method": made or None}
+
+
+def _for_method(given: dict[str, Any], named: Sequence[str]) -> dict[str, Any]:
     """Leaves options out that no method has, or that were not given on purpose."""
     context = click.get_current_context()
-    named: tuple[str, ...] = given["method"]
     for name in _OWN_OPTIONS:
         if context.get_parameter_source(name) is ParameterSource.DEFAULT:
             del given[name]
@@ -103,5 +164,4 @@ def _for_method(given: dict[str, Any]) -> dict[str, Any]:
             given[name] = option_from(fields[name].default, name, text)
         except ComparisonError as error:
             raise click.BadParameter(str(error), param_hint="--option") from error
-    given["method"] = named[0] if len(named) == 1 else named or None
     return given

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,14 +13,16 @@ from typing import TYPE_CHECKING, Any, SupportsFloat, TypeVar
 
 import click
 
+from simexplain.comparison import ARCHITECTURES
 from simexplain.data.folders import left_out_of
 from simexplain.data.preprocessing import FITS, INTERPOLATIONS, hardly_seen
-from simexplain.errors import OutputError, meant
+from simexplain.errors import ArgumentError, OutputError, meant, missing
 from simexplain.methods import ELSEWHERE, METHODS
 from simexplain.models.base import DISTANCES
 from simexplain.models.loading import RANDOM, Pixels, load_model
 from simexplain.models.readouts import OUTPUTS
 from simexplain.printing import printable
+from simexplain.renaming import RENAMED_OPTIONS, RenamedWarning, new_name, todays_value, warn
 
 from .console import echo, echo_lines
 
@@ -28,7 +31,64 @@ if TYPE_CHECKING:
     from simexplain.fitting.passes import Progress
     from simexplain.models.base import SimilarityModel
 
+OWN_GROUP = "own"
+GROUP_HELP = (
+    "Leave the query's own group out of the gallery: pictures of the same file name without its "
+    "ending (name), of the same group in DATA (own), or where the group in parentheses of a "
+    "regular expression finds the same in the path."
+)
+"""What ``--group`` is in every command."""
+
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Command(click.Command):
+    """A command that takes the options of the last version too, with a note of the new names."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does, after old names have become new ones."""
+        with _notes(ctx):
+            return super().parse_args(ctx, self._todays(args))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does; notes of old names go to standard error."""
+        with _notes(ctx):
+            return super().invoke(ctx)
+
+    def _todays(self, args: Sequence[str]) -> list[str]:
+        flags = [flag for param in self.params for flag in (*param.opts, *param.secondary_opts)]
+        known = [flag[2:].replace("-", "_") for flag in flags if flag.startswith("--")]
+        end = args.index("--") if "--" in args else len(args)
+        found = []
+        for word in args[:end]:
+            flag, equals, value = word.partition("=")
+            old = flag[2:].replace("-", "_") if flag.startswith("--") else ""
+            new = new_name(old, known, RENAMED_OPTIONS)
+            if new is not None:
+                named = f"--{new.replace('_', '-')}"
+                warn(flag, named)
+                word = f"{named}{equals}{value}"
+            found.append(word)
+        return [*found, *args[end:]]
+
+
+@contextmanager
+def _notes(ctx: click.Context) -> Iterator[None]:
+    """Old names are noted on standard error, each once."""
+    shown = warnings.showwarning
+    noted: set[str] = ctx.meta.setdefault(f"{__name__}.noted", set())
+
+    def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+        if not issubclass(category, RenamedWarning):
+            shown(message, category, *place, **more)
+        elif str(message) not in noted:
+            noted.add(str(message))
+            echo(f"Note: {message}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RenamedWarning)
+        warnings.showwarning = show
+        yield
 
 
 class OneOf(click.Choice):  # type: ignore[type-arg,unused-ignore]
@@ -36,6 +96,10 @@ class OneOf(click.Choice):  # type: ignore[type-arg,unused-ignore]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The name."""
+        today = todays_value((param and param.name) or "", value)
+        if today is not value:
+            warn(value, today)
+            value = today
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter:
@@ -46,7 +110,7 @@ class OneOf(click.Choice):  # type: ignore[type-arg,unused-ignore]
 
 
 class FilePath(click.Path):  # type: ignore[type-arg,unused-ignore]
-    """A file or folder, of which an empty name is none: Python would take it for this folder."""
+    """A file or folder; no empty name, which Python takes for this folder, and no web address."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path."""
@@ -56,6 +120,8 @@ class FilePath(click.Path):  # type: ignore[type-arg,unused-ignore]
                 param,
                 ctx,
             )
+        if web := missing(value, ""):
+            raise ArgumentError(web)
         return super().convert(value, param, ctx)
 
 
@@ -76,57 +142,127 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """``0.5`` or ``0.485,0.456,0.406``: one number for all channels, or one for each."""
+    """One number, or several with commas in between, such as ``0.485,0.456,0.406``."""
 
-    name = "N[,N,N]"
+    name = "N[,N...]"
+
+    def __init__(
+        self,
+        kind: type[int] | type[float] = float,
+        such: str = "0.5 or 0.485,0.456,0.406",
+        least: float = -1e30,
+    ) -> None:
+        self.kind, self.such, self.least = kind, such, least
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
+    ) -> tuple[Any, ...]:
         """The numbers; finite."""
         try:
-            numbers = tuple(float(part) for part in str(value).split(","))
+            parts = value if isinstance(value, tuple) else str(value).split(",")
+            numbers = tuple(map(self.kind, parts))
         except ValueError:
             numbers = ()
-        if not numbers or not all(abs(number) < 1e30 for number in numbers):
-            self.fail(f"expected numbers such as 0.5 or 0.485,0.456,0.406, got {value!r}.")
+        if not numbers or not all(self.least <= number < 1e30 for number in numbers):
+            what = "whole numbers" if self.kind is int else "numbers"
+            least = "" if self.least < 0 else f" of at least {self.least:g}"
+            self.fail(f"expected {what}{least} such as {self.such}, got {value!r}.", param, ctx)
         return numbers
+
+
+RANKS_TYPE = Numbers(int, "1 or 1,5,10", least=1)
+"""Of ``--ranks``."""
+
+
+def joined(context: click.Context, option: click.Parameter, value: Any) -> tuple[Any, ...]:
+    """What a repeated option of several numbers was given, in one."""
+    return tuple(number for numbers in value for number in numbers)
 
 
 _MODEL_OPTIONS = (
     click.option(
         "--backbone",
         metavar="ZOO:NAME",
-        help="The network that a file of weights belongs to, e.g. timm:resnet50.",
+        help="Network of a zoo: the one a file of weights belongs to, such as timm:resnet50.",
     ),
     click.option(
         "--keep-head", is_flag=True, help="The file's last linear layer makes the embedding."
     ),
-    click.option("--untrained", is_flag=True, help="Random weights, to try things out."),
+    click.option("--untrained", is_flag=True, help="Random weights: to try things out."),
     click.option(
         "--trust-pickle", is_flag=True, help="Load pickled modules. They can run any code."
     ),
-    click.option("--size", type=Size(), help="Input size if not the model's own."),
+    click.option("--size", type=Size(), help="Input size in pixels. [the model's own]"),
     click.option(
-        "--fit", type=OneOf(FITS), help="How pictures are fitted, if not as in the model."
+        "--fit", type=OneOf(FITS), help="How a picture fits the input. [as the model has it]"
     ),
     click.option(
         "--distance",
         type=OneOf(list(DISTANCES)),
-        help="Between unit embeddings. [euclidean]",
+        help="Distance between embeddings. [euclidean]",
     ),
     click.option(
         "--output",
         "which_vector",
         type=OneOf(OUTPUTS),
-        help="Which vector of the network is the embedding, if not the one its authors compare.",
+        help="Which vector of the network is the embedding. [the one that its authors compare]",
     ),
-    click.option("--mean", type=Numbers(), help="Of each channel in [0, 1], if not the model's."),
-    click.option("--std", type=Numbers(), help="Of each channel in [0, 1], if not the model's."),
-    click.option("--interpolation", type=OneOf(INTERPOLATIONS), help="For resizing pictures."),
+    click.option("--mean", type=Numbers(), help="Mean of each channel, in [0, 1]. [the model's]"),
+    click.option("--std", type=Numbers(), help="Deviation of each channel. [the model's]"),
+    click.option(
+        "--interpolation",
+        type=OneOf(INTERPOLATIONS),
+        help="How pictures are resized. [as the model has it]",
+    ),
     click.option("--channels", type=click.IntRange(1), help="Channels of a picture. [3]"),
-    click.option("--fast", is_flag=True, help="Fold batch norm, channels-last: quicker."),
+    click.option(
+        "--fast", is_flag=True, help="Run faster: batch norm is folded, numbers round otherwise."
+    ),
 )
+
+
+def saving_options(
+    out: str, *, default: str | None = None, required: bool = False, more: str = ""
+) -> Callable[[F], F]:
+    """Adds ``--out``, ``--force`` and ``--json``.
+
+    Args:
+        out: What ``--out`` names.
+        default: Its default.
+        required: Whether it has to be given.
+        more: What ``--force`` does beside replacing.
+    """
+    named: dict[str, Any] = {"default": default, "show_default": True} if default else {}
+    options = (
+        click.option("--out", type=FilePath(path_type=Path), required=required, help=out, **named),
+        click.option("--force", is_flag=True, help=f"Replace what is there already{more}."),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text."),
+    )
+
+    def add(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def comparison_options(command: F) -> F:
+    """Adds what says how images given in a row are compared."""
+    for option in (
+        click.option("--positives", default=1, show_default=True,
+                     help="How many of a set's other images are positives."),
+        click.option("--negative", is_flag=True, help="The pair is dissimilar: a negative."),
+        click.option(
+            "--arch",
+            type=OneOf(list(ARCHITECTURES)),
+            help="What is compared: siamese, 2 images; triplet, anchor, positive and negative; "
+            "quadruplet, with 2 negatives; set, any number of each. "
+            "[siamese for 2 images, triplet for 3]",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 def model_options(command: F) -> F:

@@ -27,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def pair_options(command: F) -> F:
     """Adds everything that :func:`any_model_from` wants beside the options of one model."""
     for option in (
-        click.option("--second-size", type=Size(), help="Input size of the other images."),
+        click.option("--second-size", type=Size(), help="Input size of that network in pixels."),
         click.option(
             "--second-model", metavar="MODEL",
             help="Another network for the images beside ANCHOR: two towers that share nothing.",
@@ -71,7 +71,7 @@ def explain_pair(
     Raises:
         ComparisonError: If something was asked that such models do not have.
     """
-    for name, usual in (("magnify", 1), ("pooling", None), ("sweep", False)):
+    for name, usual in (("upscale", 1), ("pooling", None), ("sweep", False)):
         value = given[name] if name == "sweep" else given.pop(name)
         if value != usual:
             option = {"pooling": "frames"}.get(name, name)

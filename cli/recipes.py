@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 import click
 
 from simexplain.errors import ComparisonError
-from simexplain.evaluation.faithfulness import MASKINGS
+from simexplain.evaluation.faithfulness import PERTURBATIONS
 from simexplain.evaluation.recipes import Recipe, quick_methods, recipes_of, settled
 from simexplain.methods import METHODS
 from simexplain.metrics.curves import BASELINES
 
 from .console import echo
+from .method_options import METHOD_HELP, MethodText
 from .options import OneOf
 
 _LONG = 30
@@ -23,21 +24,23 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _OPTIONS = (
     click.option(
-        "--method", "methods", multiple=True, metavar="NAME[@LAYER+LAYER][:OPTION=VALUE,...]",
-        help=f"Such as sam@blocks.6:weights=signed; repeat. NAME is one of {', '.join(METHODS)}. "
-        f"[those of {', '.join(quick_methods())} that apply]",
+        "--method", "methods", type=MethodText(), multiple=True,
+        help=f"{METHOD_HELP}; repeat. [those of {', '.join(quick_methods())} that apply]",
     ),
-    click.option("--all", "every", is_flag=True, help="Every method that applies; some are slow."),
-    click.option("--steps", default=20, show_default=True, type=click.IntRange(2),
-                 help="Points of the deletion and insertion curves."),
+    click.option("--all", "every", is_flag=True,
+                 help="Take every method that applies; some are slow."),
+    click.option("--curve-steps", "steps", default=20, show_default=True, type=click.IntRange(2),
+                 help="How many steps deletion and insertion take."),
     click.option("--baseline", type=OneOf(list(BASELINES)), default="blur",
                  show_default=True, help="What deleted pixels become."),
-    click.option("--masking", type=OneOf(MASKINGS), default="each", show_default=True,
-                 help="Delete from one image while the others are held, or from all together."),
+    click.option("--perturb", type=OneOf(PERTURBATIONS), default="single", show_default=True,
+                 help="How pixels are deleted. single: from one image while the others are held; "
+                 "joint: from all at once."),
     click.option("--tolerance", default=0.0, show_default=True, type=click.FloatRange(0),
                  help="Pixels around a mask that still count as hits."),
-    click.option("--max-batch", type=click.IntRange(1), help="Most images in one pass."),
-    click.option("--seed", default=0, show_default=True, help="Of everything that is drawn."),
+    click.option("--batch-size", "max_batch", type=click.IntRange(1),
+                 help="Pictures in one forward pass. [as many as fit together]"),
+    click.option("--seed", default=0, show_default=True, help="Random seed."),
 )  # fmt: skip
 
 
@@ -52,7 +55,7 @@ def tell_long_work(seconds: float) -> None:
     """Says how much longer it will take, where that is worth knowing."""
     if seconds > _LONG:
         echo(
-            f"About {seconds:.0f} s more, judged by the first; fewer --method or --steps are "
+            f"About {seconds:.0f} s more, judged by the first; fewer --method or --curve-steps are "
             "quicker.",
             err=True,
         )

@@ -14,6 +14,7 @@ from simexplain.searching.search_saving import MAIN_FILES
 
 from .console import echo, echo_lines
 from .options import (
+    Command,
     FilePath,
     aligned,
     busy,
@@ -22,6 +23,7 @@ from .options import (
     model_options,
     progress_bars,
     saved,
+    saving_options,
     tell_files,
     tell_hardly_seen,
     tell_manifest,
@@ -52,21 +54,29 @@ class BoxType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return x, y, width, height
 
 
-@click.command("search")
+@click.command("search", cls=Command)
 @click.argument("model")
 @click.argument("query", type=FilePath())
 @click.argument("index", type=FilePath())
-@click.option("-k", "k", type=click.IntRange(min=1), help="How many hits. [5, or all there are]")
+@click.option(
+    "-k", "k", type=click.IntRange(min=1), help="How many hits to show. [5, or all there are]"
+)
 @click.option("--region", type=BoxType(),
               help="Search for this part of the query alone, in pixels: left, top, width, height.",
 )  # fmt: skip
-@click.option("--mask", type=FilePath(),
-              help="Likewise: a picture of the query's size, white where it is.")  # fmt: skip
-@click.option("--root", type=FilePath(),
-              help="Where the gallery's pictures are now, if they were moved.")  # fmt: skip
-@click.option("--out", type=FilePath(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
-@click.option("--force", is_flag=True, help="Replace a search that is in the folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@click.option(
+    "--region-mask",
+    "mask",
+    type=FilePath(),
+    metavar="FILE",
+    help="As --region, by a picture of the query's size that is white there.",
+)
+@click.option(
+    "--root",
+    type=FilePath(),
+    help="Folder that relative paths start from: where the gallery is now, if it was moved.",
+)
+@saving_options(f"Folder to write. [a new {_FOLDER}-N]")
 @model_options
 def command(
     model: str,
@@ -81,12 +91,13 @@ def command(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Find the pictures nearest to QUERY and tell why each was found.
+    """Find the pictures nearest to QUERY and show why each was found.
 
     INDEX is a file made by simexplain index, or a folder of pictures, which is then indexed for
     this search alone. For each hit the figure shows where it and the query agree, and what sets it
     apart from the next class down; classes are the folders that the gallery is in, if it is. With
-    --region or --mask that part of the query is searched for, and boxed in every hit. Examples:
+    --region or --region-mask only that part of the query is searched for, and boxed in every hit.
+    For example:
 
     \b
       simexplain index timm:tf_efficientnet_lite0 photos/ --out photos.index
@@ -94,7 +105,7 @@ def command(
       simexplain search timm:tf_efficientnet_lite0 query.jpg photos/ --region 40,60,120,90
     """  # noqa: D301 - click wants the backspace character
     if region is not None and mask is not None:
-        raise click.UsageError("--region and --mask exclude each other; say one of them.")
+        raise click.UsageError("--region and --region-mask exclude each other; say one of them.")
     check_writable(out or free_folder(Path(_FOLDER)), MAIN_FILES, force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)

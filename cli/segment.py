@@ -13,12 +13,14 @@ from simexplain.segmentation.segmenting_files import segment_files
 
 from .console import echo
 from .options import (
+    Command,
     FilePath,
     busy,
     free_folder,
     model_from,
     model_options,
     saved,
+    saving_options,
     tell_files,
     tell_hardly_seen,
     tell_manifest,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 _FOLDER = "segmentation"
 
 
-@click.command("segment")
+@click.command("segment", cls=Command)
 @click.argument("model")
 @click.argument("test", type=FilePath())
 @click.argument("support", type=FilePath(), nargs=-1, required=True)
@@ -43,9 +45,7 @@ _FOLDER = "segmentation"
               help="Where the object is in a support, white or opaque; one for each support, in "
               "their order. [none is needed]")  # fmt: skip
 @segment_options
-@click.option("--out", type=FilePath(path_type=Path), help=f"Folder. [a new {_FOLDER}-N]")
-@click.option("--force", is_flag=True, help="Replace a segmentation that is in the folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@saving_options(f"Folder to write. [a new {_FOLDER}-N]")
 @model_options
 def command(
     model: str,
@@ -88,7 +88,7 @@ def report(result: Segmentation) -> None:
     echo(f"{result.model}, layer {' x '.join(result.layers)}, method {result.method}")
     counts = [sum(one.role == role for one in result.images) for role in ("support", "other")]
     against = f", {counts[1]} of another class" if counts[1] else ""
-    echo(f"{result.name}: {counts[0]} of the class sought{against}, by {result.by}")
+    echo(f"{result.name}: {counts[0]} of the class sought{against}, by {result.refine}")
     tell_hardly_seen((result.name, *(one.name for one in result.images)), result.geometries)
     tell_shares(result.bypass, None)
     if result.box is None:

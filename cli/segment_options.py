@@ -8,15 +8,14 @@ from typing import Any, TypeVar
 
 import click
 
-from simexplain.errors import ComparisonError
 from simexplain.evaluation.recipes import recipe_from
-from simexplain.methods import METHODS
-from simexplain.segmentation.attending import ANCHORS, SEVERAL
+from simexplain.segmentation.attending import AGGREGATES, ANCHORS
 from simexplain.segmentation.cue import REFINEMENTS, default_cue
 from simexplain.segmentation.grabcut import GrabCut
 from simexplain.segmentation.segmenting import METHOD
 from simexplain.segmentation.segmenting_files import VIEWS
 
+from .method_options import METHOD_HELP, MethodText
 from .options import OneOf
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -25,32 +24,34 @@ _THRESHOLDS = ("sure", "probable", "background")
 _CUT = GrabCut()
 _OPTIONS = (
     click.option(
-        "--method", metavar="NAME[@LAYER+LAYER][:OPTION=VALUE,...]", default=METHOD,
-        show_default=True,
-        help=f"What makes the map; sam is the paper's. NAME is one of {', '.join(METHODS)}.",
+        "--method", type=MethodText(), default=METHOD,
+        help=f"{METHOD_HELP}. [{METHOD}, the row of explain that says where the match is]",
     ),
     click.option(
-        "--by", type=OneOf(list(REFINEMENTS)), default="grabcut", show_default=True,
-        help="From the map to a mask: GrabCut from the map, its probable threshold, Otsu's, "
-        "GrabCut from its box, or GrabCut without it.",
+        "--refine", type=OneOf(list(REFINEMENTS)), default="grabcut", show_default=True,
+        help="How the map becomes a mask: GrabCut from the map, a threshold, Otsu's threshold, "
+        "GrabCut from the box of the map, or GrabCut of the whole picture.",
     ),
     click.option("--sure", type=click.FloatRange(0), metavar="SHARE",
-                 help="Of the map's maximum: from here on a pixel is object. [the method's]"),
+                 help="Share of the map's maximum from which a pixel is object. [the method's]"),
     click.option("--probable", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
-                 help="From here on it is probably object. [the method's]"),
+                 help="Share from which it is probably object. [the method's]"),
     click.option("--background", type=click.FloatRange(0, 1), metavar="SHARE",
-                 help="Below it is background. [the method's]"),
+                 help="Share below which it is background. [the method's]"),
     click.option("--iterations", default=_CUT.iterations, show_default=True,
-                 type=click.IntRange(1), help="Of GrabCut."),
+                 type=click.IntRange(1), help="How often GrabCut is repeated."),
     click.option("--longest", default=_CUT.longest, show_default=True, type=click.IntRange(16),
                  help="Pixels of the longer side at which GrabCut works."),
-    click.option("--several", type=OneOf(list(SEVERAL)), default="averaged",
+    click.option("--aggregate", type=OneOf(list(AGGREGATES)), default="averaged",
                  show_default=True,
-                 help="; ".join(f"{name}: {about}" for name, about in SEVERAL.items()) + "."),
+                 help="Several supports. "
+                 + "; ".join(f"{name}: {about}" for name, about in AGGREGATES.items()) + "."),
     click.option("--anchor", type=OneOf(list(ANCHORS)), default="test", show_default=True,
-                 help="; ".join(f"{name}: {about}" for name, about in ANCHORS.items()) + "."),
+                 help="Which image is the anchor. "
+                 + "; ".join(f"{name}: {about}" for name, about in ANCHORS.items()) + "."),
     click.option("--view", type=OneOf(list(VIEWS)),
-                 help="; ".join(f"{name}: {about}" for name, about in VIEWS.items())
+                 help="What of a picture is seen. "
+                 + "; ".join(f"{name}: {about}" for name, about in VIEWS.items())
                  + ". [whole, or model with --fit]"),
 )  # fmt: skip
 
@@ -66,13 +67,9 @@ def segmenting_from(given: dict[str, Any]) -> dict[str, Any]:
     """Takes these options out of ``given``, as ``segment_files`` has them.
 
     Raises:
-        click.BadParameter: If the method or an option of it is unknown.
         ComparisonError: If thresholds are not in order.
     """
-    try:
-        method, layer, options = recipe_from(given.pop("method"))
-    except ComparisonError as error:
-        raise click.BadParameter(str(error), param_hint="--method") from error
+    method, layer, options = recipe_from(given.pop("method"))
     named = {name: given.pop(name) for name in _THRESHOLDS}
     chosen = {name: value for name, value in named.items() if value is not None}
     # A model's own fit was asked for where one is named.
@@ -83,8 +80,8 @@ def segmenting_from(given: dict[str, Any]) -> dict[str, Any]:
         **options,
         "cue": replace(default_cue(method), **chosen),
         "cut": GrabCut(given.pop("iterations"), longest=given.pop("longest")),
-        "by": given.pop("by"),
-        "several": given.pop("several"),
+        "refine": given.pop("refine"),
+        "aggregate": given.pop("aggregate"),
         "anchor": given.pop("anchor"),
         "view": view,
     }

@@ -24,7 +24,16 @@ from simexplain.training.run_folder import CHECKPOINT, first_process
 from simexplain.training.training import check_extra, train
 
 from .console import echo, echo_lines
-from .options import FilePath, OneOf, aligned, tell_files
+from .options import (
+    GROUP_HELP,
+    OWN_GROUP,
+    Command,
+    FilePath,
+    OneOf,
+    aligned,
+    saving_options,
+    tell_files,
+)
 from .train_options import given_settings, training_options
 
 if TYPE_CHECKING:
@@ -47,10 +56,9 @@ def _show_recipe(context: click.Context, option: click.Parameter, name: str | No
         context.exit()
 
 
-@click.command("train")
+@click.command("train", cls=Command)
 @click.argument("data", type=FilePath(path_type=Path))
-@click.option("--out", type=FilePath(), required=True, help="Folder of the run.")
-@click.option("--force", is_flag=True, help="Replace a run that is in the folder.")
+@saving_options("Folder to write.", required=True)
 @click.option("--resume", is_flag=True, help="Go on with the run in the folder, exactly.")
 @click.option("--recipe", type=OneOf(list(RECIPES)), metavar="NAME",
               help="Settings of a paper, where none are given.")  # fmt: skip
@@ -61,16 +69,16 @@ def _show_recipe(context: click.Context, option: click.Parameter, name: str | No
 @click.option("--kind", type=OneOf(list(DATASETS)),
               help="What DATA is. [that of the recipe, else folder]")  # fmt: skip
 @click.option("--train-share", type=click.FloatRange(0, 1, min_open=True, max_open=True),
-              help="Classes to train on, where DATA does not say. [0.5]")  # fmt: skip
-@click.option("--group", metavar="RULE",
-              help="Group of a picture for --grouped: name, or a regular expression"
-              " with one group in parentheses.")  # fmt: skip
-@click.option("--masks", metavar="FOLDER", help="Folder of masks, or alpha.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+              help="Share of the classes that trains, the first by name: where DATA does not say. "
+              "[0.5]")  # fmt: skip
+@click.option("--group", metavar="name|own|REGEX", help=GROUP_HELP)
+@click.option("--masks", metavar="FOLDER|alpha",
+              help="Folder of masks: one of the same relative path for each picture, or alpha for "
+              "their alpha channels. [none]")  # fmt: skip
 @training_options
 def command(
     data: Path,
-    out: str,
+    out: Path,
     force: bool,
     resume: bool,
     recipe: str | None,
@@ -96,9 +104,12 @@ def command(
     if resume and force:
         raise click.UsageError("--resume goes on with a run, --force replaces it; say one of them.")
     check_extra()
-    said = {"kind": kind, "train_share": train_share, "group": group, "masks": masks}
-    source = _source(Path(out), recipe, said, resume=resume)
-    earlier = None if resume else _stamp(Path(out))
+    rule = None if group == OWN_GROUP else group
+    said = {"kind": kind, "train_share": train_share, "group": rule, "masks": masks}
+    if group is not None and given["grouped"] is None:
+        given["grouped"] = True
+    source = _source(out, recipe, said, resume=resume)
+    earlier = None if resume else _stamp(out)
     settings = given_settings(given)
     try:
         with _listening(quiet=as_json) as listeners:
@@ -107,7 +118,7 @@ def command(
                 listeners=listeners, **settings,
             )  # fmt: skip
     except KeyboardInterrupt:
-        _interrupted(Path(out), earlier)
+        _interrupted(out, earlier)
     if not first_process():
         return
     with _while_read():

@@ -11,7 +11,7 @@ import click
 from simexplain.training.limits import RANGES, choices
 from simexplain.training.options import TrainOptions
 
-from .options import OneOf, Size
+from .options import RANKS_TYPE, Numbers, OneOf, Size, joined
 
 F = TypeVar("F", bound=Callable[..., Any])
 _OWN = TrainOptions()
@@ -37,38 +37,20 @@ class Pair(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return name, {"true": True, "false": False}.get(said, said)
 
 
-class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """``1,2,4,8``."""
-
-    name = "N,N,..."
-
-    def __init__(self, kind: type = int) -> None:
-        self.kind = kind
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Any, ...]:
-        """The numbers."""
-        try:
-            return tuple(self.kind(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"expected numbers with commas in between, got {value!r}.")
-
-
 HELP = {
-    "backbone": "The network: timm:NAME, torchvision:NAME, pcb:timm:NAME.",
-    "pretrained": "Start from the zoo's weights.",
+    "backbone": "Network of a zoo: timm:NAME, torchvision:NAME or pcb:timm:NAME.",
+    "pretrained": "Random weights: or, with --pretrained, those of the zoo.",
     "embedding": "Width of the embedding; with --avsl nodes of each level.",
-    "size": "Input size in pixels. [the network's own]",
-    "distance": "Between embeddings.",
-    "avsl": "Train AVSL, which simexplain attribute takes apart.",
+    "size": "Input size in pixels. [the model's own]",
+    "distance": "Distance between embeddings.",
+    "avsl": "Train AVSL, whose distances simexplain attribute explains.",
     "preset": "AVSL as in the paper or as in its authors' code.",
-    "levels": "A layer of AVSL; repeat. [the last three stages]",
+    "levels": "Layer that makes a level of AVSL; repeat. [the last three stages]",
     "eta": "How certainties enter AVSL's reliabilities.",
     "edge_momentum": "Share of AVSL's edges that a step keeps.",
-    "k": "How many lower nodes stand in for a higher one.",
+    "edges_per_node": "How many lower nodes each node of AVSL is tied to.",
     "ablation": "A row of AVSL's Table 2.",
-    "level_weights": "Of AVSL's levels in the loss, lowest first. [1 each]",
+    "level_weights": "Weights of AVSL's levels in the loss, lowest first. [1 each]",
     "loss": "Metric loss.",
     "loss_options": "A setting of the loss; repeat.",
     "mining": "Similarity mining over such comparisons.",
@@ -79,45 +61,45 @@ HELP = {
     "bce": "Weight of a classification loss (Grad-CAM baseline).",
     "bce_mining": "Weight of mining with its Grad-CAM maps.",
     "mask_weight": "Weight of attention on the wrong side of masks.",
-    "mask_side": "Which side of a mask shall be looked at.",
-    "optimiser": "",
+    "mask_side": "Which side of a mask should be looked at.",
+    "optimiser": "Optimiser.",
     "lr": "Learning rate of the network.",
-    "head_lr": "Of embedding layer or AVSL's heads.",
-    "proxy_lr": "Of proxies and what else a loss learns.",
-    "reliability_lr": "Of AVSL's alpha and beta.",
-    "weight_decay": "",
-    "momentum": "Of sgd.",
-    "schedule": "Of all learning rates.",
+    "head_lr": "Learning rate of the embedding layer or of AVSL's heads.",
+    "proxy_lr": "Learning rate of what the loss learns, such as proxies.",
+    "reliability_lr": "Learning rate of AVSL's alpha and beta.",
+    "weight_decay": "Weight decay.",
+    "momentum": "Momentum of sgd.",
+    "schedule": "How all learning rates change.",
     "step_epochs": "Epochs between the steps of a schedule.",
-    "step_factor": "What a step multiplies rates by.",
-    "warmup_epochs": "First epochs that warm up.",
-    "warmup": "By training all but the network, or by growing rates.",
+    "step_factor": "What a step multiplies the rates by.",
+    "warmup_epochs": "Epochs at first that warm up.",
+    "warmup": "How to warm up: train all but the network, or let rates grow.",
     "clip": "Largest norm of a group's gradient; 0 for none.",
-    "epochs": "",
-    "classes": "Classes in a batch; 0 for 16, or all where there are fewer.",
-    "each": "Pictures of each of them.",
-    "steps": "Batches in an epoch; 0 for as many as there are pictures.",
-    "augmentation": "How training pictures are varied.",
-    "precision": "Bits of floating point; below 32 mixed.",
-    "freeze_bn": "Keep batch norm's statistics as they came.",
-    "seed": "",
+    "epochs": "Passes over the pictures.",
+    "classes_per_batch": "Classes in a batch; 0 for 16, or all where there are fewer.",
+    "images_per_class": "Images of each class in a batch.",
+    "batches_per_epoch": "Batches in an epoch; 0 for as many as there are pictures.",
+    "augmentation": "How training pictures are varied at random.",
+    "precision": "Bits of floating point numbers; fewer than 32 are mixed precision.",
+    "freeze_bn": "Keep the statistics of batch norm as they are.",
+    "seed": "Random seed.",
     "workers": "Processes that read pictures.",
-    "accelerator": "What to train on.",
-    "devices": "GPUs, or processes on a CPU, that share each batch.",
-    "nodes": "Hosts.",
+    "accelerator": "Where to run.",
+    "devices": "Processes on each host: GPUs, where there are; they share each batch.",
+    "nodes": "Hosts: they must share one folder.",
     "eval_every": "Epochs between evaluations.",
-    "ks": "K of Recall@K.",
-    "grouped": "Leave each query's own group out of the gallery.",
+    "ranks": "Ranks to report: the K of Recall@K.",
+    "grouped": "Leave the query's own group, as DATA has it, out of the gallery.",
     "best": "What the best model is chosen by.",
     "checkpoint_every": "Steps between checkpoints within an epoch; 0 for none.",
-    "watch": "Validation triplets whose maps are drawn.",
+    "attention_triplets": "Validation triplets whose attention is drawn each epoch.",
 }
 """What ``--help`` says of each setting, in the order of :class:`TrainOptions`."""
 
 _TYPES: dict[str, Any] = {
     "size": Size(),
-    "ks": Numbers(),
-    "level_weights": Numbers(float),
+    "ranks": RANKS_TYPE,
+    "level_weights": Numbers(float, "1 or 0.5,1,2"),
     "loss_options": Pair(),
     "mining_options": Pair(),
 }
@@ -142,6 +124,10 @@ def given_settings(given: dict[str, Any]) -> dict[str, Any]:
 def _option(name: str, tables: dict[str, tuple[str, ...]]) -> Callable[[F], F]:
     """One option; its default is only told, since a recipe may have another."""
     own, flag = getattr(_OWN, name), f"--{name.replace('_', '-')}"
+    if name == "pretrained":
+        return click.option(
+            "--pretrained/--untrained", default=None, help=f"{HELP[name]} [pretrained]"
+        )
     if isinstance(own, bool):
         said = "yes" if own else "no"
         return click.option(
@@ -149,7 +135,7 @@ def _option(name: str, tables: dict[str, tuple[str, ...]]) -> Callable[[F], F]:
         )
     told = ",".join(map(str, own)) if isinstance(own, tuple) else own
     default = "" if told in (None, "") else f" [{told}]"
-    many = name in _NAMES
+    many = name in _NAMES or name == "ranks"
     kind: Any = _TYPES.get(name) or (OneOf(tables[name]) if name in tables else type(own))
     if name in RANGES:
         least, most = RANGES[name]
@@ -158,4 +144,7 @@ def _option(name: str, tables: dict[str, tuple[str, ...]]) -> Callable[[F], F]:
     if name == "levels":
         kind = str
     said = f"{HELP[name]}{default}".strip()
-    return click.option(_NAMES.get(name, flag), name, type=kind, multiple=many, help=said)
+    flatten = joined if name == "ranks" else None
+    return click.option(
+        _NAMES.get(name, flag), name, type=kind, multiple=many, callback=flatten, help=said
+    )

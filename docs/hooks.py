@@ -18,6 +18,8 @@ _PARTS = re.compile(
     r"|(?<![\\$\w])\$(?P<inline>[^\s$](?:[^$\n]*[^\s$\\])?)\$(?![\w$])",
     re.DOTALL | re.MULTILINE,
 )
+# mkdocs-click joins the lines of a command's examples, which click prints as they are.
+_EXAMPLES = re.compile(r"<p>((?:simexplain|torchrun) [^<]*)</p>")
 _ROLES = re.compile(r":(?:func|class|meth|attr|data|mod):(?=<code>)")
 _FORMULAS = "simexplain_formulas"
 # The converter marks these as brackets, where it takes \lvert for an operator with space around.
@@ -47,7 +49,15 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
     """Puts the formulas back as MathML."""
     for number, formula in enumerate(page.meta.pop(_FORMULAS, [])):
         html = html.replace(_mark(number), formula)
+    html = _EXAMPLES.sub(_example, html)
     return _ROLES.sub("", html)
+
+
+def _example(match: re.Match[str]) -> str:
+    """Examples as code, a line each."""
+    lines = [line.removeprefix("  ") for line in match[1].split("\n")]
+    code = "\n".join(lines)
+    return f'<div class="highlight"><pre><code>{code}\n</code></pre></div>'
 
 
 def _mark(number: int) -> str:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from simexplain.errors import ArgumentError
+from simexplain.renaming import todays
 
 Made = TypeVar("Made", bound=Callable[..., Any])
 
@@ -38,6 +39,8 @@ def typed(made: Made) -> Made:
 
     A class is decorated below ``@dataclass``: its fields are compared before its own checks.
     Numbers of numpy count as numbers, lists as tuples; NaN is none; extra options are left alone.
+
+    Arguments under names of the last version are taken, with a warning; see ``renaming``.
 
     Networks are left to ``as_similarity_model``, which says more about what is none, and what is in
     a list of pictures to ``read_pictures``, which says at which place it is.
@@ -60,6 +63,7 @@ def typed(made: Made) -> Made:
 
     @wraps(made)
     def call(*args: Any, **kwargs: Any) -> Any:
+        kwargs = todays(kwargs, _signature(made).parameters)
         try:
             bound = _signature(made).bind(*args, **kwargs)
         except TypeError:

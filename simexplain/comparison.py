@@ -289,7 +289,7 @@ def arch_of(count: int) -> str:
 
 
 def positives_of(
-    arch: str | None, count: int, *, different: bool = False, positives: int = 1
+    arch: str | None, count: int, *, negative: bool = False, positives: int = 1
 ) -> int:
     """How many of ``count`` images are positives in an arrangement, None for :func:`arch_of`.
 
@@ -304,12 +304,12 @@ def positives_of(
     wanted, order = ARCHITECTURES[arch]
     if wanted is not None and count != wanted:
         raise ComparisonError(f"Expected {wanted} images for {arch} ({order}), got {count}.")
-    if different and arch != "siamese":
-        raise ComparisonError(f"Expected a siamese pair with different, got {arch}.")
+    if negative and arch != "siamese":
+        raise ComparisonError(f"Expected a siamese pair with negative, got {arch}.")
     if positives != 1 and arch != "set":
         raise ComparisonError(f"Expected a set (arch, --arch) with positives, got {arch}.")
     if arch != "set":
-        return 0 if different else 1
+        return 0 if negative else 1
     if count < 2 or not 0 <= positives < count:
         raise ComparisonError(
             f"Expected two or more images for a set ({order}) and at most one positive fewer, got "

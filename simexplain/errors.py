@@ -69,7 +69,7 @@ def meant(name: str, known: Iterable[str], others: Mapping[str, str] | None = No
 
 def missing(path: object, otherwise: str) -> str:
     """Why there is no such file or folder: addresses on the web are none, whatever they lead to."""
-    name = str(path)
+    name = re.sub(r"^([a-z][a-z0-9+.-]+:/)(?!/)", r"\1/", str(path))  # a Path has one slash
     if not re.match(r"[a-z][a-z0-9+.-]+:/", name):
         return otherwise
     return f"'{name}' is an address on the web, which is not read; download it and give the file."

@@ -54,7 +54,7 @@ def explain(
     method: Methods = None,
     layer: Layers = None,
     *,
-    magnify: float = 1,
+    upscale: float = 1,
     scale: str = "image",
     labels: str | Sequence[str] | None = (),
     pooling: str = "mean",
@@ -72,7 +72,7 @@ def explain(
     method: Methods = None,
     layer: Layers = None,
     *,
-    magnify: float = 1,
+    upscale: float = 1,
     scale: str = "image",
     labels: str | Sequence[str] | None = (),
     pooling: str = "mean",
@@ -101,7 +101,7 @@ def explain(
         layer: A layer, several to be multiplied, or None for the
             method's own choice, else the model's default. Of a pair model one for both towers, or
             two, one for each.
-        magnify: Enlarges the images by this factor before the network, for finer maps; the
+        upscale: Enlarges the images by this factor before the network, for finer maps; the
             result reports how far that moved the embeddings.
         scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
         labels: What each given vector stands for, in order, for figures and files.
@@ -117,8 +117,8 @@ def explain(
         ModelError: If the model or a layer cannot be used.
     """
     if isinstance(model, PairModel):
-        if magnify != 1 or labels:
-            raise ComparisonError("Pair models take neither magnify nor labels; leave them away.")
+        if upscale != 1 or labels:
+            raise ComparisonError("Pair models take neither upscale nor labels; leave them away.")
         return _explain_pair(
             model, comparison, method, layer, scale=scale, max_batch=max_batch, check=check,
             **options,
@@ -128,11 +128,11 @@ def explain(
         check_images(comparison)
     comparison = checked_vectors(wrapped, comparison)
     view = comparison
-    if magnify != 1:
-        check_magnify(magnify)
-        view = _enlarged(comparison, magnify)
+    if upscale != 1:
+        check_upscale(upscale)
+        view = _enlarged(comparison, upscale)
     return explain_items(
-        wrapped, comparison, view, method, layer, magnify=magnify, scale=scale, labels=labels,
+        wrapped, comparison, view, method, layer, upscale=upscale, scale=scale, labels=labels,
         pooling=pooling, max_batch=max_batch, check=check, **options,
     )  # fmt: skip
 
@@ -271,7 +271,7 @@ def explain_view(
     method: Methods,
     layer: Layers,
     *,
-    magnify: float,
+    upscale: float,
     scale: str,
     max_batch: int | None,
     labels: str | Sequence[str] | None = (),
@@ -284,7 +284,7 @@ def explain_view(
     """
     check_images(comparison)
     vectors = _labelled(comparison, labels)
-    with _magnified(view, magnify):
+    with _upscaled(view, upscale):
         made = rows_of(model, view, method, layer, options, max_batch)
     own, moved = made[0].found.embeddings, None
     if view is not comparison:
@@ -292,7 +292,7 @@ def explain_view(
         moved = 1 - (own * made[0].found.embeddings).sum(dim=2)
     members = comparison.joined(own)
     rows = _explanations(
-        model, comparison, view, made, magnify=magnify, embeddings=members, moved=moved,
+        model, comparison, view, made, upscale=upscale, embeddings=members, moved=moved,
         scale=scale, vectors=vectors, named=layer is not None,
     )  # fmt: skip
     if check:
@@ -308,7 +308,7 @@ def _explanations(
     view: Comparison,
     made: Sequence[Row],
     *,
-    magnify: float,
+    upscale: float,
     embeddings: Tensor,
     moved: Tensor | None,
     named: bool,
@@ -348,7 +348,7 @@ def _explanations(
             unexplained=row.found.unexplained,
             method=row.name,
             layers=row.layers,
-            options=_told(row.method, magnify),
+            options=_told(row.method, upscale),
             warnings=warnings,
             **(_placing(model, row.layers, pictures) if known else {}),
             **same,
@@ -416,17 +416,17 @@ def _labelled(
 
 
 @contextmanager
-def _magnified(view: Comparison, magnify: float) -> Iterator[None]:
+def _upscaled(view: Comparison, upscale: float) -> Iterator[None]:
     """Says which size a network of fixed size was asked to take."""
     try:
         yield
     except (AssertionError, RuntimeError, ModelError) as error:
         cause: BaseException | None = error.__cause__ if isinstance(error, ModelError) else error
-        if magnify == 1 or not isinstance(cause, Exception) or _out_of_memory(cause):
+        if upscale == 1 or not isinstance(cause, Exception) or _out_of_memory(cause):
             raise
         height, width = view.image_size
         raise ModelError(
-            f"The model does not take images of {height}x{width}, which magnify={magnify:g} asks "
+            f"The model does not take images of {height}x{width}, which upscale={upscale:g} asks "
             f"for ({first_line(cause)}); explain it at its own size."
         ) from error
 
@@ -466,20 +466,20 @@ def check_images(comparison: Comparison) -> None:
         )
 
 
-def check_magnify(magnify: float) -> None:
+def check_upscale(upscale: float) -> None:
     """Refuses a factor that is not sensible.
 
     Raises:
         ComparisonError: If it is not between 0 and 16.
     """
-    if not 0 < magnify <= 16:
-        raise ComparisonError(f"Expected magnify between 0 and 16, got {magnify}.")
+    if not 0 < upscale <= 16:
+        raise ComparisonError(f"Expected upscale between 0 and 16, got {upscale}.")
 
 
-def _enlarged(comparison: Comparison, magnify: float) -> Comparison:
+def _enlarged(comparison: Comparison, upscale: float) -> Comparison:
     """The same with larger images."""
     height, width = comparison.image_size
-    size = [max(1, round(side * magnify)) for side in (height, width)]
+    size = [max(1, round(side * upscale)) for side in (height, width)]
     changed: dict[str, Any] = {}
     for role in ("anchor", "positives", "negatives"):
         stack = getattr(comparison, role)
@@ -500,13 +500,13 @@ def _check_finite(found: AttentionMaps) -> None:
         )
 
 
-def _told(method: Method, magnify: float) -> dict[str, Any]:
+def _told(method: Method, upscale: float) -> dict[str, Any]:
     """The options in plain JSON values, for the manifest."""
     chosen: dict[str, Any] = {}
     if is_dataclass(method) and not isinstance(method, type):
         chosen = asdict(method)
     told = {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}
-    return told if magnify == 1 else {**told, "magnify": magnify}
+    return told if upscale == 1 else {**told, "upscale": upscale}
 
 
 def _out_of_range(model: SimilarityModel, pictures: Tensor) -> tuple[str, ...]:
@@ -536,7 +536,7 @@ def _more_warnings(
         )
     if moved is not None and float(moved.max()) > _MOVED_FAR:
         said.append(
-            f"Magnifying moved an embedding by a cosine distance of {float(moved.max()):.2f}, so "
+            f"Upscaling moved an embedding by a cosine distance of {float(moved.max()):.2f}, so "
             "the maps explain a network that sees somewhat differently; try a smaller factor."
         )
     return tuple(said)

@@ -17,7 +17,7 @@ from simexplain.data.folders import Batches, pictures_in, read_item
 from simexplain.data.images import Picture, PictureSource, read_pictures
 from simexplain.data.preprocessing import Geometry, Preprocess, prepared
 from simexplain.errors import ComparisonError, ImageError
-from simexplain.explaining import check_magnify, checked_vectors, explain, explain_items
+from simexplain.explaining import check_upscale, checked_vectors, explain, explain_items
 from simexplain.explanation import Explanation
 from simexplain.methods.rows import Layers, Methods
 from simexplain.models.base import SimilarityModel
@@ -36,9 +36,9 @@ def explain_files(
     method: Methods = None,
     layer: Layers = None,
     *,
-    different: bool = False,
+    negative: bool = False,
     positives: int = 1,
-    magnify: float = 1,
+    upscale: float = 1,
     scale: str = "image",
     pooling: str | None = None,
     max_batch: int | None = None,
@@ -58,9 +58,9 @@ def explain_files(
         method: As for :func:`~simexplain.explaining.explain`: a name, an object, several to make
             rows, or None for similarity attention as published and ``focus``.
         layer: A layer, several to be multiplied, or None for the model's default.
-        different: The other image of a siamese pair is a negative.
+        negative: The other image of a siamese pair is a negative.
         positives: How many images after the anchor are positives, for ``set``.
-        magnify: Shows the network this many times larger images, with the pictures' own finer
+        upscale: Shows the network this many times larger images, with the pictures' own finer
             detail; the result reports how far that moved the embeddings.
         scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
         pooling: ``mean`` or ``max`` of the frames of an item; unless given ``mean``, and of files
@@ -75,8 +75,8 @@ def explain_files(
         ModelError: If the model or a layer cannot be used.
     """
     wrapped = as_similarity_model(model)
-    check_magnify(magnify)
-    count = positives_of(arch, len(paths), different=different, positives=positives)
+    check_upscale(upscale)
+    count = positives_of(arch, len(paths), negative=negative, positives=positives)
     items = [
         read_item(path, f"image {place}", pages=pooling is not None)
         for place, path in enumerate(paths, start=1)
@@ -84,10 +84,10 @@ def explain_files(
     pictures = [picture for item in items for picture in item]
     own, geometries = _tensors(wrapped, items, 1, count)
     view = own
-    if magnify != 1:
-        view, geometries = _tensors(wrapped, items, magnify, count)
+    if upscale != 1:
+        view, geometries = _tensors(wrapped, items, upscale, count)
     result = explain_items(
-        wrapped, own, view, method, layer, magnify=magnify, scale=scale, max_batch=max_batch,
+        wrapped, own, view, method, layer, upscale=upscale, scale=scale, max_batch=max_batch,
         check=check, pooling=pooling or "mean", **options,
     )  # fmt: skip
     return result.placed(
@@ -107,7 +107,7 @@ def explain_against(
     layer: Layers = None,
     *,
     direction: bool = False,
-    magnify: float = 1,
+    upscale: float = 1,
     scale: str = "image",
     pooling: str | None = None,
     max_batch: int | None = None,
@@ -127,7 +127,7 @@ def explain_against(
             rows, or None for similarity attention as published and ``focus``.
         layer: A layer, several to be multiplied, or None for the model's default.
         direction: The one positive is a direction, whose score is ``f . d``.
-        magnify: As for :func:`explain_files`.
+        upscale: As for :func:`explain_files`.
         scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
         pooling: As for :func:`explain_files`.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
@@ -140,7 +140,7 @@ def explain_against(
         ModelError: If the model or a layer cannot be used.
     """
     wrapped = as_similarity_model(model)
-    check_magnify(magnify)
+    check_upscale(upscale)
     negatives = negatives or {}
     if not positives and not negatives:
         raise ComparisonError("Expected at least one vector to explain the picture against.")
@@ -159,11 +159,11 @@ def explain_against(
 
     views, geometries = prepared(wrapped.preprocess, pictures)
     own = view = against(views)
-    if magnify != 1:
-        views, geometries = prepared(_magnified(wrapped.preprocess, magnify), pictures)
+    if upscale != 1:
+        views, geometries = prepared(_upscaled(wrapped.preprocess, upscale), pictures)
         view = against(views)
     result = explain_items(
-        wrapped, own, view, method, layer, magnify=magnify, scale=scale, max_batch=max_batch,
+        wrapped, own, view, method, layer, upscale=upscale, scale=scale, max_batch=max_batch,
         labels=[*positives, *negatives], pooling=pooling or "mean", check=check, **options,
     )  # fmt: skip
     return result.placed(
@@ -260,17 +260,17 @@ def centroid(model: nn.Module, folder: str | Path, *, max_batch: int = 32) -> Te
     return F.normalize(total, dim=0).float().cpu()
 
 
-def _magnified(prepare: Preprocess, magnify: float) -> Preprocess:
-    height, width = (max(1, round(side * magnify)) for side in prepare.size)
+def _upscaled(prepare: Preprocess, upscale: float) -> Preprocess:
+    height, width = (max(1, round(side * upscale)) for side in prepare.size)
     return replace(prepare, size=(height, width))
 
 
 def _tensors(
-    model: SimilarityModel, items: Sequence[Sequence[Picture]], magnify: float, positives: int
+    model: SimilarityModel, items: Sequence[Sequence[Picture]], upscale: float, positives: int
 ) -> tuple[Comparison, list[Geometry]]:
-    """Items of one or more pictures as one comparison at ``magnify`` times the model's size."""
+    """Items of one or more pictures as one comparison at ``upscale`` times the model's size."""
     pictures = [picture for item in items for picture in item]
-    views, geometries = prepared(_magnified(model.preprocess, magnify), pictures)
+    views, geometries = prepared(_upscaled(model.preprocess, upscale), pictures)
     stack = views.unsqueeze(0)
     if len(pictures) > len(items):
         stack = padded_sets(torch.split(views, [len(item) for item in items])).unsqueeze(0)

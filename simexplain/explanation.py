@@ -87,7 +87,7 @@ class Explanation:
         options: Everything else that was chosen, as plain JSON values.
         warnings: What to know before trusting the maps.
         versions: Of the packages that made them.
-        moved: ``(B,K)``, the cosine distance that magnifying moved each embedding; None without.
+        moved: ``(B,K)``, the cosine distance that upscaling moved each embedding; None without.
         unexplained: ``(B,K)``, the share of each score in [0, 1] that the positions of the layer do
             not account for (biases, what passes by it, errors of an integration); None where the
             method does not take scores apart.
@@ -399,7 +399,7 @@ def _title(method: str, layers: Sequence[str], options: Mapping[str, Any]) -> st
     if (
         method == "sam"
         and len(layers) == 1
-        and not [line for line in told if "magnify" not in line]
+        and not [line for line in told if "upscale" not in line]
     ):
         return "similarity attention, as published"
     return ", ".join([method, *told])

@@ -19,6 +19,7 @@ from simexplain.models.moving import WHOLE
 from simexplain.picturing import notes_of
 from simexplain.printing import json_text
 from simexplain.publishing import Kind, numbered, published, read_back
+from simexplain.renaming import renamed
 from simexplain.rendering.overlay import RENDERERS
 from simexplain.rendering.panel import png_of
 
@@ -267,7 +268,7 @@ def _row_restored(said: dict[str, Any], arrays: dict[str, Any], mark: str) -> di
         },
         "method": said["method"],
         "layers": tuple(said["layers"]),
-        "options": said["options"],
+        "options": renamed(said["options"], ("upscale",)),
         "warnings": tuple(said["warnings"]),
         **placing_of(said),
         "check": Check.from_json([one.get("check") for one in said["comparisons"]]),

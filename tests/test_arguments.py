@@ -39,6 +39,7 @@ from simexplain import (
 from simexplain.arguments import fits, typed
 from simexplain.batching.options import BatchOptions
 from simexplain.batching.rows import read_rows
+from simexplain.data.vector_files import read_vectors
 from simexplain.errors import NetworkError, SimexplainError
 from simexplain.fitting.bank import BankOptions
 from simexplain.methods import METHODS, options_of
@@ -291,6 +292,7 @@ def test_an_address_is_no_file(name: str, tmp_path: Path) -> None:
         lambda: read_picture(name), lambda: explain_files(tiny_model(), [name, name], "siamese"),
         lambda: simexplain.load_model(name), lambda: simexplain.read_dataset("folder", name),
         lambda: simexplain.build_index(tiny_model(), name, tmp_path / "i"),
+        lambda: read_vectors(name), lambda: simexplain.read_dataset("folder", Path(name)),
     ):  # fmt: skip
         assert "address on the web" in a_sentence(made)
 

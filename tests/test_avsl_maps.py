@@ -98,7 +98,7 @@ def test_sanity_check_takes_the_model_s_own_levels(images: Tensor) -> None:
     pair = Comparison.pair(images[:1], images[1:2])
     found = sanity_check(small_avsl(), pair, "avsl", depths=[2])
     assert found.settings["layers"] == LEVELS
-    assert not found.broken
+    assert not found.errors
 
 
 def test_agreement_by_a_loop_over_nodes(images: Tensor) -> None:

@@ -71,7 +71,7 @@ def one_by_one(
     positives, negatives = ([p for p in cell.split(";") if p] for cell in (near, far))
     paths = [folder / name for name in (anchor, *positives, *negatives)]
     if len(paths) == 2:
-        shape: dict[str, Any] = {"arch": "siamese", "different": not positives}
+        shape: dict[str, Any] = {"arch": "siamese", "negative": not positives}
     else:
         shape = {"arch": "set", "positives": len(positives)}
     return explain_files(model, paths, method=method, **shape, **options)
@@ -158,11 +158,11 @@ def test_several_rows_are_as_explained_alone(methods, table: Path, tmp_path: Pat
     ("method", "options"),
     [
         ("sam", {"weights": "signed", "layer": ("last", "norm")}),
-        ("sam", {"weights": "relative", "through_weights": True, "magnify": 1.5}),
+        ("sam", {"weights": "relative", "through_weights": True, "upscale": 1.5}),
         ("sam", {"cam": "layer_cam", "layer": "stem", "keep_negative": True, "scale": "shared"}),
         ("focus", {"layer": ("stem", "body", "last"), "matching": 1.0}),
         ("similarity_cam", {"score": "held", "layer": ("norm", "last")}),
-        ("similarity_cam", {"score": "dot", "magnify": 2}),
+        ("similarity_cam", {"score": "dot", "upscale": 2}),
         (SimilarityAttention(weights="relative"), {"layer": "body"}),
     ],
 )
@@ -175,7 +175,7 @@ def test_options_mean_what_they_mean_alone(
     result = explain_batch(model, table, tmp_path / "out", method=method, how=how, **options)
     assert result.work is not None
     assert result.work.shared
-    assert result.work.forwards == len(NAMES) * (2 if "magnify" in options else 1)
+    assert result.work.forwards == len(NAMES) * (2 if "upscale" in options else 1)
     for number, row in enumerate(ROWS):
         agree(result.explanation(number), one_by_one(model, table.parent, row, method, **options))
 
@@ -571,7 +571,7 @@ def stopped(table: Path, out: Path, **options: Any) -> None:
         ({"method": "focus"}, "method='the default'"),
         ({"layer": "body"}, "layer="),
         ({"weights": "signed"}, "option weights"),
-        ({"magnify": 2}, "magnify=1"),
+        ({"upscale": 2}, "upscale=1"),
         ({"scale": "shared"}, "scale='image'"),
         ({"how": BatchOptions(shard_rows=3)}, "shard_rows=2"),
         ({"how": BatchOptions(shard_rows=2, figures=True)}, "figures=False"),
@@ -722,7 +722,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
         ({"method": "nope"}, ComparisonError, "method to be one of"),
         ({"layer": "nope"}, ModelError, "no layer 'nope'"),
         ({"weights": "nope"}, ComparisonError, "weights to be one of"),
-        ({"magnify": 0}, ComparisonError, "magnify between"),
+        ({"upscale": 0}, ComparisonError, "upscale between"),
         ({"method": "avsl"}, ModelError, "Expected an AVSL model"),
         ({"method": "saliency", "layer": "body"}, ModelError, "takes no layer"),
         ({"scale": "huge"}, ComparisonError, "scale to be one of"),

@@ -72,7 +72,7 @@ def test_only_queries_lose_something(
             Image.fromarray(noisy).resize((64, 64)).save(folder / f"{vendor}.png")
     found = bench.measure(model, tmp_path, share=0.5, seeds=[0, 1])
     queries = read_dataset("folder", tmp_path, train_share=0.6, group="name").queries
-    plain = evaluate_retrieval(model, queries, ks=(1,), grouped=True)
+    plain = evaluate_retrieval(model, queries, ranks=(1,), grouped=True)
     assert found["whole"] == pytest.approx((100 * plain.recall[1], 100 * plain.map_at_r))
     assert set(found) == {"whole", "box 0", "box 1", "attended"}
     assert all(found[name][0] < found["whole"][0] for name in ("box 0", "box 1", "attended"))

@@ -102,7 +102,7 @@ def test_it_trains_measures_and_repeats_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tiny = {**bench.RUNS["plain ViT"], "steps": 2, "epochs": 1, "classes": 2}
+    tiny = {**bench.RUNS["plain ViT"], "batches_per_epoch": 2, "epochs": 1, "classes_per_batch": 2}
     monkeypatch.setattr(bench, "EVERY", 1)
     monkeypatch.setattr(bench, "RUNS", {"plain ViT": tiny})
     monkeypatch.setattr(

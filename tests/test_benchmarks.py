@@ -165,7 +165,7 @@ def test_the_maps_judged_are_those_of_explain(
         comparison = Comparison.triplet(queries, pictures, negatives)
     result = explain(
         model, comparison, layer=names if layers == "last x mid" else names[0],
-        magnify=magnify, weights=weights, through_weights=through,
+        upscale=magnify, weights=weights, through_weights=through,
     )  # fmt: skip
     expected = result.heatmaps[:, 1]
     heat = pointing.heatmaps(maps["category"], expected.shape[1:])

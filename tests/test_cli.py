@@ -114,12 +114,12 @@ def test_files_are_written(triplet: Run, folder: Path) -> None:
     ("arch", "count", "options", "roles"),
     [
         ("siamese", 2, (), ["positive"]),
-        ("siamese", 2, ("--different", "--weights", "paper"), ["negative"]),
+        ("siamese", 2, ("--negative", "--weights", "paper"), ["negative"]),
         ("quadruplet", 4, ("--layer", "layer3", "--layer", "layer4"),
          ["positive", "negative", "negative"]),
         (None, 2, ("--weights", "relative"), ["positive"]),
         (None, 3, ("--weights", "relative"), ["positive", "negative"]),
-        ("set", 4, ("--positives", "2", "--weights", "signed", "--magnify", "1.5"),
+        ("set", 4, ("--positives", "2", "--weights", "signed", "--upscale", "1.5"),
          ["positive", "positive", "negative"]),
     ],
 )  # fmt: skip
@@ -157,7 +157,7 @@ def test_text_output_of_every_arrangement(
     # Warnings go to the other stream, all of them and nothing else.
     assert "Warning" not in run.out
     assert run.err.splitlines() == [f"Warning: {warning}" for warning in said["warnings"]]
-    assert len(said["warnings"]) >= (1 if options[:1] == ("--different",) else 0)
+    assert len(said["warnings"]) >= (1 if options[:1] == ("--negative",) else 0)
 
 
 def test_default_folder_is_always_a_new_one(tmp_path: Path) -> None:
@@ -232,13 +232,13 @@ def test_large_picture(tmp_path: Path) -> None:
         assert drawn.size == (12_000, 9_000)
 
 
-def test_magnify_tells_how_far_embeddings_moved(tmp_path: Path) -> None:
+def test_upscale_tells_how_far_embeddings_moved(tmp_path: Path) -> None:
     run = simexplain(
-        "explain", NETWORK, *PICTURES[:2], "--arch", "siamese", *FAST, "--magnify", "2",
+        "explain", NETWORK, *PICTURES[:2], "--arch", "siamese", *FAST, "--upscale", "2",
         "--out", "out", cwd=tmp_path,
     )  # fmt: skip
     assert run.code == 0, run.err
-    (line,) = [line for line in run.out.splitlines() if line.startswith("magnifying moved")]
+    (line,) = [line for line in run.out.splitlines() if line.startswith("upscaling moved")]
     told = [float(value) for value in line.rpartition(" of ")[2].split(", ")]
     saved = json.loads((tmp_path / "out/explanation.json").read_text(encoding="utf-8"))
     assert told == pytest.approx(saved["comparisons"][0]["moved"], abs=1e-3)

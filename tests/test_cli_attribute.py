@@ -18,7 +18,17 @@ from PIL import Image
 from simexplain import AVSL, Attribution, load_model
 
 PICTURES = [DEMO / f"{role}.jpg" for role in ("anchor", "positive", "negative")]
-QUICK = ("--untrained", "--size", "64", "--nodes", "8", "--epochs", "2", "--steps", "2")
+QUICK = (
+    "--untrained",
+    "--size",
+    "64",
+    "--nodes-per-level",
+    "8",
+    "--epochs",
+    "2",
+    "--reliability-batches",
+    "2",
+)
 CONTRACT = {"schema", "distance", "residual", "levels", "nodes", "files", "versions"}
 
 
@@ -194,7 +204,7 @@ def test_bad_input_to_fit(here: Path, fails: Callable[..., str]) -> None:
     assert "--unlabelled" in fails("fit", *common, "flat")
     assert "at least two pictures" in fails("fit", *common, "flat", "--unlabelled")
     assert "layers of" in fails("fit", *common, "good", "--level", "layer9")
-    assert "nodes of at least 1" in fails("fit", *common, "good", "--nodes", "0")
+    assert "nodes of at least 1" in fails("fit", *common, "good", "--nodes-per-level", "0")
     assert "63 bits" in fails("fit", *common, "good", "--seed", "9" * 25)
     (here / "black").mkdir()
     for number in range(3):
@@ -213,7 +223,7 @@ def test_one_level_and_levels_of_one_node(here: Path, run: Callable[..., Run]) -
     done = run("attribute", "one.pt", "a.png", "b.jpg", "--decompose", "0:3", "--out", "out")
     assert done.code == 0, done.err
     assert "no lower node stands in for it" in done.out
-    done = run("fit", NETWORK, "good", "--out", "few.pt", *QUICK, "--nodes", "1")
+    done = run("fit", NETWORK, "good", "--out", "few.pt", *QUICK, "--nodes-per-level", "1")
     assert done.code == 0, done.err
     done = run("attribute", "few.pt", "a.png", "b.jpg")
     assert "has one node" in done.err
@@ -246,7 +256,7 @@ def test_a_network_without_a_name_is_refused_before_the_work(here: Path, fails) 
     classes(here / "good")
     program = torch.export.export(TinyNet().eval(), (torch.rand(1, 3, 64, 64),))
     torch.export.save(program, here / "tiny.pt2")
-    said = fails("fit", "tiny.pt2", "good", "--out", "avsl.pt", "--nodes", "8")
+    said = fails("fit", "tiny.pt2", "good", "--out", "avsl.pt", "--nodes-per-level", "8")
     assert "torchvision:NAME rebuilds, got a ExportedNetwork" in said
 
 

@@ -14,7 +14,7 @@ from simexplain_cli import recipes
 from test_comparing import CONTRACT
 
 PICTURES = [DEMO / f"{role}.jpg" for role in ("anchor", "positive", "negative")]
-TRIPLET = (NETWORK, *PICTURES, "--arch", "triplet", *FAST, "--steps", "2")
+TRIPLET = (NETWORK, *PICTURES, "--arch", "triplet", *FAST, "--curve-steps", "2")
 TWO = ("--method", "sam:weights=signed", "--method", "decomposition@layer3")
 
 
@@ -57,10 +57,10 @@ def test_json_is_pure_and_keeps_the_contract(run: Callable[..., Run], here: Path
 
 
 def test_a_set_and_a_dissimilar_pair(run: Callable[..., Run]) -> None:
-    pair = (NETWORK, *PICTURES[:2], "--arch", "siamese", "--different", *FAST, "--steps", "2")
+    pair = (NETWORK, *PICTURES[:2], "--arch", "siamese", "--negative", *FAST, "--curve-steps", "2")
     said = json.loads(run("compare", *pair, "--method", "sam", "--json").out)
     assert [image["role"] for image in said["images"]] == ["anchor", "negative"]
-    many = (NETWORK, *PICTURES, "--arch", "set", "--positives", "2", *FAST, "--steps", "2")
+    many = (NETWORK, *PICTURES, "--arch", "set", "--positives", "2", *FAST, "--curve-steps", "2")
     said = json.loads(run("compare", *many, "--method", "sam", "--json").out)
     assert [image["role"] for image in said["images"]] == ["anchor", "positive", "positive"]
 
@@ -73,7 +73,7 @@ def test_a_set_and_a_dissimilar_pair(run: Callable[..., Run]) -> None:
         (("--method", "sam:weights=heavy"), "heavy"),
         (("--method", "sam", "--method", "sam"), "once"),
         (("--mask", "m.png"), "each of 3"),
-        (("--steps", "0"), "--steps"),
+        (("--curve-steps", "0"), "--curve-steps"),
     ],
 )
 def test_usage_errors(fails: Callable[..., str], arguments: tuple[str, ...], said: str) -> None:

@@ -84,7 +84,7 @@ def test_an_empty_name_in_python(here: Path, read: Callable[[], object]) -> None
         ("quadruplet", 5, (), "4 images for quadruplet"),
         ("set", 3, ("--positives", "3"), "positive"),
         ("set", 3, ("--positives", "-1"), "positive"),
-        ("triplet", 3, ("--different",), "siamese"),
+        ("triplet", 3, ("--negative",), "siamese"),
     ],
 )
 def test_wrong_number_of_images(
@@ -101,8 +101,8 @@ def test_wrong_number_of_images(
         (("--layer", "layer9"), "did you mean layer"),
         (("--layer", "fc"), "layer"),
         (("--layer", "layer4", "--layer", "layer4"), "different layers"),
-        (("--magnify", "0"), "magnify"),
-        (("--magnify", "nan"), "magnify"),
+        (("--upscale", "0"), "upscale"),
+        (("--upscale", "nan"), "upscale"),
         (("--cam", "grad_cam", "--cam", "layer_cam"), "cam"),
         (("--out", "a.png"), "is a file"),
         (("--out", "a.png/below"), "cannot be written"),
@@ -219,7 +219,7 @@ def test_interrupt(here: Path, seconds: float) -> None:
     # Enlarged so much, it runs far longer than it is given.
     done = interrupted(
         "explain", NETWORK, "a.png", "b.jpg", *PAIR, "--untrained", "--size", "224",
-        "--magnify", "12", "--out", "out", cwd=here, seconds=seconds,
+        "--upscale", "12", "--out", "out", cwd=here, seconds=seconds,
     )  # fmt: skip
     assert (done.code, done.out) == (130, "")
     assert done.err.strip() == "Error: Interrupted; nothing was written."

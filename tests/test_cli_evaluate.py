@@ -11,7 +11,7 @@ from cli_runs import FAST, NETWORK, Run
 from pictures import noise
 from test_comparing import classes, table
 
-TWO = ("--method", "sam:weights=relative", "--method", "decomposition", "--steps", "2")
+TWO = ("--method", "sam:weights=relative", "--method", "decomposition", "--curve-steps", "2")
 START = ("evaluate", "faithfulness", NETWORK)
 
 
@@ -40,7 +40,7 @@ def test_from_a_table_with_a_broken_picture(run: Callable[..., Run], here: Path)
 def test_from_a_folder_as_json(run: Callable[..., Run], here: Path) -> None:
     folder = classes(here / "data")
     arguments = (folder, *FAST, *TWO, "--comparisons", "3", "--arch", "siamese", "--seed", "5")
-    result = run(*START, *arguments, "--json", "--control", "random", "--level", "0.9")
+    result = run(*START, *arguments, "--json", "--control", "random", "--confidence", "0.9")
     assert result.code == 0, result.err
     said = json.loads(result.out)
     assert said["schema"] == 1
@@ -50,7 +50,7 @@ def test_from_a_folder_as_json(run: Callable[..., Run], here: Path) -> None:
     assert said["methods"]["decomposition"]["intervals"]["pointing"]["count"] == 3
     assert said["files"] == {}
     assert result.err == ""
-    again = run(*START, *arguments, "--json", "--control", "random", "--level", "0.9")
+    again = run(*START, *arguments, "--json", "--control", "random", "--confidence", "0.9")
     one, two = (
         {name: m["values"] for name, m in json.loads(text)["methods"].items()}
         for text in (result.out, again.out)
@@ -86,7 +86,7 @@ def test_errors_are_one_line_and_nothing_is_written(fails: Callable[..., str], h
         (("--method", "smo"), "methods of sam"),
         (("--comparisons", "0"), "--comparisons"),
         (("--control", "edges"), "--control"),
-        (("--level", "2"), "--level"),
+        (("--confidence", "2"), "--confidence"),
     ],
 )
 def test_usage_errors(

@@ -91,13 +91,13 @@ def test_what_is_there_stays_unless_forced(
 ) -> None:
     assert run("match", *QUICK, "--out", "x").code == 0
     assert "matching.json' is there already" in fails("match", *QUICK, "--out", "x")
-    done = run("match", *QUICK, "--out", "x", "--force", "--style", "zhu")
+    done = run("match", *QUICK, "--out", "x", "--force", "--formula", "zhu")
     assert done.code == 0
     assert "Warning: Style zhu leaves biases out" in done.err
 
 
 def test_tails_that_are_not_linear_are_told(run: Callable[..., Run], here: Path) -> None:
-    done = run("match", *QUICK, "--layer", "layer4.0.act1", "--steps", "2", "--json")
+    done = run("match", *QUICK, "--layer", "layer4.0.act1", "--jacobians", "2", "--json")
     assert done.code == 0
     said = json.loads(done.out)
     assert said["layer"] == "layer4.0.act1"
@@ -110,12 +110,12 @@ def test_tails_that_are_not_linear_are_told(run: Callable[..., Run], here: Path)
         (("--at", "3"), "such as 120,85", 2),
         (("--at", "3,4,5"), "such as 120,85", 2),
         (("--score", "l2"), "--score", 2),
-        (("--steps", "0"), "--steps", 2),
+        (("--jacobians", "0"), "--jacobians", 2),
         (("--top", "-1"), "--top", 2),
         (("--at", "2,20"), "that the network saw", 1),
         (("--at", "nan,20"), "that the network saw", 1),
         (("--layer", "nowhere"), "no layer 'nowhere'", 1),
-        (("--score", "squared", "--style", "zhu"), "has no distances", 1),
+        (("--score", "squared", "--formula", "zhu"), "has no distances", 1),
     ],
 )
 def test_bad_options_are_refused_in_a_sentence(

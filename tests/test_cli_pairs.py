@@ -152,7 +152,7 @@ def test_what_cannot_be_is_one_sentence(
     saved(Words(), here / "words.pt", exported=False)
     two = ("a.png", "b.jpg", "--arch", "siamese")
     assert "pairs of images" in fails("explain", path, "a.png", "--text", "a bag", code=2)
-    assert "no --magnify" in fails("explain", path, *two, "--magnify", "2")
+    assert "no --upscale" in fails("explain", path, *two, "--upscale", "2")
     assert "no --sweep" in fails("explain", path, *two, "--sweep")
     assert "explain them pair by pair" in fails(
         "explain", path, "a.png", "b.jpg", "a.png", "--arch", "triplet"

@@ -27,7 +27,7 @@ def test_a_folder_with_a_broken_picture_and_a_class_of_one(
 ) -> None:
     data = folder(here / "data", {"a": 3, "b": 2, "c": 1})
     (data / "a" / "broken.jpg").write_text("no picture", encoding="utf-8")
-    result = run(*START, data, *FAST, "--k", "1", "--k", "100", "--out", "scores")
+    result = run(*START, data, *FAST, "--ranks", "1,100", "--out", "scores")
     assert result.code == 0, result.err
     lines = result.out.splitlines()
     assert lines[0] == "timm:resnet18, all: 5 queries, searched among themselves"
@@ -40,8 +40,8 @@ def test_a_folder_with_a_broken_picture_and_a_class_of_one(
     assert "broken.jpg" in warnings[1]
     assert len(warnings) == 2
     said = json.loads((here / "scores" / "retrieval.json").read_text(encoding="utf-8"))
-    assert (said["queries"], said["left_out"], said["gallery"]) == (5, 1, 6)
-    assert list(said["broken"]) == [str(data / "a" / "broken.jpg")]
+    assert (said["queries"], said["skipped"], said["gallery"]) == (5, 1, 6)
+    assert list(said["errors"]) == [str(data / "a" / "broken.jpg")]
 
 
 def test_the_zero_shot_split_with_groups_as_json(run: Callable[..., Run], here: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_table_with_its_own_groups(run: Callable[..., Run], here: Path) -> Non
     options = ("--kind", "csv", "--json", *FAST)
     assert json.loads(run(*START, data / "table.csv", *options).out)["queries"] == 4
     said = json.loads(run(*START, data / "table.csv", *options, "--group", "own").out)
-    assert (said["queries"], said["left_out"]) == (2, 2)  # both of b are of one group
+    assert (said["queries"], said["skipped"]) == (2, 2)  # both of b are of one group
 
 
 def test_errors_are_one_line_and_nothing_is_written(fails: Callable[..., str], here: Path) -> None:
@@ -124,7 +124,7 @@ def test_errors_are_one_line_and_nothing_is_written(fails: Callable[..., str], h
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--k", "0"), "--k"),
+        (("--ranks", "0"), "--ranks"),
         (("--split", "half"), "--split"),
         (("--train-share", "1"), "--train-share"),
         (("--kind", "imagenet"), "--kind"),

@@ -115,7 +115,7 @@ def test_a_region_and_its_mask_give_boxes(made: Path, run: Callable[..., Run]) -
     mask = Image.new("L", (60, 40))
     mask.paste(255, (10, 5, 40, 25))
     mask.save("mask.png")
-    masked = run("search", *QUICK, "--mask", "mask.png", "--json")
+    masked = run("search", *QUICK, "--region-mask", "mask.png", "--json")
     assert [hit["path"] for hit in json.loads(masked.out)["hits"]] == [
         hit["path"] for hit in said["hits"]
     ]
@@ -151,8 +151,8 @@ def test_moved_pictures_are_found_by_root(made: Path, run: Callable[..., Run]) -
         ((NETWORK, "a.png", "a.png", *FAST), "no index of a gallery"),
         ((*QUICK, "-k", "7"), "k between 1 and the 6 pictures"),
         ((*QUICK, "--region", "50,5,30,20"), "inside the picture of 60 x 40"),
-        ((*QUICK, "--mask", "b.jpg"), "size of its picture"),
-        ((*QUICK, "--mask", "missing.png"), "missing.png"),
+        ((*QUICK, "--region-mask", "b.jpg"), "size of its picture"),
+        ((*QUICK, "--region-mask", "missing.png"), "missing.png"),
         (("timm:resnet10t", "a.png", "gallery.index", *FAST), "other weights"),
         ((*QUICK, "--size", "96"), "size 64x64"),
         ((*QUICK, "--root", "missing"), "no folder 'missing'"),
@@ -169,7 +169,7 @@ def test_what_is_wrong_is_told_in_a_line(
 def test_usage_is_told(made: Path, fails: Callable[..., str]) -> None:
     assert "such as 40,60,120,90" in fails("search", *QUICK, "--region", "1,2,3", code=2)
     assert "exclude each other" in fails(
-        "search", *QUICK, "--region", "1,2,3,4", "--mask", "a.png", code=2
+        "search", *QUICK, "--region", "1,2,3,4", "--region-mask", "a.png", code=2
     )
     assert "-k" in fails("search", *QUICK, "-k", "0", code=2)
 

@@ -16,8 +16,8 @@ from simexplain import Segmentation, load_model, segment_files
 
 QUICK = (NETWORK, "a.png", "b.jpg", *FAST)
 CONTRACT = {
-    "schema", "by", "method", "model", "layers", "test", "supports", "others", "share", "box",
-    "options", "warnings", "files", "versions",
+    "schema", "by", "refine", "method", "model", "layers", "test", "supports", "others", "share",
+    "box", "options", "warnings", "files", "versions",
 }  # fmt: skip
 
 
@@ -70,13 +70,13 @@ def test_the_files_are_what_python_gives_in_another_process(work: Path) -> None:
 
 def test_options_arrive(run: Callable[..., Run]) -> None:
     done = run("segment", *QUICK, "--other", "whole.jpg", "--method",
-               "sam:weights=signed", "--anchor", "support", "--by", "box", "--sure", "0.7",
+               "sam:weights=signed", "--anchor", "support", "--refine", "box", "--sure", "0.7",
                "--probable", "0.4", "--background", "0.2", "--iterations", "2", "--longest", "32",
                "--view", "model", "--json")  # fmt: skip
     assert done.code == 0, done.err
     said = json.loads(done.out)
     options = said["options"]
-    assert (said["method"], said["by"]) == ("sam", "box")
+    assert (said["method"], said["refine"]) == ("sam", "box")
     assert options["weights"] == "signed"
     assert options["cue"] == {"sure": 0.7, "probable": 0.4, "background": 0.2}
     assert options["cut"] == {"iterations": 2, "seed": 0, "longest": 32}
@@ -107,10 +107,10 @@ def test_bad_input_is_told_in_a_line(fails: Callable[..., str]) -> None:
         (("a.png", "b.jpg", "--support-mask", "a.png", "--support-mask", "a.png"), 1, "a mask for"),
         (("a.png", "b.jpg", "--method", "sum"), 2, "method"),
         (("a.png", "b.jpg", "--method", "sam:weights=none"), 1, "weights"),
-        (("a.png", "b.jpg", "--by", "snake"), 2, "snake"),
+        (("a.png", "b.jpg", "--refine", "snake"), 2, "snake"),
         (("a.png", "b.jpg", "--sure", "0.1", "--probable", "0.4"), 1, "thresholds"),
         (("a.png", "b.jpg", "--background", "2"), 2, "background"),
-        (("a.png", "b.jpg", "--several", "together", "--anchor", "support"), 1, "one anchor"),
+        (("a.png", "b.jpg", "--aggregate", "together", "--anchor", "support"), 1, "one anchor"),
         (("a.png", "b.jpg", "--out", "a.png"), 1, "is a file"),
     ):
         assert said in fails("segment", NETWORK, *arguments, *FAST, code=code)

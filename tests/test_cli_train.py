@@ -25,8 +25,9 @@ from simexplain.training.options import TrainOptions
 from simexplain.training.recipes import RECIPES
 
 QUICK = (
-    "--backbone", "timm:test_efficientnet", "--no-pretrained", "--size", "32", "--embedding", "12",
-    "--classes", "4", "--each", "2", "--accelerator", "cpu", "--watch", "0",
+    "--backbone", "timm:test_efficientnet", "--untrained", "--size", "32", "--embedding", "12",
+    "--classes-per-batch", "4", "--images-per-class", "2", "--accelerator", "cpu",
+    "--attention-triplets", "0",
 )  # fmt: skip
 
 
@@ -36,7 +37,7 @@ def data(here: Path) -> Path:
 
 
 def test_one_line_trains_and_explain_takes_the_model(run: Callable[..., Run], data: Path) -> None:
-    result = run("train", "data", "--out", "run", *QUICK, "--epochs", "2", "--ks", "1,2")
+    result = run("train", "data", "--out", "run", *QUICK, "--epochs", "2", "--ranks", "1,2")
     assert result.code == 0, result.err
     assert result.err == ""
     lines = result.out.splitlines()
@@ -110,7 +111,7 @@ def test_bad_data_are_told_at_once_and_nothing_is_written(
     (data / "class00" / "0.png").write_text("no picture", encoding="utf-8")
     for place in (1, 2, 3):
         (data / "class01" / f"{place}.png").unlink()
-    said = fails("train", "data", "--out", "run", *QUICK, "--classes", "7")
+    said = fails("train", "data", "--out", "run", *QUICK, "--classes-per-batch", "7")
     for part in ("class00/0.png", "class01", "4 classes"):
         assert part in said
 
@@ -122,8 +123,8 @@ def test_bad_data_are_told_at_once_and_nothing_is_written(
         (("data", "--out", "run", "--resume"), 1, "leave --resume away"),
         (("data", "--out", "run", "--resume", "--force"), 2, "say one of them"),
         (("none", "--out", "run"), 1, "check the path"),
-        (("data", "--out", "run", "--classes", "1"), 1, "at least two classes"),
-        (("data", "--out", "run", "--ks", "one"), 2, "expected numbers"),
+        (("data", "--out", "run", "--classes-per-batch", "1"), 1, "at least two classes"),
+        (("data", "--out", "run", "--ranks", "one"), 2, "expected numbers"),
         (("data", "--out", "run", "--loss-option", "margin"), 2, "expected NAME=VALUE"),
         (("data", "--out", "run", "--loss-option", "margn=1"), 1, "margn"),
         (("data", "--out", "run", "--level", "none", "--avsl", "--loss", "margin"), 1, "levels"),
@@ -194,7 +195,7 @@ def test_an_interrupted_replacement_leaves_and_names_no_run(
 
 
 def test_how_data_are_read_needs_not_be_said_again(run: Callable[..., Run], data: Path) -> None:
-    more = ("--train-share", "0.75", "--group", "name", "--grouped", "--classes", "6")
+    more = ("--train-share", "0.75", "--group", "name", "--grouped", "--classes-per-batch", "6")
     begun = run("train", "data", "--out", "run", *QUICK, *more, "--epochs", "1")
     assert begun.code == 0, begun.err
     again = run("train", "data", "--out", "run", "--resume", "--epochs", "2")

@@ -98,8 +98,8 @@ def test_every_number_is_that_of_the_method_alone(tiny, triplet) -> None:
 
 
 def test_together_there_is_one_score_for_all_images(tiny, triplet) -> None:
-    found = compare_methods(tiny, triplet, ["sam"], steps=3, masking="together")
-    scores = faithfulness(tiny, triplet, explain(tiny, triplet), steps=3, masking="together")
+    found = compare_methods(tiny, triplet, ["sam"], steps=3, perturb="joint")
+    scores = faithfulness(tiny, triplet, explain(tiny, triplet), steps=3, perturb="joint")
     assert found["sam"].scores["gain"] == pytest.approx(scores.gain[0].tolist())
     assert len(found["sam"].scores["gain"]) == 1
     assert png_of(found.figure())
@@ -107,9 +107,9 @@ def test_together_there_is_one_score_for_all_images(tiny, triplet) -> None:
 
 def test_files_are_explained_as_explain_files_does(named, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
-    found = compare_files(named, paths, "triplet", ["sam", "sam:magnify=2"], masks=masks, steps=2)
-    for method, magnify in zip(found.methods, (1, 2), strict=True):
-        own = explain_files(named, paths, "triplet", magnify=magnify)
+    found = compare_files(named, paths, "triplet", ["sam", "sam:upscale=2"], masks=masks, steps=2)
+    for method, upscale in zip(found.methods, (1, 2), strict=True):
+        own = explain_files(named, paths, "triplet", upscale=upscale)
         assert torch.allclose(method.explanation.maps, own.maps, atol=1e-6)
         assert method.explanation.peaks() == own.peaks()
 
@@ -188,8 +188,8 @@ def test_an_error_of_torch_skips_a_method_and_none_left_is_an_error(tiny, triple
 def test_methods_from_text() -> None:
     assert recipe_from("sam") == ("sam", None, {})
     assert recipe_from("sam@a.0") == ("sam", "a.0", {})
-    text = "occlusion:window=0.5,stride=1e-1,fill=mean,keep_negative=false,magnify=2"
-    options = {"window": 0.5, "stride": 0.1, "fill": "mean", "keep_negative": False, "magnify": 2}
+    text = "occlusion:window=0.5,stride=1e-1,fill=mean,keep_negative=false,upscale=2"
+    options = {"window": 0.5, "stride": 0.1, "fill": "mean", "keep_negative": False, "upscale": 2}
     assert recipe_from(text) == ("occlusion", None, options)
     assert recipe_from("sam@a+b:weights=signed") == ("sam", ("a", "b"), {"weights": "signed"})
     assert {"sam", "focus", "decomposition"} <= set(quick_methods()) <= set(METHODS)
@@ -224,8 +224,8 @@ def test_images_and_settings_that_do_not_fit_are_refused(tiny, triplet, images) 
     for masks in ([None], [torch.ones(24, 32), None, None], [torch.ones(4, 4) > 0, None, None]):
         with pytest.raises(ComparisonError, match="boolean mask"):
             compare_methods(tiny, triplet, masks=masks)
-    for wrong in ({"masking": "both"}, {"baseline": "red"}, {"steps": 0}):
-        with pytest.raises(ComparisonError, match="masking of each"):
+    for wrong in ({"perturb": "both"}, {"baseline": "red"}, {"steps": 0}):
+        with pytest.raises(ComparisonError, match="perturb of single"):
             compare_methods(tiny, triplet, ["sam"], **wrong)
 
 
@@ -316,7 +316,7 @@ def same(one: object, other: object) -> bool:
 
 def test_a_saved_comparison_is_the_same_after_loading(named, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
-    texts = [*TEXTS, "sam@last+act:magnify=2,cam=layer_cam", "sam@no_layer"]
+    texts = [*TEXTS, "sam@last+act:upscale=2,cam=layer_cam", "sam@no_layer"]
     before = compare_files(named, paths, "triplet", texts, masks=masks, steps=2)
     files = before.save(tmp_path / "out")
     after = MethodComparison.load(tmp_path / "out")

@@ -56,19 +56,19 @@ def triplet(images: Tensor) -> Comparison:
     return Comparison.triplet(*images[:3, None])
 
 
-@pytest.mark.parametrize("magnify", [1, 2])
+@pytest.mark.parametrize("upscale", [1, 2])
 def test_both_rows_are_what_each_method_gives_alone(
-    tiny: TinyNet, images: Tensor, magnify: int
+    tiny: TinyNet, images: Tensor, upscale: int
 ) -> None:
     comparison = Comparison.triplet(images[:2], images[2:4], images[4:])
-    both = explain(tiny, comparison, magnify=magnify)
+    both = explain(tiny, comparison, upscale=upscale)
     assert [row.method for row in both.rows] == ["sam", "focus"]
     assert [row.title for row in both.rows] == [
         "similarity attention, as published",
         "where the match is",
     ]
     for row in both.rows:
-        alone = explain(tiny, comparison, row.method, magnify=magnify, check=False)
+        alone = explain(tiny, comparison, row.method, upscale=upscale, check=False)
         for name in ("maps", "scores", "weights", "embeddings", "distances"):
             assert torch.equal(getattr(row, name), getattr(alone, name)), name
         assert row.layers == alone.layers

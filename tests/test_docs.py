@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ import pytest
 from simexplain_cli.main import COMMANDS, cli
 
 import simexplain
+from simexplain.renaming import RENAMED_OPTIONS
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "simexplain" / "data" / "demo"
@@ -60,6 +62,52 @@ def test_every_command_and_its_options_are_in_the_reference(site: Path) -> None:
             if isinstance(option, click.Option):
                 assert option.opts[0] in page, f"{name} {option.opts[0]}"
     assert "Sentinel" not in page
+
+
+def test_examples_of_commands_are_printed_line_by_line(site: Path) -> None:
+    page = (site / "commands.html").read_text(encoding="utf-8")
+    printed = [text for part in re.findall(r"<pre>.*?</pre>", page, re.S) for text in [part]]
+    lines = {
+        html.unescape(re.sub(r"<[^>]+>", "", line))
+        for part in printed
+        for line in part.splitlines()
+    }
+    context = click.Context(cli)
+    examples = [
+        line.strip()
+        for name in COMMANDS
+        for line in (cli.get_command(context, name).help or "").splitlines()
+        if line.startswith("  simexplain ")
+    ]
+    assert len(examples) > 20
+    for example in examples:
+        assert example in lines, example
+
+
+def test_options_with_new_names_are_listed(site: Path) -> None:
+    page = text_of(site / "commands.html")
+    for old, new in RENAMED_OPTIONS.items():
+        if old not in ("broken", "left_out"):
+            assert f"--{old.replace('_', '-')}" in page, old
+            for name in new:
+                assert f"--{name.replace('_', '-')}" in page, name
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_search_works_on_pages_opened_as_files(site: Path) -> None:
+    wanted = {
+        "hugging face": "models.html", "clip": "models.html", "dino": "models.html",
+        "which method": "which-method.html", "map is empty": "empty-maps.html",
+        "completion": "commands.html", "--negative": "commands.html",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["node", Path(__file__).with_name("offline_search.js"), site, *wanted],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for words, page in wanted.items():
+        assert any(place.partition("#")[0] == page for place in found[words]), words
 
 
 def test_every_public_name_is_in_the_api_pages(site: Path) -> None:

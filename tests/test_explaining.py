@@ -201,9 +201,9 @@ def test_heatmaps_are_scaled_by_the_true_maximum(tiny: TinyNet, triplet: Compari
     torch.testing.assert_close(shared.heatmaps[0], grown[0] / grown[0].max())
 
 
-def test_magnify_reports_how_far_embeddings_moved(tiny: TinyNet, triplet: Comparison) -> None:
+def test_upscale_reports_how_far_embeddings_moved(tiny: TinyNet, triplet: Comparison) -> None:
     plain = explain(tiny, triplet, layer="last")
-    result = explain(tiny, triplet, layer="last", magnify=2)
+    result = explain(tiny, triplet, layer="last", upscale=2)
     assert result.maps.shape[-2:] == (12, 16)
     torch.testing.assert_close(result.distances, plain.distances)
     torch.testing.assert_close(result.embeddings, plain.embeddings)
@@ -224,17 +224,17 @@ class OwnLayers(SimilarityAttention):
 
     def layers_for(self, model: SimilarityModel, images: Tensor) -> tuple[str, ...] | None:
         assert {layer.name for layer in model.layers_for(images)} >= {"act", "last"}
-        assert images.shape[-2:] == (48, 64), "the images as magnified"
+        assert images.shape[-2:] == (48, 64), "the images as upscaled"
         return self.wanted
 
 
 def test_a_method_may_name_its_own_layers(tiny: TinyNet, triplet: Comparison) -> None:
-    found = explain(tiny, triplet, OwnLayers(), magnify=2)
+    found = explain(tiny, triplet, OwnLayers(), upscale=2)
     assert found.layers == ("act", "last")
-    asked = explain(tiny, triplet, layer=["act", "last"], magnify=2)
+    asked = explain(tiny, triplet, layer=["act", "last"], upscale=2)
     assert torch.equal(found.maps, asked.maps)
-    assert explain(tiny, triplet, OwnLayers(), "body", magnify=2).layers == ("body",)
-    assert explain(tiny, triplet, OwnLayers(wanted=None), magnify=2).layers == ("last",)
+    assert explain(tiny, triplet, OwnLayers(), "body", upscale=2).layers == ("body",)
+    assert explain(tiny, triplet, OwnLayers(wanted=None), upscale=2).layers == ("last",)
 
 
 def test_several_layers_and_their_formulas(tiny: TinyNet, triplet: Comparison) -> None:
@@ -267,7 +267,7 @@ def test_flat_published_weights_are_said_and_repaired(images: Tensor) -> None:
         ({"weights": "best"}, ComparisonError, "paper, relative, signed"),
         ({"cam": "score_cam"}, ComparisonError, "one of grad_cam"),
         ({"wights": "paper"}, ComparisonError, "has the options"),
-        ({"magnify": 0}, ComparisonError, "between 0 and 16"),
+        ({"upscale": 0}, ComparisonError, "between 0 and 16"),
         ({"scale": "log"}, ComparisonError, "one of image, shared"),
         ({"layer": []}, ModelError, "one or more different layers"),
         ({"layer": ["last", "last"]}, ModelError, "one or more different layers"),
@@ -333,14 +333,14 @@ def test_a_sweep_shows_every_layer_and_their_product(tiny: TinyNet, triplet: Com
     torch.testing.assert_close(swept.drawn(swept.layer_maps["last"]), alone.heatmaps)
 
 
-def test_magnifying_a_network_of_fixed_size_is_a_clear_error(triplet: Comparison) -> None:
+def test_upscaling_a_network_of_fixed_size_is_a_clear_error(triplet: Comparison) -> None:
     class Fixed(TinyNet):
         def forward(self, images: Tensor) -> Tensor:
             assert images.shape[-1] == 32, "only 32 pixels wide"
             return super().forward(images)
 
-    with pytest.raises(ModelError, match=r"48x64, which magnify=2 asks for.*only 32 pixels wide"):
-        explain(Fixed().eval(), triplet, magnify=2)
+    with pytest.raises(ModelError, match=r"48x64, which upscale=2 asks for.*only 32 pixels wide"):
+        explain(Fixed().eval(), triplet, upscale=2)
 
 
 @pytest.mark.parametrize("scale", ["image", "shared"])

@@ -62,14 +62,14 @@ def corner_maps(comparison: Comparison, generator: torch.Generator | None = None
 
 
 @pytest.mark.parametrize(
-    ("masking", "baseline"),
-    [("each", "blur"), ("each", "mean"), ("each", "black"), ("together", "blur"),
-     ("together", "mean")],
+    ("perturb", "baseline"),
+    [("single", "blur"), ("single", "mean"), ("single", "black"), ("joint", "blur"),
+     ("joint", "mean")],
 )  # fmt: skip
-def test_the_true_map_is_more_faithful_than_random_ones(masking: str, baseline: str) -> None:
+def test_the_true_map_is_more_faithful_than_random_ones(perturb: str, baseline: str) -> None:
     whole = coloured()
     pair = Comparison.pair(whole.anchor, whole.positives[:, 0])
-    options = {"masking": masking, "baseline": baseline, "steps": 12}
+    options = {"perturb": perturb, "baseline": baseline, "steps": 12}
     for comparison in (whole, pair):
         true = faithfulness(Corner(), comparison, corner_maps(comparison), **options)
         generator = torch.Generator().manual_seed(0)
@@ -79,7 +79,7 @@ def test_the_true_map_is_more_faithful_than_random_ones(masking: str, baseline: 
             )
             assert bool((true.gain[:, :2] > random.gain[:, :2]).all())
             assert torch.equal(true.whole, random.whole)
-    assert true.roles == (("all",) if masking == "together" else ("anchor", "positive"))
+    assert true.roles == (("all",) if perturb == "joint" else ("anchor", "positive"))
 
 
 def test_scores_are_those_of_held_directions_and_of_the_margin() -> None:
@@ -89,7 +89,7 @@ def test_scores_are_those_of_held_directions_and_of_the_margin() -> None:
     each = faithfulness(model, comparison, corner_maps(comparison), steps=2)
     expected = torch.stack((anchor @ (near - far), near @ anchor, -far @ anchor))
     assert torch.allclose(each.whole[0], expected.double(), atol=1e-6)
-    joint = faithfulness(model, comparison, corner_maps(comparison), steps=2, masking="together")
+    joint = faithfulness(model, comparison, corner_maps(comparison), steps=2, perturb="joint")
     assert float(joint.whole) == pytest.approx(float(anchor @ near - anchor @ far), abs=1e-6)
 
 
@@ -97,7 +97,7 @@ def test_two_black_pictures_are_alike_so_there_is_nothing_to_lose() -> None:
     whole = coloured()
     pair = Comparison.pair(whole.anchor, whole.positives[:, 0])
     found = faithfulness(
-        Corner(), pair, corner_maps(pair), masking="together", baseline="black", steps=4
+        Corner(), pair, corner_maps(pair), perturb="joint", baseline="black", steps=4
     )
     assert float(found.empty) == pytest.approx(1)
     assert math.isnan(found.deletion)
@@ -116,24 +116,24 @@ def test_areas_of_a_corner_are_known() -> None:
     assert found.insertion[0].tolist() == pytest.approx([7.5 / 8] * 2, abs=1e-6)
 
 
-@pytest.mark.parametrize("masking", ["each", "together"])
-def test_areas_are_undefined_where_covering_costs_little(masking: str, tiny, images) -> None:
-    images = images[[0, 2, 1]] if masking == "together" else images  # whose margin falls
+@pytest.mark.parametrize("perturb", ["single", "joint"])
+def test_areas_are_undefined_where_covering_costs_little(perturb: str, tiny, images) -> None:
+    images = images[[0, 2, 1]] if perturb == "joint" else images  # whose margin falls
     comparison = Comparison.triplet(images[:1], images[1:2], images[2:3])
     maps = torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(0))
     rows = [nn.functional.normalize(tiny(x[None]), dim=1)[0].detach() for x in images[:3]]
     sizes = torch.tensor([float((rows[1] - rows[2]).norm()), 1.0, 1.0])  # of the directions
-    sizes = sizes[:1] if masking == "together" else sizes
-    free = faithfulness(tiny, comparison, maps, masking=masking, steps=3, least=0)
+    sizes = sizes[:1] if perturb == "joint" else sizes
+    free = faithfulness(tiny, comparison, maps, perturb=perturb, steps=3, least=0)
     costs = (free.whole - free.empty)[0] / sizes
     assert float(costs.max()) > 0
     limit = float(costs.max()) * 0.999
-    kept = faithfulness(tiny, comparison, maps, masking=masking, steps=3, least=limit)
+    kept = faithfulness(tiny, comparison, maps, perturb=perturb, steps=3, least=limit)
     assert kept.settings["least"] == limit
     assert torch.equal(kept.deletion[0].isfinite(), costs == costs.max())
     assert torch.equal(kept.insertion.isfinite(), kept.deletion.isfinite())
     assert torch.equal(kept.gain, free.gain)
-    none = faithfulness(tiny, comparison, maps, masking=masking, steps=3, least=limit * 1.01)
+    none = faithfulness(tiny, comparison, maps, perturb=perturb, steps=3, least=limit * 1.01)
     assert bool(none.deletion.isnan().all())
     with pytest.raises(ComparisonError, match="least between 0 and 1"):
         faithfulness(tiny, comparison, maps, least=2)
@@ -161,8 +161,8 @@ def test_results_do_not_depend_on_max_batch_and_take_explanations(tiny, images) 
     comparison = Comparison.triplet(images[:2], images[2:4], images[4:])
     found = explain(tiny, comparison, layer="last")
     whole = faithfulness(tiny, comparison, found, steps=5)
-    for masking in ("each", "together"):
-        options = {"steps": 5, "masking": masking}
+    for perturb in ("single", "joint"):
+        options = {"steps": 5, "perturb": perturb}
         one = faithfulness(tiny, comparison, found.maps, **options)
         other = faithfulness(tiny, comparison, found, max_batch=1, **options)
         assert torch.allclose(one.raw_deletion, other.raw_deletion, atol=1e-6)
@@ -183,8 +183,8 @@ def test_what_does_not_fit_is_refused(tiny, images) -> None:
     comparison = Comparison.pair(images[:1], images[1:2])
     with pytest.raises(ComparisonError, match=r"maps \(1,2,h,w\)"):
         faithfulness(tiny, comparison, torch.rand(1, 3, 4, 4))
-    with pytest.raises(ComparisonError, match="each, together"):
-        faithfulness(tiny, comparison, torch.rand(1, 2, 4, 4), masking="both")
+    with pytest.raises(ComparisonError, match="single, joint"):
+        faithfulness(tiny, comparison, torch.rand(1, 2, 4, 4), perturb="both")
 
 
 class Touched:
@@ -297,7 +297,7 @@ def test_methods_are_ranked_on_a_data_set(model, tmp_path: Path) -> None:
     assert 0 < spent < found.seconds
     assert f"all of it took {cost(found.seconds)} s" in str(found)
     assert found.to_json()["seconds"] == found.seconds
-    assert not found.broken
+    assert not found.errors
     gap = found.difference("inside", "outside")
     assert gap.low > 0
     assert gap.count == 3
@@ -351,8 +351,8 @@ def test_broken_items_are_told_and_do_not_stop_the_rest(model, tmp_path: Path) -
         model, [(missing,), (paths,)],
         {**RECIPES, "bad": ("sam", "no_layer", {})}, steps=2,
     )  # fmt: skip
-    assert set(found.broken) == {"item 0", "item 1, bad"}
-    assert "none.png" in found.broken["item 0"]
+    assert set(found.errors) == {"item 0", "item 1, bad"}
+    assert "none.png" in found.errors["item 0"]
     assert [len(s.values["gain"]) for s in found.methods.values()] == [2, 2, 2, 2]
     assert math.isnan(found.methods["inside"].values["gain"][0])
     assert found.methods["bad"].intervals["gain"].count == 0
@@ -438,7 +438,7 @@ def test_a_network_that_is_dead_after_forgetting_is_told(images) -> None:
 
     model, comparison = Dead(), Comparison.pair(images[:1], images[1:2])
     found = sanity_check(model, comparison, "sam", "keep")
-    assert list(found.broken) == ["1"]
+    assert list(found.errors) == ["1"]
     assert bool(found.agreement["cosine"][1].isnan().all())
     assert torch.equal(model.keep.weight[:, :, 0, 0], torch.eye(3))
 

@@ -141,10 +141,10 @@ def test_the_model_and_the_images_are_left_as_they_were(tiny: TinyNet, clips: li
     assert all(torch.equal(value, state[name]) for name, value in tiny.state_dict().items())
 
 
-def test_sets_against_a_given_vector_and_magnified(tiny: TinyNet, clips: list[Tensor]) -> None:
+def test_sets_against_a_given_vector_and_upscaled(tiny: TinyNet, clips: list[Tensor]) -> None:
     vector = F.normalize(torch.randn(10, generator=torch.Generator().manual_seed(2)), dim=0)
     comparison = Comparison(clips[0][None], vector[None, None], vector[None, None][:, :0])
-    result = explain(tiny, comparison, "similarity_cam", magnify=2)
+    result = explain(tiny, comparison, "similarity_cam", upscale=2)
     row = F.normalize(F.normalize(tiny(clips[0]), dim=1).mean(0), dim=0)
     assert result.frames == (3,)
     assert result.members == ("anchor", "positive vector")

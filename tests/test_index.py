@@ -513,14 +513,14 @@ def test_broken_pictures_are_listed_and_left_out(gallery: Path, out: Path) -> No
     noise(400, 2).save(gallery / "strip.png")  # can be read, if elongated
     missing = gallery / "missing.png"
     index = build_index(tiny_model(), gallery, out, batch_size=2)
-    assert list(index.broken) == ["a/bad.jpg"]
-    assert "bad.jpg" in index.broken["a/bad.jpg"]
+    assert list(index.errors) == ["a/bad.jpg"]
+    assert "bad.jpg" in index.errors["a/bad.jpg"]
     assert "strip.png" in index.paths
     records = [Record(gallery / "0.png"), Record(missing), Record(gallery / "9.png")]
     records[0] = Record(gallery / "a" / "0.png")
     listed = build_index(tiny_model(), records[:2], out.with_name("listed"))
     assert len(listed) == 1
-    assert "no file" in next(iter(listed.broken.values()))
+    assert "no file" in next(iter(listed.errors.values()))
     with pytest.raises(ImageError, match=r"No picture is left to index, of 1 given: .*bad\.jpg"):
         build_index(tiny_model(), [gallery / "a" / "bad.jpg"], out.with_name("none"))
     assert not out.with_name("none").exists()
@@ -539,7 +539,7 @@ def test_embeddings_that_are_not_finite_count_as_broken(gallery: Path, out: Path
     torch.manual_seed(7)
     index = build_index(model_of(Sometimes()), gallery, out, batch_size=4)
     assert len(index) == 11
-    assert "not finite" in index.broken["white.png"]
+    assert "not finite" in index.errors["white.png"]
 
 
 class Counted(TinyNet):
@@ -629,8 +629,8 @@ def test_a_part_of_the_gallery_does_not_take_out_the_rest(gallery: Path, out: Pa
 def test_what_is_taken_out_is_no_longer_listed_as_broken(gallery: Path, out: Path) -> None:
     for place in ("a", "b"):
         (gallery / place / "bad.png").write_bytes(b"none")
-    assert set(build_index(tiny_model(), gallery, out).broken) == {"a/bad.png", "b/bad.png"}
-    assert set(remove_from_index(out, gallery / "b").broken) == {"a/bad.png"}
+    assert set(build_index(tiny_model(), gallery, out).errors) == {"a/bad.png", "b/bad.png"}
+    assert set(remove_from_index(out, gallery / "b").errors) == {"a/bad.png"}
 
 
 def test_one_picture_is_added_or_refreshed(gallery: Path, out: Path) -> None:
@@ -768,7 +768,7 @@ def test_command(run: Callable[..., Run], here: Path) -> None:
     assert said["changes"] == {"added": 0, "changed": 0, "removed": 0, "kept": 3}
     assert said["basis"]["width"] == 1280
     assert said["basis"]["grid"] == [2, 2]
-    assert said["broken"][0]["path"] == "cut_bad.jpg"
+    assert said["errors"][0]["path"] == "cut_bad.jpg"
     assert said["bytes_per_image"] == 1280 * (4 + 2 + 4 * 2) + 4 * 3 + 8 + 16 + 16 + 8
     removed = run("index", "-", "pictures/a.png", "--out", "i", "--remove")
     assert "2 pictures" in removed.out

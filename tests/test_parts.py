@@ -240,7 +240,9 @@ def test_attribute_and_the_maps_of_avsl(side: str, paths: list[Path], tmp_path: 
 
 
 def test_segment(side: str, paths: list[Path], tmp_path: Path) -> None:
-    result = segment_files(network(side), paths[0], paths[1:], layer="d", method="sam", by="otsu")
+    result = segment_files(
+        network(side), paths[0], paths[1:], layer="d", method="sam", refine="otsu"
+    )
     assert near(middle(result.heat), PLACES[side][0][0])
     assert near(middle(result.mask.astype(float)), PLACES[side][0][0])
     result.save(tmp_path / "out")

@@ -296,8 +296,9 @@ def test_the_recipe_trains_and_its_model_is_explained_and_evaluated(
     pytest.importorskip("pytorch_metric_learning")
     data = market(here / "data", train=6, test=3)
     small = (
-        "--backbone", NETWORK, "--no-pretrained", "--size", "96x32", "--embedding", "24",
-        "--classes", "3", "--each", "2", "--epochs", "1", "--steps", "3", "--watch", "1",
+        "--backbone", NETWORK, "--untrained", "--size", "96x32", "--embedding", "24",
+        "--classes-per-batch", "3", "--images-per-class", "2", "--epochs", "1",
+        "--batches-per-epoch", "3", "--attention-triplets", "1",
         "--accelerator", "cpu",
     )  # fmt: skip
     done = run("train", data, "--recipe", "sam-reid-market1501", "--out", "run", *small, "--json")

@@ -76,8 +76,8 @@ def test_every_verb_takes_them(files: list[Path], model: SimilarityModel, tmp_pa
         attribute_files(avsl, given).distances, attribute_files(avsl, files).distances
     )
     np.testing.assert_array_equal(
-        segment_files(model, given[0], given[1:], by="threshold").mask,
-        segment_files(model, files[0], files[1:], by="threshold").mask,
+        segment_files(model, given[0], given[1:], refine="threshold").mask,
+        segment_files(model, files[0], files[1:], refine="threshold").mask,
     )
     table = compare_files(model, given, "triplet", ["sam"], steps=2)
     assert (

@@ -57,7 +57,7 @@ def test_a_recipe_makes_a_network_and_an_objective(name: str) -> None:
         ("avsl-margin-cub", "weight_decay", 1e-4),
         ("proxyanchor-cars196", "proxy_lr", 0.01),
         ("proxyanchor-cub", "batch_size", 180),
-        ("avsl-margin-cars196", "k", 128),
+        ("avsl-margin-cars196", "edges_per_node", 128),
         # Similarity attention, Table 1 and section 4.2.
         ("sam-siamese-cub", "gamma", 0.25),
         ("sam-reid-market1501", "gamma", 0.2),

@@ -98,7 +98,7 @@ def crowd(seed: int) -> tuple[Embedded, Embedded]:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_numbers_are_those_of_the_official_protocol_walked_one_by_one(seed: int) -> None:
     queries, gallery = crowd(seed)
-    result = ranked_reid(as_similarity_model(TinyNet()), queries, gallery, ks=(1, 2, 5, 10))
+    result = ranked_reid(as_similarity_model(TinyNet()), queries, gallery, ranks=(1, 2, 5, 10))
     expected = official(torch.cdist(queries.rows, gallery.rows), queries.records, gallery.records)
     for place, one in enumerate(expected):
         ranking = result.ranking
@@ -110,7 +110,7 @@ def test_the_numbers_are_those_of_the_official_protocol_walked_one_by_one(seed: 
         assert float(ranking.average_precision[place]) == pytest.approx(one[1], abs=1e-12)
         assert float(ranking.trapezoid_precision[place]) == pytest.approx(one[2], abs=1e-12)
     told = [one for one in expected if one is not None]
-    assert result.left_out == len(expected) - len(told) > 0
+    assert result.skipped == len(expected) - len(told) > 0
     assert result.map == pytest.approx(sum(one[1] for one in told) / len(told))
     assert result.map_trapezoid == pytest.approx(sum(one[2] for one in told) / len(told))
     for k in (1, 2, 5, 10):
@@ -150,7 +150,7 @@ def test_a_case_by_hand_with_junk_the_own_camera_and_a_distractor() -> None:
             ("0002", "1", 0.5),
             ("0001", "3", 0.6),
         ],
-        ks=(1, 2, 3, 4),
+        ranks=(1, 2, 3, 4),
         junk=3,
     )
     # First query: 0000, 0001, 0002, 0001. Second: 0001, 0000, 0001, 0002, 0001.
@@ -202,7 +202,7 @@ def test_a_distractor_is_right_for_nobody_not_even_for_itself() -> None:
         [("0000", "1"), ("0001", "1")], [("0000", "2", 0.1), ("0001", "2", 0.2)]
     )  # fmt: skip
     assert result.ranking.relevant.tolist() == [0, 1]
-    assert result.left_out == 1
+    assert result.skipped == 1
 
 
 def test_cameras_are_told_apart() -> None:
@@ -267,12 +267,12 @@ def test_pictures_from_python(tmp_path: Path) -> None:
     model = TinyNet().eval()
     done: list[str] = []
     result = evaluate_reid(
-        model, read_dataset("market1501", root), ks=(1, 3),
+        model, read_dataset("market1501", root), ranks=(1, 3),
         progress=lambda what, now, total: done.append(what),
     )  # fmt: skip
     assert isinstance(result, Reidentification)
     assert (len(result.queries), result.searched, result.junk) == (8, 11, 3)
-    assert [Path(path).name for path in result.broken] == ["0007_c1s1_000001_00.jpg"]
+    assert [Path(path).name for path in result.errors] == ["0007_c1s1_000001_00.jpg"]
     assert list(dict.fromkeys(done)) == ["Embedding queries", "Embedding gallery", "Ranking"]
     assert [parameter.grad for parameter in model.parameters() if parameter.grad is not None] == []
     files = save_reid(result, tmp_path / "out", force=False)
@@ -300,13 +300,13 @@ def test_the_command_and_its_json(run: Callable[..., Run], here: Path) -> None:
     put_person(data / "query", "0042_c1s1_000001_00.jpg")  # never seen again
     (data / "query" / "portrait.jpg").write_bytes((here / "whole.jpg").read_bytes())
     start = ("evaluate", "reid", NETWORK, data, *SMALL)
-    result = run(*start, "--json", "--out", "scores", "--k", "1", "--k", "3")
+    result = run(*start, "--json", "--out", "scores", "--ranks", "1,3")
     assert result.code == 0, result.err
     said = json.loads(result.out)
     assert (said["schema"], said["kind"]) == (1, "reid")
     assert set(said["rank"]) == {"1", "3"}
     assert 0 < said["map"] <= 1
-    counts = [said[name] for name in ("queries", "left_out", "persons", "gallery", "distractors")]
+    counts = [said[name] for name in ("queries", "skipped", "persons", "gallery", "distractors")]
     assert counts == [8, 1, 5, 11, 3]
     assert said["junk"] == 3
     assert said["settings"]["ties"] == "relevant last"
@@ -350,7 +350,7 @@ def test_what_is_refused(fails: Callable[..., str], here: Path) -> None:
     assert "bounding_box_train" in fails(*start, here, *SMALL)
     data = market(here / "data")
     assert "is a file" in fails(*start, data, *SMALL, "--out", "a.png")
-    assert "Invalid value" in fails(*start, data, *SMALL, "--dataset", "duke", code=2)
+    assert "Invalid value" in fails(*start, data, *SMALL, "--kind", "duke", code=2)
     for path in (data / "bounding_box_test").glob("0*.jpg"):
         path.unlink()
     assert "Expected at least one gallery picture" in fails(*start, data, *SMALL)
@@ -368,7 +368,7 @@ def test_records_need_persons_and_cameras() -> None:
         with pytest.raises(ComparisonError, match=f"Expected a {what} for every picture"):
             evaluate_reid(TinyNet(), DataSplit((), whole, (broken,)))
     with pytest.raises(ComparisonError, match="ranks of at least 1"):
-        evaluate_reid(TinyNet(), DataSplit((), whole, whole), ks=(0,))
+        evaluate_reid(TinyNet(), DataSplit((), whole, whole), ranks=(0,))
     with pytest.raises(ImageError, match="gallery picture"):
         evaluate_reid(TinyNet(), DataSplit((), whole))
 
@@ -384,4 +384,4 @@ def test_the_drawn_persons_of_the_benchmark_lie_as_market_does(
     assert {record.label for record in split.queries} == {"0003", "0004", "0005"}
     assert len(split.junk) == persons.JUNK
     result = evaluate_reid(TinyNet(), split)
-    assert (result.left_out, result.distractors) == (0, persons.DISTRACTORS)
+    assert (result.skipped, result.distractors) == (0, persons.DISTRACTORS)

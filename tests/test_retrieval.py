@@ -229,12 +229,12 @@ def expected(model: nn.Module, queries: list[Record], gallery: list[Record], gro
 def test_end_to_end_against_the_loop(tmp_path: Path, grouped: bool, kind: str) -> None:
     records = pictures(tmp_path, {"a": 5, "b": 3, "c": 1, "d": 2})
     model: nn.Module = TinyNet().eval() if kind == "plain" else small_avsl()
-    result = evaluate_retrieval(model, records, grouped=grouped, ks=(2, 1), batch_size=4)
+    result = evaluate_retrieval(model, records, grouped=grouped, ranks=(2, 1), batch_size=4)
     lines = expected(model, records, records, grouped)
     check(result.ranking, lines)
     scored = [line for line in lines if line["relevant"]]
     assert len(scored) == 10
-    assert result.left_out == 1
+    assert result.skipped == 1
     assert result.ks == (1, 2)
     for k in (1, 2):
         assert result.recall[k] == pytest.approx(sum(n["first"] <= k for n in scored) / 10)
@@ -282,7 +282,7 @@ def test_broken_pictures_are_listed_and_all_broken_is_an_error(tmp_path: Path) -
     records = pictures(tmp_path, {"a": 3, "b": 3})
     records[1].path.write_bytes(b"no picture")
     result = evaluate_retrieval(TinyNet().eval(), records, batch_size=2)
-    assert list(result.broken) == [str(records[1].path)]
+    assert list(result.errors) == [str(records[1].path)]
     assert len(result.queries) == 5
     assert records[1] not in result.queries
     for record in records:
@@ -302,8 +302,8 @@ def test_errors_say_what_is_missing(tmp_path: Path) -> None:
         (ComparisonError, "has none of them", (records, others), {}),
         (ComparisonError, "of another group", ([Record(r.path, r.label, "x") for r in others],),
          {"grouped": True}),
-        (ComparisonError, "K of at least 1", (others,), {"ks": (0,)}),
-        (ComparisonError, "K of at least 1", (others,), {"ks": ()}),
+        (ComparisonError, "K of at least 1", (others,), {"ranks": (0,)}),
+        (ComparisonError, "K of at least 1", (others,), {"ranks": ()}),
         (ComparisonError, "Expected a class", ([Record(others[0].path)],), {}),
         (ComparisonError, "Expected a group", ([Record(r.path, r.label) for r in others],),
          {"grouped": True}),
@@ -360,12 +360,12 @@ def test_json_tables_and_text(tmp_path: Path) -> None:
     records = pictures(tmp_path, {f"class {n:02}": 2 for n in range(12)} | {"lonely": 1})
     seen: list[tuple[str, int, int]] = []
     result = evaluate_retrieval(
-        TinyNet().eval(), records, ks=(1, 5), progress=lambda *now: seen.append(now)
+        TinyNet().eval(), records, ranks=(1, 5), progress=lambda *now: seen.append(now)
     )
     assert ("Embedding queries", 25, 25) in seen
     assert seen[-1] == ("Ranking", 25, 25)
     said = result.to_json()
-    assert (said["schema"], said["queries"], said["left_out"], said["gallery"]) == (1, 24, 1, 25)
+    assert (said["schema"], said["queries"], said["skipped"], said["gallery"]) == (1, 24, 1, 25)
     assert said["recall"] == {"1": result.recall[1], "5": result.recall[5]}
     assert said["classes"][-1]["class"] == "lonely"
     assert said["classes"][-1]["map_at_r"] is None

@@ -57,9 +57,9 @@ def listing(folder: Path) -> dict[str, bytes]:
     [
         {},
         {"weights": "signed", "cam": "hires_cam", "keep_negative": True},
-        {"magnify": 2, "scale": "shared"},
+        {"upscale": 2, "scale": "shared"},
     ],
-    ids=["plain", "options", "magnified"],
+    ids=["plain", "options", "upscaled"],
 )
 def test_round_trip(tmp_path: Path, batch: int, options: dict[str, object]) -> None:
     before = explained(batch, **options)

@@ -144,7 +144,7 @@ def test_the_map_is_that_of_explain(colours: nn.Module, images: Tensor) -> None:
     torch.testing.assert_close(turned.heat, expected[1])
     torch.testing.assert_close(turned.supports[0], expected[0])
     everything = Comparison(test[None], near[None], far[None])
-    together = attend(colours, test, near, far, method="sam", several="together")
+    together = attend(colours, test, near, far, method="sam", aggregate="together")
     torch.testing.assert_close(together.heat, explain(colours, everything, "sam").heatmaps[0, 0])
 
 
@@ -217,7 +217,7 @@ def test_avsl_models_segment_with_their_own_maps_and_others(method: str) -> None
     model = small_avsl()
     generator = torch.Generator().manual_seed(0)
     test, near, far = torch.rand((3, 3, 32, 40), generator=generator, dtype=torch.float64)
-    found = segment(model, test, near[None], far[None], method=method, by="threshold")
+    found = segment(model, test, near[None], far[None], method=method, refine="threshold")
     triplet = Comparison.triplet(test[None], near[None], far[None])
     wanted = explain(model, triplet, method, **SHAPES.get(method, {}))
     heat = wanted.heatmaps[0, 0]
@@ -264,10 +264,10 @@ def test_a_box_and_nearly_all() -> None:
 def test_names_are_refused_in_a_sentence(colours: nn.Module) -> None:
     test, near = tensor(scene()[0])[0], tensor(plate(RED))
     for options, said in (
-        ({"by": "snake"}, "by to be one of"),
-        ({"several": "some"}, "several to be one of"),
+        ({"refine": "snake"}, "refine to be one of"),
+        ({"aggregate": "some"}, "aggregate to be one of"),
         ({"anchor": "other"}, "anchor to be one of"),
-        ({"several": "together", "anchor": "support"}, "one anchor"),
+        ({"aggregate": "together", "anchor": "support"}, "one anchor"),
         ({"method": "sum"}, "method"),
         ({"support_masks": torch.ones(2, SIDE, SIDE, dtype=torch.bool)}, "support masks"),
         ({"support_masks": torch.zeros(1, SIDE, SIDE, dtype=torch.bool)}, "empty"),
@@ -417,7 +417,7 @@ def test_saving_and_loading(colours: nn.Module, files: Path, tmp_path: Path) -> 
 def test_the_figure_asks_for_one_support_or_several(colours: nn.Module) -> None:
     test, near = tensor(scene()[0])[0], tensor(plate(RED), plate(RED))
     for count, said in ((1, "the support shows?"), (2, "the supports show?")):
-        found = segment(colours, test, near[:count], by="otsu")
+        found = segment(colours, test, near[:count], refine="otsu")
         assert any(said in text.get_text() for text in found.figure().texts)
 
 
@@ -425,7 +425,7 @@ def test_an_empty_mask_can_be_shown_and_saved(colours: nn.Module, tmp_path: Path
     """The network's map of a grey picture is empty: it has no colour at all."""
     grey = np.full((SIDE, SIDE, 3), 90, dtype=np.uint8)
     grey[0, 0] = 250, 240, 240  # or its embedding would be zero
-    found = segment(colours, tensor(grey)[0], tensor(plate(BLUE)), method="sam", by="threshold")
+    found = segment(colours, tensor(grey)[0], tensor(plate(BLUE)), method="sam", refine="threshold")
     empty = replace(found, mask=np.zeros_like(found.mask))
     assert empty.box is None
     assert empty.share == 0

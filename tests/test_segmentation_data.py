@@ -282,8 +282,8 @@ def test_pictures_that_cannot_be_read_are_listed(voc: Path, tmp_path: Path) -> N
     model = as_similarity_model(ColourNet().eval(), preprocess=PLAIN)
     found = evaluate_segmentation(model, data, episodes=8, method="sam")
     assert 0 < len(found.folds[0].episodes) < 8
-    assert len(found.broken) + len(found.folds[0].episodes) >= 5
-    assert all("2007_000001" in reason for reason in found.broken.values())
+    assert len(found.errors) + len(found.folds[0].episodes) >= 5
+    assert all("2007_000001" in reason for reason in found.errors.values())
     missing = SegmentationData("gone", tuple(
         Appearance(tmp_path / f"{n}.jpg", "a", tmp_path / "m.png") for n in range(3)
     ))  # fmt: skip
@@ -366,13 +366,13 @@ def test_the_command_measures_folds_and_files(
     assert len(lines) == 4
     table = own_data(tmp_path)
     done = run("evaluate", "segmentation", network[0], table, *network[1:], "--ways", "2",
-               "--episodes", "2", "--by", "otsu", "--method", "sam:weights=signed")  # fmt: skip
+               "--episodes", "2", "--refine", "otsu", "--method", "sam:weights=signed")  # fmt: skip
     assert done.code == 0, done.err
     assert "2-way 1-shot" in done.out
     assert "blue" in done.out
     (tmp_path / "scene0.png").unlink()
     done = run("evaluate", "segmentation", network[0], table, *network[1:], "--episodes", "6",
-               "--by", "otsu")  # fmt: skip
+               "--refine", "otsu")  # fmt: skip
     assert "of 6 episodes cannot be measured and are left out." in done.err
 
 

@@ -18,6 +18,7 @@ MOST_LINES, MOST_FUNCTION_LINES = 600, 40
 LEVELS = [
     ["simexplain.printing"],
     ["simexplain.errors"],
+    ["simexplain.renaming"],
     ["simexplain.arguments"],
     [
         "simexplain.autograd_paths",

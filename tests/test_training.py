@@ -62,14 +62,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("plain") / "run"
-    settings = {**TINY, "mining": "triplet", "watch": 2, "warmup_epochs": 1}
+    settings = {**TINY, "mining": "triplet", "attention_triplets": 2, "warmup_epochs": 1}
     return train(data, out=out, **settings)
 
 
 @pytest.fixture(scope="module")
 def avsl(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("avsl") / "run"
-    return train(data, out=out, **{**TINY, "avsl": True, "loss": "proxy_anchor", "watch": 1})
+    return train(
+        data, out=out, **{**TINY, "avsl": True, "loss": "proxy_anchor", "attention_triplets": 1}
+    )
 
 
 def test_training_improves_retrieval_of_unseen_classes(tmp_path: Path) -> None:
@@ -79,8 +81,9 @@ def test_training_improves_retrieval_of_unseen_classes(tmp_path: Path) -> None:
     try:
         result = train(
             data, out=tmp_path / "run",
-            **{**TINY, "classes": 8, "each": 4, "steps": 12, "epochs": 9, "lr": 2e-3,
-               "head_lr": 2e-3, "freeze_bn": False, "embedding": 16, "augmentation": "none"},
+            **{**TINY, "classes_per_batch": 8, "images_per_class": 4, "batches_per_epoch": 12,
+               "epochs": 9, "lr": 2e-3, "head_lr": 2e-3, "freeze_bn": False, "embedding": 16,
+               "augmentation": "none"},
         )  # fmt: skip
     finally:
         torch.set_num_threads(before)
@@ -88,7 +91,7 @@ def test_training_improves_retrieval_of_unseen_classes(tmp_path: Path) -> None:
     assert not result.warnings
     # What was measured in training is what the file gives.
     split = Source().read(data)
-    again = evaluate_retrieval(result.model(), split.queries, ks=(1, 2))
+    again = evaluate_retrieval(result.model(), split.queries, ranks=(1, 2))
     assert again.recall[1] == pytest.approx(result.reached["recall@1"])
     assert again.map_at_r == pytest.approx(result.reached["map_at_r"])
 
@@ -222,7 +225,7 @@ def test_listeners_hear_every_step_and_epoch(data: Path, tmp_path: Path) -> None
         lambda row: epochs.append(row["epoch"]),
         lambda what, done, total: work.add(what),
     )
-    train(data, out=tmp_path / "run", listeners=told, **{**TINY, "steps": 3})
+    train(data, out=tmp_path / "run", listeners=told, **{**TINY, "batches_per_epoch": 3})
     assert steps == [(n, 6) for n in range(1, 7)]
     assert epochs == [0, 1, 2]
     assert "Checking pictures" in work
@@ -371,7 +374,7 @@ def test_classes_need_no_name_in_utf_8(tmp_path: Path) -> None:
     (data / "class05_caf\udce9" / "0.png").write_bytes(
         (data / "class01_caf\udce9" / "0.png").read_bytes()
     )
-    result = train(data, out=tmp_path / "run", **{**TINY, "epochs": 1, "watch": 2})
+    result = train(data, out=tmp_path / "run", **{**TINY, "epochs": 1, "attention_triplets": 2})
     assert "caf" in result.warnings[0]
     said = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert said["warnings"] == list(result.warnings)
@@ -453,13 +456,14 @@ def test_drafts_are_what_is_tidied(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_wrong_settings_are_refused_in_one_sentence() -> None:
     wrong: list[dict[str, Any]] = [
-        {"loss": "none"}, {"epochs": 0}, {"lr": -1.0}, {"ks": ()}, {"size": (0, 3)}, {"classes": 1},
-        {"devices": 3, "classes": 4}, {"warmup_epochs": 99}, {"bce_mining": 1.0},
-        {"lr": "fast"}, {"k": 1.5},
+        {"loss": "none"}, {"epochs": 0}, {"lr": -1.0}, {"ranks": ()}, {"size": (0, 3)},
+        {"classes_per_batch": 1},
+        {"devices": 3, "classes_per_batch": 4}, {"warmup_epochs": 99}, {"bce_mining": 1.0},
+        {"lr": "fast"}, {"edges_per_node": 1.5},
         {"avsl": 1}, {"avsl": True, "bce": 0.1}, {"avsl": True, "loss": "quadruplet"},
         {"lr": math.inf}, {"precision": "16", "accelerator": "cpu"}, {"size": 224},
-        {"learning": 1}, {"lr": math.nan}, {"ks": (1, 0)},
-        {"ks": ("1",)}, {"size": (1, 2, 3)},
+        {"learning": 1}, {"lr": math.nan}, {"ranks": (1, 0)},
+        {"ranks": ("1",)}, {"size": (1, 2, 3)},
     ]  # fmt: skip
     for settings in wrong:
         with pytest.raises(ModelError, match=r"^[^\n]+\.$"):
@@ -469,7 +473,7 @@ def test_wrong_settings_are_refused_in_one_sentence() -> None:
 def test_a_batch_has_no_more_classes_than_there_are_unless_told() -> None:
     own = TrainOptions()
     assert [own.settled(n).classes for n in (1, 4, 16, 500)] == [2, 4, 16, 16]
-    assert replace(own, classes=20).settled(4).classes == 20
+    assert replace(own, classes_per_batch=20).settled(4).classes_per_batch == 20
 
 
 def test_every_range_and_choice_is_of_a_setting_and_holds_its_default() -> None:

@@ -79,7 +79,7 @@ def rows_of(out: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one(case: str, data: Path, tmp_path: Path) -> None:
-    settings = {**TINY, "steps": 3, **CASES[case]}
+    settings = {**TINY, "batches_per_epoch": 3, **CASES[case]}
     alone = train(data, out=tmp_path / "one", **settings)
     said = trained_by_two(data, tmp_path / "two", settings)
     assert said.count(f"ended {alone.best_epoch} 3") == 2, said
@@ -119,7 +119,7 @@ def test_a_script_goes_on_in_all_its_processes(
 ) -> None:
     """Another run on two devices shares them; one on one device would run in both."""
     monkeypatch.setattr(sys.modules[__name__], "SCRIPT", TWICE)
-    said = trained_by_two(data, tmp_path / "run", {**TINY, "steps": 2, "epochs": 1})
+    said = trained_by_two(data, tmp_path / "run", {**TINY, "batches_per_epoch": 2, "epochs": 1})
     assert said.count("ended 2") == 4, said
     assert said.count("goes on in 2 processes, got one device; begin it in a script of") == 2
     assert not (tmp_path / "runc").exists()
@@ -138,13 +138,14 @@ def test_the_shares_of_a_batch_are_the_batch() -> None:
     parts = [share(batch, Everyone(rank, 3)) for rank in range(3)]
     assert parts[0] + parts[1] + parts[2] == batch
     with pytest.raises(ModelError, match="3 processes can share evenly"):
-        TrainOptions(classes=4, each=2, devices=3)
+        TrainOptions(classes_per_batch=4, images_per_class=2, devices=3)
 
 
 def test_the_command_line_starts_two_processes_and_speaks_once(data: Path, tmp_path: Path) -> None:
     given = [
-        "--backbone", "timm:test_efficientnet", "--no-pretrained", "--size", "32", "--embedding",
-        "12", "--classes", "4", "--each", "2", "--epochs", "1", "--watch", "0", "--steps", "2",
+        "--backbone", "timm:test_efficientnet", "--untrained", "--size", "32", "--embedding",
+        "12", "--classes-per-batch", "4", "--images-per-class", "2", "--epochs", "1",
+        "--attention-triplets", "0", "--batches-per-epoch", "2",
     ]  # fmt: skip
     done = subprocess.run(
         [

@@ -111,11 +111,13 @@ def test_a_layer_that_is_not_there_is_told_before_training() -> None:
 
 def test_what_python_has_for_pairs_and_numbers_is_taken() -> None:
     given = {"loss_options": {"margin": np.float32(0.5)}, "lr": np.float32(1e-3)}
-    options = with_options(TrainOptions(), {**given, "seed": np.int64(3), "ks": [1, np.int64(2)]})
+    options = with_options(
+        TrainOptions(), {**given, "seed": np.int64(3), "ranks": [1, np.int64(2)]}
+    )
     assert options.loss_options == (("margin", 0.5),)
     assert isinstance(options.lr, float)
     assert options.seed == 3
-    assert options.ks == (1, 2)
+    assert options.ranks == (1, 2)
     assert TrainOptions.from_json(options.to_json()) == options
 
 
@@ -144,7 +146,7 @@ def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"gamma": 0.2}, "gamma=0.2 has no effect without mining (--mining)."),
         ({"mining_start": 2}, "mining_start=2 has no effect without mining"),
         ({"avsl": True, "distance": "cosine"}, "distance=cosine has no effect on AVSL"),
-        ({"k": 3}, "k=3 has no effect without AVSL"),
+        ({"edges_per_node": 3}, "edges_per_node=3 has no effect without AVSL"),
         ({"mask_side": "outside"}, "mask_side=outside has no effect without --mask-weight"),
         ({"step_epochs": 3}, "step_epochs=3 has no effect on any schedule but step"),
         ({"momentum": 0.5}, "momentum=0.5 has no effect on any optimiser but sgd"),

@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "avsl": {"avsl": True, "loss": "margin", "optimiser": "adam", "schedule": "step", "clip": 1.0},
     "proxies": {"loss": "proxy_anchor", "optimiser": "sgd", "precision": "bf16", "bce": 0.1},
 }  # fmt: skip
-EVERY = {**TINY, "checkpoint_every": 2, "steps": 5, "watch": 1}
+EVERY = {**TINY, "checkpoint_every": 2, "batches_per_epoch": 5, "attention_triplets": 1}
 KILLED = """
 import json, os, signal, sys, torch
 torch.set_num_threads(1)
@@ -146,13 +146,13 @@ def test_resuming_a_finished_run_gives_its_result(data: Path, finished: Path) ->
 
 def test_a_recipe_may_be_named_again(data: Path, tmp_path: Path) -> None:
     """As the advice after Ctrl-C does: the same line with --resume."""
-    more = {k: v for k, v in TINY.items() if k not in ("classes", "epochs")}
+    more = {k: v for k, v in TINY.items() if k not in ("classes_per_batch", "epochs")}
     source = Source(group="name")
-    given = {"recipe": "emoji-triplet", "source": source, **more, "classes": 0}
+    given = {"recipe": "emoji-triplet", "source": source, **more, "classes_per_batch": 0}
     begun = train(data, out=tmp_path / "run", **given, epochs=1)
-    assert begun.options.classes == 4
+    assert begun.options.classes_per_batch == 4
     again = train(data, out=tmp_path / "run", resume=True, **given, epochs=2)
-    assert again.options.classes == 4
+    assert again.options.classes_per_batch == 4
     assert len(again.rows) == 3
 
 
@@ -218,7 +218,7 @@ def test_what_a_checkpoint_lacks_is_told(
 
 def test_how_data_are_read_is_known_to_the_run(data: Path, tmp_path: Path) -> None:
     source = Source(train_share=0.75, group="name")
-    settings = {**TINY, "classes": 6, "grouped": True, "epochs": 1}
+    settings = {**TINY, "classes_per_batch": 6, "grouped": True, "epochs": 1}
     train(data, out=tmp_path / "run", source=source, **settings)
     longer = train(data, out=tmp_path / "run", resume=True, epochs=2)
     assert len(longer.rows) == 3

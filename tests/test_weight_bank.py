@@ -304,7 +304,7 @@ def test_a_bank_is_read_once_for_all_items(
     recipes = recipes_of(["weight_bank:bank=x.bank,neighbours=1", "sam"])
     items = [Item(("a.png", "b.png"), "siamese"), Item(("a.png", "c.png"), "siamese")] * 2
     scores = evaluate_faithfulness(model, items, recipes, steps=1)
-    assert not scores.broken
+    assert not scores.errors
     assert read == ["x.bank"]
     found = compare_files(model, ["a.png", "b.png"], "siamese", recipes, steps=1)
     assert read == ["x.bank"] * 2

@@ -11,8 +11,8 @@ from PIL import Image
 
 TINY: dict[str, Any] = {
     "backbone": "timm:test_efficientnet", "pretrained": False, "size": (32, 32), "embedding": 12,
-    "classes": 4, "each": 2, "epochs": 2, "ks": (1, 2), "watch": 0, "accelerator": "cpu",
-    "workers": 0,
+    "classes_per_batch": 4, "images_per_class": 2, "epochs": 2, "ranks": (1, 2),
+    "attention_triplets": 0, "accelerator": "cpu", "workers": 0,
 }  # fmt: skip
 """Settings of a run that takes a second or two."""
 

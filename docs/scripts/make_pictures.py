@@ -92,7 +92,7 @@ DECISIONS: dict[str, list[Row]] = {
         Row("bn2", {"layer": "bn2", **SIGNED}),
         Row("bn2 x blocks.4", {"layer": ("bn2", "blocks.4"), **SIGNED}),
     ],
-    "magnify": rows_of("magnify {}", "magnify", (1, 2, 3), **SIGNED),
+    "upscale": rows_of("upscale {}", "upscale", (1, 2, 3), **SIGNED),
     "scale": rows_of("{}", "scale", ("image", "shared"), **SIGNED),
     "fit": [Row(fit, SIGNED, {"fit": fit}) for fit in ("crop", "squash", "pad")],
 }

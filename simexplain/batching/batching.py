@@ -49,7 +49,7 @@ def explain_batch(
     root: str | Path | None = None,
     method: Methods = None,
     layer: Layers = None,
-    magnify: float = 1,
+    upscale: float = 1,
     scale: str = "image",
     max_batch: int | None = None,
     how: BatchOptions | None = None,
@@ -76,7 +76,7 @@ def explain_batch(
         root: What relative paths are relative to; the folder of the CSV file unless given.
         method: As for ``explain_files``; there is no check.
         layer: A layer, several to be multiplied, or None for the method's or the model's own.
-        magnify: As for ``explain_files``.
+        upscale: As for ``explain_files``.
         scale: As for ``explain_files``.
         max_batch: Bounds the images in one forward pass of methods that need one for each row.
         how: Everything that maps do not depend on.
@@ -103,7 +103,7 @@ def explain_batch(
         folder.check(resume=resume, force=force)
     wrapped = as_similarity_model(model)
     layers = None if layer is None else layer_names(wrapped, layer)
-    asked = Asked(method, layers, magnify, scale, max_batch, options)
+    asked = Asked(method, layers, upscale, scale, max_batch, options)
     read, base = read_rows(rows, root)
     plan = plan_rows(read, base, wrapped.preprocess, size=how.shard_rows, progress=progress)
     if how.strict:

@@ -16,6 +16,7 @@ from simexplain.errors import ModelError, OutputError
 from simexplain.methods.rows import Methods
 from simexplain.methods.weight_bank import probe_of
 from simexplain.models.base import SimilarityModel
+from simexplain.renaming import renamed
 from simexplain.searching.index_models import weights_of
 
 SCHEMA = 1
@@ -30,7 +31,7 @@ def identity_of(
     settings = {
         "method": _named(asked.method),
         "layer": list(asked.layer or ()),
-        "magnify": asked.magnify,
+        "upscale": asked.upscale,
         "scale": asked.scale,
         **{name: getattr(how, name) for name in ("shard_rows", "pictures", "figures")},
         **{f"option {name}": value for name, value in asked.options.items()},
@@ -78,7 +79,8 @@ def check_same(folder: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) -
         OutputError: If rows or pictures are.
     """
     again = "begin another batch (--force replaces this one)."
-    theirs, ours = begun["settings"], now["settings"]
+    ours = now["settings"]
+    theirs = renamed(begun["settings"], ours)
     for name in {**theirs, **ours}:
         if theirs.get(name) != ours.get(name):
             raise ModelError(

@@ -11,7 +11,7 @@ import torch
 
 from simexplain.arguments import typed
 from simexplain.errors import ComparisonError, ModelError
-from simexplain.explaining import check_magnify
+from simexplain.explaining import check_upscale
 from simexplain.methods.rows import Methods
 from simexplain.models.base import SimilarityModel
 
@@ -24,13 +24,13 @@ class Asked:
 
     method: Methods = None
     layer: Sequence[str] | None = None
-    magnify: float = 1
+    upscale: float = 1
     scale: str = "image"
     max_batch: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_magnify(self.magnify)
+        check_upscale(self.upscale)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Reader:
 
     Attributes:
         preprocess: As the network expects.
-        view: ``(height, width)`` that maps lie on; larger than the network's own if magnified.
+        view: ``(height, width)`` that maps lie on; larger than the network's own if upscaled.
         seen: What was read so far.
         broken: What could not be read, with the reason.
     """

@@ -21,6 +21,7 @@ from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import Geometry, Preprocess, prepared
 from simexplain.errors import DAMAGED, ComparisonError, OutputError, first_line
 from simexplain.explanation import Explanation
+from simexplain.renaming import renamed
 from simexplain.saving import placing_of
 
 if TYPE_CHECKING:
@@ -256,7 +257,7 @@ def _row(shape: Mapping[str, Any], stored: Mapping[str, Tensor], mark: str) -> d
         "scores": stored[f"{mark}scores"][None],
         "method": shape["method"],
         "layers": tuple(shape["layers"]),
-        "options": shape["options"],
+        "options": renamed(shape["options"], ("upscale",)),
     }
 
 

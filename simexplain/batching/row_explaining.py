@@ -63,7 +63,7 @@ class RowExplainer:
         self.shared = False
         self.forwards = 0
         self.own: Size = model.preprocess.size
-        height, width = (max(1, round(side * asked.magnify)) for side in self.own)
+        height, width = (max(1, round(side * asked.upscale)) for side in self.own)
         self.view: Size = (height, width)
         self.reader = Reader(plan.pictures, model.preprocess, self.view)
         self._chosen: tuple[Method, ...] = ()
@@ -84,7 +84,7 @@ class RowExplainer:
     @property
     def asked_for(self) -> tuple[int, int]:
         """Rows asked for, and pictures that they would send through the network one by one."""
-        times = 1 if self.asked.magnify == 1 else 2
+        times = 1 if self.asked.upscale == 1 else 2
         rows = self._places
         return len(rows), times * sum(len(self.plan.images[row]) for row in rows)
 
@@ -181,7 +181,7 @@ class RowExplainer:
         images = self.plan.images[row]
         own = self._comparison(row, torch.stack([self._tensor(i, self.own) for i in images])[None])
         view = own
-        if self.asked.magnify != 1:
+        if self.asked.upscale != 1:
             large = torch.stack([self._tensor(image, self.view) for image in images])
             view = self._comparison(row, large[None])
         found = self._explained(self.model, own, view, method, options)
@@ -191,7 +191,7 @@ class RowExplainer:
         self._images = images = self.plan.images[row]
         own = self._comparison(row, blank(self.own, len(images)))
         view = own
-        if self.asked.magnify != 1:
+        if self.asked.upscale != 1:
             view = self._comparison(row, blank(self.view, len(images)))
         return self._told(images, self._explained(self._remembering, own, view, self._chosen, {}))
 
@@ -207,7 +207,7 @@ class RowExplainer:
         # What is remembered needs no bound, and is asked for all pictures of a row at a time.
         bound = asked.max_batch if model is self.model else None
         return explain_view(
-            model, own, view, method, asked.layer, magnify=asked.magnify, scale=asked.scale,
+            model, own, view, method, asked.layer, upscale=asked.upscale, scale=asked.scale,
             max_batch=bound, **options,
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from simexplain.data.folders import without_index
-from simexplain.errors import ComparisonError
+from simexplain.errors import ComparisonError, missing
 
 COLUMNS = ("anchor", "positives", "negatives", "id")
 """Of a CSV file; ``positive``, ``positive2``, ... and ``negative``, ... hold one path each."""
@@ -127,7 +127,8 @@ def _from_csv(source: Path) -> Iterable[BatchRow]:
                 if any(cell.strip() for cell in cells):
                     yield _from_cells(header, cells, reader.line_num)
     except OSError as error:
-        raise ComparisonError(f"'{source}' cannot be read ({error.strerror or error}).") from error
+        reason = f"'{source}' cannot be read ({error.strerror or error})."
+        raise ComparisonError(missing(source, reason)) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise ComparisonError(
             f"'{source}' is no CSV file in UTF-8 ({error}); save it as one."

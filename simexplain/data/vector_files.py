@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simexplain.errors import ComparisonError
+from simexplain.errors import ComparisonError, missing
 
 ENDINGS = (".npy", ".npz", ".safetensors", ".json")
 
@@ -29,7 +29,9 @@ def read_vectors(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ComparisonError(f"There is no file '{path}' with a vector; check the path.")
+        raise ComparisonError(
+            missing(path, f"There is no file '{path}' with a vector; check the path.")
+        )
     try:
         found = _arrays(path)
         vectors = dict(pair for name, array in found.items() for pair in _rows(name, array))

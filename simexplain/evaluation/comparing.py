@@ -16,7 +16,7 @@ from simexplain.comparison import Comparison, arch_of
 from simexplain.data.images import PictureSource
 from simexplain.errors import ComparisonError, SimexplainError, first_line
 from simexplain.evaluation.comparison_result import ComparedMethod, MethodComparison
-from simexplain.evaluation.faithfulness import MASKINGS
+from simexplain.evaluation.faithfulness import PERTURBATIONS
 from simexplain.evaluation.items import Item
 from simexplain.evaluation.measuring import Asked, asked, controlled, means, measured, timed
 from simexplain.evaluation.recipes import Recipe, Recipes, ready, recipes_of, settled
@@ -46,7 +46,7 @@ def compare_methods(
     methods: Recipes = None,
     *,
     masks: Sequence[Tensor | None] | None = None,
-    masking: str = "each",
+    perturb: str = "single",
     steps: int = 20,
     baseline: str = "blur",
     tolerance: float = 0,
@@ -64,7 +64,7 @@ def compare_methods(
             (``NAME[@LAYER+LAYER][:OPTION=VALUE,...]``); or recipes ``(method, layer, options)`` by
             name; None for :func:`quick_methods`.
         masks: For each image a boolean mask ``(H,W)`` of what its map should point at, or None.
-        masking: As for ``faithfulness``.
+        perturb: As for ``faithfulness``.
         steps: As for ``faithfulness``.
         baseline: As for ``faithfulness``.
         tolerance: Of the pointing game, in pixels of the images.
@@ -96,7 +96,7 @@ def compare_methods(
             wrapped, comparison, method, layer, max_batch=max_batch, check=False, **options
         )
 
-    run = _Run(wrapped, question, masking, steps, baseline, tolerance, max_batch, seed)
+    run = _Run(wrapped, question, perturb, steps, baseline, tolerance, max_batch, seed)
     return run.compared(recipes_of(methods), explained, (), progress, estimate)
 
 
@@ -108,9 +108,9 @@ def compare_files(
     methods: Recipes = None,
     *,
     masks: Sequence[str | Path | None] | None = None,
-    different: bool = False,
+    negative: bool = False,
     positives: int = 1,
-    masking: str = "each",
+    perturb: str = "single",
     steps: int = 20,
     baseline: str = "blur",
     tolerance: float = 0,
@@ -129,9 +129,9 @@ def compare_files(
         methods: As for :func:`compare_methods`.
         masks: For each picture the mask file of what its map should point at, or None; see
             ``Item``.
-        different: The other image of a siamese pair is a negative.
+        negative: The other image of a siamese pair is a negative.
         positives: How many images after the anchor are positives, for ``set``.
-        masking: As for ``faithfulness``.
+        perturb: As for ``faithfulness``.
         steps: As for ``faithfulness``.
         baseline: As for ``faithfulness``.
         tolerance: Of the pointing game, in pixels of the pictures.
@@ -149,15 +149,15 @@ def compare_files(
     wrapped = as_similarity_model(model)
     given = None if masks is None else tuple(masks)
     arch = arch_of(len(paths)) if arch is None else arch
-    item = Item(tuple(paths), arch, given, different=different, positives=positives)
+    item = Item(tuple(paths), arch, given, negative=negative, positives=positives)
     recipes = recipes_of(methods)
     question = asked(wrapped, item)
 
     def explained(recipe: Recipe) -> Explanation:
         method, layer, options = recipe
-        if options.get("magnify", 1) != 1:  # then the pictures' own finer detail is shown
+        if options.get("upscale", 1) != 1:  # then the pictures' own finer detail is shown
             return explain_files(
-                wrapped, paths, arch, method, layer, different=different, positives=positives,
+                wrapped, paths, arch, method, layer, negative=negative, positives=positives,
                 max_batch=max_batch, check=False, **options,
             )  # fmt: skip
         found = explain(
@@ -166,7 +166,7 @@ def compare_files(
         return replace(found, pictures=question.pictures, geometries=question.geometries)
 
     notes = tuple(note for picture in question.pictures for note in picture.notes)
-    run = _Run(wrapped, question, masking, steps, baseline, tolerance, max_batch, seed)
+    run = _Run(wrapped, question, perturb, steps, baseline, tolerance, max_batch, seed)
     notes = wrapped.preprocess.notes + notes
     return run.compared(recipes, explained, notes, progress, estimate)
 
@@ -177,7 +177,7 @@ class _Run:
 
     model: SimilarityModel
     question: Asked
-    masking: str
+    perturb: str
     steps: int
     baseline: str
     tolerance: float
@@ -186,10 +186,11 @@ class _Run:
 
     def __post_init__(self) -> None:
         """Refuses before the first method runs what would be refused after it."""
-        if self.masking not in MASKINGS or self.baseline not in BASELINES or self.steps < 1:
+        if self.perturb not in PERTURBATIONS or self.baseline not in BASELINES or self.steps < 1:
             raise ComparisonError(
-                f"Expected masking of {', '.join(MASKINGS)}, baseline of {', '.join(BASELINES)} "
-                f"and at least one step, got '{self.masking}', '{self.baseline}' and {self.steps}."
+                f"Expected perturb of {', '.join(PERTURBATIONS)}, baseline of "
+                f"{', '.join(BASELINES)} and at least one step, got "
+                f"'{self.perturb}', '{self.baseline}' and {self.steps}."
             )
 
     def compared(
@@ -237,7 +238,7 @@ class _Run:
         )
 
     def _curves(self) -> dict[str, Any]:
-        return {"masking": self.masking, "steps": self.steps, "baseline": self.baseline}
+        return {"perturb": self.perturb, "steps": self.steps, "baseline": self.baseline}
 
     def _warm_up(self) -> None:
         """The dry run that finds layers and the first pass are no method's cost.

@@ -68,7 +68,7 @@ def evaluate_faithfulness(
     methods: Mapping[str, Recipe],
     *,
     controls: Sequence[str] = ("random",),
-    masking: str = "each",
+    perturb: str = "single",
     steps: int = 20,
     baseline: str = "blur",
     tolerance: float = 0,
@@ -81,7 +81,7 @@ def evaluate_faithfulness(
     """Measures methods on the same comparisons, with the same score for all of them.
 
     Deletion and insertion run on the pictures at the model's own size, whatever size a method
-    magnified them to. Masks are compared with the maps at the pictures' own resolution, in the part
+    upscaled them to. Masks are compared with the maps at the pictures' own resolution, in the part
     that the network saw. An item with several images counts once, with the mean over them.
 
     Args:
@@ -89,7 +89,7 @@ def evaluate_faithfulness(
         items: ``Item`` or tuples ``(paths, arch, masks)``, the masks optional.
         methods: By name ``(method, layer, options)`` as ``explain_files`` takes them.
         controls: Names in ``CONTROLS``, measured beside the methods.
-        masking: As for ``faithfulness``.
+        perturb: As for ``faithfulness``.
         steps: As for ``faithfulness``.
         baseline: As for ``faithfulness``.
         tolerance: Of the pointing game, in pixels of the pictures.
@@ -112,7 +112,7 @@ def evaluate_faithfulness(
             f"Expected at least one item and one method, and controls of {', '.join(CONTROLS)}, "
             f"got {len(records)} items, {len(methods)} methods and {list(controls)}."
         )
-    run = _Run(wrapped, methods, controls, masking, steps, baseline, tolerance, max_batch, seed)
+    run = _Run(wrapped, methods, controls, perturb, steps, baseline, tolerance, max_batch, seed)
     start = time.perf_counter()
     for number, item in enumerate(records):
         run.measure(number, item)
@@ -130,9 +130,9 @@ def evaluate_faithfulness(
         chance={
             "pointing": bootstrap_mean(run.hits).mean, "energy": bootstrap_mean(run.areas).mean,
         },
-        broken={where: str(error) for where, error in run.errors.items()},
+        errors={where: str(error) for where, error in run.errors.items()},
         settings={
-            "model": wrapped.name, "masking": masking, "steps": steps, "baseline": baseline,
+            "model": wrapped.name, "perturb": perturb, "steps": steps, "baseline": baseline,
             "tolerance": tolerance, "seed": seed, "level": level,
         },
         seconds=time.perf_counter() - start,
@@ -147,7 +147,7 @@ class _Run:
         model: SimilarityModel,
         methods: Mapping[str, Recipe],
         controls: Sequence[str],
-        masking: str,
+        perturb: str,
         steps: int,
         baseline: str,
         tolerance: float,
@@ -156,7 +156,7 @@ class _Run:
     ) -> None:
         self.model, self.controls = model, controls
         self.methods = {name: _settled(recipe) for name, recipe in methods.items()}
-        self.curves: dict[str, Any] = {"masking": masking, "steps": steps, "baseline": baseline}
+        self.curves: dict[str, Any] = {"perturb": perturb, "steps": steps, "baseline": baseline}
         self.tolerance, self.max_batch, self.seed = tolerance, max_batch, seed
         self.tallies = {name: _Tally() for name in (*methods, *map(_bracketed, controls))}
         self.errors: dict[str, SimexplainError] = {}
@@ -198,7 +198,7 @@ class _Run:
         return timed(
             self.model,
             lambda: explain_files(
-                self.model, item.paths, item.arch, method, layer, different=item.different,
+                self.model, item.paths, item.arch, method, layer, negative=item.negative,
                 positives=item.positives, max_batch=self.max_batch,
                 check=False, **options,
             ),

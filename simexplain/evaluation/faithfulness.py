@@ -20,7 +20,7 @@ from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
 from simexplain.tracing import trace
 
-MASKINGS = ("each", "together")
+PERTURBATIONS = ("single", "joint")
 """Which images lose pixels at the same time: one while all others are held, or all."""
 
 LEAST = 0.05
@@ -33,7 +33,7 @@ def faithfulness(
     comparison: Comparison,
     maps: Explanation | Tensor,
     *,
-    masking: str = "each",
+    perturb: str = "single",
     steps: int = 20,
     baseline: str = "blur",
     least: float = LEAST,
@@ -41,9 +41,9 @@ def faithfulness(
 ) -> FaithfulnessScores:
     """How much of the margin of similarities goes with the hottest pixels, and comes with them.
 
-    With ``each`` the score of image ``i`` is ``d_i . f(x_i)``, the part of the margin that the
+    With ``single`` the score of image ``i`` is ``d_i . f(x_i)``, the part of the margin that the
     image has a say in: ``d_i`` is its direction (``margin_directions``) at the embeddings of the
-    whole images, which are held. With ``together`` all images lose the same share of their pixels
+    whole images, which are held. With ``joint`` all images lose the same share of their pixels
     at once, and the score is the margin itself; for a pair, the similarity of the two. Beware that
     two deleted pictures may be alike as well: two black ones are one and the same, and their
     similarity of 1 leaves nothing to lose, so that normalised areas are NaN; ``mean`` and ``blur``
@@ -51,7 +51,7 @@ def faithfulness(
 
     Areas are normalised by what covering the whole image costs. Where that is little, the quotient
     grows without bound, so it is NaN where the cost is below ``least`` times the largest score that
-    a row of that length could have, ``|d_i| |f(x_i)|`` (together: that of the anchor). This depends
+    a row of that length could have, ``|d_i| |f(x_i)|`` (joint: that of the anchor). This depends
     on the images alone, so the same ones are left out whatever the maps.
 
     Args:
@@ -59,7 +59,7 @@ def faithfulness(
         comparison: Preprocessed images ``(3,H,W)``.
         maps: An explanation of these images, or maps ``(B,K,h,w)`` of any range; where they are
             signed, negative heat counts as the least important.
-        masking: ``each`` or ``together``.
+        perturb: ``single`` or ``joint``.
         steps: Equal fractions into which the pixels are cut.
         baseline: ``blur``, ``mean``, ``black`` or ``border``; black before the model's
             normalisation.
@@ -79,10 +79,10 @@ def faithfulness(
             f"Expected maps ({stack.shape[0]},{stack.shape[1]},h,w) for these comparisons, got "
             f"{tuple(heat.shape)}."
         )
-    if masking not in MASKINGS or baseline not in BASELINES:
+    if perturb not in PERTURBATIONS or baseline not in BASELINES:
         raise ComparisonError(
-            f"Expected masking of {', '.join(MASKINGS)} and baseline of {', '.join(BASELINES)}, "
-            f"got '{masking}' and '{baseline}'."
+            f"Expected perturb of {', '.join(PERTURBATIONS)} and baseline of "
+            f"{', '.join(BASELINES)}, got '{perturb}' and '{baseline}'."
         )
     check_range("least", least, 0, 1)
     ground = black_of(wrapped) if baseline == "black" else baseline
@@ -91,9 +91,9 @@ def faithfulness(
     directions = margin_directions(comparison.like(rows))
     gaps = (least * directions.norm(dim=2) * rows.norm(dim=2)).tolist()
     found = []
-    for index, scores in enumerate(_scores(wrapped, comparison, directions, masking, max_batch)):
+    for index, scores in enumerate(_scores(wrapped, comparison, directions, perturb, max_batch)):
         parts = [(stack[index], heat[index])]
-        if masking == "each":
+        if perturb == "single":
             parts = list(zip(stack[index], heat[index], strict=True))
         found.append(
             [
@@ -101,8 +101,8 @@ def faithfulness(
                 for score, part, gap in zip(scores, parts, gaps[index], strict=False)
             ]
         )
-    roles = comparison.roles if masking == "each" else ("all",)
-    settings = {"masking": masking, "steps": steps, "baseline": baseline, "least": least}
+    roles = comparison.roles if perturb == "single" else ("all",)
+    settings = {"perturb": perturb, "steps": steps, "baseline": baseline, "least": least}
     return _collected(found, roles, settings)
 
 
@@ -110,11 +110,11 @@ def _scores(
     model: SimilarityModel,
     comparison: Comparison,
     directions: Tensor,
-    masking: str,
+    perturb: str,
     max_batch: int | None,
 ) -> list[list[Score]]:
     """The scores of each comparison, one for each image or one for all."""
-    if masking == "each":
+    if perturb == "single":
         return [[_along(model, direction, max_batch) for direction in own] for own in directions]
     return [[_margin(model, comparison, max_batch)] for _ in range(comparison.batch)]
 

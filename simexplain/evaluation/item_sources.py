@@ -17,7 +17,7 @@ from simexplain.arguments import typed
 from simexplain.comparison import architecture
 from simexplain.data.folders import pictures_in, without_index
 from simexplain.data.images import opened_picture
-from simexplain.errors import ComparisonError
+from simexplain.errors import ComparisonError, missing
 from simexplain.evaluation.items import Item
 
 COLUMNS = (
@@ -59,7 +59,8 @@ def read_comparisons(path: str | Path) -> list[Item]:
                 _item(source, reader.line_num, row) for row in reader if any(_texts(row))
             ]  # fmt: skip
     except OSError as error:
-        raise ComparisonError(f"'{source}' cannot be read ({error.strerror or error}).") from error
+        reason = f"'{source}' cannot be read ({error.strerror or error})."
+        raise ComparisonError(missing(source, reason)) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise ComparisonError(
             f"'{source}' is no CSV file in UTF-8 ({error}); save it as one."
@@ -199,7 +200,7 @@ def _item(source: Path, line: int, row: Mapping[str, str | None]) -> Item:
         paths,
         arch,
         masks_of if any(masks_of) else None,
-        different=arch == "siamese" and not near.files,
+        negative=arch == "siamese" and not near.files,
         positives=len(near.files) if arch == "set" else 1,
     )
 

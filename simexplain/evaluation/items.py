@@ -12,10 +12,12 @@ from torch import Tensor
 
 from simexplain.data.images import PictureSource, opened_picture
 from simexplain.errors import ComparisonError, ImageError
+from simexplain.renaming import takes_old_names
 
 _HALF = 127
 
 
+@takes_old_names
 @dataclass(frozen=True)
 class Item:
     """One comparison of a data set.
@@ -26,7 +28,7 @@ class Item:
         masks: For each picture the mask of what its map should point at, or None: a grey picture of
             the same size, light where it is, or one with an alpha channel, such as the picture
             itself where it is cut out. None for no masks at all.
-        different: As for ``explain_files``.
+        negative: As for ``explain_files``.
         positives: As for ``explain_files``.
 
     Raises:
@@ -36,7 +38,7 @@ class Item:
     paths: tuple[PictureSource, ...]
     arch: str = "triplet"
     masks: tuple[str | Path | None, ...] | None = None
-    different: bool = False
+    negative: bool = False
     positives: int = 1
 
     def __post_init__(self) -> None:

@@ -99,7 +99,7 @@ def asked(model: SimilarityModel, item: Item) -> Asked:
         ComparisonError: If the pictures do not fit the arrangement.
     """
     near = positives_of(
-        item.arch, len(item.paths), different=item.different, positives=item.positives
+        item.arch, len(item.paths), negative=item.negative, positives=item.positives
     )
     pictures = read_pictures(item.paths)
     views, geometries = prepared(model.preprocess, pictures)
@@ -127,7 +127,7 @@ def measured(
         model: The model that is explained.
         question: The comparison.
         explanation: Of that comparison.
-        curves: ``masking``, ``steps`` and ``baseline`` of ``faithfulness``.
+        curves: ``perturb``, ``steps`` and ``baseline`` of ``faithfulness``.
         tolerance: Of the pointing game, in pixels of the pictures.
         max_batch: Bounds the images in one forward pass.
 

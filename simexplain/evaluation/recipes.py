@@ -7,8 +7,9 @@ from dataclasses import MISSING, Field
 from typing import Any
 
 from simexplain.errors import ComparisonError, SimexplainError
-from simexplain.methods import METHODS, Method, option_from, options_of
+from simexplain.methods import METHODS, Method, check_method, option_from, options_of
 from simexplain.methods.rows import Layers
+from simexplain.renaming import todays
 
 Recipe = tuple[str | Method, Layers, Mapping[str, Any]]
 """A method, its layers and its options, as ``explain_files`` takes them."""
@@ -17,7 +18,7 @@ Recipes = Mapping[str, Recipe] | Sequence[str] | None
 """Recipes by name, texts as :func:`recipe_from` takes them, or None for :func:`quick_methods`."""
 
 _QUICK = ("sam", "focus", "similarity_cam", "decomposition", "attention_relevance", "avsl")
-_OF_THE_VIEW = ("magnify", "scale")
+_OF_THE_VIEW = ("upscale", "scale")
 
 
 def quick_methods() -> tuple[str, ...]:
@@ -50,7 +51,7 @@ def recipe_from(text: str) -> Recipe:
     """A recipe from ``NAME[@LAYER+LAYER][:OPTION=VALUE,...]``, such as ``sam:weights=signed``.
 
     Values are read as what the option is by default: a number, true or false, else text. Besides
-    its own options every method takes ``magnify``.
+    its own options every method takes ``upscale``.
 
     Raises:
         ComparisonError: If the method, an option or a value does not fit.
@@ -58,10 +59,11 @@ def recipe_from(text: str) -> Recipe:
     head, colon, tail = text.partition(":")
     name, at, layers = head.partition("@")
     _check_options(name, {})
-    defaults = {"magnify": 1.0, **{field.name: _default(field) for field in _fields(name)}}
+    defaults = {"upscale": 1.0, **{field.name: _default(field) for field in _fields(name)}}
     options: dict[str, Any] = {}
     for pair in tail.split(",") if colon else ():
         option, equals, value = pair.partition("=")
+        ((option, value),) = todays({option: value}, defaults).items()
         if not equals or option not in defaults:
             raise ComparisonError(
                 f"Expected OPTION=VALUE with an option of {name} ({', '.join(defaults)}), got "
@@ -118,8 +120,7 @@ def _missing(method: str | Method, options: Mapping[str, Any]) -> list[str]:
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    if name not in METHODS:
-        raise ComparisonError(f"Expected methods of {', '.join(METHODS)}, got '{name}'.")
+    check_method(name)
     known = [*_OF_THE_VIEW, *(field.name for field in _fields(name))]
     for option in options:
         if option not in known:

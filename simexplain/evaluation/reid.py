@@ -29,7 +29,7 @@ def evaluate_reid(
     model: nn.Module,
     data: DataSplit,
     *,
-    ks: Sequence[int] = RANKS,
+    ranks: Sequence[int] = RANKS,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> Reidentification:
@@ -45,7 +45,7 @@ def evaluate_reid(
         model: A similarity model, or any ``nn.Module`` that returns an embedding.
         data: Queries and gallery with persons as labels and cameras, as ``read_dataset`` reads
             ``market1501`` and ``cuhk03``.
-        ks: Ranks of the CMC.
+        ranks: Ranks of the CMC.
         batch_size: Pictures in one forward pass.
         progress: Called with what is done, how far it is, and how far it goes.
 
@@ -56,13 +56,15 @@ def evaluate_reid(
             relevant picture.
     """
     gallery = tuple(record for record in data.gallery or () if record.label != JUNK)
-    _check(data.queries, gallery, ks)
+    _check(data.queries, gallery, ranks)
     base = as_similarity_model(model)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     asked = embedded(base, data.queries, what="Embedding queries", **options)
     sought = embedded(base, gallery, what="Embedding gallery", **options)
     junk = len(data.junk) + len(data.gallery or ()) - len(gallery)
-    return ranked_reid(base, asked, sought, ks=ks, junk=junk, name=data.name, progress=progress)
+    return ranked_reid(
+        base, asked, sought, ranks=ranks, junk=junk, name=data.name, progress=progress
+    )
 
 
 @torch.no_grad()
@@ -71,7 +73,7 @@ def ranked_reid(
     queries: Embedded,
     gallery: Embedded,
     *,
-    ks: Sequence[int] = RANKS,
+    ranks: Sequence[int] = RANKS,
     junk: int = 0,
     name: str = "",
     block: int | None = None,
@@ -83,7 +85,7 @@ def ranked_reid(
         model: The model that embedded them; its ``distance`` is used.
         queries: From ``embedded``.
         gallery: From ``embedded``; junk in it is ignored.
-        ks: Ranks of the CMC.
+        ranks: Ranks of the CMC.
         junk: Pictures of junk that were left out before.
         name: Of the data set.
         block: Queries ranked at a time; None for as many as make some two million pairs.
@@ -93,7 +95,7 @@ def ranked_reid(
         ComparisonError: As for :func:`evaluate_reid`.
     """
     base = as_similarity_model(model)
-    _check(queries.records, gallery.records, ks)
+    _check(queries.records, gallery.records, ranks)
     relevant, ignored = masks_of(queries.records, gallery.records)
     with undisturbed(base):
         ranking = rank(
@@ -115,7 +117,7 @@ def ranked_reid(
     }  # fmt: skip
     among = sum(record.label == JUNK for record in gallery.records)
     return Reidentification(
-        ranking, queries.records, gallery.records, tuple(sorted(set(ks))), junk + among,
+        ranking, queries.records, gallery.records, tuple(sorted(set(ranks))), junk + among,
         failures, broken, settings,
     )  # fmt: skip
 
@@ -171,13 +173,13 @@ def _failures(
     )
 
 
-def _check(queries: Sequence[Record], gallery: Sequence[Record], ks: Sequence[int]) -> None:
+def _check(queries: Sequence[Record], gallery: Sequence[Record], ranks: Sequence[int]) -> None:
     """Says what is missing before the long work, not after it."""
     if not queries or not gallery:
         what = "query" if not queries else "gallery picture"
         raise ImageError(f"Expected at least one {what}, got none; check the folder.")
-    if not ks or min(ks) < 1:
-        raise ComparisonError(f"Expected ranks of at least 1, got {list(ks)}.")
+    if not ranks or min(ranks) < 1:
+        raise ComparisonError(f"Expected ranks of at least 1, got {list(ranks)}.")
     for record in (*queries, *gallery):
         if record.label is None or record.camera is None:
             what = "person" if record.label is None else "camera"

@@ -14,6 +14,7 @@ from simexplain.data.folders import Record
 from simexplain.evaluation.results import SCHEMA, Measured, Row, plain
 from simexplain.evaluation.tables import aligned, number
 from simexplain.metrics.ranking import Ranking, mean_defined
+from simexplain.renaming import takes_old_names, with_old_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,36 +64,37 @@ class Failure:
         }
 
 
+@takes_old_names
 @dataclass(frozen=True)
 class Reidentification(Measured):
     """How well persons are found before other cameras.
 
-    Means are over the queries with a relevant picture; see ``left_out`` for the others.
+    Means are over the queries with a relevant picture; see ``skipped`` for the others.
 
     Attributes:
         ranking: Where the relevant pictures stand for each query.
         queries: The queries, in the order of the ranking.
         gallery: The gallery, in the order of ``ranking.nearest``; junk may be among it.
-        ks: Ranks of the CMC.
+        ranks: Ranks of the CMC.
         junk: Pictures of junk, all ignored, in the gallery or left out before.
         failures: Queries whose first candidate is somebody else, the worst first.
-        broken: Pictures that could not be read, with the reason.
+        errors: Pictures that could not be read, with the reason.
         settings: How it was measured.
     """
 
     ranking: Ranking
     queries: tuple[Record, ...]
     gallery: tuple[Record, ...]
-    ks: tuple[int, ...]
+    ranks: tuple[int, ...]
     junk: int
     failures: tuple[Failure, ...]
-    broken: Mapping[str, str]
+    errors: Mapping[str, str]
     settings: Mapping[str, Any]
 
     @cached_property
     def rank(self) -> dict[int, float]:
         """The CMC in [0, 1] by rank: how often the person is among the first so many."""
-        return {k: mean_defined(self.ranking.recall(k)) for k in self.ks}
+        return {k: mean_defined(self.ranking.recall(k)) for k in self.ranks}
 
     @property
     def map(self) -> float:
@@ -105,7 +107,7 @@ class Reidentification(Measured):
         return mean_defined(self.ranking.trapezoid_precision)
 
     @property
-    def left_out(self) -> int:
+    def skipped(self) -> int:
         """Queries without a relevant picture in the gallery, which take no part in a mean."""
         return int((~self.ranking.answerable).sum())
 
@@ -137,7 +139,7 @@ class Reidentification(Measured):
         for camera in sorted({str(record.camera) for record in self.queries}):
             own = [n for n, record in enumerate(self.queries) if record.camera == camera]
             row: Row = {"camera": camera, "queries": int(self.ranking.answerable[own].sum())}
-            row |= {f"rank_{k}": mean_defined(self.ranking.recall(k)[own]) for k in self.ks}
+            row |= {f"rank_{k}": mean_defined(self.ranking.recall(k)[own]) for k in self.ranks}
             rows.append({**row, "map": mean_defined(self.ranking.average_precision[own])})
         return rows
 
@@ -174,18 +176,18 @@ class Reidentification(Measured):
 
     def __str__(self) -> str:
         """CMC and mAP over all queries and from each camera, as plain text."""
-        head = ("", *(f"rank-{k}" for k in self.ks), "mAP", "queries")
+        head = ("", *(f"rank-{k}" for k in self.ranks), "mAP", "queries")
         rows = [(*map(number, (*self.rank.values(), self.map)), str(self._counted))]
         cells: list[tuple[str, ...]] = [head, ("all", *rows[0])]
         for row in self.cameras():
-            values = [float(row[f"rank_{k}"]) for k in self.ks] + [float(row["map"])]
+            values = [float(row[f"rank_{k}"]) for k in self.ranks] + [float(row["map"])]
             name = f"from camera {row['camera']}"
             cells.append((name, *map(number, values), str(row["queries"])))
         return aligned(cells)
 
     @property
     def _counted(self) -> int:
-        return len(self.queries) - self.left_out
+        return len(self.queries) - self.skipped
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; what is undefined (NaN) is null."""
@@ -194,7 +196,7 @@ class Reidentification(Measured):
             "map": self.map,
             "map_trapezoid": self.map_trapezoid,
             "queries": self._counted,
-            "left_out": self.left_out,
+            "skipped": self.skipped,
             "persons": self.persons,
             "gallery": self.searched,
             "distractors": self.distractors,
@@ -203,7 +205,11 @@ class Reidentification(Measured):
             "cameras": self.cameras(),
             "failed": len(self.failures),
             "failures": [one.row() for one in self.failures[:_LISTED]],
-            "broken": self.broken,
+            "errors": self.errors,
             "settings": self.settings,
         }
-        return {"schema": SCHEMA, "kind": "reid", **plain(said)}
+        return {
+            "schema": SCHEMA,
+            "kind": "reid",
+            **plain(with_old_names(said, "left_out", "broken")),
+        }

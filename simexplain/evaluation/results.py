@@ -17,6 +17,7 @@ from simexplain.evaluation.tables import aligned, cost, number, ranged
 from simexplain.metrics.intervals import FEW, Interval, bootstrap_difference
 from simexplain.printing import json_text
 from simexplain.publishing import Kind, published
+from simexplain.renaming import takes_old_names, with_old_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,6 +133,7 @@ class MethodScores:
     measuring: float = 0.0
 
 
+@takes_old_names
 @dataclass(frozen=True)
 class Evaluation(Measured):
     """Methods side by side on the same items.
@@ -141,7 +143,7 @@ class Evaluation(Measured):
         items: The paths of each item.
         chance: What a random point (``pointing``) and a flat map (``energy``) reach; NaN without
             masks.
-        broken: For each item and method that gave no number the reason.
+        errors: For each item and method that gave no number the reason.
         settings: How it was measured.
         seconds: What all of it took.
     """
@@ -149,7 +151,7 @@ class Evaluation(Measured):
     methods: Mapping[str, MethodScores]
     items: tuple[tuple[str, ...], ...]
     chance: Mapping[str, float]
-    broken: Mapping[str, str]
+    errors: Mapping[str, str]
     settings: Mapping[str, Any]
     seconds: float = 0.0
 
@@ -182,7 +184,7 @@ class Evaluation(Measured):
     def skipped(self) -> dict[str, str]:
         """Methods that gave no number on any item, with the reason on the first."""
         found: dict[str, str] = {}
-        for where, reason in self.broken.items():
+        for where, reason in self.errors.items():
             name = where.partition(", ")[2]
             if name in self.methods and not self.methods[name].intervals["gain"].count:
                 found.setdefault(name, reason)
@@ -265,13 +267,14 @@ class Evaluation(Measured):
             items=self.items,
             chance=self.chance,
             skipped=self.skipped,
-            broken=self.broken,
+            errors=self.errors,
             settings=self.settings,
             seconds=self.seconds,
             notes=self.remarks(),
         )
 
 
+@takes_old_names
 @dataclass(frozen=True)
 class SanityScores(Measured):
     """How alike maps stay while the network forgets, from the last layer on.
@@ -282,7 +285,7 @@ class SanityScores(Measured):
         agreement: For each measure in ``AGREEMENTS`` values ``(D,B,K)``, NaN where there was no
             map to compare or one was flat.
         roles: Of the ``K`` images.
-        broken: For each depth without maps the reason.
+        errors: For each depth without maps the reason.
         settings: How it was measured.
     """
 
@@ -290,7 +293,7 @@ class SanityScores(Measured):
     layers: tuple[str, ...]
     agreement: Mapping[str, Tensor]
     roles: tuple[str, ...]
-    broken: Mapping[str, str]
+    errors: Mapping[str, str]
     settings: Mapping[str, Any]
 
     def table(self) -> list[Row]:
@@ -306,12 +309,13 @@ class SanityScores(Measured):
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; what is undefined (NaN) is null."""
-        names = ("depths", "layers", "agreement", "roles", "broken", "settings")
+        names = ("depths", "layers", "agreement", "roles", "errors", "settings")
         said = {name: getattr(self, name) for name in names}
         return _manifest("sanity", **said)
 
 
 def _manifest(kind: str, **said: Any) -> dict[str, Any]:
+    said = with_old_names(said, "broken")
     return {"schema": SCHEMA, "kind": kind, **{name: plain(v) for name, v in said.items()}}
 
 

@@ -92,7 +92,7 @@ def evaluate_retrieval(
     queries: Sequence[Record],
     gallery: Sequence[Record] | None = None,
     *,
-    ks: Sequence[int] = RECALLS,
+    ranks: Sequence[int] = RECALLS,
     grouped: bool = False,
     batch_size: int = 32,
     progress: Progress | None = None,
@@ -108,7 +108,7 @@ def evaluate_retrieval(
         model: A similarity model, or any ``nn.Module`` that returns an embedding.
         queries: Pictures with labels.
         gallery: What to search; None for the queries themselves.
-        ks: The K of Recall@K.
+        ranks: The K of Recall@K.
         grouped: Leave a query's own group out of its gallery, relevant or not. Every picture then
             needs a group.
         batch_size: Pictures in one forward pass.
@@ -120,14 +120,14 @@ def evaluate_retrieval(
         ComparisonError: If a label or a group is missing, a K is below 1, or no query has a
             relevant picture in the gallery.
     """
-    _check(queries, gallery, ks, grouped)
+    _check(queries, gallery, ranks, grouped)
     base = as_similarity_model(model)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     asked = embedded(base, queries, what="Embedding queries", **options)
     sought = None
     if gallery is not None:
         sought = embedded(base, gallery, what="Embedding gallery", **options)
-    return ranked_retrieval(base, asked, sought, ks=ks, grouped=grouped, progress=progress)
+    return ranked_retrieval(base, asked, sought, ranks=ranks, grouped=grouped, progress=progress)
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def ranked_retrieval(
     queries: Embedded,
     gallery: Embedded | None = None,
     *,
-    ks: Sequence[int] = RECALLS,
+    ranks: Sequence[int] = RECALLS,
     grouped: bool = False,
     block: int | None = None,
     progress: Progress | None = None,
@@ -147,7 +147,7 @@ def ranked_retrieval(
         model: The model that embedded them; its ``distance`` is used.
         queries: From :func:`embedded`.
         gallery: From :func:`embedded`; None for the queries themselves.
-        ks: The K of Recall@K.
+        ranks: The K of Recall@K.
         grouped: Leave a query's own group out of its gallery.
         block: Queries ranked at a time; None for as many as make some two million pairs.
         progress: Called with what is done, how far it is, and how far it goes.
@@ -157,7 +157,7 @@ def ranked_retrieval(
     """
     base = as_similarity_model(model)
     sought = queries if gallery is None else gallery
-    _check(queries.records, None if gallery is None else gallery.records, ks, grouped)
+    _check(queries.records, None if gallery is None else gallery.records, ranks, grouped)
     files = same(*_numbered(_file, queries.records, sought.records))
     groups = same(*_numbered(lambda record: record.group, queries.records, sought.records))
     with undisturbed(base):
@@ -178,19 +178,19 @@ def ranked_retrieval(
         "own file": "ignored", "own group": "ignored" if grouped else "counted",
         "ties": "relevant last",
     }  # fmt: skip
-    wanted = tuple(sorted(set(ks)))
+    wanted = tuple(sorted(set(ranks)))
     return Retrieval(ranking, queries.records, sought.records, wanted, broken, settings)
 
 
 def _check(
-    queries: Sequence[Record], gallery: Sequence[Record] | None, ks: Sequence[int], grouped: bool
+    queries: Sequence[Record], gallery: Sequence[Record] | None, ranks: Sequence[int], grouped: bool
 ) -> None:
     """Says what is missing before the long work, not after it."""
     if not queries or (gallery is not None and not gallery):
         what = "query" if not queries else "gallery picture"
         raise ImageError(f"Expected at least one {what}, got none; check the folder or the split.")
-    if not ks or min(ks) < 1:
-        raise ComparisonError(f"Expected K of at least 1 for Recall@K, got {list(ks)}.")
+    if not ranks or min(ranks) < 1:
+        raise ComparisonError(f"Expected K of at least 1 for Recall@K, got {list(ranks)}.")
     for record in (*queries, *(gallery or ())):
         if record.label is None or (grouped and record.group is None):
             what = "class" if record.label is None else "group"

@@ -14,6 +14,7 @@ from simexplain.data.folders import Record
 from simexplain.evaluation.results import SCHEMA, Measured, Row, plain
 from simexplain.evaluation.tables import aligned, number
 from simexplain.metrics.ranking import Ranking, mean_defined
+from simexplain.renaming import takes_old_names, with_old_names
 
 _WORST = 10
 _AVERAGES = ("map_at_r", "r_precision", "average_precision")
@@ -43,32 +44,33 @@ class ClassRetrieval:
     taken_for: str | None
 
 
+@takes_old_names
 @dataclass(frozen=True)
 class Retrieval(Measured):
     """How well images of a query's class are found.
 
-    Means are over the queries with a relevant image; see ``left_out`` for the others.
+    Means are over the queries with a relevant image; see ``skipped`` for the others.
 
     Attributes:
         ranking: Where the relevant images stand for each query.
         queries: The queries, in the order of the ranking.
         gallery: The gallery, in the order of ``ranking.nearest``.
-        ks: The K of Recall@K.
-        broken: Pictures that could not be read, with the reason.
+        ranks: The K of Recall@K.
+        errors: Pictures that could not be read, with the reason.
         settings: How it was measured.
     """
 
     ranking: Ranking
     queries: tuple[Record, ...]
     gallery: tuple[Record, ...]
-    ks: tuple[int, ...]
-    broken: Mapping[str, str]
+    ranks: tuple[int, ...]
+    errors: Mapping[str, str]
     settings: Mapping[str, Any]
 
     @cached_property
     def recall(self) -> dict[int, float]:
         """Recall@K in [0, 1] by K."""
-        return {k: mean_defined(self.ranking.recall(k)) for k in self.ks}
+        return {k: mean_defined(self.ranking.recall(k)) for k in self.ranks}
 
     @property
     def map_at_r(self) -> float:
@@ -86,7 +88,7 @@ class Retrieval(Measured):
         return mean_defined(self.ranking.average_precision)
 
     @property
-    def left_out(self) -> int:
+    def skipped(self) -> int:
         """Queries without any relevant image in the gallery, which take no part in a mean."""
         return int((~self.ranking.answerable).sum())
 
@@ -99,14 +101,14 @@ class Retrieval(Measured):
         places: dict[str, list[int]] = {}
         for place, record in enumerate(self.queries):
             places.setdefault(str(record.label), []).append(place)
-        recalls = {k: self.ranking.recall(k) for k in self.ks}
+        recalls = {k: self.ranking.recall(k) for k in self.ranks}
         found = [self._of(label, own, recalls) for label, own in places.items()]
         return tuple(sorted(found, key=self._badness))
 
     def _badness(self, one: ClassRetrieval) -> tuple[bool, float, float, str]:
         if not one.queries:
             return (True, 0, 0, one.label)
-        return (False, one.recall[self.ks[0]], one.map_at_r, one.label)
+        return (False, one.recall[self.ranks[0]], one.map_at_r, one.label)
 
     def _of(self, label: str, places: list[int], recalls: dict[int, Tensor]) -> ClassRetrieval:
         ranking = self.ranking
@@ -128,7 +130,7 @@ class Retrieval(Measured):
 
         Args:
             name: ``recall``, ``map_at_r``, ``r_precision`` or ``average_precision``.
-            k: For ``recall``, one of ``ks``.
+            k: For ``recall``, one of ``ranks``.
         """
         values = [
             one.recall[k] if k is not None else getattr(one, name)
@@ -166,9 +168,9 @@ class Retrieval(Measured):
 
     def __str__(self) -> str:
         """Means over queries and over classes, then the worst classes, as plain text."""
-        head = ("", *(f"Recall@{k}" for k in self.ks), "MAP@R", "R-precision")
+        head = ("", *(f"Recall@{k}" for k in self.ranks), "MAP@R", "R-precision")
         by_query = [*self.recall.values(), self.map_at_r, self.r_precision]
-        by_class = [self.class_mean("recall", k) for k in self.ks]
+        by_class = [self.class_mean("recall", k) for k in self.ranks]
         by_class += [self.class_mean("map_at_r"), self.class_mean("r_precision")]
         means = [
             head,
@@ -181,7 +183,7 @@ class Retrieval(Measured):
             "class" if len(worst) == len(counted) else f"worst {_WORST} of {len(counted)} classes"
         )
         rows: list[tuple[str, ...]] = [
-            (title, "queries", *(f"Recall@{k}" for k in self.ks), "MAP@R", "taken for")
+            (title, "queries", *(f"Recall@{k}" for k in self.ranks), "MAP@R", "taken for")
         ]
         for one in worst:
             values = [number(value) for value in (*one.recall.values(), one.map_at_r)]
@@ -194,11 +196,11 @@ class Retrieval(Measured):
         said = {
             "recall": self.recall,
             **{name: getattr(self, name) for name in _AVERAGES},
-            "queries": len(self.queries) - self.left_out,
-            "left_out": self.left_out,
+            "queries": len(self.queries) - self.skipped,
+            "skipped": self.skipped,
             "gallery": len(self.gallery),
             "class_mean": {
-                "recall": {k: self.class_mean("recall", k) for k in self.ks},
+                "recall": {k: self.class_mean("recall", k) for k in self.ranks},
                 **by_class,
             },
             "classes": [
@@ -211,7 +213,11 @@ class Retrieval(Measured):
                 }
                 for one in self.classes
             ],
-            "broken": self.broken,
+            "errors": self.errors,
             "settings": self.settings,
         }
-        return {"schema": SCHEMA, "kind": "retrieval", **plain(said)}
+        return {
+            "schema": SCHEMA,
+            "kind": "retrieval",
+            **plain(with_old_names(said, "left_out", "broken")),
+        }

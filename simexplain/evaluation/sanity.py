@@ -61,7 +61,7 @@ def sanity_check(
     own = explain(wrapped, comparison, method, layer, max_batch=max_batch, check=False, **options)
     used = own.layers if layer is None and takes_layers(method) else layer
     found: list[Tensor] = []
-    broken: dict[str, str] = {}
+    errors: dict[str, str] = {}
     for depth in chosen:
         maps = None
         with randomised(network, depth, seed, names):
@@ -70,7 +70,7 @@ def sanity_check(
                     wrapped, comparison, method, used, max_batch=max_batch, check=False, **options
                 ).maps
             except ModelError as error:  # such as an embedding that is zero now
-                broken[str(depth)] = str(error)
+                errors[str(depth)] = str(error)
         found.append(_alike(own.maps, maps))
     values = torch.stack(found)
     return SanityScores(
@@ -78,7 +78,7 @@ def sanity_check(
         layers=tuple(names[depth - 1] if depth else "" for depth in chosen),
         agreement={name: values[..., number] for number, name in enumerate(AGREEMENTS)},
         roles=comparison.roles,
-        broken=broken,
+        errors=errors,
         settings={"method": own.method, "layers": own.layers, "model": own.model, "seed": seed},
     )
 

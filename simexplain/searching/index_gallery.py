@@ -17,6 +17,7 @@ from simexplain.data.preprocessing import Geometry, Preprocess
 from simexplain.errors import DAMAGED, ComparisonError, ModelError, OutputError, first_line
 from simexplain.matching.factors import Factors
 from simexplain.models.embedder import as_similarity_model
+from simexplain.renaming import takes_old_names
 from simexplain.searching.index_checking import check_columns, root_of
 from simexplain.searching.index_embedding import LEVELS, PARTS, Keeping, doubled
 from simexplain.searching.index_file import read_columns, unpacked_texts
@@ -44,6 +45,7 @@ class Changes:
     kept: int = 0
 
 
+@takes_old_names
 @dataclass(frozen=True, eq=False)
 class GalleryIndex:
     """Embeddings of ``G`` pictures and what each position adds to them; see :func:`build_index`.
@@ -59,7 +61,7 @@ class GalleryIndex:
         identity: What the model is known by.
         keeping: What is kept beside the embeddings, and of which layer.
         distance_name: The model's distance by name, empty where it has one of its own.
-        broken: Pictures that could not be read, each with the reason.
+        errors: Pictures that could not be read, each with the reason.
         changes: What was done, where this index was just made or updated.
         tensors: All columns, as they lie in the file.
         said: What the file says of itself, as plain JSON.
@@ -73,7 +75,7 @@ class GalleryIndex:
     identity: Identity
     keeping: Keeping
     distance_name: str
-    broken: Mapping[str, str]
+    errors: Mapping[str, str]
     tensors: Mapping[str, Tensor] = field(repr=False)
     said: Mapping[str, Any] = field(repr=False)
     changes: Changes | None = None
@@ -272,7 +274,7 @@ def open_index(path: str | Path, *, root: str | Path | None = None) -> GalleryIn
             ),
             keeping=keeping,
             distance_name=said["distance"],
-            broken=json.loads(bytes(tensors["broken"].tolist())),
+            errors=json.loads(bytes(tensors["broken"].tolist())),
             tensors=tensors,
             said=said,
         )

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from simexplain.renaming import with_old_names
 from simexplain.searching.index_gallery import GalleryIndex
 
 _SAMPLE = 4096
@@ -58,7 +59,7 @@ def report_of(index: GalleryIndex) -> dict[str, Any]:
             "region": list(index.keeping.region),
             "bypass": index.keeping.bypass,
         }
-    return {
+    said = {
         "schema": 1,
         "file": str(index.path),
         "root": str(index.root),
@@ -72,6 +73,7 @@ def report_of(index: GalleryIndex) -> dict[str, Any]:
         "bytes_per_image": bytes_per_image(index),
         "seen": seen_of(index),
         "changes": None if index.changes is None else asdict(index.changes),
-        "broken": [{"path": path, "reason": why} for path, why in index.broken.items()],
+        "errors": [{"path": path, "reason": why} for path, why in index.errors.items()],
         "versions": index.said["versions"],
     }
+    return with_old_names(said, "broken")

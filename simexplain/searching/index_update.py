@@ -140,7 +140,7 @@ def planned(
         order = list(dict.fromkeys((*known, *paths)))
         root = before
         given = set(paths)
-        broken = {p: why for p, why in old.broken.items() if str(Path(root, p)) not in given}
+        broken = {p: why for p, why in old.errors.items() if str(Path(root, p)) not in given}
     seen = _stats_of(old)
     stats, kept = {}, {}
     for done, path in enumerate(order):
@@ -181,7 +181,7 @@ def without(old: GalleryIndex, paths: Sequence[str]) -> Plan:
     stats = {path: seen[place] for path, place in left.items()}
     broken = {
         name: why
-        for name, why in old.broken.items()
+        for name, why in old.errors.items()
         if not any(_below(str(Path(root, name)), path) for path in paths)
     }
     return Plan(root, tuple(left), stats, old, left, known, broken)

@@ -133,8 +133,8 @@ def _gallery(
     )
     if left_out := left_out_of(index):
         said += (left_out,)
-    if made.broken:
-        said += (f"{len(made.broken)} pictures of '{index}' cannot be read and were left out.",)
+    if made.errors:
+        said += (f"{len(made.errors)} pictures of '{index}' cannot be read and were left out.",)
     return made, said
 
 

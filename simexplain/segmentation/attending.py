@@ -18,7 +18,7 @@ from simexplain.metrics.maps import grown
 from simexplain.models.base import SimilarityModel
 from simexplain.segmentation.cue import SHAPES
 
-SEVERAL: dict[str, str] = {
+AGGREGATES: dict[str, str] = {
     "averaged": "a pair or triplet for each support image, the test image's maps averaged",
     "together": "one comparison with all support images in it",
 }
@@ -56,9 +56,9 @@ def attend(
     *,
     method: str | Method = "focus",
     layer: Layers = None,
-    several: str = "averaged",
+    aggregate: str = "averaged",
     anchor: str = "test",
-    magnify: float = 1,
+    upscale: float = 1,
     max_batch: int | None = None,
     **options: Any,
 ) -> Attention:
@@ -76,9 +76,9 @@ def attend(
         others: ``(N,3,H,W)``, images of other classes: negatives; None or empty for none.
         method: A name in ``METHODS`` or an object.
         layer: As for ``explain``.
-        several: A name in :data:`SEVERAL`.
+        aggregate: A name in :data:`AGGREGATES`.
         anchor: A name in :data:`ANCHORS`; ``support`` needs ``averaged``.
-        magnify: As for ``explain``.
+        upscale: As for ``explain``.
         max_batch: Bounds the images in one forward pass.
         **options: Of a method given by name, in place of those in ``SHAPES``.
 
@@ -86,11 +86,11 @@ def attend(
         ComparisonError: If images or options do not fit.
         ModelError: If the model or a layer cannot be used.
     """
-    _check_choices(several, anchor)
+    _check_choices(aggregate, anchor)
     check_tensors(test, supports, *(() if others is None else (others,)))
     negatives = supports[:0] if others is None else others
     _check(test, supports, negatives)
-    comparison = _comparison(test, supports, negatives, together=several == "together")
+    comparison = _comparison(test, supports, negatives, together=aggregate == "together")
     place = 0 if anchor == "test" else 1
     if place:
         # The first positive and the anchor change places.
@@ -100,15 +100,15 @@ def attend(
     shape = SHAPES.get(method, {}) if isinstance(method, str) else {}
     options = {**shape, **options}
     found = explain(
-        model, comparison, method, layer, magnify=magnify, max_batch=max_batch, check=False,
+        model, comparison, method, layer, upscale=upscale, max_batch=max_batch, check=False,
         **options,
     )  # fmt: skip
     size = int(test.shape[-2]), int(test.shape[-1])
-    heatmaps = grown(found.heatmaps.cpu(), size)  # magnified maps are larger
+    heatmaps = grown(found.heatmaps.cpu(), size)  # upscaled maps are larger
     heat = heatmaps[:, place].mean(dim=0)
     top = heat.max()
     count = len(supports)
-    if several == "together":
+    if aggregate == "together":
         own, far = heatmaps[0, 1 : 1 + count], heatmaps[0, 1 + count :]
     else:
         own, far = heatmaps[:count, 1 - place], heatmaps[: len(negatives), -1]
@@ -132,16 +132,16 @@ def _comparison(test: Tensor, supports: Tensor, negatives: Tensor, *, together: 
     return Comparison(test.expand(count, *test.shape), near, far)
 
 
-def _check_choices(several: str, anchor: str) -> None:
-    for name, value, known in (("several", several, SEVERAL), ("anchor", anchor, ANCHORS)):
+def _check_choices(aggregate: str, anchor: str) -> None:
+    for name, value, known in (("aggregate", aggregate, AGGREGATES), ("anchor", anchor, ANCHORS)):
         if value not in known:
             raise ComparisonError(
                 f"Expected {name} to be one of {', '.join(known)}, got '{value}'."
             )
-    if (several, anchor) == ("together", "support"):
+    if (aggregate, anchor) == ("together", "support"):
         raise ComparisonError(
             "Expected the test image as the anchor of all supports together, since a comparison "
-            "has one anchor; choose anchor='test' or several='averaged'."
+            "has one anchor; choose anchor='test' or aggregate='averaged'."
         )
 
 

@@ -187,7 +187,7 @@ def refine(
         ComparisonError: If the name is unknown or shapes do not fit.
     """
     if by not in REFINEMENTS:
-        raise ComparisonError(f"Expected by to be one of {', '.join(REFINEMENTS)}, got '{by}'.")
+        raise ComparisonError(f"Expected refine to be one of {', '.join(REFINEMENTS)}, got '{by}'.")
     if picture.ndim != 3 or picture.dtype != np.uint8 or heat.shape != picture.shape[:2]:
         raise ComparisonError(
             f"Expected a picture (H,W,3) of 8 bits and a heatmap of its size, got {picture.shape} "

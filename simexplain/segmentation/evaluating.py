@@ -63,7 +63,7 @@ def evaluate_segmentation(
         seed: Of the drawing.
         overlaps: A name in :data:`OVERLAPS`, for two ways.
         progress: Called with the fold, the episodes done and all of them.
-        **given: For ``segment_files``: method, layer, by, cue, cut, several, view, options.
+        **given: For ``segment_files``: method, layer, refine, cue, cut, aggregate, view, options.
 
     Raises:
         ComparisonError: If options do not fit, or there are no episodes to draw.
@@ -97,8 +97,8 @@ def evaluate_segmentation(
         )
     settings = {
         "model": base.name, "ways": ways, "shots": shots, "episodes": episodes, "seed": seed,
-        "overlaps": overlaps, "by": last.by, "method": last.method, "layers": list(last.layers),
-        "options": dict(last.options), "versions": dict(last.versions),
+        "overlaps": overlaps, "refine": last.refine, "method": last.method,
+        "layers": list(last.layers), "options": dict(last.options), "versions": dict(last.versions),
     }  # fmt: skip
     return SegmentationScores(tuple(scores), settings, broken)
 

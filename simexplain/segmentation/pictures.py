@@ -64,7 +64,7 @@ def footer(result: Segmentation) -> str:
     count = _shots(result)
     ways = "two-way" if count < len(result.images) else "one-way"
     return "   ·   ".join(
-        (result.model, f"layer {' x '.join(result.layers)}", f"{ways}, {count}-shot", result.by)
+        (result.model, f"layer {' x '.join(result.layers)}", f"{ways}, {count}-shot", result.refine)
     )
 
 
@@ -83,6 +83,6 @@ def _method(result: Segmentation) -> str:
 
 def _thresholds(result: Segmentation) -> str:
     cue = result.options["cue"]
-    if result.by == "grabcut":
+    if result.refine == "grabcut":
         return " / ".join(f"{cue[name]:g}" for name in ("sure", "probable", "background"))
-    return {"box": "the box of the map", "whole": "nearly the whole picture"}[result.by]
+    return {"box": "the box of the map", "whole": "nearly the whole picture"}[result.refine]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simexplain.renaming import takes_old_names
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -37,6 +39,7 @@ class SupportImage:
     heat: Heat = field(repr=False)
 
 
+@takes_old_names
 @dataclass(frozen=True)
 class Segmentation:
     """Which pixels of a test image show what the supports show.
@@ -49,7 +52,7 @@ class Segmentation:
         picture: RGB ``(H,W,3)``.
         name: The test image's file; empty for a tensor.
         images: The supports, then those of other classes.
-        by: How the map became a mask, a name in ``REFINEMENTS``.
+        refine: How the map became a mask, a name in ``REFINEMENTS``.
         method: Name of the method.
         model: Name of the model.
         layers: The layers used.
@@ -68,7 +71,7 @@ class Segmentation:
     picture: Pixels = field(repr=False)
     name: str
     images: tuple[SupportImage, ...] = field(repr=False)
-    by: str
+    refine: str
     method: str
     model: str
     layers: tuple[str, ...]

@@ -14,6 +14,7 @@ from simexplain.data.preprocessing import Geometry
 from simexplain.evaluation.saving import write_json, write_table
 from simexplain.printing import json_text
 from simexplain.publishing import Kind, published, read_back
+from simexplain.renaming import renamed, with_old_names
 from simexplain.rendering.panel import png_of
 from simexplain.segmentation.result import Segmentation, SupportImage
 from simexplain.segmentation.scores import SegmentationScores
@@ -34,13 +35,13 @@ _SCORES = {"scores": "scores.json", "episodes": "episodes.csv"}
 SCORE_FILES = tuple(_SCORES.values())
 """What an evaluation of segmentation writes."""
 _KIND = Kind("segmentation", MANIFEST, _NAMES["arrays"], (), SCHEMA)
-_PLAIN = ("by", "method", "model")
+_PLAIN = ("refine", "method", "model")
 
 
 def manifest(result: Segmentation, files: dict[str, str]) -> dict[str, Any]:
     """The JSON contract of ``segment``; keys may be added in later versions, never changed."""
     height, width = result.mask.shape
-    return {
+    said = {
         "schema": SCHEMA,
         **{name: getattr(result, name) for name in _PLAIN},
         "layers": list(result.layers),
@@ -57,6 +58,7 @@ def manifest(result: Segmentation, files: dict[str, str]) -> dict[str, Any]:
         "files": files,
         "versions": dict(result.versions),
     }
+    return with_old_names(said, "by")
 
 
 def save_segmentation(result: Segmentation, folder: Path, *, force: bool) -> dict[str, str]:
@@ -105,6 +107,7 @@ def load_segmentation(folder: Path) -> Segmentation:
 
 
 def _restored(said: dict[str, Any], arrays: dict[str, Any]) -> Segmentation:
+    said = renamed(said, _PLAIN)
     width, height = (int(side) for side in said["test"]["size"])
     bits = np.unpackbits(arrays["mask"], count=width * height)
     names = [*said["supports"], *said["others"]]
@@ -124,7 +127,7 @@ def _restored(said: dict[str, Any], arrays: dict[str, Any]) -> Segmentation:
         ),
         **{name: said[name] for name in _PLAIN},
         layers=tuple(said["layers"]),
-        options=said["options"],
+        options=renamed(said["options"], ("aggregate", "upscale")),
         warnings=tuple(said["warnings"]),
         versions=said["versions"],
         geometries=tuple(map(Geometry.from_json, said.get("geometries", ()))),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from simexplain.evaluation.results import SCHEMA, Measured, Row, plain
 from simexplain.evaluation.tables import aligned, number
+from simexplain.renaming import takes_old_names, with_old_names
 
 Mask = NDArray[np.bool_]
 
@@ -116,6 +117,7 @@ class FoldScore:
         return sum((one.foreground for one in self.episodes), Overlap()).binary_iou
 
 
+@takes_old_names
 @dataclass(frozen=True)
 class SegmentationScores(Measured):
     """How well one- or few-shot segmentation finds the classes of a data set.
@@ -123,12 +125,12 @@ class SegmentationScores(Measured):
     Attributes:
         folds: A data set has one, PASCAL-5i up to four.
         settings: How it was measured.
-        broken: Episodes that could not be measured, with the reason.
+        errors: Episodes that could not be measured, with the reason.
     """
 
     folds: tuple[FoldScore, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    broken: Mapping[str, str] = field(default_factory=dict)
+    errors: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def binary_iou(self) -> float:
@@ -194,10 +196,10 @@ class SegmentationScores(Measured):
                 }
                 for fold in self.folds
             ],
-            "broken": dict(self.broken),
+            "errors": dict(self.errors),
             "settings": dict(self.settings),
         }
-        return {"schema": SCHEMA, "kind": "segmentation", **plain(said)}
+        return {"schema": SCHEMA, "kind": "segmentation", **plain(with_old_names(said, "broken"))}
 
 
 def _ratio(part: int, whole: int) -> float:

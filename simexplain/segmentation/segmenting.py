@@ -13,16 +13,20 @@ from simexplain.arguments import typed
 from simexplain.errors import ComparisonError
 from simexplain.explanation import versions
 from simexplain.methods import Method
-from simexplain.methods.rows import Layers
+from simexplain.methods.rows import DEFAULT, Layers
 from simexplain.models.embedder import as_similarity_model
 from simexplain.networks import full_precision
 from simexplain.segmentation.attending import Attention, attend, check_tensors
-from simexplain.segmentation.cue import Cue, Heat, default_cue, refine
+from simexplain.segmentation.cue import Cue, Heat, default_cue
+from simexplain.segmentation.cue import refine as mask_of
 from simexplain.segmentation.grabcut import GrabCut, Mask, Pixels
 from simexplain.segmentation.result import ROLES, Segmentation, SupportImage
 
-METHOD = "focus"
-"""The method that segmented best where it was measured (``docs/segmentation-results.md``)."""
+METHOD = DEFAULT[-1]
+"""The row of ``explain`` that says where the match is.
+
+It segmented best where it was measured (``docs/segmentation-results.md``).
+"""
 
 
 @typed
@@ -35,13 +39,13 @@ def segment(
     *,
     method: str | Method = METHOD,
     layer: Layers = None,
-    by: str = "grabcut",
+    refine: str = "grabcut",
     cue: Cue | None = None,
     cut: GrabCut | None = None,
-    several: str = "averaged",
+    aggregate: str = "averaged",
     anchor: str = "test",
     support_masks: Tensor | None = None,
-    magnify: float = 1,
+    upscale: float = 1,
     max_batch: int | None = None,
     **options: Any,
 ) -> Segmentation:
@@ -59,14 +63,14 @@ def segment(
             one-way setting, which has none.
         method: A name in ``METHODS`` or an object; ``sam`` is the paper's.
         layer: As for ``explain``.
-        by: A name in ``REFINEMENTS``; ``grabcut`` is the paper's.
+        refine: A name in ``REFINEMENTS``; ``grabcut`` is the paper's.
         cue: Thresholds; None for the method's own in ``CUES``.
         cut: How GrabCut runs; None for five iterations.
-        several: ``averaged``, as in the paper, or ``together``.
+        aggregate: ``averaged``, as in the paper, or ``together``.
         anchor: ``test``, as in the paper, or ``support``.
         support_masks: ``(S,H,W)`` boolean, where the object is in each support: what lies outside
             is hidden from the network. None for the paper's setting, without them.
-        magnify: As for ``explain``.
+        upscale: As for ``explain``.
         max_batch: Bounds the images in one forward pass.
         **options: Of a method given by name, such as ``weights="relative"``.
 
@@ -81,8 +85,8 @@ def segment(
         check_tensors(supports, support_masks)
         shown = hidden(supports, support_masks)
     found = attend(
-        wrapped, test, shown, others, method=method, layer=layer, several=several, anchor=anchor,
-        magnify=magnify, max_batch=max_batch, **options,
+        wrapped, test, shown, others, method=method, layer=layer, aggregate=aggregate,
+        anchor=anchor, upscale=upscale, max_batch=max_batch, **options,
     )  # fmt: skip
     heat: Heat = found.heat.numpy().astype(np.float32)
     return finished(
@@ -91,10 +95,10 @@ def segment(
         heat,
         np.ones(heat.shape, dtype=bool),
         images=beside(found, wrapped.preprocess.undo(shown), others_of(wrapped, others)),
-        by=by,
+        refine=refine,
         cue=chosen,
         cut=cut or GrabCut(),
-        told={"several": several, "anchor": anchor, "support_masks": support_masks is not None},
+        told={"aggregate": aggregate, "anchor": anchor, "support_masks": support_masks is not None},
     )
 
 
@@ -105,7 +109,7 @@ def finished(
     seen: Mask,
     *,
     images: tuple[SupportImage, ...],
-    by: str,
+    refine: str,
     cue: Cue,
     cut: GrabCut,
     told: Mapping[str, Any],
@@ -113,7 +117,7 @@ def finished(
     notes: Sequence[str] = (),
 ) -> Segmentation:
     """A segmentation from the attention map ``(H,W)`` on the picture ``(H,W,3)``."""
-    refined = refine(picture, heat, cue, by=by, seen=seen, cut=cut)
+    refined = mask_of(picture, heat, cue, by=refine, seen=seen, cut=cut)
     explained = found.explanation
     said = (*notes, *_once(explained.warnings), *((refined.note,) if refined.note else ()))
     return Segmentation(
@@ -123,7 +127,7 @@ def finished(
         picture=picture,
         name=name,
         images=images,
-        by=by,
+        refine=refine,
         method=explained.method,
         model=explained.model,
         layers=explained.layers,

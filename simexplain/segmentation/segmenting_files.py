@@ -41,14 +41,14 @@ def segment_files(
     *,
     method: str | Method = METHOD,
     layer: Layers = None,
-    by: str = "grabcut",
+    refine: str = "grabcut",
     cue: Cue | None = None,
     cut: GrabCut | None = None,
-    several: str = "averaged",
+    aggregate: str = "averaged",
     anchor: str = "test",
     view: str = "whole",
     support_masks: Sequence[str | Path] | None = None,
-    magnify: float = 1,
+    upscale: float = 1,
     max_batch: int | None = None,
     **options: Any,
 ) -> Segmentation:
@@ -63,15 +63,15 @@ def segment_files(
         method: As for :func:`~simexplain.segmentation.segmenting.segment`, like all without a
             word here.
         layer: As there.
-        by: As there.
+        refine: As there.
         cue: As there.
         cut: As there.
-        several: As there.
+        aggregate: As there.
         anchor: As there.
         view: ``whole`` or ``model``. What the network does not see is probably background to the
             cut, and is never sure.
         support_masks: One for each support, light or opaque where the object is.
-        magnify: As for ``explain``; here without finer detail of the pictures.
+        upscale: As for ``explain``; here without finer detail of the pictures.
         max_batch: Bounds the images in one forward pass.
         **options: Of a method given by name.
 
@@ -91,8 +91,8 @@ def segment_files(
     if support_masks is not None:
         near = hidden(near, _masks(support_masks, pictures[1:cut_at], geometries[1:cut_at]))
     found = attend(
-        wrapped, views[0], near, views[cut_at:], method=method, layer=layer, several=several,
-        anchor=anchor, magnify=magnify, max_batch=max_batch, **options,
+        wrapped, views[0], near, views[cut_at:], method=method, layer=layer, aggregate=aggregate,
+        anchor=anchor, upscale=upscale, max_batch=max_batch, **options,
     )  # fmt: skip
     notes = wrapped.preprocess.notes + tuple(n for picture in pictures for n in picture.notes)
     result = finished(
@@ -106,11 +106,11 @@ def segment_files(
             prepare.undo(views[cut_at:]) if others else None,
             [picture.path for picture in pictures[1:]],
         ),
-        by=by,
+        refine=refine,
         cue=chosen,
         cut=cut or GrabCut(),
         told={
-            "several": several,
+            "aggregate": aggregate,
             "anchor": anchor,
             "view": view,
             "support_masks": support_masks is not None,

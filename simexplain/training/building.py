@@ -92,7 +92,9 @@ def _avsl(base: SimilarityModel, options: TrainOptions) -> AVSL:
 def avsl_settings(options: TrainOptions) -> AVSLOptions:
     """How the graph of AVSL is computed."""
     preset = ABLATIONS[options.ablation].options(options.preset)
-    return replace(preset, k=options.k, momentum=options.edge_momentum, eta=options.eta)
+    return replace(
+        preset, k=options.edges_per_node, momentum=options.edge_momentum, eta=options.eta
+    )
 
 
 def build_objective(model: SimilarityModel, options: TrainOptions, classes: int) -> Objective:

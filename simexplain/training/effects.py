@@ -16,7 +16,7 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainOptions], bool]], ...] =
         lambda o: o.mining != "none" or o.bce_mining > 0,
     ),
     (
-        ("preset", "levels", "eta", "edge_momentum", "k", "ablation", "level_weights"),
+        ("preset", "levels", "eta", "edge_momentum", "edges_per_node", "ablation", "level_weights"),
         "without AVSL (--avsl)",
         lambda o: o.avsl,
     ),

@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 
 MOST = float("inf")
 RANGES: dict[str, tuple[float, float]] = {
-    "embedding": (1, MOST), "k": (1, MOST), "edge_momentum": (0, 0.999),
+    "embedding": (1, MOST), "edges_per_node": (1, MOST), "edge_momentum": (0, 0.999),
     "gamma": (0, MOST), "mining_start": (0, MOST), "mining_warmup": (0, MOST),
     "bce": (0, MOST), "bce_mining": (0, MOST), "mask_weight": (0, MOST),
     "lr": (0, MOST), "head_lr": (0, MOST), "proxy_lr": (0, MOST), "reliability_lr": (0, MOST),
     "weight_decay": (0, MOST), "momentum": (0, 1), "step_epochs": (1, MOST), "step_factor": (0, 1),
     "warmup_epochs": (0, MOST), "clip": (0, MOST), "epochs": (1, MOST),
-    "classes": (0, MOST), "each": (2, MOST), "steps": (0, 100_000), "seed": (0, 2**31 - 1),
+    "classes_per_batch": (0, MOST), "images_per_class": (2, MOST),
+    "batches_per_epoch": (0, 100_000), "seed": (0, 2**31 - 1),
     "workers": (0, MOST), "devices": (1, MOST), "nodes": (1, MOST), "eval_every": (1, MOST),
-    "checkpoint_every": (0, MOST), "watch": (0, MOST),
+    "checkpoint_every": (0, MOST), "attention_triplets": (0, MOST),
 }  # fmt: skip
 """The smallest and the largest value of each number."""
 

@@ -11,12 +11,14 @@ import numpy as np
 from simexplain.arguments import typed
 from simexplain.errors import ModelError
 from simexplain.models.backbones import DEFAULT_MODEL
+from simexplain.renaming import renamed, takes_old_names
 from simexplain.training.limits import avsl_losses, check_terms, check_types, check_values
 
 USUAL_CLASSES = 16
 """Classes in a batch where nothing is said and there are as many."""
 
 
+@takes_old_names
 @dataclass(frozen=True)
 @typed
 class TrainOptions:
@@ -33,7 +35,7 @@ class TrainOptions:
         levels: AVSL's layers; empty for the last three stages.
         eta: ``raw`` as in the paper, or ``standardised``: how certainties enter reliabilities.
         edge_momentum: Share of the old edges that each step keeps, in [0, 1).
-        k: How many lower nodes stand in for a higher one (AVSL, Eq. 7).
+        edges_per_node: How many lower nodes stand in for a higher one (AVSL, Eq. 7).
         ablation: A row of AVSL's Table 2, a name in ``ABLATIONS``.
         level_weights: Of AVSL's levels in the loss, lowest first; empty for 1 each.
         loss: L_ml, a name in ``LOSSES``.
@@ -63,9 +65,9 @@ class TrainOptions:
             (``linear``).
         clip: Largest norm of the gradient of each group; 0 for no bound.
         epochs: Passes over the training set.
-        classes: Classes in a batch; 0 for 16, or all where there are fewer...
-        each: ...and images of each.
-        steps: Batches in an epoch; 0 for as many as use as many images as there are.
+        classes_per_batch: Classes in a batch; 0 for 16, or all where there are fewer...
+        images_per_class: ...and images of each.
+        batches_per_epoch: Batches in an epoch; 0 for as many as use as many images as there are.
         augmentation: A name in ``AUGMENTATIONS``.
         precision: ``32``, ``bf16`` or ``16`` mixed.
         freeze_bn: Batch norm normalises with the statistics it came with; its scale and shift are
@@ -76,12 +78,13 @@ class TrainOptions:
         devices: GPUs, or processes on a CPU, per host; a batch is shared by all.
         nodes: Hosts.
         eval_every: Epochs from one evaluation to the next.
-        ks: K of Recall@K.
+        ranks: The K of Recall@K.
         grouped: Leave each query's own group out of the gallery.
-        best: Keep the model of the best ``recall`` (at the first of ``ks``) or ``map_at_r``.
+        best: Keep the model of the best ``recall`` (at the first of ``ranks``) or ``map_at_r``.
         checkpoint_every: Steps from one checkpoint to the next; one more after each epoch. 0 for
             the latter alone.
-        watch: How many fixed validation triplets have their maps drawn at each evaluation.
+        attention_triplets: How many fixed validation triplets have their maps drawn at each
+            evaluation.
     """
 
     backbone: str = DEFAULT_MODEL
@@ -94,7 +97,7 @@ class TrainOptions:
     levels: tuple[str, ...] = ()
     eta: str = "raw"
     edge_momentum: float = 0.5
-    k: int = 128
+    edges_per_node: int = 128
     ablation: str = "full"
     level_weights: tuple[float, ...] = ()
     loss: str = "triplet"
@@ -122,9 +125,9 @@ class TrainOptions:
     warmup: str = "head"
     clip: float = 0.0
     epochs: int = 12
-    classes: int = 0
-    each: int = 2
-    steps: int = 0
+    classes_per_batch: int = 0
+    images_per_class: int = 2
+    batches_per_epoch: int = 0
     augmentation: str = "sam"
     precision: str = "32"
     freeze_bn: bool = True
@@ -134,11 +137,11 @@ class TrainOptions:
     devices: int = 1
     nodes: int = 1
     eval_every: int = 1
-    ks: tuple[int, ...] = (1, 2, 4, 8)
+    ranks: tuple[int, ...] = (1, 2, 4, 8)
     grouped: bool = False
     best: str = "recall"
     checkpoint_every: int = 100
-    watch: int = 3
+    attention_triplets: int = 3
 
     def __post_init__(self) -> None:
         check_types(self, get_type_hints(TrainOptions))
@@ -147,18 +150,19 @@ class TrainOptions:
 
     def _check_together(self) -> None:
         """What depends on more than one setting."""
-        if not self.ks or not all(isinstance(k, int) and k >= 1 for k in self.ks):
-            raise ModelError(f"Expected ks of at least one positive number, got {self.ks}.")
+        if not self.ranks or not all(isinstance(k, int) and k >= 1 for k in self.ranks):
+            raise ModelError(f"Expected ranks of at least one positive number, got {self.ranks}.")
         size = self.size or (1, 1)
         if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
             raise ModelError(f"Expected a positive size in pixels, got {self.size}.")
-        if self.classes == 1:
+        if self.classes_per_batch == 1:
             raise ModelError("Expected at least two classes in a batch, got 1.")
         everyone = self.devices * self.nodes
         if self.batch_size % everyone:
             raise ModelError(
                 f"Expected a batch that {everyone} processes can share evenly, got "
-                f"{self.classes} classes x {self.each}; change --classes, --each or --devices."
+                f"{self.classes_per_batch} classes x {self.images_per_class}; change "
+                "--classes-per-batch, --images-per-class or --devices."
             )
         if self.warmup_epochs > self.epochs:
             raise ModelError(
@@ -183,12 +187,14 @@ class TrainOptions:
 
     def settled(self, classes: int) -> TrainOptions:
         """With a number of classes in a batch that these many classes to train on allow."""
-        return self if self.classes else replace(self, classes=max(2, min(USUAL_CLASSES, classes)))
+        if self.classes_per_batch:
+            return self
+        return replace(self, classes_per_batch=max(2, min(USUAL_CLASSES, classes)))
 
     @property
     def batch_size(self) -> int:
         """Images in a batch, of all processes together."""
-        return self.classes * self.each
+        return self.classes_per_batch * self.images_per_class
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON from which :meth:`from_json` makes an equal object."""
@@ -211,6 +217,7 @@ def with_options(options: TrainOptions, said: Mapping[str, Any]) -> TrainOptions
         ModelError: If a setting is unknown or its value cannot be used.
     """
     known = [field.name for field in fields(TrainOptions)]
+    said = renamed(said, known)
     unknown = [name for name in said if name not in known]
     if unknown:
         raise ModelError(f"Training has the options {', '.join(known)}, got '{unknown[0]}'.")
@@ -224,7 +231,7 @@ def titled(name: str) -> str:
 
 def best_column(options: TrainOptions) -> str:
     """The column of ``metrics.csv`` that the best model is chosen by."""
-    return f"recall@{options.ks[0]}" if options.best == "recall" else "map_at_r"
+    return f"recall@{options.ranks[0]}" if options.best == "recall" else "map_at_r"
 
 
 def _plain(value: Any) -> Any:

@@ -52,8 +52,8 @@ _PAPERS: Values = {
     "augmentation": ("avsl", _AVSL),
     "optimiser": ("adamw", _AVSL),
     "weight_decay": (1e-4, _AVSL),
-    "classes": (45, _SHUFFLED),
-    "each": (4, _SHUFFLED),
+    "classes_per_batch": (45, _SHUFFLED),
+    "images_per_class": (4, _SHUFFLED),
     "clip": (10.0, "AVSL's code, examples/config/param/gradclipper"),
     "warmup": ("head", "AVSL's code: --warm_up_list embedder collector"),
     "warmup_epochs": (5, _CODE),
@@ -64,7 +64,7 @@ _PAPERS: Values = {
 _AVSL_GRAPH: Values = {
     "avsl": (True, "AVSL, section 3.4"),
     "preset": ("official", "AVSL's code, which the rates below were tuned with"),
-    "k": (128, "AVSL, section 4.3"),
+    "edges_per_node": (128, "AVSL, section 4.3"),
     "edge_momentum": (0.5, _AVSL),
 }
 _ANCHOR: Values = {"loss": ("proxy_anchor", _AVSL)}
@@ -106,7 +106,7 @@ _BASE_MARGIN: Values = {
     "proxy_lr": (0.01, "AVSL's code, examples/config/args.csv: --lr_loss"),
     "step_epochs": (10, "AVSL's code, examples/config/args.csv: --step"),
 }
-_KS_SOP: Values = {"ks": ((1, 10, 100), "AVSL, Table 1")}
+_KS_SOP: Values = {"ranks": ((1, 10, 100), "AVSL, Table 1")}
 _SOP: Values = {
     **_KS_SOP,
     "lr": (6e-4, _CODE),
@@ -124,8 +124,8 @@ _SAM_BASE: Values = {
     "gamma": (0.25, "similarity attention, Table 1"),
     "lr": (1e-5, "ours"),
     "head_lr": (1e-4, "ours"),
-    "classes": (16, "ours"),
-    "each": (4, "ours"),
+    "classes_per_batch": (16, "ours"),
+    "images_per_class": (4, "ours"),
     "epochs": (60, "ours"),
     "warmup": ("head", "ours"),
     "warmup_epochs": (2, "ours"),
@@ -146,15 +146,15 @@ _EMOJI: Values = {
     "lr": (1e-4, _LOOK),
     "head_lr": (1e-3, _LOOK),
     "weight_decay": (1e-4, _LOOK),
-    "classes": (16, _LOOK),
-    "each": (2, _LOOK),
+    "classes_per_batch": (16, _LOOK),
+    "images_per_class": (2, _LOOK),
     "epochs": (12, _LOOK),
     "schedule": ("cosine", _MEASURED),
     "grouped": (True, "the data set: a query's own vendor does not count"),
 }
 _EMOJI_AVSL: Values = {
     "avsl": (True, "AVSL, section 3.4"),
-    "k": (32, _MEASURED),
+    "edges_per_node": (32, _MEASURED),
     "eta": ("standardised", _MEASURED),
     "reliability_lr": (0.03, _MEASURED),
 }
@@ -227,7 +227,10 @@ RECIPES: dict[str, Recipe] = {
     "sam-triplet-sop": Recipe(
         "similarity attention, Table 2",
         "sop",
-        {**_sam("triplet", "triplet"), "ks": ((1, 10, 100, 1000), "similarity attention, Table 2")},
+        {
+            **_sam("triplet", "triplet"),
+            "ranks": ((1, 10, 100, 1000), "similarity attention, Table 2"),
+        },
     ),
     "sam-reid-market1501": Recipe("similarity attention, Table 3", "market1501", reid_recipes.SAM),
     "sam-reid-cuhk03": Recipe("similarity attention, Table 3", "cuhk03", reid_recipes.SAM),

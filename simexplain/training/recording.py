@@ -123,12 +123,12 @@ class Recorder:
             model,
             self.split.queries,
             self.split.gallery,
-            ks=self.options.ks,
+            ranks=self.options.ranks,
             grouped=self.options.grouped,
             batch_size=max(32, self.options.batch_size),
             progress=self.listeners.work,
         )
-        self.broken |= found.broken
+        self.broken |= found.errors
         recalls = {f"recall@{k}": value for k, value in found.recall.items()}
         return {**recalls, "map_at_r": found.map_at_r}
 

@@ -25,11 +25,11 @@ PCB: Mapping[str, tuple[Any, str]] = {
     "schedule": ("step", _PCB),
     "step_epochs": (27, f"{_CODE}: after 40 of 60 epochs, two thirds of them"),
     "step_factor": (0.1, _PCB),
-    "classes": (16, f"ours; {_CODE} has 64 images, shuffled"),
-    "each": (4, f"ours; {_CODE} has 64 images, shuffled"),
+    "classes_per_batch": (16, f"ours; {_CODE} has 64 images, shuffled"),
+    "images_per_class": (4, f"ours; {_CODE} has 64 images, shuffled"),
     "freeze_bn": (False, "PCB's code"),
     "grouped": (True, "Market-1501: the query's person before its own camera does not count"),
-    "ks": ((1, 5, 10), "Market-1501"),
+    "ranks": ((1, 5, 10), "Market-1501"),
 }
 """The part-based baseline alone."""
 

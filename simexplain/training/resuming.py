@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simexplain.data.dataset_split import DataSplit
 from simexplain.errors import DAMAGED, ModelError, OutputError
+from simexplain.renaming import todays
 from simexplain.training.datasource import Source
 from simexplain.training.options import TrainOptions, with_options
 from simexplain.training.recipes import recipe_options
@@ -18,7 +19,15 @@ if TYPE_CHECKING:
     from simexplain.training.module import TrainingModule
     from simexplain.training.recording import Recorder
 
-MAY_CHANGE = ("epochs", "workers", "accelerator", "devices", "nodes", "watch", "checkpoint_every")
+MAY_CHANGE = (
+    "epochs",
+    "workers",
+    "accelerator",
+    "devices",
+    "nodes",
+    "attention_triplets",
+    "checkpoint_every",
+)
 """What a resumed run may have otherwise than the run that it goes on with."""
 
 
@@ -30,11 +39,12 @@ def resolved(
     Raises:
         ModelError: If one cannot be used, or is not what the run to resume was begun with.
     """
+    settings = todays(settings, [field.name for field in fields(TrainOptions)])
     if state is None:
         return with_options(recipe_options(recipe) if recipe else TrainOptions(), settings)
     begun = TrainOptions.from_json(state["options"])
     wanted = with_options(recipe_options(recipe) if recipe else begun, settings)
-    wanted = replace(wanted, classes=wanted.classes or begun.classes)
+    wanted = replace(wanted, classes_per_batch=wanted.classes_per_batch or begun.classes_per_batch)
     differing = [
         name
         for name, value in wanted.to_json().items()

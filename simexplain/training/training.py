@@ -143,8 +143,8 @@ def checked_data(
     """
     warnings = check_training(
         split,
-        classes=options.classes,
-        each=options.each,
+        classes=options.classes_per_batch,
+        each=options.images_per_class,
         progress=_progress(listeners, "Checking pictures"),
     )
     if options.mask_weight and not any(record.mask for record in split.train):
@@ -186,16 +186,16 @@ def prepared(
     )
     balanced = ClassBalanced(
         labels=images.labels,
-        classes=options.classes,
-        each=options.each,
+        classes=options.classes_per_batch,
+        each=options.images_per_class,
         seed=options.seed,
-        steps=options.steps or None,
+        steps=options.batches_per_epoch or None,
     )
     record = Recorder(
         folder,
         split,
         options,
-        watched_triplets(split.queries, options.watch, options.seed),
+        watched_triplets(split.queries, options.attention_triplets, options.seed),
         known,
         {**known, **described(split, options)},
         listeners or Listeners(),

@@ -1,0 +1,152 @@
+"""Names that have changed: the old ones work for one more version, with a note of the new one."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from functools import wraps
+from typing import Any, TypeVar
+
+from simexplain.errors import ArgumentError
+
+Made = TypeVar("Made", bound=type)
+
+
+class RenamedWarning(DeprecationWarning):
+    """Something was given under a name that it no longer has."""
+
+
+REFUSED_FROM = "0.2"
+"""The version that takes the new names alone."""
+
+RENAMED: dict[str, tuple[str, ...]] = {
+    "broken": ("errors",),
+    "by": ("refine",),
+    "classes": ("classes_per_batch",),
+    "different": ("negative",),
+    "each": ("images_per_class",),
+    "k": ("edges_per_node",),
+    "ks": ("ranks",),
+    "left_out": ("skipped",),
+    "magnify": ("upscale",),
+    "masking": ("perturb",),
+    "several": ("aggregate",),
+    "steps": ("batches_per_epoch",),
+    "watch": ("attention_triplets",),
+}
+"""Old names of arguments, options, attributes and keys, each with the new ones.
+
+Of several new names the first that a function, class or command has is meant; where the old name is
+still one of its own, nothing is renamed.
+"""
+
+RENAMED_OPTIONS: dict[str, tuple[str, ...]] = {
+    **RENAMED,
+    "dataset": ("kind",),
+    "k": ("edges_per_node", "ranks"),
+    "level": ("confidence",),
+    "mask": ("region_mask",),
+    "max_batch": ("batch_size",),
+    "no_pretrained": ("untrained",),
+    "nodes": ("nodes_per_level",),
+    "steps": ("jacobians", "curve_steps", "batches_per_epoch", "reliability_batches"),
+    "style": ("formula",),
+}
+"""The same for the command line, some of whose options were renamed alone."""
+
+RENAMED_VALUES: dict[str, dict[str, str]] = {
+    "perturb": {"each": "single", "together": "joint"},
+}
+"""For new names the values that have changed."""
+
+
+def new_name(
+    old: str, known: Collection[str], table: Mapping[str, tuple[str, ...]] = RENAMED
+) -> str | None:
+    """What something is called now among the names ``known``; None if it is not renamed."""
+    if old in known:
+        return None
+    return next((name for name in table.get(old, ()) if name in known), None)
+
+
+def renamed(given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """What an earlier version wrote, under today's names and with today's values; no warning.
+
+    What is there under both names counts under the new one.
+
+    Args:
+        given: Values by name, such as the settings of a run.
+        known: The names that there are today.
+    """
+    found: dict[str, Any] = {}
+    for old, value in given.items():
+        new = new_name(old, known) or old
+        if new == old or new not in given:
+            found[new] = todays_value(new, value)
+    return found
+
+
+def todays_value(name: str, value: Any) -> Any:
+    """A value as it is called now, for something with this new name."""
+    return RENAMED_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
+
+
+def todays(given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """As :func:`renamed`, for what a caller wrote: each old name or value makes a warning.
+
+    Raises:
+        ArgumentError: If a value is given under both its names.
+    """
+    for old, value in given.items():
+        new = new_name(old, known)
+        if new is not None:
+            if new in given:
+                raise ArgumentError(f"Expected {new} once, got it as {old} as well; leave one out.")
+            warn(old, new)
+        if (after := todays_value(new or old, value)) is not value:
+            warn(value, after)
+    return renamed(given, known)
+
+
+def with_old_names(said: Mapping[str, Any], *old: str) -> dict[str, Any]:
+    """JSON that repeats some keys under their old names, for those who read them still."""
+    return {**said, **{name: said[name_of] for name in old if (name_of := new_name(name, said))}}
+
+
+def takes_old_names(made: Made) -> Made:
+    """Lets a dataclass be made with old names, and its attributes be read under them.
+
+    Stands above ``@dataclass``. Functions with ``@typed`` do so without more.
+    """
+    init = made.__init__  # type: ignore[misc]
+    parameters = inspect.signature(init).parameters
+    known = {*(field.name for field in fields(made)), *vars(made)}
+
+    @wraps(init)
+    def renaming_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **todays(kwargs, parameters))
+
+    def getattr_renamed(self: Any, name: str) -> Any:
+        new = new_name(name, known)
+        if new is None:
+            raise AttributeError(f"'{made.__name__}' object has no attribute '{name}'")
+        warn(name, new)
+        return getattr(self, new)
+
+    made.__init__ = renaming_init  # type: ignore[misc]
+    made.__getattr__ = getattr_renamed  # type: ignore[attr-defined]
+    return made
+
+
+def warn(old: str, new: str) -> None:
+    """Warns of an old name, at the first line outside simexplain, which has it."""
+    text = (
+        f"'{old}' is now called '{new}'; version {REFUSED_FROM} will not accept '{old}' any more."
+    )
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("simexplain."):
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    warnings.warn(text, RenamedWarning, stacklevel=level)
