@@ -20,8 +20,11 @@ LEVELS = [
     ["simexplain.arguments"],
     [
         "simexplain.autograd_paths",
+        "simexplain.cell_grids",
         "simexplain.comparison",
         "simexplain.networks",
+        "simexplain.place_rules",
+        "simexplain.places",
         "simexplain.publishing",
         "simexplain.tapes",
     ],

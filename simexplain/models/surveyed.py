@@ -14,7 +14,7 @@ from simexplain.models.choosing import Maps, depth, usable_layers
 from simexplain.models.layers import GridHints, Layer, Layout
 from simexplain.models.moving import WHOLE, Region, moved
 from simexplain.networks import split_call
-from simexplain.surveying import LAYOUTS, Survey, survey, swapped
+from simexplain.surveying import Survey, survey, swapped
 from simexplain.tracing import Traceable
 
 RELEVANT = 0.1
@@ -133,8 +133,7 @@ class Surveyed:
         if layout is None:
             return 1.0
         if key not in self._shares:
-            axis = LAYOUTS[layout.kind][1]
-            rows = swapped(self.model, images.both, layer, axis, layout.cells_of)
+            rows = swapped(self.model, images.both, layer, layout.images, layout.cells_of)
             apart = float((images.row.to(rows) - rows[1]).norm())
             behind = float((rows[0] - rows[1]).norm())
             self._shares[key] = min(1.0, behind / apart) if apart > 0 else 0.0
