@@ -201,7 +201,8 @@ class Place:
 
     def varies(self, axis: int) -> bool:
         """Whether numbers along an axis lie in different places."""
-        return max(span.centre.shape[axis] for span in (self.rows, self.columns)) > 1
+        sides: list[int] = [span.centre.shape[axis] for span in (self.rows, self.columns)]
+        return max(sides) > 1
 
     @cached_property
     def cells(self) -> int:

@@ -77,12 +77,14 @@ class Survey:
         embedding: Of the first picture ``(E,)``.
         tracked: Whether the embedding is differentiable with respect to anything at all.
         obstacles: What keeps gradients away, such as ``no_grad``, in the order of occurrence.
+        images: How many the recorded pass was made for.
     """
 
     runs: list[LayerRun]
     embedding: Tensor
     tracked: bool
     obstacles: tuple[str, ...] = ()
+    images: int = 1
 
 
 def survey(model: Traceable, picture: Tensor, replaced: Tensor | None = None) -> Survey:
@@ -121,6 +123,7 @@ def survey(model: Traceable, picture: Tensor, replaced: Tensor | None = None) ->
         embeddings[0].detach(),
         embeddings.requires_grad,
         tuple(dict.fromkeys(record.obstacles)),
+        record.count,
     )
 
 

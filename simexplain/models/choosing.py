@@ -49,6 +49,10 @@ _POOLING = tuple(
 _INSIDE = re.compile(r"\.\w*(attn|attention)\w*\.", re.IGNORECASE)
 """The name of a layer inside a module of attention."""
 
+SINGLE_NUMBER = (
+    "The embedding is a single number, which is 1 or -1 at unit length, so nothing in it can be "
+    "explained; pick the vector before it with output=, or make a score of two images a pair model."
+)
 Grid = tuple[int, int]
 
 
@@ -297,7 +301,7 @@ def usable_layers(
         ModelError: If there is none; says why.
     """
     usable = [found for found in maps if found.cells > 1 and _feeds(found)]
-    if not usable:
+    if not usable or survey.embedding.numel() == 1:
         raise ModelError(_why_none(survey, maps))
     candidates = _without_last_pooling(usable, size)
     chosen = _default(survey, candidates, compare)
@@ -494,6 +498,8 @@ def _why_none(survey: Survey, maps: Sequence[Map]) -> str:
             "The embedding is the zero vector, so nothing in it can be explained; look for dead or "
             "missing weights, or a factor of zero in the model's forward."
         )
+    if survey.embedding.numel() == 1:
+        return SINGLE_NUMBER
     if any("quantized" in type(run.module).__module__ for run in survey.runs):
         return (
             f"{start}, since its modules are quantised and have no gradients; explain the network "
@@ -508,6 +514,14 @@ def _why_none(survey: Survey, maps: Sequence[Map]) -> str:
         return (
             f"{start}: the embedding is detached from {maps[-1].run.name}; check that the "
             "model's forward is differentiable."
+        )
+    several = [
+        run for run in survey.runs if run.output.dim() == 4 and len(run.output) > survey.images
+    ]
+    if several and not maps:
+        return (
+            f"{start}: layer '{several[0].name}' gives {len(several[0].output)} maps of one image, "
+            "which the model cuts or turns into several; use a method on pixels such as occlusion."
         )
     return (
         f"{start}, so there is nothing to draw; name one with layer=, or use a method on pixels "

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from simexplain.errors import ModelError
 from simexplain.models.choosing import Maps, depth, usable_layers
 from simexplain.models.layers import GridHints, Layer, Layout
-from simexplain.models.moving import WHOLE, Region, moved
+from simexplain.models.moving import WHOLE, Moved, Region, moved
 from simexplain.networks import split_call
 from simexplain.surveying import Survey, survey, swapped
-from simexplain.tracing import Traceable
+from simexplain.tracing import Traceable, embed_alike
 
 RELEVANT = 0.1
 """The share of an embedding from which on results warn that it bypasses the layer."""
@@ -67,7 +67,19 @@ class Surveyed:
             self._layers = usable_layers(found, maps, shape[1:], self.bypass, self._of_noise)
             self._on_default = (*self._early(found), *self._doubted(found, looked))
         except ModelError as error:
-            self._error = str(error)
+            self._error = self._constant(pictures) or str(error)
+
+    def _constant(self, pictures: Moved) -> str:
+        """What to say of an embedding that is the same for two pictures, or nothing."""
+        if self._embedding.numel() < 2 or not bool(self._embedding.ne(0).any()):
+            return ""
+        other = embed_alike(self.model, pictures.other, 1)[0]
+        if not torch.allclose(other, self._embedding.to(other), rtol=0, atol=1e-7):
+            return ""
+        return (
+            "The embedding is the same for every image, so nothing in it can be explained; look "
+            "for dead weights or activations, or a part of the model that ignores its input."
+        )
 
     def usable(self) -> tuple[Layer, ...]:
         """Every usable layer in order of execution.
@@ -191,7 +203,7 @@ class Surveyed:
             "see one of the ways that part there."
         ]
 
-    def _pictures(self) -> Any:
+    def _pictures(self) -> Moved:
         reference = next(iter(self.model.parameters()), torch.zeros(()))
         kind = reference.dtype if reference.is_floating_point() else torch.float32
         return moved(torch.zeros((1, *self.shape), dtype=kind, device=reference.device))
