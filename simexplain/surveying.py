@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from simexplain.autograd_paths import Paths, Vertex
-from simexplain.cell_grids import Cells, cells_of
 from simexplain.networks import first_tensor, split_call, undisturbed, with_first
-from simexplain.places import Place
+from simexplain.places.cells import Cells, cells_of
+from simexplain.places.paths import Paths, Vertex
+from simexplain.places.spans import Place
 from simexplain.tracing import Traceable, listening
 
 

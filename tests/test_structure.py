@@ -19,11 +19,8 @@ LEVELS = [
     ["simexplain.errors"],
     ["simexplain.arguments"],
     [
-        "simexplain.autograd_paths",
-        "simexplain.cell_grids",
         "simexplain.comparison",
         "simexplain.networks",
-        "simexplain.place_rules",
         "simexplain.places",
         "simexplain.publishing",
         "simexplain.tapes",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simexplain.places import Array, Place, Shape, Span, combined, joined_along
+from simexplain.places.spans import Array, Place, Shape, Span, combined, joined_along
 
 _CELLWISE = {
     "Relu", "LeakyRelu", "RreluWithNoise", "Hardtanh", "Hardswish", "Hardsigmoid", "Silu", "Mish",
@@ -261,7 +261,7 @@ def _repeated(step: Step) -> Place:
 
 
 def _windows(count: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[Any, Any]:
-    """The middles and the numbers of windows; see :meth:`~simexplain.places.Span.windowed`."""
+    """The middles and the numbers of windows, as ``Span.windowed`` takes them."""
     begins = np.arange(count) * stride - padding
     taps = begins[:, None] + np.arange(kernel) * dilation
     return begins + dilation * (kernel - 1) / 2, taps

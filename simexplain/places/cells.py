@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from simexplain.places import Array, Pair, Place, Span
+from simexplain.places.spans import Array, Pair, Place, Span
 
 _FAR_OFF = 0.55
 """A padded convolution of stride 2 puts its cells half a cell off the middle of their pixels."""
@@ -77,7 +77,7 @@ class Cells:
         tokens: The number of each cell's position, row by row; empty where they are all in order.
         rows: Where the rows lie.
         columns: Likewise.
-        sure: As of the :class:`~simexplain.places.Place`.
+        sure: As of the :class:`~simexplain.places.spans.Place`.
     """
 
     kind: str

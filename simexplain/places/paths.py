@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from simexplain.place_rules import Step, placed
-from simexplain.places import Place
+from simexplain.places.rules import Step, placed
+from simexplain.places.spans import Place
 
 Vertex = tuple[Any, int]
 """A node of the autograd graph and which of its outputs."""
