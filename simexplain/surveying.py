@@ -113,7 +113,7 @@ def survey(model: Traceable, picture: Tensor, replaced: Tensor | None = None) ->
         with torch.enable_grad():
             gradients = _probe_gradients(embeddings, [*(call.edge for call in calls), *sources])
         places = paths.places()
-        grids: dict[Vertex, Cells | None] = {}
+        grids: dict[int, Cells | None] = {}
         for call in calls:
             call.settle(places, grids, record.count)
         if replaced is not None and any(call.open for call in calls):
@@ -143,7 +143,7 @@ class _Call:
     open: bool = False
 
     def settle(
-        self, places: dict[Vertex, Place], grids: dict[Vertex, Cells | None], alone: int
+        self, places: dict[Vertex, Place], grids: dict[int, Cells | None], alone: int
     ) -> None:
         """Opens the question of what the cells respond to, unless the graph answers it.
 
@@ -154,11 +154,12 @@ class _Call:
         """
         shape, vertex = self.output.shape, _vertex(self.edge)
         if vertex in places:
-            if places[vertex].is_torn:
+            place = places[vertex]
+            if place.is_torn:
                 return
-            if vertex not in grids:
-                grids[vertex] = cells_of(places[vertex], alone)
-            self.cells = grids[vertex]
+            if id(place) not in grids:  # many layers leave it as it was
+                grids[id(place)] = cells_of(place, alone)
+            self.cells = grids[id(place)]
         wide = sum(side > 1 for side in shape) >= 2 + (alone > 1)
         known = self.cells is not None and self.cells.sure
         self.open = len(shape) in (3, 4, 5) and wide and not known

@@ -22,6 +22,9 @@ _EVEN = 0.5
 _DIGITS = 3
 """Decimals of a pixel to which places of one row or column agree."""
 
+_SAME = 1e-6
+"""How much steps from cell to cell may differ by rounding alone."""
+
 _LETTERS = {1: "L", 2: "HW", 3: "DHW"}
 
 
@@ -113,23 +116,40 @@ def cells_of(place: Place, images: int) -> Cells | None:
     if kind is None:
         return None
     sides = [side for side, letter in zip(place.shape, kind, strict=True) if letter not in "NC"]
-    rows, columns = (_flat(span, kind, sides) for span in (place.rows, place.columns))
+    count = int(np.prod(sides))
+    if straight := _straight(place):
+        lines = [_line(span, cells) for span, cells in zip(place.both, straight, strict=True)]
+        return Cells(kind, straight, count, (), lines[0], lines[1], place.sure)
+    rows, columns = (_flat(span, kind, sides) for span in place.both)
     known = np.flatnonzero(~np.isnan(rows.centre) & ~np.isnan(columns.centre))
-    if len(known) < 2:
-        return None
     best: tuple[NDArray[np.int64], tuple[int, int]] | None = None
-    for some in _alternatives(known, rows, columns):
+    for some in _alternatives(known, rows, columns) if len(known) > 1 else ():
         found = _gridded(some, rows, columns, twice=len(sides) == 1)
         if found is not None and (best is None or len(found[0]) > len(best[0])):
             best = found
     if best is None:
         return None
     tokens, grid = best
-    count = int(np.prod(sides))
     ordered = len(tokens) == count and bool((tokens == np.arange(count)).all())
-    lines = [_line(span, tokens, cells) for span, cells in zip((rows, columns), grid, strict=True)]
+    kept = (span.each(lambda array: array[tokens]) for span in (rows, columns))
+    lines = [_line(span, cells) for span, cells in zip(kept, grid, strict=True)]
     listed = () if ordered else tuple(int(token) for token in tokens)
     return Cells(kind, grid, count, listed, lines[0], lines[1], place.sure)
+
+
+def _straight(place: Place) -> tuple[int, int] | None:
+    """The grid of a map whose rows and columns are axes of their own, one after the other."""
+    sides, axes = [], []
+    for span in place.both:
+        marks = span.centre.ravel()
+        steps = np.diff(marks)
+        if len(marks) < 2 or max(span.centre.shape) < len(marks) or np.isnan(marks).any():
+            return None
+        if steps.min() <= 0 or steps.max() - steps.min() > _SAME * steps.max():
+            return None
+        sides.append(len(marks))
+        axes.append(int(np.argmax(span.centre.shape)))
+    return (sides[0], sides[1]) if axes[0] < axes[1] else None
 
 
 def _kind(place: Place, images: int) -> str | None:
@@ -200,9 +220,10 @@ def _gridded(
     return some[first], (marks[0], marks[1])
 
 
-def _line(span: Span, tokens: NDArray[np.int64], cells: int) -> Line:
-    centre, low, high = (array[tokens] for array in (span.centre, span.low, span.high))
-    width = float(np.max(high - low, initial=0.0, where=np.isfinite(high - low)))
-    first, last = float(centre.min()), float(centre.max())
+def _line(span: Span, cells: int) -> Line:
+    width = float(np.max(span.high - span.low, initial=0.0, where=np.isfinite(span.high)))
+    first, last = float(span.centre.min()), float(span.centre.max())
     step = (last - first) / (cells - 1) if cells > 1 else width
-    return Line(first, step, cells, float(low.min()), float(high.max()), width, span.padded)
+    return Line(
+        first, step, cells, float(span.low.min()), float(span.high.max()), width, span.padded
+    )

@@ -129,6 +129,11 @@ class Place:
             spans.append(Span(edges + 0.5, edges, edges + 1))
         return Place(shape, spans[0], spans[1])
 
+    @property
+    def both(self) -> tuple[Span, Span]:
+        """Along the height and along the width."""
+        return self.rows, self.columns
+
     def spans(self, change: Callable[[Span], Span], shape: Sequence[int]) -> Place:
         """The same with both spans changed."""
         return replace(
@@ -176,7 +181,7 @@ class Place:
     def viewed(self, shape: Sequence[int]) -> Place | None:
         """The same numbers under another shape."""
         groups = list(_groups(self.shape, shape))
-        for span in (self.rows, self.columns):
+        for span in self.both:
             if _viewed_size(span.centre.shape, self.shape, groups) > _MOST:
                 return None
         own, new = self.shape, tuple(shape)
@@ -201,13 +206,13 @@ class Place:
 
     def varies(self, axis: int) -> bool:
         """Whether numbers along an axis lie in different places."""
-        sides: list[int] = [span.centre.shape[axis] for span in (self.rows, self.columns)]
+        sides: list[int] = [span.centre.shape[axis] for span in self.both]
         return max(sides) > 1
 
     @cached_property
     def cells(self) -> int:
         """How many numbers have places of their own; 0 where two have the same."""
-        rows, columns = self.rows.centre, self.columns.centre
+        rows, columns = (span.centre for span in self.both)
         if all(1 in pair for pair in zip(rows.shape, columns.shape, strict=True)):
             known = [array[~np.isnan(array)] for array in (rows, columns)]
             apart = all(len(np.unique(_rounded(each))) == len(each) for each in known)
@@ -220,17 +225,26 @@ class Place:
     @cached_property
     def field(self) -> float:
         """How many pixels a number sees."""
-        sides = [span.high - span.low for span in (self.rows, self.columns)]
+        sides = [span.high - span.low for span in self.both]
         finite = [side[np.isfinite(side)] for side in sides]
         return float(np.prod([side.mean() if side.size else 0.0 for side in finite]))
 
     def contradicts(self, other: Place) -> bool:
-        """Whether most numbers lie elsewhere than those of a place of as many cells."""
+        """Whether many numbers lie elsewhere than those of a place of as many cells.
+
+        A small move of all numbers alike does not count, as between two ways that pad differently.
+        """
         off = np.zeros(1, dtype=bool)
-        for own, its in ((self.rows, other.rows), (self.columns, other.columns)):
+        for own, its in zip(self.both, other.both, strict=True):
             marks = np.unique(_rounded(own.centre[~np.isnan(own.centre)]))
-            step = float(np.median(np.diff(marks))) if len(marks) > 1 else np.inf
-            off = off | (np.abs(own.centre - its.centre) > 1.5 * step)
+            step = float(np.median(np.diff(marks))) if len(marks) > 1 else 0.0
+            width = float(np.mean(its.high - its.low, where=np.isfinite(its.high)))
+            apart = own.centre - its.centre
+            known = apart[~np.isnan(apart)]
+            common = float(np.median(known)) if known.size else 0.0
+            if abs(common) > max(1.5 * step, width / 2):
+                return True
+            off = off | (np.abs(apart - common) > max(1.5 * step, width / 4))
         return bool(off.mean() > 0.25)
 
 
@@ -254,35 +268,32 @@ def combined(places: Sequence[Place], shape: Sequence[int]) -> Place:
     first = next((place for place in wide if place.is_torn), wide[0])
     if len(wide) == 1 or first.is_torn:
         return first
-    most = max(place.cells for place in wide)
-    grids = [place for place in wide if place.cells == most] if most > 1 else wide
-    sure = [place for place in grids if place.sure]
-    base = min(sure or grids, key=lambda place: place.field)
-    for other in grids:
-        if other is not base and most > 1 and base.contradicts(other):
-            if base.sure and other.sure:
-                return base.torn(shape)
-            base = replace(base, sure=False)
-    spans = [
-        Span(
-            own.centre,
-            _joined(np.minimum, own.low, [getattr(place, name).low for place in sure], own.centre),
-            _joined(
-                np.maximum, own.high, [getattr(place, name).high for place in sure], own.centre
-            ),
-            any(getattr(place, name).padded for place in sure or [base]),
-        )
-        for name, own in (("rows", base.rows), ("columns", base.columns))
-    ]
+    sure = [place for place in wide if place.sure]
+    base = (sure or wide)[0]
+    if not _alike(wide):
+        most = max(place.cells for place in wide)
+        grids = [place for place in wide if place.cells == most] if most > 1 else wide
+        sure = [place for place in grids if place.sure]
+        base = min(sure or grids, key=lambda place: place.field)
+        against = [each for each in grids if most > 1 and base.contradicts(each)]
+        if base.sure and any(each.sure for each in against):
+            return base.torn(shape)
+        base = replace(base, sure=base.sure and not against)
+    spans = []
+    for name in ("rows", "columns"):
+        own, others = getattr(base, name), [getattr(place, name) for place in sure]
+        low = _joined(np.minimum, own.low, [each.low for each in others])
+        high = _joined(np.maximum, own.high, [each.high for each in others])
+        spans.append(Span(own.centre, low, high, any(each.padded for each in [own, *others])))
     return Place(shape, spans[0], spans[1], base.sure)
 
 
-def _joined(how: np.ufunc, own: Array, others: Sequence[Array], like: Array) -> Array:
-    """The outermost of several, where they have the axes of ours."""
+def _joined(how: np.ufunc, own: Array, others: Sequence[Array]) -> Array:
+    """The outermost of several, of those that have the axes of ours."""
     for other in others:
-        if other.shape == own.shape:
+        if other is not own and other.shape == own.shape:
             own = how(own, other)
-    return np.broadcast_to(own, like.shape)
+    return own
 
 
 def _broadcast(place: Place, shape: Shape) -> Place:
@@ -335,8 +346,11 @@ def _chained(parts: Sequence[tuple[int, Span | None]], axis: int, union: Array, 
 def _alike(places: Sequence[Place]) -> bool:
     first = places[0]
     return all(
-        own.centre.shape == its.centre.shape
-        and np.allclose(own.centre, its.centre, atol=_SAME, equal_nan=True)
+        own.centre is its.centre
+        or (
+            own.centre.shape == its.centre.shape
+            and np.allclose(own.centre, its.centre, atol=_SAME, equal_nan=True)
+        )
         for place in places[1:]
         for own, its in ((first.rows, place.rows), (first.columns, place.columns))
     )
