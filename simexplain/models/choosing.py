@@ -24,7 +24,7 @@ _MOST_PREFIX = 16
 _MOST_COLOURS = 3
 _STATED, _LATEST, _KNOWN, _HALVED, _BESIDE, _ORDERED, _PART, _SHAPED = range(8)
 _TIERS = (
-    (0.5, 0.0, 0.05),
+    (0.35, 1.7, 0.02),
     (0.5, 3.0, 0.05),
     (0.5, 3.0, 0.05),
     (0.5, 3.5, 0.1),

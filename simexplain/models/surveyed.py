@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from simexplain.errors import ModelError
+from simexplain.errors import ModelError, SimexplainError, first_line
 from simexplain.models.choosing import Maps, depth, usable_layers
 from simexplain.models.layers import GridHints, Layer, Layout
 from simexplain.models.moving import WHOLE, Moved, Region, moved
@@ -49,13 +49,13 @@ class Surveyed:
         """Runs the survey.
 
         Raises:
-            ModelError: If the network does not run on such images.
+            ModelError: If the network does not run on such images or has no gradients.
         """
         self.model, self.shape = model, shape
         self._shares: dict[tuple[str, bool], float] = {}
         self._at_hand: AtHand | None = None
         pictures = self._pictures()
-        found = survey(model, pictures.picture, pictures.replaced)
+        found = _surveyed(model, pictures)
         looked = Maps(found, pictures, model.hints)
         maps = looked.found
         self._embedding = found.embedding
@@ -207,6 +207,18 @@ class Surveyed:
         reference = next(iter(self.model.parameters()), torch.zeros(()))
         kind = reference.dtype if reference.is_floating_point() else torch.float32
         return moved(torch.zeros((1, *self.shape), dtype=kind, device=reference.device))
+
+
+def _surveyed(model: Surveyable, pictures: Moved) -> Survey:
+    try:
+        return survey(model, pictures.picture, pictures.replaced)
+    except RuntimeError as error:  # of autograd, say where something was overwritten
+        if isinstance(error, SimexplainError) or "memory" in str(error):
+            raise
+        raise ModelError(
+            f"The network has no gradients at its layers ({first_line(error).rstrip('.')}); change "
+            "its forward, or use occlusion, sbsm or random_masks, which need none."
+        ) from error
 
 
 def is_convolutional(network: nn.Module) -> bool:

@@ -25,6 +25,9 @@ _DIGITS = 3
 _SAME = 1e-6
 """How much steps from cell to cell may differ by rounding alone."""
 
+_MOST_SCALES = 8
+"""In how many sizes of patches a sequence is looked through."""
+
 _LETTERS = {1: "L", 2: "HW", 3: "DHW"}
 
 
@@ -57,15 +60,19 @@ class Line:
         the image. They may not come to lie far from where they look then, nor over pixels that none
         of them sees. Cells that share no pixel lie where they look, padded or not.
         """
-        last = self.first + (self.cells - 1) * self.step
-        half = side / self.cells / 2
-        off = max(abs(self.first - half), abs(last - side + half))
         rim = max(self.low, side - self.high)
-        shared = self.width > self.step * (1 + 1e-6)
-        stretched = stretched and self.padded and shared and rim <= _RIM * self.step
+        if self.cells == 1:
+            start, end = self.low, self.high
+            off, stretched = rim, stretched and self.padded
+        else:
+            start = self.first - self.step / 2
+            end = start + self.cells * self.step
+            half = side / self.cells / 2
+            off = max(abs(start + self.step / 2 - half), abs(end - self.step / 2 - side + half))
+            shared = self.width > self.step * (1 + 1e-6)
+            stretched = stretched and self.padded and shared and rim <= _RIM * self.step
         if off <= (_FAR_OFF * self.step if stretched else 1e-6 * side):
             return 0.0, 1.0
-        start, end = self.first - self.step / 2, last + self.step / 2
         return round(start / side, 4), round(end / side, 4)
 
 
@@ -123,8 +130,9 @@ def cells_of(place: Place, images: int) -> Cells | None:
     rows, columns = (_flat(span, kind, sides) for span in place.both)
     known = np.flatnonzero(~np.isnan(rows.centre) & ~np.isnan(columns.centre))
     best: tuple[NDArray[np.int64], tuple[int, int]] | None = None
-    for some in _alternatives(known, rows, columns) if len(known) > 1 else ():
-        found = _gridded(some, rows, columns, twice=len(sides) == 1)
+    sequence = len(sides) == 1
+    for some in _alternatives(known, rows, columns, several=sequence):
+        found = _gridded(some, rows, columns, twice=sequence)
         if found is not None and (best is None or len(found[0]) > len(best[0])):
             best = found
     if best is None:
@@ -180,16 +188,17 @@ def _flat(span: Span, kind: str, sides: list[int]) -> Span:
 
 
 def _alternatives(
-    known: NDArray[np.int64], rows: Span, columns: Span
+    known: NDArray[np.int64], rows: Span, columns: Span, *, several: bool
 ) -> Iterator[NDArray[np.int64]]:
     """All positions, and those alone that see as much: of two scales in one sequence the finer."""
+    if len(known) < 2:
+        return
     yield known
     with np.errstate(invalid="ignore"):
         fields = (rows.high - rows.low)[known] * (columns.high - columns.low)[known]
     sizes, which = np.unique(np.round(fields, _DIGITS), return_inverse=True)
-    if 1 < len(sizes) <= 8:
-        for number in range(len(sizes)):
-            yield known[which == number]
+    for number in range(len(sizes)) if several and 1 < len(sizes) <= _MOST_SCALES else ():
+        yield known[which == number]
 
 
 def _gridded(
