@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from simexplain.autograd_paths import Paths, Place, Vertex
 from simexplain.networks import first_tensor, split_call, undisturbed, with_first
+from simexplain.places.cells import Cells, cells_of
+from simexplain.places.paths import Paths, Vertex
+from simexplain.places.spans import Place
 from simexplain.tracing import Traceable, listening
 
 
@@ -28,12 +30,12 @@ class LayerRun:
         follows: The layer whose very output this one was called with, if any.
         same: A key that layers share that returned the very same tensor.
         main: Whether everything that the embedding learns of the image passes this output.
-        place: Where its cells lie, if local operations such as convolutions made it.
+        cells: The grid that its numbers make, if local operations such as convolutions made it.
         edge: Where it hangs in the autograd graph, which lives as long as the survey.
         source: What it was called with, where everything passes that.
-        responses: By layout (a key of :data:`LAYOUTS`) how much each position changed when a
-            part of the picture was replaced, ``(K,...positions)`` for ``K`` parts; nothing where
-            the place of its cells is known.
+        responses: By layout (see :data:`LAYOUTS`) how much each position changed when a part of
+            the picture was replaced, ``(K,...positions)`` for ``K`` parts; nothing where the graph
+            says for sure where its cells lie.
     """
 
     name: str
@@ -43,7 +45,7 @@ class LayerRun:
     follows: str | None
     same: tuple[int, int] = (0, 0)
     main: bool = False
-    place: Place | None = None
+    cells: Cells | None = None
     edge: GradientEdge | None = None
     source: Source | None = None
     responses: dict[str, Tensor] = field(default_factory=dict)
@@ -62,13 +64,8 @@ class Source:
     edge: GradientEdge
 
 
-LAYOUTS: dict[str, tuple[int, int, int]] = {
-    "NCHW": (4, 0, 1),
-    "NHWC": (4, 0, 3),
-    "NLC": (3, 0, 2),
-    "LNC": (3, 1, 2),
-}
-"""How outputs may be laid out: the number of axes, the one of images and the one of channels."""
+LAYOUTS = ("NCHW", "NHWC", "NLC", "LNC")
+"""How outputs of unknown origin may be laid out: images ``N``, channels ``C`` and positions."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +77,14 @@ class Survey:
         embedding: Of the first picture ``(E,)``.
         tracked: Whether the embedding is differentiable with respect to anything at all.
         obstacles: What keeps gradients away, such as ``no_grad``, in the order of occurrence.
+        images: How many the recorded pass was made for.
     """
 
     runs: list[LayerRun]
     embedding: Tensor
     tracked: bool
     obstacles: tuple[str, ...] = ()
+    images: int = 1
 
 
 def survey(model: Traceable, picture: Tensor, replaced: Tensor | None = None) -> Survey:
@@ -114,15 +113,17 @@ def survey(model: Traceable, picture: Tensor, replaced: Tensor | None = None) ->
         with torch.enable_grad():
             gradients = _probe_gradients(embeddings, [*(call.edge for call in calls), *sources])
         places = paths.places()
+        grids: dict[int, Cells | None] = {}
         for call in calls:
-            call.settle(places, record.count)
+            call.settle(places, grids, record.count)
         if replaced is not None and any(call.open for call in calls):
             _respond(model, replaced, calls, record.count, names)
     return Survey(
-        _runs(calls, gradients, main, places),
+        _runs(calls, gradients, main),
         embeddings[0].detach(),
         embeddings.requires_grad,
         tuple(dict.fromkeys(record.obstacles)),
+        record.count,
     )
 
 
@@ -138,21 +139,35 @@ class _Call:
     same: tuple[int, int]
     source: GradientEdge | None
     responses: dict[str, list[Tensor]] = field(default_factory=dict)
+    cells: Cells | None = None
     open: bool = False
 
-    def settle(self, places: dict[Vertex, Place], alone: int) -> None:
+    def settle(
+        self, places: dict[Vertex, Place], grids: dict[int, Cells | None], alone: int
+    ) -> None:
         """Opens the question of what the cells respond to, unless the graph answers it.
 
         Args:
             places: What is known of places.
+            grids: The grids they make, as far as they were looked for.
             alone: Images in the pass.
         """
-        shape = self.output.shape
-        if len(shape) == 4 and shape[0] == alone and _vertex(self.edge) in places:
-            self.responses["NCHW"] = [self.output.new_empty(0)]  # local operations made it
-        else:
-            wide = sum(side > 1 for side in shape) >= 2 + (alone > 1)
-            self.open = len(shape) in (3, 4) and wide
+        shape, vertex = self.output.shape, _vertex(self.edge)
+        if vertex in places:
+            place = places[vertex]
+            if place.is_torn:
+                return
+            if id(place) not in grids:  # many layers leave it as it was
+                grids[id(place)] = cells_of(place, alone)
+            self.cells = grids[id(place)]
+        wide = sum(side > 1 for side in shape) >= 2 + (alone > 1)
+        known = self.cells is not None and self.cells.sure
+        self.open = len(shape) in (3, 4, 5) and wide and not known
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """Those to be tried."""
+        return LAYOUTS if self.cells is None else tuple({*LAYOUTS, self.cells.kind})
 
 
 class _Record:
@@ -205,7 +220,6 @@ def _runs(
     calls: Sequence[_Call],
     gradients: Sequence[Tensor | None],
     main: set[Vertex],
-    places: dict[Vertex, Place],
 ) -> list[LayerRun]:
     names = [call.name for call in calls]
     times = {name: names.count(name) for name in set(names)}
@@ -215,7 +229,6 @@ def _runs(
     for call, gradient, above in both:
         number = seen.get(call.name, 0)
         seen[call.name] = number + 1
-        vertex = _vertex(call.edge)
         source = None
         if above is not None and call.source is not None:
             source = Source(above, call.source)
@@ -227,8 +240,8 @@ def _runs(
                 gradient,
                 call.follows,
                 call.same,
-                vertex in main,
-                places.get(vertex) if vertex else None,
+                _vertex(call.edge) in main,
+                call.cells,
                 call.edge,
                 source,
                 {layout: torch.cat(parts) for layout, parts in call.responses.items()},
@@ -277,7 +290,7 @@ def _respond(
                     return
                 call = next(waiting, None)
                 if call is not None and call.open and call.name == name:
-                    for layout, change in _changes(call.output, tensor, alone, size):
+                    for layout, change in _changes(call, tensor, alone, size):
                         call.responses.setdefault(layout, []).append(change[:count])
 
             return hook
@@ -286,11 +299,12 @@ def _respond(
             model.embed(chunk.clone())
 
 
-def _changes(before: Tensor, after: Tensor, alone: int, size: int) -> list[tuple[str, Tensor]]:
+def _changes(call: _Call, after: Tensor, alone: int, size: int) -> list[tuple[str, Tensor]]:
     """By layout the squared change of every position, summed over channels ``(size,...)``."""
-    found = []
-    for layout, (axes, images, channels) in LAYOUTS.items():
-        if before.dim() != axes or after.dim() != axes:
+    found, before = [], call.output
+    for layout in call.layouts:
+        images, channels = layout.index("N"), layout.index("C")
+        if before.dim() != len(layout) or after.dim() != len(layout):
             continue
         expected = list(before.shape)
         if expected[images] != alone or after.shape[images] != size:
@@ -298,8 +312,8 @@ def _changes(before: Tensor, after: Tensor, alone: int, size: int) -> list[tuple
         expected[images] = size
         if list(after.shape) != expected:
             continue
-        change = (after.float() - before.narrow(images, 0, 1).float()).square().sum(channels)
-        found.append((layout, change if images == 0 else change.transpose(0, 1)))
+        change = (after.float() - before.narrow(images, 0, 1).float()).square()
+        found.append((layout, change.movedim((images, channels), (0, 1)).sum(dim=1)))
     return found
 
 

@@ -21,9 +21,9 @@ LEVELS = [
     ["simexplain.renaming"],
     ["simexplain.arguments"],
     [
-        "simexplain.autograd_paths",
         "simexplain.comparison",
         "simexplain.networks",
+        "simexplain.places",
         "simexplain.publishing",
         "simexplain.tapes",
     ],

@@ -228,12 +228,13 @@ class Shuffled(Encoder):
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_tokens_out_of_order_are_left_out(right: bool) -> None:
+def test_tokens_out_of_order_lie_where_their_patches_are(right: bool) -> None:
     model = wrapped(Shuffled(right=right))
-    names = {layer.name for layer in model.layers_for(torch.zeros(1, 3, *SIZE))}
-    assert not any(name.startswith("encoder") for name in names)
-    assert ("again" in names) is right
-    assert model.default_layer == ("again" if right else "patch")
+    names = [layer.name for layer in model.layers_for(torch.zeros(1, 3, *SIZE))]
+    assert {"patch", "encoder", "encoder.layers.1", "again"} <= {*names}
+    assert model.default_layer == "again"
+    for layer in ("encoder.layers.1", "encoder", "again"):
+        assert follows(model, layer, SIZE) >= 15, layer
 
 
 class ChannelsLast(nn.Module):

@@ -15,6 +15,7 @@ from simexplain.errors import ComparisonError, ModelError
 from simexplain.methods.layer_maps import check_cams, fuse, layer_cams
 from simexplain.methods.weights import FLAT_BELOW, flat_factors, scaled_weights, weight_rule
 from simexplain.models.base import SimilarityModel
+from simexplain.models.choosing import SINGLE_NUMBER
 from simexplain.models.moving import Region
 from simexplain.tracing import Trace, trace
 
@@ -219,8 +220,11 @@ def check_embeddings(rows: Tensor, roles: Sequence[str]) -> None:
     """Refuses embeddings ``(B,K,E)`` that no distance is defined for.
 
     Raises:
-        ModelError: If one is not finite or the zero vector; names the image.
+        ModelError: If one is not finite or the zero vector, with the image; or if all are a single
+            number, which at unit length is the same for every image.
     """
+    if rows.shape[2] == 1 and bool(((rows.abs() - 1).abs() < 1e-6).all()):
+        raise ModelError(SINGLE_NUMBER)
     finite = rows.isfinite().all(dim=2)
     zero = (rows == 0).all(dim=2)
     for bad, what, advice in (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simexplain.data.preprocessing import Preprocess
-from simexplain.errors import ModelError
+from simexplain.errors import ModelError, first_line
 from simexplain.models.layers import GridHints, Layer, grid_hints, to_grid
 from simexplain.models.moving import WHOLE, Region
 from simexplain.models.surveyed import Surveyed, is_convolutional
@@ -61,7 +61,7 @@ class SimilarityModel(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self._surveyed: dict[tuple[int, int, int], Surveyed] = {}
-        self._unsurveyed: set[tuple[int, int, int]] = set()
+        self._unsurveyed: dict[tuple[int, int, int], str] = {}
         self._hints: GridHints | None = None
 
     @property
@@ -164,7 +164,10 @@ class SimilarityModel(nn.Module, ABC):
         """
         surveyed = self._surveyed_for(images)
         if surveyed is None:
-            return ()
+            return (
+                "Where the maps lie and what bypasses their layers is unknown, since the network "
+                f"could not be run on test pictures: {self._unsurveyed[_shape(images)]}.",
+            )
         if rows is not None and surveyed.model is self:
             surveyed.meet(images, rows)
         return surveyed.cautions(layers)
@@ -214,8 +217,9 @@ class SimilarityModel(nn.Module, ABC):
             return None
         try:
             return self._survey_of(shape)
-        except (ModelError, RuntimeError):
-            self._unsurveyed.add(shape)  # not tried again with every explanation
+        except (ModelError, RuntimeError) as error:
+            # Not tried again with every explanation.
+            self._unsurveyed[shape] = first_line(error).rstrip(".")
             return None
 
     def _survey_of(self, shape: tuple[int, int, int]) -> Surveyed:

@@ -13,8 +13,8 @@ from torch import nn
 
 from simexplain.errors import ModelError
 from simexplain.models.layers import GridHints, Layer, Layout
-from simexplain.models.moving import WHOLE, Likeness, Moved, Region
-from simexplain.models.orders import orders_of
+from simexplain.models.moving import PARTS, WHOLE, Likeness, Moved, Region
+from simexplain.models.orders import orders_of, tokens_of
 from simexplain.surveying import LayerRun, Source, Survey, gradient_through
 
 STAGES = 4
@@ -22,8 +22,9 @@ _MUCH = 0.3
 _MOST_OFFSETS = 1024
 _MOST_PREFIX = 16
 _MOST_COLOURS = 3
-_LATEST, _KNOWN, _HALVED, _BESIDE, _ORDERED, _PART, _SHAPED = range(7)
+_STATED, _LATEST, _KNOWN, _HALVED, _BESIDE, _ORDERED, _PART, _SHAPED = range(8)
 _TIERS = (
+    (0.35, 1.7, 0.02),
     (0.5, 3.0, 0.05),
     (0.5, 3.0, 0.05),
     (0.5, 3.5, 0.1),
@@ -48,6 +49,10 @@ _POOLING = tuple(
 _INSIDE = re.compile(r"\.\w*(attn|attention)\w*\.", re.IGNORECASE)
 """The name of a layer inside a module of attention."""
 
+SINGLE_NUMBER = (
+    "The embedding is a single number, which is 1 or -1 at unit length, so nothing in it can be "
+    "explained; pick the vector before it with output=, or make a score of two images a pair model."
+)
 Grid = tuple[int, int]
 
 
@@ -75,8 +80,9 @@ class Maps:
         self.grids: dict[Grid, Region] = {}
         base = hints.base_grid(self.size)
         if base is not None:
-            placed = (found for run in survey.runs if (found := self._placed(run)))
-            self.grids[base] = next((region for grid, region, _ in placed if grid == base), WHOLE)
+            known = (run.cells for run in survey.runs if run.cells is not None)
+            alike = (cells.region(self.size) for cells in known if cells.grid == base)
+            self.grids[base] = next(alike, WHOLE)
         self.lengths = {
             run.output.shape[axis]
             for run in survey.runs
@@ -100,28 +106,27 @@ class Maps:
             self._known[run.same] = self._layout(run)
         return self._known[run.same]
 
-    def _placed(self, run: LayerRun) -> tuple[Grid, Region, Region] | None:
-        """The grid of a map that local operations made, where it is drawn, and exactly where."""
-        if "NCHW" not in run.responses or run.place is None:
-            return None
-        grid = (int(run.output.shape[2]), int(run.output.shape[3]))
-        exact = run.place.region(grid, self.size)
-        return grid, exact if run.place.is_off(grid, self.size) else WHOLE, exact
-
     def _layout(self, run: LayerRun) -> Layout | None:
-        if placed := self._placed(run):
-            grid, region, exact = placed
-            self.grids.setdefault(grid, region)
-            self._exact.setdefault((grid, region), exact)
-            return Layout("NCHW", grid, region=region)
-        layout = self._proven(run)
+        layout = self._stated(run)
+        if layout is None or run.cells is None or not run.cells.sure:
+            layout = self._proven(run, layout)
         if layout is None:
             return None
-        if layout.kind in ("NCHW", "NHWC"):
+        if len(layout.kind) > 3:
             self.grids.setdefault(layout.grid, layout.region)
         else:
             self._latest[layout.kind, layout.tokens] = layout
         return layout
+
+    def _stated(self, run: LayerRun) -> Layout | None:
+        """The layout that the graph of the network states."""
+        cells = run.cells
+        if cells is None:
+            return None
+        region = cells.region(self.size)
+        exact = cells.region(self.size, stretched=False)
+        self._exact.setdefault((cells.grid, region), exact)
+        return Layout(cells.kind, cells.grid, cells.count, cells.tokens, region)
 
     def _doubt(self, run: LayerRun) -> None:
         """Keeps in mind a sequence that could be a map by its length alone."""
@@ -130,16 +135,16 @@ class Maps:
             if grid[0] * grid[1] in tokens and grid[0] * grid[1] > 3:
                 self.doubted[run.name] = grid
 
-    def _proven(self, run: LayerRun) -> Layout | None:
+    def _proven(self, run: LayerRun, known: Layout | None) -> Layout | None:
         """The layout whose cells follow the picture best, of the likeliest tier that has one."""
         best: tuple[int, float, Layout] | None = None
-        for tier, layout, responses in self._proposed(run):
+        for tier, layout, responses in self._proposed(run, known):
             if best is not None and tier > best[0]:
                 break
             exact = self._exact.get((layout.grid, layout.region), layout.region)
             # Above what padding shifts, layers may look elsewhere again.
             likeness, slope = max(self.likeness(responses, r) for r in {exact, layout.region})
-            two_axes = tier <= _KNOWN and layout.kind in ("NCHW", "NHWC")
+            two_axes = tier <= _KNOWN and len(layout.kind) > 3
             least, chance, least_slope = _TWO_AXES if two_axes else _TIERS[tier]
             least = max(least, chance / math.sqrt(3 * layout.grid[0] * layout.grid[1]))
             if likeness < least or slope < least_slope:
@@ -148,20 +153,25 @@ class Maps:
                 best = (tier, likeness, layout)
         return None if best is None else best[2]
 
-    def _proposed(self, run: LayerRun) -> Iterator[tuple[int, Layout, NDArray[np.float64]]]:
-        for kind, changes in run.responses.items():
-            responses = changes.double().cpu().numpy()
+    def _proposed(
+        self, run: LayerRun, known: Layout | None
+    ) -> Iterator[tuple[int, Layout, NDArray[np.float64]]]:
+        """Layouts in tiers, the likeliest first; what the graph says comes first of all."""
+        changes = {kind: each.double().cpu().numpy() for kind, each in run.responses.items()}
+        if known is not None and known.kind in changes:
+            flat = changes[known.kind].reshape(PARTS, -1)[:, known.places.numpy()]
+            yield _STATED, known, flat.reshape(PARTS, *known.grid)
+        for kind, responses in changes.items():
             if kind in ("NCHW", "NHWC"):
                 grid = (int(responses.shape[1]), int(responses.shape[2]))
                 # Nothing whose sides are numbers of tokens: attention weights are such tables.
                 if grid in self._halved() or not self.lengths.intersection(grid):
                     for tier, region in self._regions(grid):
-                        yield tier, Layout(kind, grid, region=region), responses
-                continue
-            tokens = int(responses.shape[1])
-            for tier, layout in self._sequences(kind, tokens):
-                flat = responses[:, layout.places.numpy()]
-                yield tier, layout, flat.reshape(len(flat), *layout.grid)
+                        yield tier, Layout(kind, grid, grid[0] * grid[1], (), region), responses
+            elif kind in ("NLC", "LNC"):
+                for tier, layout in self._sequences(kind, int(responses.shape[1])):
+                    flat = responses[:, layout.places.numpy()]
+                    yield tier, layout, flat.reshape(len(flat), *layout.grid)
 
     def _regions(self, grid: Grid) -> Iterator[tuple[int, Region]]:
         """Where a map may lie: as a known grid of its size, over the image, or on a part of it."""
@@ -198,24 +208,27 @@ class Maps:
         for grid, region in halved.items():
             if grid[0] * grid[1] == tokens:
                 tier = _KNOWN if grid in self.grids else _HALVED
-                yield tier, Layout(kind, grid, 0, tokens, region)
+                yield tier, Layout(kind, grid, tokens, (), region)
         for grid, region in self.grids.items():
             beside = tokens - grid[0] * grid[1]
             if 0 < beside <= 3 * grid[0] * grid[1] and grid[0] * grid[1] > 1:
                 for prefix in range(beside, -1, -1) if beside <= _MOST_PREFIX else (beside, 0):
-                    yield _BESIDE, Layout(kind, grid, prefix, tokens, region)
+                    cells = tokens_of(grid[0] * grid[1], prefix)
+                    yield _BESIDE, Layout(kind, grid, tokens, cells, region)
                 middle = grid[0] * grid[1] // 2
                 for split in {middle, grid[0] * grid[1] - middle} if beside <= _MOST_PREFIX else ():
-                    yield _BESIDE, Layout(kind, grid, beside, tokens, region, split=split)
+                    cells = tokens_of(grid[0] * grid[1], beside, split)
+                    yield _BESIDE, Layout(kind, grid, tokens, cells, region)
         for grid, region in halved.items():
             if grid[0] * grid[1] == tokens:
                 for order in orders_of(grid):
-                    yield _ORDERED, Layout(kind, grid, 0, tokens, region, order)
+                    cells = tokens_of(tokens, order=order)
+                    yield _ORDERED, Layout(kind, grid, tokens, cells, region)
         for rows, columns in list(self.grids):
             for grid in {(tokens // columns, columns), (rows, tokens // rows)}:
                 if grid[0] * grid[1] == tokens and min(grid) > 1:
                     for region in self._parts_of(grid):
-                        yield _PART, Layout(kind, grid, 0, tokens, region)
+                        yield _PART, Layout(kind, grid, tokens, (), region)
         yield from self._shaped(kind, tokens)
 
     def _shaped(self, kind: str, tokens: int) -> Iterator[tuple[int, Layout]]:
@@ -224,7 +237,8 @@ class Maps:
             for grid in _factors(tokens - beside):
                 if self._fits(grid):
                     for prefix in {beside, 0}:
-                        yield _PART + (beside > 0), Layout(kind, grid, prefix, tokens)
+                        cells = tokens_of(grid[0] * grid[1], prefix) if beside else ()
+                        yield _PART + (beside > 0), Layout(kind, grid, tokens, cells)
 
     def _halved(self) -> dict[Grid, Region]:
         """The known grids and their halves, rounded down and up."""
@@ -287,7 +301,7 @@ def usable_layers(
         ModelError: If there is none; says why.
     """
     usable = [found for found in maps if found.cells > 1 and _feeds(found)]
-    if not usable:
+    if not usable or survey.embedding.numel() == 1:
         raise ModelError(_why_none(survey, maps))
     candidates = _without_last_pooling(usable, size)
     chosen = _default(survey, candidates, compare)
@@ -300,7 +314,7 @@ def usable_layers(
 
 def _is_picture(one: Map, size: tuple[int, int]) -> bool:
     """Whether a layer gives the picture itself, perhaps with other means and deviations."""
-    channels = one.run.output.shape[1 if one.layout.kind == "NCHW" else -1]
+    channels = one.run.output.shape[one.layout.channels]
     return one.layout.grid == size and channels <= _MOST_COLOURS
 
 
@@ -336,11 +350,10 @@ def _layer(
 ) -> Layer:
     (height, width), (h, w) = size, found.layout.grid
     top, left, bottom, right = found.layout.region
-    channels = 1 if found.layout.kind == "NCHW" else -1
     return Layer(
         found.run.name,
         type(found.run.module).__name__,
-        (int(found.run.output.shape[channels]), h, w),
+        (int(found.run.output.shape[found.layout.channels]), h, w),
         (height * (bottom - top) / h, width * (right - left) / w),
         default=default,
         stage=stage,
@@ -485,6 +498,8 @@ def _why_none(survey: Survey, maps: Sequence[Map]) -> str:
             "The embedding is the zero vector, so nothing in it can be explained; look for dead or "
             "missing weights, or a factor of zero in the model's forward."
         )
+    if survey.embedding.numel() == 1:
+        return SINGLE_NUMBER
     if any("quantized" in type(run.module).__module__ for run in survey.runs):
         return (
             f"{start}, since its modules are quantised and have no gradients; explain the network "
@@ -499,6 +514,14 @@ def _why_none(survey: Survey, maps: Sequence[Map]) -> str:
         return (
             f"{start}: the embedding is detached from {maps[-1].run.name}; check that the "
             "model's forward is differentiable."
+        )
+    several = [
+        run for run in survey.runs if run.output.dim() == 4 and len(run.output) > survey.images
+    ]
+    if several and not maps:
+        return (
+            f"{start}: layer '{several[0].name}' gives {len(several[0].output)} maps of one image, "
+            "which the model cuts or turns into several; use a method on pixels such as occlusion."
         )
     return (
         f"{start}, so there is nothing to draw; name one with layer=, or use a method on pixels "

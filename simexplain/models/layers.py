@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from simexplain.models.moving import WHOLE, Region
-from simexplain.models.orders import Order, tokens_of
-from simexplain.surveying import LAYOUTS
 
 _MOST_PREFIX_TOKENS = 16
 
@@ -21,56 +21,66 @@ class Layout:
     """How the output of a layer becomes a map ``(M,C,h,w)``.
 
     Attributes:
-        kind: A key of ``LAYOUTS``, such as ``NLC`` for tokens ``(M,L,C)``.
+        kind: A letter for each axis: ``N`` images, ``C`` channels, others positions. Tokens
+            ``(M,L,C)`` are ``NLC``.
         grid: Rows and columns ``(h,w)``.
-        prefix: Tokens before the first cell, or where cells are split.
-        tokens: Tokens in all; more than cells where there are class tokens or the like.
+        tokens: Positions in all; more than cells where there are class tokens or the like.
+        cells: The number of each cell's position, row by row; empty where they are all in order.
         region: Where in the image the cells lie.
-        order: In which order the sequence has the cells, if not row by row.
-        split: How many cells come before the tokens that are none.
     """
 
     kind: str
     grid: tuple[int, int]
-    prefix: int = 0
-    tokens: int = 0
+    tokens: int
+    cells: tuple[int, ...] = ()
     region: Region = WHOLE
-    order: Order = ()
-    split: int = 0
 
-    @property
+    @cached_property
     def places(self) -> Tensor:
-        """The number in the sequence of each cell, row by row ``(h*w)``."""
-        return tokens_of(self.grid[0] * self.grid[1], self.prefix, self.split, self.order)
+        """The number of each cell's position, row by row ``(h*w)``."""
+        return torch.tensor(self.cells) if self.cells else torch.arange(self.tokens)
 
     @property
     def beside(self) -> bool:
         """Whether the output holds more than cells, such as a class token."""
         return self.tokens > self.grid[0] * self.grid[1]
 
+    @property
+    def images(self) -> int:
+        """The axis of images."""
+        return self.kind.index("N")
+
+    @property
+    def channels(self) -> int:
+        """The axis of channels."""
+        return self.kind.index("C")
+
     def __call__(self, output: Tensor) -> Tensor | None:
         """The map ``(M,C,h,w)`` of an output; None where it does not fit."""
-        if output.dim() != LAYOUTS[self.kind][0]:
+        if output.dim() != len(self.kind):
             return None
-        if self.kind in ("NCHW", "NHWC"):
-            grid = output if self.kind == "NCHW" else output.permute(0, 3, 1, 2)
-            return grid if tuple(grid.shape[2:]) == self.grid else None
-        tokens = output if self.kind == "NLC" else output.transpose(0, 1)
-        if tokens.shape[1] != self.tokens:
+        listed = output.movedim((self.images, self.channels), (0, 1))
+        if listed.shape[2:].numel() != self.tokens:
             return None
-        if self.order or self.split:
-            cells = tokens[:, self.places.to(tokens.device)]
+        if not self.cells and listed.shape[2:] == self.grid:
+            return listed
+        listed = listed.flatten(2)
+        first = self.cells[0] if self.cells else 0
+        if self.cells and self.cells != tuple(range(first, first + len(self.cells))):
+            listed = listed[:, :, self.places.to(output.device)]
         else:
-            cells = tokens[:, self.prefix : self.prefix + self.grid[0] * self.grid[1]]
-        return cells.transpose(1, 2).reshape(len(tokens), -1, *self.grid)
+            listed = listed[:, :, first : first + self.grid[0] * self.grid[1]]
+        return listed.reshape(*listed.shape[:2], *self.grid)
 
     def cells_of(self, output: Tensor, other: Tensor) -> Tensor:
         """An output whose cells are those of another one, all else as it was."""
-        if self.kind in ("NCHW", "NHWC"):
+        if not self.beside:
             return other
-        axis = 1 if self.kind == "NLC" else 0
+        away, home = (self.images, self.channels), (0, 1)
+        mine, its = (each.movedim(away, home) for each in (output, other))
         places = self.places.to(output.device)
-        return output.index_copy(axis, places, other.index_select(axis, places))
+        mixed = mine.flatten(2).index_copy(2, places, its.flatten(2).index_select(2, places))
+        return mixed.view(mine.shape).movedim(home, away)
 
 
 @dataclass(frozen=True)

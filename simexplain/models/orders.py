@@ -16,8 +16,8 @@ _WINDOWS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
 _MOST_UNROLLINGS = 4
 
 
-@lru_cache(maxsize=64)
-def tokens_of(count: int, prefix: int = 0, split: int = 0, order: Order = ()) -> Tensor:
+@lru_cache(maxsize=256)
+def tokens_of(count: int, prefix: int = 0, split: int = 0, order: Order = ()) -> tuple[int, ...]:
     """The number in a sequence of each of its cells, row by row ``(h*w)``.
 
     Args:
@@ -28,7 +28,7 @@ def tokens_of(count: int, prefix: int = 0, split: int = 0, order: Order = ()) ->
     """
     tokens = torch.arange(count)
     tokens[split:] += prefix
-    return tokens[_ordered(order)] if order else tokens
+    return tuple((tokens[_ordered(order)] if order else tokens).tolist())
 
 
 def _ordered(order: Order) -> Tensor:

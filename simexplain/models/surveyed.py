@@ -9,13 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from simexplain.errors import ModelError
+from simexplain.errors import ModelError, SimexplainError, first_line
 from simexplain.models.choosing import Maps, depth, usable_layers
 from simexplain.models.layers import GridHints, Layer, Layout
-from simexplain.models.moving import WHOLE, Region, moved
+from simexplain.models.moving import WHOLE, Moved, Region, moved
 from simexplain.networks import split_call
-from simexplain.surveying import LAYOUTS, Survey, survey, swapped
-from simexplain.tracing import Traceable
+from simexplain.surveying import Survey, survey, swapped
+from simexplain.tracing import Traceable, embed_alike
 
 RELEVANT = 0.1
 """The share of an embedding from which on results warn that it bypasses the layer."""
@@ -49,13 +49,13 @@ class Surveyed:
         """Runs the survey.
 
         Raises:
-            ModelError: If the network does not run on such images.
+            ModelError: If the network does not run on such images or has no gradients.
         """
         self.model, self.shape = model, shape
         self._shares: dict[tuple[str, bool], float] = {}
         self._at_hand: AtHand | None = None
         pictures = self._pictures()
-        found = survey(model, pictures.picture, pictures.replaced)
+        found = _surveyed(model, pictures)
         looked = Maps(found, pictures, model.hints)
         maps = looked.found
         self._embedding = found.embedding
@@ -67,7 +67,19 @@ class Surveyed:
             self._layers = usable_layers(found, maps, shape[1:], self.bypass, self._of_noise)
             self._on_default = (*self._early(found), *self._doubted(found, looked))
         except ModelError as error:
-            self._error = str(error)
+            self._error = self._constant(pictures) or str(error)
+
+    def _constant(self, pictures: Moved) -> str:
+        """What to say of an embedding that is the same for two pictures, or nothing."""
+        if self._embedding.numel() < 2 or not bool(self._embedding.ne(0).any()):
+            return ""
+        other = embed_alike(self.model, pictures.other, 1)[0]
+        if not torch.allclose(other, self._embedding.to(other), rtol=0, atol=1e-7):
+            return ""
+        return (
+            "The embedding is the same for every image, so nothing in it can be explained; look "
+            "for dead weights or activations, or a part of the model that ignores its input."
+        )
 
     def usable(self) -> tuple[Layer, ...]:
         """Every usable layer in order of execution.
@@ -133,8 +145,7 @@ class Surveyed:
         if layout is None:
             return 1.0
         if key not in self._shares:
-            axis = LAYOUTS[layout.kind][1]
-            rows = swapped(self.model, images.both, layer, axis, layout.cells_of)
+            rows = swapped(self.model, images.both, layer, layout.images, layout.cells_of)
             apart = float((images.row.to(rows) - rows[1]).norm())
             behind = float((rows[0] - rows[1]).norm())
             self._shares[key] = min(1.0, behind / apart) if apart > 0 else 0.0
@@ -192,10 +203,22 @@ class Surveyed:
             "see one of the ways that part there."
         ]
 
-    def _pictures(self) -> Any:
+    def _pictures(self) -> Moved:
         reference = next(iter(self.model.parameters()), torch.zeros(()))
         kind = reference.dtype if reference.is_floating_point() else torch.float32
         return moved(torch.zeros((1, *self.shape), dtype=kind, device=reference.device))
+
+
+def _surveyed(model: Surveyable, pictures: Moved) -> Survey:
+    try:
+        return survey(model, pictures.picture, pictures.replaced)
+    except RuntimeError as error:  # of autograd, say where something was overwritten
+        if isinstance(error, SimexplainError) or "memory" in str(error):
+            raise
+        raise ModelError(
+            f"The network has no gradients at its layers ({first_line(error).rstrip('.')}); change "
+            "its forward, or use occlusion, sbsm or random_masks, which need none."
+        ) from error
 
 
 def is_convolutional(network: nn.Module) -> bool:

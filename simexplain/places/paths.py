@@ -1,0 +1,100 @@
+"""What the autograd graph of one forward pass states exactly: what everything passes, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from simexplain.places.rules import Step, placed
+from simexplain.places.spans import Place
+
+Vertex = tuple[Any, int]
+"""A node of the autograd graph and which of its outputs."""
+
+
+class Paths:
+    """The graph from an embedding down to the picture, read once."""
+
+    def __init__(self, embeddings: Tensor, picture: Tensor, leaves: Sequence[Tensor] = ()) -> None:
+        """Reads the graph.
+
+        Args:
+            embeddings: The result of the pass.
+            picture: The leaf tensor that the network was given.
+            leaves: Further tensors at which the graph of the picture's content begins.
+        """
+        self._order: list[Vertex] = []
+        self._root = get_gradient_edge(picture).node
+        self._ends = {self._root, *(get_gradient_edge(leaf).node for leaf in leaves)}
+        if embeddings.requires_grad:
+            start = get_gradient_edge(embeddings)
+            self._order = _in_order((start.node, start.output_nr))
+
+    def main(self) -> set[Vertex]:
+        """The vertices on every way from the embedding to the picture.
+
+        In a topological order a vertex lies on all ways just when no edge from before it leads
+        past it.
+        """
+        reaching: set[Vertex] = set()
+        for vertex in self._order:
+            if vertex[0] in self._ends or any(after in reaching for after in _next(vertex)):
+                reaching.add(vertex)
+        ordered = [vertex for vertex in reversed(self._order) if vertex in reaching]
+        number = {vertex: place for place, vertex in enumerate(ordered)}
+        passed, far = set(), 0
+        for place, vertex in enumerate(ordered):
+            if far <= place:
+                passed.add(vertex)
+            beyond = [number[after] for after in _next(vertex) if after in number]
+            far = max([far, *beyond, len(ordered) if vertex[0] in self._ends else 0])
+        return passed
+
+    def places(self) -> dict[Vertex, Place]:
+        """Where the numbers of tensors lie in the picture, for all that local operations made."""
+        found: dict[Vertex, Place] = {}
+        for vertex in self._order:
+            node, number = vertex
+            if node is self._root:
+                found[vertex] = Place.of_image(_shape(vertex))
+                continue
+            before = [None if after[0] is None else after for after in node.next_functions]
+            given = {place: found[after] for place, after in enumerate(before) if after in found}
+            if given:
+                shapes = tuple(None if after is None else _shape(after) for after in before)
+                place = placed(Step(node, number, _shape(vertex), given, shapes))
+                if place is not None:
+                    found[vertex] = place
+        return found
+
+
+def _next(vertex: Vertex) -> list[Vertex]:
+    return [(node, nr) for node, nr in vertex[0].next_functions if node is not None]
+
+
+def _in_order(start: Vertex) -> list[Vertex]:
+    """All vertices that can be reached, each after those that it leads to."""
+    order: list[Vertex] = []
+    seen = {start}
+    stack = [(start, iter(_next(start)))]
+    while stack:
+        vertex, ahead = stack[-1]
+        following = next((after for after in ahead if after not in seen), None)
+        if following is None:
+            order.append(vertex)
+            stack.pop()
+        else:
+            seen.add(following)
+            stack.append((following, iter(_next(following))))
+    return order
+
+
+def _shape(vertex: Vertex) -> tuple[int, ...]:
+    """The shape of what a vertex gave."""
+    node, number = vertex
+    if hasattr(node, "variable"):
+        return tuple(int(side) for side in node.variable.shape)
+    return tuple(int(side) for side in node._input_metadata[number].shape)

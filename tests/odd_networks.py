@@ -1,0 +1,307 @@
+"""Small networks whose maps lie in the image in unusual ways, and where autograd says they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WIDTH = 12
+Cells = Callable[[Tensor], Tensor]
+
+
+class Block(nn.Module):
+    """Attention and a hidden layer beside a residual connection: tokens stay where they are."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.mix = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        own = self.norm(tokens)
+        found = F.scaled_dot_product_attention(own, own, self.mix(own))
+        tokens = tokens + 0.3 * found
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class Tokens(nn.Module):
+    """Patches, in any way and order, through two blocks; the mean is the embedding."""
+
+    def __init__(self, cut: nn.Module | Cells, order: Cells | None = None) -> None:
+        super().__init__()
+        self.cut = cut
+        self.order = order or (lambda tokens: tokens)
+        self.blocks = nn.Sequential(Block(), Block())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.blocks(self.order(self.cut(images))).mean(dim=1)
+
+
+class Patches(nn.Module):
+    """A patch convolution of any kernel, stride and padding."""
+
+    def __init__(self, kernel: int, stride: int | tuple[int, int], padding: int = 0) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, WIDTH, kernel, stride, padding)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images).flatten(2).transpose(1, 2)
+
+
+class Unfolded(nn.Module):
+    """Patches by ``nn.Unfold``, without a convolution."""
+
+    def __init__(self, kernel: int, stride: int, padding: int = 0) -> None:
+        super().__init__()
+        self.unfold = nn.Unfold(kernel, stride=stride, padding=padding)
+        self.lin = nn.Linear(3 * kernel * kernel, WIDTH)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.lin(self.unfold(images).transpose(1, 2))
+
+
+class Rearranged(nn.Module):
+    """Patches by a view and a permutation, as with einops; what does not fit is cut or padded."""
+
+    def __init__(self, patch: int, *, pad: bool = False) -> None:
+        super().__init__()
+        self.patch, self.pad = patch, pad
+        self.norm = nn.LayerNorm(3 * patch * patch)
+        self.lin = nn.Linear(3 * patch * patch, WIDTH)
+
+    def forward(self, images: Tensor) -> Tensor:
+        p = self.patch
+        height, width = images.shape[2:]
+        if self.pad:
+            images = F.pad(images, (0, -width % p, 0, -height % p))
+        h, w = images.shape[2] // p, images.shape[3] // p
+        images = images[:, :, : h * p, : w * p]
+        cut = images.reshape(len(images), 3, h, p, w, p).permute(0, 2, 4, 3, 5, 1)
+        return self.lin(self.norm(cut.reshape(len(images), h * w, p * p * 3)))
+
+
+class Sliding(nn.Module):
+    """Patches by ``Tensor.unfold``."""
+
+    def __init__(self, size: int, step: int) -> None:
+        super().__init__()
+        self.size, self.step = size, step
+        self.lin = nn.Linear(3 * size * size, WIDTH)
+
+    def forward(self, images: Tensor) -> Tensor:
+        cut = images.unfold(2, self.size, self.step).unfold(3, self.size, self.step)
+        return self.lin(cut.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2))
+
+
+def snake(tokens: Tensor, width: int = 8) -> Tensor:
+    """Every second row from right to left, in place."""
+    grid = tokens.unflatten(1, (-1, width)).clone()
+    grid[:, 1::2] = grid[:, 1::2].flip(2)
+    return grid.flatten(1, 2)
+
+
+def snake_by_index(tokens: Tensor, width: int = 8) -> Tensor:
+    index = torch.arange(tokens.shape[1]).view(-1, width)
+    index[1::2] = index[1::2].flip(1)
+    return tokens[:, index.flatten()]
+
+
+def snake_by_rows(tokens: Tensor, width: int = 8) -> Tensor:
+    rows = tokens.unflatten(1, (-1, width)).unbind(1)
+    return torch.cat([row.flip(1) if number % 2 else row for number, row in enumerate(rows)], dim=1)
+
+
+def spiral(tokens: Tensor, width: int = 8) -> Tensor:
+    left = torch.arange(tokens.shape[1]).view(-1, width)
+    order: list[Tensor] = []
+    while left.numel():
+        order.append(left[0])
+        left = left[1:].rot90()
+    index = torch.cat(order)[None, :, None].expand(len(tokens), -1, tokens.shape[2])
+    return tokens.gather(1, index)
+
+
+def by_columns(tokens: Tensor, width: int = 8) -> Tensor:
+    return tokens.unflatten(1, (-1, width)).transpose(1, 2).flatten(1, 2)
+
+
+def with_registers(tokens: Tensor) -> Tensor:
+    extra = tokens.new_ones(len(tokens), 3, tokens.shape[2])
+    return torch.cat((tokens, extra), dim=1)
+
+
+def rolled(tokens: Tensor) -> Tensor:
+    return tokens.roll(5, 1)
+
+
+def by_image(tokens: Tensor) -> Tensor:
+    """The order of how large tokens are, which is another one for every image."""
+    return tokens[:, tokens[0].norm(dim=1).argsort()]
+
+
+class Convs(nn.Module):
+    """A stem, something between, and a last layer whose mean is the embedding."""
+
+    def __init__(
+        self, between: Cells, *, stem: nn.Module | None = None, width: int = WIDTH
+    ) -> None:
+        super().__init__()
+        self.stem = stem or nn.Conv2d(3, WIDTH, 4, 4)
+        self.between = between
+        self.last = nn.Conv2d(width, WIDTH, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.between(self.stem(images)).relu()).mean((2, 3))
+
+
+class Layout(nn.Module):
+    """Cells with their axes in another order, and a layer that takes them so."""
+
+    def __init__(self, away: Cells, layer: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 8, 8)
+        self.away, self.layer = away, layer
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = self.layer(self.away(self.stem(images)))
+        images_axis = next(n for n, side in enumerate(found.shape) if side == len(images))
+        found = found.movedim(images_axis, 0)
+        return found.flatten(1) @ torch.linspace(-1, 1, found[0].numel() * 5).view(-1, 5)
+
+
+class Elementwise(nn.Module):
+    """A layer of a weight for every number of its last axis but one or last."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(*shape) + 0.5)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values * self.weight + 1
+
+
+class Pyramid(nn.Module):
+    """Branches of unlike strides that are joined late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(3, WIDTH, 2, 2), nn.GELU(), nn.Conv2d(WIDTH, WIDTH, 2, 2))
+        self.b = nn.Sequential(nn.Conv2d(3, WIDTH, 8, 8), nn.GELU())
+        self.c = nn.Sequential(nn.Conv2d(3, WIDTH, 3, 1, 1), nn.MaxPool2d(4))
+        self.last = nn.Conv2d(3 * WIDTH, WIDTH, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        a, b, c = self.a(images), self.b(images), self.c(images)
+        b = F.interpolate(b, size=a.shape[2:], mode="bilinear")
+        return self.last(torch.cat((a, b, c), dim=1).relu()).mean((2, 3))
+
+
+class Inside(nn.Module):
+    """What is done to the image itself before the network."""
+
+    def __init__(self, first: Cells) -> None:
+        super().__init__()
+        self.first = first
+        self.stem = nn.Conv2d(3, WIDTH, 4, 4)
+        self.last = nn.Conv2d(WIDTH, WIDTH, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.stem(self.first(images)).relu()).mean((2, 3))
+
+
+class Mixer(nn.Module):
+    """Tokens mixed by a matrix over positions, beside a residual connection or alone."""
+
+    def __init__(self, *, residual: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 8, 8)
+        self.mix = nn.Linear(64, 64)
+        self.residual = residual
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.stem(images).flatten(2)
+        mixed = self.mix(tokens)
+        tokens = tokens + 0.3 * mixed if self.residual else mixed
+        return self.last(tokens.transpose(1, 2)).mean(1)
+
+
+class Strip(nn.Module):
+    """A one-dimensional convolution over tokens."""
+
+    def __init__(self, kernel: int = 3, stride: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 8, 8)
+        self.conv = nn.Conv1d(WIDTH, WIDTH, kernel, stride, kernel // 2)
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(self.conv(self.stem(images).flatten(2))).relu().mean(2)
+
+
+class Dropped(nn.Module):
+    """Half of the tokens are dropped, by what they are: what is left is no grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut = Patches(8, 8)
+        self.first, self.second = Block(), Block()
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.first(self.cut(images))
+        index = tokens.norm(dim=2).topk(32, dim=1).indices
+        kept = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
+        return self.second(kept).mean(1)
+
+
+class Crops(nn.Module):
+    """Two halves of the image as images of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, WIDTH, 4, 4), nn.ReLU(), nn.Conv2d(WIDTH, 8, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        half = images.shape[3] // 2
+        both = torch.cat((images[..., :half], images[..., half:]))
+        return self.trunk(both).mean((2, 3)).view(2, len(images), -1).mean(0)
+
+
+def snaked(rows: Tensor) -> Tensor:
+    return torch.where(torch.arange(rows.shape[2])[:, None] % 2 == 0, rows, rows.flip(3))
+
+
+def looks_at(network: nn.Module, grid: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    """The centre ``(h,w,2)`` of the pixels that each cell of a map looks at: plain autograd.
+
+    Args:
+        network: Which gives its embedding.
+        grid: The map ``(1,C,h,w)`` of an image, in the graph.
+        image: ``(1,C,H,W)``.
+    """
+    image = image.clone().requires_grad_()
+    maps = grid(image)
+    height, width = image.shape[2:]
+    rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5
+    found = torch.zeros(*maps.shape[2:], 2)
+    direction = torch.randn(maps.shape[1], generator=torch.Generator().manual_seed(0))
+    felt = torch.zeros(*maps.shape[2:], height, width)
+    for row in range(maps.shape[2]):
+        for column in range(maps.shape[3]):
+            score = (maps[0, :, row, column] * direction).sum()
+            (change,) = torch.autograd.grad(score, image, retain_graph=True)
+            felt[row, column] = change[0].square().sum(0)
+    # What all cells look at alike, through attention, says nothing of where one of them is.
+    if maps.shape[2] * maps.shape[3] > 4:
+        felt = (felt - 2 * felt.flatten(0, 1).median(0).values).clamp_min(0)
+    felt = felt / felt.sum((2, 3), keepdim=True).clamp_min(1e-30)
+    found[..., 0] = felt.sum(3) @ rows
+    found[..., 1] = felt.sum(2) @ columns
+    return found
