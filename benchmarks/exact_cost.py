@@ -14,10 +14,63 @@ from collections.abc import Callable, Sequence
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import VisionTransformer
 
 from simexplain import Comparison, as_similarity_model, explain, match
+
+_SIZES = {
+    "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12,
+    "num_attention_heads": 3, "patch_size": 16,
+}  # fmt: skip
+
+
+def torchvision_vit(side: int) -> nn.Module:
+    """A ViT of torchvision, as small as timm's ViT-tiny."""
+    network = VisionTransformer(side, 16, 12, 3, 192, 768)
+    network.heads = nn.Identity()
+    return network
+
+
+def open_clip_tower(side: int) -> nn.Module:
+    """The image tower of a CLIP of open_clip."""
+    import open_clip
+
+    vision = {"image_size": side, "patch_size": 16, "layers": 12, "width": 192, "head_width": 64}
+    text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
+    tower: nn.Module = open_clip.CLIP(128, vision, text).visual
+    return tower
+
+
+def hugging_face(side: int, kind: str) -> nn.Module:
+    """An image tower of transformers."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(image_size=side, **_SIZES)
+    tower: nn.Module = getattr(transformers, f"{kind}Model")(config)
+    return tower
+
+
+class Encoder(nn.Module):
+    """A class token before ``nn.TransformerEncoder``."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 192, 16, 16)
+        self.token = nn.Parameter(torch.randn(1, 1, 192))
+        self.places = nn.Parameter(torch.randn(1, 1 + (side // 16) ** 2, 192))
+        self.blocks = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(192, 3, 768, batch_first=True), 12
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The class token ``(M,192)``."""
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat((self.token.expand(len(tokens), -1, -1), tokens), dim=1)
+        found: Tensor = self.blocks(tokens + self.places)[:, 0]
+        return found
+
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "ViT-tiny, class token": lambda side: timm.create_model(
@@ -32,6 +85,12 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "Swin-tiny": lambda side: timm.create_model(
         "swin_tiny_patch4_window7_224", num_classes=0, img_size=side, strict_img_size=False
     ),
+    "torchvision ViT": torchvision_vit,
+    "open_clip CLIP": open_clip_tower,
+    "transformers CLIP": lambda side: hugging_face(side, "CLIPVision"),
+    "transformers DINOv2": lambda side: hugging_face(side, "Dinov2"),
+    "transformers SigLIP": lambda side: hugging_face(side, "SiglipVision"),
+    "nn.TransformerEncoder, class token": Encoder,
 }
 LIMIT = 8
 

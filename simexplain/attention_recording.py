@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from simexplain.errors import ModelError
 from simexplain.networks import at_least_single, undisturbed
+from simexplain.tapes import unwatched
 from simexplain.tracing import Traceable, chunks_of
 
 UNREACHED = (
@@ -267,10 +267,9 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def _multi_head(self, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        """Torch's own function, whose first question (is anybody watching?) is answered with no."""
-        unwatched = _unwatched(func)
+        """Torch's own function, seen from inside."""
         with self:
-            return unwatched(*args, **named)
+            return unwatched(func)(*args, **named)
 
     def _fused(self, func: Callable[..., Any], *args: Any, **named: Any) -> Tensor:
         logits, query, key, value, dropout = _fused_logits(*args, **named)
@@ -380,13 +379,3 @@ def _safe_softmax(logits: Tensor) -> Tensor:
     """Softmax over the last axis, zero for a query that may see nothing."""
     blind = logits.isneginf().all(dim=-1, keepdim=True)
     return logits.masked_fill(blind, 0.0).softmax(dim=-1).masked_fill(blind, 0.0)
-
-
-def _unwatched(func: Callable[..., Any]) -> Callable[..., Any]:
-    """The same code, which takes it that no mode is active; what it calls is watched."""
-    if not isinstance(func, FunctionType):
-        return func
-    names = {**func.__globals__, "has_torch_function": lambda _: False}
-    copy = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
-    copy.__kwdefaults__ = func.__kwdefaults__
-    return copy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -32,9 +33,11 @@ _SAME = {
     "mm": "matmul", "rmatmul": "matmul", "einsum": "matmul", "absolute": "abs",
 }  # fmt: skip
 """Functions that do the same to the scale of a tensor as another, by their plain names."""
+_OPENED = {"multi_head_attention_forward"}
+"""Functions in which a network does most of its work; what they call is recorded instead."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """One function that a network called.
 
@@ -123,6 +126,9 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._numbers or self.broken:
             return func(*args, **kwargs)
+        if plain_name(func) in _OPENED:
+            with self:
+                return unwatched(func)(*args, **kwargs)
         flat, spec = pytree.tree_flatten((args, kwargs))
         tensors = {n: value for n, value in enumerate(flat) if isinstance(value, Tensor)}
         inputs = {n: self._numbers[id(t)] for n, t in tensors.items() if id(t) in self._numbers}
@@ -206,6 +212,19 @@ class Tape(TorchFunctionMode):
                 return False
             new.update(id(output) for output in call.outputs)
         return id(self.result) in new
+
+
+def unwatched(func: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function of torch's, which takes it that no mode is active; what it calls sees one.
+
+    Torch's functions in Python ask first whether a mode is active, and hand themselves over whole.
+    """
+    if not isinstance(func, FunctionType):
+        return func
+    names = {**func.__globals__, "has_torch_function": lambda _: False}
+    copy = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
 
 
 def plain_name(func: Any) -> str:

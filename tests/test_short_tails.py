@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import VisionTransformer
 
-from simexplain import as_similarity_model, match
+from simexplain import Comparison, as_similarity_model, explain, match
 from simexplain.methods import position_parts as module
 from simexplain.methods.position_parts import position_parts
 from simexplain.methods.raw_vectors import trace_vectors
@@ -73,18 +80,193 @@ def test_tails_that_read_every_token_are_run_whole() -> None:
         assert trace_vectors(model, images, (layer,)).short(layer, 0) is None
 
 
+class Encoder(nn.Module):
+    """``nn.TransformerEncoder``, which asks ``nn.MultiheadAttention`` for everything."""
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        tokens_first: bool = False,
+        last: bool = False,
+        heads: int = 3,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 48, 16, 16)
+        self.extra = nn.Parameter(torch.randn(1, 1, 48))
+        self.places = nn.Parameter(torch.randn(1, 17, 48))
+        self.tokens_first, self.last = tokens_first, last
+        layer = nn.TransformerEncoderLayer(
+            48, heads, 192, batch_first=not tokens_first, activation=F.gelu, **options
+        )
+        self.blocks = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        extra = self.extra.expand(len(tokens), -1, -1)
+        both = (tokens, extra) if self.last else (extra, tokens)
+        tokens = torch.cat(both, dim=1) + self.places
+        place = 16 if self.last else 0
+        if self.tokens_first:
+            return self.blocks(tokens.transpose(0, 1))[place]
+        return self.blocks(tokens)[:, place]
+
+
+def open_clip(depth: int, tmp_path: Path, **vision: Any) -> nn.Module:
+    package = pytest.importorskip("open_clip")
+    sizes = {"image_size": 64, "patch_size": 16, "layers": depth, "width": 48, "head_width": 16}
+    config = {
+        "embed_dim": 40,
+        "vision_cfg": {**sizes, **vision},
+        "text_cfg": {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "tiny.json").write_text(json.dumps(config))
+    package.add_model_config(tmp_path)
+    network: nn.Module = package.create_model("tiny", pretrained=None).visual
+    return network
+
+
+def hugging_face(depth: int, kind: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=48, num_hidden_layers=depth, num_attention_heads=3, intermediate_size=192,
+        image_size=64, patch_size=16,
+    )  # fmt: skip
+    name = f"{kind}Model" if "Vision" in kind else kind + "Model"
+    network: nn.Module = getattr(transformers, name)(config)
+    return network
+
+
+OPAQUE: dict[str, tuple[str, Callable[[int, Path], nn.Module]]] = {
+    "open_clip": ("transformer.resblocks.{}.ln_1", open_clip),
+    "open_clip, pooled by attention": (
+        "transformer",
+        lambda depth, path: open_clip(
+            depth, path, attentional_pool=True, attn_pooler_heads=4, attn_pooler_queries=1
+        ),
+    ),
+    "SigLIP": ("post_layernorm", lambda depth, _: hugging_face(depth, "SiglipVision")),
+    "DINOv2": ("encoder.layer.{}.norm1", lambda depth, _: hugging_face(depth, "Dinov2")),
+    "torchvision": (
+        "encoder.layers.encoder_layer_{}.ln_1",
+        lambda depth, _: VisionTransformer(64, 16, depth, 3, 48, 192),
+    ),
+    "torch": ("blocks.layers.{-}", lambda depth, _: Encoder(depth)),
+    "torch, normalised first": (
+        "blocks.layers.{}.norm1",
+        lambda depth, _: Encoder(depth, norm_first=True),
+    ),
+    "torch, tokens first": (
+        "blocks.layers.{-}",
+        lambda depth, _: Encoder(depth, tokens_first=True),
+    ),
+    "torch, last token": ("blocks.layers.{-}", lambda depth, _: Encoder(depth, last=True)),
+}
+"""Networks whose attention is one function or another module's, and the default layer of each."""
+
+
+def opaque(name: str, depth: int, path: Path) -> tuple[str, nn.Module]:
+    torch.manual_seed(0)
+    layer, build = OPAQUE[name]
+    network = build(depth, path).eval()
+    if name == "torchvision":
+        network.heads = nn.Identity()
+    for parameter in network.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return layer.replace("{}", str(depth - 1)).replace("{-}", str(depth - 2)), network
+
+
+@pytest.mark.parametrize("name", OPAQUE)
+def test_attention_in_one_function_is_looked_into(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, network = opaque(name, 3, tmp_path)
+    images = torch.rand(2, 3, 64, 64)
+    model = as_similarity_model(network)
+    assert model.default_for(images) == layer
+    assert trace_vectors(model, images, (layer,)).short(layer, 0) is not None
+    short = position_parts(model, images, layer, steps=8)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_FEW", 10**9)
+        whole = position_parts(model, images, layer, steps=8)
+    with torch.no_grad():
+        rows = torch.cat([model.vectors(image[None]) for image in images])
+    torch.testing.assert_close(short.vectors, rows, rtol=1e-4, atol=1e-5)
+    size = float(whole.parts.abs().max())
+    torch.testing.assert_close(short.parts, whole.parts, rtol=1e-3, atol=1e-4 * size)
+    assert short.steps == whole.steps
+    assert float((short.residual - whole.residual).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("name", OPAQUE)
+def test_exact_methods_cost_at_most_eight_forward_passes(name: str, tmp_path: Path) -> None:
+    """Floating-point operations of products, which no load on the machine changes."""
+    layer, network = opaque(name, 12, tmp_path)
+    images = torch.rand(2, 3, 64, 64)
+    model = as_similarity_model(network)
+    pair = Comparison.pair(images[:1], images[1:])
+    explain(model, pair, "decomposition", layer, check=False)  # the layers are looked up once
+    with torch.no_grad():
+        plain = operations(lambda: network(images))
+    assert operations(lambda: match(model, images[:1], images[1:], layer)) <= 8 * plain
+    found = operations(lambda: explain(model, pair, "decomposition", layer, check=False))
+    assert found <= 8 * plain
+
+
+def operations(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counted:
+        run()
+    return int(counted.get_total_flops())
+
+
+class Attending(nn.Module):
+    """One attention and nothing else, so that its averaged Jacobians can be written down."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 12, 16, 16)
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True, **options)
+
+    def tail(self, tokens: Tensor) -> Tensor:
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0][:, 0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.patches(images)
+        return self.tail(maps.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"bias": False}])
+def test_averaged_jacobians_of_one_attention_written_down(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    network = Attending(**options).eval()
+    images = 3 * torch.rand(1, 3, 64, 64)
+    found = position_parts(as_similarity_model(network), images, "patches", steps=6)
+    with torch.no_grad():
+        start, end = (
+            network.patches(x).flatten(2).transpose(1, 2)
+            for x in (torch.zeros_like(images), images)
+        )
+    expected = torch.zeros(1, 12, 16)
+    for place, weight in zip(*np.polynomial.legendre.leggauss(6), strict=True):
+        between = start + (place + 1) / 2 * (end - start)
+        slopes = torch.autograd.functional.jacobian(network.tail, between)[0, :, 0]
+        expected += weight / 2 * (slopes * (end - start)[0]).sum(dim=2)
+    assert found.steps == 6
+    torch.testing.assert_close(found.parts.flatten(2), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
 def test_a_matching_costs_at_most_eight_forward_passes(name: str) -> None:
     """Floating-point operations of products, which no load on the machine changes."""
     network = timm.create_model(name, num_classes=0, img_size=112).eval()
     images = torch.rand(2, 3, 112, 112)
     model = as_similarity_model(network)
-    with FlopCounterMode(display=False) as plain, torch.no_grad():
-        network(images)
+    with torch.no_grad():
+        plain = operations(lambda: network(images))
     match(model, images[:1], images[1:], "blocks.11.norm1")  # the layers are looked up once
-    with FlopCounterMode(display=False) as counted:
-        match(model, images[:1], images[1:], "blocks.11.norm1")
-    assert counted.get_total_flops() <= 8 * plain.get_total_flops()
+    cost = operations(lambda: match(model, images[:1], images[1:], "blocks.11.norm1"))
+    assert cost <= 8 * plain
 
 
 def test_queries_keys_and_values_may_be_made_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +282,7 @@ def test_queries_keys_and_values_may_be_made_one_by_one(monkeypatch: pytest.Monk
     model, layer = as_similarity_model(network), "layers.2.layernorm_before"
     found = trace_vectors(model, images, (layer,)).short(layer, 0)
     assert found is not None
-    assert len(found.linears) == 3
+    assert len(found.front.ends) == 3
     short = position_parts(model, images, layer, steps=3)
     with monkeypatch.context() as patched:
         patched.setattr(module, "_FEW", 10**9)

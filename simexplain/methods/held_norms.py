@@ -35,6 +35,7 @@ _AFFINE = _LINEAR | {
     "view", "getitem", "cat", "mean", "sum", "neg", "dropout", "identity", "add", "sub",
     "batch_norm", "addmm", "pad", "roll", "interpolate", "upsample_bilinear2d", "feature_dropout",
     "_native_batch_norm_legit_no_training", "baddbmm", "scatter_add", "index_add",
+    "index_copy",
 }  # fmt: skip
 _ONE_SIDED = {"mul", "matmul"}
 _WHOLE = {"normalize", "layer_norm", "native_layer_norm", "group_norm", "instance_norm", "rms_norm"}
@@ -211,15 +212,8 @@ def _divided(tape: Tape, call: Call) -> tuple[tuple[int, int], Held, Tensor] | N
             continue
         value: Tensor = call.flat[divisor].detach()
 
-        def run(
-            call: Call,
-            flat: Sequence[Any],
-            at: int = divisor,
-            kept: Tensor = value,
-            place: int = place,
-        ) -> Any:
-            held = _fitted(kept, flat[place])
-            return call.run([held if n == at else one for n, one in enumerate(flat)])
+        def run(call: Call, flat: Sequence[Any], at: int = divisor, kept: Tensor = value) -> Any:
+            return call.run([kept if n == at else one for n, one in enumerate(flat)])
 
         return (place, divisor), run, value if sign < 0 else value.reciprocal()
     return None
@@ -332,12 +326,6 @@ def _whole(call: Call) -> tuple[None, Held, Tensor | None] | None:
     return None, held, values
 
 
-def _fitted(kept: Tensor, new: Tensor) -> Tensor:
-    """A divisor for the first tokens ``(m,t,...)`` where a tail is run for those alone."""
-    tokens = kept.dim() == new.dim() and new.dim() >= 3 and new.shape[1] < kept.shape[1]
-    return kept[:, : new.shape[1]] if tokens else kept
-
-
 _Made = tuple[Callable[[Tensor], Tensor], Tensor | None] | None
 
 
@@ -353,7 +341,7 @@ def _normalize(tensor: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         for at, (name, other) in enumerate((("p", 2.0), ("dim", 1), ("eps", 1e-12)))
     )
     length = tensor.norm(p, dim, keepdim=True).clamp_min(eps)
-    return lambda new: new / _fitted(length, new), length
+    return lambda new: new / length, length
 
 
 def _layer_norm(tensor: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Made:
@@ -378,7 +366,7 @@ def _rms_norm(tensor: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     small = torch.finfo(tensor.dtype).eps if eps is None else eps
     inverse = (tensor.square().mean(axes, keepdim=True) + small).rsqrt()
     scale = inverse if weight is None else inverse * weight
-    return lambda new: new * _fitted(scale, new), None
+    return lambda new: new * scale, None
 
 
 def _group_norm(tensor: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Made:
@@ -424,7 +412,7 @@ def _centred(
     inverse = (tensor.var(axes, correction=0, keepdim=True) + eps).rsqrt()
 
     def run(new: Tensor) -> Tensor:
-        found = (new - new.mean(axes, keepdim=True)) * _fitted(inverse, new)
+        found = (new - new.mean(axes, keepdim=True)) * inverse
         found = found if weight is None else found * weight
         return found if bias is None else found + bias
 

@@ -169,8 +169,7 @@ class _Tail:
     ) -> Tensor:
         """``J change`` by the part of the tail that vectors read."""
         with undisturbed(self.whole.model.network):
-            held = self.whole.held(self.number, last=last)
-            rows, point, change = short.run(output, change, held)
+            rows, point, change = short.run(output, change, last=last)
         with torch.enable_grad():
             rows = rows[: len(self.rows)]
         return self.products(rows, point, change, tick)

@@ -12,7 +12,7 @@ from simexplain.methods.held_norms import Holding, Norm, find_norms, freed_norms
 from simexplain.methods.short_tails import ShortTail, short_tail
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import undisturbed, unit_rows
-from simexplain.tapes import Held, Tape
+from simexplain.tapes import Tape
 from simexplain.tracing import Trace, rerun, trace
 
 _AT_ONCE = 32
@@ -118,12 +118,7 @@ class VectorTrace:
             return None
         tail = self._tails[chunk]
         with undisturbed(self.model.network):
-            return short_tail(tail.tape, tail.sources[layer], tail.hold.every)
-
-    def held(self, chunk: int, *, last: bool) -> Mapping[int, Held]:
-        """Calls of a chunk's recording that are run in another way."""
-        hold = self._tails[chunk].hold
-        return hold.last if last else hold.every
+            return short_tail(tail.tape, tail.sources[layer], tail.norms, tail.freed)
 
     def _chunk(self, chunk: int, count: int) -> Tensor:
         images = self.images[chunk * self.size : (chunk + 1) * self.size]
@@ -138,11 +133,15 @@ class Tail:
     Attributes:
         tape: All that it does.
         sources: What the layers gave, as it was recorded.
-        hold: Which of its calls are run in another way.
+        norms: The normalisations in it that are held.
+        freed: Numbers of the calls among them that are left out.
+        hold: Which of its calls are therefore run in another way.
     """
 
     tape: Tape
     sources: Mapping[str, Tensor]
+    norms: tuple[Norm, ...]
+    freed: tuple[int, ...]
     hold: Holding
 
     def run(self, layer: str, output: Tensor, *, last: bool) -> Tensor:
@@ -197,17 +196,14 @@ def trace_vectors(
         for layer in layers
     ):
         return plain
-    norms = _common(traced, layers)
+    norms = _common(traced)
     with undisturbed(model.network):
         return _held(plain, norms, middle=middle)
 
 
-def _common(traced: Trace, layers: Sequence[str]) -> list[tuple[Norm, ...]]:
+def _common(traced: Trace) -> list[tuple[Norm, ...]]:
     """The normalisations of each chunk; none where chunks differ in them."""
-    found = [
-        find_norms(tape, len(traced.outputs[layers[0]][chunk]))
-        for chunk, tape in enumerate(traced.tapes)
-    ]
+    found = [find_norms(tape, n) for tape, n in zip(traced.tapes, traced.counts, strict=True)]
     calls = [[norm.call for norm in norms] for norms in found]
     return found if all(one == calls[0] for one in calls) else [() for _ in found]
 
@@ -230,6 +226,8 @@ def _held(plain: VectorTrace, norms: Sequence[tuple[Norm, ...]], *, middle: bool
         Tail(
             tape,
             {layer: traced.outputs[layer][chunk] for layer in traced.outputs},
+            found,
+            tuple(sorted(freed)),
             holding(tape, found, sorted(freed)),
         )
         for chunk, (tape, found) in enumerate(zip(traced.tapes, norms, strict=True))
