@@ -126,8 +126,14 @@ def rate(sights: Sequence[Sights], part: str, least: float) -> tuple[float, int]
     return sum(shares) / max(1, len(shares)), count
 
 
-def page(record: Record, command: str) -> str:
+def page(record: Record) -> str:
     """The whole Markdown page, from the record alone."""
+    first = next(iter(record["held-out"].values()))["sights"]
+    command = (
+        "python benchmarks/believed.py EMOJI --stamps tuned=FOLDER --stamps held-out=FOLDER --runs "
+        f"FOLDER --mobilenet FILE --scenes {len(next(iter(first.values())))} --record "
+        "docs/benchmarks/believed.json --out docs/benchmarks/believed.md"
+    )
     lines = [
         "# Which networks are believed",
         "",
@@ -216,12 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         record = json.loads(options.record.read_text("utf-8"))
     for found in measured(options, record):
         publish(json.dumps(found, separators=(",", ":")) + "\n", options.record)
-    command = (
-        "python benchmarks/believed.py EMOJI --stamps tuned=FOLDER --stamps held-out=FOLDER --runs "
-        f"FOLDER --mobilenet FILE --scenes {options.scenes} --record docs/benchmarks/believed.json "
-        "--out docs/benchmarks/believed.md"
-    )
-    publish(page(record, command), options.out)
+    publish(page(record), options.out)
 
 
 if __name__ == "__main__":

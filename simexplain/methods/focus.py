@@ -15,6 +15,7 @@ from simexplain.arguments import typed
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.methods.cams import layer_cam, weighted
+from simexplain.methods.kinds import LEAST_SIDE, SMALL, kind_of, layers_for
 from simexplain.methods.layer_maps import at_grid, finest_grid, fuse, layer_cams, unit_scaled
 from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.methods.rivals import rivals_of
@@ -25,7 +26,6 @@ from simexplain.models.moving import WHOLE, Region
 from simexplain.networks import at_least_single, unit_rows
 from simexplain.tracing import Trace
 
-_LAYERS = 3
 _APART = 1e-3
 """The sine between an image and its support from which on their cosine has a gradient to show."""
 
@@ -76,7 +76,7 @@ class Focus:
     sharpness: float = 3.0
     peak: float = 16.0
     detail: float = 0.1
-    positions: int = 4
+    positions: int = LEAST_SIDE
 
     def __post_init__(self) -> None:
         positive = all(0 < v < math.inf for v in (self.contrast, self.sharpness, self.peak))
@@ -92,7 +92,7 @@ class Focus:
 
     def layers_for(self, model: SimilarityModel, images: Tensor) -> tuple[str, ...] | None:
         """The last layer of each of the three coarsest resolutions, where there are so many."""
-        return tuple(model.stages_for(images)[-_LAYERS:]) or None
+        return layers_for(model, images) or None
 
     def __call__(
         self,
@@ -135,10 +135,10 @@ class Focus:
             max_batch: Bounds the images of one forward pass.
         """
         layers, flat = traced.layers, images.stacked().flatten(0, 1)
-        grids = {layer: maps.shape[-2:] for layer, maps in traced.maps.items()}
-        rows, columns = min(grids.values(), key=lambda grid: min(grid))
-        factor = self.positions / min(rows, columns)
-        if factor > 1 and model.frames == 1:
+        grids = [(maps.shape[-2], maps.shape[-1]) for maps in traced.maps.values()]
+        if kind_of(grids, self.positions) is SMALL and model.frames == 1:
+            rows, columns = min(grids, key=min)
+            factor = self.positions / min(rows, columns)
             size = [round(side * factor) for side in flat.shape[-2:]]
             larger = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
             try:
