@@ -3,7 +3,8 @@
 The networks are those of ``trained_networks.py``, the scenes those of ``faithfulness.py``, made of
 emoji classes that no network was trained on: two drawings on a ground, the query another vendor's
 drawing of one of them. Constants of ``focus`` were chosen on every second class; the page has the
-others.
+others. What a map can reach at all is what the network itself knows: which of three crops of the
+scene, with the positive, the distractor and neither, it embeds nearest to the query.
 
     python benchmarks/trained_pointing.py EMOJI --runs FOLDER --cache FOLDER \
         --record docs/benchmarks/trained_pointing.json --out docs/benchmarks/trained_networks.md
@@ -31,8 +32,9 @@ from faithfulness_networks import Network
 from faithfulness_page import header, line, told
 from faithfulness_rows import BOTH, FEW, ROWS, Explainer, Row
 from held_out import TRAINED
+from PIL import Image
 from reporting import publish
-from scenes import compose_scenes, divided, read_stamps
+from scenes import SIDE, Scene, compose_scenes, divided, read_stamps
 
 from simexplain import load_model
 
@@ -43,12 +45,17 @@ FAST = (
     "focus",
 )
 BLACK_BOXES = ("occlusion", "sbsm", "random_masks")
+NOT_ENLARGED = {"focus, not enlarged": Row("focus", options={"positions": 1})}
+"""Beside ``focus`` where the last map is so small that it enlarges the images."""
+CROPS = "nearest of three crops"
+SMALL = {f"Lite0, proxy anchor, {side} pixels": ("Lite0, proxy anchor", side) for side in (64, 96)}
+"""Networks whose pictures are made smaller, so that their last maps are, and the side."""
 ON_ATTENTION = {name: Row(name) for name in ("attention", "attention_relevance", "grad_eclip")}
 DATA = ("tuned", "held-out")
 
 MEASURES = ("hit", "distractor", "energy")
 
-Networks = dict[str, dict[str, dict[str, list[list[float]]]]]
+Networks = dict[str, dict[str, dict[str, list[list[float | None]]]]]
 """By network, row and setting: hit, distractor hit and energy of every scene."""
 
 Points = dict[str, dict[str, dict[str, dict[str, list[list[float]]]]]]
@@ -68,6 +75,8 @@ def scenes_of(emoji: Path) -> dict[str, Data]:
 def rows_for(name: str, network: Network | None) -> dict[str, Explainer]:
     """What is measured: two layers where there are two, attention where there is some."""
     found: dict[str, Explainer] = {row: ROWS[row] for row in (*FAST, *BLACK_BOXES)}
+    if name.startswith("unpadded") or name in SMALL:
+        found |= NOT_ENLARGED
     if network is not None and network.layers[0] == network.layers[1]:
         found = {n: row for n, row in found.items() if getattr(row, "layers", "") != BOTH}
     return found | ON_ATTENTION if "ViT" in name else found
@@ -77,15 +86,16 @@ def networks(
     runs: Path, seed: int, wanted: Sequence[str] | None, *, load: bool = True
 ) -> Iterator[tuple[str, str, Network | None]]:
     """Of every network its name, what tells its weights and, if asked for, the network itself."""
-    for name in (*trained_networks.RUNS, *trained_networks.RANDOM):
+    for name in (*trained_networks.RUNS, *SMALL, *trained_networks.RANDOM):
         if wanted and not any(name.startswith(start) for start in wanted):
             continue
-        file = trained_networks.weights_of(name, seed, runs)
+        run, side = SMALL.get(name, (name, None))
+        file = trained_networks.weights_of(run, seed, runs)
         if name in trained_networks.RANDOM:
             model = trained_networks.random_network(name, seed) if load else None
             yield name, f"seed{seed}", Network.of(name, model) if model else None
         elif file.is_file():
-            model = load_model(str(file)) if load else None
+            model = load_model(str(file), size=side and (side, side)) if load else None
             weights = trained_networks.digest(file)
             yield name, weights, Network.of(name, model) if model else None
 
@@ -107,14 +117,56 @@ def record_of(
                 known = store.read((name, data.name, seed, title), made)
                 found[title] += [known] if known is not None else []
                 continue
-            done = getattr(row, "tier", "") == FEW and options.fast
+            done = options.fast and getattr(row, "tier", "") == FEW
             part = group(network, data, seed, {title: row}, counts, None, (), store, done=done)
             found[title] += part.values()
+        if not options.rows or any(CROPS.startswith(start) for start in options.rows):
+            found.setdefault(CROPS, []).extend(choices(name, network, data, seed, counts, store))
     return {
         title: {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         for title, parts in found.items()
         if parts
     }
+
+
+def choices(
+    name: str, network: Network | None, data: Data, seed: int, counts: Counts, store: Store
+) -> list[Record]:
+    """Which of three crops of each scene the network embeds nearest to the query, as points."""
+    place, made = (name, data.name, seed, CROPS), f"scenes={counts.scenes}"
+    known = store.read(place, made)
+    if known is not None or network is None:
+        return [known] if known is not None else []
+    found: Record = {}
+    for setting in SETTINGS:
+        points = []
+        for scene in data.make(counts.scenes, seed):
+            shown = [scene.queries[setting], *crops(scene)]
+            with torch.no_grad():
+                query, *rows = network.plain.embed(network.tensors(shown))
+            best = int(torch.stack([row @ query for row in rows]).argmax())
+            points.append([best == 0, best == 1, np.nan])
+        found[f"points_{setting}"] = np.array(points, dtype=float)
+    store.write(place, made, found)
+    return [found]
+
+
+def crops(scene: Scene) -> list[Image.Image]:
+    """Of a scene the part around the positive, that around the distractor, and the emptiest one."""
+    half, there = SIDE // 2, scene.positive | scene.distractor
+    corners = []
+    for mask in (scene.positive, scene.distractor):
+        spans = [np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0)]
+        middles = [(int(span[0]) + int(span[-1])) // 2 for span in spans]
+        corners.append(tuple(min(max(middle - half // 2, 0), SIDE - half) for middle in middles))
+    places = range(0, SIDE - half + 1, 8)
+    corners.append(
+        min(
+            ((top, left) for top in places for left in places),
+            key=lambda c: int(there[c[0] : c[0] + half, c[1] : c[1] + half].sum()),
+        )
+    )
+    return [scene.picture.crop((left, top, left + half, top + half)) for top, left in corners]
 
 
 def _part(count: int, shard: int) -> int:
@@ -123,9 +175,12 @@ def _part(count: int, shard: int) -> int:
 
 
 def listed(record: Record) -> dict[str, list[list[float]]]:
-    """A record as plain numbers."""
+    """A record as plain numbers, None where there is none."""
     return {
-        setting: np.round(record[f"points_{setting}"], 3).tolist()
+        setting: [
+            [None if np.isnan(value) else round(float(value), 3) for value in scene]
+            for scene in record[f"points_{setting}"]
+        ]
         for setting in SETTINGS
         if f"points_{setting}" in record
     }
@@ -153,7 +208,9 @@ def _about(trained: Mapping[str, Any], command: str) -> list[str]:
         "the positive itself (*same*) or another vendor's drawing of it (*category*). *Hit*: the "
         "maximum of the scene's map lies in the positive; *distractor*: in the other emoji; "
         "*energy*: the share of the heat inside the positive; ± the standard error over scenes. "
-        "Chance is about 0.09. Written by",
+        f"Chance is about 0.09. *{CROPS}*: how often the network itself embeds the part of the "
+        "scene around the positive (*hit*), or that around the distractor, nearer to the query "
+        "than that and a part with neither. No map can be expected to know much better. Written by",
         "",
         f"    {command}",
         "",
@@ -182,9 +239,7 @@ def _overview(found: Networks) -> list[str]:
     lines = ["*category*, hit / distractor / energy.", "", *header(["method", *found])]
     for name in names:
         cells = [
-            " / ".join(f"{value:.2f}" for value in np.mean(rows[name]["category"], axis=0))
-            if name in rows
-            else "–"
+            " / ".join(map(_cell, _mean(rows[name]["category"]))) if name in rows else "–"
             for rows in found.values()
         ]
         lines.append(line([f"`{name}`", *cells]))
@@ -194,8 +249,9 @@ def _overview(found: Networks) -> list[str]:
 def _means(found: Networks) -> list[str]:
     """Over the trained and over the random networks; rows that all networks of a kind have."""
     lines = []
+    not_alone = {*trained_networks.RANDOM, *SMALL}
     for kind, own in (
-        ("trained networks", [v for k, v in found.items() if k not in trained_networks.RANDOM]),
+        ("trained networks", [v for k, v in found.items() if k not in not_alone]),
         ("random weights", [v for k, v in found.items() if k in trained_networks.RANDOM]),
     ):
         if not own:
@@ -204,12 +260,18 @@ def _means(found: Networks) -> list[str]:
         lines += ["", *header([f"{len(own)} {kind}", *columns])]
         for row in own[0]:
             if all(set(SETTINGS) <= set(one.get(row, {})) for one in own):
-                means = [
-                    np.mean([np.mean(one[row][s], axis=0) for one in own], 0) for s in SETTINGS
-                ]
-                cells = [f"{value:.2f}" for value in np.concatenate(means)]
+                means = [np.mean([_mean(one[row][s]) for one in own], 0) for s in SETTINGS]
+                cells = list(map(_cell, np.concatenate(means)))
                 lines.append(line([f"`{row}`", *cells]))
     return lines[1:]
+
+
+def _mean(points: Sequence[Sequence[float | None]]) -> np.ndarray:
+    return np.array(points, dtype=float).mean(axis=0)
+
+
+def _cell(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.2f}"
 
 
 def _table(rows: Mapping[str, Mapping[str, list[list[float]]]]) -> list[str]:
@@ -218,7 +280,11 @@ def _table(rows: Mapping[str, Mapping[str, list[list[float]]]]) -> list[str]:
     for name, found in rows.items():
         cells = [f"`{name}`", f"{len(found['category'])}"]
         for setting in SETTINGS:
-            cells += told(np.array(found[setting])) if setting in found else ["–"] * len(MEASURES)
+            cells += (
+                told(np.array(found[setting], dtype=float))
+                if setting in found
+                else ["–"] * len(MEASURES)
+            )
         lines.append(line(cells))
     return lines
 

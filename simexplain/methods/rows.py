@@ -21,19 +21,17 @@ from simexplain.methods import (
     takes_layers,
 )
 from simexplain.methods.focus import Focus
+from simexplain.methods.kinds import rows_for
 from simexplain.methods.one_pass import attended, shares
 from simexplain.methods.similarity_attention import AttentionMaps, SimilarityAttention
-from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import layer_name
 
 Layers = str | nn.Module | Sequence[str | nn.Module] | None
 """Layers by name or as modules of the network."""
 Methods = str | Method | Sequence[str | Method] | None
-"""A name in ``METHODS`` or an object, several to make rows, or None for :data:`DEFAULT`."""
-
-DEFAULT = ("sam", "focus")
-"""Made where no method is named: similarity attention as published, and where the match is."""
+"""A name in ``METHODS`` or an object, several to make rows, or None for what
+:func:`~simexplain.methods.kinds.rows_for` says."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +122,7 @@ def _named(
 ) -> Sequence[str | Method]:
     """The methods that are meant, by name or as objects."""
     if method is None:
-        if options or layer is not None or isinstance(model, AVSL):
-            return DEFAULT[:1]
-        return DEFAULT[1:] if direction else DEFAULT
+        return rows_for(model, direction=direction, chosen=bool(options) or layer is not None)
     if isinstance(method, str) or not isinstance(method, Sequence):
         return (method,)
     if not method:
