@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from faithfulness_data import Data, emoji_data, stamp_scenes
+from faithfulness_data import Data, emoji_data, kind_scenes, stamp_scenes
 from faithfulness_measures import Counts, Record, cost, joined, measured, same_map
 from faithfulness_networks import Network, networks
 from faithfulness_page import Costs, Results, page
@@ -37,6 +37,7 @@ from faithfulness_rows import Batch, Explainer, bank_of, contestants, needs_bank
 from peers import Peer
 from PIL import Image
 from reporting import publish
+from scenes import KINDS, read_stamps
 
 from simexplain.errors import first_line
 from simexplain.methods.weight_bank import WeightBank
@@ -176,6 +177,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--stamps", action="append", required=True, metavar="NAME=FOLDER", type=_named,
         help="category folders with RGBA pictures; may be given several times")  # fmt: skip
+    add("--kinds", nargs="+", choices=KINDS, default=[], help="more scenes of the same cut-outs")
     add("--emoji", type=Path, metavar="FOLDER", help="class folders with one picture a vendor")
     add("--mobilenet", type=Path, metavar="FILE", help="weights of MobileNetV2, see above")
     add("--scenes", type=int, default=200, help="for each seed")
@@ -207,6 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     store = Store(options.cache)
     counts = Counts(options.scenes, options.some, options.few, options.curves, options.steps)
     collections = [stamp_scenes(name, folder) for name, folder in options.stamps]
+    for name, folder in options.stamps if options.kinds else ():
+        collections += kind_scenes(name, read_stamps(folder), options.kinds).values()
     pictures = None
     if options.emoji:
         *more, pictures = emoji_data(options.emoji)

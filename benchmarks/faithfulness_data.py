@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from held_out import TRAINED
 from PIL import Image, ImageOps
-from scenes import ALONE, SIDE, Scene, Stamps, compose_scenes, divided, read_stamps
+from scenes import ALONE, KINDS, SIDE, Scene, Stamps, compose_scenes, divided, read_stamps
 from torch import Tensor
 
 SETTINGS = ("same", "category")
@@ -31,6 +31,7 @@ class Data:
         curves: Whether deletion and insertion are measured.
         dear: Whether the expensive methods run on it.
         share: Its number of scenes as a share of what was asked for.
+        note: What is special about it.
     """
 
     name: str
@@ -40,12 +41,26 @@ class Data:
     curves: bool = True
     dear: bool = True
     share: float = 1
+    note: str = ""
 
 
 def stamp_scenes(name: str, folder: Path) -> Data:
     """Scenes of the cut-outs in a folder of categories."""
     stamps = read_stamps(folder)
     return Data(name, partial(compose_scenes, stamps))
+
+
+def kind_scenes(name: str, stamps: Stamps, kinds: Sequence[str]) -> dict[str, Data]:
+    """Scenes of several kinds of the same cut-outs, by kind."""
+    return {
+        kind: Data(
+            f"{name} {kind}",
+            partial(compose_scenes, stamps, kind=KINDS[kind]),
+            curves=False,
+            note=f"Here: {KINDS[kind].about}.",
+        )
+        for kind in kinds
+    }
 
 
 def emoji_data(folder: Path) -> tuple[Data, Data, tuple[list[Image.Image], list[str]]]:

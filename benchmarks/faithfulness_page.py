@@ -57,8 +57,8 @@ def page(
     lines += _pictures(captions, options)
     for data in collections:
         lines += ["", f"## {data.name[0].upper()}{data.name[1:]}", ""]
-        if data.name in NOTES:
-            lines += [NOTES[data.name], ""]
+        if note := NOTES.get(data.name, data.note):
+            lines += [note, ""]
         if len(results[data.name]) < len(nets):
             lines += [f"Measured with {' and '.join(results[data.name])} alone.", ""]
         if data.points:
@@ -104,6 +104,7 @@ def _command(options: argparse.Namespace) -> list[str]:
     parts += ["--emoji FOLDER"] if options.emoji else []
     parts += ["--mobilenet FILE"] if options.mobilenet else []
     parts += [f"--{n} {getattr(options, n)}" for n in ("scenes", "some", "few", "curves", "steps")]
+    parts += [f"--kinds {' '.join(options.kinds)}"] if options.kinds else []
     parts += [f"--seeds {' '.join(map(str, options.seeds))}"]
     parts += [f"--rows {shlex.join(options.rows)}"] if options.rows else []
     parts += ["--pictures docs/pictures"] if options.pictures else []

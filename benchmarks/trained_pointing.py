@@ -34,7 +34,7 @@ from faithfulness_rows import BOTH, FEW, ROWS, Explainer, Row
 from held_out import TRAINED
 from PIL import Image
 from reporting import publish
-from scenes import SIDE, Scene, compose_scenes, divided, read_stamps
+from scenes import SIDE, Scene, Stamps, compose_scenes, divided, read_stamps
 
 from simexplain import load_model
 
@@ -62,13 +62,22 @@ Points = dict[str, dict[str, dict[str, dict[str, list[list[float]]]]]]
 """The same by network and then by half of the classes."""
 
 
-def scenes_of(emoji: Path) -> dict[str, Data]:
-    """Scenes of the classes that no network saw; every second one is for choosing constants."""
+def halves_of(emoji: Path) -> dict[str, Stamps]:
+    """The classes that no network saw; every second one is for choosing constants."""
     held = divided(read_stamps(emoji), TRAINED)[1]
-    halves = ({name: held[name] for name in sorted(held)[start::2]} for start in (0, 1))
     return {
-        name: Data(f"emoji {name}", partial(compose_scenes, half), curves=False)
-        for name, half in zip(DATA, halves, strict=True)
+        name: {label: held[label] for label in sorted(held)[start::2]}
+        for start, name in enumerate(DATA)
+    }
+
+
+def scenes_of(emoji: Path) -> dict[str, Data]:
+    """Scenes of both halves; black boxes are measured on the second one alone."""
+    return {
+        name: Data(
+            f"emoji {name}", partial(compose_scenes, half), curves=False, dear=name == DATA[1]
+        )
+        for name, half in halves_of(emoji).items()
     }
 
 
@@ -107,19 +116,20 @@ def record_of(
     rows = rows_for(name, network)
     if options.rows:
         rows = {n: row for n, row in rows.items() if any(n.startswith(w) for w in options.rows)}
-    scenes, few = options.scenes, options.few if data.name.endswith("held-out") else 0
     found: dict[str, list[Record]] = {row: [] for row in rows}
-    for shard in range(-(-max(scenes, few) // CHUNK)):
-        seed, counts = 1000 + shard, Counts(*(_part(n, shard) for n in (scenes, scenes, few)), 0, 1)
-        for title, row in rows.items():
+    for shard in range(-(-max(options.scenes, options.few) // CHUNK)):
+        most = (options.scenes, options.scenes, options.few)
+        seed, counts = 1000 + shard, Counts(*(_part(number, shard) for number in most), 0, 1)
+        for dear in (False, True):
+            own = {n: row for n, row in rows.items() if (row.tier == FEW) == dear}
             if network is None:
-                made = f"{described(row)} {counts.told(row, data)}"
-                known = store.read((name, data.name, seed, title), made)
-                found[title] += [known] if known is not None else []
-                continue
-            done = options.fast and getattr(row, "tier", "") == FEW
-            part = group(network, data, seed, {title: row}, counts, None, (), store, done=done)
-            found[title] += part.values()
+                made = {n: f"{described(row)} {counts.told(row, data)}" for n, row in own.items()}
+                part = {n: store.read((name, data.name, seed, n), made[n]) for n in own}
+            else:
+                done = dear and options.fast
+                part = group(network, data, seed, own, counts, None, (), store, done=done)
+            for title, record in part.items():
+                found[title] += [record] if record is not None else []
         if not options.rows or any(CROPS.startswith(start) for start in options.rows):
             found.setdefault(CROPS, []).extend(choices(name, network, data, seed, counts, store))
     return {

@@ -1,0 +1,202 @@
+"""Where do maps point in scenes that are harder: more objects, touching, hidden, small or large?
+
+All networks of ``faithfulness.py`` on cut-outs on which nothing was chosen, and those of
+``trained_networks.py`` on emoji of classes that no network and no constant saw, in every kind of
+scene of ``scenes.py``.
+
+    python benchmarks/scene_kinds.py --stamps FOLDER --emoji FOLDER --runs FOLDER --mobilenet FILE \
+        --cache FOLDER --record docs/benchmarks/scenes.json --out docs/benchmarks/scenes.md
+
+Ten scenes have a seed of their own and are measured together; those in the folder of the cache are
+not measured again. With ``--networks``, ``--kinds`` and ``--rows`` several processes share the
+work; ``--done`` shows what is there. Without ``--cache`` the page is written from the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import trained_pointing
+from faithfulness import Store
+from faithfulness_data import SETTINGS, Data, kind_scenes
+from faithfulness_measures import CHUNK, Record
+from faithfulness_networks import LITE0, MOBILENET, Network, mobilenet_v2
+from reporting import publish
+from scene_kinds_page import GROUPS, page
+from scenes import KINDS, read_stamps
+from trained_pointing import BLACK_BOXES
+
+from simexplain import load_model
+
+PIXELS = (224, 112)
+"""Sides of the pictures of the networks trained on ImageNet; the smaller one for black boxes."""
+
+
+def imagenet(
+    mobilenet: Path | None, wanted: Sequence[str] | None, *, load: bool
+) -> Iterator[tuple[str, str, Network | None]]:
+    """As :func:`trained_pointing.networks`, those that know ImageNet alone."""
+    makers = {"Lite0": lambda: load_model(LITE0)}
+    if mobilenet is not None:
+        makers[MOBILENET] = lambda: mobilenet_v2(mobilenet)
+    for side in PIXELS:
+        for short, make in makers.items():
+            name = f"{short}, {side}"
+            if wanted and not any(name.startswith(start) for start in wanted):
+                continue
+            model = make() if load else None
+            if model is not None:
+                model.preprocess = replace(model.preprocess, size=(side, side))
+            yield name, "imagenet", Network.of(name, model) if model else None
+
+
+def summary(rows: Mapping[str, Record]) -> dict[str, dict[str, Any]]:
+    """By row and setting: number of scenes, means and standard errors."""
+    return {
+        name: {
+            setting: _told(record[f"points_{setting}"])
+            for setting in SETTINGS
+            if f"points_{setting}" in record
+        }
+        for name, record in rows.items()
+    }
+
+
+def beside_focus(kinds: Sequence[Mapping[str, Record]]) -> dict[str, Any]:
+    """Of every black box, over all kinds: itself, `focus` on the same scenes, and their difference.
+
+    The difference is that in hits less distractor hits.
+    """
+    found = {}
+    key = f"points_{SETTINGS[-1]}"
+    for box in BLACK_BOXES:
+        both = [(own[box][key], own["focus"][key]) for own in kinds if {box, "focus"} <= set(own)]
+        if both:
+            counts = [min(map(len, pair)) for pair in both]
+            own, other = (
+                np.concatenate([pair[side][:n] for pair, n in zip(both, counts, strict=True)])
+                for side in (0, 1)
+            )
+            apart = _told((own - other) @ np.array([[1], [-1], [0]]))
+            found[box] = {"own": _told(own), "focus": _told(other), "apart": apart}
+    return found
+
+
+def _told(values: np.ndarray) -> dict[str, Any]:
+    error = values.std(axis=0) / len(values) ** 0.5
+    return {"n": len(values), "mean": _rounded(values.mean(axis=0)), "error": _rounded(error)}
+
+
+def _rounded(values: Any) -> list[float]:
+    return np.round(values, 4).tolist()
+
+
+def means(points: Mapping[str, Mapping[str, Record]]) -> dict[str, Record]:
+    """Over networks, scene by scene: rows that all of them have, and the scenes that all have."""
+    first, *others = points.values()
+    found = {}
+    for row in first:
+        if not all(row in other for other in others):
+            continue
+        keys = [key for key in first[row] if all(key in other[row] for other in others)]
+        parts = {key: [own[row][key] for own in points.values()] for key in keys}
+        found[row] = {
+            key: np.mean([part[: min(map(len, own))] for part in own], axis=0)
+            for key, own in parts.items()
+        }
+    return found
+
+
+def areas(data: Data) -> list[float]:
+    """The share of the picture that the positive covers, which is chance, and that of the rest."""
+    scenes = [scene for seed in range(1000, 1006) for scene in data.make(CHUNK, seed)]
+    return _rounded(np.mean([(s.positive.mean(), s.distractor.mean()) for s in scenes], axis=0))
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures what is not there yet; what the page needs."""
+    emoji = options.emoji / "images" if (options.emoji / "images").is_dir() else options.emoji
+    data = {
+        "cut-outs": kind_scenes("cut-outs", read_stamps(options.stamps), options.kinds),
+        "emoji": kind_scenes("emoji", trained_pointing.halves_of(emoji)["held-out"], options.kinds),
+    }
+    load = not options.done
+    every = [
+        *(("cut-outs", *one) for one in imagenet(options.mobilenet, options.networks, load=load)),
+        *(
+            ("emoji", *one)
+            for one in trained_pointing.networks(options.runs, 0, options.networks, load=load)
+        ),
+    ]
+    points: dict[str, dict[str, dict[str, Record]]] = {kind: {} for kind in options.kinds}
+    for kind in options.kinds:
+        for source, name, weights, network in every:
+            store = Store(options.cache / weights[:12])
+            found = trained_pointing.record_of(name, network, data[source][kind], store, options)
+            if found:
+                points[kind][name] = found
+    names = [name for _, name, _, _ in every]
+    boxes = {n: beside_focus([own[n] for own in points.values() if n in own]) for n in names}
+    for found in points.values():
+        for title, members in GROUPS.items():
+            own = {name: found[name] for name in members if name in found}
+            if len(own) > 1:
+                found[title] = means(own)
+    return {
+        "command": f"python benchmarks/scene_kinds.py --stamps FOLDER --emoji FOLDER --runs FOLDER "
+        f"--mobilenet FILE --cache FOLDER --scenes {options.scenes} --few {options.few}",
+        "areas": {
+            kind: {source: areas(own[kind]) for source, own in data.items()}
+            for kind in (options.kinds if options.record else ())
+        },
+        "kinds": {
+            kind: {name: summary(rows) for name, rows in found.items()}
+            for kind, found in points.items()
+        },
+        "boxes": {name: own for name, own in boxes.items() if own},
+    }
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--stamps", type=Path, metavar="FOLDER", help="category folders with RGBA pictures")
+    add("--emoji", type=Path, metavar="FOLDER", help="class folders with one picture a vendor")
+    add("--runs", type=Path, metavar="FOLDER", help="of trained_networks.py")
+    add("--mobilenet", type=Path, metavar="FILE", help="weights of MobileNetV2")
+    add("--cache", type=Path, metavar="FOLDER", help="where records are kept")
+    add("--scenes", type=int, default=200, help="of each kind, for methods of a few passes")
+    add("--few", type=int, default=10, help="of each kind, for black boxes")
+    add("--networks", nargs="+", metavar="NAME", help="names begin like that")
+    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    add("--rows", nargs="+", metavar="NAME", help="names begin like that")
+    add("--fast", action="store_true", help="measure no black box that is not there yet")
+    add("--done", action="store_true", help="measure nothing; show what is in the cache")
+    add("--record", type=Path, metavar="FILE", help="JSON that the page is written from")
+    add("--out", type=Path, metavar="FILE", help="Markdown file to write")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, keeps the record and writes the page."""
+    options = parsed(arguments)
+    torch.set_num_threads(1)
+    if options.cache:
+        said = measured(options)
+        if options.record:
+            publish(json.dumps(said, separators=(",", ":")) + "\n", options.record)
+    else:
+        said = json.loads(options.record.read_text("utf-8"))
+    publish(page(said), options.out)
+
+
+if __name__ == "__main__":
+    main()

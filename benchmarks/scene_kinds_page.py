@@ -1,0 +1,119 @@
+"""The page of ``scene_kinds.py``, from its record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import trained_networks
+from faithfulness_data import SETTINGS
+from faithfulness_page import header, line
+from scenes import KINDS
+
+METHODS = {
+    "sam paper, last": "sam paper, last",
+    "similarity_cam cosine, last": "similarity_cam, last",
+    "similarity_cam cosine, last x mid": "similarity_cam, last x mid",
+    "focus": "focus",
+}
+"""Those that every network has, and how the short tables call them."""
+
+GROUPS = {
+    "ImageNet, 224 pixels": ("Lite0, 224", "MobileNetV2, 224"),
+    "ImageNet, 112 pixels": ("Lite0, 112", "MobileNetV2, 112"),
+    "trained for similarity": tuple(trained_networks.RUNS),
+    "random weights": tuple(trained_networks.RANDOM),
+}
+"""Over which networks means are taken."""
+
+HEAD = """# Harder scenes
+
+Every scene of 224 x 224 pixels shows the positive, mirrored, among objects of other categories; the
+query is the positive itself (*same*) or another picture of its category (*category*), alone on
+white. *Hit*: the maximum of the scene's map lies in what is to be seen of the positive;
+*distractor*: in another object; *energy*: the share of the heat inside the positive; ± the standard
+error over scenes. Networks that know ImageNet alone have cut-out photographs on which nothing was
+chosen, those trained for similarity have emoji of classes that none of them saw. A network's own
+input is smaller where its name says so (trained ones: 112 pixels, the transformer 64, the residual
+network 150), so what is small in the scene is a few pixels to it.
+"""
+
+
+def page(said: Mapping[str, Any]) -> str:
+    """The tables, as Markdown."""
+    lines = [HEAD, "Written by", "", f"    {said['command']}", "", "## The scenes", ""]
+    lines += [*_scenes(said["areas"]), "", "## Methods and kinds", "", *_short(said["kinds"])]
+    if said["boxes"]:
+        lines += ["", "## Black boxes", "", *_boxes(said["boxes"])]
+    for kind, networks in said["kinds"].items():
+        lines += ["", f"## {kind.capitalize()}", "", f"{KINDS[kind].about.capitalize()}.", ""]
+        lines += _table({n: own for n, own in networks.items() if n not in GROUPS})
+    return "\n".join(lines) + "\n"
+
+
+def _scenes(areas: Mapping[str, Any]) -> list[str]:
+    """What each kind is, and what a random point would hit."""
+    sources = next(iter(areas.values()))
+    lines = header(["kind", "what it shows", *(f"{source}: chance" for source in sources)])
+    for kind, own in areas.items():
+        chances = [f"{positive:.3f} / {other:.3f}" for positive, other in own.values()]
+        lines.append(line([f"*{kind}*", KINDS[kind].about, *chances]))
+    return [*lines, "", "*Chance*: the share of the picture in the positive / in other objects."]
+
+
+def _short(kinds: Mapping[str, Any]) -> list[str]:
+    """A table for each group of networks: kinds by methods."""
+    lines = ["*category*, hit / distractor / energy; means over networks, scene by scene."]
+    for group, members in GROUPS.items():
+        there = [n for n in members if any(n in own for own in kinds.values())]
+        name = group if len(there) > 1 else "".join(there)
+        rows = {kind: own[name] for kind, own in kinds.items() if name in own}
+        if rows:
+            lines += ["", f"**{group}** ({'; '.join(there)})", ""]
+            lines += header(["kind", "n", *(f"`{method}`" for method in METHODS.values())])
+        for kind, own in rows.items():
+            cells = [_brief(own.get(method, {}).get("category")) for method in METHODS]
+            counts = {own[method]["category"]["n"] for method in METHODS if method in own}
+            lines.append(line([f"*{kind}*", " to ".join(map(str, sorted(counts))), *cells]))
+    return lines
+
+
+def _brief(said: Mapping[str, Any] | None) -> str:
+    return "–" if said is None else " / ".join(f"{value:.2f}" for value in said["mean"])
+
+
+def _cells(said: Mapping[str, Any]) -> list[str]:
+    pairs = zip(said["mean"], said["error"], strict=True)
+    return [f"{mean:.2f} ± {error:.2f}" for mean, error in pairs]
+
+
+def _boxes(boxes: Mapping[str, Any]) -> list[str]:
+    """Black boxes and focus on the same scenes."""
+    lines = [
+        "*category*, the first scenes of every kind together; *difference*: hits less distractor "
+        "hits of the black box, less those of `focus` on the same scenes.",
+        "",
+    ]
+    measures = ("hit", "distractor", "energy")
+    head = ["network", "method", "n", *measures, *(f"`focus`: {what}" for what in measures)]
+    lines += header([*head, "difference"])
+    for network, own in boxes.items():
+        for name, said in own.items():
+            cells = [*_cells(said["own"]), *_cells(said["focus"]), *_cells(said["apart"])]
+            lines.append(line([network, f"`{name}`", str(said["own"]["n"]), *cells]))
+    return lines
+
+
+def _table(networks: Mapping[str, Any]) -> list[str]:
+    """Every network and method, with standard errors."""
+    head = [
+        f"{setting}: {what}" for setting in SETTINGS for what in ("hit", "distractor", "energy")
+    ]
+    lines = header(["network", "method", "n", *head])
+    for network, rows in networks.items():
+        for name, said in rows.items():
+            cells = [network, f"`{name}`", str(said["category"]["n"])]
+            for setting in SETTINGS:
+                cells += _cells(said[setting]) if setting in said else ["–"] * 3
+            lines.append(line(cells))
+    return lines
