@@ -13,7 +13,8 @@ from simexplain.arguments import typed
 from simexplain.errors import ComparisonError
 from simexplain.explanation import versions
 from simexplain.methods import Method
-from simexplain.methods.rows import DEFAULT, Layers
+from simexplain.methods.kinds import DEFAULT
+from simexplain.methods.rows import Layers
 from simexplain.models.embedder import as_similarity_model
 from simexplain.networks import full_precision
 from simexplain.segmentation.attending import Attention, attend, check_tensors
