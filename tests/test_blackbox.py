@@ -7,15 +7,17 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TinyNet
+from PIL import Image
 from torch import Tensor, nn
 
 from simexplain import Comparison, as_similarity_model, explain
 from simexplain.errors import ModelError, SimexplainError
 from simexplain.methods import METHODS
-from simexplain.methods.perturbation import SBSM, Occlusion, RandomMasks
+from simexplain.methods.perturbation import SBSM, Occlusion, RandomMasks, _enlarged
 from simexplain.methods.pixel_gradients import (
     InputXGradient,
     IntegratedGradients,
@@ -326,3 +328,30 @@ def test_bad_choices(tmp_path: Path) -> None:
         load_blackbox(tmp_path / "net", kind="tflite")
     with pytest.raises(ModelError, match="euclidean"):
         BlackBox(lambda x: x, distance="far")
+
+
+def test_random_masks_are_those_of_rise() -> None:
+    """Cells stretched over one cell more than there are, and cut out where the shift says."""
+    method = RandomMasks(masks=5, grid=4)
+    cells, shifts = method._drawn()
+    assert cells.shape == (5, 4, 4)
+    like = torch.zeros(1, 3, 30, 44)
+    tall, wide = -(-30 // 4), -(-44 // 4)
+    found = _enlarged(cells, shifts, like)
+    for number in range(5):
+        grown = Image.fromarray(cells[number].numpy()).resize(
+            (5 * wide, 5 * tall), Image.Resampling.BILINEAR
+        )
+        top, left = int(shifts[number, 0] * tall), int(shifts[number, 1] * wide)
+        wanted = torch.from_numpy(np.array(grown))[top : top + 30, left : left + 44]
+        torch.testing.assert_close(found[number], wanted, rtol=0, atol=1e-5)
+
+
+def test_random_masks_do_not_hang_on_the_default_type() -> None:
+    before = RandomMasks()._drawn()
+    torch.set_default_dtype(torch.float64)
+    try:
+        after = RandomMasks()._drawn()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))

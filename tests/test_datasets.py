@@ -144,6 +144,14 @@ def test_a_table_without_a_split_is_split_by_classes(folder: Path) -> None:
     assert [record.group for record in split.queries] == ["0", "1", "0", "1"]
 
 
+@pytest.mark.parametrize("other", ["./b/../a/0.png", "linked.png"])
+def test_one_picture_under_two_names_is_listed_repeatedly(folder: Path, other: str) -> None:
+    (folder / "linked.png").symlink_to(folder / "a" / "0.png")
+    table = folder / "list.csv"
+    table.write_text(f"path,label\na/0.png,a\n{other},a\nb/0.png,b\nb/1.png,b\n", encoding="utf-8")
+    assert "1 listed repeatedly: 'a/0.png'" in refused("csv", table)
+
+
 def test_a_table_that_does_not_match_is_told_all_at_once(folder: Path) -> None:
     table = folder / "list.csv"
     table.write_text(

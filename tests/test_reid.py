@@ -168,6 +168,19 @@ def test_a_case_by_hand_with_junk_the_own_camera_and_a_distractor() -> None:
     assert second.distances == pytest.approx((0.3, 0.4))
 
 
+def test_numbers_in_names_are_numbers(tmp_path: Path) -> None:
+    """However many zeros persons and cameras begin with."""
+    root = market(tmp_path)
+    put_person(root / "query", "77_c1s1_000001_00.jpg")
+    put_person(root / "bounding_box_test", "0077_c01s1_000002_00.jpg")
+    put_person(root / "bounding_box_test", "077_c2s1_000003_00.jpg")
+    split = read_dataset("market1501", root)
+    own = [r for r in (*split.queries, *split.gallery) if r.path.name.lstrip("0").startswith("77_")]
+    assert {record.label for record in own} == {"0077"}
+    assert [record.camera for record in own] == ["1", "1", "2"]
+    assert len({record.group for record in own}) == 2
+
+
 def test_junk_changes_no_number_whether_it_is_embedded_or_left_out() -> None:
     queries, gallery = crowd(7)
     model = as_similarity_model(TinyNet())

@@ -137,6 +137,31 @@ def test_the_querys_own_file_is_no_hit(gallery: Path) -> None:
     assert list(found.paths) == [path for _, path in brute_force(model, query, gallery)]
 
 
+@pytest.mark.parametrize("how", ["link", "hard link", "spelling", "folder"])
+def test_the_querys_own_file_is_no_hit_by_whatever_name(gallery: Path, how: str) -> None:
+    model = network()
+    own, query = gallery / "cars" / "01.png", gallery.parent / "other.png"
+    if how == "link":
+        query.symlink_to(own)
+    elif how == "hard link":
+        query.hardlink_to(own)
+    elif how == "spelling":
+        query = gallery / "birds" / ".." / "cars" / "01.png"
+    else:
+        (gallery.parent / "linked").symlink_to(gallery, target_is_directory=True)
+        query = gallery.parent / "linked" / "cars" / "01.png"
+    found = search(model, query, indexed(gallery, model), 11)
+    assert str(own) not in found.paths
+    assert found.gallery == 11
+
+
+def test_a_copy_of_a_picture_is_a_hit(gallery: Path) -> None:
+    model, own = network(), gallery / "cars" / "01.png"
+    copy = gallery.parent / "copy.png"
+    copy.write_bytes(own.read_bytes())
+    assert search(model, copy, indexed(gallery, model), 1).paths == (str(own),)
+
+
 def test_maps_are_those_of_match_within_half_precision(gallery: Path) -> None:
     """The direct way runs the network on both pictures; the index runs it on neither hit."""
     model = network()

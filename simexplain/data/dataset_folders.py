@@ -192,7 +192,7 @@ def _mismatches(rows: Sequence[_Row], folder: Path) -> list[str]:
     """Pictures named more than once in one part, or with several classes."""
     named: dict[Path, list[_Row]] = defaultdict(list)
     for row in rows:
-        named[row.record.path].append(row)
+        named[row.record.path.resolve()].append(row)  # links and spellings lead to one file
     twice = [
         relative(path, folder)
         for path, same in named.items()

@@ -201,6 +201,8 @@ def _seen(folder: Path, root: Path, odd: list[str]) -> tuple[Record, ...]:
         if match is None:
             odd.append(relative(record.path, root))
         else:
-            person, camera = match["person"], match["camera"]
-            records.append(Record(record.path, person, match[0], camera=camera))
+            # Numbers, however many zeros they begin with.
+            person, camera = match["person"], str(int(match["camera"]))
+            person = person if person == JUNK else f"{int(person):04d}"
+            records.append(Record(record.path, person, f"{person}_c{camera}", camera=camera))
     return tuple(records)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -228,11 +228,14 @@ class RandomMasks:
 
     def _drawn(self) -> tuple[Tensor, Tensor]:
         """Cells ``(N,grid,grid)``, 1 where the image is kept, and shifts ``(N,2)`` in cells."""
-        generator = torch.Generator().manual_seed(self.seed)
-        cells = (
-            torch.rand(self.masks, self.grid + 1, self.grid + 1, generator=generator) < self.keep
-        )
-        return cells.float(), torch.rand(self.masks, 2, generator=generator)
+        # The same masks whatever the default type and device are.
+        how: dict[str, Any] = {
+            "generator": torch.Generator().manual_seed(self.seed),
+            "dtype": torch.float32,
+            "device": "cpu",
+        }
+        cells = torch.rand(self.masks, self.grid, self.grid, **how) < self.keep
+        return cells.float(), torch.rand(self.masks, 2, **how)
 
     def _ranked(self, scores: Tensor) -> Tensor:
         """The part ``(M,N)`` of each mask in the map: +1/n for the best, -1/n for the worst n."""
@@ -276,9 +279,12 @@ def _masked_scores(question: Question, index: int, fills: Tensor, keep: Tensor) 
 
 
 def _enlarged(cells: Tensor, shifts: Tensor, like: Tensor) -> Tensor:
-    """Smooth masks ``(n,H,W)`` in [0,1] from cells ``(n,g+1,g+1)``, one cell larger than shown."""
+    """Smooth masks ``(n,H,W)`` in [0,1] from cells ``(n,g,g)``, stretched over one cell more.
+
+    As in RISE: ``g`` cells cover the pixels of ``g + 1``, of which the image's part is cut out.
+    """
     height, width = like.shape[-2:]
-    grid = cells.shape[-1] - 1
+    grid = cells.shape[-1]
     tall, wide = math.ceil(height / grid), math.ceil(width / grid)
     size = (tall * (grid + 1), wide * (grid + 1))
     grown = F.interpolate(

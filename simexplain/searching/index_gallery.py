@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -147,8 +148,19 @@ class GalleryIndex:
         return [now.changed, now.size] == self.tensors["stats"][place].tolist()
 
     def place_of(self, picture: str | Path) -> int | None:
-        """The place of a picture file in the index, or None if it is not in it."""
-        return self._places.get(absolute([picture])[0])
+        """The place of a picture file in the index, or None if it is not in it.
+
+        Links and other spellings of a path lead to the same file.
+        """
+        if (place := self._places.get(absolute([picture])[0])) is not None:
+            return place
+        now = Stat.of(Path(picture))
+        alike = (self.tensors["stats"] == torch.tensor([now.changed, now.size])).all(dim=1)
+        with suppress(OSError, ValueError):
+            for number in alike.nonzero()[:, 0].tolist():
+                if Path(self.file(number)).samefile(picture):
+                    return int(number)
+        return None
 
     def factors(self, places: Places) -> Factors:
         """What every position adds to the vectors of some pictures, for ``matching_from``.
