@@ -162,6 +162,14 @@ def test_a_run_can_be_made_longer(data: Path, tmp_path: Path) -> None:
     whole = train(data, out=tmp_path / "whole", **TINY)
     assert [row["recall@1"] for row in longer.rows] == [row["recall@1"] for row in whole.rows]
     assert same(state_of(tmp_path / "run/last.pt"), state_of(tmp_path / "whole/last.pt"))
+    assert not any("schedule" in text for text in longer.warnings)
+
+
+def test_a_longer_run_whose_learning_rate_jumps_says_so(data: Path, tmp_path: Path) -> None:
+    train(data, out=tmp_path / "run", **{**TINY, "epochs": 1}, schedule="cosine")
+    longer = train(data, out=tmp_path / "run", resume=True, epochs=2)
+    (said,) = (text for text in longer.warnings if "schedule" in text)
+    assert "after epoch 1 the learning rate goes from 0% to 50% of its start" in said
 
 
 def test_what_cannot_be_resumed_is_refused(data: Path, finished: Path, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from simexplain.training.module import TrainingModule
     from simexplain.training.recording import Recorder
 
+_SMALL = 0.01
+
 MAY_CHANGE = (
     "epochs",
     "workers",
@@ -91,6 +93,27 @@ def check_same(
             f"The run has done {done} epochs already, and cannot go on to {wanted}; ask for at "
             f"least {done} or begin another run."
         )
+
+
+def jumps(state: Mapping[str, Any], options: TrainOptions) -> tuple[str, ...]:
+    """A warning where the learning rate of a resumed run jumps, since the schedule is another one.
+
+    Args:
+        state: Of the run to resume.
+        options: What it goes on with.
+    """
+    from simexplain.training.optimising import SCHEDULES
+
+    begun, done = TrainOptions.from_json(state["options"]), state["place"]["epoch"]
+    schedule = SCHEDULES[options.schedule]
+    before, after = schedule(begun, done), schedule(options, done)
+    if abs(after - before) < _SMALL:
+        return ()
+    return (
+        f"The {options.schedule} schedule reaches its end after {options.epochs} epochs now, not "
+        f"{begun.epochs}, so after epoch {done} the learning rate goes from {before:.0%} to "
+        f"{after:.0%} of its start; a run of {options.epochs} epochs from the beginning differs.",
+    )
 
 
 def go_on(module: TrainingModule, state: dict[str, Any], record: Recorder, *, write: bool) -> None:

@@ -33,7 +33,7 @@ from simexplain.training.effects import left_out, without_effect
 from simexplain.training.options import TrainOptions, best_column, titled
 from simexplain.training.place import Place
 from simexplain.training.result import TrainResult
-from simexplain.training.resuming import check_same, go_on, resolved
+from simexplain.training.resuming import check_same, go_on, jumps, resolved
 from simexplain.training.run_folder import RESULTS, RunFolder, check_folder, first_process
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ def train(
     if state is not None:
         check_same(folder, state, known, data)
     warnings = checked_data(split, options, listeners)
+    warnings += jumps(state, options) if state is not None else ()
     # Training needs gradients, whatever the caller has switched off.
     with torch.inference_mode(False), torch.enable_grad():
         module, record = prepared(split, options, folder, known, listeners)
