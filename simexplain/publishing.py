@@ -222,8 +222,11 @@ def _publish(draft: Path, folder: Path, names: list[str], kind: Kind) -> None:
 def _earlier_files(folder: Path, kind: Kind) -> set[str]:
     """The pictures that an earlier manifest in the folder claims as its own."""
     try:
-        files = json.loads((folder / kind.manifest).read_text(encoding="utf-8"))["files"]
-        names = {Path(name).name for name in files.values()}
+        said = json.loads((folder / kind.manifest).read_text(encoding="utf-8"))
+        names = {Path(name).name for name in said["files"].values()}
+        if "digests" in said:  # a forged manifest may name pictures of the user's
+            own = {n: folder / n for n in names if (folder / n).is_file()}
+            names = {n for n, path in own.items() if said["digests"].get(n) == digest_of(path)}
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return set()
     return {n for n in names if n.startswith(kind.pictures) and n.endswith(".png")}

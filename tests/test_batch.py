@@ -802,3 +802,29 @@ def test_the_benchmark_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(benchmark, "SHARING", (3,))
     page = benchmark.page([found], benchmark.remembered(tiny_model(), 6), "")
     assert "| sam | 3 | 6 | 6 | 18 | 6 |" in page
+
+
+def test_a_table_that_names_maps_elsewhere_is_refused(table: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    done = explain_batch(tiny_model(), table, tmp_path / "batch")
+    outside = tmp_path / "outside.safetensors"
+    outside.write_bytes((done.folder / done.record(0)["maps_file"]).read_bytes())
+    rows = pq.read_table(done.folder / "results.parquet")
+    place = rows.column_names.index("maps_file")
+    for name in ("../outside.safetensors", str(outside), "maps/../../outside.safetensors"):
+        forged = rows.set_column(place, "maps_file", [[name] * len(rows)])
+        pq.write_table(forged, done.folder / "results.parquet")
+        with pytest.raises(OutputError, match="Expected maps of the batch"):
+            open_batch(done.folder).explanation(0)
+
+
+def test_nothing_is_written_or_removed_through_a_link(table: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "shard_00000.safetensors").write_text("mine")
+    (tmp_path / "batch").mkdir()
+    (tmp_path / "batch" / "maps").symlink_to(elsewhere, target_is_directory=True)
+    with pytest.raises(OutputError, match="link to elsewhere"):
+        explain_batch(tiny_model(), table, tmp_path / "batch", force=True)
+    assert (elsewhere / "shard_00000.safetensors").read_text() == "mine"

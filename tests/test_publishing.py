@@ -149,3 +149,18 @@ def test_drafts_of_the_dead_are_removed_and_those_of_the_living_kept(
     finally:
         done.set()
         process.join()
+
+
+def test_a_forged_manifest_removes_no_picture_of_the_users(
+    results: list[Explanation], tmp_path: Path
+) -> None:
+    results[0].save(tmp_path / "found")
+    path = tmp_path / "found" / "explanation.json"
+    own = tmp_path / "found" / "heatmap_of_mine.png"
+    own.write_bytes(b"mine")
+    said = json.loads(path.read_text("utf-8"))
+    said["files"]["more"] = str(own)
+    said["digests"][own.name] = "0" * 64
+    path.write_text(json.dumps(said), encoding="utf-8")
+    results[1].save(tmp_path / "found", force=True)
+    assert own.read_bytes() == b"mine"

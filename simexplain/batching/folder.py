@@ -36,6 +36,12 @@ def maps_name(shard: int) -> str:
     return f"{MAPS}/shard_{shard:05d}.safetensors"
 
 
+def is_maps_file(name: str) -> bool:
+    """Whether that is the name of a file of maps, which is inside the batch's folder."""
+    folder, _, file = name.partition("/")
+    return folder == MAPS and _OURS[MAPS].fullmatch(file) is not None
+
+
 def part_name(shard: int) -> str:
     """The file with the rows of a shard while others are not done; it tells that the shard is."""
     return f"{PARTS}/shard_{shard:05d}.parquet"
@@ -61,6 +67,11 @@ class BatchFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"Expected a folder for the batch, but '{self.path}' is a file.")
+        if linked := [name for name in _OURS if (self.path / name).is_symlink()]:
+            raise OutputError(
+                f"'{self.path / linked[0]}' is a link to elsewhere, where nothing is written or "
+                "removed; remove the link or choose another folder."
+            )
         there = [name for name in (MANIFEST, RESULTS, *_OURS) if self._taken(name)]
         if resume and MANIFEST not in there:
             raise OutputError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from simexplain.arguments import typed
-from simexplain.batching.folder import RESULTS, SCHEMA, BatchFolder
+from simexplain.batching.folder import RESULTS, SCHEMA, BatchFolder, is_maps_file
 from simexplain.batching.planning import stamp_of
 from simexplain.batching.shards import OF_ROWS, PICTURE, TENSORS
 from simexplain.batching.table import OK, check_extra
@@ -196,6 +196,11 @@ class BatchResult:
         from safetensors import SafetensorError, safe_open
 
         path = self.folder / record["maps_file"]
+        if not is_maps_file(record["maps_file"]):
+            raise OutputError(
+                f"Expected maps of the batch in '{self.folder}', but its table names "
+                f"'{record['maps_file']}' for row {record['row']}; make the batch again."
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 there = set(file.keys())
