@@ -75,7 +75,7 @@ _OPTIONS = (
     ),
     click.option(
         "--cam", type=OneOf(list(CAMS)), multiple=True,
-        help="How sam weighs channels; once, or for each layer."
+        help="CAM formula that weighs the channels; once, or for each layer."
     ),
     click.option("--through-weights", is_flag=True,
         help="Let the gradient of sam pass through its weights.",

@@ -164,9 +164,8 @@ class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         except ValueError:
             numbers = ()
         if not numbers or not all(self.least <= number < 1e30 for number in numbers):
-            what = "whole numbers" if self.kind is int else "numbers"
             least = "" if self.least < 0 else f" of at least {self.least:g}"
-            self.fail(f"expected {what}{least} such as {self.such}, got {value!r}.", param, ctx)
+            self.fail(f"expected numbers{least} such as {self.such}, got {value!r}.", param, ctx)
         return numbers
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -261,3 +262,32 @@ def test_the_tab_key_completes(words: list[str], typed: str, wanted: set[str]) -
         words, typed
     )
     assert {item.value for item in found} == wanted
+
+
+# Of other programs: pip, torchrun, mkdocs, the published code of AVSL; and what options begin with.
+FOREIGN = {
+    "--no-deps", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--strict",
+    "--version", "--help", "--not-", "--no-", "--warm", "--step", "--not",
+}  # fmt: skip
+# Old names stand there on purpose, or options of benchmarks.
+SKIPPED = {
+    "changelog.md", "contributing.md", "commands.md", "renaming.py", "segmentation-results.md",
+    "results.md", "training-results.md", "training-recipes.md",
+}  # fmt: skip
+
+
+def test_options_named_in_errors_and_pages_exist() -> None:
+    known = {flag for _, option in OPTIONS for flag in flags(option)} | FOREIGN
+    root = Path(__file__).parents[1]
+    pages = [root / "README.md", *root.glob("docs/*.md"), *root.glob("notebooks/*.ipynb")]
+    wrong = []
+    for path in (*pages, *root.glob("simexplain/**/*.py"), *root.glob("cli/*.py")):
+        text = path.read_text(encoding="utf-8")
+        if path.name in SKIPPED:
+            continue
+        for line in text.splitlines():
+            if "benchmarks/" in line or "python docs/scripts" in line:
+                continue
+            found = re.findall(r"(?<![\w`#|-])`?(--[a-z][a-z0-9-]*)", line)
+            wrong += [(path.name, flag) for flag in found if flag not in known]
+    assert not wrong, wrong

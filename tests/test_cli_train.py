@@ -81,7 +81,7 @@ def test_options_win_over_recipes_and_recipes_over_defaults(
     assert (options["mining"], options["head_lr"], options["augmentation"]) == (
         "triplet", 1e-3, "light",
     )  # fmt: skip
-    assert (options["gamma"], options["epochs"], options["classes"]) == (0.5, 1, 4)
+    assert (options["gamma"], options["epochs"], options["classes_per_batch"]) == (0.5, 1, 4)
     assert options["mining_options"] == [["share", 0.5]]
     assert options["loss_options"] == [["margin", 0.3]]
     assert options["grouped"] is True

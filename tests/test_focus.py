@@ -229,7 +229,7 @@ def test_a_small_last_map_is_seen_larger(method: str | None) -> None:
     comparison = Comparison.triplet(*torch.rand(3, 1, 3, 32, 32))
     network = as_similarity_model(Small(fixed=False).eval())
     found = explain(network, comparison, method).rows[-1]
-    wanted = explain(network, comparison, "focus", magnify=2, positions=1, check=False)
+    wanted = explain(network, comparison, "focus", upscale=2, positions=1, check=False)
     plain = explain(network, comparison, "focus", positions=1, check=False)
     assert plain.maps.shape[2:] == (8, 8)
     assert found.layers == wanted.layers

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field
 from typing import Any
 
-from simexplain.errors import ComparisonError, SimexplainError
-from simexplain.methods import METHODS, Method, check_method, option_from, options_of
+from simexplain.errors import ComparisonError, SimexplainError, meant
+from simexplain.methods import ELSEWHERE, METHODS, Method, option_from, options_of
 from simexplain.methods.rows import Layers
 from simexplain.renaming import todays
 
@@ -120,7 +120,9 @@ def _missing(method: str | Method, options: Mapping[str, Any]) -> list[str]:
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    check_method(name)
+    if name not in METHODS:
+        hint = meant(name, METHODS, ELSEWHERE) or "."
+        raise ComparisonError(f"Expected methods of {', '.join(METHODS)}, got '{name}'{hint}")
     known = [*_OF_THE_VIEW, *(field.name for field in _fields(name))]
     for option in options:
         if option not in known:

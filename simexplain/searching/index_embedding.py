@@ -148,7 +148,7 @@ def keeping_for(
         return Keeping(
             NOTHING,
             reason=f"The network above layer '{chosen}' is not linear, so its embedding is no sum "
-            "over positions; simexplain index --steps 16 (steps=16) keeps an approximate one.",
+            "over positions; simexplain index --jacobians 16 (steps=16) keeps an approximate one.",
         )
     normalised = _normalised(model, image, found.vectors)
     if normalised is None:

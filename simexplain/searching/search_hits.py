@@ -106,7 +106,7 @@ def _missing(maps: HitMaps) -> tuple[str, ...]:
     return (
         f"The maps of a hit miss {float(maps.residual.max()):.2g} of its similarity, as the "
         "network above the layer is not linear; an index of a later layer, or made with more "
-        "--steps, is closer.",
+        "--jacobians, is closer.",
     )
 
 

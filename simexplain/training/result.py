@@ -8,6 +8,7 @@ from typing import Any
 
 from simexplain.models.base import SimilarityModel
 from simexplain.models.loading import load_model
+from simexplain.renaming import with_old_names
 from simexplain.training.options import TrainOptions, best_column
 
 
@@ -65,7 +66,9 @@ class TrainResult:
             "untrained": self.untrained,
             "reached": self.reached,
             "epochs": list(self.rows),
-            "options": self.options.to_json(),
+            "options": with_old_names(
+                self.options.to_json(), "classes", "each", "k", "ks", "steps", "watch"
+            ),
             "warnings": list(self.warnings),
             "files": self.files,
         }
