@@ -23,6 +23,7 @@ FULL_HEAT = 0.995
 """The share of pixels below the full heat of a map with single bright pixels."""
 
 _SMOOTH = 1 / 120
+_ROWS = 256
 
 
 def overlay(picture: Pixels, heatmap: Heat) -> Pixels:
@@ -32,10 +33,14 @@ def overlay(picture: Pixels, heatmap: Heat) -> Pixels:
         picture: RGB ``(H,W,3)``.
         heatmap: ``(H,W)`` in [0, 1].
     """
-    # A little grey under the colour keeps the picture's own reds from reading as heat.
-    grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    base = cv2.addWeighted(picture, 0.6, grey, 0.4, 0)
-    return _mixed(base, _colours()[_levels(heatmap)], 0.78 * np.sqrt(heatmap.clip(0, 1)))
+
+    def drawn(rows: Pixels, heat: Heat) -> Pixels:
+        # A little grey under the colour keeps the picture's own reds from reading as heat.
+        grey = cv2.cvtColor(cv2.cvtColor(rows, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+        base = cv2.addWeighted(rows, 0.6, grey, 0.4, 0)
+        return _mixed(base, _colours()[_levels(heat)], 0.78 * np.sqrt(heat.clip(0, 1)))
+
+    return _in_strips(drawn, picture, heatmap)
 
 
 def contour(picture: Pixels, heatmap: Heat) -> Pixels:
@@ -53,7 +58,11 @@ def contour(picture: Pixels, heatmap: Heat) -> Pixels:
 
 def spotlight(picture: Pixels, heatmap: Heat) -> Pixels:
     """The picture itself, lit where the heat is and dark elsewhere."""
-    return _mixed(np.zeros_like(picture), picture, 0.14 + 0.86 * np.sqrt(heatmap.clip(0, 1)))
+
+    def lit(rows: Pixels, heat: Heat) -> Pixels:
+        return _mixed(np.zeros_like(rows), rows, 0.14 + 0.86 * np.sqrt(heat.clip(0, 1)))
+
+    return _in_strips(lit, picture, heatmap)
 
 
 def robust(heatmaps: Heat, *, shared: bool = False) -> Heat:
@@ -83,13 +92,18 @@ RENDERERS: dict[str, Renderer] = {"overlay": overlay, "contour": contour, "spotl
 """Every renderer by name; a new one is one function and one line here."""
 
 
+def _in_strips(drawn: Renderer, picture: Pixels, heatmap: Heat) -> Pixels:
+    """Some rows at a time, since a picture of 100 million pixels would need gigabytes as floats."""
+    whole = np.empty_like(picture)
+    for top in range(0, len(picture), _ROWS):
+        part = slice(top, top + _ROWS)
+        whole[part] = drawn(picture[part], heatmap[part])
+    return whole
+
+
 def _mixed(below: Pixels, above: Pixels, opacity: NDArray[np.float32]) -> Pixels:
-    """Blends in strips, since a picture of 100 million pixels would need gigabytes as floats."""
-    mixed = np.empty_like(below)
-    for top in range(0, len(below), 256):
-        part = slice(top, top + 256)
-        share = opacity[part, :, None]
-        mixed[part] = np.round(below[part] * (1 - share) + above[part] * share).astype(np.uint8)
+    share = opacity[..., None]
+    mixed: Pixels = np.round(below * (1 - share) + above * share).astype(np.uint8)
     return mixed
 
 
