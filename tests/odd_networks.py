@@ -158,7 +158,7 @@ class Convs(nn.Module):
         self.last = nn.Conv2d(width, WIDTH, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.last(self.between(self.stem(images)).relu()).mean((2, 3))
+        return self.last(self.between(self.stem(images)).tanh()).mean((2, 3))
 
 
 class Layout(nn.Module):
@@ -192,15 +192,15 @@ class Pyramid(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = nn.Sequential(nn.Conv2d(3, WIDTH, 2, 2), nn.GELU(), nn.Conv2d(WIDTH, WIDTH, 2, 2))
-        self.b = nn.Sequential(nn.Conv2d(3, WIDTH, 8, 8), nn.GELU())
-        self.c = nn.Sequential(nn.Conv2d(3, WIDTH, 3, 1, 1), nn.MaxPool2d(4))
+        self.a = nn.Sequential(nn.Conv2d(3, WIDTH, 4, 4), nn.GELU(), nn.Conv2d(WIDTH, WIDTH, 2, 2))
+        self.b = nn.Conv2d(3, WIDTH, 16, 16)
+        self.c = nn.Sequential(nn.Conv2d(3, WIDTH, 3, 1, 1), nn.AvgPool2d(8))
         self.last = nn.Conv2d(3 * WIDTH, WIDTH, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         a, b, c = self.a(images), self.b(images), self.c(images)
         b = F.interpolate(b, size=a.shape[2:], mode="bilinear")
-        return self.last(torch.cat((a, b, c), dim=1).relu()).mean((2, 3))
+        return self.last(torch.cat((a, 0.3 * b, c), dim=1).tanh()).mean((2, 3))
 
 
 class Inside(nn.Module):
@@ -213,7 +213,25 @@ class Inside(nn.Module):
         self.last = nn.Conv2d(WIDTH, WIDTH, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.last(self.stem(self.first(images)).relu()).mean((2, 3))
+        return self.last(self.stem(self.first(images)).tanh()).mean((2, 3))
+
+
+class Gated(nn.Module):
+    """A map with gates from all of it, and from each of its rows and columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 8, 8)
+        self.gate, self.line = nn.Linear(WIDTH, WIDTH), nn.Conv2d(WIDTH, WIDTH, 1)
+        self.last = nn.Conv2d(WIDTH, WIDTH, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stem(images)
+        maps = maps * self.gate(maps.mean((2, 3)))[:, :, None, None].sigmoid()
+        height, width = maps.shape[2:]
+        both = torch.cat((maps.mean(3, keepdim=True), maps.mean(2, keepdim=True).mT), dim=2)
+        rows, columns = self.line(both).split([height, width], dim=2)
+        return self.last(maps * rows.sigmoid() * columns.mT.sigmoid()).tanh().mean((2, 3))
 
 
 class Mixer(nn.Module):
@@ -222,7 +240,7 @@ class Mixer(nn.Module):
     def __init__(self, *, residual: bool) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, WIDTH, 8, 8)
-        self.mix = nn.Linear(64, 64)
+        self.mix = nn.Linear(48, 48)
         self.residual = residual
         self.last = nn.Linear(WIDTH, WIDTH)
 
@@ -231,19 +249,6 @@ class Mixer(nn.Module):
         mixed = self.mix(tokens)
         tokens = tokens + 0.3 * mixed if self.residual else mixed
         return self.last(tokens.transpose(1, 2)).mean(1)
-
-
-class Strip(nn.Module):
-    """A one-dimensional convolution over tokens."""
-
-    def __init__(self, kernel: int = 3, stride: int = 1) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, WIDTH, 8, 8)
-        self.conv = nn.Conv1d(WIDTH, WIDTH, kernel, stride, kernel // 2)
-        self.norm = nn.BatchNorm1d(WIDTH)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.norm(self.conv(self.stem(images).flatten(2))).relu().mean(2)
 
 
 class Dropped(nn.Module):
@@ -256,9 +261,45 @@ class Dropped(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.first(self.cut(images))
-        index = tokens.norm(dim=2).topk(32, dim=1).indices
+        index = tokens.norm(dim=2).topk(24, dim=1).indices
         kept = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
         return self.second(kept).mean(1)
+
+
+class Several(nn.Module):
+    """Tokens of two scales, or of an image and its mirror image, in one sequence."""
+
+    def __init__(self, *, mirrored: bool) -> None:
+        super().__init__()
+        self.fine = Patches(8, 8)
+        self.other = self.fine if mirrored else Patches(16, 16)
+        self.mirrored = mirrored
+        self.blocks = nn.Sequential(Block(), Block())
+
+    def forward(self, images: Tensor) -> Tensor:
+        own = self.fine(images)
+        other = self.other(images.flip(3) if self.mirrored else images)
+        both = (own, other) if self.mirrored else (other, own)
+        return self.blocks(torch.cat(both, dim=1)).mean(1)
+
+
+class Windows(nn.Module):
+    """Windows of tokens, which need padding, and maps again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 8, 8)
+        self.block, self.last = Block(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stem(images).permute(0, 2, 3, 1)
+        height, width = maps.shape[1:3]
+        maps = F.pad(maps, (0, 0, 0, -width % 5, 0, -height % 5)).roll((-2, -2), (1, 2))
+        n, h, w, c = maps.shape
+        cut = maps.view(n, h // 5, 5, w // 5, 5, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 25, c)
+        cut = self.block(cut).view(n, h // 5, w // 5, 5, 5, c).permute(0, 1, 3, 2, 4, 5)
+        maps = cut.reshape(n, h, w, c).roll((2, 2), (1, 2))[:, :height, :width]
+        return self.last(maps).mean((1, 2))
 
 
 class Crops(nn.Module):
@@ -274,15 +315,42 @@ class Crops(nn.Module):
         return self.trunk(both).mean((2, 3)).view(2, len(images), -1).mean(0)
 
 
-def snaked(rows: Tensor) -> Tensor:
-    return torch.where(torch.arange(rows.shape[2])[:, None] % 2 == 0, rows, rows.flip(3))
+class Overwritten(nn.Module):
+    """A map parts of which are written anew, as where channels are shifted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, WIDTH, 8, 8), nn.Conv2d(WIDTH, WIDTH, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stem(images)
+        moved = torch.zeros_like(maps)
+        moved[:, :, 2:] = maps[:, :, :-2]
+        moved[:, :, :2] = maps[:, :, -2:]
+        return self.last(moved).tanh().mean((2, 3))
 
 
-def looks_at(network: nn.Module, grid: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+class Hidden(torch.autograd.Function):
+    """A mirror image by a function whose inside no graph shows."""
+
+    @staticmethod
+    def forward(ctx: object, maps: Tensor) -> Tensor:
+        return maps.flip(3)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient.flip(3)
+
+
+def by_rows(maps: Tensor) -> Tensor:
+    """Every second row mirrored, by a condition."""
+    return torch.where(torch.arange(maps.shape[2])[:, None] % 2 == 0, maps, maps.flip(3))
+
+
+def looks_at(grid: Cells, image: Tensor) -> Tensor:
     """The centre ``(h,w,2)`` of the pixels that each cell of a map looks at: plain autograd.
 
     Args:
-        network: Which gives its embedding.
         grid: The map ``(1,C,h,w)`` of an image, in the graph.
         image: ``(1,C,H,W)``.
     """
@@ -301,7 +369,7 @@ def looks_at(network: nn.Module, grid: Callable[[Tensor], Tensor], image: Tensor
     # What all cells look at alike, through attention, says nothing of where one of them is.
     if maps.shape[2] * maps.shape[3] > 4:
         felt = (felt - 2 * felt.flatten(0, 1).median(0).values).clamp_min(0)
-    felt = felt / felt.sum((2, 3), keepdim=True).clamp_min(1e-30)
+    felt = felt / felt.sum((2, 3), keepdim=True)  # NaN where a cell sees nothing
     found[..., 0] = felt.sum(3) @ rows
     found[..., 1] = felt.sum(2) @ columns
     return found
