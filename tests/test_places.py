@@ -151,7 +151,7 @@ ODD: dict[str, tuple[Build, tuple[int, int], tuple[int, int]]] = {
     "uneven pooling": (between(lambda m: F.adaptive_avg_pool2d(m, (4, 5))), SIZE, (4, 5)),
     "far padding": (stem(nn.Conv2d(3, WIDTH, 8, 8, padding=8)), SIZE, (8, 10)),
     "reflected edges": (
-        stem(nn.Conv2d(3, WIDTH, 9, 8, padding=4, padding_mode="reflect")), SIZE, (6, 8),
+        stem(nn.Conv2d(3, WIDTH, 10, 8, padding=1, padding_mode="reflect")), SIZE, (6, 8),
     ),
     "enlarged by corners": (
         between(lambda m: F.interpolate(m, size=(9, 11), mode="bilinear", align_corners=True)),
