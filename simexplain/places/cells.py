@@ -16,7 +16,7 @@ _FAR_OFF = 0.55
 _RIM = 0.1
 """The share of a cell from which on pixels that no cell sees are left without heat."""
 
-_EVEN = 0.5
+_EVEN = 0.3
 """How many steps a cell of a grid may lie off evenly spaced ones, as where poolings are uneven."""
 
 _DIGITS = 3
