@@ -151,7 +151,7 @@ ODD: dict[str, tuple[Build, tuple[int, int], tuple[int, int]]] = {
     "uneven pooling": (between(lambda m: F.adaptive_avg_pool2d(m, (4, 5))), SIZE, (4, 5)),
     "far padding": (stem(nn.Conv2d(3, WIDTH, 8, 8, padding=8)), SIZE, (8, 10)),
     "reflected edges": (
-        stem(nn.Conv2d(3, WIDTH, 9, 8, padding=4, padding_mode="reflect")), SIZE, (6, 8),
+        stem(nn.Conv2d(3, WIDTH, 10, 8, padding=1, padding_mode="reflect")), SIZE, (6, 8),
     ),
     "enlarged by corners": (
         between(lambda m: F.interpolate(m, size=(9, 11), mode="bilinear", align_corners=True)),
@@ -236,3 +236,28 @@ def test_orders_that_images_choose_are_no_maps(build: Build) -> None:
 def test_several_images_of_one_are_refused_with_the_reason() -> None:
     with pytest.raises(ModelError, match="gives 2 maps of one image"):
         explain(wrapped(Crops), pair())
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 64), (32, 64)])
+@pytest.mark.parametrize("kind", ["Segformer", "PvtV2"])
+def test_small_last_grids_of_pyramids_are_found(kind: str, size: tuple[int, int]) -> None:
+    transformers = pytest.importorskip("transformers")
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            config = getattr(transformers, f"{kind}Config")(
+                hidden_sizes=[8, 16, 20, 32], depths=[1] * 4, num_attention_heads=[1, 1, 2, 4]
+            )
+            self.model = getattr(transformers, f"{kind}Model")(config)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.model(images).last_hidden_state.mean((2, 3))
+
+    model = wrapped(Pooled, size)
+    last = (size[0] // 32, size[1] // 32)
+    assert default(model, size).shape[1:] == last
+    stages = [
+        layer.shape[1:] for layer in model.layers_for(torch.zeros(1, 3, *size)) if layer.stage
+    ]
+    assert stages == [(last[0] << n, last[1] << n) for n in (3, 2, 1, 0)]

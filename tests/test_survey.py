@@ -508,6 +508,99 @@ def test_why_there_is_no_layer(how: str, reason: str) -> None:
         assert "\n" not in str(caught.value)
 
 
+class Failing(nn.Module):
+    """Raises in one of its calls."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.ReLU())
+        self.mix = nn.Linear(8, 8)
+        self.calls, self.at = 0, at
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == self.at:
+            raise ValueError("no luck")
+        tokens = self.trunk(images).flatten(2).transpose(1, 2)
+        return self.mix((tokens @ tokens.transpose(1, 2)).softmax(2) @ tokens).mean(dim=1)
+
+
+@pytest.mark.parametrize("layer", [None, "trunk"])
+@pytest.mark.parametrize("at", range(1, 6))
+def test_a_network_that_fails_in_a_call_is_never_explained_silently(
+    at: int, layer: str | None
+) -> None:
+    images = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    try:
+        result = explain(wrapped(Failing(at)), Comparison.pair(images[:1], images[1:]), layer=layer)
+        told = result.warnings
+    except ModelError as error:
+        told = (str(error),)
+    assert any("no luck" in text for text in told)
+
+
+class Overwriting(nn.Module):
+    """Overwrites what autograd needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Conv2d(3, 8, 8, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.trunk(images)
+        kept = maps.sigmoid()
+        kept.mul_(2)
+        return (kept * maps).mean((2, 3))
+
+
+def test_a_network_that_autograd_cannot_go_through_says_so() -> None:
+    with pytest.raises(ModelError, match=r"no gradients at its layers .*inplace"):
+        _ = wrapped(Overwriting()).default_layer
+
+
+class Poor(nn.Module):
+    """Embeddings in which nothing can be explained."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.ReLU())
+        self.head = nn.Linear(8, 1 if how == "single" else 6)
+        self.how = how
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = self.head(self.trunk(images).mean((2, 3)))
+        kinds = {
+            "single": found,
+            "zero": found * 0,
+            "constant": found * 0 + torch.arange(found.shape[1]),
+            "ignoring": self.head.bias.expand(len(images), -1),
+            "dead": self.head((self.trunk(images) - 1000).relu().mean((2, 3))),
+        }
+        return kinds[self.how]
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("single", "is a single number"),
+        ("zero", "is the zero vector"),
+        ("constant", "is the same for every image"),
+        ("ignoring", "is the same for every image"),
+        ("dead", "is the same for every image"),
+    ],
+)
+def test_embeddings_with_nothing_to_explain_are_refused_by_name(how: str, reason: str) -> None:
+    images = torch.rand(2, 3, *SIZE)
+    with pytest.raises(ModelError, match=reason):
+        explain(wrapped(Poor(how)), Comparison.pair(images[:1], images[1:]))
+    if how == "single":
+        for method in ("saliency", "occlusion"):
+            with pytest.raises(ModelError, match=reason):
+                explain(wrapped(Poor(how)), Comparison.pair(images[:1], images[1:]), method)
+
+
 def test_a_quantised_network_says_so() -> None:
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)

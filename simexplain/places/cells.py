@@ -16,7 +16,7 @@ _FAR_OFF = 0.55
 _RIM = 0.1
 """The share of a cell from which on pixels that no cell sees are left without heat."""
 
-_EVEN = 0.5
+_EVEN = 0.3
 """How many steps a cell of a grid may lie off evenly spaced ones, as where poolings are uneven."""
 
 _DIGITS = 3
@@ -42,7 +42,7 @@ class Line:
         low: Where the pixels begin that any of them sees.
         high: Where they end.
         width: How many pixels a cell sees at the most.
-        padded: Whether some cell looks beyond an edge that was padded.
+        padded: Whether the first looks beyond an edge that was padded.
     """
 
     first: float
@@ -57,8 +57,8 @@ class Line:
         """Where the cells begin and end, as shares of a side of so many pixels.
 
         Padding makes cells of what lies beyond an edge, so it is usual to stretch padded maps over
-        the image. They may not come to lie far from where they look then, nor over pixels that none
-        of them sees. Cells that share no pixel lie where they look, padded or not.
+        the image, unless they would come to lie far from where they look, or over pixels that none
+        sees. Where cells share no pixel, only a move is usual.
         """
         rim = max(self.low, side - self.high)
         if self.cells == 1:
@@ -69,8 +69,9 @@ class Line:
             end = start + self.cells * self.step
             half = side / self.cells / 2
             off = max(abs(start + self.step / 2 - half), abs(end - self.step / 2 - side + half))
-            shared = self.width > self.step * (1 + 1e-6)
-            stretched = stretched and self.padded and shared and rim <= _RIM * self.step
+            moved = abs(end - start - side) < 1e-6 * side
+            shared = self.width > self.step * (1 + 1e-6) and rim <= _RIM * self.step
+            stretched = stretched and self.padded and (moved or shared)
         if off <= (_FAR_OFF * self.step if stretched else 1e-6 * side):
             return 0.0, 1.0
         return round(start / side, 4), round(end / side, 4)

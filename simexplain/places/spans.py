@@ -30,7 +30,7 @@ class Span:
         centre: The middle of what a number looks at; NaN for one without a place.
         low: Where begins what it sees; infinite where it sees nothing.
         high: Where that ends; minus infinity where it sees nothing.
-        padded: Whether some number looks beyond an edge that was padded.
+        padded: Whether the first looks beyond an edge that was padded.
     """
 
     centre: Array
@@ -64,7 +64,7 @@ class Span:
             centre,
             _gathered(self.low, axis, taps, valid, np.inf).min(axis=axis + 1),
             _gathered(self.high, axis, taps, valid, -np.inf).max(axis=axis + 1),
-            self.padded or not bool(valid.all()),
+            self.padded or bool(taps.min() < 0),
         )
 
     def reduced(self, axes: Sequence[int]) -> Span:

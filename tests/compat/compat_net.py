@@ -32,7 +32,7 @@ class Net:
             the input are changed and the map must follow.
         prefix: Class, distillation and register tokens before those of the patches.
         middle: The prefix stands in the middle, after half of the patches.
-        order: ``(h, w) -> permutation`` of tokens that are not in raster order.
+        order: ``(h, w) -> permutation`` of cells that are not in raster order.
         output: What to pass as ``output=``: a key or a function.
         forward: How the network embeds images, where calling it with them does not.
         channels: Channels of an image.

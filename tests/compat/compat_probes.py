@@ -132,7 +132,9 @@ def as_grid(net: Net, output: Tensor, grid: Grid) -> Tensor | None:
         if tuple(output.shape[2:]) == grid and not (
             tuple(output.shape[1:3]) == grid and output.shape[3] > output.shape[1]
         ):
-            return output
+            if net.order is None:
+                return output
+            return output.flatten(2)[:, :, net.order(grid)].view_as(output)
         return output.permute(0, 3, 1, 2) if tuple(output.shape[1:3]) == grid else None
     if output.dim() != 3:
         return None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from compat_heads import EIGHTH, Pooled
 from compat_huggingface import CLASS, SMALL, class_token, hf
-from compat_net import DEPTH, Net, halving
+from compat_net import DEPTH, Grid, Net, halving
 from compat_timm import BLOCKS, timm_net
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -95,6 +95,11 @@ class TwoCrops(nn.Module):
         return self.model(images) + self.model(images.flip(3))
 
 
+def mirrored(grid: Grid) -> Tensor:
+    """Where the cells of a mirror image lie in the image."""
+    return torch.arange(grid[0] * grid[1]).view(grid).flip(1).flatten()
+
+
 class Inside(nn.Module):
     """Normalises and resizes pictures itself, so its maps are of another size than its input."""
 
@@ -169,7 +174,7 @@ NETS = [
         plain=lambda: plain_learner(), why="a training module around the network"),
     Net("two views averaged", "own", TwoCrops, (64, 96), (), (8, 12), None,
         or_warned={"model.trunk@0": (8, 12), "model.trunk@1": (8, 12)},
-        refused=r"runs 2 times|twice|bypass|layer=",
+        refused=r"runs 2 times|twice|bypass|layer=", order=mirrored,
         why="the network runs twice, and neither of its maps is passed by everything"),
     Net("resizing inside", "own", Inside, (96, 96), ("model.trunk",), (8, 8), halving((8, 8), 3),
         why="grids are those of the size that it resizes to"),
