@@ -428,7 +428,12 @@ def tell_shares(
         unexplained: The largest share that positions do not account for.
         of: Of what.
     """
-    said = [f"{share:.1%} of the embedding bypasses {layer}" for layer, share in bypass.items()]
+    # A share of zero is read off the graph of the network; others vary with the pictures.
+    said = [
+        f"{share:.1%} of the embedding bypasses {layer}"
+        + (" (measured on two pictures)" if share else "")
+        for layer, share in bypass.items()
+    ]
     if unexplained is not None:
         said.append(f"{float(unexplained):.1%} of the {of} comes from no position")
     if said:

@@ -104,7 +104,8 @@ class Explanation:
         layer_regions: The same of the own map of each layer, where several were joined that look
             at different parts.
         bypass: For each layer the share of the embedding that bypasses it, 0 to 1, where that is
-            known; what bypasses a layer its map cannot show.
+            known; what bypasses a layer its map cannot show. Measured on the first two images of
+            their size that the model explained, or on noise.
         others: What other methods found in the same comparisons, the further rows of a figure;
             these have no others themselves. See :attr:`rows`.
         check: What became of the claim when parts of the images were hidden; None where that was

@@ -114,8 +114,9 @@ def survey(model: Traceable, picture: Tensor, replaced: Tensor | None = None) ->
             gradients = _probe_gradients(embeddings, [*(call.edge for call in calls), *sources])
         places = paths.places()
         grids: dict[int, Cells | None] = {}
+        known: dict[tuple[int, int], _Call] = {}
         for call in calls:
-            call.settle(places, grids, record.count)
+            call.settle(places, grids, record.count, known.setdefault(call.same, call))
         if replaced is not None and any(call.open for call in calls):
             _respond(model, replaced, calls, record.count, names)
     return Survey(
@@ -143,7 +144,11 @@ class _Call:
     open: bool = False
 
     def settle(
-        self, places: dict[Vertex, Place], grids: dict[int, Cells | None], alone: int
+        self,
+        places: dict[Vertex, Place],
+        grids: dict[int, Cells | None],
+        alone: int,
+        first: _Call,
     ) -> None:
         """Opens the question of what the cells respond to, unless the graph answers it.
 
@@ -151,6 +156,7 @@ class _Call:
             places: What is known of places.
             grids: The grids they make, as far as they were looked for.
             alone: Images in the pass.
+            first: The first call with the same output, for which it is answered.
         """
         shape, vertex = self.output.shape, _vertex(self.edge)
         if vertex in places:
@@ -162,7 +168,8 @@ class _Call:
             self.cells = grids[id(place)]
         wide = sum(side > 1 for side in shape) >= 2 + (alone > 1)
         known = self.cells is not None and self.cells.sure
-        self.open = len(shape) in (3, 4, 5) and wide and not known
+        self.responses = first.responses
+        self.open = len(shape) in (3, 4, 5) and wide and not known and first is self
 
     @property
     def layouts(self) -> tuple[str, ...]:

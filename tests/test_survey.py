@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import timm
@@ -10,6 +10,7 @@ import torch
 from conftest import TinyNet
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from simexplain import Comparison, as_similarity_model, explain, match
 from simexplain.data.preprocessing import Preprocess
@@ -631,23 +632,71 @@ def test_only_early_layers_that_everything_passes() -> None:
     assert any("after 1 of 25 operations" in text for text in result.warnings)
 
 
-def test_the_survey_costs_three_forward_passes_and_is_remembered() -> None:
-    seen: list[int] = []
+class Convolutions(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            *[nn.Conv2d(3 if n == 0 else 16, 16, 3, 2 if n < 3 else 1, 1) for n in range(6)]
+        )
 
-    class Counted(Encoder):
-        def forward(self, images: Tensor) -> Tensor:
-            seen.append(len(images))
-            return super().forward(images)
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).mean(dim=(2, 3))
 
-    model = wrapped(Counted(before=1, read="class"))
+
+PASSES = {
+    "class token": (lambda: Encoder(before=1, read="class", depth=12), [1, 4]),
+    "tokens first": (lambda: Encoder(before=1, read="class", depth=12, first=True), [1, 4]),
+    "mean of tokens": (lambda: Encoder(depth=12), [1, 4]),
+    "convolutions": (Convolutions, [1]),
+}
+"""Networks, and how many images the passes of a survey have."""
+
+
+@pytest.fixture
+def countable() -> Iterator[None]:
+    """Without torch's fast path for encoders, whose operations are not counted."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+@pytest.mark.usefixtures("countable")
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("method", ["sam", None])
+def test_the_survey_costs_three_forward_passes_and_is_remembered(
+    name: str, method: str | None
+) -> None:
+    """Five images and one backward pass; what bypasses a layer takes no pass, but runs what follows
+    it once more."""
+    build, passes = PASSES[name]
+    network, seen = build().eval(), list[int]()
+    network.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     images = torch.rand(2, 3, *SIZE)
     pair = Comparison.pair(images[:1], images[1:])
-    explain(model, pair, "sam", check=False)
-    assert len(seen) <= 3 + 2  # the survey, then each image alone
-    assert sum(seen) <= 2 + 7
+    plain = operations(lambda: network(images))
+    model = wrapped(network)
     seen.clear()
-    explain(model, pair, "sam", check=False)
+    survey = operations(lambda: model.layers_for(images))
+    assert seen == passes
+    assert sum(seen) <= 3 * len(images)
+    seen.clear()
+    first = operations(lambda: explain(model, pair, method, check=False))
     assert seen == [1, 1]
+    again = operations(lambda: explain(model, pair, method, check=False))
+    assert seen == [1, 1] * 2
+    assert survey <= 3.4 * plain  # the backward pass of one image with it
+    if method is None:  # focus has several layers
+        assert first - again <= 0.5 * plain
+    else:
+        assert first - again <= 0.1 * plain
+        # The backward pass ends at the last block, one of twelve.
+        assert again <= (1.15 if passes != [1] else 1.05) * plain
+
+
+def operations(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counted:
+        run()
+    return int(counted.get_total_flops())
 
 
 def test_the_survey_leaves_the_model_as_it_was() -> None:

@@ -49,7 +49,7 @@ class Matching:
         regions: Of both sides top, left, bottom and right of where the positions lie, as shares of
             the image; a layer may see a part of it.
         bypass: For the layer the share of the embedding that bypasses it, 0 to 1, where that is
-            known.
+            known; measured on the first two images of their size that the model explained.
     """
 
     matrix: Tensor

@@ -9,6 +9,7 @@ from simexplain.methods.focus import Focus
 from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.methods.similarity_attention import AttentionMaps, SimilarityAttention
 from simexplain.models.base import SimilarityModel
+from simexplain.networks import unit_rows
 
 Attending = SimilarityAttention | Focus
 
@@ -34,6 +35,7 @@ def attended(
     every = tuple(dict.fromkeys(layer for _, layers in methods for layer in layers))
     flat = images.stacked().flatten(0, 1)
     traced = trace_vectors(model, flat, every, max_batch=max_batch, middle=False)
+    model.measure(flat, traced.recorded, unit_rows)
     return [
         method.follow(model, images, traced.trace.at(layers), max_batch=max_batch)
         if isinstance(method, Focus)

@@ -109,7 +109,9 @@ class SimilarityAttention:
             ModelError: If a layer cannot be used or the embeddings are zero or not finite.
         """
         flat = images.stacked().flatten(0, 1)
-        traced = trace(model, flat, layers, max_batch=max_batch)
+        taped = model.unmeasured(layers, flat)
+        traced = trace(model, flat, layers, max_batch=max_batch, taped=taped)
+        model.measure(flat, traced)
         apart = model.apart(layers, flat)
         return self.attend(traced, images, apart=apart, frames=model.frames).detached()
 

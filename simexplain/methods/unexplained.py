@@ -34,7 +34,8 @@ def unexplained_share(scores: Tensor, explained: Tensor) -> Tensor:
 def bypass_warning(bypass: Mapping[str, float]) -> tuple[str, ...]:
     """What to say of a layer that a large share of the embedding bypasses."""
     return tuple(
-        f"{share:.0%} of the embedding bypasses layer '{layer}', which maps of it cannot show."
+        f"{share:.0%} of the embedding bypasses layer '{layer}' (measured on two pictures; it "
+        "varies with them), which maps of it cannot show."
         for layer, share in bypass.items()
         if share > RELEVANT
     )

@@ -14,6 +14,7 @@ from simexplain.models.layers import GridHints, Layer, grid_hints, to_grid
 from simexplain.models.moving import WHOLE, Region
 from simexplain.models.surveyed import Surveyed, is_convolutional
 from simexplain.networks import channels_of
+from simexplain.tracing import Trace
 
 
 def euclidean(q: Tensor, g: Tensor) -> Tensor:
@@ -171,6 +172,31 @@ class SimilarityModel(nn.Module, ABC):
         if rows is not None and surveyed.model is self:
             surveyed.meet(images, rows)
         return surveyed.cautions(layers)
+
+    def unmeasured(self, layers: Sequence[str], images: Tensor) -> bool:
+        """Whether a pass of these images should be recorded for :meth:`measure`.
+
+        Args:
+            layers: Names.
+            images: ``(M,C,H,W)``.
+        """
+        surveyed = self._surveyed.get(_shape(images))
+        return len(images) > 1 and surveyed is not None and surveyed.unmeasured(layers)
+
+    def measure(
+        self, images: Tensor, traced: Trace, finish: Callable[[Tensor], Tensor] = lambda rows: rows
+    ) -> None:
+        """Measures which share of the embedding bypasses layers, from the first images' own pass.
+
+        Without a recorded pass it is measured in one of its own (:meth:`cautions`).
+
+        Args:
+            images: ``(M,C,H,W)``.
+            traced: Their pass, recorded (``trace(..., taped=True)``).
+            finish: Makes embeddings of what the pass gives.
+        """
+        if traced.tapes and self.unmeasured(traced.layers, images):
+            self._surveyed[_shape(images)].measure(images, traced, finish)
 
     def usual_bypass(self, layer: str) -> float | None:
         """As :meth:`bypass`, at the model's own size and on noise, whatever was explained."""

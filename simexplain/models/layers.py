@@ -112,8 +112,9 @@ class Layer:
 
         0 where the graph of the network shows that everything passes the layer. Else the cells are
         replaced by those of another picture, and the share is how far the embedding stays behind;
-        measured when it is first read, with one forward pass of two images: the first two different
-        ones of this shape that were explained, or pictures of noise where none were.
+        measured when it is first read, with one forward pass of two images, or in the pass of an
+        explanation: the first two different ones of this shape that were explained, or pictures of
+        noise where none were. It varies with the images.
         """
         return 0.0 if self.measure is None else self.measure(self.name)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,9 +13,9 @@ from simexplain.errors import ModelError, SimexplainError, first_line
 from simexplain.models.choosing import Maps, depth, usable_layers
 from simexplain.models.layers import GridHints, Layer, Layout
 from simexplain.models.moving import WHOLE, Moved, Region, moved
-from simexplain.networks import split_call
+from simexplain.networks import split_call, undisturbed
 from simexplain.surveying import Survey, survey, swapped
-from simexplain.tracing import Traceable, embed_alike
+from simexplain.tracing import Trace, Traceable, embed_alike
 
 RELEVANT = 0.1
 """The share of an embedding from which on results warn that it bypasses the layer."""
@@ -106,19 +106,53 @@ class Surveyed:
         known = self._layouts.get(layer)
         return self._layouts.get(name) if known is None and call == 0 else known
 
-    def meet(self, images: Tensor, rows: Tensor) -> None:
+    def meet(self, images: Tensor, rows: Tensor) -> int | None:
         """Notes two images, with which shares are measured from now on; the first ones count.
 
         Args:
             images: ``(M,C,H,W)``.
             rows: Their embeddings ``(M,E)``.
+
+        Returns:
+            The place of the second one, if they were noted now.
         """
         if self._at_hand is not None or rows.shape[1:] != self._embedding.shape:
-            return
-        other = next((image for image in images[1:] if not torch.equal(image, images[0])), None)
+            return None
+        others = range(1, len(images))
+        other = next((n for n in others if not torch.equal(images[n], images[0])), None)
         if other is not None:
-            both = torch.stack((images[0], other)).detach().clone()
+            both = torch.stack((images[0], images[other])).detach().clone()
             self._at_hand = AtHand(both, rows[0].detach().clone())
+        return other
+
+    def unmeasured(self, layers: Sequence[str]) -> bool:
+        """Whether the share that bypasses one of these layers waits for the first images."""
+        return self._at_hand is None and any(one.measure for one in self.known(layers))
+
+    def measure(self, images: Tensor, traced: Trace, finish: Callable[[Tensor], Tensor]) -> None:
+        """Measures shares on the first images, from a pass that was recorded.
+
+        Args:
+            images: ``(M,C,H,W)``.
+            traced: Their pass.
+            finish: Makes embeddings of what was recorded as its result.
+        """
+        rows = finish(traced.embeddings.detach())
+        other = self.meet(images, rows)
+        if other is None or self._at_hand is None:
+            return
+        size = traced.counts[0]
+        for layer in (one.name for one in self.known(traced.layers) if one.measure):
+            layout, source = self._layouts[layer], traced.outputs[layer][0]
+            tape, axis = traced.tapes[0], layout.images
+            if tape.result is None or not tape.replays(source):
+                continue
+            own, rest = torch.split(source.detach(), [1, size - 1], dim=axis)
+            cells = traced.outputs[layer][other // size].detach().narrow(axis, other % size, 1)
+            mixed = torch.cat((layout.cells_of(own, cells), rest), dim=axis)
+            with undisturbed(self.model.network):
+                found = tape.replay({id(source): mixed})[id(tape.result)].detach()
+            self._shares[layer, True] = _share(rows[0], rows[other], finish(found)[0])
 
     def bypass(self, layer: str) -> float:
         """The share of the embedding that reaches it past the cells of a layer.
@@ -146,9 +180,7 @@ class Surveyed:
             return 1.0
         if key not in self._shares:
             rows = swapped(self.model, images.both, layer, layout.images, layout.cells_of)
-            apart = float((images.row.to(rows) - rows[1]).norm())
-            behind = float((rows[0] - rows[1]).norm())
-            self._shares[key] = min(1.0, behind / apart) if apart > 0 else 0.0
+            self._shares[key] = _share(images.row.to(rows), rows[1], rows[0])
         return self._shares[key]
 
     def known(self, names: Sequence[str]) -> list[Layer]:
@@ -168,9 +200,11 @@ class Surveyed:
     def _bypassed(self, layer: Layer) -> str:
         layout = self._layouts[layer.name]
         way = "through a class token or the like" if layout.beside else "through parallel layers"
+        on = "two pictures of noise" if self._at_hand is None else "the first two images explained"
         return (
-            f"{layer.bypass:.0%} of the embedding bypasses layer '{layer.name}' ({way}), which its "
-            "map cannot show; an earlier layer or a method on pixels, such as occlusion, sees more."
+            f"{layer.bypass:.0%} of the embedding bypasses layer '{layer.name}' ({way}; measured "
+            f"on {on}, it varies with the images), which its map cannot show; an earlier layer or "
+            "a method on pixels, such as occlusion, sees more."
         )
 
     @property
@@ -219,6 +253,12 @@ def _surveyed(model: Surveyable, pictures: Moved) -> Survey:
             f"The network has no gradients at its layers ({first_line(error).rstrip('.')}); change "
             "its forward, or use occlusion, sbsm or random_masks, which need none."
         ) from error
+
+
+def _share(first: Tensor, second: Tensor, mixed: Tensor) -> float:
+    """How far an embedding ``(E,)`` stays from the second one, over how far the first is."""
+    apart = float((first - second).norm())
+    return min(1.0, float((mixed - second).norm()) / apart) if apart > 0 else 0.0
 
 
 def is_convolutional(network: nn.Module) -> bool:

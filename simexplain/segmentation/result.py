@@ -60,7 +60,7 @@ class Segmentation:
         warnings: What to know before trusting it.
         versions: Of the packages that made it.
         bypass: For each layer the share of the embedding that bypasses it, 0 to 1, where that is
-            known.
+            known; measured on the first two images of their size that the model explained.
         geometries: Where the network's view lies in the test picture, then in those of ``images``;
             empty for tensors.
     """
