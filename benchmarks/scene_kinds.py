@@ -120,8 +120,12 @@ def areas(data: Data) -> list[float]:
     return _rounded(np.mean([(s.positive.mean(), s.distractor.mean()) for s in scenes], axis=0))
 
 
-def measured(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures what is not there yet; what the page needs."""
+Points = dict[str, dict[str, dict[str, Record]]]
+"""Records by kind, network and row."""
+
+
+def measured(options: argparse.Namespace) -> tuple[dict[str, dict[str, Data]], Points]:
+    """Measures what is not there yet; the scenes by source and kind, and all records."""
     emoji = options.emoji / "images" if (options.emoji / "images").is_dir() else options.emoji
     data = {
         "cut-outs": kind_scenes("cut-outs", read_stamps(options.stamps), options.kinds),
@@ -135,14 +139,21 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
             for one in trained_pointing.networks(options.runs, 0, options.networks, load=load)
         ),
     ]
-    points: dict[str, dict[str, dict[str, Record]]] = {kind: {} for kind in options.kinds}
+    points: Points = {kind: {} for kind in options.kinds}
     for kind in options.kinds:
         for source, name, weights, network in every:
             store = Store(options.cache / weights[:12])
             found = trained_pointing.record_of(name, network, data[source][kind], store, options)
             if found:
                 points[kind][name] = found
-    names = [name for _, name, _, _ in every]
+    return data, points
+
+
+def summed(
+    data: Mapping[str, Mapping[str, Data]], points: Points, options: argparse.Namespace
+) -> dict[str, Any]:
+    """What the page needs."""
+    names = dict.fromkeys(name for own in points.values() for name in own)
     boxes = {n: beside_focus([own[n] for own in points.values() if n in own]) for n in names}
     for found in points.values():
         for title, members in GROUPS.items():
@@ -154,7 +165,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         f"--mobilenet FILE --cache FOLDER --scenes {options.scenes} --few {options.few}",
         "areas": {
             kind: {source: areas(own[kind]) for source, own in data.items()}
-            for kind in (options.kinds if options.record else ())
+            for kind in options.kinds
         },
         "kinds": {
             kind: {name: summary(rows) for name, rows in found.items()}
@@ -189,12 +200,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, keeps the record and writes the page."""
     options = parsed(arguments)
     torch.set_num_threads(1)
-    if options.cache:
-        said = measured(options)
-        if options.record:
-            publish(json.dumps(said, separators=(",", ":")) + "\n", options.record)
-    else:
-        said = json.loads(options.record.read_text("utf-8"))
+    if not options.cache:
+        publish(page(json.loads(options.record.read_text("utf-8"))), options.out)
+        return
+    data, points = measured(options)
+    if not (options.record or options.out):
+        return
+    said = summed(data, points, options)
+    if options.record:
+        publish(json.dumps(said, separators=(",", ":")) + "\n", options.record)
     publish(page(said), options.out)
 
 

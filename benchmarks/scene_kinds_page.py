@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import trained_networks
 from faithfulness_data import SETTINGS
 from faithfulness_page import header, line
@@ -42,7 +43,8 @@ network 150), so what is small in the scene is a few pixels to it.
 def page(said: Mapping[str, Any]) -> str:
     """The tables, as Markdown."""
     lines = [HEAD, "Written by", "", f"    {said['command']}", "", "## The scenes", ""]
-    lines += [*_scenes(said["areas"]), "", "## Methods and kinds", "", *_short(said["kinds"])]
+    lines += [*_scenes(said["areas"]), "", "## What follows", "", *_follows(said["kinds"])]
+    lines += ["", "## Methods and kinds", "", *_short(said["kinds"])]
     if said["boxes"]:
         lines += ["", "## Black boxes", "", *_boxes(said["boxes"])]
     for kind, networks in said["kinds"].items():
@@ -59,6 +61,40 @@ def _scenes(areas: Mapping[str, Any]) -> list[str]:
         chances = [f"{positive:.3f} / {other:.3f}" for positive, other in own.values()]
         lines.append(line([f"*{kind}*", KINDS[kind].about, *chances]))
     return [*lines, "", "*Chance*: the share of the picture in the positive / in other objects."]
+
+
+def _follows(kinds: Mapping[str, Any]) -> list[str]:
+    """Methods by kind, over the networks that have every kind, but for those that know nothing."""
+    first, *others = kinds.values()
+    names = [
+        name
+        for name in first
+        if name not in (*GROUPS, *trained_networks.RANDOM) and all(name in own for own in others)
+    ]
+    if not names:
+        return ["No network has been measured on every kind."]
+    lines = [
+        f"Hits less distractor hits on *category*, means over {'; '.join(names)}; ± the standard "
+        "error, the networks taken as independent.",
+        "",
+    ]
+    for kind, own in kinds.items():
+        found = {m: [own[name][m]["category"] for name in names] for m in METHODS
+                 if all(m in own[name] for name in names)}  # fmt: skip
+        ranked = sorted(found.items(), key=lambda entry: -_margin(entry[1])[0])
+        told = (f"`{METHODS[m]}` {mean:.2f} ± {error:.2f}"
+                for m, (mean, error) in ((m, _margin(said)) for m, said in ranked))  # fmt: skip
+        counts = sorted({said["n"] for rows in found.values() for said in rows})
+        lines.append(f"- *{kind}* (n {' to '.join(map(str, counts))}): {'; '.join(told)}.")
+    return lines
+
+
+def _margin(networks: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Hits less distractor hits over networks, and the error; no scene is both."""
+    means = np.array([said["mean"][:2] for said in networks])
+    apart = means[:, 0] - means[:, 1]
+    spread = (means.sum(axis=1) - apart**2) / np.array([said["n"] for said in networks])
+    return float(round(apart.mean(), 2) + 0.0), float(np.sqrt(spread.sum()) / len(networks))
 
 
 def _short(kinds: Mapping[str, Any]) -> list[str]:
