@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
+
+from simexplain.printing import json_text
 
 from .console import echo, echo_lines
 from .options import (
@@ -32,7 +33,7 @@ def command(model: str, as_json: bool, **given: Any) -> None:
         layers = loaded.layers
     if as_json:
         rows = [layer.to_json() for layer in layers]
-        echo(json.dumps({"schema": 1, "model": loaded.name, "layers": rows}, indent=2))
+        echo_lines(json_text({"schema": 1, "model": loaded.name, "layers": rows}))
         return
     height, width = loaded.preprocess.size
     echo(f"{loaded.name}: {len(layers)} layers for images of {height}x{width}")
