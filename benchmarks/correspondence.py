@@ -94,13 +94,17 @@ def answers(
             for name, unit in zip(SEEN, units, strict=True)
         }
     if layer == network.layers[0] or deep:
-        matching = match(network.shared, firsts, second, layer, steps=STEPS)
+        matching = match(network.shared, firsts, second, layer, steps=STEPS, progress=_patient)
         values = matching.matrix.flatten(3).flatten(1, 2)
         special = torch.stack([centred(one) for one in values])
         found |= dict(zip(OWN, (values, special), strict=True))
     view, grid = ((int(shape[-2]), int(shape[-1])) for shape in (images.shape, features.shape))
     region = network.shared.region((layer,), firsts)
     return found, Frame("the picture", view, grid, region=region)
+
+
+def _patient(done: int, work: int) -> None:
+    """Waits without a warning."""
 
 
 def scored(found: Answers, frame: Frame, subject: Subject, made: Sequence[Pair]) -> Record:

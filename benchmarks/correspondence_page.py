@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from faithfulness_page import header, line
-from warps import CONTROLS, GRID, LEVELS, SHARE
+from warps import CONTROLS, GRID, LEVELS
 
 TOLERANCES = (0.05, 0.1, 0.2)
 """Of answers that count as correct, as shares of the side."""
@@ -22,17 +22,20 @@ FREE = ("same place", "chance")
 WARPS = tuple(f"{kind}, {level}" for kind in CONTROLS for level in LEVELS)
 SOURCES = ("photographs", "cut-outs")
 
+LEVEL_TEXT = "; ".join(
+    f"*{level}*, at most {share} of the side and {degrees} degrees"
+    for level, (share, degrees) in LEVELS.items()
+)
+
 HEAD = f"""# Is the same place found again?
 
 A picture and its warped copy: a point of the copy has a known partner in the picture. Does
 [match](../matching.md) find it? Homographies move the four corners, thin-plate splines a grid of
-4 x 4 points: at random by at most {", ".join(f"{share}" for share, _ in LEVELS.values())} of the
-side (*{"*, *".join(LEVELS)}*), after a turn by half to all of
-{", ".join(f"{degrees}" for _, degrees in LEVELS.values())} degrees. Each picture is warped once in
-each of the six ways; {GRID} x {GRID} points are asked about, but for those whose partner lies
-outside. Pictures: squares cut from photographs of scikit-image, scikit-learn and OpenCV's examples,
-a {SHARE}rd of them for each seed, and scenes of two held-out cut-outs on a ground, where the
-objects' points alone count.
+4 x 4 points, at random, after a turn by half to all of an angle: {LEVEL_TEXT}.
+Each picture is warped once in each of the six ways; {GRID} x {GRID} points are asked about, but for
+those whose partner lies outside. Pictures: squares cut from photographs of scikit-image,
+scikit-learn and OpenCV's examples, every third one for each seed, and scenes of two held-out
+cut-outs on a ground, where the objects' points alone count.
 
 PCK is the share of points whose answer, the centre of the position where the method's map is
 hottest, is at most so far from the partner, in sides of the picture. A grid of 7 x 7 has centres up
@@ -57,6 +60,9 @@ which matches intermediate features and weighs them by relevance; it has the ide
 transformer, of the block before). Where the network above a layer is not linear, `match` takes one
 Jacobian for each of 4 steps; that is the more costly the earlier the layer, so at the finer one it
 ran on one photograph a seed and two networks.
+
+A warped copy has the same colours and textures, so that networks with random weights find places as
+well: the task asks whether a method keeps places apart, not whether a network knows anything.
 """
 
 
