@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -160,9 +161,14 @@ def summed(
             own = {name: found[name] for name in members if name in found}
             if len(own) > 1:
                 found[title] = means(own)
+    command = (
+        "python benchmarks/scene_kinds.py --stamps FOLDER --emoji FOLDER --runs FOLDER --mobilenet "
+        f"FILE --cache FOLDER --scenes {options.scenes} --few {options.few}"
+    )
+    if options.networks:
+        command += f" --networks {shlex.join(options.networks)}"
     return {
-        "command": f"python benchmarks/scene_kinds.py --stamps FOLDER --emoji FOLDER --runs FOLDER "
-        f"--mobilenet FILE --cache FOLDER --scenes {options.scenes} --few {options.few}",
+        "command": command,
         "areas": {
             kind: {source: areas(own[kind]) for source, own in data.items()}
             for kind in options.kinds
