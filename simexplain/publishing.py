@@ -247,14 +247,15 @@ def read_back(
                 f"'{folder}' was written in schema {said['schema']}, but this version reads "
                 f"schema {kind.schema}; use a matching version of simexplain."
             )
+        with np.load(folder / kind.arrays, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
         known = said.get("digests", {}).get(kind.arrays)  # earlier versions wrote none
         if known is not None and known != digest_of(folder / kind.arrays):
             raise OutputError(
                 f"'{folder}' holds files of two runs, since one was stopped while it replaced "
-                f"another; make the {kind.what} again with --force (force=True)."
+                f"another, or '{kind.arrays}' was changed; make the {kind.what} again with --force "
+                "(force=True)."
             )
-        with np.load(folder / kind.arrays, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
         return restored(said, arrays)
     except FileNotFoundError as error:
         raise OutputError(

@@ -39,7 +39,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small network in a file: untrained ones are others in every process."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("network") / "model.pt"
-    save_model(load_model("timm:test_efficientnet", weights=RANDOM, size=(32, 32)), path)
+    save_model(load_model("timm:test_efficientnet", weights=RANDOM, size=(128, 128)), path)
     return path
 
 
