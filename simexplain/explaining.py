@@ -24,6 +24,7 @@ from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.models.blackbox import WITH_GRADIENTS, WITHOUT_GRADIENTS
 from simexplain.models.embedder import as_similarity_model
+from simexplain.models.moving import WHOLE
 from simexplain.models.pairs import PairModel
 from simexplain.networks import full_precision
 from simexplain.pair_explanation import PairExplanation
@@ -350,17 +351,27 @@ def _explanations(
             layers=row.layers,
             options=_told(row.method, upscale),
             warnings=warnings,
-            **(_placing(model, row.layers, pictures) if known else {}),
+            **_placing(model, row, pictures, known=known),
             **same,
         ))  # fmt: skip
     return explained
 
 
-def _placing(model: SimilarityModel, layers: Sequence[str], images: Tensor) -> dict[str, Any]:
-    """Where maps lie and what bypasses their layers, as fields of an explanation."""
+def _placing(model: SimilarityModel, row: Row, images: Tensor, *, known: bool) -> dict[str, Any]:
+    """Where maps lie and what bypasses their layers, as fields of an explanation.
+
+    Args:
+        model: The model.
+        row: A method and its maps.
+        images: ``(M,C,H,W)``.
+        known: The model knows the layers.
+    """
+    if not known:
+        return {"region": row.found.region}
+    layers, own = row.layers, row.found.region
     regions = model.regions(layers, images)
     return {
-        "region": model.region(layers, images),
+        "region": model.region(layers, images) if own == WHOLE else own,
         "bypass": model.bypass(layers, images),
         "layer_regions": dict(zip(layers, regions, strict=True)) if len(set(regions)) > 1 else {},
     }

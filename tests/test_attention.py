@@ -10,6 +10,7 @@ import pytest
 import torch
 from attention_cases import TinyViT, by_hand, opened
 from conftest import TinyNet
+from odd_networks import Cells, Patches, Tokens, by_columns, snake, snake_by_index, spiral
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from simexplain import Comparison, as_similarity_model, explain, load_model
 from simexplain.attention_recording import _Recorder, record_attention
 from simexplain.errors import ComparisonError, ModelError, SimexplainError
-from simexplain.methods.attention import token_cells
+from simexplain.methods.token_places import token_cells
 
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention": ("attention", {}),
@@ -473,7 +474,7 @@ def test_relevance_through_other_than_one_chain_is_refused(images: Tensor) -> No
     assert "do not follow" in refused(Twice(), images, "attention_relevance")
     found = explain(Twice(), Comparison.pair(images[:1], images[1:2]), "attention", block=3)
     assert "parallel ways" in found.warnings[0]
-    assert "grid" in refused(Halved(), images, "attention_relevance")
+    assert "number of tokens changes" in refused(Halved(), images, "attention_relevance")
     assert "could not be followed" in refused(Mixed(), images, "attention_relevance")
 
 
@@ -488,3 +489,38 @@ def test_options_are_checked(images: Tensor) -> None:
             explain(network, Comparison.pair(images[:1], images[1:2]), method, score="euclid")
     with pytest.raises(ModelError, match="takes no layer"):
         explain(network, Comparison.pair(images[:1], images[1:2]), "attention", "blocks.0")
+
+
+@pytest.mark.parametrize("method", ["attention", "attention_relevance", "grad_eclip"])
+@pytest.mark.parametrize("order", [snake, snake_by_index, by_columns, spiral])
+def test_tokens_lie_where_their_patches_are_whatever_their_order(method: str, order: Cells) -> None:
+    """Attention does not see the order of tokens: maps are those of raster order."""
+    torch.manual_seed(0)
+    plain = Tokens(Patches(8, 8)).eval()
+    other = Tokens(Patches(8, 8), order).eval()
+    other.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 48, 64)
+    pair = Comparison.pair(images[:1], images[1:])
+    wanted, found = (
+        explain(as_similarity_model(net), pair, method, check=False).maps for net in (plain, other)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert wanted.std() > 0
+
+
+@pytest.mark.parametrize("method", ["attention", "attention_relevance", "grad_eclip"])
+def test_the_rim_that_no_patch_sees_gets_no_heat(method: str) -> None:
+    torch.manual_seed(0)
+    model = as_similarity_model(Tokens(Patches(8, 8)).eval())
+    images = torch.randn(2, 3, 54, 70)
+    pair = Comparison.pair(images[:1], images[1:])
+    whole = explain(model, Comparison.pair(*(part[:1, :, :48, :64] for part in images.split(1))),
+                    method, check=False)  # fmt: skip
+    found = explain(model, pair, method, check=False).heatmaps
+    assert found.shape[-2:] == (54, 70)
+    assert found[..., :48, :64].amax() > 0
+    assert found[..., 48:, :].eq(0).all()
+    assert found[..., 64:].eq(0).all()
+    torch.testing.assert_close(
+        found[..., 4:44, 4:60], whole.heatmaps[..., 4:44, 4:60], rtol=1e-3, atol=2e-2
+    )

@@ -29,14 +29,14 @@ from simexplain.methods.directions import margin_directions
 from simexplain.methods.raw_vectors import RawVectors
 from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.methods.similarity_cam import SCORES
+from simexplain.methods.token_places import token_places
 from simexplain.models.base import SimilarityModel
-from simexplain.models.layers import to_grid
+from simexplain.models.moving import WHOLE, Region
 from simexplain.networks import at_least_single
 
 ATTENTION = "attention"
 """The one "layer" of methods that read attention."""
 
-_MOST_PREFIX_TOKENS = 16
 _FOR_CNNS = "sam, focus, similarity_cam and decomposition work on any network"
 
 
@@ -52,12 +52,14 @@ class _Block:
         sizes: Images a chunk, fillers included.
         cells: The key at each position of the grid ``(h,w)``; other keys are not patches.
         tokens: Queries and keys.
+        region: Where in the image the grid lies.
     """
 
     call: tuple[Attention, ...]
     sizes: tuple[int, ...]
     cells: Tensor
     tokens: tuple[int, int]
+    region: Region
 
     def joined(self, chunks: Sequence[Tensor]) -> Tensor:
         """Tensors of the chunks as one ``(M,H,T,n)``, in single precision or better."""
@@ -189,11 +191,15 @@ class _Reading:
     def answer(
         self,
         maps: Tensor,
+        block: _Block,
         directions: Tensor,
         scores: Tensor,
         warnings: tuple[str, ...] = (),
     ) -> AttentionMaps:
-        """The result from maps, directions and scores of the images, fillers included or not."""
+        """The result from maps on a block's grid, directions and scores of the images.
+
+        Maps may be of fillers as well.
+        """
         count = len(self.trace.embeddings)
         units = F.normalize(self.trace.embeddings.detach(), dim=1)
         stacked = self.images.restacked(maps[:count].to(units.device))
@@ -204,6 +210,7 @@ class _Reading:
             scores=self.images.restacked(scores),
             embeddings=self.images.restacked(units),
             warnings=warnings,
+            region=block.region,
         ).detached()
 
 
@@ -221,10 +228,9 @@ def _read(
     vectors = trace.embeddings.detach()
     units = images.restacked(F.normalize(vectors, dim=1))
     check_embeddings(units, images.roles)
-    pixels = (int(flat.shape[-2]), int(flat.shape[-1]))
     probe = _probe(trace)
     trace = _without_trailing(trace, probe)
-    blocks = _blocks(model, trace, pixels)
+    blocks = _blocks(model, trace, flat)
     last = blocks[-1]
     rows = vectors.new_zeros(len(vectors), 0)
     if last is not None:
@@ -241,16 +247,16 @@ def _read(
 
 
 def _blocks(
-    model: SimilarityModel, trace: AttentionTrace, pixels: tuple[int, int]
+    model: SimilarityModel, trace: AttentionTrace, images: Tensor
 ) -> tuple[_Block | None, ...]:
     found = []
     for call in trace.calls:
         counts = {tuple(part.weights.shape[-2:]) for part in call}
         tokens = (int(call[0].weights.shape[-2]), int(call[0].weights.shape[-1]))
-        cells = None
+        cells, region = None, WHOLE
         if len(counts) == 1 and not _is_windowed(call, trace.sizes):
-            cells = token_cells(model, tokens[1], call[0].grids, pixels)
-        found.append(None if cells is None else _Block(call, trace.sizes, cells, tokens))
+            cells, region = token_places(model, tokens[1], call[0].grids, images)
+        found.append(None if cells is None else _Block(call, trace.sizes, cells, tokens, region))
     if not found:
         raise ModelError(
             f"{model.name} has no attention that could be recorded, so methods for transformers "
@@ -279,34 +285,6 @@ def _not_over_tokens(model: str, trace: AttentionTrace, number: int) -> ModelErr
     return ModelError(
         f"{model} {kind} and gives no attention map over the whole image; {_FOR_CNNS}."
     )
-
-
-def token_cells(
-    model: SimilarityModel,
-    count: int,
-    grids: Sequence[tuple[int, int]],
-    pixels: tuple[int, int],
-) -> Tensor | None:
-    """Which token lies where: indices ``(h,w)`` into ``count`` tokens, or None.
-
-    The grid is that of the latest convolution that fits (it cut the image into patches); where no
-    convolution ran, what the model makes of so many tokens.
-
-    Args:
-        model: Knows how tokens become a grid.
-        count: Number of tokens, class and register tokens first.
-        grids: Rows and columns of the outputs of convolutions before the attention.
-        pixels: Height and width of the images.
-    """
-    for height, width in reversed(grids):
-        prefix = count - height * width
-        if 0 <= prefix <= _MOST_PREFIX_TOKENS and height * width > 1:
-            return torch.arange(prefix, count).view(height, width)
-    if grids:
-        return None
-    numbers = torch.arange(count, dtype=torch.float32).view(1, count, 1)
-    found = to_grid(numbers, pixels, model.hints)
-    return None if found is None else found[0, 0].long()
 
 
 def _probe(trace: AttentionTrace) -> Tensor:
@@ -424,13 +402,13 @@ class RawAttention(_OnAttention):
         reading, directions, scores = _read(model, images, "cosine", max_batch)
         block = reading.block(self.block)
         matrix = _joined_heads(block.weights[: len(scores)], str(self.heads))
-        cells = block.cells
+        first = block
         if self.rollout:
             chain = reading.chain(self.block)
-            matrix, cells = self._rolled(chain, len(scores)), chain[0].cells
-        maps = reading.read(block, matrix, cells)
+            matrix, first = self._rolled(chain, len(scores)), chain[0]
+        maps = reading.read(block, matrix, first.cells)
         warnings = () if self.rollout else reading.warnings(self.block)
-        return reading.answer(maps, directions, scores.detach(), warnings)
+        return reading.answer(maps, first, directions, scores.detach(), warnings)
 
     def _rolled(self, chain: Sequence[_Block], count: int) -> Tensor:
         """The product of all blocks ``(M,Tq,Tk)``, the last on the left."""
@@ -501,7 +479,7 @@ class AttentionRelevance(_OnAttention):
                 gained = step + step @ shares
         assert gained is not None  # a chain has at least its end
         maps = reading.read(blocks[-1], gained, blocks[0].cells)
-        return reading.answer(maps, directions, scores.detach())
+        return reading.answer(maps, blocks[0], directions, scores.detach())
 
 
 @dataclass(frozen=True)
@@ -553,7 +531,9 @@ class GradECLIP(_OnAttention):
         loose = (near - low) / torch.where(high > low, high - low, torch.ones_like(high))
         maps = (pull * loose).sum(dim=1).view(-1, *block.cells.shape)
         maps = maps if self.keep_negative else maps.relu()
-        return reading.answer(maps, directions, scores.detach(), reading.warnings(self.block))
+        return reading.answer(
+            maps, block, directions, scores.detach(), reading.warnings(self.block)
+        )
 
 
 def _known(block: _Block, name: str, model: str) -> Tensor:

@@ -16,7 +16,7 @@ from simexplain.methods.layer_maps import check_cams, fuse, layer_cams
 from simexplain.methods.weights import FLAT_BELOW, flat_factors, scaled_weights, weight_rule
 from simexplain.models.base import SimilarityModel
 from simexplain.models.choosing import SINGLE_NUMBER
-from simexplain.models.moving import Region
+from simexplain.models.moving import WHOLE, Region
 from simexplain.tracing import Trace, trace
 
 _HALF_SCALE = 1024.0
@@ -39,6 +39,7 @@ class AttentionMaps:
         warnings: What a user must know before trusting the maps.
         unexplained: The share ``(B,K)``, in [0, 1], of each image's score that its positions do not
             account for; None where a method does not take the score apart.
+        region: Where in the images the maps lie, where the method alone knows that.
     """
 
     maps: Tensor
@@ -48,6 +49,7 @@ class AttentionMaps:
     embeddings: Tensor
     warnings: tuple[str, ...] = ()
     unexplained: Tensor | None = None
+    region: Region = WHOLE
 
     def detached(self) -> AttentionMaps:
         """The same without an autograd graph."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError, first_line
-from simexplain.models.layers import GridHints, Layer, grid_hints, to_grid
+from simexplain.models.layers import GridHints, Layer, Layout, grid_hints, to_grid
 from simexplain.models.moving import WHOLE, Region
 from simexplain.models.surveyed import Surveyed, is_convolutional
 from simexplain.networks import channels_of
@@ -235,6 +235,11 @@ class SimilarityModel(nn.Module, ABC):
         known = len(layers) > 1 and self.is_surveyed(images)
         found = self.regions(layers, images) if known else ()
         return found if len(set(found)) > 1 else (WHOLE,) * len(layers)
+
+    def token_layouts(self, count: int, images: Tensor) -> tuple[Layout, ...]:
+        """How so many tokens of images ``(M,C,H,W)`` lie over them, as far as the survey knows."""
+        surveyed = self._surveyed_for(images)
+        return () if surveyed is None else surveyed.token_layouts(count)
 
     def _surveyed_for(self, images: Tensor) -> Surveyed | None:
         """The survey, or None for a network that none can look into, say for what it overwrites."""

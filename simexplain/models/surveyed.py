@@ -42,6 +42,10 @@ class AtHand:
     row: Tensor
 
 
+_TOKENS = 3
+"""Axes of tokens: images, positions, channels."""
+
+
 class Surveyed:
     """Layers, layouts and shares of a model for images ``(C,H,W)``."""
 
@@ -100,6 +104,14 @@ class Surveyed:
         """Where in the image the cells of a layer lie."""
         layout = self._layout(layer)
         return WHOLE if layout is None else layout.region
+
+    def token_layouts(self, count: int) -> tuple[Layout, ...]:
+        """How layers of so many tokens lie over the image, in the order of execution."""
+        return tuple(
+            layout
+            for layout in self._layouts.values()
+            if layout.tokens == count and len(layout.kind) == _TOKENS
+        )
 
     def _layout(self, layer: str) -> Layout | None:
         name, call = split_call(layer)
