@@ -224,8 +224,8 @@ def test_large_picture(tmp_path: Path) -> None:
         tmp_path / "large.jpg"
     )
     run = simexplain(
-        "explain", NETWORK, "large.jpg", PICTURES[0], "--arch", "siamese", *FAST, "--out", "out",
-        cwd=tmp_path,
+        "explain", NETWORK, "large.jpg", PICTURES[0], "--arch", "siamese", *FAST, "--method", "sam",
+        "--no-check", "--out", "out", cwd=tmp_path,
     )  # fmt: skip
     assert run.code == 0, run.err
     with Image.open(tmp_path / "out/heatmap_0_anchor.png") as drawn:
