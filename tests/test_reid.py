@@ -398,3 +398,12 @@ def test_the_drawn_persons_of_the_benchmark_lie_as_market_does(
     assert len(split.junk) == persons.JUNK
     result = evaluate_reid(TinyNet(), split)
     assert (result.skipped, result.distractors) == (0, persons.DISTRACTORS)
+
+
+def test_names_without_person_and_camera_are_the_reason(tmp_path: Path) -> None:
+    root = market(tmp_path)
+    for path in (root / "query").glob("*.jpg"):
+        path.rename(path.with_name(f"img{path.name}"))
+    data = read_dataset("market1501", root, strict=False)
+    with pytest.raises(ImageError, match=r"one query, .* got none \(names without person and cam"):
+        evaluate_reid(as_similarity_model(TinyNet().eval()), data)

@@ -56,7 +56,7 @@ def evaluate_reid(
             relevant picture.
     """
     gallery = tuple(record for record in data.gallery or () if record.label != JUNK)
-    _check(data.queries, gallery, ranks)
+    _check(data.queries, gallery, ranks, data.problems)
     base = as_similarity_model(model)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     asked = embedded(base, data.queries, what="Embedding queries", **options)
@@ -173,11 +173,20 @@ def _failures(
     )
 
 
-def _check(queries: Sequence[Record], gallery: Sequence[Record], ranks: Sequence[int]) -> None:
+def _check(
+    queries: Sequence[Record],
+    gallery: Sequence[Record],
+    ranks: Sequence[int],
+    problems: Sequence[str] = (),
+) -> None:
     """Says what is missing before the long work, not after it."""
     if not queries or not gallery:
         what = "query" if not queries else "gallery picture"
-        raise ImageError(f"Expected at least one {what}, got none; check the folder.")
+        why = f" ({'; '.join(problems)})" if problems else ""
+        raise ImageError(
+            f"Expected at least one {what}, a picture named by person and camera such as "
+            f"0002_c1s1_000451_03.jpg, got none{why}; check the folder."
+        )
     if not ranks or min(ranks) < 1:
         raise ComparisonError(f"Expected ranks of at least 1, got {list(ranks)}.")
     for record in (*queries, *gallery):
