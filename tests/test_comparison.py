@@ -63,13 +63,13 @@ def test_images_without_a_batch_axis_are_refused() -> None:
     ("arch", "count", "options", "positives"),
     [
         ("siamese", 2, {}, 1),
-        ("siamese", 2, {"different": True}, 0),
+        ("siamese", 2, {"negative": True}, 0),
         ("triplet", 3, {}, 1),
         ("quadruplet", 4, {}, 1),
         ("set", 5, {"positives": 3}, 3),
         ("set", 2, {"positives": 0}, 0),
         (None, 2, {}, 1),
-        (None, 2, {"different": True}, 0),
+        (None, 2, {"negative": True}, 0),
         (None, 3, {}, 1),
     ],
 )
@@ -88,10 +88,10 @@ def test_positives_of(arch: str, count: int, options: dict, positives: int) -> N
         ("set", 3, {"positives": 3}),
         ("set", 3, {"positives": -1}),
         ("pair", 2, {}),
-        ("triplet", 3, {"different": True}),
+        ("triplet", 3, {"negative": True}),
         ("triplet", 3, {"positives": 2}),
         (None, 1, {}),
-        (None, 3, {"different": True}),
+        (None, 3, {"negative": True}),
         (None, 3, {"positives": 2}),
     ],
 )

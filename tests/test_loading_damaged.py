@@ -199,8 +199,8 @@ def test_own_file_with_unusable_options(own_file: Path, option: str, value: obje
 def test_two_channels_are_refused_and_notes_are_printable(own_file: Path) -> None:
     rewritten(own_file, notes=("a \x1b[31mred\nnote",), source="b\x07")
     model = load_model(own_file)
-    assert model.preprocess.notes == ("a ?[31mred?note",)
-    assert model.preprocess.source == "b?"
+    assert model.preprocess.notes == ("a \\x1b[31mred\\nnote",)
+    assert model.preprocess.source == "b\\x07"
     text = refusal(rewritten(own_file, mean=(0.5, 0.5), std=(0.5, 0.5)))
     assert "three channels" in text
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from simexplain.errors import DAMAGED, ModelError, first_line, missing
+from simexplain.printing import printable
 
 FORMAT_KEY = "simexplain"
 SCHEMA = 1
@@ -157,7 +158,7 @@ def network_part(
     kept = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     beside = {k: v for k, v in state.items() if not k.startswith(prefix)}
     kept |= {k: v for k, v in beside.items() if k in own or k.startswith(classifier)}
-    others = [key for key in beside if key not in kept]
+    others = [printable(key) for key in beside if key not in kept]
     listed = ", ".join(others[:_LISTED]) + (", ..." if len(others) > _LISTED else "")
     note = f"Only the tensors under '{prefix}' were loaded; left out: {listed}." if others else ""
     return kept, note
