@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -91,7 +92,14 @@ def between(way: Callable[[Tensor], Tensor], **options: int) -> Build:
 
 
 def stem(*layers: nn.Module) -> Build:
-    return lambda: Convs(lambda maps: maps, stem=nn.Sequential(*layers))
+    def build() -> nn.Module:
+        own = copy.deepcopy(nn.Sequential(*layers))
+        for module in own.modules():  # made when this file was read, before any seed
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        return Convs(lambda maps: maps, stem=own)
+
+    return build
 
 
 def listed(*axes: int) -> Callable[[Tensor], Tensor]:
