@@ -119,8 +119,7 @@ def command(
     if not first_process():
         return
     if as_json:
-        text = json_text(result.to_json())
-        echo_lines(text)
+        echo_lines(json_text(result.to_json()))
     else:
         report(result, known)
 

@@ -146,8 +146,7 @@ def _tell(index: GalleryIndex, left_out: str = "", *, as_json: bool) -> None:
     """Prints what was done."""
     said = {**report_of(index), "warnings": [left_out] if left_out else []}
     if as_json:
-        text = json_text(said)
-        echo_lines(text)
+        echo_lines(json_text(said))
         return
     where = f", layer {index.layer}" if index.layer else ""
     echo(f"{index.model_name}{where}: {_counted(len(index))}")

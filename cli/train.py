@@ -123,8 +123,7 @@ def command(
         return
     with _while_read():
         if as_json:
-            text = json_text(result.to_json())
-            echo_lines(text)
+            echo_lines(json_text(result.to_json()))
         else:
             report(result)
 

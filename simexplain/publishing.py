@@ -157,7 +157,7 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
     place = None
     try:
         if fcntl is not None:
-            with suppress(PermissionError):  # it may be written and not listed
+            with suppress(OSError):  # it may be written and not listed
                 place = os.open(folder, os.O_RDONLY)
         if place is not None:
             try:

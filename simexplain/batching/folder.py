@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from simexplain.batching.planning import Plan
 from simexplain.batching.table import Record, failed, parquet_of, table_of
 from simexplain.errors import DAMAGED, OutputError, first_line
+from simexplain.publishing import locked
 from simexplain.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -105,12 +106,15 @@ class BatchFolder:
                 f"'{self.path}' cannot be written ({error.strerror or error}); choose another "
                 "folder."
             ) from error
-        place = _locked(self.path)
-        try:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.path, wait=False))
+            except BlockingIOError as error:
+                raise OutputError(
+                    f"Another process works on the batch in '{self.path}'; wait until it is done, "
+                    "or choose another folder."
+                ) from error
             yield
-        finally:
-            if place is not None:
-                os.close(place)
 
     def _taken(self, name: str) -> bool:
         path = self.path / name
@@ -251,25 +255,3 @@ class BatchFolder:
             for kind, name in kinds.items()
             if (self.path / name).exists()
         }
-
-
-def _locked(path: Path) -> int | None:
-    """Locks a folder for as long as what is returned is open; the system closes it for the dead."""
-    try:
-        from fcntl import LOCK_EX, LOCK_NB, flock
-
-        place = os.open(path, os.O_RDONLY)
-    except (ImportError, OSError):
-        return None
-    try:
-        flock(place, LOCK_EX | LOCK_NB)
-    except BlockingIOError as error:
-        os.close(place)
-        raise OutputError(
-            f"Another process works on the batch in '{path}'; wait until it is done, or choose "
-            "another folder."
-        ) from error
-    except OSError:
-        os.close(place)
-        return None
-    return place

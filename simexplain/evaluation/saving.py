@@ -233,6 +233,6 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None
 
 
 def write_json(path: Path, said: dict[str, Any]) -> None:
-    """A manifest; NaN and infinity must be told as null before."""
+    """A manifest, with the end of its last line."""
     text = json_text(said)
     path.write_text(text + "\n", encoding="utf-8")
