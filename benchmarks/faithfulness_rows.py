@@ -81,6 +81,12 @@ WITHOUT_A_ROW = {
     "attention_relevance": _ON_ATTENTION,
     "grad_eclip": _ON_ATTENTION,
 }
+# Any other method as it is, so that a new one has a row.
+ROWS |= {
+    name: Row(name, tier=FEW)
+    for name in METHODS
+    if name not in {row.method for row in ROWS.values()} | set(WITHOUT_A_ROW)
+}
 
 Explainer = Row | Peer
 

@@ -1,12 +1,14 @@
-"""MkDocs hooks: LaTeX between dollars becomes MathML while the site is built.
+"""MkDocs hooks: formulas, and the table of all methods, while the site is built.
 
-Browsers draw MathML themselves, so that pages need no script and no network for their formulas.
-The roles of reStructuredText in docstrings (``:func:`name```) become plain code.
+LaTeX between dollars becomes MathML, which browsers draw themselves, so that pages need no script
+and no network for their formulas. ``<!-- every method -->`` becomes a table of all methods. The
+roles of reStructuredText in docstrings (``:func:`name```) become plain code.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import MISSING
 from typing import Any
 
 from latex2mathml.converter import convert
@@ -22,6 +24,7 @@ _PARTS = re.compile(
 _EXAMPLES = re.compile(r"<p>((?:simexplain|torchrun) [^<]*)</p>")
 _ROLES = re.compile(r":(?:func|class|meth|attr|data|mod):(?=<code>)")
 _FORMULAS = "simexplain_formulas"
+_METHODS = "<!-- every method -->"
 # The converter marks these as brackets, where it takes \lvert for an operator with space around.
 _BARS = {r"\lvert": r"\left|", r"\rvert": r"\right|", r"\lVert": r"\left\|", r"\rVert": r"\right\|"}
 
@@ -40,6 +43,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         formulas.append(convert(latex, display="block" if block else "inline"))
         return _mark(len(formulas) - 1)
 
+    if _METHODS in markdown:
+        markdown = markdown.replace(_METHODS, _table_of_methods())
     replaced = _PARTS.sub(stash, markdown)
     page.meta[_FORMULAS] = formulas
     return replaced
@@ -51,6 +56,22 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
         html = html.replace(_mark(number), formula)
     html = _EXAMPLES.sub(_example, html)
     return _ROLES.sub("", html)
+
+
+def _table_of_methods() -> str:
+    """Every method in METHODS: its class with what it computes, and its options."""
+    from simexplain.methods import METHODS, options_of
+
+    rows = ["| name | what it computes | options and their defaults |", "| --- | --- | --- |"]
+    for name, method in METHODS.items():
+        what = (method.__doc__ or "").partition("\n")[0].replace("``", "`")
+        options = ", ".join(
+            f"`{field.name}={'' if field.default is MISSING else field.default}`"
+            for field in options_of(method)
+        )
+        link = f"[`{name}`][{method.__module__}.{method.__name__}]"
+        rows.append(f"| {link} | {what} | {options} |")
+    return "\n".join(rows)
 
 
 def _example(match: re.Match[str]) -> str:

@@ -49,7 +49,7 @@ def typed(made: Made) -> Made:
         ArgumentError: In a call, if an argument is not of its kind.
     """
     if isinstance(made, type):
-        after: Callable[[Any], None] | None = vars(made).get("__post_init__")
+        after: Callable[[Any], None] | None = getattr(made, "__post_init__", None)
 
         def check_fields(self: Any) -> None:
             for name, hint in _hints(made).items():

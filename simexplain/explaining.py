@@ -17,12 +17,12 @@ from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError, first_line
 from simexplain.explanation import Explanation, GivenVector, versions
 from simexplain.frame_sets import by_frame, framed, is_framed
-from simexplain.methods import PIXELS, ChoosesLayers, Method
+from simexplain.methods import PIXELS, ChoosesLayers, MethodLike
+from simexplain.methods.method import AttentionMaps
 from simexplain.methods.rows import Layers, Methods, Row, rows_of
-from simexplain.methods.similarity_attention import AttentionMaps
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
-from simexplain.models.blackbox import WITH_GRADIENTS, WITHOUT_GRADIENTS
+from simexplain.models.blackbox import pixel_methods
 from simexplain.models.embedder import as_similarity_model
 from simexplain.models.moving import WHOLE
 from simexplain.models.pairs import PairModel
@@ -30,7 +30,7 @@ from simexplain.networks import full_precision
 from simexplain.pair_explanation import PairExplanation
 from simexplain.tracing import trace
 
-SCORED = ("similarity_cam", *WITH_GRADIENTS, *WITHOUT_GRADIENTS)
+SCORED = ("similarity_cam", *pixel_methods(differentiable=True))
 """Methods that explain a learned score of two images."""
 
 _MOVED_FAR = 0.1
@@ -511,7 +511,7 @@ def _check_finite(found: AttentionMaps) -> None:
         )
 
 
-def _told(method: Method, upscale: float) -> dict[str, Any]:
+def _told(method: MethodLike, upscale: float) -> dict[str, Any]:
     """The options in plain JSON values, for the manifest."""
     chosen: dict[str, Any] = {}
     if is_dataclass(method) and not isinstance(method, type):

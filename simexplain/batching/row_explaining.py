@@ -18,7 +18,7 @@ from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ImageError, ModelError
 from simexplain.explaining import explain_view
 from simexplain.explanation import Explanation
-from simexplain.methods import Method, takes_layers
+from simexplain.methods import MethodLike, takes_layers
 from simexplain.methods.avsl_maps import AVSLMaps
 from simexplain.methods.raw_vectors import RawVectors
 from simexplain.methods.rows import Methods, asked_of
@@ -66,7 +66,7 @@ class RowExplainer:
         height, width = (max(1, round(side * asked.upscale)) for side in self.own)
         self.view: Size = (height, width)
         self.reader = Reader(plan.pictures, model.preprocess, self.view)
-        self._chosen: tuple[Method, ...] = ()
+        self._chosen: tuple[MethodLike, ...] = ()
         self._layers: tuple[str, ...] = ()
         self._images: tuple[int, ...] = ()
         self._uses: dict[int, dict[int, list[int]]] = {}

@@ -7,11 +7,11 @@ from dataclasses import MISSING, Field
 from typing import Any
 
 from simexplain.errors import ComparisonError, SimexplainError, meant
-from simexplain.methods import ELSEWHERE, METHODS, Method, option_from, options_of
+from simexplain.methods import ELSEWHERE, METHODS, MethodLike, option_from, options_of
 from simexplain.methods.rows import Layers
 from simexplain.renaming import todays
 
-Recipe = tuple[str | Method, Layers, Mapping[str, Any]]
+Recipe = tuple[str | MethodLike, Layers, Mapping[str, Any]]
 """A method, its layers and its options, as ``explain_files`` takes them."""
 
 Recipes = Mapping[str, Recipe] | Sequence[str] | None
@@ -110,7 +110,7 @@ def settled(recipe: Recipe) -> Recipe:
     return method, layer, {**options, **kept}
 
 
-def _missing(method: str | Method, options: Mapping[str, Any]) -> list[str]:
+def _missing(method: str | MethodLike, options: Mapping[str, Any]) -> list[str]:
     """Options that have to be given and are not."""
     return [
         field.name

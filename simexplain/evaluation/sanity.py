@@ -13,7 +13,7 @@ from simexplain.comparison import Comparison
 from simexplain.errors import ModelError
 from simexplain.evaluation.results import SanityScores
 from simexplain.explaining import explain
-from simexplain.methods import Method, takes_layers
+from simexplain.methods import MethodLike, takes_layers
 from simexplain.methods.rows import Layers
 from simexplain.metrics.randomising import randomisable, randomised
 from simexplain.metrics.stability import AGREEMENTS
@@ -24,7 +24,7 @@ from simexplain.models.embedder import as_similarity_model
 def sanity_check(
     model: nn.Module,
     comparison: Comparison,
-    method: str | Method = "sam",
+    method: str | MethodLike = "sam",
     layer: Layers = None,
     *,
     depths: int | Sequence[int] = 8,

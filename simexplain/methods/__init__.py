@@ -14,6 +14,8 @@ from simexplain.methods.avsl_maps import AVSLMaps
 from simexplain.methods.bank_maps import BankMaps
 from simexplain.methods.decomposition import Decomposition
 from simexplain.methods.focus import Focus
+from simexplain.methods.method import AttentionMaps as AttentionMaps
+from simexplain.methods.method import Method as Method
 from simexplain.methods.perturbation import SBSM, Occlusion, RandomMasks
 from simexplain.methods.pixel_gradients import (
     InputXGradient,
@@ -22,13 +24,16 @@ from simexplain.methods.pixel_gradients import (
     SmoothGrad,
 )
 from simexplain.methods.scoring import PIXELS as PIXELS
-from simexplain.methods.similarity_attention import AttentionMaps, SimilarityAttention
+from simexplain.methods.scoring import PixelMethod
+from simexplain.methods.similarity_attention import SimilarityAttention
 from simexplain.methods.similarity_cam import SimilarityCAM
 from simexplain.models.base import SimilarityModel
+from simexplain.models.blackbox import PIXEL_METHODS
 
-Method = Callable[..., AttentionMaps]
+MethodLike = Callable[..., AttentionMaps]
+"""A :class:`Method`, or any function with its arguments."""
 
-METHODS: dict[str, Callable[..., Method]] = {
+METHODS: dict[str, type[Method]] = {
     "sam": SimilarityAttention,
     "focus": Focus,
     "similarity_cam": SimilarityCAM,
@@ -47,6 +52,12 @@ METHODS: dict[str, Callable[..., Method]] = {
     "avsl": AVSLMaps,
 }
 """Every method by name: called with its options it gives ``(model, images, layers) -> maps``."""
+
+PIXEL_METHODS.update(
+    (name, method.needs_gradient)
+    for name, method in METHODS.items()
+    if issubclass(method, PixelMethod)
+)
 
 
 ELSEWHERE = {
@@ -91,9 +102,9 @@ class ChoosesLayers(Protocol):
         """
 
 
-def takes_layers(method: str | Method) -> bool:
+def takes_layers(method: str | MethodLike) -> bool:
     """Whether a user may name the layers of a method, given by name or as an object."""
-    made = METHODS[method] if isinstance(method, str) else method
+    made: Any = METHODS[method] if isinstance(method, str) else method
     return bool(getattr(made, "uses_layers", True))
 
 

@@ -26,8 +26,8 @@ from simexplain.attention_recording import (
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.methods.directions import margin_directions
+from simexplain.methods.method import AttentionMaps, Method, check_embeddings
 from simexplain.methods.raw_vectors import RawVectors
-from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.methods.similarity_cam import SCORES
 from simexplain.methods.token_places import token_places
 from simexplain.models.base import SimilarityModel
@@ -352,7 +352,7 @@ def _check_score(score: str) -> None:
 # ----------------------------------------------------------------------------------- methods
 
 
-class _OnAttention:
+class _OnAttention(Method):
     """What methods that read attention share: they have one layer, which nobody names."""
 
     uses_layers: ClassVar[bool] = False
@@ -390,15 +390,14 @@ class RawAttention(_OnAttention):
                 f"Expected heads to be mean, max or the number of a head, got '{self.heads}'."
             )
 
-    def __call__(
+    def attribute(
         self,
         model: SimilarityModel,
         images: Comparison,
-        layers: Sequence[str] = (),
-        *,
-        max_batch: int | None = None,
+        layers: Sequence[str],
+        max_batch: int | None,
     ) -> AttentionMaps:
-        """Maps ``(B,K,h,w)`` on the grid of the patches; see :class:`AttentionMaps`."""
+        """The row of the embedding's own attention, on the grid of the patches."""
         reading, directions, scores = _read(model, images, "cosine", max_batch)
         block = reading.block(self.block)
         matrix = _joined_heads(block.weights[: len(scores)], str(self.heads))
@@ -448,15 +447,14 @@ class AttentionRelevance(_OnAttention):
     def __post_init__(self) -> None:
         _check_score(self.score)
 
-    def __call__(
+    def attribute(
         self,
         model: SimilarityModel,
         images: Comparison,
-        layers: Sequence[str] = (),
-        *,
-        max_batch: int | None = None,
+        layers: Sequence[str],
+        max_batch: int | None,
     ) -> AttentionMaps:
-        """Maps ``(B,K,h,w)`` on the grid of the patches; see :class:`AttentionMaps`."""
+        """The row of the relevance, on the grid of the patches."""
         reading, directions, scores = _read(model, images, self.score, max_batch)
         reading.block(self.first_block)
         blocks = reading.chain()
@@ -507,15 +505,14 @@ class GradECLIP(_OnAttention):
     def __post_init__(self) -> None:
         _check_score(self.score)
 
-    def __call__(
+    def attribute(
         self,
         model: SimilarityModel,
         images: Comparison,
-        layers: Sequence[str] = (),
-        *,
-        max_batch: int | None = None,
+        layers: Sequence[str],
+        max_batch: int | None,
     ) -> AttentionMaps:
-        """Maps ``(B,K,h,w)`` on the grid of the patches; see :class:`AttentionMaps`."""
+        """What each patch's value adds to the score, on the grid of the patches."""
         reading, directions, scores = _read(model, images, self.score, max_batch)
         block = reading.block(self.block)
         queries, keys, values = (

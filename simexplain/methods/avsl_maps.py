@@ -16,8 +16,8 @@ from simexplain.errors import ComparisonError
 from simexplain.graph.cams import directed_cams
 from simexplain.graph.inference import Rows, infer
 from simexplain.methods.layer_maps import at_grid, finest_grid
+from simexplain.methods.method import AttentionMaps, Method, check_embeddings
 from simexplain.methods.scoring import check_choice
-from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_runs import expected_avsl, features_and_rows, origin_warnings
 from simexplain.models.base import SimilarityModel
@@ -45,7 +45,7 @@ over both images; all maps together then add up to what the distances of a compa
 
 @dataclass(frozen=True)
 @typed
-class AVSLMaps:
+class AVSLMaps(Method):
     """The node CAMs of each image, weighted by sensitivities and summed over nodes and levels.
 
     AVSL's distance of a pair is ``sum over levels and nodes of lambda (a - b)^2`` with the
@@ -84,13 +84,12 @@ class AVSLMaps:
         levels = expected_avsl(model, "for method 'avsl'").levels
         return tuple(levels[number] for number in self._wanted(model))
 
-    def __call__(
+    def attribute(
         self,
         model: SimilarityModel,
         images: Comparison,
-        layers: Sequence[str] = (),
-        *,
-        max_batch: int | None = None,
+        layers: Sequence[str],
+        max_batch: int | None,
     ) -> AttentionMaps:
         """Maps ``(B,K,h,w)`` at the finest level's grid; see :class:`AttentionMaps`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from simexplain.arguments import typed
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.methods.cams import weighted
+from simexplain.methods.method import AttentionMaps, Method, check_embeddings
 from simexplain.methods.scoring import check_range
-from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.methods.weight_bank import BankWeights, WeightBank
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import find_layer, split_call, unit_rows
@@ -39,7 +39,7 @@ class BankName(str):
 
 
 @dataclass(frozen=True, init=False)
-class BankMaps:
+class BankMaps(Method):
     """Grad-CAM with the weights of similar images (Chen et al. 2020, arXiv 2001.06538).
 
     ``relu(sum over k of alpha_k A_k)``, where ``alpha`` is the mean of the grad-weights of the
@@ -55,8 +55,6 @@ class BankMaps:
             the option and its default are choices of ours.
         keep_negative: Leave out the final ReLU.
     """
-
-    uses_layers: ClassVar[bool] = True
 
     bank: BankName  # without a default, which tells that one has to be given
     neighbours: int = 2
@@ -98,13 +96,12 @@ class BankMaps:
         """The layer of the bank."""
         return (self.bank.bank.layer,)
 
-    def __call__(
+    def attribute(
         self,
         model: SimilarityModel,
         images: Comparison,
         layers: Sequence[str],
-        *,
-        max_batch: int | None = None,
+        max_batch: int | None,
     ) -> AttentionMaps:
         """Maps for preprocessed images, from one forward pass.
 

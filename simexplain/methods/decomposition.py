@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -13,9 +12,9 @@ from simexplain.comparison import Comparison
 from simexplain.errors import ModelError
 from simexplain.methods.directions import margin_directions
 from simexplain.methods.layer_maps import fuse
+from simexplain.methods.method import AttentionMaps, Method, check_embeddings
 from simexplain.methods.position_parts import EXACT, MOST_STEPS, parts_of
 from simexplain.methods.raw_vectors import trace_vectors
-from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.methods.unexplained import unexplained_share, unexplained_warning
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import unit_rows
@@ -25,7 +24,7 @@ _FAR_OFF = 0.05
 
 @dataclass(frozen=True)
 @typed
-class Decomposition:
+class Decomposition(Method):
     """Activation decomposition (Zhu et al. 2019; Stylianou et al. 2019), signed and exact.
 
     Each image's score is its cosine to the positives minus that to the negatives, the others held.
@@ -39,8 +38,6 @@ class Decomposition:
         keep_negative: Leave the signs; else negative values are cut off, and no map adds up.
     """
 
-    uses_layers: ClassVar[bool] = True
-
     steps: int = 16
     keep_negative: bool = True
 
@@ -50,25 +47,14 @@ class Decomposition:
                 f"Expected steps of at least 1 and at most {MOST_STEPS}, got {self.steps}."
             )
 
-    def __call__(
+    def attribute(
         self,
         model: SimilarityModel,
         images: Comparison,
         layers: Sequence[str],
-        *,
-        max_batch: int | None = None,
+        max_batch: int | None,
     ) -> AttentionMaps:
-        """Maps for preprocessed images.
-
-        Args:
-            model: The model to explain.
-            images: Images ``(3,H,W)`` in a comparison.
-            layers: One layer, or several whose positive parts are multiplied.
-            max_batch: Bounds the images of one forward pass.
-
-        Raises:
-            ModelError: If a layer cannot be used or the embeddings are zero or not finite.
-        """
+        """What each position adds; of several layers the positive parts are multiplied."""
         flat = images.stacked().flatten(0, 1)
         traced = trace_vectors(model, flat, layers, max_batch=max_batch)
         units = images.restacked(unit_rows(traced.vectors))

@@ -17,9 +17,9 @@ from simexplain.errors import ComparisonError, ModelError
 from simexplain.methods.cams import layer_cam, weighted
 from simexplain.methods.kinds import LEAST_SIDE, SMALL, kind_of, layers_for
 from simexplain.methods.layer_maps import at_grid, finest_grid, fuse, layer_cams, unit_scaled
+from simexplain.methods.method import AttentionMaps, Method, check_embeddings
 from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.methods.rivals import rivals_of
-from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.metrics.fills import gaussian
 from simexplain.models.base import SimilarityModel
 from simexplain.models.moving import WHOLE, Region
@@ -32,7 +32,7 @@ _APART = 1e-3
 
 @dataclass(frozen=True)
 @typed
-class Focus:
+class Focus(Method):
     """Position by position: more like the images on its own side than like those on the other?
 
     1. At the coarsest layer every position ``p`` with features ``A_p`` is asked by itself. With
@@ -67,7 +67,6 @@ class Focus:
             are enlarged before the network, if that takes them, until it has so many; 1 for never.
     """
 
-    uses_layers: ClassVar[bool] = True
     joined: ClassVar[str] = "focus"
 
     contrast: float = 20.0
@@ -94,13 +93,12 @@ class Focus:
         """The last layer of each of the three coarsest resolutions, where there are so many."""
         return layers_for(model, images) or None
 
-    def __call__(
+    def attribute(
         self,
         model: SimilarityModel,
         images: Comparison,
         layers: Sequence[str],
-        *,
-        max_batch: int | None = None,
+        max_batch: int | None,
     ) -> AttentionMaps:
         """Maps for preprocessed images, on the grid of the finest layer.
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from simexplain.comparison import Comparison
 from simexplain.methods.focus import Focus
+from simexplain.methods.method import AttentionMaps
 from simexplain.methods.raw_vectors import trace_vectors
-from simexplain.methods.similarity_attention import AttentionMaps, SimilarityAttention
+from simexplain.methods.similarity_attention import SimilarityAttention
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import unit_rows
 

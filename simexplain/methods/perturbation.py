@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,22 +12,35 @@ from torch.nn import functional as F
 
 from simexplain.arguments import typed
 from simexplain.comparison import Comparison
+from simexplain.methods.method import AttentionMaps
 from simexplain.methods.scoring import (
+    PixelMethod,
     Question,
-    ask,
     check_choice,
     check_range,
     filled,
     scores_of,
 )
-from simexplain.methods.similarity_attention import AttentionMaps
 from simexplain.metrics.fills import FILLS
-from simexplain.models.base import SimilarityModel
+
+
+@dataclass(frozen=True)
+class _Windows(PixelMethod):
+    """What methods with a sliding window share."""
+
+    window: float = 0.2
+    stride: float = 0.1
+    fill: str = "blur"
+
+    def __post_init__(self) -> None:
+        check_range("window", self.window, 1e-3, 1)
+        check_range("stride", self.stride, 1e-3, self.window)
+        check_choice("fill", self.fill, FILLS)
 
 
 @dataclass(frozen=True)
 @typed
-class Occlusion:
+class Occlusion(_Windows):
     """How far the score falls when a window is hidden (Zeiler and Fergus 2013, arXiv 1311.2901).
 
     Each pixel gets the mean fall over all windows that cover it. Computed by captum.
@@ -40,33 +52,17 @@ class Occlusion:
         keep_negative: Leave out the final ReLU, so that evidence against the score stays.
     """
 
-    uses_layers: ClassVar[bool] = False
-
-    window: float = 0.2
-    stride: float = 0.1
-    fill: str = "blur"
     keep_negative: bool = True
 
-    def __post_init__(self) -> None:
-        _check_window(self.window, self.stride, self.fill)
-
-    def __call__(
-        self,
-        model: SimilarityModel,
-        images: Comparison,
-        layers: Sequence[str] = (),
-        *,
-        max_batch: int | None = None,
-    ) -> AttentionMaps:
-        """Maps ``(B,K,H,W)`` for preprocessed images; see :class:`AttentionMaps`."""
+    def answer(self, question: Question, max_batch: int | None) -> AttentionMaps:
+        """The fall of the score, one image after the other."""
         from captum.attr import Occlusion as Captum
 
-        question = ask(model, images, max_batch)
-        fills = filled(model, question.images, self.fill)
+        fills = filled(question.model, question.images, self.fill)
         channels = question.images.shape[1]
-        window, stride = _in_pixels(images, self.window, self.stride)
+        window, stride = _in_pixels(question.comparison, self.window, self.stride)
         # One image after the other: then a batch is full of perturbed copies of one image.
-        tool = Captum(lambda copies, d: scores_of(model, copies, d, question.size))
+        tool = Captum(lambda copies, d: scores_of(question.model, copies, d, question.size))
         maps = [
             tool.attribute(
                 image[None],
@@ -84,17 +80,17 @@ class Occlusion:
         size = found.abs().amax(dim=(1, 2))
         return question.answer(found if self.keep_negative else found.relu(), size=size)
 
-    def forwards(self, images: Comparison) -> int:
-        """Images that pass through the network for these comparisons."""
+    def passes(self, images: Comparison) -> int:
+        """How often each image passes through the network."""
         window, stride = _in_pixels(images, self.window, self.stride)
         # Captum's last window may hang over the edge.
         steps = [math.ceil((side - window) / stride) + 1 for side in images.image_size]
-        return (math.prod(steps) + 2) * images.batch * images.count
+        return math.prod(steps) + 2
 
 
 @dataclass(frozen=True)
 @typed
-class SBSM:
+class SBSM(_Windows):
     """Similarity-based saliency maps by sliding windows.
 
     Dong et al., Explainability for Content-Based Image Retrieval, CVPR workshops 2019:
@@ -110,28 +106,12 @@ class SBSM:
         signed: Also count windows whose hiding raises the score, as negative.
     """
 
-    uses_layers: ClassVar[bool] = False
-
-    window: float = 0.2
-    stride: float = 0.1
-    fill: str = "blur"
     signed: bool = False
 
-    def __post_init__(self) -> None:
-        _check_window(self.window, self.stride, self.fill)
-
-    def __call__(
-        self,
-        model: SimilarityModel,
-        images: Comparison,
-        layers: Sequence[str] = (),
-        *,
-        max_batch: int | None = None,
-    ) -> AttentionMaps:
-        """Maps ``(B,K,H,W)`` for preprocessed images; see :class:`AttentionMaps`."""
-        question = ask(model, images, max_batch)
-        fills = filled(model, question.images, self.fill)
-        window, corners = self._windows(images)
+    def answer(self, question: Question, max_batch: int | None) -> AttentionMaps:
+        """The falls of all windows, shared out over the pixels that each of them hides."""
+        fills = filled(question.model, question.images, self.fill)
+        window, corners = self._windows(question.comparison)
         total = torch.zeros_like(question.images[:, 0])
         covered = torch.zeros_like(total[0])
         for some in (corners[i : i + question.size] for i in range(0, len(corners), question.size)):
@@ -144,9 +124,9 @@ class SBSM:
         total = total / covered.clamp_min(1)
         return question.answer(total, size=total.abs().amax(dim=(1, 2)))
 
-    def forwards(self, images: Comparison) -> int:
-        """Images that pass through the network for these comparisons."""
-        return (len(self._windows(images)[1]) + 1) * images.batch * images.count
+    def passes(self, images: Comparison) -> int:
+        """How often each image passes through the network."""
+        return len(self._windows(images)[1]) + 1
 
     def _windows(self, images: Comparison) -> tuple[int, list[tuple[int, int]]]:
         """The side of the window and the upper left corner of every place it goes to."""
@@ -159,7 +139,7 @@ class SBSM:
 
 @dataclass(frozen=True)
 @typed
-class RandomMasks:
+class RandomMasks(PixelMethod):
     """Which random masks keep the score high and which do not, after Distance Explainer.
 
     Meijer and Bos (2025, arXiv 2505.15516), who rank masks by a distance; the masks are those of
@@ -177,8 +157,6 @@ class RandomMasks:
         keep_negative: Leave out the final ReLU, so that evidence against the score stays.
     """
 
-    uses_layers: ClassVar[bool] = False
-
     masks: int = 500
     grid: int = 8
     keep: float = 0.5
@@ -194,17 +172,9 @@ class RandomMasks:
         check_range("keep", self.keep, 0, 1)
         check_range("share", self.share, 0, 0.5)
 
-    def __call__(
-        self,
-        model: SimilarityModel,
-        images: Comparison,
-        layers: Sequence[str] = (),
-        *,
-        max_batch: int | None = None,
-    ) -> AttentionMaps:
-        """Maps ``(B,K,H,W)`` for preprocessed images; see :class:`AttentionMaps`."""
-        question = ask(model, images, max_batch)
-        fills = filled(model, question.images, self.fill)
+    def answer(self, question: Question, max_batch: int | None) -> AttentionMaps:
+        """The best masks less the worst; they are the same for every image."""
+        fills = filled(question.model, question.images, self.fill)
         cells, shifts = self._drawn()
         size = question.size
         parts = [slice(start, start + size) for start in range(0, self.masks, size)]
@@ -222,9 +192,9 @@ class RandomMasks:
         spread = scores.amax(dim=1) - scores.amin(dim=1)
         return question.answer(total if self.keep_negative else total.relu(), size=spread)
 
-    def forwards(self, images: Comparison) -> int:
-        """Images that pass through the network for these comparisons."""
-        return (self.masks + 1) * images.batch * images.count
+    def passes(self, images: Comparison) -> int:
+        """How often each image passes through the network."""
+        return self.masks + 1
 
     def _drawn(self) -> tuple[Tensor, Tensor]:
         """Cells ``(N,grid,grid)``, 1 where the image is kept, and shifts ``(N,2)`` in cells."""
@@ -247,12 +217,6 @@ class RandomMasks:
         signs.scatter_(1, order[:, :ends], -1 / ends)
         # Where no mask makes a difference, a ranking would be noise.
         return signs * (scores.amax(dim=1) > scores.amin(dim=1)).unsqueeze(1)
-
-
-def _check_window(window: float, stride: float, fill: str) -> None:
-    check_range("window", window, 1e-3, 1)
-    check_range("stride", stride, 1e-3, window)
-    check_choice("fill", fill, FILLS)
 
 
 def _in_pixels(images: Comparison, window: float, stride: float) -> tuple[int, int]:

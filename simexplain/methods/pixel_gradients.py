@@ -7,7 +7,7 @@ several images belong together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from simexplain.arguments import typed
 from simexplain.comparison import Comparison
+from simexplain.methods.method import AttentionMaps
 from simexplain.methods.scoring import (
+    PixelMethod,
     Question,
-    ask,
     check_choice,
     check_range,
     differentiable_scores,
@@ -26,9 +27,7 @@ from simexplain.methods.scoring import (
     scores_of,
     unscaled,
 )
-from simexplain.methods.similarity_attention import AttentionMaps
 from simexplain.metrics.fills import FILLS
-from simexplain.models.base import SimilarityModel
 
 _INCOMPLETE = 0.05
 _ROUNDING = 1e-5
@@ -50,7 +49,7 @@ CHANNELS: dict[str, Callable[[Tensor], Tensor]] = {"max": _strongest, "sum": _su
 
 @dataclass(frozen=True)
 @typed
-class Saliency:
+class Saliency(PixelMethod):
     """The gradient of the score, as Simonyan et al. (2013, arXiv 1312.6034), section 3.
 
     ``max over channels of |ds/dx|``: where the smallest change moves the score most, whichever way.
@@ -60,7 +59,7 @@ class Saliency:
         signed: Keep the sign: where a brighter pixel raises the score.
     """
 
-    uses_layers: ClassVar[bool] = False
+    needs_gradient: ClassVar[bool] = True
 
     channels: str = "max"
     signed: bool = False
@@ -68,28 +67,20 @@ class Saliency:
     def __post_init__(self) -> None:
         check_choice("channels", self.channels, CHANNELS)
 
-    def __call__(
-        self,
-        model: SimilarityModel,
-        images: Comparison,
-        layers: Sequence[str] = (),
-        *,
-        max_batch: int | None = None,
-    ) -> AttentionMaps:
-        """Maps ``(B,K,H,W)`` for preprocessed images; see :class:`AttentionMaps`."""
-        question = ask(model, images, max_batch)
+    def answer(self, question: Question, max_batch: int | None) -> AttentionMaps:
+        """The strongest gradient of the colours, or their sum."""
         gradient = _in_parts(question, max_batch, _gradient)
         maps = CHANNELS[self.channels](gradient if self.signed else gradient.abs())
         return question.answer(maps, size=question.slack)
 
-    def forwards(self, images: Comparison) -> int:
-        """Images that pass through the network for these comparisons."""
-        return 2 * images.batch * images.count
+    def passes(self, images: Comparison) -> int:
+        """How often each image passes through the network."""
+        return 2
 
 
 @dataclass(frozen=True)
 @typed
-class InputXGradient:
+class InputXGradient(PixelMethod):
     """The gradient times the pixel, as Shrikumar et al. (2016, arXiv 1605.01713).
 
     The pixel is counted from the mean colour that preprocessing subtracts.
@@ -98,20 +89,12 @@ class InputXGradient:
         keep_negative: Leave out the final ReLU, so that evidence against the score stays.
     """
 
-    uses_layers: ClassVar[bool] = False
+    needs_gradient: ClassVar[bool] = True
 
     keep_negative: bool = True
 
-    def __call__(
-        self,
-        model: SimilarityModel,
-        images: Comparison,
-        layers: Sequence[str] = (),
-        *,
-        max_batch: int | None = None,
-    ) -> AttentionMaps:
-        """Maps ``(B,K,H,W)`` for preprocessed images; see :class:`AttentionMaps`."""
-        question = ask(model, images, max_batch)
+    def answer(self, question: Question, max_batch: int | None) -> AttentionMaps:
+        """Gradient times pixel, summed over the colours."""
 
         def attribute(scores: Scores, part: Tensor, directions: Tensor, _: slice) -> Tensor:
             from captum.attr import InputXGradient as Captum
@@ -124,14 +107,14 @@ class InputXGradient:
         maps = _map(_in_parts(question, max_batch, attribute), self.keep_negative)
         return question.answer(maps, size=question.slack)
 
-    def forwards(self, images: Comparison) -> int:
-        """Images that pass through the network for these comparisons."""
-        return 2 * images.batch * images.count
+    def passes(self, images: Comparison) -> int:
+        """How often each image passes through the network."""
+        return 2
 
 
 @dataclass(frozen=True)
 @typed
-class SmoothGrad:
+class SmoothGrad(PixelMethod):
     """The mean gradient over noisy copies of an image (Smilkov et al. 2017, arXiv 1706.03825).
 
     Every image gets the same draws, so that its map does not depend on its neighbours in a batch.
@@ -144,7 +127,7 @@ class SmoothGrad:
         keep_negative: Leave out the final ReLU, so that evidence against the score stays.
     """
 
-    uses_layers: ClassVar[bool] = False
+    needs_gradient: ClassVar[bool] = True
 
     noise: float = 0.15
     samples: int = 16
@@ -155,16 +138,8 @@ class SmoothGrad:
         check_range("noise", self.noise, 0, 10)
         check_range("samples", self.samples, 1, 100_000)
 
-    def __call__(
-        self,
-        model: SimilarityModel,
-        images: Comparison,
-        layers: Sequence[str] = (),
-        *,
-        max_batch: int | None = None,
-    ) -> AttentionMaps:
-        """Maps ``(B,K,H,W)`` for preprocessed images; see :class:`AttentionMaps`."""
-        question = ask(model, images, max_batch)
+    def answer(self, question: Question, max_batch: int | None) -> AttentionMaps:
+        """The mean gradient over the noisy copies."""
         generator = torch.Generator().manual_seed(self.seed)
         spread = question.images.flatten(1)
         spread = (spread.amax(dim=1) - spread.amin(dim=1)).view(-1, 1, 1, 1) * self.noise
@@ -178,14 +153,14 @@ class SmoothGrad:
         size = torch.where(spread.flatten() > 0, torch.inf, question.slack)
         return question.answer(_map(total / self.samples, self.keep_negative), size=size)
 
-    def forwards(self, images: Comparison) -> int:
-        """Images that pass through the network for these comparisons."""
-        return (self.samples + 1) * images.batch * images.count
+    def passes(self, images: Comparison) -> int:
+        """How often each image passes through the network."""
+        return self.samples + 1
 
 
 @dataclass(frozen=True)
 @typed
-class IntegratedGradients:
+class IntegratedGradients(PixelMethod):
     """Gradients along the line from a baseline (Sundararajan et al. 2017, arXiv 1703.01365).
 
     ``(x - b) * integral of ds/dx at b + t (x - b)`` over ``t`` from 0 to 1, by Gauss-Legendre. Its
@@ -197,7 +172,7 @@ class IntegratedGradients:
         keep_negative: Leave out the final ReLU, so that evidence against the score stays.
     """
 
-    uses_layers: ClassVar[bool] = False
+    needs_gradient: ClassVar[bool] = True
 
     steps: int = 32
     baseline: str = "blur"
@@ -207,17 +182,9 @@ class IntegratedGradients:
         check_choice("baseline", self.baseline, FILLS)
         check_range("steps", self.steps, 1, 100_000)
 
-    def __call__(
-        self,
-        model: SimilarityModel,
-        images: Comparison,
-        layers: Sequence[str] = (),
-        *,
-        max_batch: int | None = None,
-    ) -> AttentionMaps:
-        """Maps ``(B,K,H,W)`` for preprocessed images; see :class:`AttentionMaps`."""
-        question = ask(model, images, max_batch)
-        baselines = filled(model, question.images, self.baseline)
+    def answer(self, question: Question, max_batch: int | None) -> AttentionMaps:
+        """The integral for every image, with a warning where it does not add up."""
+        baselines = filled(question.model, question.images, self.baseline)
 
         def attribute(scores: Scores, part: Tensor, directions: Tensor, place: slice) -> Tensor:
             from captum.attr import IntegratedGradients as Captum
@@ -232,15 +199,15 @@ class IntegratedGradients:
             return unscaled(found)
 
         found = _in_parts(question, max_batch, attribute)
-        below = scores_of(model, baselines, question.directions, max_batch)
+        below = scores_of(question.model, baselines, question.directions, max_batch)
         sums = found.sum(dim=(1, 2, 3)).to(question.scores)
-        warnings = self._warnings(images, sums, question.scores - below)
+        warnings = self._warnings(question.comparison, sums, question.scores - below)
         size = found.abs().sum(dim=(1, 2, 3))
         return question.answer(_map(found, self.keep_negative), warnings, size=size)
 
-    def forwards(self, images: Comparison) -> int:
-        """Images that pass through the network for these comparisons."""
-        return (self.steps + 2) * images.batch * images.count
+    def passes(self, images: Comparison) -> int:
+        """How often each image passes through the network."""
+        return self.steps + 2
 
     def _warnings(self, images: Comparison, sums: Tensor, differences: Tensor) -> tuple[str, ...]:
         """Where the sum of a map is not the difference that it should account for."""

@@ -15,21 +15,22 @@ from simexplain.methods import (
     METHODS,
     PIXELS,
     ChoosesLayers,
-    Method,
+    MethodLike,
     check_method,
     options_of,
     takes_layers,
 )
 from simexplain.methods.focus import Focus
 from simexplain.methods.kinds import rows_for
+from simexplain.methods.method import AttentionMaps
 from simexplain.methods.one_pass import attended, shares
-from simexplain.methods.similarity_attention import AttentionMaps, SimilarityAttention
+from simexplain.methods.similarity_attention import SimilarityAttention
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import layer_name
 
 Layers = str | nn.Module | Sequence[str | nn.Module] | None
 """Layers by name or as modules of the network."""
-Methods = str | Method | Sequence[str | Method] | None
+Methods = str | MethodLike | Sequence[str | MethodLike] | None
 """A name in ``METHODS`` or an object, several to make rows, or None for what
 :func:`~simexplain.methods.kinds.rows_for` says."""
 
@@ -46,7 +47,7 @@ class Row:
     """
 
     name: str
-    method: Method
+    method: MethodLike
     layers: tuple[str, ...]
     found: AttentionMaps
 
@@ -95,7 +96,7 @@ def asked_of(
     options: dict[str, Any],
     *,
     direction: bool = False,
-) -> list[tuple[str | Method, Method]]:
+) -> list[tuple[str | MethodLike, MethodLike]]:
     """The methods that are meant, as they were given and as objects.
 
     Args:
@@ -119,7 +120,7 @@ def _named(
     options: dict[str, Any],
     *,
     direction: bool,
-) -> Sequence[str | Method]:
+) -> Sequence[str | MethodLike]:
     """The methods that are meant, by name or as objects."""
     if method is None:
         return rows_for(model, direction=direction, chosen=bool(options) or layer is not None)
@@ -130,7 +131,7 @@ def _named(
     return method
 
 
-def _made(named: Sequence[str | Method], options: dict[str, Any]) -> list[Method]:
+def _made(named: Sequence[str | MethodLike], options: dict[str, Any]) -> list[MethodLike]:
     """The methods as objects, each of those given by name with the options that it has."""
     for name in named:
         if isinstance(name, str):
@@ -168,7 +169,7 @@ def _made(named: Sequence[str | Method], options: dict[str, Any]) -> list[Method
 def _found(
     model: SimilarityModel,
     view: Comparison,
-    chosen: Sequence[tuple[str | Method, Method]],
+    chosen: Sequence[tuple[str | MethodLike, MethodLike]],
     layer: Layers,
     max_batch: int | None,
 ) -> list[Row]:
@@ -196,7 +197,7 @@ def _found(
 
 
 def _layers(
-    model: SimilarityModel, view: Comparison, layer: Layers, method: Method
+    model: SimilarityModel, view: Comparison, layer: Layers, method: MethodLike
 ) -> tuple[str, ...]:
     own = None
     if isinstance(method, ChoosesLayers) and (layer is None or not takes_layers(method)):
@@ -234,7 +235,7 @@ def layer_names(
     return tuple(layer_name(model.network, one) for one in several)
 
 
-def _name(method: Method) -> str:
+def _name(method: MethodLike) -> str:
     for name, made in METHODS.items():
         if isinstance(made, type) and isinstance(method, made):
             return name

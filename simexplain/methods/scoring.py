@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,10 +14,10 @@ from torch import Tensor
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.methods.directions import margin_directions
-from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
+from simexplain.methods.method import AttentionMaps, Method, check_embeddings
 from simexplain.metrics.fills import FILLS
 from simexplain.models.base import SimilarityModel
-from simexplain.models.blackbox import WITHOUT_GRADIENTS
+from simexplain.models.blackbox import pixel_methods
 from simexplain.networks import at_least_single, undisturbed
 from simexplain.tracing import trace
 
@@ -123,6 +125,40 @@ class Question:
         )
 
 
+@dataclass(frozen=True)
+class PixelMethod(Method):
+    """A method that asks how a score moves with the pixels.
+
+    Attributes:
+        needs_gradient: Whether it needs the gradient of the pixels, or embeddings alone.
+    """
+
+    uses_layers: ClassVar[bool] = False
+    needs_gradient: ClassVar[bool] = False
+
+    def attribute(
+        self,
+        model: SimilarityModel,
+        images: Comparison,
+        layers: Sequence[str],
+        max_batch: int | None,
+    ) -> AttentionMaps:
+        """Asks every image alone; methods on pixels have no layers."""
+        return self.answer(ask(model, images, max_batch), max_batch)
+
+    @abstractmethod
+    def answer(self, question: Question, max_batch: int | None) -> AttentionMaps:
+        """Maps ``(B,K,H,W)``, by :meth:`Question.answer`; ``max_batch`` bounds a pass."""
+
+    @abstractmethod
+    def passes(self, images: Comparison) -> int:
+        """How often each image passes through the network."""
+
+    def forwards(self, images: Comparison) -> int:
+        """Images that pass through the network for these comparisons."""
+        return self.passes(images) * images.batch * images.count
+
+
 def floor_of(directions: Tensor) -> Tensor:
     """Changes of a score ``d . f`` that rounding explains ``(M,)``.
 
@@ -224,5 +260,5 @@ def unscaled(gradients: Tensor) -> Tensor:
 def _without_gradient(model: SimilarityModel) -> ModelError:
     return ModelError(
         f"{model.name} gives no gradient with respect to its input pixels; use a method that needs "
-        f"none: {', '.join(WITHOUT_GRADIENTS)}."
+        f"none: {', '.join(pixel_methods(False))}."
     )

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from simexplain.arguments import typed
 from simexplain.comparison import Comparison
-from simexplain.errors import ComparisonError, ModelError
+from simexplain.errors import ComparisonError
 from simexplain.methods.layer_maps import check_cams, fuse, layer_cams
+from simexplain.methods.method import AttentionMaps, Method, check_embeddings
 from simexplain.methods.weights import FLAT_BELOW, flat_factors, scaled_weights, weight_rule
 from simexplain.models.base import SimilarityModel
-from simexplain.models.choosing import SINGLE_NUMBER
-from simexplain.models.moving import WHOLE, Region
+from simexplain.models.moving import Region
 from simexplain.tracing import Trace, trace
 
 _HALF_SCALE = 1024.0
@@ -24,49 +23,8 @@ _SMALLEST_LOG = -60.0
 
 
 @dataclass(frozen=True)
-class AttentionMaps:
-    """What a method found for ``B`` comparisons of ``K`` images.
-
-    Attributes:
-        maps: The map of each image ``(B,K,h,w)``; the product over layers where there are several.
-        layer_maps: For each layer its own maps ``(B,K,h,w)``.
-        weights: The weight vector of each comparison ``(B,E)``, as published; the direction of
-            each image ``(B,K,E)`` in methods that have one; or the channel weights of each image
-            ``(B,K,C)`` where they come from a bank.
-        scores: ``w . f`` for each image ``(B,K)``; with channel weights the sum of its map before
-            anything is cut off.
-        embeddings: Unit rows ``(B,K,E)``.
-        warnings: What a user must know before trusting the maps.
-        unexplained: The share ``(B,K)``, in [0, 1], of each image's score that its positions do not
-            account for; None where a method does not take the score apart.
-        region: Where in the images the maps lie, where the method alone knows that.
-    """
-
-    maps: Tensor
-    layer_maps: dict[str, Tensor]
-    weights: Tensor
-    scores: Tensor
-    embeddings: Tensor
-    warnings: tuple[str, ...] = ()
-    unexplained: Tensor | None = None
-    region: Region = WHOLE
-
-    def detached(self) -> AttentionMaps:
-        """The same without an autograd graph."""
-        return replace(
-            self,
-            maps=self.maps.detach(),
-            layer_maps={layer: maps.detach() for layer, maps in self.layer_maps.items()},
-            weights=self.weights.detach(),
-            scores=self.scores.detach(),
-            embeddings=self.embeddings.detach(),
-            unexplained=None if self.unexplained is None else self.unexplained.detach(),
-        )
-
-
-@dataclass(frozen=True)
 @typed
-class SimilarityAttention:
+class SimilarityAttention(Method):
     """Similarity attention as published (section 3.1, Eq. 2), with its open questions as options.
 
     Attributes:
@@ -80,8 +38,6 @@ class SimilarityAttention:
             as negative values.
     """
 
-    uses_layers: ClassVar[bool] = True
-
     weights: str = "paper"
     cam: str | tuple[str, ...] | None = None
     through_weights: bool = False
@@ -91,25 +47,14 @@ class SimilarityAttention:
         weight_rule(self.weights)
         check_cams(self.cam)
 
-    def __call__(
+    def attribute(
         self,
         model: SimilarityModel,
         images: Comparison,
         layers: Sequence[str],
-        *,
-        max_batch: int | None = None,
+        max_batch: int | None,
     ) -> AttentionMaps:
-        """Maps for preprocessed images, from one forward and one backward for the whole batch.
-
-        Args:
-            model: The model to explain.
-            images: Images ``(3,H,W)`` in a comparison.
-            layers: One or several layer names.
-            max_batch: Bounds the images of one forward pass.
-
-        Raises:
-            ModelError: If a layer cannot be used or the embeddings are zero or not finite.
-        """
+        """One forward and one backward pass serve the whole batch."""
         flat = images.stacked().flatten(0, 1)
         taped = model.unmeasured(layers, flat)
         traced = trace(model, flat, layers, max_batch=max_batch, taped=taped)
@@ -218,26 +163,3 @@ class SimilarityAttention:
                 "the maps of that comparison are scaled up by a constant."
             )
         return tuple(found)
-
-
-def check_embeddings(rows: Tensor, roles: Sequence[str]) -> None:
-    """Refuses embeddings ``(B,K,E)`` that no distance is defined for.
-
-    Raises:
-        ModelError: If one is not finite or the zero vector, with the image; or if all are a single
-            number, which at unit length is the same for every image.
-    """
-    if rows.shape[2] == 1 and bool(((rows.abs() - 1).abs() < 1e-6).all()):
-        raise ModelError(SINGLE_NUMBER)
-    finite = rows.isfinite().all(dim=2)
-    zero = (rows == 0).all(dim=2)
-    for bad, what, advice in (
-        (~finite, "is not finite", "look for NaN in the weights or the input"),
-        (zero, "is the zero vector", "a blank picture or dead weights give that"),
-    ):
-        if bool(bad.any()):
-            comparison, place = (int(i) for i in bad.nonzero()[0])
-            raise ModelError(
-                f"The embedding of the {roles[place]} (image {place + 1} of comparison "
-                f"{comparison + 1}) {what}, so its similarity is undefined; {advice}."
-            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,9 +13,9 @@ from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
 from simexplain.methods.directions import margin_directions
 from simexplain.methods.layer_maps import Cams, check_cams, fuse, layer_cams
+from simexplain.methods.method import AttentionMaps, Method, check_embeddings
 from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.methods.scoring import floor_of, slack_of
-from simexplain.methods.similarity_attention import AttentionMaps, check_embeddings
 from simexplain.methods.unexplained import unexplained_share, unexplained_warning
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import lengths_of, unit_rows
@@ -34,7 +33,7 @@ _CANCELS_BELOW = 1e-3
 
 @dataclass(frozen=True)
 @typed
-class SimilarityCAM:
+class SimilarityCAM(Method):
     """Grad-CAM, HiResCAM, LayerCAM or Grad-CAM++ (``CAMS``) of a similarity, for every image.
 
     Each image's score is its similarity to the positives minus that to the negatives, all other
@@ -51,8 +50,6 @@ class SimilarityCAM:
         keep_negative: Leave out the final ReLU.
     """
 
-    uses_layers: ClassVar[bool] = True
-
     score: str = "cosine"
     cam: Cams = None
     keep_negative: bool = False
@@ -64,25 +61,14 @@ class SimilarityCAM:
             )
         check_cams(self.cam)
 
-    def __call__(
+    def attribute(
         self,
         model: SimilarityModel,
         images: Comparison,
         layers: Sequence[str],
-        *,
-        max_batch: int | None = None,
+        max_batch: int | None,
     ) -> AttentionMaps:
-        """Maps for preprocessed images.
-
-        Args:
-            model: The model to explain.
-            images: Images ``(3,H,W)`` in a comparison.
-            layers: One or several layer names.
-            max_batch: Bounds the images of one forward pass.
-
-        Raises:
-            ModelError: If a layer cannot be used or the embeddings are zero or not finite.
-        """
+        """One forward and one backward pass serve the whole batch."""
         flat_images = images.stacked().flatten(0, 1)
         if self.score == "cosine":
             traced = trace(model, flat_images, layers, max_batch=max_batch)

@@ -27,11 +27,8 @@ from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import Embedder, Output
 from simexplain.models.layers import Layer
 
-WITHOUT_GRADIENTS = ("occlusion", "sbsm", "random_masks")
-"""Names of the methods that need nothing but embeddings."""
-
-WITH_GRADIENTS = ("integrated_gradients", "saliency", "smoothgrad", "input_x_gradient")
-"""Those that need a gradient of the pixels as well; a test runs all METHODS, which lie above."""
+PIXEL_METHODS: dict[str, bool] = {}
+"""Methods on pixels by name: whether they need a gradient. Filled by the table of methods above."""
 
 _TYPES = {
     "tensor(float)": torch.float32,
@@ -75,7 +72,7 @@ class BlackBox(SimilarityModel):
         self.name = name or getattr(program, "original_name", type(program).__name__)
         self.batch_size = batch_size
         self.differentiable = differentiable
-        works = (WITH_GRADIENTS if differentiable else ()) + WITHOUT_GRADIENTS
+        works = pixel_methods(differentiable)
         self._sealed = _Sealed(
             program,
             f"{self.name} is a black box whose layers cannot be tapped; use a method that works on "
@@ -111,6 +108,11 @@ class BlackBox(SimilarityModel):
             ModelError: Always; names the methods that do work.
         """
         raise ModelError(self._sealed.sealed)
+
+
+def pixel_methods(differentiable: bool) -> tuple[str, ...]:
+    """The names of the methods on pixels that work with a gradient of the pixels, or without."""
+    return tuple(name for name, needed in PIXEL_METHODS.items() if differentiable or not needed)
 
 
 class _Sealed(nn.Module):

@@ -12,7 +12,7 @@ from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
 from simexplain.explaining import explain
 from simexplain.explanation import Explanation
-from simexplain.methods import Method
+from simexplain.methods import MethodLike
 from simexplain.methods.rows import Layers
 from simexplain.metrics.maps import grown
 from simexplain.models.base import SimilarityModel
@@ -54,7 +54,7 @@ def attend(
     supports: Tensor,
     others: Tensor | None = None,
     *,
-    method: str | Method = "focus",
+    method: str | MethodLike = "focus",
     layer: Layers = None,
     aggregate: str = "averaged",
     anchor: str = "test",

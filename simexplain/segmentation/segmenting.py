@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from simexplain.arguments import typed
 from simexplain.errors import ComparisonError
 from simexplain.explanation import versions
-from simexplain.methods import Method
+from simexplain.methods import MethodLike
 from simexplain.methods.kinds import DEFAULT
 from simexplain.methods.rows import Layers
 from simexplain.models.embedder import as_similarity_model
@@ -38,7 +38,7 @@ def segment(
     supports: Tensor,
     others: Tensor | None = None,
     *,
-    method: str | Method = METHOD,
+    method: str | MethodLike = METHOD,
     layer: Layers = None,
     refine: str = "grabcut",
     cue: Cue | None = None,

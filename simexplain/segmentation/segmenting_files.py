@@ -16,7 +16,7 @@ from simexplain.data.images import Picture, PictureSource, read_pictures
 from simexplain.data.preprocessing import Geometry, Preprocess, prepared
 from simexplain.errors import ComparisonError
 from simexplain.evaluation.items import read_mask
-from simexplain.methods import Method
+from simexplain.methods import MethodLike
 from simexplain.methods.rows import Layers
 from simexplain.models.embedder import as_similarity_model
 from simexplain.segmentation.attending import attend
@@ -39,7 +39,7 @@ def segment_files(
     supports: Sequence[PictureSource],
     others: Sequence[PictureSource] = (),
     *,
-    method: str | Method = METHOD,
+    method: str | MethodLike = METHOD,
     layer: Layers = None,
     refine: str = "grabcut",
     cue: Cue | None = None,
