@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +12,8 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 
 import pytest
 import torch
-from cli_runs import Run
+from cli_runs import Run, simexplain
 from pictures import noise
-from simexplain_cli.main import main
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -174,19 +172,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Run]:
-    """Runs the entry point in this process, which spares the import of torch every time."""
-
-    def start(*arguments: object) -> Run:
-        monkeypatch.setattr(sys, "argv", ["simexplain", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capfd.readouterr()
-        return Run(int(caught.value.code or 0), captured.out, captured.err)
-
-    return start
+def run(here: Path) -> Callable[..., Run]:
+    """Runs the command line in this process and the current folder, which is ``here``."""
+    return simexplain
 
 
 @pytest.fixture

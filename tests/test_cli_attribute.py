@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cli_runs import NETWORK, Run, interrupted, simexplain
+from cli_runs import NETWORK, Run, simexplain
 from conftest import DEMO
 from PIL import Image
 
@@ -49,9 +50,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with pictures in classes, and models fitted with and without labels."""
     folder = tmp_path_factory.mktemp("attribute")
     classes(folder / "pictures")
-    run = simexplain(
-        "fit", NETWORK, "pictures", "--out", "avsl.pt", *QUICK, cwd=folder, script=True
-    )
+    run = simexplain("fit", NETWORK, "pictures", "--out", "avsl.pt", *QUICK, cwd=folder)
     assert run.code == 0, run.err
     (folder / "fit.txt").write_text(run.out)
     run = simexplain(
@@ -260,12 +259,18 @@ def test_a_network_without_a_name_is_refused_before_the_work(here: Path, fails) 
     assert "torchvision:NAME rebuilds, got a ExportedNetwork" in said
 
 
-def test_ctrl_c_leaves_nothing(here: Path) -> None:
-    classes(here / "many", count=6, each=40)
+@pytest.mark.parametrize(
+    "place",
+    ["simexplain.fitting.posthoc._pooled", "simexplain.fitting.posthoc.trained_head", "torch.save"],
+)
+def test_ctrl_c_leaves_nothing(
+    here: Path, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """While pictures are read, while heads are trained, while the file is written."""
+    classes(here / "good")
     before = sorted(here.rglob("*"))
-    done = interrupted(
-        "fit", "timm:resnet50", "many", "--out", "avsl.pt", "--untrained", cwd=here, seconds=12
-    )
+    monkeypatch.setattr(place, lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    done = run("fit", NETWORK, "good", "--out", "avsl.pt", *QUICK)
     assert (done.code, done.out) == (130, "")
     assert done.err.strip() == "Error: Interrupted; nothing was written."
     assert sorted(here.rglob("*")) == before

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from cli_runs import FAST, NETWORK, Run, interrupted, simexplain
+from cli_runs import FAST, NETWORK, Run, interrupted, process
 from conftest import TinyNet
-from simexplain_cli.main import main
 
 from simexplain.data.folders import pictures_in, read_item
 from simexplain.data.images import read_picture
@@ -176,9 +175,8 @@ def test_unforeseen_errors_are_one_line(
     assert "ZeroDivisionError: first line second line" in result.err
     assert result.err.count("\n") == 1
     monkeypatch.setenv("SIMEXPLAIN_DEBUG", "1")
-    monkeypatch.setattr(sys, "argv", [*sys.argv])
     with pytest.raises(ZeroDivisionError):
-        main()
+        run("explain", NETWORK, "a.png", "b.jpg", *PAIR, *FAST)
 
 
 def test_existing_results(run: Callable[..., Run], fails: Callable[..., str], here: Path) -> None:
@@ -205,9 +203,9 @@ def test_existing_results(run: Callable[..., Run], fails: Callable[..., str], he
 def test_in_a_process_of_its_own(here: Path) -> None:
     before = sorted(here.rglob("*"))
     out = ("--out", "deep/out", "--json")
-    bad = simexplain("explain", NETWORK, "cut.jpg", "a.png", *PAIR, *FAST, *out, cwd=here)
+    bad = process("explain", NETWORK, "cut.jpg", "a.png", *PAIR, *FAST, *out, cwd=here)
     assert (bad.code, bad.out, bad.err.count("\n")) == (1, "", 1)
-    usage = simexplain("explain", NETWORK, "a.png", "a.png", "--arch", "x", cwd=here, script=True)
+    usage = process("explain", NETWORK, "a.png", "a.png", "--arch", "x", cwd=here, script=True)
     assert (usage.code, usage.out) == (2, "")
     assert sorted(here.rglob("*")) == before
 

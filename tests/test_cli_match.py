@@ -26,7 +26,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("match")
     done = simexplain(
         "match", "timm:tf_efficientnet_lite0", DEMO / "anchor.jpg", DEMO / "positive.jpg",
-        "--at", "120,240", "--at", "300.5,300", "--out", "found", "--json", cwd=folder, script=True,
+        "--at", "120,240", "--at", "300.5,300", "--out", "found", "--json", cwd=folder,
     )  # fmt: skip
     assert done.code == 0, done.err
     assert done.err == ""

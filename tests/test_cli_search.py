@@ -31,11 +31,11 @@ def test_three_commands_from_an_empty_folder(tmp_path: Path) -> None:
         (photos / role).mkdir(parents=True)
         (photos / role / f"{role}.jpg").write_bytes((DEMO / f"{role}.jpg").read_bytes())
     model = "timm:tf_efficientnet_lite0"
-    done = simexplain("index", model, "photos", "--out", "photos.index", cwd=tmp_path, script=True)
+    done = simexplain("index", model, "photos", "--out", "photos.index", cwd=tmp_path)
     assert done.code == 0, done.err
     done = simexplain(
         "search", model, "photos/anchor/anchor.jpg", "photos.index", "-k", "2", "--out", "found",
-        cwd=tmp_path, script=True,
+        cwd=tmp_path,
     )  # fmt: skip
     assert done.code == 0, done.err
     assert done.err == ""

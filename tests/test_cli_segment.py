@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_runs import FAST, NETWORK, Run, simexplain
+from cli_runs import FAST, NETWORK, Run, process
 from conftest import DEMO
 from PIL import Image
 
@@ -25,9 +25,9 @@ CONTRACT = {
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's cat found on its positive, by the network that comes with its weights."""
     folder = tmp_path_factory.mktemp("segment")
-    done = simexplain(
+    done = process(
         "segment", "timm:tf_efficientnet_lite0", DEMO / "positive.jpg", DEMO / "anchor.jpg",
-        "--other", DEMO / "negative.jpg", "--out", "found", "--json", cwd=folder, script=True,
+        "--other", DEMO / "negative.jpg", "--out", "found", "--json", cwd=folder,
     )  # fmt: skip
     assert done.code == 0, done.err
     assert done.err == ""

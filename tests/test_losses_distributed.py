@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from loss_cases import LABELS, SmoothNet, pictures, smooth_model
-from torch import Tensor, distributed, multiprocessing, nn
+from side_by_side import in_two_processes
+from torch import Tensor, distributed, nn
 
 from simexplain.errors import ModelError
 from simexplain.losses.classification import (
@@ -73,7 +74,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(work, args=(str(folder),), nprocs=2)
+    in_two_processes(work, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -132,7 +133,7 @@ def work_in_ddp(rank: int, folder: str) -> None:
 
 
 def test_in_ddp_the_objective_is_called_inside(tmp_path: Path) -> None:
-    multiprocessing.spawn(work_in_ddp, args=(str(tmp_path),), nprocs=2)
+    in_two_processes(work_in_ddp, tmp_path)
     step = Step()
     step(pictures(12), LABELS, 2).backward()
     for rank in range(2):

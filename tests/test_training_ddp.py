@@ -43,11 +43,17 @@ CASES: dict[str, dict[str, Any]] = {
 SCRIPT = """
 import json, os, sys, torch
 torch.set_num_threads(1)
+from simexplain.errors import ModelError
 from simexplain.training.training import train
 if __name__ == "__main__":
-    data, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    result = train(data, out=out, devices=2, **settings)
-    os.write(1, f"ended {result.best_epoch} {len(result.rows)}\\n".encode())
+    data, out, runs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    for name, settings in runs.items():
+        result = train(data, out=f"{out}/{name}", devices=2, **settings)
+        os.write(1, f"{name} ended {result.best_epoch} {len(result.rows)}\\n".encode())
+    try:
+        train(data, out=f"{out}/alone", **settings)
+    except ModelError as error:
+        os.write(1, f"{error}\\n".encode())
 """
 
 
@@ -56,20 +62,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return striped(tmp_path_factory.mktemp("data"))
 
 
-def trained_by_two(data: Path, out: Path, settings: dict[str, Any]) -> str:
-    """Runs the script as a user would; lightning starts the second process from it."""
-    script = out.parent / "script.py"
+@pytest.fixture(scope="module")
+def by_two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Runs of one script, as a user's; lightning starts its second process. And what it printed."""
+    out = tmp_path_factory.mktemp("two")
+    runs = {name: {**TINY, "batches_per_epoch": 3, **case} for name, case in CASES.items()}
+    script = out / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     done = subprocess.run(
-        [sys.executable, script, data, out, json.dumps(settings)],
-        env={**environment(), "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
+        [sys.executable, script, data, out, json.dumps(runs)],
+        env={**environment(), "MASTER_PORT": port},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+    return out, done.stdout + done.stderr
 
 
 def rows_of(out: Path) -> list[dict[str, str]]:
@@ -78,51 +87,33 @@ def rows_of(out: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_as_one(case: str, data: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one(
+    case: str, data: Path, by_two: tuple[Path, str], tmp_path: Path
+) -> None:
     settings = {**TINY, "batches_per_epoch": 3, **CASES[case]}
     alone = train(data, out=tmp_path / "one", **settings)
-    said = trained_by_two(data, tmp_path / "two", settings)
-    assert said.count(f"ended {alone.best_epoch} 3") == 2, said
-    one, two = state_of(tmp_path / "one" / "last.pt"), state_of(tmp_path / "two" / "last.pt")
+    assert by_two[1].count(f"{case} ended {alone.best_epoch} 3") == 2, by_two[1]
+    both = by_two[0] / case
+    one, two = state_of(tmp_path / "one" / "last.pt"), state_of(both / "last.pt")
     begun = state_of_untrained(settings)
     moved = max(float((one[n] - begun[n]).abs().max()) for n in begun)
     assert moved > 1e-3, moved
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-3 * moved, msg=name)
-    for first, second in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
+    for first, second in zip(rows_of(tmp_path / "one"), rows_of(both), strict=True):
         if first["epoch"] != "0":
             assert float(second["loss"]) == pytest.approx(float(first["loss"]), rel=1e-3)
     # What several began one can go on with, since a checkpoint knows nothing of processes.
-    longer = train(data, out=tmp_path / "two", resume=True, devices=1, epochs=3)
+    longer = train(data, out=both, resume=True, devices=1, epochs=3)
     assert [row["epoch"] for row in longer.rows] == [0, 1, 2, 3]
 
 
-TWICE = """
-import json, os, sys, torch
-torch.set_num_threads(1)
-from simexplain.errors import ModelError
-from simexplain.training.training import train
-if __name__ == "__main__":
-    data, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    for name in "ab":
-        rows = train(data, out=out + name, devices=2, **settings).rows
-        os.write(1, f"ended {len(rows)}\\n".encode())
-    try:
-        train(data, out=out + "c", **settings)
-    except ModelError as error:
-        os.write(1, f"{error}\\n".encode())
-"""
-
-
-def test_a_script_goes_on_in_all_its_processes(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_script_goes_on_in_all_its_processes(by_two: tuple[Path, str]) -> None:
     """Another run on two devices shares them; one on one device would run in both."""
-    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", TWICE)
-    said = trained_by_two(data, tmp_path / "run", {**TINY, "batches_per_epoch": 2, "epochs": 1})
-    assert said.count("ended 2") == 4, said
+    out, said = by_two
+    assert said.count(" ended ") == 2 * len(CASES) > 2, said
     assert said.count("goes on in 2 processes, got one device; begin it in a script of") == 2
-    assert not (tmp_path / "runc").exists()
+    assert not (out / "alone").exists()
 
 
 def state_of_untrained(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -152,7 +143,7 @@ def test_the_command_line_starts_two_processes_and_speaks_once(data: Path, tmp_p
             sys.executable, "-m", "simexplain", "train", data, "--out", tmp_path / "run",
             "--accelerator", "cpu", "--devices", "2", "--json", *given,
         ],
-        env={**environment(), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
