@@ -146,9 +146,9 @@ def test_tokens_are_laid_out_row_by_row_after_the_prefix() -> None:
     ],
 )
 def test_stages_are_the_last_maps_of_the_coarsest_resolutions(name: str, stages) -> None:
-    model = as_similarity_model(
-        timm.create_model(name, num_classes=0), preprocess=Preprocess(size=(64, 64))
-    )
+    narrow = {"mlp_ratio": 1 / 32} if name == "vgg11" else {}  # dense layers, which are no stage
+    network = timm.create_model(name, num_classes=0, **narrow)
+    model = as_similarity_model(network, preprocess=Preprocess(size=(64, 64)))
     assert model.stages == stages
     assert model.default_layer == stages[-1]
 

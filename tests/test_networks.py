@@ -17,7 +17,7 @@ NETWORKS = {
     "tf_efficientnet_lite0": ({}, (64, 96), "nchw"),
     "convnext_atto": ({}, (64, 96), "nchw"),
     "densenet121": ({}, (64, 96), "nchw"),
-    "vgg11": ({}, (64, 96), "nchw"),
+    "vgg11": ({"mlp_ratio": 1 / 32}, (64, 96), "nchw"),
     "vit_tiny_patch16_224": ({"img_size": (64, 96)}, (64, 96), "tokens"),
     "swin_tiny_patch4_window7_224": (
         {"img_size": (64, 96), "window_size": 2, "embed_dim": 24, "num_heads": (1, 2, 4, 8)},

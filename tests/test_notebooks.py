@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,17 +34,39 @@ def test_notebook_is_stored_without_outputs(path: Path) -> None:
             assert cell.execution_count is None
 
 
+# In a folder of its own, without a name or a module of ours that an earlier notebook left.
+FRESH = """
+import sys
+for name in list(sys.modules):
+    if name.partition(".")[0] == "simexplain":
+        del sys.modules[name]
+%reset -f
+%cd -q {folder}
+"""
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[Any]:
+    """One kernel for all notebooks, which imports torch once."""
+    from jupyter_client.manager import KernelManager
+
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel()
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_and_shows_images(path: Path, tmp_path: Path) -> None:
+def test_notebook_runs_and_shows_images(path: Path, tmp_path: Path, kernel: Any) -> None:
     import nbformat
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    client = NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
-    )
-    client.execute()
+    fresh = nbformat.v4.new_code_cell(FRESH.format(folder=tmp_path))
+    notebook.cells.insert(0, fresh)
+    NotebookClient(notebook, km=kernel, timeout=300).execute()
+    assert not fresh.outputs
     outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
     images = [
         out
