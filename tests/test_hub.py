@@ -174,6 +174,54 @@ def test_a_classifier_is_read_before_its_head(images: Tensor) -> None:
         assert torch.allclose(as_similarity_model(classifier).vectors(images), wanted, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_a_classifier_of_two_towers_needs_no_text_tower(
+    kind: str, images: Tensor, tmp_path: Path
+) -> None:
+    import transformers
+
+    body = built("CLIP" if kind == "CLIP" else "SigLIP")
+    network = getattr(transformers, f"{kind}ForImageClassification")(body.config).eval()
+    network.save_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = network.vision_model(pixel_values=images)
+        model = load_model(tmp_path)
+        assert torch.allclose(model.vectors(images), wanted.pooler_output, atol=1e-5)
+
+
+def test_flava_compares_its_class_token_in_the_shared_space(images: Tensor) -> None:
+    from transformers import FlavaConfig, FlavaModel
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 16}  # fmt: skip
+    config = FlavaConfig(
+        image_config={**small, "image_size": 32, "patch_size": 8},
+        text_config={**small, "vocab_size": 20},
+        multimodal_config=small,
+        projection_dim=12,
+    )
+    network = FlavaModel(config).eval()
+    with torch.no_grad():
+        first = network.image_model(pixel_values=images).last_hidden_state[:, 0]
+        wanted = network.image_projection(first)
+        assert torch.allclose(as_similarity_model(network).vectors(images), wanted, atol=1e-6)
+
+
+def test_detection_tokens_are_no_patches(images: Tensor) -> None:
+    from transformers import YolosConfig, YolosModel
+
+    network = YolosModel(
+        YolosConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            image_size=[32, 32], patch_size=8, num_detection_tokens=3,
+        )
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        wanted = network(pixel_values=images).last_hidden_state[:, 1:17].mean(1)
+        model = as_similarity_model(network, output="patch_mean")
+        assert torch.allclose(model.vectors(images), wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", ["CLIP", "ViT", "DINOv2", "Swin", "SigLIP"])
 def test_maps_equal_plain_autograd(family: str, images: Tensor) -> None:
     """Similarity attention of a pair at a block, against a hook and autograd on the own vector."""
@@ -318,7 +366,7 @@ def test_untrained_pooler_falls_back_to_the_class_token(tmp_path: Path, images: 
 
 @pytest.mark.usefixtures("no_network")
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
-    from transformers import BertConfig, BertModel
+    from transformers import BertConfig, BertModel, VideoMAEConfig, VideoMAEModel
 
     (tmp_path / "empty").mkdir()
     assert "no config.json" in refusal(tmp_path / "empty")
@@ -328,6 +376,12 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     )  # fmt: skip
     BertModel(text).save_pretrained(tmp_path / "text")
     assert "network of images" in refusal(tmp_path / "text")
+    film = VideoMAEConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        image_size=32, num_frames=2,
+    )  # fmt: skip
+    VideoMAEModel(film).save_pretrained(tmp_path / "film")
+    assert "takes videos" in refusal(tmp_path / "film")
     written("ViT", tmp_path / "net")
     config = tmp_path / "net" / "config.json"
     stored = json.loads(config.read_text())

@@ -211,6 +211,20 @@ def test_a_changed_pixel_is_drawn_where_it_is() -> None:
             assert abs(left - column) <= layer.stride[1], name
 
 
+def enlarged(maps: Tensor, *, columns: slice) -> Tensor:
+    """A part of a map at the size of all of it."""
+    return F.interpolate(maps[..., columns], size=maps.shape[2:], mode="bilinear")
+
+
+def beside(*ways: Callable[[Tensor], Tensor]) -> Build:
+    """A map joined as channels with the same map after something else."""
+
+    def joined(maps: Tensor) -> Tensor:
+        return torch.cat([maps, *(way(maps) for way in ways)], dim=1)
+
+    return between(joined, width=(1 + len(ways)) * WIDTH)
+
+
 def deep(maps: Tensor) -> Tensor:
     for _ in range(6):
         maps = F.avg_pool2d(maps, 3, 1, 1) + maps.tanh()
@@ -221,7 +235,12 @@ def deep(maps: Tensor) -> Tensor:
     "build",
     [
         between(lambda m: m + m.flip(3)),
-        between(lambda m: torch.cat((m, m.flip(3)), dim=1), width=2 * WIDTH),
+        beside(lambda m: m.flip(3)),
+        beside(lambda m: m, lambda m: m, lambda m: m.flip(3)),
+        beside(lambda m: m.rot90(2, (2, 3))),
+        beside(lambda m: m.roll(4, 3)),
+        beside(lambda m: enlarged(m, columns=slice(2, -2))),
+        beside(lambda m: enlarged(m, columns=slice(4))),
         between(deep),
         between(Hidden.apply),
         lambda: Tokens(Patches(8, 8), lambda t: t + t.flip(1)),
@@ -231,6 +250,29 @@ def deep(maps: Tensor) -> Tensor:
 def test_numbers_that_lie_in_several_places_are_no_maps(build: Build) -> None:
     model = wrapped(build)
     assert default(model, SIZE).name in ("stem", "cut", "cut.conv")
+
+
+@pytest.mark.parametrize("ways", [("mT",), ("mT", "")])
+def test_sides_exchanged_beside_the_map_make_none(ways: tuple[str, ...]) -> None:
+    size = (64, 64)
+    model = wrapped(beside(*(lambda m, w=way: m.mT if w else m for way in ways)), size)
+    assert default(model, size).name == "stem"
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        beside(lambda m: F.pad(m, (1, -1)), lambda m: F.pad(m, (-1, 1)), lambda m: m),
+        beside(lambda m: F.pad(m, (0, 0, 1, -1)), lambda m: m.roll(-1, 3)),
+        beside(lambda m: F.interpolate(F.avg_pool2d(m, 2), scale_factor=2)),
+        beside(lambda m: F.avg_pool2d(m, 5, 1, 2), lambda m: m.mean((2, 3), True).expand_as(m)),
+    ],
+)
+def test_ways_that_differ_by_a_cell_or_by_how_much_they_see_are_one_map(build: Build) -> None:
+    model = wrapped(build)
+    layer = default(model, SIZE)
+    assert (layer.name, layer.shape[1:]) == ("last", (6, 8))
+    assert float(off(model, layer, SIZE).nanmedian()) < 0.5
 
 
 @pytest.mark.parametrize("build", [lambda: Tokens(Patches(8, 8), by_image), Dropped])

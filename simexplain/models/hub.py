@@ -320,10 +320,10 @@ def _built(
     transformers: Any, folder: Path, config: Any, request: Request
 ) -> tuple[nn.Module, list[str]]:
     """The network, and the names of weights that the folder does not have."""
-    projecting = [
-        name for name in config.architectures or () if name.endswith("ModelWithProjection")
-    ]
-    kind = getattr(transformers, projecting[0], None) if projecting else None
+    # What AutoModel would build of these lacks the projection, or has a text tower besides.
+    own = ["ModelWithProjection"] + ["ForImageClassification"] * hasattr(config, "vision_config")
+    names = [name for name in config.architectures or () if name.endswith(tuple(own))]
+    kind = getattr(transformers, names[0], None) if names else None
     if request.random:
         factory = kind._from_config if kind is not None else transformers.AutoModel.from_config
         return factory(config, dtype=torch.float32), []
@@ -346,13 +346,14 @@ def _built(
 
 
 def _check_images(network: Any, folder: Path) -> None:
-    if getattr(network, "main_input_name", "") != "pixel_values" and not hasattr(
-        network, "get_image_features"
-    ):
-        raise ModelError(
-            f"Expected a network of images in '{folder}', got {type(network).__name__}, which "
-            f"takes {getattr(network, 'main_input_name', 'something else')}."
-        )
+    takes = getattr(network, "main_input_name", "something else")
+    films = getattr(network.config, "num_frames", None) or hasattr(network, "get_video_features")
+    if hasattr(network, "get_image_features") or (takes == "pixel_values" and not films):
+        return
+    raise ModelError(
+        f"Expected a network of images in '{folder}', got {type(network).__name__}, which takes "
+        f"{'videos' if films else takes}."
+    )
 
 
 def _checked_output(

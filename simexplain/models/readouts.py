@@ -181,7 +181,8 @@ def _read_transformers(network: nn.Module, images: Tensor, word: str | None) -> 
         return _class_token(network, tower, result, tokens)
     if tokens.dim() == 4:
         return tokens.mean(dim=(2, 3))
-    return tokens[:, _prefix(tower) :].mean(dim=1)
+    after = int(getattr(getattr(tower, "config", None), "num_detection_tokens", 0) or 0)
+    return tokens[:, _prefix(tower) : tokens.shape[1] - after].mean(dim=1)
 
 
 def _projected(network: nn.Module, images: Tensor) -> Tensor:
@@ -194,11 +195,11 @@ def _projected(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def _pooler_output(result: Any, network: nn.Module) -> Tensor:
-    if isinstance(result, Tensor):
-        return _flat(result)
-    pooled = getattr(result, "pooler_output", None)
+    pooled = result if isinstance(result, Tensor) else getattr(result, "pooler_output", None)
     if not isinstance(pooled, Tensor):
         raise _without(network, "projected", "class_token or patch_mean")
+    if pooled.dim() == 3 and has_class_token(tower_of(network)):
+        return pooled[:, 0]  # FLAVA projects all tokens, and compares the first
     return _flat(pooled)
 
 

@@ -19,6 +19,9 @@ _MOST = 1 << 21
 _SAME = 1e-4
 """Pixels by which two places differ through rounding alone."""
 
+_MOST_WAYS = 16
+"""How many maps that are joined as channels are compared with each other."""
+
 
 @dataclass(frozen=True, eq=False)
 class Span:
@@ -163,9 +166,49 @@ class Place:
         for before, after in ((self.rows, found.rows), (self.columns, found.columns)):
             if before.varied and not after.varied:
                 return None
-            if before is not after and after.varied and _even(after.centre):
-                return self.torn(shape)  # as where channels hold an image and its mirror image
+        for axis in axes:
+            # As where channels hold an image and its mirror image.
+            ways = [replace(way, shape=tuple(shape)) for way in self._ways(axis)]
+            if len(ways) > 1 and combined(ways, shape, steps=1.0).is_torn:
+                return self.torn(shape)
         return found
+
+    def _ways(self, axis: int) -> list[Place]:
+        """Of numbers along an axis one for each way of lying, a move of all of them left out.
+
+        Channels may hold the pixels of a patch, whose middle is the place of all, or maps that
+        have nothing to do with each other.
+        """
+        tables = []
+        for span in self.both:
+            table = np.moveaxis(span.centre, axis, 0).reshape(span.centre.shape[axis], -1)
+            tables.append(table - table[:, :1])
+        count = max(len(table) for table in tables)
+        wide = [np.broadcast_to(table, (count, table.shape[1])) for table in tables]
+        both = np.nan_to_num(np.round(np.concatenate(wide, axis=1), 1), nan=np.inf)
+        first = np.unique(both, axis=0, return_index=True)[1][:_MOST_WAYS]
+        ways: list[Place] = []
+        for number in first:
+            which = np.array([number])
+
+            def only(array: Array, which: NDArray[np.int64] = which) -> Array:
+                return array if array.shape[axis] == 1 else array.take(which, axis)
+
+            way = self.each(only, self.shape)
+            ways.append(way if not ways else way.moved_onto(ways[0]))
+        return ways
+
+    def moved_onto(self, other: Place) -> Place:
+        """The same moved by what most of its numbers are off those of another place."""
+        spans = []
+        for own, its in zip(self.both, other.both, strict=True):
+            apart = own.centre - its.centre
+            known = apart[~np.isnan(apart)]
+            move = float(np.median(known)) if known.size else 0.0
+            spans.append(
+                replace(own, centre=own.centre - move, low=own.low - move, high=own.high - move)
+            )
+        return replace(self, rows=spans[0], columns=spans[1])
 
     def torn(self, shape: Sequence[int]) -> Place:
         """That of numbers each of which lies in several places, as in a sum with a mirror image."""
@@ -229,10 +272,14 @@ class Place:
         finite = [side[np.isfinite(side)] for side in sides]
         return float(np.prod([side.mean() if side.size else 0.0 for side in finite]))
 
-    def contradicts(self, other: Place) -> bool:
+    def contradicts(self, other: Place, steps: float = 1.5) -> bool:
         """Whether many numbers lie elsewhere than those of a place of as many cells.
 
         A small move of all numbers alike does not count, as between two ways that pad differently.
+
+        Args:
+            other: That place.
+            steps: From how many cells off a number lies elsewhere.
         """
         off = np.zeros(1, dtype=bool)
         for own, its in zip(self.both, other.both, strict=True):
@@ -242,15 +289,10 @@ class Place:
             apart = own.centre - its.centre
             known = apart[~np.isnan(apart)]
             common = float(np.median(known)) if known.size else 0.0
-            if abs(common) > max(1.5 * step, width / 2):
+            if abs(common) > max(steps * step, width / 2):
                 return True
-            off = off | (np.abs(apart - common) > max(1.5 * step, width / 4))
+            off = off | (np.abs(apart - common) > max(steps * step, width / 4))
         return bool(off.mean() > 0.25)
-
-
-def _even(array: Array) -> bool:
-    known = array[~np.isnan(array)]
-    return not known.size or float(np.ptp(known)) < _SAME
 
 
 def _rounded(array: Array) -> Array:
@@ -258,10 +300,11 @@ def _rounded(array: Array) -> Array:
     return found
 
 
-def combined(places: Sequence[Place], shape: Sequence[int]) -> Place:
+def combined(places: Sequence[Place], shape: Sequence[int], steps: float = 1.5) -> Place:
     """The place of what is computed number by number from several, the finest of which counts.
 
-    It is torn where they contradict each other, as an image and its mirror image do.
+    It is torn where they contradict each other, as an image and its mirror image do; ``steps`` as
+    for :meth:`Place.contradicts`.
     """
     shape = tuple(shape)
     wide = [_broadcast(place, shape) for place in places]
@@ -275,7 +318,7 @@ def combined(places: Sequence[Place], shape: Sequence[int]) -> Place:
         grids = [place for place in wide if place.cells == most] if most > 1 else wide
         sure = [place for place in grids if place.sure]
         base = min(sure or grids, key=lambda place: place.field)
-        against = [each for each in grids if most > 1 and base.contradicts(each)]
+        against = [each for each in grids if most > 1 and base.contradicts(each, steps)]
         if base.sure and any(each.sure for each in against):
             return base.torn(shape)
         base = replace(base, sure=base.sure and not against)
