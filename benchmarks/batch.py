@@ -1,4 +1,4 @@
-"""A batch against a loop of ``explain_files``: time for each comparison, forward passes, maps.
+"""A batch against a loop of ``explain``: time for each comparison, forward passes, maps.
 
 python benchmarks/batch.py --rows 120 --rounds 3 --out docs/benchmarks/batch.md
 """
@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from reporting import publish
 
-from simexplain import BatchOptions, BatchRow, explain_batch, explain_files, load_model
+from simexplain import BatchOptions, BatchRow, explain, explain_batch, load_model
 from simexplain.explanation import versions
 from simexplain.models.base import SimilarityModel
 
@@ -100,13 +100,12 @@ def measure(
         folder = Path(name)
         rows = triplets(crops(folder, max(3, 3 * count // sharing)), count)
         some = random.Random(2).sample(range(count), sampled)
-        explain_files(model, rows[0].paths, method=method, check=False)
+        explain(model, rows[0].paths, method=method, check=False)
         loop, batch, error = [], [], 0.0
         for number in range(rounds):
             begun = time.perf_counter()
             alone = {
-                row: explain_files(model, rows[row].paths, method=method, check=False)
-                for row in some
+                row: explain(model, rows[row].paths, method=method, check=False) for row in some
             }
             loop.append((time.perf_counter() - begun) / sampled)
             begun = time.perf_counter()
@@ -156,7 +155,7 @@ def page(
         f"the machine when the page was written: {os.getloadavg()[0]:.1f}. Loop and batch took "
         f"turns in {len(outcomes[0].loop)} rounds, and every ratio is within its round.",
         "",
-        "*Loop* is `explain_files` with a loaded model, row after row, nothing written. *Batch* is "
+        "*Loop* is `explain` with a loaded model, row after row, nothing written. *Batch* is "
         "`explain_batch` with all it does: checking pictures, proving on the first row that memory "
         "and network agree, writing table and maps. *Error* is the largest difference of a map "
         "between the two, relative to its maximum.",

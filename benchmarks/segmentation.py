@@ -34,7 +34,7 @@ from simexplain.segmentation.attending import attend
 from simexplain.segmentation.cue import default_cue, refine
 from simexplain.segmentation.evaluating import divided
 from simexplain.segmentation.scores import EpisodeScore, FoldScore, Overlap, overlap
-from simexplain.segmentation.segmenting_files import whole_view
+from simexplain.segmentation.segmenting import whole_view
 
 SETTINGS = ("siamese", "two-way", "five-shot")
 """1-way 1-shot by pairs; 2-way 1-shot by triplets; 2-way 5-shot by five triplets averaged."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from simexplain.attribution.attributing_files import attribute_files
+from simexplain.attribution.attributing import attribute
 from simexplain.attribution.saving import MAIN_FILES
 from simexplain.models.avsl_options import ORIGINS
 from simexplain.models.avsl_runs import expected_avsl
@@ -77,9 +77,8 @@ def command(
     check_writable(out or free_folder(Path(_FOLDER)), MAIN_FILES, force=force)
     with busy(f"Loading {model}"):
         network = expected_avsl(model_from(model, given))
-    paths = [a, b, *more]
-    with busy(f"Attributing {len(paths)} images"):
-        result = attribute_files(network, paths)
+    with busy(f"Attributing {2 + len(more)} images"):
+        result = attribute(network, a, [b, *more])
     apart = None if decompose is None else _place(result, decompose)
     files = saved(
         lambda folder: result.save(folder, force=force, top=top, node=apart), out, _FOLDER

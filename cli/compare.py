@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from simexplain.comparison import positives_of
-from simexplain.evaluation.comparing import compare_files
+from simexplain.evaluation.comparing import compare
 from simexplain.evaluation.saving import COMPARISON_FILES
 from simexplain.picturing import verdict
 from simexplain.publishing import check_writable
@@ -84,11 +84,11 @@ def command(
         network = model_from(model, given)
     known = [None if mask == "none" else mask for mask in masks] or None
     with progress_bar(f"Comparing {len(recipes)} methods") as progress:
-        result = compare_files(
+        result = compare(
             network,
             images,
-            arch,
             recipes,
+            arch=arch,
             masks=known,
             progress=progress,
             estimate=tell_long_work,

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from simexplain.errors import ModelError
-from simexplain.explaining_files import explain_files
+from simexplain.explaining_files import explain
 from simexplain.models.backbones import DEFAULT_MODEL, PACKAGED
 from simexplain.models.loading import load_model
 from simexplain.publishing import check_writable
@@ -38,6 +38,6 @@ def command(out: Path, force: bool) -> None:
         model = load_model(DEFAULT_MODEL)
         with as_file(files("simexplain").joinpath("data/demo")) as folder:
             paths = [folder / f"{role}.jpg" for role in ("anchor", "positive", "negative")]
-            result = explain_files(model, paths, "triplet")
+            result = explain(model, paths, arch="triplet")
         written = result.save(out, force=force)
     report(result, written)

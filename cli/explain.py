@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from simexplain.comparison import positives_of
-from simexplain.explaining_files import explain_files
+from simexplain.explaining_files import explain
 from simexplain.methods import PIXELS
 from simexplain.models.frames import POOLINGS
 from simexplain.models.pairs import PairModel
@@ -122,8 +122,8 @@ def command(
         if vectors:
             result = vectors.explain(network, anchor, given)
         else:
-            result = explain_files(
-                network, paths, arch, negative=negative, positives=positives, **given
+            result = explain(
+                network, paths, arch=arch, negative=negative, positives=positives, **given
             )
     files = saved(lambda folder: result.save(folder, force=force, styles=style), out, _FOLDER)
     if as_json:

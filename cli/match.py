@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from simexplain.matching.factors import SCORES, STYLES
-from simexplain.matching.matching import Patience
-from simexplain.matching.matching_files import match_files
+from simexplain.matching.matching import Patience, match
 from simexplain.matching.pictures import default_points, summary
 from simexplain.matching.saving import MAIN_FILES
 from simexplain.publishing import check_writable
@@ -110,7 +109,7 @@ def command(
         network = model_from(model, given)
     patience = Patience(lambda text: echo(f"Note: {text}", err=True))
     with busy("Matching 2 images"):
-        result = match_files(
+        result = match(
             network, a, b, layer, score=score, style=style, steps=steps, progress=patience
         )
     chosen = points or None

@@ -100,7 +100,7 @@ def method_options(command: F) -> F:
 
 
 def method_from(network: SimilarityModel, given: dict[str, Any]) -> dict[str, Any]:
-    """What was given, with these options as ``explain_files`` has them.
+    """What was given, with these options as ``explain`` has them.
 
     Raises:
         click.UsageError: If the method has no such option, or not with such a value; or layers are
@@ -118,7 +118,7 @@ def method_from(network: SimilarityModel, given: dict[str, Any]) -> dict[str, An
 
 
 def _of_recipes(recipes: Sequence[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is said inside ``--method``, as ``explain_files`` has it.
+    """What is said inside ``--method``, as ``explain`` has it.
 
     Raises:
         click.BadParameter: If it is said twice, or several methods are to differ in what is one for

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from simexplain.errors import ComparisonError, TwoImagesError
-from simexplain.explaining_files import explain_pair_files
+from simexplain.explaining_files import explain
 from simexplain.models.loading import load_pair_model
 from simexplain.models.pairs import PairModel
 
@@ -86,8 +86,7 @@ def explain_pair(
     layer = given.pop("layer")
     if layer is not None and len(layer) == 1:
         (layer,) = layer
-    others = paths[1:]
-    return explain_pair_files(network, paths[0], others[:near], others[near:], layer=layer, **given)
+    return explain(network, paths, arch="set", positives=near, layer=layer, **given)
 
 
 def report_pair(result: PairExplanation, files: dict[str, str], *, as_json: bool) -> None:

@@ -9,7 +9,7 @@ import click
 
 from simexplain.publishing import check_writable
 from simexplain.segmentation.saving import MAIN_FILES
-from simexplain.segmentation.segmenting_files import segment_files
+from simexplain.segmentation.segmenting import segment
 
 from .console import echo
 from .options import (
@@ -72,7 +72,7 @@ def command(
     with busy(f"Loading {model}"):
         network = model_from(model, given)
     with busy(f"Segmenting {test}"):
-        result = segment_files(
+        result = segment(
             network, test, support, others, support_masks=support_masks or None, **options
         )
     files = saved(lambda folder: result.save(folder, force=force), out, _FOLDER)

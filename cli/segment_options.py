@@ -12,8 +12,7 @@ from simexplain.evaluation.recipes import recipe_from
 from simexplain.segmentation.attending import AGGREGATES, ANCHORS
 from simexplain.segmentation.cue import REFINEMENTS, default_cue
 from simexplain.segmentation.grabcut import GrabCut
-from simexplain.segmentation.segmenting import METHOD
-from simexplain.segmentation.segmenting_files import VIEWS
+from simexplain.segmentation.segmenting import METHOD, VIEWS
 
 from .method_options import METHOD_HELP, MethodText
 from .options import OneOf
@@ -64,7 +63,7 @@ def segment_options(command: F) -> F:
 
 
 def segmenting_from(given: dict[str, Any]) -> dict[str, Any]:
-    """Takes these options out of ``given``, as ``segment_files`` has them.
+    """Takes these options out of ``given``, as ``segment`` has them.
 
     Raises:
         ComparisonError: If thresholds are not in order.

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from simexplain.attribution.attributing import attribute as attribute
-    from simexplain.attribution.attributing_files import attribute_files as attribute_files
     from simexplain.attribution.result import Attribution as Attribution
     from simexplain.batching.batching import explain_batch as explain_batch
     from simexplain.batching.options import BatchOptions as BatchOptions
@@ -31,8 +30,7 @@ if TYPE_CHECKING:
     from simexplain.data.sampling import ClassBalanced as ClassBalanced
     from simexplain.data.training_set import TrainingImages as TrainingImages
     from simexplain.errors import SimexplainError as SimexplainError
-    from simexplain.evaluation.comparing import compare_files as compare_files
-    from simexplain.evaluation.comparing import compare_methods as compare_methods
+    from simexplain.evaluation.comparing import compare as compare
     from simexplain.evaluation.comparison_result import MethodComparison as MethodComparison
     from simexplain.evaluation.evaluating import evaluate_faithfulness as evaluate_faithfulness
     from simexplain.evaluation.faithfulness import faithfulness as faithfulness
@@ -44,11 +42,9 @@ if TYPE_CHECKING:
     from simexplain.evaluation.retrieval import evaluate_retrieval as evaluate_retrieval
     from simexplain.evaluation.retrieval_result import Retrieval as Retrieval
     from simexplain.evaluation.sanity import sanity_check as sanity_check
-    from simexplain.explaining import explain as explain
     from simexplain.explaining_files import centroid as centroid
+    from simexplain.explaining_files import explain as explain
     from simexplain.explaining_files import explain_against as explain_against
-    from simexplain.explaining_files import explain_files as explain_files
-    from simexplain.explaining_files import explain_pair_files as explain_pair_files
     from simexplain.explanation import Explanation as Explanation
     from simexplain.fitting.bank import build_bank as build_bank
     from simexplain.fitting.posthoc import fit as fit
@@ -70,7 +66,6 @@ if TYPE_CHECKING:
     from simexplain.losses.parameter_groups import parameter_groups as parameter_groups
     from simexplain.losses.quadruplet import QuadrupletLoss as QuadrupletLoss
     from simexplain.matching.matching import match as match
-    from simexplain.matching.matching_files import match_files as match_files
     from simexplain.matching.result import Matching as Matching
     from simexplain.methods import METHODS as METHODS
     from simexplain.methods.cams import CAMS as CAMS
@@ -108,7 +103,6 @@ if TYPE_CHECKING:
     from simexplain.segmentation.result import Segmentation as Segmentation
     from simexplain.segmentation.scores import SegmentationScores as SegmentationScores
     from simexplain.segmentation.segmenting import segment as segment
-    from simexplain.segmentation.segmenting_files import segment_files as segment_files
     from simexplain.tracing import Trace as Trace
     from simexplain.tracing import trace as trace
     from simexplain.training.options import TrainOptions as TrainOptions
@@ -180,28 +174,23 @@ _HOMES = {
     "as_pair_model": "models.pairs",
     "as_similarity_model": "models.embedder",
     "attribute": "attribution.attributing",
-    "attribute_files": "attribution.attributing_files",
     "build_bank": "fitting.bank",
     "centroid": "explaining_files",
     "build_index": "searching.index",
     "check_training": "data.checking",
-    "compare_files": "evaluation.comparing",
-    "compare_methods": "evaluation.comparing",
     "evaluate_faithfulness": "evaluation.evaluating",
     "evaluate_reid": "evaluation.reid",
     "evaluate_retrieval": "evaluation.retrieval",
     "evaluate_segmentation": "segmentation.evaluating",
-    "explain": "explaining",
+    "compare": "evaluation.comparing",
+    "explain": "explaining_files",
     "explain_against": "explaining_files",
     "explain_batch": "batching.batching",
-    "explain_files": "explaining_files",
-    "explain_pair_files": "explaining_files",
     "faithfulness": "evaluation.faithfulness",
     "fit": "fitting.posthoc",
     "load_model": "models.loading",
     "load_pair_model": "models.loading",
     "match": "matching.matching",
-    "match_files": "matching.matching_files",
     "metric_loss": "losses.metric_losses",
     "open_index": "searching.index_gallery",
     "open_batch": "batching.result",
@@ -216,7 +205,6 @@ _HOMES = {
     "sanity_check": "evaluation.sanity",
     "save_model": "models.writing",
     "segment": "segmentation.segmenting",
-    "segment_files": "segmentation.segmenting_files",
     "search": "searching.search",
     "similarity_weights": "methods.weights",
     "soft_mask": "losses.masking",
@@ -230,6 +218,10 @@ __all__ = ["__version__", *sorted(_HOMES)]
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
+        from simexplain.renaming import RENAMED_VERBS, old_verb
+
+        if name in RENAMED_VERBS:
+            return old_verb(name, __getattr__(RENAMED_VERBS[name][0]))
         raise AttributeError(f"module 'simexplain' has no attribute '{name}'")
     return getattr(import_module(f"simexplain.{_HOMES[name]}"), name)
 

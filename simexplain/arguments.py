@@ -25,8 +25,8 @@ Made = TypeVar("Made", bound=Callable[..., Any])
 _LOOKED_AT = 1000
 """So many items of a long sequence are looked at."""
 _NETWORKS = ("model", "module")
-_WITH_FILES = ("explain", "match", "attribute", "segment")
-"""Functions on tensors that have one on picture files, with ``_files`` after the name."""
+_WITH_PICTURES = ("explain", "match", "attribute", "segment", "compare")
+"""Functions that take pictures and tensors alike."""
 _COUNTS = ("max_batch", "batch_size")
 """What counts images in one forward pass, wherever it is an argument."""
 _TIMES = ("steps", "samples", "count", "masks", "triplets", "epochs", "iterations")
@@ -266,18 +266,16 @@ def _advice(value: Any, hint: Any, owner: str) -> str:
         return "give a finite number"
     if isinstance(value, (tuple, list)) and any(map(_is_nan, value)):
         return "give finite numbers"
-    if _wants(hint, Tensor) and owner in _WITH_FILES:
-        return f"use {owner}_files for picture files, or model.preprocess to make tensors of them"
+    if owner in _WITH_PICTURES and isinstance(value, Tensor):
+        return "put tensors into Comparison.pair or Comparison.triplet, or into a list"
+    if owner in _WITH_PICTURES and _fits_in(value, hint):
+        return "put it into a list"
+    if owner in _WITH_PICTURES and (_wants(hint, Tensor) or "a Comparison" in text):
+        return "give pictures (files, PIL, arrays) or preprocessed tensors"
     if _wants(hint, Tensor):
-        return (
-            "pictures become tensors with model.preprocess, or take the function for files "
-            "(explain_files, match_files, segment_files)"
-        )
+        return "pictures become tensors with model.preprocess"
     if "a Comparison" in text:
-        return (
-            "make one with Comparison.pair or Comparison.triplet, or take explain_files for "
-            "picture files"
-        )
+        return "make one with Comparison.pair or Comparison.triplet"
     if "SimilarityModel" in text:
         return "wrap a network with as_similarity_model, load files with load_model"
     if isinstance(value, nn.Module):

@@ -318,13 +318,12 @@ def positives_of(
     return positives
 
 
-def paired(a: Tensor, b: Tensor, files: str, *, one_size: bool = False) -> tuple[Tensor, Tensor]:
+def paired(a: Tensor, b: Tensor, *, one_size: bool = False) -> tuple[Tensor, Tensor]:
     """Both sides of ``B`` pairs as batches; one image for all pairs stays a batch of one.
 
     Args:
         a: ``(B,3,H,W)``, or one image ``(3,H,W)``.
         b: Likewise.
-        files: What takes picture files in place of tensors, for the error.
         one_size: Both sides must have images of the same size.
 
     Raises:
@@ -342,7 +341,7 @@ def paired(a: Tensor, b: Tensor, files: str, *, one_size: bool = False) -> tuple
         size = " of one size" if one_size else ""
         raise ComparisonError(
             f"Expected two batches of float images (B,3,H,W){size}, as many or one on a side, got "
-            f"{tuple(a.shape)} and {tuple(b.shape)}; use {files} for picture files."
+            f"{tuple(a.shape)} and {tuple(b.shape)}."
         )
     return first, second
 

@@ -1,17 +1,16 @@
-"""The verb: explain a comparison of image tensors."""
+"""Comparisons of image tensors explained: the body of ``explain``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass, replace
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simexplain.arguments import typed
 from simexplain.checking import checked, joined_checks
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError, first_line
@@ -38,18 +37,8 @@ _BEYOND = 10
 """Images that reach so many times what preprocessed pictures do were not preprocessed."""
 
 
-@overload
-def explain(
-    model: PairModel,
-    comparison: Comparison,
-    method: Methods = None,
-    layer: Layers = None,
-    **options: Any,
-) -> PairExplanation: ...
-
-
-@overload
-def explain(
+@full_precision()
+def explain_tensors(
     model: nn.Module,
     comparison: Comparison,
     method: Methods = None,
@@ -62,68 +51,8 @@ def explain(
     max_batch: int | None = None,
     check: bool = True,
     **options: Any,
-) -> Explanation: ...
-
-
-@typed
-@full_precision()
-def explain(
-    model: nn.Module | PairModel,
-    comparison: Comparison,
-    method: Methods = None,
-    layer: Layers = None,
-    *,
-    upscale: float = 1,
-    scale: str = "image",
-    labels: str | Sequence[str] | None = (),
-    pooling: str = "mean",
-    max_batch: int | None = None,
-    check: bool = True,
-    **options: Any,
-) -> Explanation | PairExplanation:
-    """Explains why the images of each comparison are alike or different to a model.
-
-    One forward and one backward pass, down to the lowest layer asked for, serve the whole batch.
-    Members of the comparison that are given as vectors have no map; of embeddings the length does
-    not matter, of directions (:meth:`Comparison.along`) it does.
-
-    Args:
-        model: A similarity model, or any ``nn.Module`` that returns an embedding. For several
-            calls wrap it once with ``as_similarity_model``: that remembers the default layer.
-            Of a model of two images (``as_pair_model``) the result is a ``PairExplanation``.
-        comparison: Preprocessed images ``(C,H,W)``, which are moved to the model's device and
-            type, and perhaps given vectors ``(E,)``. Or sets of frames ``(T,C,H,W)``, such as
-            video clips or photographs of one item, each of which counts as one member and has a
-            map for every frame; one method explains them, without a check.
-        method: A name in ``METHODS``, an object like ``SimilarityAttention(weights="signed")``, or
-            several, of which the first makes the result and the others its rows. None makes
-            similarity attention as published and ``focus`` from one pass; with a layer or an
-            option similarity attention alone, along a direction ``focus`` alone.
-        layer: A layer, several to be multiplied, or None for the
-            method's own choice, else the model's default. Of a pair model one for both towers, or
-            two, one for each.
-        upscale: Enlarges the images by this factor before the network, for finer maps; the
-            result reports how far that moved the embeddings.
-        scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
-        labels: What each given vector stands for, in order, for figures and files.
-        pooling: How the unit embeddings of the frames of a set become one: ``mean`` or ``max``.
-        max_batch: Bounds the images in one forward pass; results do not depend on it.
-        check: Hide what each map marks, and as much elsewhere, and ask the model again
-            (:func:`~simexplain.checking.checked`): ``2R + 1`` more passes of each image for ``R``
-            methods.
-        **options: Passed to the methods given by name, such as ``weights="relative"``.
-
-    Raises:
-        ComparisonError: If images, vectors or options do not fit.
-        ModelError: If the model or a layer cannot be used.
-    """
-    if isinstance(model, PairModel):
-        if upscale != 1 or labels:
-            raise ComparisonError("Pair models take neither upscale nor labels; leave them away.")
-        return _explain_pair(
-            model, comparison, method, layer, scale=scale, max_batch=max_batch, check=check,
-            **options,
-        )  # fmt: skip
+) -> Explanation:
+    """Explains a comparison of preprocessed images; see ``explain``."""
     wrapped = as_similarity_model(model)
     if not is_framed(comparison):
         check_images(comparison)
@@ -136,6 +65,16 @@ def explain(
         wrapped, comparison, view, method, layer, upscale=upscale, scale=scale, labels=labels,
         pooling=pooling, max_batch=max_batch, check=check, **options,
     )  # fmt: skip
+
+
+def check_pair(upscale: float, labels: str | Sequence[str] | None) -> None:
+    """Refuses what pair models do not take.
+
+    Raises:
+        ComparisonError: If something of it was given.
+    """
+    if upscale != 1 or labels:
+        raise ComparisonError("Pair models take neither upscale nor labels; leave them away.")
 
 
 def explain_items(
@@ -159,10 +98,23 @@ def explain_items(
     return by_frame(found, sets.frames)
 
 
-def _explain_pair(
+@full_precision()
+def explain_pair(
     model: PairModel, comparison: Comparison, method: Methods, layer: Layers, **chosen: Any
 ) -> PairExplanation:
-    """Both sides of a pair model, each with the other one held."""
+    """Both sides of a pair model, each with the other one held.
+
+    Args:
+        model: A pair model.
+        comparison: Preprocessed images.
+        method: As for ``explain``.
+        layer: One layer for both towers, or two, one for each.
+        **chosen: Further arguments of ``explain``, ``max_batch`` among them.
+
+    Raises:
+        ComparisonError: If the images do not fit the model.
+        ModelError: If the model or a layer cannot be used.
+    """
     if not isinstance(comparison, Comparison) or comparison.given or comparison.anchor.dim() != 4:
         raise ComparisonError("Expected a Comparison of float images for a pair model.")
     if layer is None or isinstance(layer, (str, nn.Module)):
@@ -188,7 +140,7 @@ def _explain_pair(
             (model.second, Comparison(first, others[:, :near], others[:, near:])),
         )
         found = [
-            explain(tower, part, method, names, **chosen)
+            explain_tensors(tower, part, method, names, **chosen)
             for (tower, part), names in zip(parts, layers, strict=True)
         ]
     return PairExplanation(found[0], found[1])
@@ -223,7 +175,7 @@ def _explain_score(
         for side, (own, other) in enumerate(((one, two), (two, one))):
             held = model.given(side, other[None])
             along = Comparison.along(own[None], torch.tensor([1.0, 0.0]))
-            found = explain(held, along, method, layers[side], **scored, **chosen)
+            found = explain_tensors(held, along, method, layers[side], **scored, **chosen)
             seen = found.check and replace(found.check, moved=found.check.moved * torch.nan)
             told = {**found.options, "score": "learned"}
             sides[side].append(replace(found, options=told, check=seen))
@@ -467,13 +419,13 @@ def check_images(comparison: Comparison) -> None:
     if not isinstance(comparison, Comparison):
         raise ComparisonError(
             f"Expected a Comparison of image tensors, got {type(comparison).__name__}; make one "
-            "with Comparison.pair or Comparison.triplet, or use explain_files for picture files."
+            "with Comparison.pair or Comparison.triplet, or give a list of pictures."
         )
     stack = comparison.stacked()
     if stack.dim() != 5 or not stack.is_floating_point():
         raise ComparisonError(
             f"Expected preprocessed float images of shape (B,3,H,W) as the anchor, got "
-            f"{tuple(stack[:, 0].shape)} of {stack.dtype}; use explain_files for picture files."
+            f"{tuple(stack[:, 0].shape)} of {stack.dtype}; give pictures as a list."
         )
 
 

@@ -1,11 +1,11 @@
-"""The verb for picture files: read, explain, and map the heat back onto the pictures."""
+"""The verb: explain a comparison of pictures or of image tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,14 @@ from simexplain.data.folders import Batches, pictures_in, read_item
 from simexplain.data.images import Picture, PictureSource, read_pictures
 from simexplain.data.preprocessing import Geometry, Preprocess, prepared
 from simexplain.errors import ComparisonError, ImageError
-from simexplain.explaining import check_upscale, checked_vectors, explain, explain_items
+from simexplain.explaining import (
+    check_pair,
+    check_upscale,
+    checked_vectors,
+    explain_items,
+    explain_pair,
+    explain_tensors,
+)
 from simexplain.explanation import Explanation
 from simexplain.methods.rows import Layers, Methods
 from simexplain.models.base import SimilarityModel
@@ -27,59 +34,131 @@ from simexplain.models.pairs import PairModel
 from simexplain.pair_explanation import PairExplanation
 from simexplain.tracing import trace
 
+Images = Comparison | Sequence[PictureSource | Tensor]
+"""A comparison, or its images in a list: anchor, positives, negatives."""
+
+
+@overload
+def explain(
+    model: PairModel,
+    images: Images,
+    method: Methods = None,
+    layer: Layers = None,
+    **options: Any,
+) -> PairExplanation: ...
+
+
+@overload
+def explain(
+    model: nn.Module,
+    images: Images,
+    method: Methods = None,
+    layer: Layers = None,
+    **options: Any,
+) -> Explanation: ...
+
 
 @typed
-def explain_files(
-    model: nn.Module,
-    paths: Sequence[PictureSource],
-    arch: str | None = None,
+def explain(
+    model: nn.Module | PairModel,
+    images: Images,
     method: Methods = None,
     layer: Layers = None,
     *,
+    arch: str | None = None,
     negative: bool = False,
     positives: int = 1,
     upscale: float = 1,
     scale: str = "image",
+    labels: str | Sequence[str] | None = (),
     pooling: str | None = None,
     max_batch: int | None = None,
     check: bool = True,
     **options: Any,
-) -> Explanation:
-    """Reads pictures, explains them, and maps the heat back onto the pictures themselves.
+) -> Explanation | PairExplanation:
+    """Explains why the images of a comparison are alike or different to a model.
+
+    One forward and one backward pass, down to the lowest layer asked for, serve the whole batch.
+    Members of a ``Comparison`` that are given as vectors have no map; of embeddings the length does
+    not matter, of directions (:meth:`Comparison.along`) it does.
 
     Args:
         model: A similarity model, whose ``preprocess`` is used, or any ``nn.Module`` that returns
-            an embedding.
-        paths: Picture files, anchor first, then positives, then negatives; or pictures of PIL or
-            arrays, as ``read_picture`` takes them, mixed with files as you like. A folder is one
-            item of several frames: a video clip, photographs of one thing.
-        arch: ``siamese``, ``triplet``, ``quadruplet`` or ``set``; unless given, two pictures are
-            siamese and three a triplet.
-        method: As for :func:`~simexplain.explaining.explain`: a name, an object, several to make
-            rows, or None for similarity attention as published and ``focus``.
-        layer: A layer, several to be multiplied, or None for the model's default.
-        negative: The other image of a siamese pair is a negative.
+            an embedding. For several calls wrap it once with ``as_similarity_model``: that
+            remembers the default layer. Of a model of two images (``as_pair_model``) the result is
+            a ``PairExplanation``; each tower preprocesses its own pictures.
+        images: Pictures, anchor first, then positives, then negatives: files, pictures of PIL or
+            arrays, as ``read_picture`` takes them, mixed as you like; the heat is mapped back onto
+            them. A folder is one item of several frames: a video clip, photographs of one thing.
+            Or preprocessed tensors: a list of ``(C,H,W)``, or a ``Comparison`` of batches
+            ``(B,C,H,W)``, of sets of frames ``(B,T,C,H,W)`` or with given vectors ``(E,)``.
+        method: A name in ``METHODS``, an object like ``SimilarityAttention(weights="signed")``, or
+            several, of which the first makes the result and the others its rows. None makes
+            similarity attention as published and ``focus`` from one pass; with a layer or an
+            option similarity attention alone, along a direction ``focus`` alone.
+        layer: A layer, several to be multiplied, or None for the method's own choice, else the
+            model's default. Of a pair model one for both towers, or two, one for each.
+        arch: Of a list ``siamese``, ``triplet``, ``quadruplet`` or ``set``; unless given, two
+            pictures are siamese and three a triplet.
+        negative: The other image of a siamese list is a negative.
         positives: How many images after the anchor are positives, for ``set``.
-        upscale: Shows the network this many times larger images, with the pictures' own finer
+        upscale: Shows the network this many times larger images, of pictures with their own finer
             detail; the result reports how far that moved the embeddings.
         scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
-        pooling: ``mean`` or ``max`` of the frames of an item; unless given ``mean``, and of files
-            with several pages or frames the first alone is taken.
+        labels: What each given vector of a ``Comparison`` stands for, in order.
+        pooling: How the unit embeddings of the frames of an item become one: ``mean`` or ``max``.
+            Unless given ``mean``, and of files with several pages or frames the first alone.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
-        check: Hide what each map marks, and as much elsewhere, and ask the model again.
-        **options: Passed to a method given by name, such as ``weights="relative"``.
+        check: Hide what each map marks, and as much elsewhere, and run the model again
+            (:func:`~simexplain.checking.checked`): ``2R + 1`` more passes of each image for ``R``
+            methods.
+        **options: Passed to the methods given by name, such as ``weights="relative"``.
 
     Raises:
         ImageError: If a picture cannot be read.
-        ComparisonError: If there are too few or too many pictures for ``arch``.
+        ComparisonError: If images, vectors or options do not fit, or there are too few or too many
+            images for ``arch``.
         ModelError: If the model or a layer cannot be used.
     """
+    chosen: dict[str, Any] = {"max_batch": max_batch, "scale": scale, "check": check, **options}
+    more: dict[str, Any] = {"upscale": upscale, "labels": labels, "pooling": pooling or "mean"}
+    if isinstance(images, Comparison):
+        if arch is not None or negative or positives != 1:
+            raise ComparisonError(
+                "A Comparison has its roles already; leave arch, negative and positives away."
+            )
+    else:
+        if labels:
+            raise ComparisonError("Labels name given vectors; a list of images has none.")
+        count = positives_of(arch, len(images), negative=negative, positives=positives)
+        if not all(isinstance(image, Tensor) for image in images):
+            return _explain_pictures(model, images, count, method, layer, pooling, upscale, chosen)
+        images = _stacked([image for image in images if isinstance(image, Tensor)], count)
+    if isinstance(model, PairModel):
+        check_pair(upscale, labels)
+        return explain_pair(model, images, method, layer, **chosen)
+    return explain_tensors(model, images, method, layer, **more, **chosen)
+
+
+def _explain_pictures(
+    model: nn.Module | PairModel,
+    images: Sequence[Any],
+    count: int,
+    method: Methods,
+    layer: Layers,
+    pooling: str | None,
+    upscale: float,
+    chosen: dict[str, Any],
+) -> Explanation | PairExplanation:
+    """Of pictures; ``count`` of them after the anchor are positives."""
+    if isinstance(model, PairModel):
+        check_pair(upscale, ())
+        return _explain_pair(model, images, count, method, layer, chosen)
     wrapped = as_similarity_model(model)
     check_upscale(upscale)
-    count = positives_of(arch, len(paths), negative=negative, positives=positives)
     items = [
         read_item(path, f"image {place}", pages=pooling is not None)
-        for place, path in enumerate(paths, start=1)
+        for place, path in enumerate(images, start=1)
     ]
     pictures = [picture for item in items for picture in item]
     own, geometries = _tensors(wrapped, items, 1, count)
@@ -87,14 +166,10 @@ def explain_files(
     if upscale != 1:
         view, geometries = _tensors(wrapped, items, upscale, count)
     result = explain_items(
-        wrapped, own, view, method, layer, upscale=upscale, scale=scale, max_batch=max_batch,
-        check=check, pooling=pooling or "mean", **options,
+        wrapped, own, view, method, layer, upscale=upscale, pooling=pooling or "mean",
+        **chosen,
     )  # fmt: skip
-    return result.placed(
-        wrapped.preprocess.notes + tuple(n for picture in pictures for n in picture.notes),
-        pictures=tuple(map(wrapped.preprocess.drawn, pictures)),
-        geometries=tuple(geometries),
-    )
+    return _placed(result, wrapped, pictures, geometries)
 
 
 @typed
@@ -127,9 +202,9 @@ def explain_against(
             rows, or None for similarity attention as published and ``focus``.
         layer: A layer, several to be multiplied, or None for the model's default.
         direction: The one positive is a direction, whose score is ``f . d``.
-        upscale: As for :func:`explain_files`.
+        upscale: As for :func:`explain`.
         scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
-        pooling: As for :func:`explain_files`.
+        pooling: As for :func:`explain`.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
         check: Hide what each map marks, and as much elsewhere, and ask the model again.
         **options: Passed to a method given by name, such as ``weights="relative"``.
@@ -166,63 +241,58 @@ def explain_against(
         wrapped, own, view, method, layer, upscale=upscale, scale=scale, max_batch=max_batch,
         labels=[*positives, *negatives], pooling=pooling or "mean", check=check, **options,
     )  # fmt: skip
+    return _placed(result, wrapped, pictures, geometries)
+
+
+def _explain_pair(
+    model: PairModel,
+    images: Sequence[PictureSource],
+    near: int,
+    method: Methods,
+    layer: Layers,
+    chosen: Mapping[str, Any],
+) -> PairExplanation:
+    """The anchor for the first tower, all other pictures for the second."""
+    read = read_pictures(images)
+    towers, groups = (model.first, model.second), (read[:1], read[1:])
+    parts = [prepared(tower.preprocess, own) for tower, own in zip(towers, groups, strict=True)]
+    others = parts[1][0].unsqueeze(0)
+    comparison = Comparison(parts[0][0], others[:, :near], others[:, near:])
+    result = explain_pair(model, comparison, method, layer, **chosen)
+    first, second = (
+        _placed(side, tower, own, places)
+        for side, tower, own, (_, places) in zip(result.sides, towers, groups, parts, strict=True)
+    )
+    return replace(result, first=first, second=second)
+
+
+def _placed(
+    result: Explanation,
+    model: SimilarityModel,
+    pictures: Sequence[Picture],
+    geometries: Sequence[Geometry],
+) -> Explanation:
+    """A result on the pictures that were read, with what is to be known of them."""
     return result.placed(
-        wrapped.preprocess.notes + tuple(n for picture in pictures for n in picture.notes),
-        pictures=tuple(map(wrapped.preprocess.drawn, pictures)),
+        model.preprocess.notes + tuple(note for picture in pictures for note in picture.notes),
+        pictures=tuple(map(model.preprocess.drawn, pictures)),
         geometries=tuple(geometries),
     )
 
 
-@typed
-def explain_pair_files(
-    model: PairModel,
-    anchor: PictureSource,
-    positives: Sequence[PictureSource],
-    negatives: Sequence[PictureSource] = (),
-    method: Methods = None,
-    layer: Layers = None,
-    **options: Any,
-) -> PairExplanation:
-    """Reads pictures for a model of two towers and maps the heat back onto the pictures.
-
-    Args:
-        model: A pair model; each tower has a ``preprocess`` of its own.
-        anchor: The picture for the first tower.
-        positives: Pictures for the second tower that should be close.
-        negatives: Pictures for the second tower that should be far.
-        method: As for :func:`~simexplain.explaining.explain`.
-        layer: One layer for both towers, two for one each, or None for the models' defaults.
-        **options: ``scale``, ``max_batch``, ``check`` and the options of the method.
-
-    Raises:
-        ImageError: If a picture cannot be read.
-        ComparisonError: If the pictures or options do not fit the model.
-        ModelError: If the model or a layer cannot be used.
-    """
-    read = read_pictures([anchor, *positives, *negatives])
-    groups = [read[:1], read[1:]]
-    towers, pictures, views, geometries = (model.first, model.second), [], [], []
-    for tower, own in zip(towers, groups, strict=True):
-        if not own:
-            raise ComparisonError("Expected at least one picture beside the anchor, got none.")
-        pictures.append(own)
-        stack, places = prepared(tower.preprocess, pictures[-1])
-        views.append(stack)
-        geometries.append(tuple(places))
-    near, others = len(positives), views[1].unsqueeze(0)
-    comparison = Comparison(views[0], others[:, :near], others[:, near:])
-    result = explain(model, comparison, method, layer, **options)
-    first, second = (
-        side.placed(
-            tower.preprocess.notes + tuple(note for picture in shown for note in picture.notes),
-            pictures=tuple(map(tower.preprocess.drawn, shown)),
-            geometries=places,
+def _stacked(images: Sequence[Tensor], positives: int) -> Comparison:
+    """Preprocessed images ``(C,H,W)`` of a list as one comparison."""
+    if any(image.dim() != 3 for image in images):
+        shapes = ", ".join(str(tuple(image.shape)) for image in images)
+        raise ComparisonError(
+            f"Expected preprocessed images (C,H,W) in a list, got {shapes}; batches of them make a "
+            "Comparison."
         )
-        for side, tower, shown, places in zip(
-            result.sides, towers, pictures, geometries, strict=True
-        )
-    )
-    return replace(result, first=first, second=second)
+    anchor, *others = (image.unsqueeze(0) for image in images)
+    empty = anchor.unsqueeze(1)[:, :0]
+    sides = others[:positives], others[positives:]
+    near, far = (torch.stack(side, dim=1) if side else empty for side in sides)
+    return Comparison(anchor, near, far)
 
 
 def _rows(vectors: Mapping[str, Tensor], width: int) -> Tensor:

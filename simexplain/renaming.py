@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from functools import wraps
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ REFUSED_FROM = "0.2"
 RENAMED: dict[str, tuple[str, ...]] = {
     "broken": ("errors",),
     "by": ("refine",),
+    "comparison": ("images",),
     "classes": ("classes_per_batch",),
     "different": ("negative",),
     "each": ("images_per_class",),
@@ -61,6 +62,63 @@ RENAMED_VALUES: dict[str, dict[str, str]] = {
     "perturb": {"each": "single", "together": "joint"},
 }
 """For new names the values that have changed."""
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _list_and_arch(paths: Any, arch: Any = None, *args: Any, **options: Any) -> Call:
+    return (paths, *args), {"arch": arch, **options}
+
+
+def _two_sides(
+    anchor: Any, positives: Any, negatives: Any = (), *args: Any, **options: Any
+) -> Call:
+    images = [anchor, *positives, *negatives]
+    return (images, *args), {"arch": "set", "positives": len(positives), **options}
+
+
+def _first_and_others(paths: Any, **options: Any) -> Call:
+    return (paths[0], paths[1:]), options
+
+
+def _alike(*args: Any, **options: Any) -> Call:
+    return args, options
+
+
+RENAMED_VERBS: dict[str, tuple[str, Callable[..., Call]]] = {
+    "attribute_files": ("attribute", _first_and_others),
+    "compare_files": ("compare", _list_and_arch),
+    "compare_methods": ("compare", _alike),
+    "explain_files": ("explain", _list_and_arch),
+    "explain_pair_files": ("explain", _two_sides),
+    "match_files": ("match", _alike),
+    "segment_files": ("segment", _alike),
+}
+"""Old names of functions: the one that took its place, and how its arguments are today's."""
+
+
+def old_verb(name: str, verb: Callable[..., Any]) -> Callable[..., Any]:
+    """A function under its old name in :data:`RENAMED_VERBS`, with a warning.
+
+    Args:
+        name: The old name.
+        verb: The function of today.
+    """
+    _, arguments = RENAMED_VERBS[name]
+
+    @wraps(verb)
+    def call(model: Any, *args: Any, **options: Any) -> Any:
+        warnings.warn(
+            f"'{name}' is now '{verb.__name__}', which takes pictures and tensors alike; the old "
+            f"name is refused from version {REFUSED_FROM}.",
+            RenamedWarning,
+            stacklevel=2,
+        )
+        given, options = arguments(*args, **options)
+        return verb(model, *given, **options)
+
+    return call
 
 
 def new_name(

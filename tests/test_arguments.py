@@ -30,9 +30,7 @@ from simexplain import (
     TrainOptions,
     as_similarity_model,
     explain,
-    explain_files,
     match,
-    match_files,
     read_picture,
     trace,
 )
@@ -57,8 +55,7 @@ WRONG: dict[str, Any] = {
 
 OPTIONS = (TrainOptions, BatchOptions, BankOptions, AVSLOptions, Cue, GrabCut, Preprocess)
 VERBS = (
-    "explain", "explain_files", "explain_against", "match", "match_files", "attribute",
-    "attribute_files", "segment", "segment_files", "compare_methods", "compare_files",
+    "explain", "explain_against", "match", "attribute", "segment", "compare",
     "faithfulness", "sanity_check", "evaluate_faithfulness", "evaluate_retrieval", "evaluate_reid",
     "evaluate_segmentation", "build_index", "update_index", "remove_from_index", "open_index",
     "search", "fit", "train", "build_bank", "explain_batch", "open_batch", "read_dataset",
@@ -278,18 +275,18 @@ def test_pictures_in_memory(tmp_path: Path) -> None:
     for file, one in zip(files, values, strict=True):
         Image.fromarray(one).save(file)
     model = tiny_model()
-    plain = explain_files(model, files, "siamese")
+    plain = explain(model, files, arch="siamese")
     for given in ([Image.fromarray(one) for one in values], list(values)):
-        found = explain_files(model, given, "siamese")
+        found = explain(model, given, arch="siamese")
         assert torch.equal(found.maps, plain.maps)
         assert (found.save(tmp_path / str(len(list(tmp_path.iterdir()))))) is not None
-    assert torch.equal(match_files(model, *values).matrix, match_files(model, *files).matrix)
+    assert torch.equal(match(model, *values).matrix, match(model, *files).matrix)
 
 
 @pytest.mark.parametrize("name", ["https://example.com/a.png", "s3://bucket/a.png"])
 def test_an_address_is_no_file(name: str, tmp_path: Path) -> None:
     for made in (
-        lambda: read_picture(name), lambda: explain_files(tiny_model(), [name, name], "siamese"),
+        lambda: read_picture(name), lambda: explain(tiny_model(), [name, name], arch="siamese"),
         lambda: simexplain.load_model(name), lambda: simexplain.read_dataset("folder", name),
         lambda: simexplain.build_index(tiny_model(), name, tmp_path / "i"),
         lambda: read_vectors(name), lambda: simexplain.read_dataset("folder", Path(name)),

@@ -12,7 +12,7 @@ import torch
 from avsl_cases import Pyramid, small_avsl
 from torch import Tensor
 
-from simexplain import Attribution, as_similarity_model, attribute, attribute_files
+from simexplain import Attribution, as_similarity_model, attribute
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError
 from simexplain.models.avsl import AVSL
@@ -260,7 +260,7 @@ def test_saving_refuses_to_replace_and_loading_to_guess(found: Attribution, tmp_
 
 
 def test_files_keep_their_pictures(file_model: AVSL, demo_paths: list[Path]) -> None:
-    result = attribute_files(file_model, demo_paths)
+    result = attribute(file_model, demo_paths[0], demo_paths[1:])
     assert result.roles == ("positive", "negative")
     assert [Path(second.path) for _, second in result.pictures] == demo_paths[1:]
     assert result.images.shape == (2, 2, 3, 64, 64)
@@ -275,7 +275,7 @@ def test_wrong_input_is_told_in_a_sentence(
     with pytest.raises(ModelError, match="simexplain fit"):
         attribute(Pyramid(), *pair)
     with pytest.raises(ModelError, match="simexplain fit"):
-        attribute_files(as_similarity_model(Pyramid()), ["a", "b"])
+        attribute(as_similarity_model(Pyramid()), "a", ["b"])
     for a, b in ((pair[0], pair[1][:2]), (pair[0], pair[1][..., :-1]), (pair[0][:0], pair[1]),
                  (pair[0].long(), pair[1]), (pair[0][0, 0], pair[1][0, 0])):  # fmt: skip
         with pytest.raises(ComparisonError, match="Expected two batches"):
@@ -283,10 +283,10 @@ def test_wrong_input_is_told_in_a_sentence(
     for roles in (("positive",), ("yes", "no", "no")):
         with pytest.raises(ComparisonError, match="Expected one role"):
             attribute(model, *pair, roles=roles)
-    with pytest.raises(ComparisonError, match="at least two pictures"):
-        attribute_files(file_model, [tmp_path / "a.png"])
+    with pytest.raises(ComparisonError, match="at least one picture to compare with"):
+        attribute(file_model, tmp_path / "a.png", [])
     with pytest.raises(ImageError, match="no file"):
-        attribute_files(file_model, [tmp_path / "a.png", tmp_path / "b.png"])
+        attribute(file_model, tmp_path / "a.png", [tmp_path / "b.png"])
     for level in (3, -4, "stage9"):
         with pytest.raises(ComparisonError, match="Expected a level of 0"):
             found.node(level, 0)
@@ -297,7 +297,7 @@ def test_wrong_input_is_told_in_a_sentence(
     with pytest.raises(ComparisonError, match="Expected a pair below 3"):
         found.figure(3)
     with pytest.raises(
-        ComparisonError, match=r"Expected a tensor as a, got 'a\.jpg'; use attribute_files"
+        ComparisonError, match=r"Expected a tensor as a, got 'a\.jpg'; use attribute"
     ):
         attribute(model, "a.jpg", pair[1])
     with pytest.raises(ComparisonError, match="max_batch of at least 1"):

@@ -34,8 +34,8 @@ from simexplain import (
     SimilarityAttention,
     WeightBank,
     as_similarity_model,
+    explain,
     explain_batch,
-    explain_files,
     open_batch,
 )
 from simexplain.batching.keeping import Keep
@@ -74,7 +74,7 @@ def one_by_one(
         shape: dict[str, Any] = {"arch": "siamese", "negative": not positives}
     else:
         shape = {"arch": "set", "positives": len(positives)}
-    return explain_files(model, paths, method=method, **shape, **options)
+    return explain(model, paths, method=method, **shape, **options)
 
 
 def agree(found: Explanation, wanted: Explanation, tolerance: float = 1e-5) -> None:

@@ -20,7 +20,6 @@ from simexplain import (
     as_similarity_model,
     build_index,
     explain,
-    explain_files,
     load_model,
     match,
     search,
@@ -92,7 +91,7 @@ def test_a_grey_network_reads_pictures_as_grey(tmp_path: Path) -> None:
     torch.testing.assert_close(tensor, ((grey - 0.5) / 0.25)[None], rtol=1e-5, atol=1e-5)
     for name in ("a.png", "b.png"):
         noise(50, 70, seed=len(name) + ord(name[0])).save(tmp_path / name)
-    result = explain_files(model, [tmp_path / "a.png", tmp_path / "b.png"], "siamese")
+    result = explain(model, [tmp_path / "a.png", tmp_path / "b.png"], arch="siamese")
     shown, _ = result.on_picture(0)
     assert (shown[..., 0] == shown[..., 2]).all()
     result.save(tmp_path / "out")
@@ -131,7 +130,7 @@ def test_files_of_many_bands_are_read_explained_indexed_and_searched(
     wanted = (torch.from_numpy(bands(5, 0)).movedim(-1, 0) - mean) / std
     torch.testing.assert_close(tensor, wanted, rtol=1e-5, atol=1e-5)
     assert geometry.original == (40, 60)
-    result = explain_files(model, paths, "triplet")
+    result = explain(model, paths, arch="triplet")
     result.save(tmp_path / "out")
     torch.testing.assert_close(Explanation.load(tmp_path / "out").images, result.images)
     if kind == "npy":
@@ -170,7 +169,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
         (five, "none.npy", "no file"),
     ):
         with pytest.raises(ImageError, match=said) as caught:
-            explain_files(model, [tmp_path / name] * 2, "siamese")
+            explain(model, [tmp_path / name] * 2, arch="siamese")
         assert str(caught.value).endswith(".")
     with pytest.raises(ImageError, match="as many values in mean as in std"):
         Preprocess(mean=(0.5,))

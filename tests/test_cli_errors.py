@@ -169,7 +169,7 @@ def test_unforeseen_errors_are_one_line(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("first line\nsecond line")
 
-    monkeypatch.setattr("simexplain_cli.explain.explain_files", broken)
+    monkeypatch.setattr("simexplain_cli.explain.explain", broken)
     result = run("explain", NETWORK, "a.png", "b.jpg", *PAIR, *FAST)
     assert (result.code, result.out) == (1, "")
     assert "ZeroDivisionError: first line second line" in result.err

@@ -11,7 +11,7 @@ import torch
 from cli_runs import FAST, NETWORK, Run, simexplain
 from conftest import DEMO
 
-from simexplain import Matching, load_model, match_files
+from simexplain import Matching, load_model, match
 
 QUICK = (NETWORK, "a.png", "b.jpg", *FAST)
 CONTRACT = {
@@ -54,7 +54,7 @@ def test_the_json_is_the_contract_and_the_manifest(work: Path) -> None:
 def test_the_numbers_are_those_of_python(work: Path) -> None:
     said = json.loads((work / "said.json").read_text(encoding="utf-8"))
     model = load_model("timm:tf_efficientnet_lite0")
-    found = match_files(model, DEMO / "anchor.jpg", DEMO / "positive.jpg")
+    found = match(model, DEMO / "anchor.jpg", DEMO / "positive.jpg")
     again = Matching.load(work / "found")
     torch.testing.assert_close(again.matrix, found.matrix, rtol=1e-3, atol=1e-7)
     for point in said["points"]:

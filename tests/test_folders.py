@@ -97,10 +97,10 @@ def results(folder: Path) -> list[Path]:
     from simexplain import (
         BatchOptions,
         as_similarity_model,
-        compare_files,
+        compare,
+        explain,
         explain_batch,
-        explain_files,
-        match_files,
+        match,
         search,
     )
 
@@ -108,9 +108,9 @@ def results(folder: Path) -> list[Path]:
     model = as_similarity_model(TinyNet().eval(), preprocess=SMALL, name="tiny")
     pair = [picture(folder / "b" / "2.png", 0), picture(folder / "b" / "3.png", 90)]
     found = folder / "a" / "found"
-    explain_files(model, pair, "siamese").save(found / "explanation")
-    match_files(model, *pair).save(found / "matching")
-    compare_files(model, pair, "siamese", ["sam"], steps=2).save(found / "comparison")
+    explain(model, pair, arch="siamese").save(found / "explanation")
+    match(model, *pair).save(found / "matching")
+    compare(model, pair, ["sam"], arch="siamese", steps=2).save(found / "comparison")
     table = folder / "table.csv"
     table.write_text("anchor,positives\nb/2.png,b/3.png\n")
     explain_batch(model, table, found / "batch", how=BatchOptions(pictures=True, figures=True))

@@ -19,7 +19,6 @@ from simexplain import (
     Explanation,
     as_similarity_model,
     explain,
-    explain_files,
     read_picture,
 )
 from simexplain.data.preprocessing import Preprocess
@@ -188,7 +187,7 @@ def folders(tmp_path: Path) -> list[Path]:
 def test_folders_and_pages_are_items(tiny: TinyNet, folders: list[Path], tmp_path: Path) -> None:
     prepare = Preprocess(size=(24, 32), fit="squash")
     model = as_similarity_model(tiny, preprocess=prepare)
-    result = explain_files(model, folders, "triplet", pooling="max")
+    result = explain(model, folders, arch="triplet", pooling="max")
     assert result.frames == (3, 2, 1)
     assert not any("The images reach" in line for line in result.warnings)
     names = [Path(picture.path).name for picture in result.pictures]
@@ -207,7 +206,7 @@ def test_folders_and_pages_are_items(tiny: TinyNet, folders: list[Path], tmp_pat
     assert torch.equal(again.heatmaps, result.heatmaps)
     titles = [axes.get_title().strip() for axes in again.figure().axes]
     assert any(title.startswith("positive, frame 2") for title in titles)
-    first = explain_files(model, folders[1:], "siamese")
+    first = explain(model, folders[1:], arch="siamese")
     assert first.frames == ()
     assert any("2 frames; the first one is used" in line for line in first.warnings)
     assert first.pictures[0].image.tobytes() == read_picture(folders[1]).image.tobytes()

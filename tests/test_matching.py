@@ -13,7 +13,7 @@ from PIL import Image
 from tails import POOLS, Curved, Tailed, randomised
 from torch import Tensor, nn
 
-from simexplain import AVSL, Matching, as_similarity_model, match, match_files
+from simexplain import AVSL, Matching, as_similarity_model, match
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ImageError, ModelError
 from simexplain.matching.factors import SCORES, Factors, pair_matrix
@@ -373,7 +373,6 @@ def test_wrong_arguments_are_told(tiny: TinyNet, images: Tensor) -> None:
         ("has no distances", lambda: match(tiny, a, b, score="squared", style="zhu")),
         ("steps of at least 1", lambda: match(tiny, a, b, steps=0)),
         ("max_batch of at least 1", lambda: match(tiny, a, b, max_batch=0)),
-        ("use match_files", lambda: match(tiny, "a.png", "b.png")),
         ("as many or one on a side", lambda: match(tiny, images[:2], images[:3])),
         ("as many or one on a side", lambda: match(tiny, a.long(), b)),
         ("as many or one on a side", lambda: match(tiny, images[:0], b)),
@@ -389,6 +388,10 @@ def test_wrong_arguments_are_told(tiny: TinyNet, images: Tensor) -> None:
         assert str(caught.value).endswith(".")
     with pytest.raises(ModelError, match="no layer 'nowhere'"):
         match(tiny, a, b, "nowhere")
+    with pytest.raises(ImageError, match="no file 'a.png'"):
+        match(tiny, "a.png", "b.png")
+    with pytest.raises(ImageError, match="preprocessed tensors"):
+        match(tiny, a, "b.png")
 
 
 def test_vectors_without_a_direction_are_refused(tiny: TinyNet, images: Tensor) -> None:
@@ -450,7 +453,7 @@ def test_points_are_pixels_of_the_pictures(tmp_path, tiny: TinyNet) -> None:
             tmp_path / f"{name}.png"
         )
     model = as_similarity_model(tiny, preprocess=Preprocess(size=(24, 24)))
-    found = match_files(model, tmp_path / "a.png", tmp_path / "b.png", "last")
+    found = match(model, tmp_path / "a.png", tmp_path / "b.png", "last")
     # 100 x 60 is reduced to 40 x 24, of which the middle 24 columns are seen; 50 x 90 to 24 x 43.
     assert found.frame("a").box == pytest.approx((20, 0, 80, 60))
     weights = bilinear(found.matrix[0], (45 * 0.4 - 8) / 4, 31 * 0.4 / 4)
@@ -466,7 +469,7 @@ def test_points_are_pixels_of_the_pictures(tmp_path, tiny: TinyNet) -> None:
     with pytest.raises(ComparisonError, match=r"a.png' that the network saw, x from 20.0 to 80.0"):
         found.at(10, 31)
     with pytest.raises(ImageError, match="no file"):
-        match_files(model, tmp_path / "a.png", tmp_path / "none.png")
+        match(model, tmp_path / "a.png", tmp_path / "none.png")
     assert found.figure(points=[(45, 31)]).axes
 
 
@@ -475,7 +478,7 @@ def test_a_matching_is_saved_and_read_back(tmp_path, tiny: TinyNet, images: Tens
         noise = np.random.default_rng(number).integers(0, 255, (40, 60, 3), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / f"{number}.png")
     model = as_similarity_model(tiny, preprocess=Preprocess(size=(24, 32)))
-    pictures = match_files(model, tmp_path / "0.png", tmp_path / "1.png", "last")
+    pictures = match(model, tmp_path / "0.png", tmp_path / "1.png", "last")
     tensors = match(model, images[:3], torch.rand(3, 3, 16, 40), "last", score="squared")
     for name, found in (("files", pictures), ("tensors", tensors)):
         files = found.save(tmp_path / name, points=[(12, 9)])

@@ -18,7 +18,6 @@ from simexplain import (
     as_similarity_model,
     build_index,
     explain,
-    explain_pair_files,
     read_picture,
 )
 from simexplain.errors import ComparisonError, ModelError
@@ -193,7 +192,7 @@ def test_picture_files_of_two_sizes(tmp_path: Path) -> None:
         second_preprocess=Preprocess(size=(63, 63), fit="squash"),
     )
     paths = [DEMO / f"{role}.jpg" for role in ("anchor", "positive")]
-    result = explain_pair_files(pair, paths[0], paths[1:])
+    result = explain(pair, [paths[0], *paths[1:]], arch="set", positives=len(paths[1:]))
     tensors = [
         tower.preprocess(read_picture(path).image)[0][None]
         for tower, path in zip((pair.first, pair.second), paths, strict=True)

@@ -19,17 +19,15 @@ from simexplain import (
     SearchResult,
     Segmentation,
     as_similarity_model,
-    attribute_files,
+    attribute,
     build_index,
     explain,
     explain_batch,
-    explain_files,
     match,
-    match_files,
     open_batch,
     open_index,
     search,
-    segment_files,
+    segment,
 )
 from simexplain.batching.options import BatchOptions
 from simexplain.data.preprocessing import Preprocess
@@ -124,7 +122,7 @@ def test_explain_and_batch(
 ) -> None:
     """Joined with a layer that sees the whole, each map is laid where it looks."""
     model = network(side)
-    found = explain_files(model, paths[:2], "siamese", method=method, layer=layers)
+    found = explain(model, paths[:2], arch="siamese", method=method, layer=layers)
     table = tmp_path / "rows.csv"
     table.write_text(f"anchor,positive\n{paths[0]},{paths[1]}\n")
     how = BatchOptions(pictures=True, figures=True)
@@ -142,7 +140,7 @@ def test_explain_and_batch(
 
 
 def test_match(side: str, paths: list[Path], tmp_path: Path) -> None:
-    result = match_files(network(side), *paths[:2], layer="d")
+    result = match(network(side), *paths[:2], layer="d")
     (first, unseen), (second, _) = PLACES[side][:2]
     (best,) = result.top(1)
     assert near(best.a, first)
@@ -217,7 +215,7 @@ def test_an_index_of_an_older_version_is_searched_where_its_layer_looks(
 def test_attribute_and_the_maps_of_avsl(side: str, paths: list[Path], tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = AVSL(network(side), levels=("t", "d"), nodes=5).eval()
-    result = attribute_files(model, paths[:2])
+    result = attribute(model, paths[:2][0], paths[:2][1:])
     result.save(tmp_path / "out")
     for one in (result, Attribution.load(tmp_path / "out")):
         heats = one.heatmaps("d", range(5)).numpy()
@@ -240,9 +238,7 @@ def test_attribute_and_the_maps_of_avsl(side: str, paths: list[Path], tmp_path: 
 
 
 def test_segment(side: str, paths: list[Path], tmp_path: Path) -> None:
-    result = segment_files(
-        network(side), paths[0], paths[1:], layer="d", method="sam", refine="otsu"
-    )
+    result = segment(network(side), paths[0], paths[1:], layer="d", method="sam", refine="otsu")
     assert near(middle(result.heat), PLACES[side][0][0])
     assert near(middle(result.mask.astype(float)), PLACES[side][0][0])
     result.save(tmp_path / "out")
@@ -255,8 +251,8 @@ def test_what_bypasses_a_layer_is_told_with_every_result(paths: list[Path], tmp_
     images = torch.rand(2, 3, 64, 64)
     index = build_index(model, paths[0].parent, tmp_path / "x.index", layer="d")
     found = search(model, paths[0], index)
-    matched = match_files(model, *paths[:2], layer="d")
-    cut = segment_files(model, paths[0], paths[1:], layer="d")
+    matched = match(model, *paths[:2], layer="d")
+    cut = segment(model, paths[0], paths[1:], layer="d")
     shares = [one["d"] for one in (found.to_json()["bypass"], matched.bypass, cut.bypass)]
     assert shares[0] == report_of(index)["basis"]["bypass"]
     assert all(0.1 < share < 1 for share in shares)

@@ -15,14 +15,14 @@ from PIL import Image
 
 from simexplain import (
     as_similarity_model,
-    attribute_files,
-    compare_files,
+    attribute,
+    compare,
     evaluate_faithfulness,
-    explain_files,
-    match_files,
+    explain,
+    match,
     read_picture,
     search,
-    segment_files,
+    segment,
 )
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ImageError
@@ -55,7 +55,7 @@ def mixed(files: list[Path]) -> list[Any]:
 def test_explaining_is_as_from_files(
     files: list[Path], model: SimilarityModel, tmp_path: Path
 ) -> None:
-    direct, found = explain_files(model, files), explain_files(model, mixed(files))
+    direct, found = explain(model, files), explain(model, mixed(files))
     assert torch.equal(direct.maps, found.maps)
     assert torch.equal(direct.distances, found.distances)
     assert [p.path for p in found.pictures] == ["image 1", "image 2", str(files[2])]
@@ -68,20 +68,21 @@ def test_explaining_is_as_from_files(
 
 def test_every_verb_takes_them(files: list[Path], model: SimilarityModel, tmp_path: Path) -> None:
     given = mixed(files)
-    pair = match_files(model, *given[:2])
-    assert torch.equal(pair.score, match_files(model, *files[:2]).score)
+    pair = match(model, *given[:2])
+    assert torch.equal(pair.score, match(model, *files[:2]).score)
     assert [picture.path for picture in pair.pictures[0]] == ["image 1", "image 2"]
     avsl = small_avsl()
     assert torch.equal(
-        attribute_files(avsl, given).distances, attribute_files(avsl, files).distances
+        attribute(avsl, given[0], given[1:]).distances,
+        attribute(avsl, files[0], files[1:]).distances,
     )
     np.testing.assert_array_equal(
-        segment_files(model, given[0], given[1:], refine="threshold").mask,
-        segment_files(model, files[0], files[1:], refine="threshold").mask,
+        segment(model, given[0], given[1:], refine="threshold").mask,
+        segment(model, files[0], files[1:], refine="threshold").mask,
     )
-    table = compare_files(model, given, "triplet", ["sam"], steps=2)
+    table = compare(model, given, ["sam"], arch="triplet", steps=2)
     assert (
-        table["sam"].means == compare_files(model, files, "triplet", ["sam"], steps=2)["sam"].means
+        table["sam"].means == compare(model, files, ["sam"], arch="triplet", steps=2)["sam"].means
     )
     scores = evaluate_faithfulness(model, [(given, "triplet")], {"sam": ("sam", None, {})}, steps=2)
     assert scores.items == (("image 1", "image 2", str(files[2])),)
@@ -91,9 +92,9 @@ def test_one_picture_is_no_list_of_supports(files: list[Path], model: Similarity
     for one in mixed(files):
         with pytest.raises(
             ComparisonError,
-            match=r"Expected a list of pictures .* as supports, got .* put it into a list",
+            match=r"tensor or a list of pictures .* as supports, got .* put it into a list",
         ):
-            segment_files(model, files[0], one)
+            segment(model, files[0], one)
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -170,7 +171,7 @@ def test_what_is_no_picture_is_told_by_its_place(
     given: Any, said: str, files: list[Path], model: SimilarityModel
 ) -> None:
     with pytest.raises(ImageError) as error:
-        explain_files(model, [files[0], given], "siamese")
+        explain(model, [files[0], given], arch="siamese")
     assert said in str(error.value)
     assert "'image 2'" in str(error.value)
     assert str(error.value).endswith(".")
@@ -180,4 +181,4 @@ def test_a_closed_file_is_told(files: list[Path], model: SimilarityModel) -> Non
     with Image.open(files[0]) as opened:
         pass
     with pytest.raises(ImageError, match="image 1"):
-        explain_files(model, [opened, files[1]], "siamese")
+        explain(model, [opened, files[1]], arch="siamese")

@@ -14,7 +14,7 @@ import torch
 from conftest import TinyNet
 from simexplain_cli.options import saved
 
-from simexplain import Explanation, as_similarity_model, explain_files
+from simexplain import Explanation, as_similarity_model, explain
 from simexplain.errors import OutputError
 from simexplain.publishing import digest_of, locked
 
@@ -25,7 +25,7 @@ def results(tmp_path: Path, demo_paths: list[Path]) -> list[Explanation]:
     torch.manual_seed(0)
     model = as_similarity_model(TinyNet().eval())
     return [
-        explain_files(model, demo_paths[: 2 + n], None, method="sam", check=False) for n in (0, 1)
+        explain(model, demo_paths[: 2 + n], arch=None, method="sam", check=False) for n in (0, 1)
     ]
 
 

@@ -206,3 +206,45 @@ def test_runs_and_batches_begun_by_the_last_version_go_on(tmp_path: Path) -> Non
         check_same(tmp_path, begun, {**now, "model": probe})
     with pytest.warns(RenamedWarning, match="'watch'"):
         assert resolved(None, {"watch": 2}, state).attention_triplets == 2
+
+
+def test_functions_of_pictures_under_their_old_names(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{name}.png") for name in "abc"]
+    for number, path in enumerate(paths):
+        Image.effect_noise((32, 32), 40 + 9 * number).convert("RGB").save(path)
+    model = simexplain.as_similarity_model(TinyNet().eval())
+    today = simexplain.explain(model, paths, arch="triplet", method="sam")
+    with pytest.warns(RenamedWarning, match="'explain_files' is now 'explain'"):
+        old = simexplain.explain_files(model, paths, "triplet", "sam")
+    assert torch.equal(old.maps, today.maps)
+    comparison = Comparison.triplet(*today.images.unbind(1))
+    with pytest.warns(RenamedWarning):
+        assert torch.equal(
+            simexplain.explain(model, comparison=comparison, method="sam").maps, today.maps
+        )
+    with pytest.warns(RenamedWarning):
+        table = simexplain.compare_files(model, paths, "triplet", ["sam"], steps=2)
+    same = simexplain.compare(model, paths, ["sam"], steps=2)["sam"].means
+    assert table["sam"].means == pytest.approx(same, nan_ok=True)
+    with pytest.warns(RenamedWarning):
+        matched = simexplain.match_files(model, paths[0], paths[1])
+    assert torch.equal(matched.matrix, simexplain.match(model, paths[0], paths[1]).matrix)
+    pairs = simexplain.as_pair_model(TinyNet().eval(), TinyNet().eval())
+    with pytest.warns(RenamedWarning):
+        two = simexplain.explain_pair_files(pairs, paths[0], paths[1:2], paths[2:], method="sam")
+    same = simexplain.explain(pairs, paths, arch="triplet", method="sam")
+    assert torch.equal(two.first.maps, same.first.maps)
+
+
+def test_a_list_of_tensors_is_a_comparison() -> None:
+    model = simexplain.as_similarity_model(TinyNet().eval())
+    images = list(torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    listed = simexplain.explain(model, images, "sam")
+    batch = Comparison.triplet(*(image[None] for image in images))
+    assert torch.equal(listed.maps, simexplain.explain(model, batch, "sam").maps)
+    with pytest.raises(SimexplainError, match="preprocessed tensors"):
+        simexplain.explain(model, [images[0], "a.png"])
+    with pytest.raises(SimexplainError, match="make a Comparison"):
+        simexplain.explain(model, [images[0], images[1][None]])
+    with pytest.raises(SimexplainError, match="has its roles already"):
+        simexplain.explain(model, batch, arch="triplet")

@@ -15,7 +15,7 @@ from conftest import TinyNet
 from pictures import noise
 from PIL import Image
 
-from simexplain import Comparison, Explanation, as_similarity_model, explain, explain_files
+from simexplain import Comparison, Explanation, as_similarity_model, explain
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import OutputError, SimexplainError
 from simexplain.picturing import heat_of
@@ -44,7 +44,7 @@ def from_files(tmp_path: Path) -> Explanation:
         noise(30 + number, 50, seed=number).save(path)
     torch.manual_seed(1)
     model = as_similarity_model(TinyNet().eval(), preprocess=Preprocess((24, 32)), name="tiny")
-    return explain_files(model, paths, "triplet", layer="body")
+    return explain(model, paths, arch="triplet", layer="body")
 
 
 def listing(folder: Path) -> dict[str, bytes]:

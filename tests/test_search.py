@@ -24,7 +24,7 @@ from simexplain import (
     as_similarity_model,
     build_index,
     load_model,
-    match_files,
+    match,
     open_index,
     read_picture,
     search,
@@ -171,7 +171,7 @@ def test_maps_are_those_of_match_within_half_precision(gallery: Path) -> None:
     assert found.hit_maps is not None
     worst = 0.0
     for number, hit in enumerate(found.hits):
-        direct = match_files(model, query, hit.path)
+        direct = match(model, query, hit.path)
         for own, wanted in zip(
             (found.query_maps[number], found.hit_maps[number]), direct.marginals(), strict=True
         ):
@@ -205,7 +205,7 @@ def test_contrast_is_the_difference_of_direct_maps_and_adds_up(
         slack = max(3e-5, 2 * torch.finfo().eps * factor)
         assert float(contrast.sum()) == pytest.approx(hit.gap, abs=slack)
         assert hit.gap_residual == pytest.approx(hit.gap - float(contrast.sum()), abs=1e-6)
-        near, far = (match_files(model, query, p) for p in (hit.path, hit.rival.path))
+        near, far = (match(model, query, p) for p in (hit.path, hit.rival.path))
         cosines = near.marginals()[0][0] - far.marginals()[0][0]
         torch.testing.assert_close(contrast, factor * cosines, atol=2e-4, rtol=2e-3)
 
@@ -700,7 +700,7 @@ def test_the_default_network_explains_from_the_index(
     index = build_index(model, [positive, negative], tmp_path / "demo.index")
     found = search(model, anchor, index, 2)
     for number, hit in enumerate(found.hits):
-        direct = match_files(model, anchor, hit.path)
+        direct = match(model, anchor, hit.path)
         assert found.query_maps is not None
         wanted = direct.marginals()[0][0]
         difference = (found.query_maps[number] - wanted).abs().max()

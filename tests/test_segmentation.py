@@ -27,7 +27,6 @@ from simexplain import (
     explain,
     load_model,
     segment,
-    segment_files,
 )
 from simexplain.errors import ComparisonError, ImageError, OutputError
 from simexplain.segmentation.attending import attend
@@ -275,7 +274,7 @@ def test_names_are_refused_in_a_sentence(colours: nn.Module) -> None:
         with pytest.raises(ComparisonError, match=said):
             segment(colours, test, near, **options)
     for wrong in (near[:0], near[:, :, :10], near[0], near.numpy(), None):
-        with pytest.raises(ComparisonError, match="segment_files"):
+        with pytest.raises(ComparisonError, match="support"):
             segment(colours, test, wrong)
 
 
@@ -298,7 +297,7 @@ def test_focus_makes_a_smooth_cue_unless_told_otherwise(tiny: nn.Module, images:
 
 
 def test_files_at_their_own_resolution(colours: nn.Module, files: Path) -> None:
-    found = segment_files(colours, files / "scene.png", [files / "red.png"], [files / "blue.png"])
+    found = segment(colours, files / "scene.png", [files / "red.png"], [files / "blue.png"])
     truth = np.asarray(Image.open(files / "red_mask.png"))
     assert found.mask.shape == found.heat.shape == truth.shape == (200, 180)
     assert iou(found.mask, truth) > 0.9
@@ -312,9 +311,7 @@ def test_files_at_their_own_resolution(colours: nn.Module, files: Path) -> None:
 
 def test_what_the_network_does_not_see_is_never_sure(colours: nn.Module, files: Path) -> None:
     cropping = as_similarity_model(ColourNet().eval(), preprocess=replace(PLAIN, crop_fraction=0.5))
-    found = segment_files(
-        cropping, files / "scene.png", [files / "red.png"], view="model", method="sam"
-    )
+    found = segment(cropping, files / "scene.png", [files / "red.png"], view="model", method="sam")
     assert found.marks is not None
     assert set(np.unique(found.marks[:20])) == {2}
     assert not found.heat[:20].any()
@@ -330,25 +327,32 @@ def test_support_masks_hide_what_lies_around(colours: nn.Module, files: Path) ->
     Image.fromarray(mask).save(files / "mask.png")
     truth = np.asarray(Image.open(files / "red_mask.png"))
     options = {"method": "sam", "weights": "relative"}
-    found = segment_files(
-        colours, files / "scene.png", [files / "both.png"], support_masks=[files / "mask.png"],
+    found = segment(
+        colours,
+        files / "scene.png",
+        [files / "both.png"],
+        support_masks=[files / "mask.png"],
         **options,
-    )  # fmt: skip
-    without = segment_files(colours, files / "scene.png", [files / "both.png"], **options)
+    )
+    without = segment(colours, files / "scene.png", [files / "both.png"], **options)
     assert iou(found.mask, truth) > 0.9
     assert iou(without.mask, truth) < iou(found.mask, truth)
     assert found.options["support_masks"] is True
     with pytest.raises(ComparisonError, match="a mask for each"):
-        segment_files(colours, files / "scene.png", [files / "both.png"], support_masks=[])
+        segment(colours, files / "scene.png", [files / "both.png"], support_masks=[])
     with pytest.raises(ImageError, match="size of its picture"):
-        segment_files(colours, files / "scene.png", [files / "both.png"],
-                      support_masks=[files / "red_mask.png"])  # fmt: skip
+        segment(
+            colours,
+            files / "scene.png",
+            [files / "both.png"],
+            support_masks=[files / "red_mask.png"],
+        )
     one = files / "red.png"
     for supports, given in (
         (str(one), {}), ([one], {"others": str(one)}), ([one], {"support_masks": str(one)}),
     ):  # fmt: skip
         with pytest.raises(ComparisonError, match=r"list of .* as \w+, got .*; put it into a list"):
-            segment_files(colours, files / "scene.png", supports, **given)
+            segment(colours, files / "scene.png", supports, **given)
 
 
 def test_support_masks_of_0_and_255_do_not_change_the_light(colours: nn.Module) -> None:
@@ -376,7 +380,7 @@ def test_nothing_of_the_users_is_touched(files: Path) -> None:
     network = ColourNet().train()
     network.mix.weight.requires_grad_(False)
     before = states()
-    segment_files(network, files / "scene.png", [files / "red.png"])
+    segment(network, files / "scene.png", [files / "red.png"])
     assert states() == before
     assert network.training
     assert network.mix.weight.grad is None
@@ -384,7 +388,7 @@ def test_nothing_of_the_users_is_touched(files: Path) -> None:
 
 
 def test_saving_and_loading(colours: nn.Module, files: Path, tmp_path: Path) -> None:
-    found = segment_files(colours, files / "scene.png", [files / "red.png"], [files / "blue.png"])
+    found = segment(colours, files / "scene.png", [files / "red.png"], [files / "blue.png"])
     written = found.save(tmp_path / "out")
     assert {Path(path).name for path in written.values()} == set(MAIN_FILES)
     mask = np.asarray(Image.open(tmp_path / "out" / "mask.png"))
@@ -448,7 +452,7 @@ def test_the_pretrained_default_finds_the_photograph(demo_paths: list[Path]) -> 
     """The demo's positive shows the anchor's cat as a photograph on a cloth, beside a cup."""
     model = load_model("timm:tf_efficientnet_lite0")
     anchor, positive, negative = demo_paths
-    found = segment_files(model, positive, [anchor], [negative])
+    found = segment(model, positive, [anchor], [negative])
     print_of_the_cat = np.zeros(found.mask.shape, dtype=bool)
     print_of_the_cat[30:250, 230:450] = True
     assert (found.mask & print_of_the_cat).sum() > 0.9 * found.mask.sum()

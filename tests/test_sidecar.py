@@ -14,7 +14,7 @@ from conftest import SharedNet, TinyNet, refusal
 from pictures import noise
 from torch import Tensor, nn
 
-from simexplain import Preprocess, as_similarity_model, explain_files, load_model, save_model
+from simexplain import Preprocess, as_similarity_model, explain, load_model, save_model
 from simexplain.errors import ModelError, OutputError
 from simexplain.models.loading import Pixels, load_pair_model
 
@@ -63,7 +63,7 @@ def test_values_on_the_command_line(program: Path, run: Callable[..., Run]) -> N
     told = json.loads(done.out)
     prepare = Preprocess(SIZE, "squash", 1.0, "bicubic", OWN.mean, OWN.std)
     model = as_similarity_model(load_model(program).network, preprocess=prepare)
-    wanted = explain_files(model, ["a.png", "b.jpg"], "siamese").distances[0, 0]
+    wanted = explain(model, ["a.png", "b.jpg"], arch="siamese").distances[0, 0]
     assert told["distances"] == pytest.approx([float(wanted)], abs=1e-6)
     assert told["distances"] != pytest.approx(plain["distances"], abs=1e-4)
 

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from simexplain import (
     SimilarityModel,
     as_similarity_model,
-    attribute_files,
-    compare_files,
-    explain_files,
-    match_files,
+    attribute,
+    compare,
+    explain,
+    match,
 )
 from simexplain.data.preprocessing import Preprocess
 
@@ -67,7 +67,7 @@ def test_the_heat_lies_on_the_square_in_the_picture_as_it_was(
     tmp_path: Path, size: tuple[int, int], a: tuple[int, int], b: tuple[int, int], fit: str
 ) -> None:
     model, paths = persons(fit), drawn(tmp_path, size, a, b)
-    result = explain_files(model, paths, "siamese", "decomposition")
+    result = explain(model, paths, "decomposition", arch="siamese")
     assert result.images.shape[-2:] == (384, 128)
     assert result.maps.shape[-2:] == (24, 8)
     for place, centre in enumerate((a, b)):
@@ -84,7 +84,7 @@ def test_the_heat_lies_on_the_square_in_the_picture_as_it_was(
         x, y = result.peaks()[place] or (-1, -1)
         assert abs(x - centre[0]) <= 8 + cell[0]
         assert abs(y - centre[1]) <= 8 + cell[1]
-    matched = match_files(model, *paths)
+    matched = match(model, *paths)
     best = matched.best(*a)
     assert abs(best.b[0] - b[0]) <= 8 + 0.5 * cell[0]
     assert abs(best.b[1] - b[1]) <= 8 + 0.5 * cell[1]
@@ -94,7 +94,7 @@ def test_the_heat_lies_on_the_square_in_the_picture_as_it_was(
 @pytest.mark.parametrize("method", ["sam", "focus", "saliency"])
 def test_every_kind_of_method_takes_tall_pictures(tmp_path: Path, method: str) -> None:
     paths = drawn(tmp_path, (128, 64), (20, 100), (42, 104), (30, 30))
-    result = explain_files(persons(), paths, "triplet", method)
+    result = explain(persons(), paths, method, arch="triplet")
     for place in range(3):
         assert result.on_picture(place)[1].shape == (128, 64)
     result.save(tmp_path / "out")
@@ -106,7 +106,7 @@ def test_avsl_takes_tall_pictures(tmp_path: Path) -> None:
     model = small_avsl().float()
     model.preprocess = replace(TALL, size=(96, 32))
     paths = drawn(tmp_path, (128, 64), (20, 100), (42, 104))
-    result = attribute_files(model, paths)
+    result = attribute(model, paths[0], paths[1:])
     assert float(result.residual.abs().max()) < 1e-4
     maps = result.maps(-1, 0)
     assert maps.shape[-2] == 3 * maps.shape[-1]
@@ -118,7 +118,7 @@ def test_avsl_takes_tall_pictures(tmp_path: Path) -> None:
 
 def test_methods_are_compared_on_tall_pictures(tmp_path: Path) -> None:
     paths = drawn(tmp_path, (128, 64), (20, 100), (42, 104), (30, 30))
-    result = compare_files(persons(), paths, "triplet", ["focus", "decomposition"], steps=4)
+    result = compare(persons(), paths, ["focus", "decomposition"], arch="triplet", steps=4)
     files = result.save(tmp_path / "out")
     with Image.open(files["figure"]) as figure:
         assert figure.width > 600
@@ -128,7 +128,7 @@ def test_methods_are_compared_on_tall_pictures(tmp_path: Path) -> None:
 def test_the_lines_over_a_picture_stay_apart(tmp_path: Path, size: tuple[int, int]) -> None:
     """A name that stands a share of the height above a tall picture would run into its role."""
     paths = drawn(tmp_path, size, (20, 20), (30, 20))
-    figure = explain_files(persons(), paths, "siamese", "decomposition").figure()
+    figure = explain(persons(), paths, "decomposition", arch="siamese").figure()
     figure.draw_without_rendering()
     for axes in [axes for axes in figure.axes if axes.get_title()]:
         texts: list[Text] = [text for text in axes.texts if isinstance(text, Annotation)]

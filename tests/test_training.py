@@ -24,7 +24,7 @@ from pictures import noise
 from torch import nn
 from training_cases import TINY, same, state_of, striped
 
-from simexplain import attribute_files, explain_files, load_model
+from simexplain import attribute, explain, load_model
 from simexplain.data.dataset_split import DataSplit
 from simexplain.data.folders import Record
 from simexplain.errors import ImageError, ModelError, OutputError
@@ -134,7 +134,7 @@ def test_explain_takes_the_model(plain: Any, data: Path) -> None:
     files = [data / "class05/0.png", data / "class05/1.png", data / "class06/0.png"]
     model = load_model(plain.files["model"])
     assert model.preprocess.size == (32, 32)
-    explained = explain_files(model, files, "triplet", weights="signed")
+    explained = explain(model, files, arch="triplet", weights="signed")
     assert explained.embeddings.shape[-1] == 12
     assert explained.model.startswith("model (timm:test_efficientnet)")
 
@@ -143,7 +143,7 @@ def test_attribute_takes_an_avsl_model(avsl: Any, data: Path) -> None:
     model = load_model(avsl.files["model"])
     assert model.origin == "trained"
     assert int(model.edge_updates) == avsl.best_epoch * 2
-    result = attribute_files(model, [data / "class05/0.png", data / "class06/0.png"])
+    result = attribute(model, data / "class05/0.png", [data / "class06/0.png"])
     assert not [w for w in result.warnings if "heads" in w]
     row = avsl.rows[-1]
     levels = sum(row[f"loss/avsl/{part}"] for part in ("level_0", "level_1", "level_2", "overall"))

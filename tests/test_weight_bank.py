@@ -22,7 +22,7 @@ from simexplain import (
     WeightBank,
     as_similarity_model,
     build_bank,
-    compare_files,
+    compare,
     evaluate_faithfulness,
     explain,
 )
@@ -306,17 +306,17 @@ def test_a_bank_is_read_once_for_all_items(
     scores = evaluate_faithfulness(model, items, recipes, steps=1)
     assert not scores.errors
     assert read == ["x.bank"]
-    found = compare_files(model, ["a.png", "b.png"], "siamese", recipes, steps=1)
+    found = compare(model, ["a.png", "b.png"], recipes, arch="siamese", steps=1)
     assert read == ["x.bank"] * 2
     name = "weight_bank:bank=x.bank,neighbours=1"
     assert found[name].asked["bank"] == found[name].explanation.options["bank"] == "x.bank"
     json.dumps(found.to_json())
     missing = {"w": ("weight_bank", None, {"bank": "nowhere"})}
     with pytest.raises(OutputError, match="no bank 'nowhere'"):
-        compare_files(model, ["a.png", "b.png"], "siamese", missing, steps=1)
+        compare(model, ["a.png", "b.png"], missing, arch="siamese", steps=1)
     with pytest.raises(OutputError, match="no bank 'nowhere'"):
         evaluate_faithfulness(model, items[:1], missing, steps=1)
-    without = compare_files(model, ["a.png", "b.png"], "siamese", ["weight_bank", "sam"], steps=1)
+    without = compare(model, ["a.png", "b.png"], ["weight_bank", "sam"], arch="siamese", steps=1)
     assert "the method's option bank=FILE" in without.skipped["weight_bank"]
 
 

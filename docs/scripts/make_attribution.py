@@ -19,7 +19,7 @@ from pathlib import Path
 from make_pictures import DEMO, MODEL, TARGET, TRIPLET, write
 from simexplain_cli.attribute import report
 
-from simexplain import AVSL, attribute_files, fit, load_model
+from simexplain import AVSL, attribute, fit, load_model
 
 LISTED = 5
 
@@ -61,7 +61,8 @@ def main() -> None:
     given = arguments()
     model = fitted(given)
     os.chdir(DEMO)  # so that the report names files as a user would
-    result = attribute_files(model, [path.name for path in TRIPLET])
+    anchor, *others = (path.name for path in TRIPLET)
+    result = attribute(model, anchor, others)
     printed = io.StringIO()
     with redirect_stdout(printed):
         report(result, LISTED, [])

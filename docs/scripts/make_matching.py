@@ -15,7 +15,7 @@ from make_pictures import DEMO, MODEL, TARGET
 from PIL import Image
 from simexplain_cli.match import report
 
-from simexplain import load_model, match_files
+from simexplain import load_model, match
 from simexplain.rendering.panel import png_of
 
 POINT = (300, 370)
@@ -27,7 +27,7 @@ WIDTH = 720
 def main() -> None:
     """Writes the figure, small, and what the command line prints."""
     os.chdir(DEMO)  # so that the report names files as a user would
-    result = match_files(load_model(MODEL), "anchor.jpg", "positive.jpg")
+    result = match(load_model(MODEL), "anchor.jpg", "positive.jpg")
     drawn = Image.open(io.BytesIO(png_of(result.figure(points=[POINT])))).convert("RGB")
     size = (WIDTH, round(drawn.height * WIDTH / drawn.width))
     small = drawn.resize(size, Image.Resampling.LANCZOS)

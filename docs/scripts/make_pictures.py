@@ -25,7 +25,7 @@ from simexplain import (
     Explanation,
     SimilarityModel,
     accelerated,
-    explain_files,
+    explain,
     load_model,
 )
 
@@ -46,7 +46,7 @@ class Row:
 
     Attributes:
         label: What stands beside the picture and in the table.
-        options: Passed to ``explain_files``.
+        options: Passed to ``explain``.
         loading: Passed to ``load_model``.
     """
 
@@ -211,7 +211,7 @@ def line(drawn: dict[str, NDArray[np.uint8]]) -> Figure:
 
 def sweep(model: SimilarityModel) -> Figure:
     """The positive at the last layer of every resolution, and all of them multiplied."""
-    swept = explain_files(model, TRIPLET, layer=model.stages, check=False, **SIGNED)
+    swept = explain(model, TRIPLET, layer=model.stages, check=False, **SIGNED)
     alone = {f"{k}\n{m.shape[2]}x{m.shape[3]}": m for k, m in swept.layer_maps.items()}
     maps = {**alone, "product": swept.maps}
     return line(
@@ -240,13 +240,13 @@ def write(figure: Figure, name: str, share: float = 1) -> None:
 def explained(model: SimilarityModel, paths: Sequence[Path], row: Row) -> Explanation:
     """A row's explanation; a pair takes the first two pictures."""
     count = 2 if row.options.get("arch") == "siamese" else 3
-    return explain_files(model, paths[:count], method="sam", check=False, **row.options)
+    return explain(model, paths[:count], method="sam", check=False, **row.options)
 
 
 def fast_apart(model: SimilarityModel) -> float:
     """The largest difference of fast maps from plain ones, as a share of their maximum."""
     plain, fast = (
-        explain_files(m, TRIPLET, check=False, **SIGNED).maps for m in (model, accelerated(model))
+        explain(m, TRIPLET, check=False, **SIGNED).maps for m in (model, accelerated(model))
     )
     return float(((plain - fast).abs().amax(dim=(2, 3)) / plain.amax(dim=(2, 3))).max())
 
@@ -261,8 +261,8 @@ def main() -> None:
     """Writes all pictures and tables and prints the tables."""
     TARGET.mkdir(parents=True, exist_ok=True)
     model = load_model(MODEL)
-    write(explain_files(model, TRIPLET).figure(), "demo", share=0.75)
-    signed = explain_files(model, TRIPLET, check=False, **SIGNED)
+    write(explain(model, TRIPLET).figure(), "demo", share=0.75)
+    signed = explain(model, TRIPLET, check=False, **SIGNED)
     write(line({k: draw(*signed.on_picture(1)) for k, draw in RENDERERS.items()}), "renderers")
     write(sweep(model), "sweep")
     with tempfile.TemporaryDirectory() as folder:

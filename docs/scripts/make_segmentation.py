@@ -23,7 +23,7 @@ from PIL import Image
 from simexplain_cli.segment import report
 from skimage import data
 
-from simexplain import load_model, segment_files
+from simexplain import load_model, segment
 from simexplain.rendering.panel import png_of
 from simexplain.segmentation.scores import overlap
 
@@ -74,7 +74,7 @@ def main() -> None:
         scene.save("test.png")
         alone(read[0][1]).save("support.png")
         alone(read[1][1]).save("other.png")
-        result = segment_files(load_model(MODEL), "test.png", ["support.png"], ["other.png"])
+        result = segment(load_model(MODEL), "test.png", ["support.png"], ["other.png"])
     drawn = Image.open(io.BytesIO(png_of(result.figure()))).convert("RGB")
     size = (WIDTH, round(drawn.height * WIDTH / drawn.width))
     small = drawn.resize(size, Image.Resampling.LANCZOS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from simexplain.arguments import typed
 from simexplain.attribution.result import Attribution
 from simexplain.comparison import paired
+from simexplain.data.images import PictureSource, read_pictures
+from simexplain.data.preprocessing import prepared
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explanation import versions
 from simexplain.graph.inference import Graph, PairGraph, Rows, infer
@@ -24,11 +27,10 @@ _FLAT_BELOW = 0.01
 
 
 @typed
-@full_precision()
 def attribute(
     model: nn.Module,
-    a: Tensor,
-    b: Tensor,
+    a: Tensor | PictureSource,
+    b: Tensor | PictureSource | Sequence[PictureSource],
     *,
     roles: Sequence[str] | None = None,
     max_batch: int | None = None,
@@ -39,17 +41,50 @@ def attribute(
 
     Args:
         model: An AVSL model, from ``fit``, from a file or trained.
-        a: Preprocessed images ``(B,3,H,W)``, or one ``(3,H,W)`` for all pairs.
-        b: The image that each is compared with, likewise.
-        roles: ``positive``, ``negative`` or empty for each pair, for the figures.
+        a: A picture: a file, a picture of PIL or an array. Or preprocessed images ``(B,3,H,W)``,
+            or one ``(3,H,W)`` for all pairs.
+        b: One or several pictures that it is compared with; or the image that each is compared
+            with, likewise.
+        roles: ``positive``, ``negative`` or empty for each pair, for the figures. Two other
+            pictures without roles are the positive and the negative of a triplet.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
 
     Raises:
+        ImageError: If a picture cannot be read.
         ModelError: If the model is no AVSL model.
         ComparisonError: If images or roles do not fit.
     """
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return _attribute(model, a, b, roles, max_batch)
+    others = b if isinstance(b, Sequence) and not isinstance(b, str) else [b]
+    if not others:
+        raise ComparisonError("Expected at least one picture to compare with, got none.")
     avsl = expected_avsl(model)
-    first, second = paired(a, b, "attribute_files", one_size=True)
+    if roles is None and len(others) == 2:
+        roles = ("positive", "negative")
+    pictures = read_pictures((a, *others))
+    views, geometries = prepared(avsl.preprocess, pictures)
+    result = _attribute(avsl, views[0], views[1:], roles, max_batch)
+    notes = avsl.preprocess.notes + tuple(n for picture in pictures for n in picture.notes)
+    return replace(
+        result,
+        pictures=tuple((pictures[0], other) for other in pictures[1:]),
+        geometries=tuple((geometries[0], other) for other in geometries[1:]),
+        warnings=notes + result.warnings,
+    )
+
+
+@full_precision()
+def _attribute(
+    model: nn.Module,
+    a: Tensor,
+    b: Tensor,
+    roles: Sequence[str] | None,
+    max_batch: int | None,
+) -> Attribution:
+    """Of preprocessed images; see :func:`attribute`."""
+    avsl = expected_avsl(model)
+    first, second = paired(a, b, one_size=True)
     count = max(len(first), len(second))
     told = _roles(roles, count)
     second = second.expand(count, *second.shape[1:])

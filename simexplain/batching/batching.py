@@ -59,7 +59,7 @@ def explain_batch(
     skipped: Callable[[Sequence[str]], None] | None = None,
     **options: Any,
 ) -> BatchResult:
-    """Explains many comparisons as ``explain_files`` does one, into a folder.
+    """Explains many comparisons as ``explain`` does one, into a folder.
 
     Every distinct picture is read and goes through the network once, as long as memory allows and
     the method asks no more of the network than embeddings, layers and gradients of these; maps are
@@ -74,10 +74,10 @@ def explain_batch(
         rows: A CSV file, or rows; see :func:`~simexplain.batching.rows.read_rows`.
         out: The folder of the batch.
         root: What relative paths are relative to; the folder of the CSV file unless given.
-        method: As for ``explain_files``; there is no check.
+        method: As for ``explain``; there is no check.
         layer: A layer, several to be multiplied, or None for the method's or the model's own.
-        upscale: As for ``explain_files``.
-        scale: As for ``explain_files``.
+        upscale: As for ``explain``.
+        scale: As for ``explain``.
         max_batch: Bounds the images in one forward pass of methods that need one for each row.
         how: Everything that maps do not depend on.
         resume: Go on with the batch in ``out``.

@@ -20,7 +20,7 @@ ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of every row; the fields are those of ``explain_files``."""
+    """What is asked of every row; the fields are those of ``explain``."""
 
     method: Methods = None
     layer: Sequence[str] | None = None

@@ -125,7 +125,7 @@ class BatchResult:
         return self._tensors(self._good(row), ("maps",))["maps"]
 
     def explanation(self, row: int | str) -> Explanation:
-        """The explanation of a row as ``explain_files`` gives it; its pictures are read again.
+        """The explanation of a row as ``explain`` gives it; its pictures are read again.
 
         Raises:
             ComparisonError: If there is no such row, or it was not explained.

@@ -1,4 +1,4 @@
-"""Explains row after row as ``explain_files`` does, with one pass for each picture if it can."""
+"""Explains row after row as ``explain`` does, with one pass for each picture if it can."""
 
 from __future__ import annotations
 

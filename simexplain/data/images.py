@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from simexplain.data.bands import as_rgb, bands_last, bands_of, check_no_pipe, is_banded, read_bands
 from simexplain.data.quieting import pillow_quiet
 from simexplain.errors import ImageError, missing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Taken = TypeVar("Taken")
 
@@ -55,13 +58,14 @@ PictureSource = str | Path | Image.Image | NDArray[Any] | Picture
 """What verbs on pictures take: a file, a picture of PIL, or an array."""
 
 
-def read_pictures(sources: Sequence[PictureSource]) -> list[Picture]:
+def read_pictures(sources: Sequence[PictureSource | Tensor]) -> list[Picture]:
     """Several pictures; those without a path are called ``image 1`` and so on, by their place.
 
     Raises:
-        ImageError: As for :func:`read_picture`.
+        ImageError: As for :func:`read_picture`; also if one of them is a tensor.
     """
-    return [_picture(one, f"image {place + 1}") for place, one in enumerate(sources)]
+    named: list[Any] = list(sources)
+    return [_picture(one, f"image {place + 1}") for place, one in enumerate(named)]
 
 
 def read_picture(path: PictureSource, name: str = "image 1") -> Picture:

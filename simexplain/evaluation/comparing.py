@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 from simexplain.arguments import typed
 from simexplain.comparison import Comparison, arch_of
-from simexplain.data.images import PictureSource
 from simexplain.errors import ComparisonError, SimexplainError, first_line
 from simexplain.evaluation.comparison_result import ComparedMethod, MethodComparison
 from simexplain.evaluation.faithfulness import PERTURBATIONS
 from simexplain.evaluation.items import Item
 from simexplain.evaluation.measuring import Asked, asked, controlled, means, measured, timed
 from simexplain.evaluation.recipes import Recipe, Recipes, ready, recipes_of, settled
-from simexplain.explaining import check_images, embeddings_of, explain
-from simexplain.explaining_files import explain_files
+from simexplain.explaining import check_images, embeddings_of, explain_tensors
+from simexplain.explaining_files import Images, explain
 from simexplain.explanation import Explanation
 from simexplain.metrics.curves import BASELINES
 from simexplain.metrics.maps import grown
@@ -40,74 +39,13 @@ _MOST_RANKED = 112
 
 @typed
 @full_precision()
-def compare_methods(
+def compare(
     model: nn.Module,
-    comparison: Comparison,
+    images: Images,
     methods: Recipes = None,
     *,
-    masks: Sequence[Tensor | None] | None = None,
-    perturb: str = "single",
-    steps: int = 20,
-    baseline: str = "blur",
-    tolerance: float = 0,
-    max_batch: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    estimate: Callable[[float], None] | None = None,
-) -> MethodComparison:
-    """Explains one comparison of image tensors by several methods, and measures each of them.
-
-    Args:
-        model: A similarity model, or any ``nn.Module`` that returns an embedding.
-        comparison: One comparison (``B`` = 1) of preprocessed images ``(3,H,W)``.
-        methods: Names like ``decomposition``, or texts like ``sam@blocks.6:weights=signed``
-            (``NAME[@LAYER+LAYER][:OPTION=VALUE,...]``); or recipes ``(method, layer, options)`` by
-            name; None for :func:`quick_methods`.
-        masks: For each image a boolean mask ``(H,W)`` of what its map should point at, or None.
-        perturb: As for ``faithfulness``.
-        steps: As for ``faithfulness``.
-        baseline: As for ``faithfulness``.
-        tolerance: Of the pointing game, in pixels of the images.
-        max_batch: Bounds the images in one forward pass; maps do not depend on it.
-        seed: Of the random map that all are measured against.
-        progress: Called with the number of methods done and of all after each of them.
-        estimate: Called once, after the first of several methods, with the seconds that the others
-            will take if each takes as long; those that run the network often take longer.
-
-    Returns:
-        The maps with their scores. Methods that do not apply are left out, with the reason.
-
-    Raises:
-        ComparisonError: If images, masks or options do not fit.
-        SimexplainError: If none of the methods applies: the reason of the first.
-    """
-    wrapped = as_similarity_model(model)
-    check_images(comparison)
-    if comparison.batch != 1:
-        raise ComparisonError(
-            f"Expected one comparison, got {comparison.batch}; compare them one by one, or many at "
-            "once with evaluate_faithfulness."
-        )
-    question = Asked(comparison, _masks(masks, comparison))
-
-    def explained(recipe: Recipe) -> Explanation:
-        method, layer, options = recipe
-        return explain(
-            wrapped, comparison, method, layer, max_batch=max_batch, check=False, **options
-        )
-
-    run = _Run(wrapped, question, perturb, steps, baseline, tolerance, max_batch, seed)
-    return run.compared(recipes_of(methods), explained, (), progress, estimate)
-
-
-@typed
-def compare_files(
-    model: nn.Module,
-    paths: Sequence[PictureSource],
     arch: str | None = None,
-    methods: Recipes = None,
-    *,
-    masks: Sequence[str | Path | None] | None = None,
+    masks: Sequence[str | Path | Tensor | None] | None = None,
     negative: bool = False,
     positives: int = 1,
     perturb: str = "single",
@@ -119,56 +57,78 @@ def compare_files(
     progress: Progress | None = None,
     estimate: Callable[[float], None] | None = None,
 ) -> MethodComparison:
-    """The same for picture files, with the heat on the pictures themselves.
+    """Explains one comparison by several methods, and measures each of them.
 
     Args:
-        model: As for :func:`compare_methods`.
-        paths: Picture files, pictures of PIL or arrays: anchor, then positives, then negatives.
-        arch: ``siamese``, ``triplet``, ``quadruplet`` or ``set``; unless given, two pictures are
-            siamese and three a triplet.
-        methods: As for :func:`compare_methods`.
-        masks: For each picture the mask file of what its map should point at, or None; see
-            ``Item``.
+        model: A similarity model, or any ``nn.Module`` that returns an embedding.
+        images: Pictures: files, pictures of PIL or arrays, with the heat on the pictures
+            themselves; or one comparison (``B`` = 1) of preprocessed images ``(3,H,W)``.
+        methods: Names like ``decomposition``, or texts like ``sam@blocks.6:weights=signed``
+            (``NAME[@LAYER+LAYER][:OPTION=VALUE,...]``); or recipes ``(method, layer, options)`` by
+            name; None for :func:`quick_methods`.
+        arch: Of pictures, as for ``explain``; so are ``negative`` and ``positives``.
+        masks: For each image what its map should point at, or None: of pictures the file of a mask
+            (see ``Item``), of tensors a boolean mask ``(H,W)``.
         negative: The other image of a siamese pair is a negative.
         positives: How many images after the anchor are positives, for ``set``.
         perturb: As for ``faithfulness``.
         steps: As for ``faithfulness``.
         baseline: As for ``faithfulness``.
-        tolerance: Of the pointing game, in pixels of the pictures.
+        tolerance: Of the pointing game, in pixels of the pictures or images.
         max_batch: Bounds the images in one forward pass; maps do not depend on it.
         seed: Of the random map that all are measured against.
         progress: Called with the number of methods done and of all after each of them.
         estimate: Called once, after the first of several methods, with the seconds that the others
             will take if each takes as long; those that run the network often take longer.
 
+    Returns:
+        The maps with their scores. Methods that do not apply are left out, with the reason.
+
     Raises:
         ImageError: If a picture or a mask cannot be read.
-        ComparisonError: If there are too few or too many pictures, or options do not fit.
+        ComparisonError: If images, masks or options do not fit.
         SimexplainError: If none of the methods applies: the reason of the first.
     """
     wrapped = as_similarity_model(model)
-    given = None if masks is None else tuple(masks)
-    arch = arch_of(len(paths)) if arch is None else arch
-    item = Item(tuple(paths), arch, given, negative=negative, positives=positives)
     recipes = recipes_of(methods)
-    question = asked(wrapped, item)
+    if isinstance(images, Comparison):
+        question = _of_tensors(images, masks)
+    else:
+        roles: dict[str, Any] = {
+            "arch": arch_of(len(images)) if arch is None else arch,
+            "negative": negative, "positives": positives,
+        }  # fmt: skip
+        files: Any = (tuple(images), None if masks is None else tuple(masks))
+        question = asked(wrapped, Item(files[0], masks=files[1], **roles))
+    in_pass: dict[str, Any] = {"max_batch": max_batch, "check": False}
 
     def explained(recipe: Recipe) -> Explanation:
         method, layer, options = recipe
-        if options.get("upscale", 1) != 1:  # then the pictures' own finer detail is shown
-            return explain_files(
-                wrapped, paths, arch, method, layer, negative=negative, positives=positives,
-                max_batch=max_batch, check=False, **options,
-            )  # fmt: skip
-        found = explain(
-            wrapped, question.comparison, method, layer, max_batch=max_batch, check=False, **options
-        )
+        if question.pictures and options.get("upscale", 1) != 1:
+            # Then the pictures' own finer detail is shown.
+            return explain(wrapped, files[0], method, layer, **roles, **in_pass, **options)
+        found = explain_tensors(wrapped, question.comparison, method, layer, **in_pass, **options)
+        if not question.pictures:
+            return found
         return replace(found, pictures=question.pictures, geometries=question.geometries)
 
-    notes = tuple(note for picture in question.pictures for note in picture.notes)
+    notes: tuple[str, ...] = ()
+    if question.pictures:
+        notes = wrapped.preprocess.notes
+        notes += tuple(note for picture in question.pictures for note in picture.notes)
     run = _Run(wrapped, question, perturb, steps, baseline, tolerance, max_batch, seed)
-    notes = wrapped.preprocess.notes + notes
     return run.compared(recipes, explained, notes, progress, estimate)
+
+
+def _of_tensors(comparison: Comparison, masks: Any) -> Asked:
+    """One comparison of preprocessed images with its masks."""
+    check_images(comparison)
+    if comparison.batch != 1:
+        raise ComparisonError(
+            f"Expected one comparison, got {comparison.batch}; compare them one by one, or many at "
+            "once with evaluate_faithfulness."
+        )
+    return Asked(comparison, _masks(masks, comparison))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from simexplain.evaluation.measuring import (
 )
 from simexplain.evaluation.recipes import Recipe, settled
 from simexplain.evaluation.results import Evaluation, MethodScores
-from simexplain.explaining_files import explain_files
+from simexplain.explaining_files import explain
 from simexplain.explanation import Explanation
 from simexplain.metrics.intervals import bootstrap_mean
 from simexplain.models.base import SimilarityModel
@@ -87,7 +87,7 @@ def evaluate_faithfulness(
     Args:
         model: A similarity model, or any ``nn.Module`` that returns an embedding.
         items: ``Item`` or tuples ``(paths, arch, masks)``, the masks optional.
-        methods: By name ``(method, layer, options)`` as ``explain_files`` takes them.
+        methods: By name ``(method, layer, options)`` as ``explain`` takes them.
         controls: Names in ``CONTROLS``, measured beside the methods.
         perturb: As for ``faithfulness``.
         steps: As for ``faithfulness``.
@@ -197,10 +197,9 @@ class _Run:
         method, layer, options = recipe
         return timed(
             self.model,
-            lambda: explain_files(
-                self.model, item.paths, item.arch, method, layer, negative=item.negative,
-                positives=item.positives, max_batch=self.max_batch,
-                check=False, **options,
+            lambda: explain(
+                self.model, item.paths, method, layer, arch=item.arch, negative=item.negative,
+                positives=item.positives, max_batch=self.max_batch, check=False, **options,
             ),
         )  # fmt: skip
 

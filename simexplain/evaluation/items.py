@@ -28,8 +28,8 @@ class Item:
         masks: For each picture the mask of what its map should point at, or None: a grey picture of
             the same size, light where it is, or one with an alpha channel, such as the picture
             itself where it is cut out. None for no masks at all.
-        negative: As for ``explain_files``.
-        positives: As for ``explain_files``.
+        negative: As for ``explain``.
+        positives: As for ``explain``.
 
     Raises:
         ComparisonError: If there are not as many masks as pictures.

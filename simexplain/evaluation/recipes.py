@@ -12,7 +12,7 @@ from simexplain.methods.rows import Layers
 from simexplain.renaming import todays
 
 Recipe = tuple[str | MethodLike, Layers, Mapping[str, Any]]
-"""A method, its layers and its options, as ``explain_files`` takes them."""
+"""A method, its layers and its options, as ``explain`` takes them."""
 
 Recipes = Mapping[str, Recipe] | Sequence[str] | None
 """Recipes by name, texts as :func:`recipe_from` takes them, or None for :func:`quick_methods`."""

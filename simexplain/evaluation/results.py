@@ -85,7 +85,7 @@ class FaithfulnessScores(Measured):
 
         Random maps are not at zero: under ``blur`` a coarse random map may well gain, since the
         score does not fall evenly with the share that is covered. So compare with a random map,
-        as ``compare_methods`` and ``evaluate_faithfulness`` do; and as it depends on how much
+        as ``compare`` and ``evaluate_faithfulness`` do; and as it depends on how much
         score there is to lose, compare methods on the same images only.
         """
         return self.raw_insertion - self.raw_deletion

@@ -12,7 +12,7 @@ from simexplain.arguments import typed
 from simexplain.comparison import Comparison
 from simexplain.errors import ModelError
 from simexplain.evaluation.results import SanityScores
-from simexplain.explaining import explain
+from simexplain.explaining import explain_tensors
 from simexplain.methods import MethodLike, takes_layers
 from simexplain.methods.rows import Layers
 from simexplain.metrics.randomising import randomisable, randomised
@@ -58,7 +58,9 @@ def sanity_check(
     if not names:
         raise ModelError(f"{wrapped.name} has no parameters that could be randomised.")
     chosen = _depths(depths, len(names))
-    own = explain(wrapped, comparison, method, layer, max_batch=max_batch, check=False, **options)
+    own = explain_tensors(
+        wrapped, comparison, method, layer, max_batch=max_batch, check=False, **options
+    )
     used = own.layers if layer is None and takes_layers(method) else layer
     found: list[Tensor] = []
     errors: dict[str, str] = {}
@@ -66,7 +68,7 @@ def sanity_check(
         maps = None
         with randomised(network, depth, seed, names):
             try:
-                maps = explain(
+                maps = explain_tensors(
                     wrapped, comparison, method, used, max_batch=max_batch, check=False, **options
                 ).maps
             except ModelError as error:  # such as an embedding that is zero now

@@ -6,13 +6,15 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from simexplain.arguments import typed
 from simexplain.comparison import paired
-from simexplain.data.preprocessing import Preprocess
+from simexplain.data.images import PictureSource, read_pictures
+from simexplain.data.preprocessing import Preprocess, prepared
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explanation import versions
 from simexplain.matching.factors import (
@@ -37,11 +39,10 @@ _FAR_OFF = 0.05
 
 
 @typed
-@full_precision()
 def match(
     model: nn.Module,
-    a: Tensor,
-    b: Tensor,
+    a: Tensor | PictureSource,
+    b: Tensor | PictureSource,
     layer: str | nn.Module | None = None,
     *,
     score: str = "cosine",
@@ -58,9 +59,13 @@ def match(
     which is told, where it is not. The model is left as it was.
 
     Args:
-        model: A similarity model, or any ``nn.Module`` that returns an embedding.
-        a: Preprocessed images ``(B,3,H,W)``, or one ``(3,H,W)`` for all pairs.
-        b: The image that each is compared with ``(B,3,H',W')``, perhaps of another size.
+        model: A similarity model, whose ``preprocess`` is used, or any ``nn.Module`` that returns
+            an embedding.
+        a: A picture: a file, a picture of PIL or an array, as ``read_picture`` takes them; points
+            of the result are then in its pixels. Or preprocessed images ``(B,3,H,W)``, or one
+            ``(3,H,W)`` for all pairs.
+        b: What each is compared with: a picture where ``a`` is one, else images ``(B,3,H',W')``,
+            perhaps of another size.
         layer: A layer, or None for the model's default.
         score: ``cosine``; ``dot`` of the vectors as they are; ``squared``, the squared Euclidean
             distance of the unit embeddings.
@@ -72,12 +77,46 @@ def match(
             Python warning tells of work that will take longer than 20 seconds.
 
     Raises:
+        ImageError: If a picture cannot be read.
         ComparisonError: If images or choices do not fit.
         ModelError: If the model or the layer cannot be used.
     """
+    chosen: dict[str, Any] = {
+        "score": score, "style": style, "steps": steps, "max_batch": max_batch,
+        "progress": progress,
+    }  # fmt: skip
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return _match(model, a, b, layer, **chosen)
+    wrapped = _expected(model)
+    pictures = read_pictures((a, b))
+    views, (first, second) = prepared(wrapped.preprocess, pictures)
+    result = _match(wrapped, views[:1], views[1:], layer, **chosen)
+    notes = wrapped.preprocess.notes + tuple(n for picture in pictures for n in picture.notes)
+    return replace(
+        result,
+        pictures=((pictures[0], pictures[1]),),
+        geometries=((first, second),),
+        warnings=notes + result.warnings,
+    )
+
+
+@full_precision()
+def _match(
+    model: nn.Module,
+    a: Tensor,
+    b: Tensor,
+    layer: str | nn.Module | None,
+    *,
+    score: str,
+    style: str,
+    steps: int,
+    max_batch: int | None,
+    progress: Progress | None,
+) -> Matching:
+    """Of preprocessed images; see :func:`match`."""
     check_choices(score, style)
     wrapped = _expected(model)
-    first, second = paired(a, b, "match_files")
+    first, second = paired(a, b)
     for name, number in (("steps", steps), ("max_batch", max_batch)):
         if number is not None and number < 1:
             raise ComparisonError(f"Expected {name} of at least 1, got {number}.")
@@ -86,7 +125,7 @@ def match(
     if layer is None:
         layer = wrapped.default_for(first)
     layer = layer_name(wrapped.network, layer)
-    waited = progress or Patience(lambda text: warnings.warn(text, stacklevel=3))
+    waited = progress or Patience(lambda text: warnings.warn(text, stacklevel=4))
     found = [
         position_parts(wrapped, side, layer, steps=steps, max_batch=max_batch, progress=waited)
         for side in (first, second)

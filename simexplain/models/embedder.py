@@ -146,7 +146,7 @@ def as_similarity_model(
             sentence-transformers and timm also take a word of ``OUTPUTS``: ``projected``,
             ``class_token``, ``patch_mean`` or ``pooled``; the default is what their authors
             compare with.
-        preprocess: How pictures become input tensors; used by ``explain_files`` and the dry run.
+        preprocess: How pictures become input tensors; used by ``explain`` and the dry run.
             Networks of timm and open_clip know it; else the usual values are assumed, with a note.
         distance: ``euclidean`` (Eq. 1 of the paper), ``squared`` or ``cosine``, on unit rows.
         name: What to call the model in figures; its class name unless given.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
-from simexplain.explaining import explain
+from simexplain.explaining import explain_tensors
 from simexplain.explanation import Explanation
 from simexplain.methods import MethodLike
 from simexplain.methods.rows import Layers
@@ -99,7 +99,7 @@ def attend(
         )
     shape = SHAPES.get(method, {}) if isinstance(method, str) else {}
     options = {**shape, **options}
-    found = explain(
+    found = explain_tensors(
         model, comparison, method, layer, upscale=upscale, max_batch=max_batch, check=False,
         **options,
     )  # fmt: skip
@@ -154,7 +154,7 @@ def check_tensors(*images: object) -> None:
     strange = [type(image).__name__ for image in images if not isinstance(image, Tensor)]
     if strange:
         raise ComparisonError(
-            f"Expected images as tensors, got {strange[0]}; use segment_files for picture files."
+            f"Expected images as tensors, got {strange[0]}; give pictures alone or tensors alone."
         )
 
 
@@ -168,5 +168,5 @@ def _check(test: Tensor, supports: Tensor, negatives: Tensor) -> None:
         raise ComparisonError(
             "Expected a float test image (3,H,W), at least one support (S,3,H,W) and others "
             f"(N,3,H,W) of its size and type, got {tuple(test.shape)}, {tuple(supports.shape)} and "
-            f"{tuple(negatives.shape)}; use segment_files for picture files."
+            f"{tuple(negatives.shape)}."
         )

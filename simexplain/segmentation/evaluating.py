@@ -22,7 +22,7 @@ from simexplain.segmentation.scores import (
     SegmentationScores,
     overlap,
 )
-from simexplain.segmentation.segmenting_files import segment_files
+from simexplain.segmentation.segmenting import segment
 
 OVERLAPS: dict[str, str] = {
     "hotter": "a pixel that both classes claim goes to the one whose map is hotter there",
@@ -63,7 +63,7 @@ def evaluate_segmentation(
         seed: Of the drawing.
         overlaps: A name in :data:`OVERLAPS`, for two ways.
         progress: Called with the fold, the episodes done and all of them.
-        **given: For ``segment_files``: method, layer, refine, cue, cut, aggregate, view, options.
+        **given: For ``segment``: method, layer, refine, cue, cut, aggregate, view, options.
 
     Raises:
         ComparisonError: If options do not fit, or there are no episodes to draw.
@@ -109,7 +109,7 @@ def _measured(
     found = []
     for way, supports in enumerate(episode.supports):
         others = [path for n, own in enumerate(episode.supports) if n != way for path in own]
-        found.append(segment_files(model, episode.test, supports, others, **given))
+        found.append(segment(model, episode.test, supports, others, **given))
     masks = [one.mask for one in found]
     if overlaps == "hotter":
         masks = divided(masks, [one.heat for one in found])

@@ -1,20 +1,26 @@
-"""The verb: segment what the supports show in a test image, given as tensors."""
+"""The verb: segment what the supports show in a test picture, or an image tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from simexplain.arguments import typed
+from simexplain.data.images import Picture, PictureSource, read_pictures
+from simexplain.data.preprocessing import Geometry, Preprocess, prepared
 from simexplain.errors import ComparisonError
+from simexplain.evaluation.items import read_mask
 from simexplain.explanation import versions
 from simexplain.methods import MethodLike
 from simexplain.methods.kinds import DEFAULT
 from simexplain.methods.rows import Layers
+from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
 from simexplain.networks import full_precision
 from simexplain.segmentation.attending import Attention, attend, check_tensors
@@ -30,13 +36,19 @@ It segmented best where it was measured (``docs/segmentation-results.md``).
 """
 
 
+VIEWS: dict[str, str] = {
+    "whole": "squeeze the whole picture into the network's input",
+    "model": "as the model's own preprocessing has it, which may cut off the edges",
+}
+"""What of a picture the network sees."""
+
+
 @typed
-@full_precision()
 def segment(
     model: nn.Module,
-    test: Tensor,
-    supports: Tensor,
-    others: Tensor | None = None,
+    test: Tensor | PictureSource,
+    supports: Tensor | Sequence[PictureSource],
+    others: Tensor | Sequence[PictureSource] | None = None,
     *,
     method: str | MethodLike = METHOD,
     layer: Layers = None,
@@ -45,7 +57,8 @@ def segment(
     cut: GrabCut | None = None,
     aggregate: str = "averaged",
     anchor: str = "test",
-    support_masks: Tensor | None = None,
+    view: str = "whole",
+    support_masks: Tensor | Sequence[str | Path] | None = None,
     upscale: float = 1,
     max_batch: int | None = None,
     **options: Any,
@@ -57,10 +70,13 @@ def segment(
     of a support is needed. The model is left as it was, and so are random generators.
 
     Args:
-        model: A similarity model, or any ``nn.Module`` that returns an embedding.
-        test: A preprocessed image ``(3,H,W)``.
-        supports: ``(S,3,H,W)``, one for one-shot, five for five-shot.
-        others: ``(N,3,H,W)``, the supports of the other class in the two-way setting; None for the
+        model: A similarity model, whose ``preprocess`` is used, or any ``nn.Module`` that returns
+            an embedding.
+        test: A picture: a file, a picture of PIL or an array; mask and heat then have its size. Or
+            a preprocessed image ``(3,H,W)``.
+        supports: Pictures, one for one-shot, five for five-shot; of a preprocessed image
+            ``(S,3,H,W)``.
+        others: Likewise, the supports of the other class in the two-way setting; None for the
             one-way setting, which has none.
         method: A name in ``METHODS`` or an object; ``sam`` is the paper's.
         layer: As for ``explain``.
@@ -69,74 +85,152 @@ def segment(
         cut: How GrabCut runs; None for five iterations.
         aggregate: ``averaged``, as in the paper, or ``together``.
         anchor: ``test``, as in the paper, or ``support``.
-        support_masks: ``(S,H,W)`` boolean, where the object is in each support: what lies outside
-            is hidden from the network. None for the paper's setting, without them.
-        upscale: As for ``explain``.
+        view: Of pictures ``whole`` or ``model``. What the network does not see is probably
+            background to the cut, and is never sure.
+        support_masks: Where the object is in each support: what lies outside is hidden from the
+            network. For pictures files, light or opaque there; for tensors ``(S,H,W)`` boolean.
+            None for the paper's setting, without them.
+        upscale: As for ``explain``; here without finer detail of the pictures.
         max_batch: Bounds the images in one forward pass.
         **options: Of a method given by name, such as ``weights="relative"``.
 
     Raises:
+        ImageError: If a picture or a mask cannot be read.
         ComparisonError: If images, masks or options do not fit.
         ModelError: If the model or a layer cannot be used.
     """
-    wrapped = as_similarity_model(model)
-    chosen = cue or default_cue(method)
-    shown = supports
-    if support_masks is not None:
-        check_tensors(supports, support_masks)
-        shown = hidden(supports, support_masks)
-    found = attend(
-        wrapped, test, shown, others, method=method, layer=layer, aggregate=aggregate,
-        anchor=anchor, upscale=upscale, max_batch=max_batch, **options,
+    made = Making(
+        as_similarity_model(model), method, refine, cue or default_cue(method), cut or GrabCut(),
+        {"aggregate": aggregate, "anchor": anchor},
+        {"layer": layer, "upscale": upscale, "max_batch": max_batch, **options},
     )  # fmt: skip
-    heat: Heat = found.heat.numpy().astype(np.float32)
-    return finished(
-        found,
-        wrapped.preprocess.undo(test),
-        heat,
-        np.ones(heat.shape, dtype=bool),
-        images=beside(found, wrapped.preprocess.undo(shown), others_of(wrapped, others)),
-        refine=refine,
-        cue=chosen,
-        cut=cut or GrabCut(),
-        told={"aggregate": aggregate, "anchor": anchor, "support_masks": support_masks is not None},
+    if isinstance(test, Tensor):
+        return _segment_tensors(made, test, supports, others, support_masks)
+    return _segment_pictures(
+        made, test, supports, () if others is None else others, view, support_masks
     )
 
 
-def finished(
-    found: Attention,
-    picture: Pixels,
-    heat: Heat,
-    seen: Mask,
-    *,
-    images: tuple[SupportImage, ...],
-    refine: str,
-    cue: Cue,
-    cut: GrabCut,
-    told: Mapping[str, Any],
-    name: str = "",
-    notes: Sequence[str] = (),
+@dataclass(frozen=True)
+class Making:
+    """How a test image is segmented.
+
+    Attributes:
+        model: The model.
+        method: A name in ``METHODS`` or an object.
+        refine: A name in ``REFINEMENTS``.
+        cue: Thresholds.
+        cut: How GrabCut runs.
+        setting: ``aggregate`` and ``anchor``.
+        options: Of ``explain``, and of a method given by name.
+    """
+
+    model: SimilarityModel
+    method: str | MethodLike
+    refine: str
+    cue: Cue
+    cut: GrabCut
+    setting: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+    def attend(self, test: Tensor, supports: Tensor, others: Tensor | None) -> Attention:
+        """The attention map of the test image and those of the others."""
+        return attend(
+            self.model, test, supports, others, method=self.method, **self.setting, **self.options
+        )
+
+    def finished(
+        self,
+        found: Attention,
+        picture: Pixels,
+        heat: Heat,
+        seen: Mask,
+        images: tuple[SupportImage, ...],
+        settings: Mapping[str, Any],
+        name: str = "",
+        notes: Sequence[str] = (),
+    ) -> Segmentation:
+        """A segmentation from the attention map ``(H,W)`` on the picture ``(H,W,3)``."""
+        refined = mask_of(picture, heat, self.cue, by=self.refine, seen=seen, cut=self.cut)
+        explained = found.explanation
+        warnings = (*notes, *_once(explained.warnings), *((refined.note,) if refined.note else ()))
+        return Segmentation(
+            mask=refined.mask,
+            heat=heat,
+            marks=refined.marks,
+            picture=picture,
+            name=name,
+            images=images,
+            refine=self.refine,
+            method=explained.method,
+            model=explained.model,
+            layers=explained.layers,
+            options={
+                **explained.options, **self.setting, **settings,
+                "cue": asdict(self.cue), "cut": asdict(self.cut),
+            },
+            warnings=warnings,
+            versions=versions(),
+            bypass=explained.bypass,
+        )  # fmt: skip
+
+
+@full_precision()
+def _segment_tensors(
+    made: Making, test: Tensor, supports: Any, others: Any, masks: Any
 ) -> Segmentation:
-    """A segmentation from the attention map ``(H,W)`` on the picture ``(H,W,3)``."""
-    refined = mask_of(picture, heat, cue, by=refine, seen=seen, cut=cut)
-    explained = found.explanation
-    said = (*notes, *_once(explained.warnings), *((refined.note,) if refined.note else ()))
-    return Segmentation(
-        mask=refined.mask,
-        heat=heat,
-        marks=refined.marks,
-        picture=picture,
-        name=name,
-        images=images,
-        refine=refine,
-        method=explained.method,
-        model=explained.model,
-        layers=explained.layers,
-        options={**explained.options, **told, "cue": asdict(cue), "cut": asdict(cut)},
-        warnings=said,
-        versions=versions(),
-        bypass=explained.bypass,
+    """Of preprocessed images; see :func:`segment`."""
+    shown = supports
+    if masks is not None:
+        check_tensors(supports, masks)
+        shown = hidden(supports, masks)
+    found = made.attend(test, shown, others)
+    heat: Heat = found.heat.numpy().astype(np.float32)
+    undo = made.model.preprocess.undo
+    images = beside(found, undo(shown), others_of(made.model, others))
+    seen = np.ones(heat.shape, dtype=bool)
+    return made.finished(
+        found, undo(test), heat, seen, images, {"support_masks": masks is not None}
     )
+
+
+@full_precision()
+def _segment_pictures(
+    made: Making,
+    test: PictureSource,
+    supports: Any,
+    others: Any,
+    view: str,
+    masks: Any,
+) -> Segmentation:
+    """Of pictures, at the test picture's own resolution; see :func:`segment`."""
+    _check(supports, masks, view)
+    own = made.model.preprocess
+    prepare = whole_view(own) if view == "whole" else own
+    pictures = read_pictures((test, *supports, *others))
+    views, geometries = prepared(prepare, pictures)
+    cut_at = 1 + len(supports)
+    near, far = views[1:cut_at], views[cut_at:]
+    if masks is not None:
+        near = hidden(near, _masks(masks, pictures[1:cut_at], geometries[1:cut_at]))
+    found = made.attend(views[0], near, far)
+    images = beside(
+        found,
+        prepare.undo(near),
+        prepare.undo(far) if len(far) else None,
+        [picture.path for picture in pictures[1:]],
+    )
+    result = made.finished(
+        found,
+        np.asarray(pictures[0].image),
+        geometries[0].to_original(found.heat.numpy().astype(np.float32)),
+        seen_by(geometries[0]),
+        images,
+        {"view": view, "support_masks": masks is not None},
+        name=pictures[0].path,
+        notes=own.notes + tuple(n for picture in pictures for n in picture.notes),
+    )
+    return replace(result, geometries=tuple(geometries))
 
 
 def hidden(supports: Tensor, masks: Tensor) -> Tensor:
@@ -183,3 +277,47 @@ def others_of(model: Any, others: Tensor | None) -> Pixels | None:
 
 def _once(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))
+
+
+def whole_view(prepare: Preprocess) -> Preprocess:
+    """Preprocessing that shows the network all of a picture, in another aspect if need be."""
+    return replace(prepare, fit="squash", crop_fraction=1.0)
+
+
+def seen_by(geometry: Geometry) -> Mask:
+    """The pixels of a picture that the network saw ``(H0,W0)``."""
+    height, width = geometry.original
+    left, top, right, bottom = geometry.box
+    seen = np.zeros((height, width), dtype=bool)
+    seen[int(np.floor(top)) : int(np.ceil(bottom)), int(np.floor(left)) : int(np.ceil(right))] = 1
+    return seen
+
+
+def _masks(
+    paths: Sequence[str | Path], pictures: Sequence[Picture], geometries: Sequence[Geometry]
+) -> torch.Tensor:
+    found = []
+    for path, picture, geometry in zip(paths, pictures, geometries, strict=True):
+        mask = read_mask(path, (picture.image.height, picture.image.width)).numpy()
+        seen = geometry.from_original(mask)
+        if not seen.any():
+            raise ComparisonError(
+                f"The network sees nothing of what the mask '{path}' marks; choose view='whole'."
+            )
+        found.append(torch.from_numpy(seen))
+    return torch.stack(found)
+
+
+def _check(
+    supports: Sequence[PictureSource],
+    masks: Sequence[str | Path] | None,
+    view: str,
+) -> None:
+    if not supports:
+        raise ComparisonError("Expected a list of at least one support picture, got none.")
+    if masks is not None and len(masks) != len(supports):
+        raise ComparisonError(
+            f"Expected a mask for each of {len(supports)} supports, got {len(masks)}."
+        )
+    if view not in VIEWS:
+        raise ComparisonError(f"Expected view to be one of {', '.join(VIEWS)}, got '{view}'.")

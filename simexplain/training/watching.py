@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from simexplain.data.folders import Record
 from simexplain.errors import ImageError
-from simexplain.explaining_files import explain_files
+from simexplain.explaining_files import explain
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.picturing import footer, verdict
@@ -79,16 +79,15 @@ def attention_picture(
         model: In any mode.
         triplets: Anchor, positive, negative.
         title: Over the figure.
-        method: Options of ``explain_files``; unless given, ``avsl`` for AVSL models and else
+        method: Options of ``explain``; unless given, ``avsl`` for AVSL models and else
             similarity attention with signed weights.
     """
     chosen = method or _method(model)
     rows, foot = [], ""
     for triplet in triplets:
         try:
-            explained = explain_files(
-                model, [r.path for r in triplet], "triplet", check=False, **chosen
-            )
+            paths = [record.path for record in triplet]
+            explained = explain(model, paths, arch="triplet", check=False, **chosen)
         except ImageError:
             continue
         views = [explained.preprocess.undo(image) for image in explained.images[0]]
