@@ -296,9 +296,7 @@ def test_wrong_input_is_told_in_a_sentence(
         found.top(3, by="beauty")
     with pytest.raises(ComparisonError, match="Expected a pair below 3"):
         found.figure(3)
-    with pytest.raises(
-        ComparisonError, match=r"Expected a tensor as a, got 'a\.jpg'; use attribute"
-    ):
+    with pytest.raises(ImageError, match="no file"):
         attribute(model, "a.jpg", pair[1])
     with pytest.raises(ComparisonError, match="max_batch of at least 1"):
         attribute(model, *pair, max_batch=-1)

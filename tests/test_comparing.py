@@ -103,7 +103,7 @@ def test_together_there_is_one_score_for_all_images(tiny, triplet) -> None:
     assert png_of(found.figure())
 
 
-def test_files_are_explained_as_explain_files_does(named, tmp_path: Path) -> None:
+def test_files_are_compared_as_explain_explains_them(named, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
     found = compare(named, paths, ["sam", "sam:upscale=2"], arch="triplet", masks=masks, steps=2)
     for method, upscale in zip(found.methods, (1, 2), strict=True):

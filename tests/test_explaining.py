@@ -287,7 +287,7 @@ def test_wrong_options_are_one_clear_sentence(
 
 
 def test_wrong_images(tiny: TinyNet) -> None:
-    with pytest.raises(ComparisonError, match="explain"):
+    with pytest.raises(ComparisonError, match="give pictures as a list"):
         explain(tiny, Comparison.pair(torch.rand(1, 10), torch.rand(1, 10)))
     whole = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ComparisonError, match="uint8"):

@@ -388,7 +388,7 @@ def test_wrong_arguments_are_told(tiny: TinyNet, images: Tensor) -> None:
         assert str(caught.value).endswith(".")
     with pytest.raises(ModelError, match="no layer 'nowhere'"):
         match(tiny, a, b, "nowhere")
-    with pytest.raises(ImageError, match="no file 'a.png'"):
+    with pytest.raises(ImageError, match=r"no file 'a\.png'"):
         match(tiny, "a.png", "b.png")
     with pytest.raises(ImageError, match="preprocessed tensors"):
         match(tiny, a, "b.png")
