@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_benchmarks import run, table_rows
+from cli_runs import benchmark
+from test_benchmarks import table_rows
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -449,7 +450,7 @@ def test_on_a_gpu(regime) -> None:
 def test_the_benchmark_writes_its_page(tmp_path: Path) -> None:
     out = tmp_path / "page.md"
     tiny = ("--sizes", 120, "--nodes", 16, "--edges", 4, "--rounds", 2, "--no-memory")
-    run("avsl_distance.py", *tiny, "--out", out)
+    benchmark("avsl_distance.py", *tiny, "--out", out)
     page = out.read_text(encoding="utf-8")
     rows = table_rows(page, "images | coefficients | method")
     names = {cells[2] for cells in rows}
