@@ -33,8 +33,8 @@ class LayerRun:
         cells: The grid that its numbers make, if local operations such as convolutions made it.
         edge: Where it hangs in the autograd graph, which lives as long as the survey.
         source: What it was called with, where everything passes that.
-        responses: By layout (see :data:`LAYOUTS`) how much each position changed when a part of
-            the picture was replaced, ``(K,...positions)`` for ``K`` parts; nothing where the graph
+        responses: By layout (see :data:`LAYOUTS`) how much each position changes when a part of
+            the picture is replaced, ``(K,...positions)`` for ``K`` parts; nothing where the graph
             says for sure where its cells lie.
     """
 
@@ -87,24 +87,24 @@ class Survey:
     images: int = 1
 
 
-def survey(model: Traceable, picture: Tensor, replaced: Tensor | None = None) -> Survey:
-    """Runs a model on a picture, and on the same with parts replaced, and records every layer.
+def survey(model: Traceable, pictures: Tensor) -> Survey:
+    """Runs a model on a picture with one part or another replaced, and records every layer.
 
-    Costs one forward and one backward pass of one image, and a forward pass of the others, which
-    is left out where local operations made all maps, as in most convolutional networks.
+    Costs one forward and one backward pass of the first image, and a forward pass of the others,
+    which is left out where local operations made all maps, as in most convolutional networks.
 
     Args:
         model: The model to look into.
-        picture: One image ``(1,C,H,W)``.
-        replaced: The same with one part replaced in each ``(K,C,H,W)``, or None.
+        pictures: A picture with each of its parts replaced in turn ``(K,C,H,W)``, or any image
+            alone ``(1,C,H,W)``.
     """
     record = _Record(model.batch_size or 1)
     names = [name for name, _ in model.network.named_modules() if name]
     with torch.inference_mode(mode=False), undisturbed(model.network):
         listeners = {name: record.listener(name) for name in names}
         with listening(model.network, listeners), torch.enable_grad():
-            image = picture.detach().clone().requires_grad_()
-            batch = image.expand(record.count, *picture.shape[1:])
+            image = pictures[:1].detach().clone().requires_grad_()
+            batch = image.expand(record.count, *image.shape[1:])
             embeddings = model.embed(batch.clone())
         calls = record.calls
         paths = Paths(embeddings, image, record.leaves)
@@ -117,8 +117,8 @@ def survey(model: Traceable, picture: Tensor, replaced: Tensor | None = None) ->
         known: dict[tuple[int, int], _Call] = {}
         for call in calls:
             call.settle(places, grids, record.count, known.setdefault(call.same, call))
-        if replaced is not None and any(call.open for call in calls):
-            _respond(model, replaced, calls, record.count, names)
+        if len(pictures) > 1 and any(call.open for call in calls):
+            _respond(model, pictures[1:], calls, record.count, names)
     return Survey(
         _runs(calls, gradients, main),
         embeddings[0].detach(),
@@ -139,7 +139,8 @@ class _Call:
     follows: str | None
     same: tuple[int, int]
     source: GradientEdge | None
-    responses: dict[str, list[Tensor]] = field(default_factory=dict)
+    changes: dict[str, list[Tensor]] = field(default_factory=dict)
+    responses: dict[str, Tensor] = field(default_factory=dict)
     cells: Cells | None = None
     open: bool = False
 
@@ -251,7 +252,7 @@ def _runs(
                 call.cells,
                 call.edge,
                 source,
-                {layout: torch.cat(parts) for layout, parts in call.responses.items()},
+                call.responses,
             )
         )
     return runs
@@ -279,12 +280,12 @@ def _probe_gradients(
 
 
 def _respond(
-    model: Traceable, replaced: Tensor, calls: Sequence[_Call], alone: int, names: Sequence[str]
+    model: Traceable, others: Tensor, calls: Sequence[_Call], alone: int, names: Sequence[str]
 ) -> None:
-    """Runs the pictures with replaced parts and compares every output with that of the picture."""
-    size = model.pass_size(len(replaced), together=True)
-    for start in range(0, len(replaced), size):
-        chunk = replaced[start : start + size]
+    """Runs the other pictures and compares every output with those of all pictures."""
+    size = model.pass_size(len(others), together=True)
+    for start in range(0, len(others), size):
+        chunk = others[start : start + size]
         count = len(chunk)
         if count < size:
             chunk = torch.cat((chunk, chunk[-1:].expand(size - count, *chunk.shape[1:])))
@@ -298,7 +299,10 @@ def _respond(
                 call = next(waiting, None)
                 if call is not None and call.open and call.name == name:
                     for layout, change in _changes(call, tensor, alone, size):
-                        call.responses.setdefault(layout, []).append(change[:count])
+                        parts = call.changes.setdefault(layout, [])
+                        parts.append(change[:count])
+                        if sum(map(len, parts)) == len(others):
+                            call.responses[layout] = _shares(torch.cat(call.changes.pop(layout)))
 
             return hook
 
@@ -307,7 +311,7 @@ def _respond(
 
 
 def _changes(call: _Call, after: Tensor, alone: int, size: int) -> list[tuple[str, Tensor]]:
-    """By layout the squared change of every position, summed over channels ``(size,...)``."""
+    """By layout how far each position is from the first picture's ``(size,C,...positions)``."""
     found, before = [], call.output
     for layout in call.layouts:
         images, channels = layout.index("N"), layout.index("C")
@@ -319,9 +323,26 @@ def _changes(call: _Call, after: Tensor, alone: int, size: int) -> list[tuple[st
         expected[images] = size
         if list(after.shape) != expected:
             continue
-        change = (after.float() - before.narrow(images, 0, 1).float()).square()
-        found.append((layout, change.movedim((images, channels), (0, 1)).sum(dim=1)))
+        change = after.float() - before.narrow(images, 0, 1).float()
+        found.append((layout, change.movedim((images, channels), (0, 1))))
     return found
+
+
+def _shares(changes: Tensor) -> Tensor:
+    """How much each position changes when each part is replaced ``(K,...positions)``.
+
+    No picture is without a replaced part: that would be a pass more. Where a change by one part is
+    orthogonal to that by another, the square of one picture's distance from the mean of all ``K``
+    is ``r (1 - 2/K) + R / K^2`` for squared changes ``r`` of its part and ``R`` of all parts.
+
+    Args:
+        changes: From the first picture to each of the others ``(K-1,C,...positions)``.
+    """
+    count = len(changes) + 1
+    apart = torch.cat((torch.zeros_like(changes[:1]), changes))
+    apart = (apart - apart.mean(dim=0)).square().sum(dim=1)
+    every = apart.sum(dim=0) / (1 - 1 / count)
+    return (apart - every / count**2) / (1 - 2 / count)
 
 
 def gradient_through(run: LayerRun, lower: LayerRun | Source) -> Tensor | None:

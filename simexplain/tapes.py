@@ -33,7 +33,7 @@ _SAME = {
     "mm": "matmul", "rmatmul": "matmul", "einsum": "matmul", "absolute": "abs",
 }  # fmt: skip
 """Functions that do the same to the scale of a tensor as another, by their plain names."""
-_OPENED = {"multi_head_attention_forward"}
+OPENED = {"multi_head_attention_forward"}
 """Functions in which a network does most of its work; what they call is recorded instead."""
 
 
@@ -126,7 +126,7 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._numbers or self.broken:
             return func(*args, **kwargs)
-        if plain_name(func) in _OPENED:
+        if plain_name(func) in OPENED:
             with self:
                 return unwatched(func)(*args, **kwargs)
         flat, spec = pytree.tree_flatten((args, kwargs))

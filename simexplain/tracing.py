@@ -22,6 +22,7 @@ from simexplain.networks import (
     undisturbed,
     with_first,
 )
+from simexplain.row_gradients import RowGradients
 from simexplain.tapes import Tape
 
 Listener = Callable[[nn.Module, Any, Any], Any]
@@ -160,6 +161,7 @@ def trace(
     differentiable: bool = False,
     max_batch: int | None = None,
     taped: bool = False,
+    by_rows: bool = False,
 ) -> Trace:
     """Runs the model once and keeps the outputs of some layers in the autograd graph.
 
@@ -177,6 +179,8 @@ def trace(
         max_batch: Bounds the images in one forward pass; results do not depend on it.
         taped: Record what the network does above the layers, so that it can be run again from
             there; not for training.
+        by_rows: Take gradients for those rows alone that have any (:class:`RowGradients`), one
+            after the other; not for training.
 
     Raises:
         ModelError: If a layer is unknown, does not run or has no tensor as its output.
@@ -188,7 +192,7 @@ def trace(
         )
     size = model.pass_size(len(images), max_batch, together=differentiable)
     pixels = (int(images.shape[-2]), int(images.shape[-1]))
-    rows, outputs, tapes = _forward(model, images, size, layers, differentiable, taped)
+    rows, outputs, tapes = _forward(model, images, size, layers, differentiable, taped, by_rows)
     with torch.enable_grad():  # a caller's no_grad must not cut what was just recorded
         embeddings = _joined(rows, len(images))
     return Trace(
@@ -282,6 +286,7 @@ def _forward(
     layers: Sequence[str],
     differentiable: bool,
     taped: bool,
+    by_rows: bool,
 ) -> tuple[list[Tensor], dict[str, list[Tensor]], list[Tape]]:
     taps = [_Tap(layer, cut=not differentiable) for layer in layers]
     rows: list[Tensor] = []
@@ -295,6 +300,8 @@ def _forward(
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for tap in taps:
             stack.enter_context(listening(model.network, {tap.module_name: tap}))
+        if by_rows:
+            stack.enter_context(RowGradients())  # below the tape, which must see what is called
         for chunk in chunks_of(images, size, fixed=model.batch_size is not None):
             tape = Tape() if taped else None
             for tap in taps:

@@ -27,6 +27,7 @@ LEVELS = [
         "simexplain.publishing",
         "simexplain.tapes",
     ],
+    ["simexplain.row_gradients"],
     [
         "simexplain.tracing",
         "simexplain.data",

@@ -113,7 +113,9 @@ class Focus(Method):
             ModelError: If a layer cannot be used or the embeddings are zero or not finite.
         """
         flat = images.stacked().flatten(0, 1)
-        traced = trace_vectors(model, flat, layers, max_batch=max_batch, middle=False).trace
+        traced = trace_vectors(
+            model, flat, layers, max_batch=max_batch, middle=False, by_rows=True
+        ).trace
         return self.follow(model, images, traced, max_batch=max_batch)
 
     def follow(

@@ -173,6 +173,7 @@ def trace_vectors(
     *,
     max_batch: int | None = None,
     middle: bool = True,
+    by_rows: bool = False,
 ) -> VectorTrace:
     """Runs a model once up to the vectors that are explained, and opens it at some layers.
 
@@ -182,13 +183,14 @@ def trace_vectors(
         layers: Names of layers.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
         middle: Hold normalisations that cannot be left out; else they act as they do.
+        by_rows: As for :func:`~simexplain.tracing.trace`.
 
     Raises:
         ModelError: If a layer cannot be used.
     """
     raw = RawVectors(model)
     size = model.pass_size(len(images), min(max_batch or _AT_ONCE, _AT_ONCE))
-    traced = trace(raw, images, layers, max_batch=size, taped=True)
+    traced = trace(raw, images, layers, max_batch=size, taped=True, by_rows=by_rows)
     plain = VectorTrace(traced, raw, images, size, recorded=traced)
     if not layers or not all(
         tape.replays(traced.outputs[layer][chunk])

@@ -57,7 +57,7 @@ class SimilarityAttention(Method):
         """One forward and one backward pass serve the whole batch."""
         flat = images.stacked().flatten(0, 1)
         taped = model.unmeasured(layers, flat)
-        traced = trace(model, flat, layers, max_batch=max_batch, taped=taped)
+        traced = trace(model, flat, layers, max_batch=max_batch, taped=taped, by_rows=True)
         model.measure(flat, traced)
         apart = model.apart(layers, flat)
         return self.attend(traced, images, apart=apart, frames=model.frames).detached()

@@ -71,7 +71,7 @@ class SimilarityCAM(Method):
         """One forward and one backward pass serve the whole batch."""
         flat_images = images.stacked().flatten(0, 1)
         if self.score == "cosine":
-            traced = trace(model, flat_images, layers, max_batch=max_batch)
+            traced = trace(model, flat_images, layers, max_batch=max_batch, by_rows=True)
         else:
             traced = trace_vectors(model, flat_images, layers, max_batch=max_batch).trace
         vectors = traced.embeddings.detach()

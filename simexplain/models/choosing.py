@@ -73,9 +73,9 @@ class Maps:
     """Finds the layout of every output, proven by what its cells respond to."""
 
     def __init__(self, survey: Survey, moved: Moved, hints: GridHints) -> None:
-        """Takes a survey of ``moved.picture`` and ``moved.replaced``."""
+        """Takes a survey of ``moved.pictures``."""
         self.likeness = Likeness(moved.parts)
-        height, width = moved.picture.shape[2:]
+        height, width = moved.pictures.shape[2:]
         self.size = (int(height), int(width))
         self.grids: dict[Grid, Region] = {}
         base = hints.base_grid(self.size)

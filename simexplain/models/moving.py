@@ -21,18 +21,16 @@ WHOLE: Region = (0.0, 0.0, 1.0, 1.0)
 
 @dataclass(frozen=True)
 class Moved:
-    """A picture, and the same with one of several parts replaced by another picture.
+    """A picture with one or another of its parts replaced by those of another picture.
 
     Attributes:
-        picture: ``(1,C,H,W)``.
+        pictures: ``(PARTS,C,H,W)``.
         other: ``(1,C,H,W)``, from which the parts are taken.
-        replaced: ``(PARTS,C,H,W)``.
         parts: Where each part lies ``(PARTS,H,W)``, zero or one; they add up to one.
     """
 
-    picture: Tensor
+    pictures: Tensor
     other: Tensor
-    replaced: Tensor
     parts: Tensor
 
 
@@ -48,7 +46,7 @@ def moved(example: Tensor) -> Moved:
     parts = _parts(generator)
     where = F.interpolate(parts[None], size=list(shape[1:]), mode="nearest")[0]
     mixed = torch.where(where[:, None] > 0, second, first)
-    return Moved(first.to(example), second.to(example), mixed.to(example), parts)
+    return Moved(mixed.to(example), second.to(example), parts)
 
 
 def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

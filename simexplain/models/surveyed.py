@@ -183,7 +183,7 @@ class Surveyed:
 
     def _of_noise(self, layer: str) -> float:
         pictures = self._pictures()
-        both = torch.cat((pictures.picture, pictures.other))
+        both = torch.cat((pictures.pictures[:1], pictures.other))
         return self._share(layer, AtHand(both, self._embedding))
 
     def _share(self, layer: str, images: AtHand) -> float:
@@ -257,7 +257,7 @@ class Surveyed:
 
 def _surveyed(model: Surveyable, pictures: Moved) -> Survey:
     try:
-        return survey(model, pictures.picture, pictures.replaced)
+        return survey(model, pictures.pictures)
     except RuntimeError as error:  # of autograd, say where something was overwritten
         if isinstance(error, SimexplainError) or "memory" in str(error):
             raise
