@@ -20,10 +20,11 @@ import torch
 from held_out import TRAINED
 from torch import Tensor
 
-from simexplain import AVSL, SimilarityModel, load_model
+from simexplain import SimilarityModel, load_model
 from simexplain.data.folders import Batches, Record, pictures_in
 from simexplain.fitting.passes import FeaturePasses
 from simexplain.fitting.posthoc import PostHoc
+from simexplain.models.avsl import AVSL
 from simexplain.models.backbones import DEFAULT_MODEL
 
 CUTS = (1, 2, 4, 8)

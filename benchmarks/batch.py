@@ -21,7 +21,9 @@ import torch
 from PIL import Image
 from reporting import publish
 
-from simexplain import BatchOptions, BatchRow, explain, explain_batch, load_model
+from simexplain import explain, explain_batch, load_model
+from simexplain.batching.options import BatchOptions
+from simexplain.batching.rows import BatchRow
 from simexplain.explanation import versions
 from simexplain.models.base import SimilarityModel
 

@@ -13,7 +13,9 @@ from pytorch_grad_cam.utils.image import scale_cam_image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simexplain import Comparison, accelerated, as_similarity_model, explain, similarity_weights
+from simexplain import Comparison, as_similarity_model, explain
+from simexplain.methods.weights import similarity_weights
+from simexplain.models.accelerating import accelerated
 
 PLAIN, OURS, FAST = "plain forward", "simexplain", "simexplain, fast mode"
 Run = Callable[[], Tensor]

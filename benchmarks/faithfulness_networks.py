@@ -14,7 +14,8 @@ from PIL import Image
 from pointing import finer_layer
 from torch import Tensor, nn
 
-from simexplain import SimilarityModel, accelerated, as_similarity_model, load_model
+from simexplain import SimilarityModel, as_similarity_model, load_model
+from simexplain.models.accelerating import accelerated
 from simexplain.tracing import listening
 
 LITE0 = "timm:tf_efficientnet_lite0"

@@ -30,7 +30,8 @@ from reporting import publish
 from scenes import Stamps, read_stamps
 from torch import Tensor
 
-from simexplain import Comparison, Preprocess, Record, SimilarityModel, explain
+from simexplain import Comparison, Preprocess, SimilarityModel, explain
+from simexplain.data.folders import Record
 from simexplain.data.images import Picture
 from simexplain.data.preprocessing import Geometry, prepared
 from simexplain.evaluation.retrieval import Embedded, ranked_retrieval

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simexplain import Record, read_dataset
+from simexplain.data.datasets import read_dataset
+from simexplain.data.folders import Record
 
 TRAINED = 0.6
 """The share of the classes, in order of their names, that training may see."""

@@ -26,9 +26,12 @@ from scenes import Scene, compose_scenes, read_stamps
 from torch import Tensor
 from torch.nn import functional as F
 
-from simexplain import CAMS, Comparison, SimilarityModel, Trace, load_model, similarity_weights
-from simexplain import trace as trace_model
+from simexplain import Comparison, SimilarityModel, load_model
+from simexplain.methods.cams import CAMS
 from simexplain.methods.layer_maps import fuse
+from simexplain.methods.weights import similarity_weights
+from simexplain.tracing import Trace
+from simexplain.tracing import trace as trace_model
 
 SETTINGS = ("same", "category")
 CHUNK = 20

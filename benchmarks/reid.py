@@ -18,7 +18,8 @@ import torch
 from persons import write_persons
 from reporting import publish
 
-from simexplain import evaluate_reid, load_model, read_dataset, train
+from simexplain import evaluate_reid, load_model, train
+from simexplain.data.datasets import read_dataset
 from simexplain.evaluation.reid_result import Reidentification
 
 BACKBONE = "timm:tf_efficientnet_lite0"

@@ -25,11 +25,12 @@ from search_scenes import CrowdedScene, Query, compose_category, compose_same
 from torch import Tensor
 from torch.nn import functional as F
 
-from simexplain import GalleryIndex, SimilarityModel, build_index, load_model, match
+from simexplain import SimilarityModel, build_index, load_model, match
 from simexplain.data.images import Picture
 from simexplain.data.preprocessing import prepared
 from simexplain.searching.agreement import agreement
 from simexplain.searching.explaining_hits import HitMaps, hit_maps
+from simexplain.searching.index_gallery import GalleryIndex
 from simexplain.searching.regions import Region, best_box, similarities
 from simexplain.searching.search_query import Asked, ask
 

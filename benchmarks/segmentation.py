@@ -28,11 +28,13 @@ from scenes import Stamps, read_stamps
 from segmentation_page import page, tuned
 from segmentation_scenes import SegmentationScene, segmentation_scenes
 
-from simexplain import Cue, GrabCut, SimilarityModel, accelerated, load_model
+from simexplain import SimilarityModel, load_model
 from simexplain.metrics.maps import grown
+from simexplain.models.accelerating import accelerated
 from simexplain.segmentation.attending import attend
-from simexplain.segmentation.cue import default_cue, refine
+from simexplain.segmentation.cue import Cue, default_cue, refine
 from simexplain.segmentation.evaluating import divided
+from simexplain.segmentation.grabcut import GrabCut
 from simexplain.segmentation.scores import EpisodeScore, FoldScore, Overlap, overlap
 from simexplain.segmentation.segmenting import whole_view
 

@@ -24,7 +24,8 @@ import torch
 from held_out import TRAINED, held_out
 from training_results_page import page
 
-from simexplain import AVSL, evaluate_retrieval, load_model
+from simexplain import evaluate_retrieval, load_model
+from simexplain.models.avsl import AVSL
 from simexplain.training.datasource import Source
 from simexplain.training.training import train
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from functools import wraps
+from importlib import import_module
 from typing import Any, TypeVar
 
 from simexplain.errors import ArgumentError
@@ -119,6 +120,85 @@ def old_verb(name: str, verb: Callable[..., Any]) -> Callable[..., Any]:
         return verb(model, *given, **options)
 
     return call
+
+
+MOVED: dict[str, str] = {
+    "BatchOptions": "batching.options",
+    "BatchRow": "batching.rows",
+    **dict.fromkeys(("Agreement", "Check"), "checking"),
+    "AUGMENTATIONS": "data.augmenting",
+    "check_training": "data.checking",
+    "DataSplit": "data.dataset_split",
+    **dict.fromkeys(("DATASETS", "read_dataset"), "data.datasets"),
+    "Record": "data.folders",
+    "read_picture": "data.images",
+    "ClassBalanced": "data.sampling",
+    "TrainingImages": "data.training_set",
+    "faithfulness": "evaluation.faithfulness",
+    **dict.fromkeys(("read_comparisons", "sample_comparisons"), "evaluation.item_sources"),
+    "Item": "evaluation.items",
+    "sanity_check": "evaluation.sanity",
+    "centroid": "explaining_files",
+    **dict.fromkeys(
+        (
+            "ABLATIONS",
+            "AttentionMaskLoss",
+            "AVSLDistance",
+            "AVSLLoss",
+            "ClassHead",
+            "ClassificationLoss",
+            "ClassificationMiningLoss",
+            "LOSSES",
+            "metric_loss",
+            "MetricLoss",
+            "Objective",
+            "parameter_groups",
+            "QuadrupletLoss",
+            "SimilarityMiningLoss",
+            "soft_mask",
+        ),
+        "losses",
+    ),
+    "CAMS": "methods.cams",
+    "SimilarityAttention": "methods.similarity_attention",
+    "WeightBank": "methods.weight_bank",
+    **dict.fromkeys(("similarity_weights", "WEIGHTS"), "methods.weights"),
+    "accelerated": "models.accelerating",
+    "AVSL": "models.avsl",
+    **dict.fromkeys(("AVSLOptions", "PRESETS"), "models.avsl_options"),
+    "PairModel": "models.pairs",
+    "RENDERERS": "rendering.overlay",
+    "GalleryIndex": "searching.index_gallery",
+    "Hit": "searching.search_result",
+    "Cue": "segmentation.cue",
+    **dict.fromkeys(("read_masked", "SegmentationData"), "segmentation.dataset"),
+    "GrabCut": "segmentation.grabcut",
+    "read_pascal": "segmentation.pascal",
+    **dict.fromkeys(("Trace", "trace"), "tracing"),
+    "TrainOptions": "training.options",
+    "RECIPES": "training.recipes",
+}
+"""Names that were at the top level: the module of ``simexplain`` that has them now."""
+
+
+def old_public(name: str) -> Any:
+    """What ``simexplain.NAME`` was in the last version, with a warning.
+
+    Raises:
+        AttributeError: If it was nothing.
+    """
+    if name in MOVED:
+        home = f"simexplain.{MOVED[name]}"
+        warnings.warn(
+            f"'simexplain.{name}' is now '{home}.{name}'; the old name is refused from version "
+            f"{REFUSED_FROM}.",
+            RenamedWarning,
+            stacklevel=3,
+        )
+        return getattr(import_module(home), name)
+    if name in RENAMED_VERBS:
+        return old_verb(name, getattr(import_module("simexplain"), RENAMED_VERBS[name][0]))
+    raise AttributeError(f"module 'simexplain' has no attribute '{name}'")
 
 
 def new_name(

@@ -10,9 +10,10 @@ import torch
 from conftest import TinyNet, varied
 from torch import Tensor, nn
 
-from simexplain import Comparison, accelerated, as_similarity_model, explain, load_model
+from simexplain import Comparison, as_similarity_model, explain, load_model
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError
+from simexplain.models.accelerating import accelerated
 
 
 @pytest.mark.parametrize(

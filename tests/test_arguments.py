@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +21,27 @@ from simexplain_cli.main import cli
 from torch import Tensor, nn
 
 import simexplain
-from simexplain import (
-    AVSLOptions,
-    Comparison,
-    Cue,
-    GrabCut,
-    Preprocess,
-    SimilarityModel,
-    TrainOptions,
-    as_similarity_model,
-    explain,
-    match,
-    read_picture,
-    trace,
-)
+from simexplain import Comparison, Preprocess, SimilarityModel, as_similarity_model, explain, match
 from simexplain.arguments import fits, typed
 from simexplain.batching.options import BatchOptions
 from simexplain.batching.rows import read_rows
+from simexplain.data.datasets import read_dataset
+from simexplain.data.images import read_picture
 from simexplain.data.vector_files import read_vectors
 from simexplain.errors import NetworkError, SimexplainError
+from simexplain.evaluation.item_sources import read_comparisons, sample_comparisons
 from simexplain.fitting.bank import BankOptions
+from simexplain.losses import metric_loss
 from simexplain.methods import METHODS, options_of
 from simexplain.metrics.curves import deletion
 from simexplain.metrics.intervals import bootstrap_mean
 from simexplain.metrics.stability import infidelity
+from simexplain.models.avsl_options import AVSLOptions
+from simexplain.renaming import MOVED
+from simexplain.segmentation.cue import Cue
+from simexplain.segmentation.grabcut import GrabCut
+from simexplain.tracing import trace
+from simexplain.training.options import TrainOptions
 
 WRONG: dict[str, Any] = {
     "string": "x", "tuple": (0.2, 0.4), "None": None, "NaN": math.nan, "negative": -1,
@@ -129,7 +127,8 @@ def test_options_of_verbs(made: type, kind: str) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_argument_of_a_verb_is_compared_with_its_hint(verb: str) -> None:
-    made = getattr(simexplain, verb)
+    home = f"simexplain.{MOVED[verb]}" if verb in MOVED else "simexplain"
+    made = getattr(import_module(home), verb)
     signature = inspect.signature(made)
     wanted = [
         name
@@ -288,9 +287,9 @@ def test_pictures_in_memory(tmp_path: Path) -> None:
 def test_an_address_is_no_file(name: str, tmp_path: Path) -> None:
     for made in (
         lambda: read_picture(name), lambda: explain(tiny_model(), [name, name], arch="siamese"),
-        lambda: simexplain.load_model(name), lambda: simexplain.read_dataset("folder", name),
+        lambda: simexplain.load_model(name), lambda: read_dataset("folder", name),
         lambda: simexplain.build_index(tiny_model(), name, tmp_path / "i"),
-        lambda: read_vectors(name), lambda: simexplain.read_dataset("folder", Path(name)),
+        lambda: read_vectors(name), lambda: read_dataset("folder", Path(name)),
     ):  # fmt: skip
         assert "address on the web" in a_sentence(made)
 
@@ -361,7 +360,7 @@ def test_a_zero_embedding_is_said() -> None:
 def test_negatives_of_triplets(negatives: str) -> None:
     rows = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.89, 0.11], [0.2, 0.98], [0.1, 1.0]])
     labels = torch.tensor([0, 0, 1, 1, 2])
-    loss = simexplain.metric_loss("triplet", 3, 2, margin=0.2, negatives=negatives)
+    loss = metric_loss("triplet", 3, 2, margin=0.2, negatives=negatives)
     unit = torch.nn.functional.normalize(rows)
     apart = torch.cdist(unit, unit)
     wanted = set()
@@ -382,7 +381,7 @@ def test_negatives_of_triplets(negatives: str) -> None:
     found = {tuple(map(int, one)) for one in zip(*mined, strict=True)}
     assert found == wanted
     assert "did you mean semihard" in a_sentence(
-        lambda: simexplain.metric_loss("triplet", 3, 2, negatives="semi-hard")
+        lambda: metric_loss("triplet", 3, 2, negatives="semi-hard")
     )
 
 
@@ -392,10 +391,10 @@ def test_tables_with_the_index_of_pandas(index: str, tmp_path: Path) -> None:
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
     table = tmp_path / "t.csv"
     table.write_text(f"{index},path,label\n0,a.png,x\n1,b.png,x\n2,c.png,y\n3,d.png,y\n")
-    split = simexplain.read_dataset("csv", table)
+    split = read_dataset("csv", table)
     assert [record.label for record in (*split.train, *split.queries)] == ["x", "x", "y", "y"]
     table.write_text(f"{index},anchor,positives,negatives\n0,a.png,b.png,c.png\n")
-    (item,) = simexplain.read_comparisons(table)
+    (item,) = read_comparisons(table)
     assert [path.name for path in item.paths] == ["a.png", "b.png", "c.png"]
     (row,) = read_rows(table)[0]
     assert (row.anchor, row.positives, row.negatives) == ("a.png", ("b.png",), ("c.png",))
@@ -411,7 +410,7 @@ def test_what_would_never_end_is_refused(tmp_path: Path) -> None:
     for made in (
         lambda: match(model, one, two, steps=many),
         lambda: explain(model, both, "decomposition", steps=many),
-        lambda: simexplain.sample_comparisons(tmp_path / "own", many),
+        lambda: sample_comparisons(tmp_path / "own", many),
         lambda: simexplain.build_index(model, tmp_path / "own", tmp_path / "index", steps=many),
         lambda: deletion(lambda x: x.sum((1, 2, 3)), one[0], one[0, 0], steps=many),
         lambda: bootstrap_mean([1.0, 2.0], samples=many),
@@ -420,5 +419,5 @@ def test_what_would_never_end_is_refused(tmp_path: Path) -> None:
         said = a_sentence(made)
         assert "at most" in said
         assert str(many) in said
-    drawn = simexplain.sample_comparisons(tmp_path / "own", 10**6, arch="siamese")
+    drawn = sample_comparisons(tmp_path / "own", 10**6, arch="siamese")
     assert len(drawn) == 4  # the two ordered pairs of each class

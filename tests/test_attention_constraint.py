@@ -10,13 +10,14 @@ from loss_cases import LABELS, gradients, pictures, smooth_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simexplain import Comparison, as_similarity_model, similarity_weights
+from simexplain import Comparison, as_similarity_model
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.losses import constraint
 from simexplain.losses.constraint import AttentionMaskLoss, wrong_energy
 from simexplain.losses.objective import Batch, MetricLoss, Objective, run_batch
 from simexplain.losses.quadruplet import QuadrupletLoss
 from simexplain.losses.tuples import disjoint_tuples
+from simexplain.methods.weights import similarity_weights
 from simexplain.metrics.masks import energy
 
 

@@ -12,20 +12,14 @@ from avsl_cases import LEVELS, Pyramid, small_avsl
 from conftest import SharedNet, refusal
 from torch import Tensor, nn
 
-from simexplain import (
-    Comparison,
-    accelerated,
-    as_similarity_model,
-    explain,
-    load_model,
-    save_model,
-    trace,
-)
+from simexplain import Comparison, as_similarity_model, explain, load_model, save_model
 from simexplain.errors import ModelError
+from simexplain.models.accelerating import accelerated
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_options import ORIGINS, PRESETS, AVSLOptions
 from simexplain.models.backbones import build_backbone
 from simexplain.models.writing import check_savable
+from simexplain.tracing import trace
 
 
 @pytest.fixture

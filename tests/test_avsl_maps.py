@@ -9,8 +9,9 @@ from conftest import TinyNet
 from torch import Tensor
 from torch.nn import functional as F
 
-from simexplain import Comparison, attribute, explain, sanity_check
+from simexplain import Comparison, attribute, explain
 from simexplain.errors import ComparisonError, ModelError
+from simexplain.evaluation.sanity import sanity_check
 from simexplain.graph.cams import directed_cams
 from simexplain.models.avsl import AVSL
 

@@ -15,13 +15,14 @@ from side_by_side import in_two_processes
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from simexplain import accelerated, as_similarity_model, attribute, load_model, save_model
+from simexplain import as_similarity_model, attribute, load_model, save_model
 from simexplain.errors import ModelError
 from simexplain.losses.avsl_objective import ABLATIONS, AVSLLoss
 from simexplain.losses.objective import Objective
 from simexplain.losses.parameter_groups import parameter_groups
 from simexplain.losses.proxies import Proxies
 from simexplain.losses.proxy_anchor import Measured, ProxyAnchor
+from simexplain.models.accelerating import accelerated
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_options import INFERENCES, PRESETS, AVSLOptions
 from simexplain.models.backbones import build_backbone

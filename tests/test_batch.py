@@ -27,23 +27,21 @@ from torch import nn
 
 from simexplain import (
     METHODS,
-    BatchOptions,
-    BatchRow,
     Explanation,
     Preprocess,
-    SimilarityAttention,
-    WeightBank,
     as_similarity_model,
     explain,
     explain_batch,
     open_batch,
 )
 from simexplain.batching.keeping import Keep
+from simexplain.batching.options import BatchOptions
 from simexplain.batching.planning import nearest_first
 from simexplain.batching.row_explaining import RowExplainer
-from simexplain.batching.rows import read_rows
+from simexplain.batching.rows import BatchRow, read_rows
 from simexplain.errors import ComparisonError, ModelError, OutputError
-from simexplain.methods.weight_bank import probe_of
+from simexplain.methods.similarity_attention import SimilarityAttention
+from simexplain.methods.weight_bank import WeightBank, probe_of
 
 QUICK: dict[str, dict[str, Any]] = {
     "random_masks": {"masks": 6}, "smoothgrad": {"samples": 2},
@@ -471,7 +469,8 @@ sys.path.insert(0, {tests!r})
 import torch
 from attention_cases import TinyViT
 from batch_cases import tiny_model
-from simexplain import BatchOptions, explain_batch
+from simexplain import explain_batch
+from simexplain.batching.options import BatchOptions
 import simexplain.batching.batching, simexplain.methods, pyarrow.parquet, safetensors.torch
 
 def killed_at(count):

@@ -14,7 +14,8 @@ from test_benchmarks import table_rows
 from torch import nn
 from torch.nn import functional as F
 
-from simexplain import Comparison, as_similarity_model, explain, faithfulness
+from simexplain import Comparison, as_similarity_model, explain
+from simexplain.evaluation.faithfulness import faithfulness
 from simexplain.methods import METHODS
 from simexplain.metrics.maps import grown
 

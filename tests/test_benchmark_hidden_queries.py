@@ -12,14 +12,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from simexplain import (
-    Comparison,
-    Preprocess,
-    as_similarity_model,
-    evaluate_retrieval,
-    explain,
-    read_dataset,
-)
+from simexplain import Comparison, Preprocess, as_similarity_model, evaluate_retrieval, explain
+from simexplain.data.datasets import read_dataset
 from simexplain.models.base import SimilarityModel
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"

@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw
 from test_benchmarks import table_rows
 from test_segmentation import ColourNet
 
-from simexplain import Cue, Preprocess, as_similarity_model, segment
+from simexplain import Preprocess, as_similarity_model, segment
 from simexplain.models.base import SimilarityModel
-from simexplain.segmentation.cue import CUES
+from simexplain.segmentation.cue import CUES, Cue
 
 KINDS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 

@@ -16,7 +16,8 @@ from cli_runs import NETWORK, Run, simexplain
 from conftest import DEMO
 from PIL import Image
 
-from simexplain import AVSL, Attribution, load_model
+from simexplain import Attribution, load_model
+from simexplain.models.avsl import AVSL
 
 PICTURES = [DEMO / f"{role}.jpg" for role in ("anchor", "positive", "negative")]
 QUICK = (

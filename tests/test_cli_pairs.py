@@ -21,8 +21,8 @@ from simexplain import (
     explain,
     load_model,
     load_pair_model,
-    read_picture,
 )
+from simexplain.data.images import read_picture
 from simexplain.errors import ModelError, TwoImagesError
 
 

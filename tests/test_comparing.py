@@ -19,17 +19,16 @@ from torch import Tensor
 from simexplain import (
     METHODS,
     Comparison,
-    Item,
     MethodComparison,
     as_similarity_model,
     compare,
     evaluate_faithfulness,
     explain,
-    faithfulness,
-    read_comparisons,
-    sample_comparisons,
 )
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError
+from simexplain.evaluation.faithfulness import faithfulness
+from simexplain.evaluation.item_sources import read_comparisons, sample_comparisons
+from simexplain.evaluation.items import Item
 from simexplain.evaluation.recipes import quick_methods, recipe_from
 from simexplain.evaluation.saving import COMPARISON_FILES, EVALUATION_FILES, save_evaluation
 from simexplain.models.blackbox import BlackBox

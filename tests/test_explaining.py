@@ -11,16 +11,12 @@ from conftest import TinyNet
 from torch import Tensor
 from torch.nn import functional as F
 
-from simexplain import (
-    Comparison,
-    SimilarityAttention,
-    as_similarity_model,
-    explain,
-    trace,
-)
+from simexplain import Comparison, as_similarity_model, explain
 from simexplain.errors import ComparisonError, ModelError
+from simexplain.methods.similarity_attention import SimilarityAttention
 from simexplain.models.base import SimilarityModel
 from simexplain.models.loading import load_model
+from simexplain.tracing import trace
 
 
 @pytest.fixture

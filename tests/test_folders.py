@@ -94,15 +94,8 @@ def results(folder: Path) -> list[Path]:
     """One of every kind of figure that simexplain writes, as its own code writes it."""
     from conftest import TinyNet
 
-    from simexplain import (
-        BatchOptions,
-        as_similarity_model,
-        compare,
-        explain,
-        explain_batch,
-        match,
-        search,
-    )
+    from simexplain import as_similarity_model, compare, explain, explain_batch, match, search
+    from simexplain.batching.options import BatchOptions
 
     torch.manual_seed(0)
     model = as_similarity_model(TinyNet().eval(), preprocess=SMALL, name="tiny")

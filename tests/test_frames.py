@@ -14,13 +14,8 @@ from pictures import noise
 from torch import Tensor
 from torch.nn import functional as F
 
-from simexplain import (
-    Comparison,
-    Explanation,
-    as_similarity_model,
-    explain,
-    read_picture,
-)
+from simexplain import Comparison, Explanation, as_similarity_model, explain
+from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.models.frames import POOLINGS

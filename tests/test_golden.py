@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simexplain import Comparison, SimilarityAttention, explain, similarity_weights, trace
+from simexplain import Comparison, explain
 from simexplain.methods.cams import channel_weights, grad_cam
+from simexplain.methods.similarity_attention import SimilarityAttention
+from simexplain.methods.weights import similarity_weights
 from simexplain.models.embedder import as_similarity_model
+from simexplain.tracing import trace
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "sam_reference.npz")
 ARRANGEMENTS = {

@@ -9,8 +9,9 @@ import torch
 from conftest import TinyNet
 from torch import Tensor
 
-from simexplain import Comparison, accelerated, as_similarity_model, explain
+from simexplain import Comparison, as_similarity_model, explain
 from simexplain.data.preprocessing import Preprocess
+from simexplain.models.accelerating import accelerated
 
 pytestmark = [
     pytest.mark.gpu,

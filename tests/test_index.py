@@ -25,19 +25,19 @@ from torch.nn import functional as F
 
 import simexplain.searching.index_work as index_work
 from simexplain import (
-    GalleryIndex,
     Preprocess,
-    Record,
     as_similarity_model,
     build_index,
     open_index,
     remove_from_index,
     update_index,
 )
+from simexplain.data.folders import Record
 from simexplain.data.images import read_picture
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError, SimexplainError
 from simexplain.methods.position_parts import position_parts
 from simexplain.models.base import DISTANCES, SimilarityModel
+from simexplain.searching.index_gallery import GalleryIndex
 from simexplain.searching.index_neighbours import nearest
 from simexplain.searching.index_work import alone, work_folder
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
-from simexplain import as_similarity_model, load_model, read_picture, save_model
+from simexplain import as_similarity_model, load_model, save_model
+from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError, OutputError
 from simexplain.models.backbones import PACKAGED, build_backbone

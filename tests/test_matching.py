@@ -13,13 +13,14 @@ from PIL import Image
 from tails import POOLS, Curved, Tailed, randomised
 from torch import Tensor, nn
 
-from simexplain import AVSL, Matching, as_similarity_model, match
+from simexplain import Matching, as_similarity_model, match
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ImageError, ModelError
 from simexplain.matching.factors import SCORES, Factors, pair_matrix
 from simexplain.matching.matching import Patience, factors_of, matching_from
 from simexplain.methods.position_parts import position_parts
 from simexplain.methods.unexplained import unexplained_warning
+from simexplain.models.avsl import AVSL
 
 
 def linear(seed: int = 0) -> Tailed:

@@ -12,10 +12,11 @@ from avsl_cases import small_avsl
 from conftest import TinyNet
 from torch import Tensor, nn
 
-from simexplain import AVSL, Comparison, as_similarity_model, build_bank, explain
+from simexplain import Comparison, as_similarity_model, build_bank, explain
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.methods import METHODS, PIXELS, options_of
 from simexplain.methods.attention import ATTENTION
+from simexplain.models.avsl import AVSL
 
 ON_ATTENTION = ("attention", "attention_relevance", "grad_eclip")
 QUICK: dict[str, dict[str, Any]] = {

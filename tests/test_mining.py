@@ -13,7 +13,7 @@ from conftest import SharedNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simexplain import Comparison, SimilarityAttention, as_similarity_model, trace
+from simexplain import Comparison, as_similarity_model
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.losses.attention import attention_maps, linear_maps
 from simexplain.losses.masking import attention_mask, soft_mask
@@ -23,7 +23,9 @@ from simexplain.losses.objective import MetricLoss, Objective
 from simexplain.losses.parameter_groups import parameter_groups
 from simexplain.losses.tuples import SHAPES, disjoint_tuples
 from simexplain.methods.cams import CAMS
+from simexplain.methods.similarity_attention import SimilarityAttention
 from simexplain.metrics.fills import FILLS
+from simexplain.tracing import trace
 
 
 class LinearNet(nn.Module):

@@ -18,8 +18,8 @@ from simexplain import (
     as_similarity_model,
     build_index,
     explain,
-    read_picture,
 )
+from simexplain.data.images import read_picture
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explaining import SCORED
 

@@ -16,19 +16,12 @@ from person_cases import market, put_person
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simexplain import (
-    Comparison,
-    SimilarityModel,
-    accelerated,
-    explain,
-    load_model,
-    match,
-    save_model,
-    similarity_weights,
-)
+from simexplain import Comparison, SimilarityModel, explain, load_model, match, save_model
 from simexplain.errors import ModelError
 from simexplain.losses.identity import PartIdentityLoss
 from simexplain.methods.position_parts import position_parts
+from simexplain.methods.weights import similarity_weights
+from simexplain.models.accelerating import accelerated
 from simexplain.models.backbones import build_backbone
 from simexplain.models.embedder import as_similarity_model
 from simexplain.models.pcb import PARTS, PCB

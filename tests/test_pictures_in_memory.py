@@ -20,10 +20,10 @@ from simexplain import (
     evaluate_faithfulness,
     explain,
     match,
-    read_picture,
     search,
     segment,
 )
+from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ImageError
 from simexplain.models.base import SimilarityModel

@@ -16,7 +16,10 @@ from conftest import TinyNet
 from person_cases import market, put_person
 from torch import Tensor
 
-from simexplain import DataSplit, Record, as_similarity_model, evaluate_reid, read_dataset
+from simexplain import as_similarity_model, evaluate_reid
+from simexplain.data.dataset_split import DataSplit
+from simexplain.data.datasets import read_dataset
+from simexplain.data.folders import Record
 from simexplain.errors import ComparisonError, ImageError, OutputError
 from simexplain.evaluation.reid import masks_of, ranked_reid
 from simexplain.evaluation.reid_result import FAILURE_COLUMNS, Reidentification

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ from PIL import Image
 from torch import Tensor
 
 import simexplain
-from simexplain import Comparison, Explanation, TrainOptions, explain
+from simexplain import Comparison, Explanation, explain
 from simexplain.arguments import typed
 from simexplain.batching.identity import check_same
 from simexplain.errors import ArgumentError, SimexplainError
 from simexplain.evaluation.recipes import recipe_from
 from simexplain.evaluation.results import Evaluation, SanityScores
 from simexplain.renaming import (
+    MOVED,
     RENAMED,
     RENAMED_OPTIONS,
     RENAMED_VALUES,
+    RENAMED_VERBS,
     RenamedWarning,
     new_name,
     renamed,
@@ -33,7 +36,7 @@ from simexplain.renaming import (
     with_old_names,
 )
 from simexplain.segmentation.result import Segmentation
-from simexplain.training.options import with_options
+from simexplain.training.options import TrainOptions, with_options
 from simexplain.training.resuming import resolved
 
 
@@ -248,3 +251,14 @@ def test_a_list_of_tensors_is_a_comparison() -> None:
         simexplain.explain(model, [images[0], images[1][None]])
     with pytest.raises(SimexplainError, match="has its roles already"):
         simexplain.explain(model, batch, arch="triplet")
+
+
+@pytest.mark.parametrize("name", [*MOVED, *RENAMED_VERBS])
+def test_names_that_left_the_top_level_are_still_there(name: str) -> None:
+    assert name not in simexplain.__all__
+    if name in RENAMED_VERBS:
+        assert callable(getattr(simexplain, name))
+        return
+    with pytest.warns(RenamedWarning, match=f"simexplain.{MOVED[name]}.{name}'"):
+        old = getattr(simexplain, name)
+    assert old is getattr(import_module(f"simexplain.{MOVED[name]}"), name)

@@ -19,20 +19,20 @@ from torch import nn
 from torch.nn import functional as F
 
 from simexplain import (
-    GalleryIndex,
     SearchResult,
     as_similarity_model,
     build_index,
     load_model,
     match,
     open_index,
-    read_picture,
     search,
 )
+from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError
 from simexplain.models.base import SimilarityModel
 from simexplain.searching.agreement import rival_places
+from simexplain.searching.index_gallery import GalleryIndex
 from simexplain.searching.regions import Region, _best_rectangle, best_box
 from simexplain.searching.search_pictures import _column, _Picture, on_one_scale
 

@@ -18,20 +18,18 @@ from torch import Tensor, nn
 import simexplain
 from simexplain import (
     Comparison,
-    Cue,
-    GrabCut,
     Preprocess,
     Segmentation,
-    SimilarityAttention,
     as_similarity_model,
     explain,
     load_model,
     segment,
 )
 from simexplain.errors import ComparisonError, ImageError, OutputError
+from simexplain.methods.similarity_attention import SimilarityAttention
 from simexplain.segmentation.attending import attend
-from simexplain.segmentation.cue import CUES, REFINEMENTS, SHAPES, default_cue, refine
-from simexplain.segmentation.grabcut import framed, nearly_all
+from simexplain.segmentation.cue import CUES, REFINEMENTS, SHAPES, Cue, default_cue, refine
+from simexplain.segmentation.grabcut import GrabCut, framed, nearly_all
 from simexplain.segmentation.saving import MAIN_FILES
 
 SIDE = 96

@@ -171,3 +171,12 @@ def test_every_public_name_can_be_had_and_is_documented() -> None:
 def test_the_package_is_typed_and_licensed() -> None:
     assert (ROOT / "simexplain" / "py.typed").exists()
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_the_wheel_has_every_package() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = set(project["tool"]["setuptools"]["packages"])
+    folders = {file.parent for file in (ROOT / "simexplain").rglob("*.py")}
+    packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert listed == packages | {"simexplain_cli", "simexplain.data.demo"}

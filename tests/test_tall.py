@@ -14,14 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simexplain import (
-    SimilarityModel,
-    as_similarity_model,
-    attribute,
-    compare,
-    explain,
-    match,
-)
+from simexplain import SimilarityModel, as_similarity_model, attribute, compare, explain, match
 from simexplain.data.preprocessing import Preprocess
 
 # Black is 0, so that the border of ``pad`` is as dark as the pictures' ground.

@@ -148,7 +148,7 @@ def test_networks_without_a_text_tower_are_one_sentence(
 
 
 def open_clip_cosines(model: Any, tokenizer: Any, path: Path) -> Tensor:
-    from simexplain import read_picture
+    from simexplain.data.images import read_picture
 
     view = model.preprocess(read_picture(path).image)[0][None]
     network = model.network

@@ -9,8 +9,9 @@ import torch
 from conftest import SharedNet, TinyNet
 from torch import Tensor, nn
 
-from simexplain import Comparison, as_similarity_model, explain, trace
+from simexplain import Comparison, as_similarity_model, explain
 from simexplain.errors import ModelError
+from simexplain.tracing import trace
 
 
 def state_of(network: nn.Module) -> dict:

@@ -18,8 +18,6 @@ from torch.nn import functional as F
 
 from simexplain import (
     Comparison,
-    Item,
-    WeightBank,
     as_similarity_model,
     build_bank,
     compare,
@@ -29,8 +27,10 @@ from simexplain import (
 from simexplain.data.folders import Record
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError
+from simexplain.evaluation.items import Item
 from simexplain.evaluation.recipes import recipes_of
 from simexplain.methods.bank_maps import BankMaps
+from simexplain.methods.weight_bank import WeightBank
 from simexplain.models.base import SimilarityModel
 
 LABELS = list("aabbbcc")

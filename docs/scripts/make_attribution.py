@@ -19,7 +19,8 @@ from pathlib import Path
 from make_pictures import DEMO, MODEL, TARGET, TRIPLET, write
 from simexplain_cli.attribute import report
 
-from simexplain import AVSL, attribute, fit, load_model
+from simexplain import attribute, fit, load_model
+from simexplain.models.avsl import AVSL
 
 LISTED = 5
 

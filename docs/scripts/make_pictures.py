@@ -20,14 +20,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from simexplain import (
-    RENDERERS,
-    Explanation,
-    SimilarityModel,
-    accelerated,
-    explain,
-    load_model,
-)
+from simexplain import Explanation, SimilarityModel, explain, load_model
+from simexplain.models.accelerating import accelerated
+from simexplain.rendering.overlay import RENDERERS
 
 ROOT = Path(__file__).parents[2]
 TARGET = ROOT / "docs" / "pictures"
