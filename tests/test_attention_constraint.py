@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from statistics import mean
 
 import pytest
@@ -189,6 +190,7 @@ COLOURS = torch.tensor([[0.9, 0, 0], [0, 0.9, 0], [0, 0, 0.9], [0.6, 0.6, 0.6]])
 SIDE = 24
 
 
+@cache
 def scenes(each: int, seed: int, *, shuffled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Images, labels and masks of the left half; the stripes mean nothing where shuffled."""
     generator = torch.Generator().manual_seed(seed)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -452,23 +449,3 @@ def test_a_tight_crop_moves_everything_together() -> None:
         for left in range(4)
     ]
     assert min(float(part.mean()) for part in differences) < 6
-
-
-def test_no_global_state_is_touched() -> None:
-    code = """
-import sys
-sys.path.insert(0, "tests")
-import matplotlib
-def settings():
-    return {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if "backend" not in k}
-before = settings()
-from simexplain.rendering.panel import png_of
-from test_attribution_rendering import graph, ranked, ranking
-png_of(graph(3)), png_of(ranking(ranked("positive")))
-print("matplotlib.pyplot" in sys.modules, settings() == before)
-"""
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=root
-    )
-    assert done.stdout.split() == ["False", "True"], done.stderr

@@ -229,17 +229,6 @@ def test_an_empty_name_is_no_folder(fails: Callable[..., str], data: Path) -> No
     assert "lies within the data" in fails("train", "data", "--out", "data/run", *QUICK)
 
 
-def test_help_needs_no_lightning() -> None:
-    code = (
-        "import sys, simexplain_cli.train as t\n"
-        "print(sorted({'lightning', 'pytorch_metric_learning'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert done.stdout.strip() == "[]"
-
-
 def test_a_missing_extra_is_named(
     fails: Callable[..., str], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -419,19 +419,30 @@ sys.path.insert(0, sys.argv[1])
 import test_index as tests
 class Slow(tests.TinyNet):
     def forward(self, images):
-        time.sleep(0.02)
+        time.sleep(0.05)
         return super().forward(images)
 tests.build_index(tests.tiny_model(Slow, name="Counted"), sys.argv[2], sys.argv[3], batch_size=1)
 """
 
 
-def test_killed_by_the_system_it_goes_on(gallery: Path, out: Path) -> None:
-    said = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(gallery), str(out)]
-    started = subprocess.Popen(said, env=environment())
-    while len(parts := list(work_folder(out).glob("0*.safetensors"))) < 3:
+def parts_of(started: subprocess.Popen[bytes], out: Path, count: int) -> list[Path]:
+    """The files of the work so far, as soon as there are so many."""
+    while len(parts := list(work_folder(out).glob("0*.safetensors"))) < count:
         assert started.poll() is None
         time.sleep(0.002)
-    started.kill()
+    return parts
+
+
+def test_another_process_writes_alone_and_killed_its_work_goes_on(gallery: Path, out: Path) -> None:
+    said = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(gallery), str(out)]
+    started = subprocess.Popen(said, env=environment())
+    try:
+        parts_of(started, out, 1)
+        with pytest.raises(OutputError, match="being written by another process"):
+            build_index(tiny_model(), gallery, out)
+        parts = parts_of(started, out, 3)  # the other's are left alone
+    finally:
+        started.kill()
     assert started.wait(timeout=60) == -signal.SIGKILL
     assert not out.exists()
     network, model = counted()
@@ -451,20 +462,8 @@ def test_killed_by_the_system_it_goes_on(gallery: Path, out: Path) -> None:
     nothing_left(out)
 
 
-def test_one_index_is_written_by_one_process_at_a_time(gallery: Path, out: Path) -> None:
-    said = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(gallery), str(out)]
-    started = subprocess.Popen(said, env=environment())
-    while not list(work_folder(out).glob("0*.safetensors")):
-        assert started.poll() is None
-        time.sleep(0.002)
-    try:
-        with pytest.raises(OutputError, match="being written by another process"):
-            build_index(tiny_model(), gallery, out)
-        assert list(work_folder(out).glob("0*.safetensors"))  # the other's are left alone
-    finally:
-        started.kill()
-        started.wait(timeout=60)
-    index = build_index(tiny_model(), gallery, out)  # a lock ends with its process
+def test_an_index_is_written_by_one_at_a_time(gallery: Path, out: Path) -> None:
+    index = build_index(tiny_model(), gallery, out)
     with alone(out):
         for change in (
             lambda: build_index(tiny_model(), gallery, out, force=True),

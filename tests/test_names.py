@@ -16,7 +16,7 @@ from pictures import noise
 from simexplain.errors import ImageError
 from simexplain.printing import json_text, printable
 
-NETWORK = ("timm:resnet18", "--untrained", "--size", "64")
+NETWORK = ("timm:test_efficientnet", "--untrained", "--size", "64")
 NAMES = {
     "quotes": 'it\'s "a" `b` $(c).png',
     "newline": "two\nlines\r.png",

@@ -5,11 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -305,29 +302,6 @@ def test_jupyter_shows_the_first_of_many() -> None:
     text = explained(2, batch=6)._repr_html_()
     assert len(re.findall("<img ", text)) == 4
     assert "2 more" in text
-
-
-def test_no_global_state_is_touched() -> None:
-    """In a fresh process: pyplot is never imported, so there is no window and no list to leak."""
-    code = """
-import sys
-sys.path.insert(0, "tests")
-import matplotlib
-def settings():
-    # Reading the backend would itself import pyplot.
-    return {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if "backend" not in k}
-before = settings()
-from test_rendering import explained
-result = explained(3)
-result._repr_html_()
-result.figure()
-print("matplotlib.pyplot" in sys.modules, settings() == before)
-"""
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=root
-    )
-    assert done.stdout.split() == ["False", "True"], done.stderr
 
 
 def test_a_notebook_shows_a_figure_by_itself() -> None:

@@ -140,8 +140,9 @@ def test_no_drawers() -> None:
 
 def run_python(code: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT
     )
+    assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
@@ -153,6 +154,38 @@ def test_importing_and_asking_for_help_does_not_import_torch() -> None:
         "print('torch' in sys.modules, 'numpy' in sys.modules, 'matplotlib' in sys.modules)"
     )
     assert run_python(code).splitlines()[-1] == "False False False"
+
+
+# Each line: modules that are there, and must not be, after more and more of simexplain was used.
+FRESH = """
+import sys
+def there(*names):
+    print([name for name in names if name in sys.modules])
+from simexplain import as_similarity_model, load_model, save_model
+there("transformers", "open_clip", "sentence_transformers")
+import simexplain_cli.train
+there("lightning", "pytorch_metric_learning")
+import matplotlib
+def settings():
+    # Reading the backend would itself import pyplot.
+    return {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if "backend" not in k}
+before = settings()
+sys.path.insert(0, "tests")
+from test_rendering import explained
+result = explained(3)
+result._repr_html_()
+result.figure()
+from simexplain.rendering.panel import png_of
+from test_attribution_rendering import graph, ranked, ranking
+png_of(graph(3)), png_of(ranking(ranked("positive")))
+there("matplotlib.pyplot")
+print(settings() == before)
+"""
+
+
+def test_a_fresh_process_imports_no_hub_no_lightning_and_no_pyplot() -> None:
+    """Without pyplot there is no window, and no list of figures to leak."""
+    assert run_python(FRESH).splitlines() == ["[]", "[]", "[]", "True"]
 
 
 def test_every_public_name_can_be_had_and_is_documented() -> None:
