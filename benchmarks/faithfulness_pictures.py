@@ -19,9 +19,9 @@ from PIL import Image
 from scenes import SIDE, Scene, compose_scenes
 from torch import Tensor
 
+from simexplain.explanation import ROOTED
 from simexplain.methods.weight_bank import WeightBank
 from simexplain.metrics.maps import grown
-from simexplain.picturing import ROOTED
 from simexplain.rendering.overlay import overlay
 from simexplain.rendering.panel import png_of
 

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from simexplain.attribution.attributing import attribute
-from simexplain.attribution.saving import MAIN_FILES
 from simexplain.models.avsl_options import ORIGINS
 from simexplain.models.avsl_runs import expected_avsl
-from simexplain.publishing import check_writable
+from simexplain.publishing import KINDS, check_writable
 
 from .console import echo, echo_lines
 from .options import (
@@ -74,7 +73,7 @@ def command(
     """  # noqa: D301 - click wants the backspace character
     if top < 0:
         raise click.BadParameter(f"expected a number of nodes, got {top}.", param_hint="--top")
-    check_writable(out or free_folder(Path(_FOLDER)), MAIN_FILES, force=force)
+    check_writable(out or free_folder(Path(_FOLDER)), KINDS["Attribution"].names, force=force)
     with busy(f"Loading {model}"):
         network = expected_avsl(model_from(model, given))
     with busy(f"Attributing {2 + len(more)} images"):

@@ -9,9 +9,8 @@ import click
 
 from simexplain.comparison import positives_of
 from simexplain.evaluation.comparing import compare
-from simexplain.evaluation.saving import COMPARISON_FILES
 from simexplain.picturing import verdict
-from simexplain.publishing import check_writable
+from simexplain.publishing import KINDS, check_writable
 from simexplain.rendering.overlay import RENDERERS
 
 from .console import echo, echo_lines
@@ -79,7 +78,7 @@ def command(
             param_hint="--mask",
         )
     recipes = asked_recipes(given)
-    check_writable(out or free_folder(Path(_FOLDER)), COMPARISON_FILES, force=force)
+    check_writable(out or free_folder(Path(_FOLDER)), KINDS["MethodComparison"].names, force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
     known = [None if mask == "none" else mask for mask in masks] or None

@@ -11,8 +11,7 @@ from simexplain.errors import ModelError
 from simexplain.explaining_files import explain
 from simexplain.models.backbones import DEFAULT_MODEL, PACKAGED
 from simexplain.models.loading import load_model
-from simexplain.publishing import check_writable
-from simexplain.saving import MAIN_FILES
+from simexplain.publishing import KINDS, check_writable
 
 from .explain import report
 from .options import Command, FilePath, busy
@@ -28,7 +27,7 @@ def command(out: Path, force: bool) -> None:
     Anchor and positive share a cat and nothing else; positive and negative share everything but
     the cat. A map that can be trusted shows the cat.
     """
-    check_writable(out, MAIN_FILES, force=force)
+    check_writable(out, KINDS["Explanation"].names, force=force)
     if not PACKAGED[DEFAULT_MODEL.partition(":")[2]]():
         raise ModelError(
             "The demo's pretrained weights are in a package of their own that is not installed; "

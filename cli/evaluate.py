@@ -10,9 +10,7 @@ import click
 from simexplain.evaluation.evaluating import evaluate_faithfulness
 from simexplain.evaluation.item_sources import SAMPLED, read_comparisons, sample_comparisons
 from simexplain.evaluation.measuring import CONTROLS
-from simexplain.evaluation.saving import EVALUATION_FILES, save_evaluation
-from simexplain.printing import json_text
-from simexplain.publishing import check_writable
+from simexplain.publishing import KINDS, check_writable
 
 from .console import echo, echo_lines
 from .evaluate_reid import reid
@@ -28,6 +26,7 @@ from .options import (
     progress_bar,
     saving_options,
     tell_files,
+    tell_manifest,
 )
 from .recipes import asked_recipes, measuring_options, tell_long_work
 
@@ -92,7 +91,7 @@ def faithfulness(
     """  # noqa: D301 - click wants the backspace character
     recipes = asked_recipes(given)
     if out is not None:
-        check_writable(out, EVALUATION_FILES, force=force)
+        check_writable(out, KINDS["Evaluation"].names, force=force)
     items = _items(data, comparisons, arch, given["seed"])
     with busy(f"Loading {model}"):
         network = model_from(model, given)
@@ -100,10 +99,9 @@ def faithfulness(
         result = evaluate_faithfulness(
             network, items, recipes, progress=progress, estimate=tell_long_work, **given
         )
-    files = {} if out is None else save_evaluation(result, out, force=force)
+    files = {} if out is None else result.write(out, force=force)
     if as_json:
-        said = {**result.to_json(), "files": files}
-        echo_lines(json_text(said))
+        tell_manifest(files, result)
     else:
         report(result, files)
 

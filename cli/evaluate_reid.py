@@ -13,10 +13,8 @@ import click
 from simexplain.data.datasets import read_dataset
 from simexplain.evaluation.reid import RANKS, evaluate_reid
 from simexplain.evaluation.reid_result import Reidentification
-from simexplain.evaluation.saving import REID_FILES, save_reid
 from simexplain.models.pcb import PCB
-from simexplain.printing import json_text
-from simexplain.publishing import check_writable
+from simexplain.publishing import KINDS, check_writable
 
 from .console import echo, echo_lines
 from .options import (
@@ -31,6 +29,7 @@ from .options import (
     progress_bars,
     saving_options,
     tell_files,
+    tell_manifest,
 )
 
 _LISTED = 3
@@ -54,7 +53,7 @@ _MODEL = ("backbone", "keep_head", "untrained", "trust_pickle", "size", "fit", "
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
               help="Pictures in one forward pass.")  # fmt: skip
 @saving_options(
-    "Folder to write: reid.json, queries.csv, failures.csv and failures.png. [none]"
+    "Folder to write: reid.json, queries.csv, failures.csv, failures.png, reid.npz. [none]"
 )  # fmt: skip
 @model_options
 def reid(
@@ -80,7 +79,7 @@ def reid(
       simexplain evaluate reid timm:tf_efficientnet_lite0 Market/ --size 384x128 --fit squash
     """  # noqa: D301 - click wants the backspace character
     if out is not None:
-        check_writable(out, REID_FILES, force=force)
+        check_writable(out, KINDS["Reidentification"].names, force=force)
     data = read_dataset(dataset, folder, strict=False)
     again = _again(model, given)
     with busy(f"Loading {model}"):
@@ -91,10 +90,9 @@ def reid(
         result = evaluate_reid(network, data, ranks=ranks, batch_size=batch_size, progress=progress)
     protocol = {"folder": str(folder), "dataset": dataset}
     result = replace(result, settings={**result.settings, **protocol})
-    files = {} if out is None else save_reid(result, out, force=force)
+    files = {} if out is None else result.write(out, force=force)
     if as_json:
-        said = {**result.to_json(), "files": files, "warnings": list(data.problems)}
-        echo_lines(json_text(said))
+        tell_manifest(files, result, warnings=list(data.problems))
     else:
         report(result, files, again, data.problems)
 

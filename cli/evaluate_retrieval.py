@@ -14,9 +14,7 @@ from simexplain.data.datasets import DATASETS, read_dataset
 from simexplain.data.folders import Record
 from simexplain.evaluation.retrieval import RECALLS, evaluate_retrieval
 from simexplain.evaluation.retrieval_result import Retrieval
-from simexplain.evaluation.saving import RETRIEVAL_FILES, save_retrieval
-from simexplain.printing import json_text
-from simexplain.publishing import check_writable
+from simexplain.publishing import KINDS, check_writable
 
 from .console import echo, echo_lines
 from .options import (
@@ -34,6 +32,7 @@ from .options import (
     saving_options,
     tell_files,
     tell_left_out,
+    tell_manifest,
 )
 
 _LISTED = 3
@@ -67,7 +66,7 @@ _SPLITS = ("all", "train", "test")
 )
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
               help="Pictures in one forward pass.")  # fmt: skip
-@saving_options("Folder to write: retrieval.json, queries.csv and classes.csv. [none]")
+@saving_options("Folder to write: retrieval.json, queries.csv, classes.csv, retrieval.npz. [none]")
 @model_options
 def retrieval(
     model: str,
@@ -95,7 +94,7 @@ def retrieval(
       simexplain evaluate retrieval model.pt queries/ --gallery gallery/ --ranks 1,10
     """  # noqa: D301 - click wants the backspace character
     if out is not None:
-        check_writable(out, RETRIEVAL_FILES, force=force)
+        check_writable(out, KINDS["Retrieval"].names, force=force)
     if kind == "folder":
         tell_left_out(data)
     rule = None if group == OWN_GROUP else group
@@ -123,10 +122,9 @@ def retrieval(
     if shared:
         protocol["train_share"] = train_share or _SHARE
     result = replace(result, settings={**result.settings, **protocol})
-    files = {} if out is None else save_retrieval(result, out, force=force)
+    files = {} if out is None else result.write(out, force=force)
     if as_json:
-        said = {**result.to_json(), "files": files}
-        echo_lines(json_text(said))
+        tell_manifest(files, result)
     else:
         report(result, files)
 

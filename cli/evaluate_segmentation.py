@@ -9,12 +9,10 @@ from typing import Any
 import click
 
 from simexplain.data.dataset_split import ALPHA
-from simexplain.printing import json_text
-from simexplain.publishing import check_writable
+from simexplain.publishing import KINDS, check_writable
 from simexplain.segmentation.dataset import SegmentationData, read_masked
 from simexplain.segmentation.evaluating import OVERLAPS, evaluate_segmentation
 from simexplain.segmentation.pascal import FOLDS, is_pascal, read_pascal
-from simexplain.segmentation.saving import SCORE_FILES, save_scores
 from simexplain.segmentation.scores import SegmentationScores
 
 from .console import echo, echo_lines
@@ -28,6 +26,7 @@ from .options import (
     progress_bars,
     saving_options,
     tell_files,
+    tell_manifest,
 )
 from .segment_options import segment_options, segmenting_from
 
@@ -63,7 +62,7 @@ _LISTED = 3
 )  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Random seed.")
 @segment_options
-@saving_options("Folder to write: scores.json and episodes.csv. [none]")
+@saving_options("Folder to write: scores.json, episodes.csv and scores.npz. [none]")
 @model_options
 def segmentation(
     model: str,
@@ -95,7 +94,7 @@ def segmentation(
     """  # noqa: D301 - click wants the backspace character
     options = segmenting_from(given)
     if out is not None:
-        check_writable(out, SCORE_FILES, force=force)
+        check_writable(out, KINDS["SegmentationScores"].names, force=force)
     kind = kind or _kind(data)
     with busy(f"Reading {data}"):
         sets = _sets(kind, data, folds, split, masks)
@@ -108,10 +107,9 @@ def segmentation(
         )  # fmt: skip
     protocol = {"data": str(data), "kind": kind, "split": split}
     result = replace(result, settings={**result.settings, **protocol})
-    files = {} if out is None else save_scores(result, out, force=force)
+    files = {} if out is None else result.write(out, force=force)
     if as_json:
-        said = {**result.to_json(), "files": files}
-        echo_lines(json_text(said))
+        tell_manifest(files, result)
     else:
         report(result, files)
 

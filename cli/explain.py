@@ -12,10 +12,9 @@ from simexplain.explaining_files import explain
 from simexplain.methods import PIXELS
 from simexplain.models.frames import POOLINGS
 from simexplain.models.pairs import PairModel
-from simexplain.picturing import findings, notes_of, verdict
-from simexplain.publishing import check_writable
+from simexplain.picturing import findings, verdict
+from simexplain.publishing import KINDS, check_writable
 from simexplain.rendering.overlay import RENDERERS
-from simexplain.saving import MAIN_FILES
 
 from .console import echo, echo_lines
 from .given_vectors import vector_options, vectors_from
@@ -106,7 +105,7 @@ def command(
             "Expected one image to explain against texts, vectors or folders, without other "
             "images, --arch or --negative."
         )
-    check_writable(out or free_folder(Path(_FOLDER)), MAIN_FILES, force=force)
+    check_writable(out or free_folder(Path(_FOLDER)), KINDS["Explanation"].names, force=force)
     with busy(f"Loading {model}"):
         network = any_model_from(model, given)
     if isinstance(network, PairModel):
@@ -157,7 +156,7 @@ def report(result: Explanation, files: dict[str, str]) -> None:
     if result.moved is not None:
         moved = ", ".join(f"{value:.3f}" for value in result.moved[0].tolist())
         echo(f"upscaling moved the embeddings by cosine distances of {moved}")
-    for warning in notes_of(result):
+    for warning in result.notes():
         echo(f"Warning: {warning}", err=True)
     for kind in ("figure", "manifest", "maps"):
         echo(f"{kind}: {files[kind]}")

@@ -9,9 +9,8 @@ import click
 
 from simexplain.matching.factors import SCORES, STYLES
 from simexplain.matching.matching import Patience, match
-from simexplain.matching.pictures import default_points, summary
-from simexplain.matching.saving import MAIN_FILES
-from simexplain.publishing import check_writable
+from simexplain.matching.pictures import summary
+from simexplain.publishing import KINDS, check_writable
 
 from .console import echo, echo_lines
 from .options import (
@@ -104,7 +103,7 @@ def command(
     \b
       simexplain match timm:tf_efficientnet_lite0 a.jpg b.jpg --at 120,85
     """  # noqa: D301 - click wants the backspace character
-    check_writable(out or free_folder(Path(_FOLDER)), MAIN_FILES, force=force)
+    check_writable(out or free_folder(Path(_FOLDER)), KINDS["Matching"].names, force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
     patience = Patience(lambda text: echo(f"Note: {text}", err=True))
@@ -134,7 +133,7 @@ def report(result: Matching, points: Sequence[Point] | None, top: int) -> None:
     )
     echo(summary(result, 0))
     tell_shares(result.bypass, None if (own := result.unexplained) is None else float(own[0]))
-    shown = default_points(result, 0) if points is None else points
+    shown = result.default_points() if points is None else points
     answers = [result.best(*point) for point in shown]
     for title, pairs in (
         ("What answers most to a point", answers),

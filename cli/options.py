@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import warnings
@@ -21,7 +22,7 @@ from simexplain.methods import ELSEWHERE, METHODS
 from simexplain.models.base import DISTANCES
 from simexplain.models.loading import RANDOM, Pixels, load_model
 from simexplain.models.readouts import OUTPUTS
-from simexplain.printing import printable
+from simexplain.printing import json_text, printable
 from simexplain.renaming import RENAMED_OPTIONS, RenamedWarning, new_name, todays_value, warn
 
 from .console import echo, echo_lines
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from simexplain.data.preprocessing import Geometry
     from simexplain.fitting.passes import Progress
     from simexplain.models.base import SimilarityModel
+    from simexplain.results.result import Result
 
 OWN_GROUP = "own"
 GROUP_HELP = (
@@ -401,9 +403,14 @@ def saved(save: Callable[[Path], dict[str, str]], out: Path | None, base: str) -
                     raise
 
 
-def tell_manifest(files: Mapping[str, str]) -> None:
-    """Prints the JSON of a result that was saved."""
-    echo_lines(Path(files["manifest"]).read_text(encoding="utf-8").rstrip())
+def tell_manifest(files: Mapping[str, str], result: Result | None = None, **more: Any) -> None:
+    """Prints the JSON of a result that was saved, or of one that was not."""
+    if result is not None and not files:
+        said = result.to_json()
+    else:
+        manifest = next(path for path in files.values() if path.endswith(".json"))
+        said = json.loads(Path(manifest).read_text(encoding="utf-8"))
+    echo_lines(json_text({**said, **more}))
 
 
 def tell_left_out(folder: str | Path) -> None:

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from simexplain.publishing import check_writable
+from simexplain.publishing import KINDS, check_writable
 from simexplain.searching.search import search
 from simexplain.searching.search_pictures import verdict
-from simexplain.searching.search_saving import MAIN_FILES
 
 from .console import echo, echo_lines
 from .options import (
@@ -106,7 +105,7 @@ def command(
     """  # noqa: D301 - click wants the backspace character
     if region is not None and mask is not None:
         raise click.UsageError("--region and --region-mask exclude each other; say one of them.")
-    check_writable(out or free_folder(Path(_FOLDER)), MAIN_FILES, force=force)
+    check_writable(out or free_folder(Path(_FOLDER)), KINDS["SearchResult"].names, force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
     with progress_bars("Searching") as progress:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from simexplain.publishing import check_writable
-from simexplain.segmentation.saving import MAIN_FILES
+from simexplain.publishing import KINDS, check_writable
 from simexplain.segmentation.segmenting import segment
 
 from .console import echo
@@ -68,7 +67,7 @@ def command(
       simexplain segment timm:tf_efficientnet_lite0 test.jpg cat.jpg --other dog.jpg
     """  # noqa: D301 - click wants the backspace character
     options = segmenting_from(given)
-    check_writable(out or free_folder(Path(_FOLDER)), MAIN_FILES, force=force)
+    check_writable(out or free_folder(Path(_FOLDER)), KINDS["Segmentation"].names, force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
     with busy(f"Segmenting {test}"):

@@ -8,7 +8,7 @@ matters too, passes as well, and of two maps the one that loses more need not be
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,24 +110,6 @@ class Check:
             "quantity": self.quantity, **known, "spread": _known(float(self.spread[index])),
             "says": says, "images": self.images,
         }  # fmt: skip
-
-    @classmethod
-    def from_json(cls, comparisons: Sequence[Mapping[str, Any] | None]) -> Check | None:
-        """The check of all comparisons from what :meth:`to_json` gave for each."""
-        found = [one for one in comparisons if one is not None]
-        if len(found) != len(comparisons):
-            return None
-        measured: dict[str, Any] = {
-            name: torch.tensor(
-                [list(map(_number, one[name])) for one in found], dtype=torch.float64
-            )
-            for name in _MEASURED
-        }
-        spread = [_number(one.get("spread")) for one in found]
-        return cls(
-            **measured, spread=torch.tensor(spread, dtype=torch.float64),
-            quantity=found[0]["quantity"], images=found[0]["images"],
-        )  # fmt: skip
 
     def _verb(self, value: float) -> str:
         """Which way the quantity went; what speaks for a similar pair is a small distance."""
@@ -341,11 +323,6 @@ def _apart(rows: Tensor) -> Tensor:
 def _known(value: float) -> float | None:
     """A number for JSON, which has no NaN."""
     return None if math.isnan(value) else value
-
-
-def _number(value: float | None) -> float:
-    """What :func:`_known` wrote."""
-    return math.nan if value is None else value
 
 
 def _quantity(comparison: Comparison) -> str:

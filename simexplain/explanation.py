@@ -5,10 +5,10 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -20,15 +20,20 @@ from simexplain.comparison import architecture, roles
 from simexplain.data.images import Picture
 from simexplain.data.preprocessing import Geometry, Preprocess
 from simexplain.errors import ComparisonError
-from simexplain.methods import METHODS, options_of
+from simexplain.methods import METHODS, PIXELS, options_of
 from simexplain.metrics.maps import peak_of, placed
 from simexplain.models.moving import WHOLE, Region
+from simexplain.publishing import numbered
+from simexplain.rendering.overlay import RENDERERS, robust
+from simexplain.results.codec import Views
+from simexplain.results.result import Attachments, Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCALES = ("image", "shared")
-_SHOWN = 4
+ROOTED = ("focus",)
+"""Methods whose maps fall off so steeply that figures draw their square root."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class GivenVector:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Result):
     """Heatmaps for ``B`` comparisons of ``K`` images, each an anchor, ``P`` positives, the rest.
 
     Where vectors were given beside the images (:attr:`vectors`), there are ``M`` members, images
@@ -113,13 +118,13 @@ class Explanation:
     """
 
     maps: Tensor
-    layer_maps: Mapping[str, Tensor]
+    layer_maps: Annotated[Mapping[str, Tensor], "layer"]
     weights: Tensor
     scores: Tensor
     embeddings: Tensor
     distances: Tensor
     positives: int
-    images: Tensor
+    images: Views
     preprocess: Preprocess
     method: str
     model: str
@@ -320,8 +325,6 @@ class Explanation:
         Returns:
             RGB ``(H0,W0,3)`` and heat ``(H0,W0)`` in [0, 1]; zero where the network saw nothing.
         """
-        from simexplain.picturing import heat_of
-
         heatmaps = self.heatmaps_at(index).cpu().numpy() if raw else heat_of(self, index)
         heatmap: NDArray[np.float32] = heatmaps[place]
         if not self.pictures:
@@ -338,58 +341,154 @@ class Explanation:
             styles: One row of heatmaps for each: ``overlay``, ``contour``, ``spotlight``.
             by_layer: Below them one row for each layer alone, where several were asked for.
         """
-        from simexplain.picturing import draw_explanation
-
-        return draw_explanation(self, index, styles, by_layer=by_layer)
+        return self._draw(index, styles, by_layer=by_layer)
 
     def save(
         self, folder: str | Path, *, force: bool = False, styles: Sequence[str] = ("overlay",)
     ) -> dict[str, str]:
-        """Writes figures, heatmaps, ``maps.npz`` and ``explanation.json``, all or none.
+        """As :meth:`Result.save`.
 
         Args:
             folder: Made if missing.
             force: Replace the files of an explanation that is there already; others stay.
             styles: As for :meth:`figure`; the heatmap files are drawn in the first one.
+        """
+        return self.write(folder, force=force, styles=styles)
 
-        Returns:
-            What was written, by kind.
+    def captions(self) -> list[str]:
+        """One for each comparison."""
+        about = f"{self.method} of a {self.architecture}"
+        return [f"{about}, comparison {index + 1}" for index in range(len(self))]
+
+    def attachments(self, styles: Sequence[str] = ("overlay",), **options: Any) -> Attachments:
+        """A figure of each comparison, and every picture with the heat of every row."""
+        found: Attachments = {}
+        for index in range(len(self)):
+            tag = numbered(index, len(self))
+            drawn = partial(self.figure, index, styles=styles, by_layer=True)
+            found[f"figure{tag}"] = (f"explanation{tag}.png", drawn)
+            for place, role in enumerate(self.roles):
+                for number, row in enumerate(self.rows, start=1):
+                    mark = f"_row{number}" if number > 1 else ""
+                    name = f"heatmap{tag}_{place}_{role}{mark and f'{mark}_{row.method}'}.png"
+                    heated = partial(row.heated, place, index, styles)
+                    found[f"heatmap{tag}_{place}{mark}"] = (name, heated)
+        return found
+
+    def heated(self, place: int, index: int, styles: Sequence[str]) -> NDArray[np.uint8]:
+        """A picture at its own resolution with its heat, drawn in the first of the styles."""
+        drawn: NDArray[np.uint8] = RENDERERS[styles[0]](*self.on_picture(place, index))
+        return drawn
+
+    def notes(self, index: int = 0) -> tuple[str, ...]:
+        """Why no row can be believed, if that is so, and the warnings of all rows."""
+        doubt = self.doubt(index)
+        warnings = (warning for row in self.rows for warning in row.warnings)
+        return tuple(dict.fromkeys((*filter(None, [doubt]), *warnings)))
+
+    def summary(self, **options: Any) -> dict[str, Any]:
+        """What stands at the top is that of the first comparison and row."""
+        comparisons = [self._told(index) for index in range(len(self))]
+        return {
+            "architecture": self.architecture,
+            "model": self.model,
+            **self._row(),
+            "scale": self.scale,
+            **comparisons[0],
+            "warnings": list(dict.fromkeys(n for at in range(len(self)) for n in self.notes(at))),
+            "versions": self.versions,
+            "preprocess": self.preprocess,
+            "comparisons": comparisons,
+            "rows": [
+                {
+                    "title": row.title,
+                    **row._row(),
+                    "warnings": row.warnings,
+                    "comparisons": [row._measured(index) for index in range(len(self))],
+                }
+                for row in self.rows
+            ],
+        }
+
+    def from_store(self) -> Explanation:
+        """Itself.
 
         Raises:
-            OutputError: If files are there already, or the folder cannot be written.
+            ValueError: If its maps are not of its layers.
         """
-        from simexplain.saving import save_explanation
+        if any(row.layer_maps.keys() != set(row.layers) for row in self.rows):
+            raise ValueError("maps of other layers")
+        return self
 
-        return save_explanation(self, Path(folder), force=force, styles=styles)
+    @property
+    def placing(self) -> dict[str, Any]:
+        """Where the maps lie and what bypasses their layers."""
+        return {name: getattr(self, name) for name in ("region", "bypass", "layer_regions")}
 
-    @classmethod
-    def load(cls, folder: str | Path) -> Explanation:
-        """Reads what :meth:`save` wrote; no code in it is ever run.
+    def _row(self) -> dict[str, Any]:
+        """What differs from row to row, whatever the comparison."""
+        names = ("method", "layer", "layers", "options")
+        return {**{name: getattr(self, name) for name in names}, **self.placing}
 
-        The pictures become the network's view of them; the originals are not stored, but where
-        the views lie in them, so that :meth:`peaks` are as before.
+    def _measured(self, index: int) -> dict[str, Any]:
+        """What differs from row to row in one comparison."""
+        return {
+            "peaks": [_rounded(peak) for peak in self.peaks(index)],
+            "scores": self.scores[index],
+            "unexplained": None if self.unexplained is None else self.unexplained[index],
+            "check": self.check and self.check.to_json(index),
+        }
 
-        Raises:
-            OutputError: If the folder holds no explanation or a damaged one.
-        """
-        from simexplain.saving import load_explanation
+    def _told(self, index: int) -> dict[str, Any]:
+        """All of one comparison."""
+        measured = self._measured(index)
+        peaks = measured.pop("peaks")
+        nothing: list[Any] = [None] * len(peaks)
+        paths = [picture.path for picture in self.pictures] or nothing
+        places = [place.to_json() for place in self.geometries] or nothing
+        images = zip(paths, self.roles, peaks, places, strict=True)
+        return {
+            "images": [
+                dict(zip(("path", "role", "peak", "geometry"), image, strict=True))
+                for image in images
+            ],
+            "members": self.members,
+            "frames": self.frames,
+            "vectors": self.vectors,
+            "distances": self.distances[index],
+            "condition": self.condition(index),
+            "moved": None if self.moved is None else self.moved[index],
+            **measured,
+            "agreement": [
+                {**vars(found), "degree": found.degree} for found in self.agreement(index)
+            ],
+            "doubt": self.doubt(index),
+        }
 
-        return load_explanation(Path(folder))
 
-    def _repr_html_(self) -> str:
-        """What Jupyter shows: the figures of the first comparisons."""
-        from simexplain.rendering.panel import as_html
+def on_pixels(explanation: Explanation) -> bool:
+    """Whether the maps have a value of its own for every pixel."""
+    fine = explanation.maps.shape[-2:] == explanation.images.shape[-2:]
+    return explanation.layers == (PIXELS,) and fine
 
-        parts = [
-            as_html(
-                self.figure(index),
-                f"{self.method} of a {self.architecture}, comparison {index + 1}",
-            )
-            for index in range(min(len(self), _SHOWN))
-        ]
-        if len(self) > _SHOWN:
-            parts.append(f"<p>{len(self) - _SHOWN} more comparisons: .figure(index)</p>")
-        return "\n".join(parts)
+
+def heat_of(explanation: Explanation, index: int) -> NDArray[np.float32]:
+    """The heat that figures draw ``(K,H,W)`` in [0, 1].
+
+    That of ``heatmaps``; of maps on pixels, whose largest values are far above all others, a
+    smoothed one on a robust scale (:func:`~simexplain.rendering.overlay.robust`); of ``focus``,
+    whose values fall off steeply from the peak, the square root.
+    """
+    heatmaps: NDArray[np.float32] = explanation.heatmaps_at(index).cpu().numpy()
+    if explanation.method in ROOTED:
+        return np.sqrt(heatmaps)
+    if not on_pixels(explanation):
+        return heatmaps
+    return robust(heatmaps, shared=explanation.scale == "shared")
+
+
+def _rounded(peak: tuple[float, float] | None) -> list[float] | None:
+    return peak and [round(value, 1) for value in peak]
 
 
 def _title(method: str, layers: Sequence[str], options: Mapping[str, Any]) -> str:

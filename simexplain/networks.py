@@ -38,7 +38,7 @@ _NEW_LOCK = Lock()
 
 
 @contextmanager
-def locked(network: nn.Module) -> Iterator[None]:
+def exclusively(network: nn.Module) -> Iterator[None]:
     """One thread at a time: modes and hooks of a network are the same for all of them.
 
     Networks with the same first parameter, such as one and another around it, count as one.
@@ -58,7 +58,7 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
 
     Other threads that want the same network wait.
     """
-    with locked(network), _evaluating(network):
+    with exclusively(network), _evaluating(network):
         yield
 
 

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from simexplain.explanation import Condition, Explanation
 from simexplain.picturing import draw_tiles, footer, image_tiles, question, verdict
-from simexplain.printing import json_text
-from simexplain.publishing import Kind, numbered, published, read_back
-from simexplain.rendering.overlay import RENDERERS
-from simexplain.rendering.panel import as_html, png_of
-from simexplain.saving import arrays_of, manifest, restored
+from simexplain.publishing import numbered
+from simexplain.results.result import Attachments, Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCHEMA = 1
-_MANIFEST, _ARRAYS, _SIDES = "pair.json", "pair.npz", ("first", "second")
-_KIND = Kind("pair explanation", _MANIFEST, _ARRAYS, ("pair_",), SCHEMA)
-
 
 @dataclass(frozen=True)
-class PairExplanation:
+class PairExplanation(Result):
     """Heatmaps of both sides of a pair model, whose images may differ in size.
 
     Attributes:
@@ -104,76 +96,27 @@ class PairExplanation:
     def save(
         self, folder: str | Path, *, force: bool = False, styles: Sequence[str] = ("overlay",)
     ) -> dict[str, str]:
-        """Writes figures, heatmaps, ``pair.npz`` and ``pair.json``, all or none.
+        """As :meth:`Result.save`; the heatmap files are drawn in the first of the styles."""
+        return self.write(folder, force=force, styles=styles)
 
-        Raises:
-            OutputError: If files are there already, or the folder cannot be written.
-        """
-        folder, names = Path(folder), {"manifest": _MANIFEST, "maps": _ARRAYS}
+    def captions(self) -> list[str]:
+        """Of the first comparison."""
+        return [f"{self.first.method} of a pair model"]
+
+    def attachments(self, styles: Sequence[str] = ("overlay",), **options: Any) -> Attachments:
+        """A figure of each comparison, and every picture with its heat."""
+        found: Attachments = {}
         for index in range(len(self)):
             tag = numbered(index, len(self))
-            names[f"figure{tag}"] = f"pair_figure{tag}.png"
-            for name, side in zip(_SIDES, self.sides, strict=True):
+            drawn = partial(self.figure, index, styles=styles)
+            found[f"figure{tag}"] = (f"pair_figure{tag}.png", drawn)
+            for name, side in zip(("first", "second"), self.sides, strict=True):
                 for place in range(len(side.roles)):
-                    names[f"{name}{tag}_{place}"] = f"pair_{name}{tag}_{place}.png"
-        files = {kind: str(folder / name) for kind, name in names.items()}
-        with published(folder, list(names.values()), _KIND, force=force) as draft:
-            self._draw(draft, names, styles)
-            arrays = {
-                f"{name}_{key}": array
-                for name, side in zip(_SIDES, self.sides, strict=True)
-                for key, array in arrays_of(side).items()
-            }
-            if self.score is not None:
-                arrays["score"] = self.score.cpu().numpy()
-            np.savez_compressed(draft / _ARRAYS, **arrays)
-            text = json_text(self.to_json(files))
-            (draft / _MANIFEST).write_text(text, encoding="utf-8")
-        return files
+                    heated = partial(side.heated, place, index, styles)
+                    found[f"{name}{tag}_{place}"] = (f"pair_{name}{tag}_{place}.png", heated)
+        return found
 
-    def to_json(self, files: dict[str, str]) -> dict[str, Any]:
-        """The JSON contract of pair models; keys may be added in later versions, never changed."""
-        sides = {name: manifest(side, {}) for name, side in zip(_SIDES, self.sides, strict=True)}
-        score = None if self.score is None else self.score.tolist()
-        return {"schema": SCHEMA, "score": score, **sides, "files": files}
-
-    def _draw(self, draft: Path, names: dict[str, str], styles: Sequence[str]) -> None:
-        for index in range(len(self)):
-            tag = numbered(index, len(self))
-            figure = self.figure(index, styles=styles)
-            (draft / names[f"figure{tag}"]).write_bytes(png_of(figure))
-            for name, side in zip(_SIDES, self.sides, strict=True):
-                for place in range(len(side.roles)):
-                    drawn = RENDERERS[styles[0]](*side.on_picture(place, index))
-                    Image.fromarray(drawn).save(draft / names[f"{name}{tag}_{place}"])
-
-    @classmethod
-    def load(cls, folder: str | Path) -> PairExplanation:
-        """Reads what :meth:`save` wrote; no code in it is ever run.
-
-        Raises:
-            OutputError: If the folder holds no pair explanation or a damaged one.
-        """
-        return read_back(Path(folder), _KIND, _restored)
-
-    def _repr_html_(self) -> str:
-        """What Jupyter shows: the figure of the first comparison."""
-        return as_html(self.figure(), f"{self.first.method} of a pair model")
-
-
-def _restored(said: dict[str, Any], arrays: dict[str, Any]) -> PairExplanation:
-    import torch
-
-    sides = [
-        restored(
-            said[name],
-            {
-                key.removeprefix(f"{name}_"): array
-                for key, array in arrays.items()
-                if key.startswith(f"{name}_")
-            },
-        )
-        for name in _SIDES
-    ]
-    score = None if said["score"] is None else torch.from_numpy(arrays["score"])
-    return PairExplanation(sides[0], sides[1], score)
+    def summary(self, **options: Any) -> dict[str, Any]:
+        """The learned score, and both sides as explanations."""
+        first, second = (side.to_json() for side in self.sides)
+        return {"score": self.score, "first": first, "second": second}

@@ -16,20 +16,17 @@ from torch.nn import functional as F
 from simexplain.checking import PROVES
 from simexplain.comparison import roles
 from simexplain.errors import ComparisonError
+from simexplain.explanation import ROOTED, Explanation, GivenVector, heat_of, on_pixels
 from simexplain.methods import PIXELS
 from simexplain.printing import printable
-from simexplain.rendering.overlay import FULL_HEAT, RENDERERS, robust
+from simexplain.rendering.overlay import FULL_HEAT, RENDERERS
 from simexplain.rendering.panel import Row, Tile, panel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from simexplain.explanation import Explanation, GivenVector
-
 _THUMBNAIL = 560
 _NOTHING = np.zeros((1, 1, 3), np.uint8)
-ROOTED = ("focus",)
-"""Methods whose maps fall off so steeply that figures draw their square root."""
 _PERCENTILE = f"{100 * FULL_HEAT:g}th"
 
 
@@ -57,7 +54,7 @@ def draw_explanation(
         verdict=verdict(explanation, index),
         holds=explanation.condition(index).holds,
         footer="\n".join((*findings(explanation, index), *dict.fromkeys(feet))),
-        notes=notes_of(explanation, index),
+        notes=explanation.notes(index),
         styles=styles,
         explanations=explanation.rows,
     )
@@ -67,13 +64,6 @@ def findings(explanation: Explanation, index: int = 0) -> tuple[str, ...]:
     """What the rows say together: whether they agree, and what the check does not prove."""
     found = tuple(f"{agreement.text}." for agreement in explanation.agreement(index))
     return found if explanation.check is None else (*found, PROVES)
-
-
-def notes_of(explanation: Explanation, index: int = 0) -> tuple[str, ...]:
-    """Why no row can be believed, if that is so, and the warnings of all rows."""
-    doubt = explanation.doubt(index)
-    warnings = (warning for row in explanation.rows for warning in row.warnings)
-    return tuple(dict.fromkeys((*filter(None, [doubt]), *warnings)))
 
 
 def draw_tiles(
@@ -126,33 +116,12 @@ def footer(explanation: Explanation) -> str:
     return "   ·   ".join(said)
 
 
-def on_pixels(explanation: Explanation) -> bool:
-    """Whether the maps have a value of its own for every pixel."""
-    fine = explanation.maps.shape[-2:] == explanation.images.shape[-2:]
-    return explanation.layers == (PIXELS,) and fine
-
-
 def full_heat(explanations: Sequence[Explanation]) -> str:
     """What full heat is in the drawings of these explanations, for a legend."""
     fine = [on_pixels(explanation) for explanation in explanations]
     if all(fine):
         return f"the {_PERCENTILE} percentile"
     return f"the maximum (on pixels, the {_PERCENTILE} percentile)" if any(fine) else "the maximum"
-
-
-def heat_of(explanation: Explanation, index: int) -> NDArray[np.float32]:
-    """The heat that the figure draws ``(K,H,W)`` in [0, 1].
-
-    That of ``heatmaps``; of maps on pixels, whose largest values are far above all others, a
-    smoothed one on a robust scale (:func:`~simexplain.rendering.overlay.robust`); of ``focus``,
-    whose values fall off steeply from the peak, the square root.
-    """
-    heatmaps: NDArray[np.float32] = explanation.heatmaps_at(index).cpu().numpy()
-    if explanation.method in ROOTED:
-        return np.sqrt(heatmaps)
-    if not on_pixels(explanation):
-        return heatmaps
-    return robust(heatmaps, shared=explanation.scale == "shared")
 
 
 def question(explanation: Explanation) -> str:

@@ -11,7 +11,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 Result = TypeVar("Result")
+SCHEMA = 1
+"""Of every manifest."""
 _DRAFT = ".simexplain-draft-"
 _ABANDONED = 60
 """Seconds after which a draft that nobody holds is taken for one of a killed run."""
@@ -35,28 +37,98 @@ _ABANDONED = 60
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of result.
+    """How a type of result lies on the disk.
 
     Attributes:
         what: What to call it in errors.
-        manifest: The JSON file that names all others under ``files``.
-        arrays: The ``.npz`` file.
+        files: The name of each file by its kind, in the order in which they are listed; the
+            manifest is the one in JSON, which names all others, and arrays are in the ``.npz``.
         pictures: How the names of its numbered pictures start.
-        schema: Of the manifest.
+        drawn: The function that draws it, which lies above it: its module and name.
     """
 
     what: str
-    manifest: str
-    arrays: str
-    pictures: tuple[str, ...]
-    schema: int
+    files: Mapping[str, str]
+    pictures: tuple[str, ...] = ()
+    drawn: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all files of one result that has no numbered ones."""
+        return tuple(self.files.values())
+
+    @property
+    def manifest(self) -> str:
+        """The JSON file that names all others under ``files``."""
+        return next(name for name in self.files.values() if name.endswith(".json"))
+
+    @property
+    def arrays(self) -> str:
+        """The file of arrays; empty where it has none."""
+        return next((name for name in self.files.values() if name.endswith(".npz")), "")
 
 
-MANIFESTS = (
-    "explanation.json", "pair.json", "attribution.json", "matching.json", "search.json",
-    "segmentation.json", "comparison.json", "results.json", "reid.json",
-)  # fmt: skip
-"""Files that name the pictures of a result beside them."""
+KINDS = {
+    "Attribution": Kind(
+        "attribution",
+        {"manifest": "attribution.json", "arrays": "attribution.npz", "table": "nodes.csv",
+         "ranking": "ranking.png", "graph": "graph.png"},
+        ("graph",), "simexplain.attribution.pictures.draw_graph",
+    ),
+    "Evaluation": Kind(
+        "evaluation",
+        {"results": "results.json", "values": "values.csv", "figure": "results.png"},
+        (), "simexplain.evaluation.evaluation_pictures.draw_evaluation",
+    ),
+    "Explanation": Kind(
+        "explanation",
+        {"manifest": "explanation.json", "maps": "maps.npz", "figure": "explanation.png"},
+        ("heatmap_", "explanation_"), "simexplain.picturing.draw_explanation",
+    ),
+    "FaithfulnessScores": Kind("measure of faithfulness", {"results": "faithfulness.json"}),
+    "Matching": Kind(
+        "matching",
+        {"manifest": "matching.json", "arrays": "matching.npz", "figure": "matching.png"},
+        ("matching",), "simexplain.matching.pictures.draw_matching",
+    ),
+    "MethodComparison": Kind(
+        "comparison of methods",
+        {"figure": "comparison.png", "manifest": "comparison.json", "maps": "comparison.npz"},
+        (), "simexplain.evaluation.comparison_pictures.draw_methods",
+    ),
+    "PairExplanation": Kind(
+        "pair explanation", {"manifest": "pair.json", "maps": "pair.npz"}, ("pair_",),
+    ),
+    "Reidentification": Kind(
+        "evaluation of re-identification",
+        {"results": "reid.json", "queries": "queries.csv", "failures": "failures.csv",
+         "figure": "failures.png", "arrays": "reid.npz"},
+        ("failures",), "simexplain.evaluation.reid_pictures.draw_failures",
+    ),
+    "Retrieval": Kind(
+        "evaluation of retrieval",
+        {"results": "retrieval.json", "queries": "queries.csv", "classes": "classes.csv",
+         "arrays": "retrieval.npz"},
+    ),
+    "SanityScores": Kind("sanity check", {"results": "sanity.json"}),
+    "SearchResult": Kind(
+        "search", {"figure": "search.png", "manifest": "search.json", "arrays": "search.npz"},
+        ("search",), "simexplain.searching.search_pictures.draw_search",
+    ),
+    "Segmentation": Kind(
+        "segmentation",
+        {"mask": "mask.png", "overlay": "overlay.png", "cutout": "cutout.png",
+         "figure": "segmentation.png", "arrays": "segmentation.npz",
+         "manifest": "segmentation.json"},
+        (), "simexplain.segmentation.pictures.draw_segmentation",
+    ),
+    "SegmentationScores": Kind(
+        "evaluation of segmentation",
+        {"scores": "scores.json", "episodes": "episodes.csv", "arrays": "scores.npz"},
+    ),
+    "TrainResult": Kind("training run", {"results": "results.json"}),
+}  # fmt: skip
+"""A line for every type of result, by the name of its class."""
 
 _NUMBERED = {
     "batch.json": {
@@ -72,7 +144,7 @@ def written_pictures(manifest: Path) -> set[Path]:
     """The pictures that simexplain wrote with a manifest; empty for any other file."""
     folder = manifest.parent
     below = _NUMBERED.get(manifest.name, {})
-    if manifest.name not in MANIFESTS and not below:
+    if manifest.name not in {kind.manifest for kind in KINDS.values()} and not below:
         return set()
     try:
         said = json.loads(manifest.read_text(encoding="utf-8"))
@@ -183,11 +255,11 @@ def _remove_drafts(place: Path) -> None:
 
 def _add_digests(draft: Path, names: Iterable[str], kind: Kind) -> None:
     """Puts into the manifest what tells its own files from those of another run."""
-    if not kind.arrays:
+    others = sorted(set(names) - {kind.manifest})
+    if not others:
         return
     manifest = draft / kind.manifest
     said = json.loads(manifest.read_text(encoding="utf-8"))
-    others = sorted(set(names) - {kind.manifest})
     said["digests"] = {name: digest_of(draft / name) for name in others}
     manifest.write_text(json_text(said), encoding="utf-8")
 
@@ -242,21 +314,12 @@ def read_back(
     """
     try:
         said = json.loads((folder / kind.manifest).read_text(encoding="utf-8"))
-        if said["schema"] != kind.schema:
+        if said["schema"] != SCHEMA:
             raise OutputError(
                 f"'{folder}' was written in schema {said['schema']}, but this version reads "
-                f"schema {kind.schema}; use a matching version of simexplain."
+                f"schema {SCHEMA}; use a matching version of simexplain."
             )
-        with np.load(folder / kind.arrays, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-        known = said.get("digests", {}).get(kind.arrays)  # earlier versions wrote none
-        if known is not None and known != digest_of(folder / kind.arrays):
-            raise OutputError(
-                f"'{folder}' holds files of two runs, since one was stopped while it replaced "
-                f"another, or '{kind.arrays}' was changed; make the {kind.what} again with --force "
-                "(force=True)."
-            )
-        return restored(said, arrays)
+        return restored(said, _arrays_of(folder, kind, said) if kind.arrays else {})
     except FileNotFoundError as error:
         raise OutputError(
             f"'{folder}' holds no {kind.what}: {error.filename} is missing."
@@ -267,3 +330,26 @@ def read_back(
         raise OutputError(
             f"The {kind.what} in '{folder}' is damaged ({error}); make it again."
         ) from error
+
+
+def _name(path: str) -> str:
+    """Of a file, however its path was written."""
+    return path.replace("\\", "/").rpartition("/")[2]
+
+
+def _arrays_of(folder: Path, kind: Kind, said: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays that belong to a manifest; none where an earlier version wrote none."""
+    if not (folder / kind.arrays).exists() and kind.arrays not in map(
+        _name, said["files"].values()
+    ):
+        return {}
+    with np.load(folder / kind.arrays, allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    known = said.get("digests", {}).get(kind.arrays)  # earlier versions wrote none
+    if known is not None and known != digest_of(folder / kind.arrays):
+        raise OutputError(
+            f"'{folder}' holds files of two runs, since one was stopped while it replaced "
+            f"another, or '{kind.arrays}' was changed; make the {kind.what} again with --force "
+            "(force=True)."
+        )
+    return arrays

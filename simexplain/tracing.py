@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from simexplain.arguments import described, typed
 from simexplain.errors import ModelError
 from simexplain.networks import (
+    exclusively,
     find_layer,
     first_tensor,
-    locked,
     split_call,
     undisturbed,
     with_first,
@@ -145,7 +145,7 @@ def listening(network: nn.Module, listeners: Mapping[str, Listener]) -> Iterator
         # The network may run in another thread, for a caller of its own.
         return lambda *call: listener(*call) if get_ident() == own else None
 
-    with locked(network), ExitStack() as stack:
+    with exclusively(network), ExitStack() as stack:
         for name, listener in listeners.items():
             module = modules.get(name) or find_layer(network, name)  # which says what is wrong
             stack.callback(module.register_forward_hook(heard(listener)).remove)

@@ -101,7 +101,7 @@ def test_interrupted_it_writes_nothing(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("simexplain.evaluation.saving.np.savez_compressed", stop)
+    monkeypatch.setattr("numpy.savez_compressed", stop)
     before = set(here.rglob("*"))
     result = run("compare", *TRIPLET, "--method", "sam", "--out", "out")
     assert result.code == 130

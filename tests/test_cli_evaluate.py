@@ -101,7 +101,7 @@ def test_interrupted_it_writes_nothing(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("simexplain.evaluation.saving.write_json", stop)
+    monkeypatch.setattr("simexplain.results.result.json_text", stop)
     path = table(here, "a.png,b.jpg,")
     before = set(here.rglob("*"))
     result = run(*START, path, *FAST, *TWO, "--out", "out")

@@ -146,7 +146,7 @@ def test_interrupted_it_writes_nothing(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("simexplain.evaluation.saving.write_json", stop)
+    monkeypatch.setattr("simexplain.results.result.json_text", stop)
     data = folder(here / "data", {"a": 2, "b": 2})
     before = set(here.rglob("*"))
     result = run(*START, data, *FAST, "--out", "out")

@@ -30,8 +30,9 @@ from simexplain.evaluation.faithfulness import faithfulness
 from simexplain.evaluation.item_sources import read_comparisons, sample_comparisons
 from simexplain.evaluation.items import Item
 from simexplain.evaluation.recipes import quick_methods, recipe_from
-from simexplain.evaluation.saving import COMPARISON_FILES, EVALUATION_FILES, save_evaluation
+from simexplain.evaluation.saving import save_evaluation
 from simexplain.models.blackbox import BlackBox
+from simexplain.publishing import KINDS
 from simexplain.rendering.panel import png_of
 
 CONTRACT = {
@@ -295,8 +296,10 @@ def test_a_comparison_is_saved_whole_and_keeps_the_contract(named, tmp_path: Pat
     texts = [*TEXTS[:2], "sam@no_layer"]
     found = compare(named, paths, texts, arch="triplet", masks=masks, steps=2)
     files = found.save(tmp_path / "out")
-    assert {Path(path).name for path in files.values()} == set(COMPARISON_FILES)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == set(COMPARISON_FILES)
+    assert {Path(path).name for path in files.values()} == set(KINDS["MethodComparison"].names)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(
+        KINDS["MethodComparison"].names
+    )
     text = Path(files["manifest"]).read_text(encoding="utf-8")
     said = json.loads(text, parse_constant=pytest.fail)
     assert said.keys() == CONTRACT | {"digests"}
@@ -526,7 +529,7 @@ def test_an_evaluation_is_drawn_and_saved(tmp_path: Path) -> None:
     assert "[" in str(found)
     assert "no$layer$" not in str(found)
     files = save_evaluation(found, tmp_path / "out", force=False)
-    assert {Path(path).name for path in files.values()} == set(EVALUATION_FILES)
+    assert {Path(path).name for path in files.values()} == set(KINDS["Evaluation"].names)
     lines = Path(files["values"]).read_text(encoding="utf-8").splitlines()
     assert lines[0] == "item,anchor,method,deletion,insertion,gain,pointing,energy"
     assert len(lines) == 1 + 4 * 6

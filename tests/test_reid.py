@@ -24,7 +24,8 @@ from simexplain.errors import ComparisonError, ImageError, OutputError
 from simexplain.evaluation.reid import masks_of, ranked_reid
 from simexplain.evaluation.reid_result import FAILURE_COLUMNS, Reidentification
 from simexplain.evaluation.retrieval import Embedded
-from simexplain.evaluation.saving import REID_FILES, save_reid
+from simexplain.evaluation.saving import save_reid
+from simexplain.publishing import KINDS
 
 SMALL = ("--untrained", "--size", "64x32", "--fit", "squash")
 NETWORK = "timm:test_resnet"
@@ -305,7 +306,7 @@ def test_pictures_from_python(tmp_path: Path) -> None:
 def test_no_failures_leave_no_figure(tmp_path: Path) -> None:
     result = on_a_line([("0001", "1")], [("0001", "2", 0.1)])
     files = save_reid(result, tmp_path / "scores", force=False)
-    assert set(files) == {"results", "queries", "failures"}
+    assert set(files) == {"results", "queries", "failures", "arrays"}
     lines = (tmp_path / "scores" / "failures.csv").read_text(encoding="utf-8").splitlines()
     assert lines == [",".join(FAILURE_COLUMNS)]
     assert tuple(result.failures) == ()
@@ -331,7 +332,9 @@ def test_the_command_and_its_json(run: Callable[..., Run], here: Path) -> None:
     assert len(said["cmc"]) == 50
     stored = json.loads((here / "scores" / "reid.json").read_text(encoding="utf-8"))
     assert {**stored, "warnings": said["warnings"]} == said
-    assert {path.name for path in (here / "scores").iterdir()} <= set(REID_FILES)
+    assert {path.name for path in (here / "scores").iterdir()} <= set(
+        KINDS["Reidentification"].names
+    )
     again = run(*start, "--out", "scores")
     assert again.code == 1
     assert "already" in again.err

@@ -19,7 +19,8 @@ from PIL import Image
 from simexplain import Comparison, Explanation, as_similarity_model, explain
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError
-from simexplain.picturing import footer, full_heat, heat_of
+from simexplain.explanation import heat_of
+from simexplain.picturing import footer, full_heat
 from simexplain.rendering.overlay import (
     CONTOUR_LEVELS,
     RENDERERS,

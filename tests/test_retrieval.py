@@ -20,9 +20,10 @@ from simexplain import as_similarity_model, evaluate_retrieval
 from simexplain.data.folders import Record, pictures_in
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError
 from simexplain.evaluation.retrieval import Embedded, embedded, ranked_retrieval
-from simexplain.evaluation.saving import RETRIEVAL_FILES, save_retrieval
+from simexplain.evaluation.saving import save_retrieval
 from simexplain.metrics.ranking import Ranking, rank, ranked, same
 from simexplain.models.base import DISTANCES
+from simexplain.publishing import KINDS
 
 NAMES = ("candidates", "relevant", "first", "nearest", "map_at_r", "r_precision")
 
@@ -105,6 +106,7 @@ def test_memory_is_bounded_by_the_block() -> None:
 _PEAK = """
 import resource, torch
 from simexplain.metrics.ranking import rank, same
+from simexplain.publishing import KINDS
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -400,9 +402,9 @@ def test_saved_whole_or_not_at_all(tmp_path: Path) -> None:
     result = evaluate_retrieval(TinyNet().eval(), records)
     folder = tmp_path / "scores"
     files = save_retrieval(result, folder, force=False)
-    assert {path.name for path in folder.iterdir()} == set(RETRIEVAL_FILES)
+    assert {path.name for path in folder.iterdir()} == set(KINDS["Retrieval"].names)
     said = json.loads((folder / "retrieval.json").read_text(encoding="utf-8"))
-    assert said == {**result.to_json(), "files": files}
+    assert said == {**result.to_json(files), "digests": said["digests"]}
     with (folder / "queries.csv").open(encoding="utf-8", newline="") as opened:
         rows = list(csv.DictReader(opened))
     assert [row["query"] for row in rows] == [str(record.path) for record in records]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from PIL import Image
 from simexplain import Comparison, Explanation, as_similarity_model, explain
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import OutputError, SimexplainError
-from simexplain.picturing import heat_of
+from simexplain.explanation import heat_of
 from simexplain.rendering.overlay import RENDERERS
 
+OLD = Path(__file__).parent / "saved" / "explanation"
+"""An explanation of files as version 0.1.0 saved it."""
 CONTRACT = {
     "schema", "architecture", "method", "layer", "images", "distances", "condition", "warnings",
     "files", "versions",
@@ -100,10 +103,9 @@ def test_peaks_of_pictures_keep_their_unit(from_files: Explanation, tmp_path: Pa
     assert Explanation.load(tmp_path / "again").peaks() == from_files.peaks()
 
 
-def test_folders_of_older_versions_load_without_geometries(
-    from_files: Explanation, tmp_path: Path
-) -> None:
-    from_files.save(tmp_path / "out")
+def test_folders_of_older_versions_load_without_geometries(tmp_path: Path) -> None:
+    from_files = Explanation.load(OLD)
+    shutil.copytree(OLD, tmp_path / "out")
     path = tmp_path / "out" / "explanation.json"
     said = json.loads(path.read_text(encoding="utf-8"))
     for part in (said, said["comparisons"][0]):
@@ -297,14 +299,21 @@ def test_damaged_manifest(tmp_path: Path, content: str) -> None:
     assert re.search("schema 7" if "7" in content else "damaged", said)
 
 
-def test_damaged_values_in_the_manifest(tmp_path: Path) -> None:
-    explained().save(tmp_path / "out")
+@pytest.mark.parametrize("old", [False, True])
+def test_damaged_values_in_the_manifest(tmp_path: Path, old: bool) -> None:
+    if old:
+        shutil.copytree(OLD, tmp_path / "out")
+    else:
+        explained().save(tmp_path / "out")
     path = tmp_path / "out" / "explanation.json"
     whole = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in (
-        ("layers", 5), ("comparisons", []), ("preprocess", {"odd": 1}), ("scale", "none"),
-        ("preprocess", []), ("layers", ["a", "b"]), ("comparisons", [{"images": 3}]),
-    ):  # fmt: skip
+    values = [
+        ("layers", 5), ("preprocess", {"odd": 1}), ("scale", "none"), ("preprocess", []),
+        ("layers", ["a", "b"]), ("options", []), ("versions", None), ("region", [0, 1]),
+    ]  # fmt: skip
+    if old:  # today's arrays have a record of their own of what is in there
+        values += [("comparisons", []), ("comparisons", [{"images": 3}])]
+    for key, value in values:
         path.write_text(json.dumps(whole | {key: value}), encoding="utf-8")
         assert "damaged" in unreadable(tmp_path / "out"), key
 

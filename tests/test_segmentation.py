@@ -27,10 +27,10 @@ from simexplain import (
 )
 from simexplain.errors import ComparisonError, ImageError, OutputError
 from simexplain.methods.similarity_attention import SimilarityAttention
+from simexplain.publishing import KINDS
 from simexplain.segmentation.attending import attend
 from simexplain.segmentation.cue import CUES, REFINEMENTS, SHAPES, Cue, default_cue, refine
 from simexplain.segmentation.grabcut import GrabCut, framed, nearly_all
-from simexplain.segmentation.saving import MAIN_FILES
 
 SIDE = 96
 PLAIN = Preprocess(size=(SIDE, SIDE), mean=(0, 0, 0), std=(1, 1, 1))
@@ -388,7 +388,7 @@ def test_nothing_of_the_users_is_touched(files: Path) -> None:
 def test_saving_and_loading(colours: nn.Module, files: Path, tmp_path: Path) -> None:
     found = segment(colours, files / "scene.png", [files / "red.png"], [files / "blue.png"])
     written = found.save(tmp_path / "out")
-    assert {Path(path).name for path in written.values()} == set(MAIN_FILES)
+    assert {Path(path).name for path in written.values()} == set(KINDS["Segmentation"].names)
     mask = np.asarray(Image.open(tmp_path / "out" / "mask.png"))
     assert ((mask == 255) == found.mask).all()
     cut = Image.open(tmp_path / "out" / "cutout.png")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ class Account:
     """
 
     distances: Tensor
-    pairs: PairGraph
+    pairs: Annotated[PairGraph, ""]
     edges: tuple[Tensor, ...]
     levels: tuple[str, ...]
 

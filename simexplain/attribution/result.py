@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +18,18 @@ from simexplain.data.images import Picture
 from simexplain.data.preprocessing import Geometry, Preprocess
 from simexplain.graph.cams import directed_cams, node_cams
 from simexplain.metrics.maps import placed
+from simexplain.models.avsl_options import ORIGINS
 from simexplain.models.moving import WHOLE, Region
+from simexplain.publishing import numbered
+from simexplain.results.codec import Views
+from simexplain.results.result import Attachments, Result, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SHOWN = 4
-
 
 @dataclass(frozen=True)
-class Attribution(Account):
+class Attribution(Account, Result):
     """An account of ``B`` pairs of images that can be looked at, saved and cited.
 
     ``distances``, ``pairs``, ``edges`` and ``levels`` are those of :class:`Account`.
@@ -52,7 +55,7 @@ class Attribution(Account):
     embeddings: tuple[Tensor, ...]
     features: tuple[Tensor, ...]
     heads: tuple[tuple[Tensor, Tensor | None], ...]
-    images: Tensor
+    images: Views
     preprocess: Preprocess
     roles: tuple[str, ...]
     model: str
@@ -122,9 +125,7 @@ class Attribution(Account):
             node: The node of that level to take apart; the one whose stand-ins matter most unless
                 given.
         """
-        from simexplain.attribution.pictures import draw_graph
-
-        return draw_graph(self, index, level, node)
+        return self._draw(index, level, node)
 
     def ranking(self, indices: Sequence[int] | None = None, *, level: int | str = -1) -> Figure:
         """The most reliable nodes of each pair by dissimilarity (figure 6 of the paper).
@@ -133,9 +134,7 @@ class Attribution(Account):
             indices: Which pairs, the first three unless given.
             level: Whose nodes.
         """
-        from simexplain.attribution.pictures import draw_ranking
-
-        return draw_ranking(self, indices, level)
+        return self._draw(indices, level, by="draw_ranking")
 
     def save(
         self,
@@ -145,43 +144,90 @@ class Attribution(Account):
         top: int = 8,
         node: tuple[int, int] | None = None,
     ) -> dict[str, str]:
-        """Writes both figures, ``nodes.csv``, ``attribution.npz`` and ``attribution.json``.
+        """As :meth:`Result.save`.
 
         Args:
             folder: Made if missing.
             force: Replace the files of an attribution that is there already.
             top: How many nodes the JSON lists.
             node: ``(level, node)`` that the graphs and the JSON take apart, if any in particular.
-
-        Returns:
-            What was written, by kind.
-
-        Raises:
-            OutputError: If files are there already, or the folder cannot be written.
         """
-        from simexplain.attribution.saving import save_attribution
+        return self.write(folder, force=force, top=top, node=node)
 
-        return save_attribution(self, Path(folder), force=force, top=top, node=node)
+    def captions(self) -> list[str]:
+        """One for each pair."""
+        return [
+            f"Graph of pair {index + 1}, distance {distance:.4f}"
+            for index, distance in enumerate(self.distances.tolist())
+        ]
 
-    @classmethod
-    def load(cls, folder: str | Path) -> Attribution:
-        """Reads what :meth:`save` wrote; no code in it is ever run.
+    def attachments(self, node: tuple[int, int] | None = None, **options: Any) -> Attachments:
+        """The nodes of all pairs as a table, their ranking, and a graph of each pair."""
+        level, taken = node or (-1, None)
+        found: Attachments = {
+            "table": ("nodes.csv", lambda: Table(self._rows())),
+            "ranking": ("ranking.png", self.ranking),
+        }
+        for index in range(len(self)):
+            tag = numbered(index, len(self))
+            drawn = partial(self.figure, index, level=level, node=taken)
+            found[f"graph{tag}"] = (f"graph{tag}.png", drawn)
+        return found
 
-        Raises:
-            OutputError: If the folder holds no attribution or a damaged one.
-        """
-        from simexplain.attribution.saving import load_attribution
+    def _rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for index in range(len(self)):
+            table = self.table(index)
+            cells = zip(*table.values(), strict=True)
+            rows += [dict(zip(("pair", *table), (index, *row), strict=True)) for row in cells]
+        return rows
 
-        return load_attribution(Path(folder))
+    def summary(
+        self, top: int = 8, node: tuple[int, int] | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """What stands at the top is that of the first pair, ``pairs`` has all of them."""
+        pairs = [self._told(index, top, node) for index in range(len(self))]
+        return {
+            "model": self.model,
+            "origin": self.origin,
+            "origin_text": ORIGINS[self.origin],
+            **pairs[0],
+            "options": self.options,
+            "warnings": self.warnings,
+            "versions": self.versions,
+            "preprocess": self.preprocess,
+            "pairs": pairs,
+        }
 
-    def _repr_html_(self) -> str:
-        """What Jupyter shows: the graphs of the first pairs."""
-        from simexplain.rendering.panel import as_html
-
-        return "\n".join(
-            as_html(
-                self.figure(index),
-                f"Graph of pair {index + 1}, distance {self.distances[index]:.4f}",
-            )
-            for index in range(min(len(self), _SHOWN))
-        )
+    def _told(self, index: int, top: int, node: tuple[int, int] | None) -> dict[str, Any]:
+        paths = [picture.path for picture in self.pictures[index]] if self.pictures else [None] * 2
+        seen: list[float | None] = [None, None]
+        if self.geometries:
+            seen = [round(geometry.seen, 4) for geometry in self.geometries[index]]
+        levels = zip(
+            self.levels, self.level_contributions[index], self.shares[index], self.nodes,
+            strict=True,
+        )  # fmt: skip
+        return {
+            "images": [
+                {"path": path, "role": role, "seen": share}
+                for path, role, share in zip(
+                    paths, ("anchor", self.roles[index]), seen, strict=True
+                )
+            ],
+            "distance": self.distances[index],
+            "residual": self.residual[index],
+            "levels": [
+                {
+                    "level": number,
+                    "layer": layer,
+                    "contribution": part,
+                    "share": share,
+                    "nodes": int(nodes.shape[1]),
+                    "region": self.regions.get(layer, WHOLE),
+                }
+                for number, (layer, part, share, nodes) in enumerate(levels)
+            ],
+            "nodes": self.top(top, index),
+            "decomposition": None if node is None else self.decompose(*node, index),
+        }

@@ -33,7 +33,6 @@ from simexplain.errors import ComparisonError
 from simexplain.explanation import Explanation
 from simexplain.methods.rows import Layers, Methods, layer_names
 from simexplain.models.embedder import as_similarity_model
-from simexplain.saving import placing
 from simexplain.training.run_folder import first_process
 
 _ON_CARD = 16
@@ -172,7 +171,7 @@ def _described(example: Explanation, explainer: RowExplainer) -> dict[str, Any]:
         "layers": list(example.layers),
         "options": dict(example.options),
         "scale": example.scale,
-        **placing(example),
+        **example.placing,
         "view": list(explainer.view),
         "maps": [
             {

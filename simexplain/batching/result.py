@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from simexplain.arguments import typed
-from simexplain.batching.folder import RESULTS, SCHEMA, BatchFolder, is_maps_file
+from simexplain.batching.folder import RESULTS, BatchFolder, is_maps_file
 from simexplain.batching.planning import stamp_of
 from simexplain.batching.shards import OF_ROWS, PICTURE, TENSORS
 from simexplain.batching.table import OK, check_extra
@@ -21,12 +21,13 @@ from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import Geometry, Preprocess, prepared
 from simexplain.errors import DAMAGED, ComparisonError, OutputError, first_line
 from simexplain.explanation import Explanation
-from simexplain.renaming import renamed
-from simexplain.saving import placing_of
+from simexplain.results.codec import decoded
+from simexplain.results.result import Kept
 
 if TYPE_CHECKING:
     import pyarrow
 
+_SHARED = ("versions", "scale", "region", "bypass", "layer_regions")
 _SHOWN = 20
 """Warnings in the summary, the most common ones; all are in the table."""
 
@@ -52,7 +53,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class BatchResult:
+class BatchResult(Kept):
     """A batch on disk, whose table and maps are read when asked for.
 
     Attributes:
@@ -138,31 +139,27 @@ class BatchResult:
         pictures = [f"{PICTURE}/{number}" for number in record["pictures"]]
         stored = self._tensors(record, (*TENSORS, *names), pictures)
         images, originals, geometries = self._views(record)
-        moved = stored.get("moved")
-        own = Explanation(
-            **_row(shapes[0], stored, ""),
-            embeddings=torch.stack([stored[name] for name in pictures])[None],
-            distances=stored["distances"][None],
-            positives=len(record["positives"]),
-            images=images,
-            preprocess=Preprocess.from_json(said["model"]["preprocess"]),
-            model=said["model"]["name"],
-            warnings=tuple(record["warnings"]),
-            versions=said["versions"],
-            moved=None if moved is None else moved[None],
-            scale=said["scale"],
-            pictures=originals,
-            geometries=geometries,
-            unexplained=None if (rest := stored.get("unexplained")) is None else rest[None],
-            **placing_of(said),
-        )
-        others = (
-            replace(own, **_row(shape, stored, f"row{number}_"), warnings=tuple(told["warnings"]))
+        arrays = {name: value[None].numpy() for name, value in stored.items()}
+        arrays["embeddings"] = torch.stack([stored[name] for name in pictures])[None].numpy()
+        arrays["images"] = images.numpy()
+        kept = ("embeddings", "images", "distances", "moved", "unexplained")
+        base = {
+            **{key: said[key] for key in _SHARED if key in said},
+            **{name: name if name in arrays else None for name in kept},
+            "model": said["model"]["name"],
+            "preprocess": said["model"]["preprocess"],
+            "positives": len(record["positives"]),
+            "warnings": list(record["warnings"]),
+        }
+        rows = [{**base, **_row(shapes[0], arrays, "")}]
+        rows += [
+            {**base, **_row(shape, arrays, f"row{number}_"), "warnings": list(told["warnings"])}
             for number, (shape, told) in enumerate(
                 zip(shapes[1:], record.get("others") or (), strict=True), start=2
             )
-        )
-        return replace(own, others=tuple(others))
+        ]
+        found = decoded(Explanation, {**rows[0], "others": rows[1:]}, arrays)
+        return found.placed(pictures=originals, geometries=geometries)
 
     def _views(self, record: Mapping[str, Any]) -> tuple[Tensor, tuple[Any, ...], tuple[Any, ...]]:
         """The pictures of a row as the network saw them, themselves, and where the views lie."""
@@ -212,29 +209,33 @@ class BatchResult:
                 f"'{path}' cannot be read ({first_line(error)}); make the batch again."
             ) from error
 
-    def to_json(self) -> dict[str, Any]:
-        """The JSON that the command line prints; keys may be added, not changed."""
+    @classmethod
+    def load(cls, folder: str | Path) -> BatchResult:
+        """The batch in a folder; see :func:`open_batch`."""
+        return open_batch(folder)
+
+    def summary(self, **options: Any) -> dict[str, Any]:
+        """What became of its rows."""
         statuses = Counter(self.table["status"].to_pylist())
         warnings = Counter(
             warning for several in self.table["warnings"].to_pylist() for warning in several or ()
         )
         holds = [value for value in self.table["holds"].to_pylist() if value is not None]
         return {
-            "schema": SCHEMA,
             "rows": len(self),
             "explained": statuses[OK],
             "failed": len(self) - statuses[OK],
             "conditions": {"holds": sum(holds), "of": len(holds)},
             "model": self.manifest["model"]["name"],
             "method": self.manifest["method"],
-            "layers": list(self.manifest["layers"]),
-            "bypass": dict(self.manifest.get("bypass", {})),
+            "layers": self.manifest["layers"],
+            "bypass": self.manifest.get("bypass", {}),
             "pictures": len(self.manifest["pictures"]),
             "failures": self.failures,
             "warnings": dict(warnings.most_common(_SHOWN)),
-            "work": None if self.work is None else vars(self.work),
+            "work": self.work,
             "files": BatchFolder(self.folder).files(),
-            "versions": dict(self.manifest["versions"]),
+            "versions": self.manifest["versions"],
         }
 
 
@@ -248,21 +249,16 @@ def _stored_names(shapes: Sequence[Mapping[str, Any]]) -> list[str]:
     return names
 
 
-def _row(shape: Mapping[str, Any], stored: Mapping[str, Tensor], mark: str) -> dict[str, Any]:
-    """The fields of an explanation that differ from one row of maps to another."""
-    maps = stored[f"{mark}maps"][None]
-    layers = [stored.get(f"{mark}layer_{number}") for number in range(len(shape["layers"]))]
+def _row(shape: Mapping[str, Any], stored: Container[str], mark: str) -> dict[str, Any]:
+    """The fields of an explanation that differ from one row of maps to another, by their arrays."""
+    layers = [f"{mark}layer_{number}" for number in range(len(shape["layers"]))]
     return {
-        "maps": maps,
+        **{name: f"{mark}{name}" for name in OF_ROWS},
         "layer_maps": {
-            layer: maps if own is None else own[None]
+            layer: own if own in stored else f"{mark}maps"
             for layer, own in zip(shape["layers"], layers, strict=True)
         },
-        "weights": stored[f"{mark}weights"][None],
-        "scores": stored[f"{mark}scores"][None],
-        "method": shape["method"],
-        "layers": tuple(shape["layers"]),
-        "options": renamed(shape["options"], ("upscale",)),
+        **{name: shape[name] for name in ("method", "layers", "options")},
     }
 
 

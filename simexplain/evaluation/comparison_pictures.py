@@ -34,7 +34,8 @@ from simexplain.evaluation.comparison_layout import (
     shortened,
 )
 from simexplain.evaluation.tables import cost, number
-from simexplain.picturing import full_heat, heat_of, verdict
+from simexplain.explanation import heat_of
+from simexplain.picturing import full_heat, verdict
 from simexplain.printing import printable
 from simexplain.rendering.overlay import COLOURMAP, RENDERERS
 from simexplain.rendering.panel import ROLE_COLOURS, ShownFigure

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 from torch import Tensor
 
 from simexplain.evaluation.measuring import means
-from simexplain.evaluation.results import SCHEMA, Row, plain
 from simexplain.evaluation.tables import aligned, cost, number
 from simexplain.explanation import Explanation, versions
+from simexplain.results.result import Attachments, Result, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +39,7 @@ class ComparedMethod:
 
     name: str
     asked: Mapping[str, Any]
-    explanation: Explanation
+    explanation: Annotated[Explanation, ""]
     scores: Mapping[str, tuple[float, ...]]
     agreement: Mapping[str, float]
     forwards: int
@@ -51,7 +53,7 @@ class ComparedMethod:
 
 
 @dataclass(frozen=True)
-class MethodComparison:
+class MethodComparison(Result):
     """Methods side by side on one comparison; a notebook shows the figure by itself.
 
     Attributes:
@@ -66,7 +68,7 @@ class MethodComparison:
         seconds: What all of it took, reading the pictures aside.
     """
 
-    methods: tuple[ComparedMethod, ...]
+    methods: Annotated[tuple[ComparedMethod, ...], "method"]
     random: Mapping[str, float]
     chance: Mapping[str, float]
     skipped: Mapping[str, str]
@@ -169,48 +171,38 @@ class MethodComparison:
         Raises:
             ComparisonError: If there is no such style.
         """
-        from simexplain.evaluation.comparison_pictures import draw_methods
-
-        return draw_methods(self, style)
+        return self._draw(style)
 
     def save(
         self, folder: str | Path, *, force: bool = False, style: str = "overlay"
     ) -> dict[str, str]:
-        """Writes ``comparison.png``, ``comparison.json`` and ``comparison.npz``, all or none.
+        """As :meth:`Result.save`, in this style of :meth:`figure`."""
+        return self.write(folder, force=force, style=style)
 
-        Args:
-            folder: Made if missing.
-            force: Replace these files; others stay.
-            style: As for :meth:`figure`.
+    def captions(self) -> list[str]:
+        """Of its figure."""
+        return [f"methods side by side: {', '.join(method.name for method in self.methods)}"]
 
-        Returns:
-            What was written, by kind.
+    def attachments(self, style: str = "overlay", **options: Any) -> Attachments:
+        """The figure."""
+        return {"figure": ("comparison.png", partial(self.figure, style))}
 
-        Raises:
-            OutputError: If files are there already, or the folder cannot be written.
-        """
-        from simexplain.evaluation.saving import save_comparison
+    def to_store(self) -> MethodComparison:
+        """With masks as the network sees them, where they are not so already."""
+        if not self.first.pictures:
+            return self
+        places = self.first.geometries
+        masks = {
+            place: torch.from_numpy(places[place].from_original(mask.numpy()))
+            for place, mask in self.masks.items()
+        }
+        return replace(self, masks=masks)
 
-        return save_comparison(self, Path(folder), force=force, style=style)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> MethodComparison:
-        """Reads what :meth:`save` wrote; no code in it is ever run.
-
-        The pictures become the network's view of them, and so do the masks.
-
-        Raises:
-            OutputError: If the folder holds no comparison of methods or a damaged one.
-        """
-        from simexplain.evaluation.saving import load_comparison
-
-        return load_comparison(Path(folder))
-
-    def to_json(self, files: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """The JSON contract of ``compare``; keys may be added in later versions, never changed."""
+    def summary(self, **options: Any) -> dict[str, Any]:
+        """What does not depend on the method, and a line for each of them."""
         first = self.first
         paths: list[str | None] = [picture.path for picture in first.pictures]
-        said = {
+        return {
             "architecture": first.architecture,
             "model": first.model,
             "images": [
@@ -220,7 +212,7 @@ class MethodComparison:
                 )
             ],
             "distances": first.distances[0],
-            "condition": asdict(first.condition()),
+            "condition": first.condition(),
             "methods": [_told(place, method) for place, method in enumerate(self.methods)],
             "random": self.random,
             "chance": self.chance,
@@ -229,17 +221,8 @@ class MethodComparison:
             "settings": self.settings,
             "seconds": self.seconds,
             "warnings": self.notes,
-            "files": files or {},
             "versions": versions(),
         }  # fmt: skip
-        return {"schema": SCHEMA, **{name: plain(value) for name, value in said.items()}}
-
-    def _repr_html_(self) -> str:
-        """What Jupyter shows: the figure."""
-        from simexplain.rendering.panel import as_html
-
-        names = ", ".join(method.name for method in self.methods)
-        return as_html(self.figure(), f"methods side by side: {names}")
 
 
 def _told(place: int, method: ComparedMethod) -> dict[str, Any]:
@@ -258,5 +241,5 @@ def _told(place: int, method: ComparedMethod) -> dict[str, Any]:
         "measuring": method.measuring,
         "warnings": explanation.warnings,
         "per_image": method.scores,
-        "maps": f"maps_{place}",
+        "maps": f"method_{place}.maps",
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +13,7 @@ from simexplain.rendering.lettering import write
 from simexplain.rendering.panel import ROLE_COLOURS, ShownFigure
 
 if TYPE_CHECKING:
-    from simexplain.evaluation.reid_result import Failure
+    from simexplain.evaluation.reid_result import Failure, Reidentification
 
 _INK, _FAINT = "#222222", "#666666"
 _ACROSS = 4
@@ -23,17 +22,18 @@ _HEAD, _LINE, _EDGE = 0.72, 0.15, 0.2
 _PARTS = (("query", "anchor"), ("came first", "negative"), ("was meant", "positive"))
 
 
-def draw_failures(failures: Sequence[Failure], count: int, model: str) -> Figure:
+def draw_failures(result: Reidentification, most: int) -> Figure:
     """A block of three pictures for each failure, the worst first.
 
     Args:
-        failures: Those to draw.
-        count: How many there are.
-        model: What the model is called.
+        result: Whose failures.
+        most: How many to draw at most.
 
     Raises:
         ImageError: If a picture cannot be read.
     """
+    failures, count = result.failures[:most], len(result.failures)
+    model = str(result.settings["model"])
     across = min(_ACROSS, max(1, len(failures)))
     down = -(-max(1, len(failures)) // across)
     block = (3 * _SIDE + 2 * _GAP + _BETWEEN, _TALL + 3 * _LINE + 0.25)

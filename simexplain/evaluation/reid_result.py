@@ -11,10 +11,11 @@ from torch import Tensor
 
 from simexplain.data.dataset_published import JUNK, is_distractor
 from simexplain.data.folders import Record
-from simexplain.evaluation.results import SCHEMA, Measured, Row, plain
+from simexplain.evaluation.results import Measured
 from simexplain.evaluation.tables import aligned, number
 from simexplain.metrics.ranking import Ranking, mean_defined
 from simexplain.renaming import takes_old_names, with_old_names
+from simexplain.results.result import Attachments, Row, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,9 +171,7 @@ class Reidentification(Measured):
         Raises:
             ImageError: If a picture cannot be read any more.
         """
-        from simexplain.evaluation.reid_pictures import draw_failures
-
-        return draw_failures(self.failures[:most], len(self.failures), str(self.settings["model"]))
+        return self._draw(most)
 
     def __str__(self) -> str:
         """CMC and mAP over all queries and from each camera, as plain text."""
@@ -189,8 +188,18 @@ class Reidentification(Measured):
     def _counted(self) -> int:
         return len(self.queries) - self.skipped
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; what is undefined (NaN) is null."""
+    def attachments(self, **options: Any) -> Attachments:
+        """A line for each query and for each failure; a figure where any failed."""
+        failures = [one.row() for one in self.failures]
+        drawn: Attachments = {"figure": ("failures.png", self.figure)} if failures else {}
+        return {
+            "queries": ("queries.csv", lambda: Table(self.table())),
+            "failures": ("failures.csv", lambda: Table(failures, FAILURE_COLUMNS)),
+            **drawn,
+        }
+
+    def summary(self, **options: Any) -> dict[str, Any]:
+        """The CMC, each camera, and the worst failures."""
         said = {
             "rank": self.rank,
             "map": self.map,
@@ -208,8 +217,4 @@ class Reidentification(Measured):
             "errors": self.errors,
             "settings": self.settings,
         }
-        return {
-            "schema": SCHEMA,
-            "kind": "reid",
-            **plain(with_old_names(said, "left_out", "broken")),
-        }
+        return {"kind": "reid", **with_old_names(said, "left_out", "broken")}

@@ -2,56 +2,58 @@
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from simexplain.errors import ComparisonError
 from simexplain.evaluation.tables import aligned, cost, number, ranged
 from simexplain.metrics.intervals import FEW, Interval, bootstrap_difference
-from simexplain.printing import json_text
-from simexplain.publishing import Kind, published
 from simexplain.renaming import takes_old_names, with_old_names
+from simexplain.results.result import Attachments, Made, Result, Row, Table, kind_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCHEMA = 1
-Row = dict[str, str | int | float]
 
+class Measured(Result):
+    """Numbers, which can be kept in one JSON file as well."""
 
-class Measured(ABC):
-    """A result that can be written to a file."""
-
-    @abstractmethod
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; what is undefined (NaN) is null."""
-
-    def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Writes :meth:`to_json` to a file, whole or not at all.
+    def save(self, path: str | Path, *, force: bool = False) -> Path:  # type: ignore[override]
+        """Writes tables, figure, arrays and JSON into a folder, or one JSON file, atomically.
 
         Args:
-            path: The file; folders are made.
-            force: Replace a file that is there.
+            path: The folder; or a file, where it ends in ``.json``.
+            force: Replace what is there; other files stay.
 
         Returns:
-            The path of the file.
+            The path of the JSON file.
 
         Raises:
-            OutputError: If the file is there already or cannot be written.
+            OutputError: If files are there already or cannot be written.
         """
         target = Path(path)
-        kind = Kind("evaluation", target.name, "", (), SCHEMA)
-        text = json_text(self.to_json())
-        with published(target.parent, [target.name], kind, force=force) as draft:
-            (draft / target.name).write_text(text + "\n", encoding="utf-8")
-        return target
+        alone = target.suffix == ".json"
+        files = self.write(
+            target.parent if alone else target, force=force, alone=target.name if alone else ""
+        )
+        return Path(next(name for name in files.values() if name.endswith(".json")))
+
+    @classmethod
+    def load(cls: type[Made], folder: str | Path) -> Made:
+        """Reads what :meth:`save` wrote, a folder or a file; no code in it is ever run.
+
+        Raises:
+            OutputError: If there is no such result or a damaged one.
+        """
+        path = Path(folder)
+        alone = path.name if path.suffix == ".json" and not path.is_dir() else ""
+        if alone == kind_of(cls).manifest and (path.parent / kind_of(cls).arrays).is_file():
+            alone = ""
+        return cls.read(path.parent if alone else path, alone)
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,9 @@ class FaithfulnessScores(Measured):
             for place, role in enumerate(self.roles)
         ]
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; what is undefined (NaN) is null."""
-        areas = ("deletion", "insertion", "raw_deletion", "raw_insertion", "whole", "empty")
-        said = {name: getattr(self, name) for name in (*areas, "gain", "settings")}
-        return _manifest("faithfulness", roles=self.roles, **said)
+    def summary(self, **options: Any) -> dict[str, Any]:
+        """All fields, and the gain."""
+        return {"kind": "faithfulness", **vars(self), "gain": self.gain}
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,7 @@ class Evaluation(Measured):
 
     def figure(self) -> Figure:
         """Means with their intervals as dots, one panel a metric, controls and chance in grey."""
-        from simexplain.evaluation.evaluation_pictures import draw_evaluation
-
-        return draw_evaluation(self)
+        return self._draw()
 
     def __str__(self) -> str:
         """The table as plain text: each mean with the ends of its interval."""
@@ -239,11 +237,9 @@ class Evaluation(Measured):
             for interval in scores.intervals.values()
         )  # fmt: skip
 
-    def _repr_html_(self) -> str:
-        """What Jupyter shows: the figure."""
-        from simexplain.rendering.panel import as_html
-
-        return as_html(self.figure(), "faithfulness of methods")
+    def captions(self) -> list[str]:
+        """Of its figure."""
+        return ["faithfulness of methods"]
 
     def table(self) -> list[Row]:
         """One row a method: mean, ends of the interval and count for each metric, and the cost."""
@@ -259,19 +255,24 @@ class Evaluation(Measured):
             rows.append({**row, **spent})
         return rows
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; what is undefined (NaN) is null."""
-        return _manifest(
-            "evaluation",
-            methods={name: asdict(scores) for name, scores in self.methods.items()},
-            items=self.items,
-            chance=self.chance,
-            skipped=self.skipped,
-            errors=self.errors,
-            settings=self.settings,
-            seconds=self.seconds,
-            notes=self.remarks(),
-        )
+    def attachments(self, **options: Any) -> Attachments:
+        """A line for each item and method, and the figure."""
+        columns = ("item", "anchor", "method", *self.metrics)
+        rows = [
+            dict(zip(columns, (place, paths[0], name, *found), strict=True))
+            for place, paths in enumerate(self.items)
+            for name, scores in self.methods.items()
+            for found in ([scores.values[metric][place] for metric in self.metrics],)
+        ]
+        return {
+            "values": ("values.csv", lambda: Table(rows, columns)),
+            "figure": ("results.png", self.figure),
+        }
+
+    def summary(self, **options: Any) -> dict[str, Any]:
+        """All fields, and what a reader of them needs."""
+        said = {**vars(self), "skipped": self.skipped, "notes": self.remarks()}
+        return {"kind": "evaluation", **with_old_names(said, "broken")}
 
 
 @takes_old_names
@@ -307,26 +308,6 @@ class SanityScores(Measured):
             for number, (depth, layer) in enumerate(zip(self.depths, self.layers, strict=True))
         ]
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; what is undefined (NaN) is null."""
-        names = ("depths", "layers", "agreement", "roles", "errors", "settings")
-        said = {name: getattr(self, name) for name in names}
-        return _manifest("sanity", **said)
-
-
-def _manifest(kind: str, **said: Any) -> dict[str, Any]:
-    said = with_old_names(said, "broken")
-    return {"schema": SCHEMA, "kind": kind, **{name: plain(v) for name, v in said.items()}}
-
-
-def plain(value: Any) -> Any:
-    """The same as lists, dicts, strings and finite numbers; NaN and infinity become None."""
-    if isinstance(value, Tensor):
-        return plain(value.detach().to("cpu", torch.float64).tolist())
-    if isinstance(value, Mapping):
-        return {str(key): plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(part) for part in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int, bool)) else str(value)
+    def summary(self, **options: Any) -> dict[str, Any]:
+        """All fields."""
+        return {"kind": "sanity", **with_old_names(vars(self), "broken")}

@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from simexplain.data.folders import Record
-from simexplain.evaluation.results import SCHEMA, Measured, Row, plain
+from simexplain.evaluation.results import Measured
 from simexplain.evaluation.tables import aligned, number
 from simexplain.metrics.ranking import Ranking, mean_defined
 from simexplain.renaming import takes_old_names, with_old_names
+from simexplain.results.result import Attachments, Row, Table
 
 _WORST = 10
 _AVERAGES = ("map_at_r", "r_precision", "average_precision")
@@ -190,8 +191,15 @@ class Retrieval(Measured):
             rows.append((one.label, str(one.queries), *values, one.taken_for or "-"))
         return f"{aligned(means)}\n\n{aligned(rows)}"
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; what is undefined (NaN) is null."""
+    def attachments(self, **options: Any) -> Attachments:
+        """A line for each query and for each class."""
+        return {
+            "queries": ("queries.csv", lambda: Table(self.table())),
+            "classes": ("classes.csv", lambda: Table(self.class_table())),
+        }
+
+    def summary(self, **options: Any) -> dict[str, Any]:
+        """Means over queries and over classes, and each class."""
         by_class = {name: self.class_mean(name) for name in _AVERAGES}
         said = {
             "recall": self.recall,
@@ -216,8 +224,4 @@ class Retrieval(Measured):
             "errors": self.errors,
             "settings": self.settings,
         }
-        return {
-            "schema": SCHEMA,
-            "kind": "retrieval",
-            **plain(with_old_names(said, "left_out", "broken")),
-        }
+        return {"kind": "retrieval", **with_old_names(said, "left_out", "broken")}

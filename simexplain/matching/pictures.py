@@ -15,7 +15,7 @@ from torch import Tensor
 from simexplain.data.preprocessing import Geometry
 from simexplain.errors import ComparisonError
 from simexplain.matching.factors import SCORES
-from simexplain.matching.points import Point, PositionPair
+from simexplain.matching.points import Point
 from simexplain.matching.result import SIDES, Matching
 from simexplain.metrics.maps import signed_heat
 from simexplain.printing import printable
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _THUMBNAIL = 560
-_POINTS, _APART, _SEARCHED = 3, 0.25, 40
 
 
 def draw_matching(
@@ -40,7 +39,7 @@ def draw_matching(
         raise ComparisonError(f"Expected a number of lines from 0, got {lines}.")
     sides = [_Side(matching, place, index) for place in range(2)]
     if points is None:
-        points = default_points(matching, index)
+        points = matching.default_points(index)
     chosen = matching.top(lines, index, mutual=True, by="specific")
     maps = [part[index] for part in matching.marginals()]
     name = f"what each place adds to the {SCORES[matching.score_name].noun}"
@@ -62,19 +61,6 @@ def draw_matching(
         footer=footer(matching),
         notes=matching.warnings,
     )
-
-
-def default_points(matching: Matching, index: int) -> list[Point]:
-    """Where the strongest mutual pairs lie in the first image, a few that are well apart."""
-    found: list[PositionPair] = []
-    left, top, right, bottom = matching.frame("a", index).box
-    apart = _APART * max(right - left, bottom - top)
-    for pair in matching.top(_SEARCHED, index, mutual=True, by="specific"):
-        if len(found) == _POINTS:
-            break
-        if all(np.hypot(pair.a[0] - o.a[0], pair.a[1] - o.a[1]) >= apart for o in found):
-            found.append(pair)
-    return [pair.a for pair in found]
 
 
 def summary(matching: Matching, index: int) -> str:

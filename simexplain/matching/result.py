@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,16 +19,19 @@ from simexplain.matching.factors import SCORES
 from simexplain.matching.points import Frame, Point, PositionPair
 from simexplain.matching.ranking import centred, strongest
 from simexplain.models.moving import WHOLE, Region
+from simexplain.publishing import numbered
+from simexplain.results.codec import Views
+from simexplain.results.result import Attachments, Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIDES = ("a", "b")
-_SHOWN = 4
+_POINTS, _APART, _SEARCHED = 3, 0.25, 40
 
 
 @dataclass(frozen=True)
-class Matching:
+class Matching(Result):
     """The scores of ``B`` pairs of images as sums over all pairs of their positions.
 
     Attributes:
@@ -58,7 +63,7 @@ class Matching:
     style: str
     layer: str
     model: str
-    images: tuple[Tensor, Tensor]
+    images: tuple[Views, Views]
     preprocess: Preprocess
     warnings: tuple[str, ...]
     versions: Mapping[str, str]
@@ -219,9 +224,7 @@ class Matching:
         Raises:
             ComparisonError: If there is no such pair, or the network did not see a point.
         """
-        from simexplain.matching.pictures import draw_matching
-
-        return draw_matching(self, index, points, lines)
+        return self._draw(index, points, lines)
 
     def save(
         self,
@@ -231,7 +234,7 @@ class Matching:
         points: Sequence[Point] | None = None,
         top: int = 8,
     ) -> dict[str, str]:
-        """Writes a figure of each pair, ``matching.npz`` and ``matching.json``, all or none.
+        """As :meth:`Result.save`.
 
         Args:
             folder: Made if missing.
@@ -239,38 +242,81 @@ class Matching:
             points: Of the first image of each pair, for figures and JSON.
             top: How many pairs of positions the JSON lists.
 
-        Returns:
-            What was written, by kind.
-
         Raises:
             OutputError: If files are there already, or the folder cannot be written.
             ComparisonError: If the network did not see a point.
         """
-        from simexplain.matching.saving import save_matching
+        return self.write(folder, force=force, points=points, top=top)
 
-        return save_matching(self, Path(folder), force=force, points=points, top=top)
+    def captions(self) -> list[str]:
+        """One for each pair."""
+        return [f"Matching of pair {index + 1}" for index in range(len(self))]
 
-    @classmethod
-    def load(cls, folder: str | Path) -> Matching:
-        """Reads what :meth:`save` wrote; no code in it is ever run.
+    def attachments(self, points: Sequence[Point] | None = None, **options: Any) -> Attachments:
+        """A figure of each pair."""
+        found: Attachments = {}
+        for index in range(len(self)):
+            tag = numbered(index, len(self))
+            drawn = partial(self.figure, index, points=points)
+            found[f"figure{tag}"] = (f"matching{tag}.png", drawn)
+        return found
 
-        The original pictures are not stored; points still are in their pixels.
+    def summary(
+        self, points: Sequence[Point] | None = None, top: int = 8, **options: Any
+    ) -> dict[str, Any]:
+        """What stands at the top is that of the first pair, ``matchings`` has all of them."""
+        pairs = [self._told(index, points, top) for index in range(len(self))]
+        return {
+            "style": self.style,
+            "layer": self.layer,
+            "model": self.model,
+            **pairs[0],
+            "bypass": self.bypass,
+            "warnings": self.warnings,
+            "versions": self.versions,
+            "preprocess": self.preprocess,
+            "matchings": pairs,
+        }
 
-        Raises:
-            OutputError: If the folder holds no matching or a damaged one.
-        """
-        from simexplain.matching.saving import load_matching
+    def _told(self, index: int, points: Sequence[Point] | None, top: int) -> dict[str, Any]:
+        shown = self.default_points(index) if points is None else points
+        answers = [self.best(*point, index=index) for point in shown]
+        return {
+            "score": {"name": self.score_name, "value": self.score[index]},
+            "residual": self.residual[index],
+            "unexplained": None if self.unexplained is None else self.unexplained[index],
+            "images": [self._image(index, place) for place in range(2)],
+            "points": [
+                {"at": at, "best": _rounded(own.b), "value": own.value, "share": own.share}
+                for at, own in zip(shown, answers, strict=True)
+            ],
+            "pairs": [_near(pair) for pair in self.top(top, index)],
+            "mutual_pairs": [
+                _near(pair) for pair in self.top(top, index, mutual=True, by="specific")
+            ],
+        }
 
-        return load_matching(Path(folder))
+    def _image(self, index: int, place: int) -> dict[str, Any]:
+        frame = self.frame(SIDES[place], index)
+        return {
+            "path": self.pictures[index][place].path if self.pictures else None,
+            "grid": frame.grid,
+            "region": frame.region,
+            "seen": _rounded(frame.box),
+            "geometry": frame.geometry and frame.geometry.to_json(),
+        }
 
-    def _repr_html_(self) -> str:
-        """What Jupyter shows: the figures of the first pairs."""
-        from simexplain.rendering.panel import as_html
-
-        return "\n".join(
-            as_html(self.figure(index), f"Matching of pair {index + 1}")
-            for index in range(min(len(self), _SHOWN))
-        )
+    def default_points(self, index: int = 0) -> list[Point]:
+        """Where the strongest mutual pairs lie in the first image, a few that are well apart."""
+        found: list[PositionPair] = []
+        left, top, right, bottom = self.frame("a", index).box
+        apart = _APART * max(right - left, bottom - top)
+        for pair in self.top(_SEARCHED, index, mutual=True, by="specific"):
+            if len(found) == _POINTS:
+                break
+            if all(np.hypot(pair.a[0] - o.a[0], pair.a[1] - o.a[1]) >= apart for o in found):
+                found.append(pair)
+        return [pair.a for pair in found]
 
     def _row(self, x: float, y: float, side: str, index: int) -> Tensor:
         weights = self.frame(side, index).weights(x, y, self.matrix)
@@ -295,3 +341,12 @@ class Matching:
             return maps
         top = maps.amax(dim=(1, 2), keepdim=True)
         return maps / torch.where(top > 0, top, torch.ones_like(top))
+
+
+def _near(pair: PositionPair) -> PositionPair:
+    """A pair of positions as precise as pixels are."""
+    return replace(pair, a=_rounded(pair.a), b=_rounded(pair.b))
+
+
+def _rounded(numbers: Sequence[float]) -> Any:
+    return tuple(round(number, 1) for number in numbers)

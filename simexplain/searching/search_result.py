@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from simexplain.data.preprocessing import Geometry
 from simexplain.matching.points import Point, PositionPair
 from simexplain.models.moving import WHOLE, Region
+from simexplain.results.result import Attachments, Result
 from simexplain.searching.regions import Box
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.figure import Figure
 
 
@@ -85,7 +86,7 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class SearchResult(Result):
     """The nearest pictures of a query and why each was found.
 
     Attributes:
@@ -130,7 +131,9 @@ class SearchResult:
     gallery: int
     warnings: tuple[str, ...]
     versions: Mapping[str, str]
-    pictures: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict, repr=False)
+    pictures: Annotated[Mapping[str, NDArray[np.uint8]], "picture"] = field(
+        default_factory=dict, repr=False
+    )
     geometries: Mapping[str, Geometry] = field(default_factory=dict, repr=False)
     close_limit: float | None = None
     layer_region: Region = WHOLE
@@ -168,46 +171,48 @@ class SearchResult:
         Args:
             lines: How many pairs of positions to number in each hit.
         """
-        from simexplain.searching.search_pictures import draw_search
+        return self._draw(lines)
 
-        return draw_search(self, lines)
+    def captions(self) -> list[str]:
+        """Of its figure."""
+        return [f"What was found for {Path(self.query).name}, and why"]
 
-    def to_json(self, files: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """The JSON contract of ``search``; keys may be added in later versions, never changed."""
-        from simexplain.searching.search_saving import manifest
+    def attachments(self, **options: Any) -> Attachments:
+        """The figure."""
+        return {"figure": ("search.png", self.figure)}
 
-        return manifest(self, dict(files or {}))
+    def summary(self, **options: Any) -> dict[str, Any]:
+        """The hits, and what was searched where."""
+        texts = ("query", "model", "layer", "index", "gallery")
+        known = self.close_limit is not None
+        return {
+            **{name: getattr(self, name) for name in texts},
+            "distance": self.distance_name,
+            "close_limit": self.close_limit,
+            "close_match": any(hit.close for hit in self.hits) if known else None,
+            "region": self.region,
+            "seen": self._seen(self.query),
+            "layer_region": self.layer_region,
+            "bypass": self.bypass,
+            "hits": [{**_told(hit), "seen": self._seen(hit.path)} for hit in self.hits],
+            "warnings": self.warnings,
+            "versions": self.versions,
+            "pictures": [
+                {"path": path, "geometry": self.geometries[path].to_json()}
+                for path in self.pictures
+            ],
+        }
 
-    def save(self, folder: str | Path, *, force: bool = False) -> dict[str, str]:
-        """Writes ``search.png``, ``search.npz`` and ``search.json``, all or none.
+    def _seen(self, path: str) -> float | None:
+        """The share of a picture that the network saw, in [0, 1]."""
+        geometry = self.geometries.get(path)
+        return None if geometry is None else round(geometry.seen, 4)
 
-        Args:
-            folder: Made if missing.
-            force: Replace the files of a search that is there already.
 
-        Returns:
-            What was written, by kind.
-
-        Raises:
-            OutputError: If files are there already, or the folder cannot be written.
-        """
-        from simexplain.searching.search_saving import save_search
-
-        return save_search(self, Path(folder), force=force)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> SearchResult:
-        """Reads what :meth:`save` wrote; no code in it is ever run.
-
-        Raises:
-            OutputError: If the folder holds no search or a damaged one.
-        """
-        from simexplain.searching.search_saving import load_search
-
-        return load_search(Path(folder))
-
-    def _repr_html_(self) -> str:
-        """What Jupyter shows: the figure."""
-        from simexplain.rendering.panel import as_html
-
-        return as_html(self.figure(), f"What was found for {Path(self.query).name}, and why")
+def _told(hit: Hit) -> dict[str, Any]:
+    said = dict(vars(hit))
+    for name in ("peak", "query_peak", "box"):
+        said[name] = said[name] and [round(value, 1) for value in said[name]]
+    for name in ("levels", "level_gaps"):
+        said[name] = [{"layer": layer, "adds": value} for layer, value in said[name]]
+    return said

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from simexplain.renaming import takes_old_names
+from simexplain.data.preprocessing import Geometry
+from simexplain.renaming import takes_old_names, with_old_names
+from simexplain.results.result import Attachments, Result
+from simexplain.segmentation.cue import Heat
+from simexplain.segmentation.grabcut import Mask, Pixels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from simexplain.data.preprocessing import Geometry
-    from simexplain.segmentation.cue import Heat
-    from simexplain.segmentation.grabcut import Mask, Pixels
 
 ROLES = ("support", "other")
 
@@ -41,7 +41,7 @@ class SupportImage:
 
 @takes_old_names
 @dataclass(frozen=True)
-class Segmentation:
+class Segmentation(Result):
     """Which pixels of a test image show what the supports show.
 
     Attributes:
@@ -116,43 +116,58 @@ class Segmentation:
 
     def figure(self) -> Figure:
         """Test image, attention map, what the cut was told, result; below them the supports."""
-        from simexplain.segmentation.pictures import draw_segmentation
+        return self._draw()
 
-        return draw_segmentation(self)
+    def to_store(self) -> Segmentation:
+        """With map and picture at most as large as the cut sees them."""
+        longest = int(self.options["cut"]["longest"])
+        height, width = self.mask.shape
+        share = min(1.0, longest / max(height, width))
+        size = max(1, round(width * share)), max(1, round(height * share))
+        return self._resized(size, cv2.INTER_AREA)
 
-    def save(self, folder: str | Path, *, force: bool = False) -> dict[str, str]:
-        """Writes mask, overlay, cut-out, figure, arrays and ``segmentation.json``, all or none.
+    def from_store(self) -> Segmentation:
+        """At the size of the mask again, which is exact."""
+        return self._resized(self.mask.shape[::-1], cv2.INTER_LINEAR)
 
-        Args:
-            folder: Made if missing.
-            force: Replace the files of a segmentation that is there already; others stay.
+    def _resized(self, size: tuple[int, ...], how: int) -> Segmentation:
+        if self.picture.shape[1::-1] == size:
+            return self
+        heat, picture = (
+            np.asarray(cv2.resize(own, size, interpolation=how))
+            for own in (self.heat, self.picture)
+        )
+        return replace(self, heat=heat, picture=picture)
 
-        Returns:
-            What was written, by kind.
+    def captions(self) -> list[str]:
+        """Of its figure."""
+        return [f"Segmentation of {self.name or 'an image'}"]
 
-        Raises:
-            OutputError: If files are there already, or the folder cannot be written.
-        """
-        from simexplain.segmentation.saving import save_segmentation
+    def attachments(self, **options: Any) -> Attachments:
+        """Mask, overlay, cut-out and figure."""
+        return {
+            "mask": ("mask.png", lambda: self.mask.astype(np.uint8) * 255),
+            "overlay": ("overlay.png", self.overlay),
+            "cutout": ("cutout.png", self.cutout),
+            "figure": ("segmentation.png", self.figure),
+        }
 
-        return save_segmentation(self, Path(folder), force=force)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Segmentation:
-        """Reads what :meth:`save` wrote; no code in it is ever run.
-
-        The mask is exact. Of large pictures, heat and picture come back at the size to which the
-        cut reduces them, enlarged.
-
-        Raises:
-            OutputError: If the folder holds no segmentation or a damaged one.
-        """
-        from simexplain.segmentation.saving import load_segmentation
-
-        return load_segmentation(Path(folder))
-
-    def _repr_html_(self) -> str:
-        """What Jupyter shows: the figure."""
-        from simexplain.rendering.panel import as_html
-
-        return as_html(self.figure(), f"Segmentation of {self.name or 'an image'}")
+    def summary(self, **options: Any) -> dict[str, Any]:
+        """What was found where, and how."""
+        height, width = self.mask.shape
+        said = {
+            **{name: getattr(self, name) for name in ("refine", "method", "model")},
+            "layers": self.layers,
+            "bypass": self.bypass,
+            "test": {"path": self.name or None, "size": [width, height]},
+            "seen": round(self.geometries[0].seen, 4) if self.geometries else None,
+            "geometries": [geometry.to_json() for geometry in self.geometries],
+            "supports": [image.name or None for image in self.images if image.role == "support"],
+            "others": [image.name or None for image in self.images if image.role == "other"],
+            "share": self.share,
+            "box": self.box,
+            "options": self.options,
+            "warnings": self.warnings,
+            "versions": self.versions,
+        }
+        return with_old_names(said, "by")

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simexplain.evaluation.results import SCHEMA, Measured, Row, plain
+from simexplain.evaluation.results import Measured
 from simexplain.evaluation.tables import aligned, number
 from simexplain.renaming import takes_old_names, with_old_names
+from simexplain.results.result import Attachments, Row, Table
 
 Mask = NDArray[np.bool_]
 
@@ -180,8 +181,12 @@ class SegmentationScores(Measured):
         classes = [("class", "IoU"), *((k, number(v)) for k, v in self.per_class.items())]
         return f"{aligned(rows)}\n\n{aligned(classes)}"
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; what is undefined (NaN) is null."""
+    def attachments(self, **options: Any) -> Attachments:
+        """A line for each way of each episode."""
+        return {"episodes": ("episodes.csv", lambda: Table(self.table()))}
+
+    def summary(self, **options: Any) -> dict[str, Any]:
+        """The means, of each fold and class as well."""
         said = {
             "binary_iou": self.binary_iou,
             "mean_iou": self.mean_iou,
@@ -196,10 +201,10 @@ class SegmentationScores(Measured):
                 }
                 for fold in self.folds
             ],
-            "errors": dict(self.errors),
-            "settings": dict(self.settings),
+            "errors": self.errors,
+            "settings": self.settings,
         }
-        return {"schema": SCHEMA, "kind": "segmentation", **plain(with_old_names(said, "broken"))}
+        return {"kind": "segmentation", **with_old_names(said, "broken")}
 
 
 def _ratio(part: int, whole: int) -> float:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from simexplain.models.base import SimilarityModel
 from simexplain.models.loading import load_model
 from simexplain.renaming import with_old_names
+from simexplain.results.result import Kept
 from simexplain.training.options import TrainOptions, best_column
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainResult(Kept):
     """A finished run.
 
     Attributes:
@@ -55,21 +56,30 @@ class TrainResult:
         """The model of the best epoch, from its file."""
         return load_model(self.files["model"])
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+    @classmethod
+    def read(cls, folder: Path, alone: str = "") -> TrainResult:
+        """The run in a folder, wherever that is now."""
+        found = super().read(folder, alone)
+        files = {
+            what: str(folder / Path(path).relative_to(found.folder))
+            for what, path in found.files.items()
+        }
+        return replace(found, folder=folder, files=files)
+
+    def summary(self, **options: Any) -> dict[str, Any]:
+        """What was measured, and how."""
         return {
-            "schema": 1,
             "kind": "training",
             "best_epoch": self.best_epoch,
             "best": self.best,
             "chosen_by": self.options.best,
             "untrained": self.untrained,
             "reached": self.reached,
-            "epochs": list(self.rows),
+            "epochs": self.rows,
             "options": with_old_names(
                 self.options.to_json(), "classes", "each", "k", "ks", "steps", "watch"
             ),
-            "warnings": list(self.warnings),
+            "warnings": self.warnings,
             "files": self.files,
         }
 

@@ -1,0 +1,1 @@
+"""What results share: saving, loading, JSON and what a notebook shows."""
