@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from threading import Lock, RLock
@@ -215,17 +215,26 @@ def _scales(rows: Tensor, dim: int) -> Tensor:
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """The tensor that a layer returned, or the first of a tuple or list, else None."""
+    """The tensor that a layer returned, or the first of a tuple or list, else None.
+
+    Numbers and None before it are passed over: layers of exported programs return sizes as well.
+    """
     if isinstance(output, (tuple, list)) and output:
-        output = output[0]
+        output = output[_first_place(output)]
     return output if isinstance(output, Tensor) and output.is_floating_point() else None
+
+
+def _first_place(output: Sequence[Any]) -> int:
+    plain = (int, float, type(None))
+    return next((n for n, part in enumerate(output) if not isinstance(part, plain)), 0)
 
 
 def with_first(output: Any, tensor: Tensor) -> Any:
     """The same output with its first tensor exchanged; the counterpart of first_tensor."""
     if isinstance(output, Tensor):
         return tensor
-    rest = [tensor, *output[1:]]
+    rest = [*output]
+    rest[_first_place(output)] = tensor
     if isinstance(output, list):
         return rest
     return type(output)(*rest) if hasattr(output, "_fields") else tuple(rest)

@@ -209,8 +209,9 @@ class _Record:
             self._note(name, tensor)
         if same not in self._kept:
             self._kept[same] = tensor.detach().clone()
-        follows = self._makers.get(id(args[0])) if args else None
-        given = args[0] if args and isinstance(args[0], Tensor) else tensor
+        given = first_tensor(args)
+        follows = self._makers.get(id(given))
+        given = tensor if given is None else given
         source = get_gradient_edge(given) if given.requires_grad else None
         self.calls.append(_Call(name, module, self._kept[same], edge, follows, same, source))
         self._makers[id(tensor)] = name

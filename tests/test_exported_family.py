@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torchvision import models
 
-from simexplain import build_index, explain, load_model
+from simexplain import Preprocess, as_similarity_model, build_index, explain, load_model, save_model
 from simexplain.comparison import Comparison
 from simexplain.errors import ModelError
 
@@ -330,3 +330,86 @@ def test_too_many_images_at_once(tmp_path: Path) -> None:
     fixed = load_model(exported(tmp_path / "b.pt2", network))
     with pytest.raises(ModelError, match="Expected 2 images"):
         fixed.embed(torch.rand(4, 3, 32, 32))
+
+
+class Covariances(nn.Module):
+    """Pooling by a matrix square root, which transposes by ``.mT``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Conv2d(3, 8, 4, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        cells = self.trunk(images).flatten(2)
+        values, vectors = torch.linalg.eigh(cells @ cells.mT + torch.eye(8))
+        return (vectors * values.sqrt()[:, None] @ vectors.mT).flatten(1)
+
+
+class Recurrences(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Conv2d(3, 8, 4, 4)
+        self.cell = nn.LSTM(8, 4, batch_first=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.cell(self.trunk(images).flatten(2).mT)[0].mean(1)
+
+
+class Kept(nn.Module):
+    """A fixed choice of tokens after a block of attention, whose program passes sizes along."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 8, 8)
+        self.block = Attending()
+        self.last = Attending()
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.block(self.patch(images).flatten(2).transpose(1, 2))
+        return self.last(tokens[:, torch.tensor([0, 3, 5, 6])]).mean(1)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        own = self.norm(tokens)
+        return tokens + self.attention(own, own, own, need_weights=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("build", "layer"), [(Covariances, "trunk"), (Recurrences, "cell"), (Kept, "block")]
+)
+def test_saved_networks_come_back_with_their_layer(
+    build: Callable[[], nn.Module], layer: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network, images = build().eval(), torch.rand(2, 3, 32, 32)
+    model = as_similarity_model(network, preprocess=Preprocess(size=(32, 32)))
+    save_model(model, tmp_path / "net.pt2")
+    pair = Comparison.pair(images[:1], images[1:])
+    own, again = (explain(each, pair) for each in (model, load_model(tmp_path / "net.pt2")))
+    assert own.layers == again.layers == (layer,)
+    assert torch.allclose(own.maps, again.maps, atol=1e-5 * float(own.maps.max()))
+
+
+@torch.library.custom_op("simexplain_tests::twice", mutates_args=())
+def twice(maps: Tensor) -> Tensor:
+    return maps * 2
+
+
+twice.register_fake(torch.empty_like)
+
+
+def test_what_could_not_be_loaded_again_is_not_written(tmp_path: Path) -> None:
+    class Custom(nn.Conv2d):
+        def forward(self, images: Tensor) -> Tensor:
+            return twice(super().forward(images)).mean((2, 3))
+
+    model = as_similarity_model(Custom(3, 8, 4, 4), preprocess=Preprocess(size=(16, 16)))
+    with pytest.raises(ModelError, match=r"holds the operator .*simexplain_tests.twice"):
+        save_model(model, tmp_path / "net.pt2")
+    assert not any(tmp_path.iterdir())

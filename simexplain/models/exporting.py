@@ -16,6 +16,7 @@ from simexplain.errors import ModelError, first_line
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import Embedder, picked
 from simexplain.models.pairs import PairModel
+from simexplain.models.vetting import refused_part
 from simexplain.networks import at_least_single, undisturbed
 
 _TOLERANCE = 1e-4
@@ -80,6 +81,13 @@ def _exported(twin: nn.Module, examples: tuple[Tensor, ...]) -> bytes:
             f"The exported program of {type(twin).__name__} gives other results than the module, "
             "which may draw random numbers or change itself; keep it in Python and use "
             "as_similarity_model."
+        )
+    refused = refused_part(content.getvalue())
+    if refused is not None:
+        raise ModelError(
+            f"The exported program of {type(twin).__name__} holds {refused}, which load_model does "
+            "not take without trust; write that part with operators of torch, or keep the module "
+            "in Python and use as_similarity_model."
         )
     return content.getvalue()
 

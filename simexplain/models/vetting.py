@@ -82,6 +82,15 @@ def vetted(path: Path, content: bytes) -> io.BytesIO:
         raise _refusal(path, f"something unreadable ({first_line(error)})") from error
 
 
+def refused_part(content: bytes) -> str | None:
+    """What a readable program holds for which :func:`vetted` refuses it; None where it does not."""
+    try:
+        _rebuilt(content)
+    except UnvettedError as error:
+        return error.what
+    return None
+
+
 def _refusal(path: Path, what: str, advice: str = "export the network again") -> ModelError:
     return ModelError(
         f"'{path}' holds {what}, and loading it could run code; {advice}, or pass "
