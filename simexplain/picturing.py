@@ -21,6 +21,7 @@ from simexplain.rendering.overlay import CONTOUR_LEVELS, FULL_HEAT, RENDERERS
 from simexplain.rendering.sheet import (
     FAINT,
     ROLE_COLOURS,
+    VERDICTS,
     Bar,
     Cell,
     Grid,
@@ -121,8 +122,9 @@ def draw_columns(
             heading = Words(label, size=9, align="left", lines=2) if label else None
             lines.append(Row(cells, heading, _TALLEST))
         grids.append(Grid(lines, [_CELL] * across, bar=None if start else bar))
-    ink = {True: ROLE_COLOURS["positive"], False: ROLE_COLOURS["negative"], None: FAINT}[holds]
-    return page(grids, title=title, verdict=verdict, ink=ink, footer=footer, notes=notes).figure
+    return page(
+        grids, title=title, verdict=verdict, ink=VERDICTS[holds], footer=footer, notes=notes
+    ).figure
 
 
 def verdict(explanation: Explanation, index: int = 0) -> str:

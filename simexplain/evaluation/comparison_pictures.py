@@ -22,6 +22,7 @@ from simexplain.rendering.sheet import (
     FAINT,
     INK,
     ROLE_COLOURS,
+    VERDICTS,
     Bar,
     Cell,
     Grid,
@@ -71,12 +72,11 @@ def draw_methods(result: MethodComparison, style: str) -> Figure:
         cells = [_label(method), *drawn, *_scores(method, result)]
         rows.append(Row(cells, tallest=height, rule=True))
     rows.append(Row(_random(result, len(widths)), rule=True))
-    holds = first.condition().holds
     return page(
         [Grid(rows, columns, gap=_GAP, between=_GAP)],
         title="Why these images are alike or different, by method",
         verdict=verdict(first),
-        ink={True: ROLE_COLOURS["positive"], False: ROLE_COLOURS["negative"], None: FAINT}[holds],
+        ink=VERDICTS[first.condition().holds],
         legend="\n".join(_plain(result, len(widths))),
         footer=first.model,
         notes=_notes(result),

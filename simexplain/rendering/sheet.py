@@ -37,6 +37,9 @@ Spot = tuple[float, float]
 
 INK, FAINT, PALE, WARNING = "#222222", "#666666", "#c9c9c9", "#8a5a00"
 ROLE_COLOURS = {"anchor": "#1f4e79", "positive": "#1b7837", "negative": "#a6361c"}
+VERDICTS = {True: ROLE_COLOURS["positive"], False: ROLE_COLOURS["negative"], None: FAINT}
+"""The colour of a condition that holds, fails, or is not one."""
+
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2", "#f0e442", "#999999")
 """Of things to tell apart (Okabe and Ito), also by colour-blind people."""
 
@@ -413,7 +416,7 @@ def page(
 
     Args:
         grids: From the top.
-        title: What is shown or asked.
+        title: The question, or what is shown.
         verdict: The answer, under it.
         ink: Of the verdict.
         legend: What signs mean, below the grids.

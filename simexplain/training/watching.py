@@ -15,7 +15,7 @@ from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.picturing import footer, verdict
 from simexplain.rendering.overlay import overlay
-from simexplain.rendering.sheet import FAINT, ROLE_COLOURS, Cell, Grid, Row, Words, page, png_of
+from simexplain.rendering.sheet import ROLE_COLOURS, VERDICTS, Cell, Grid, Row, Words, page, png_of
 
 _CELL = 1.7
 _ROLES = ("anchor", "positive", "negative")
@@ -108,6 +108,5 @@ def _row(explained: Explanation, *, roles: bool) -> Row:
         heat = explained.heatmaps_at(0)[place].cpu().numpy()
         title = (Words(role, ROLE_COLOURS[role], 9, "bold", "left"),) if roles else ()
         cells += [Cell(view, title), Cell(overlay(view, heat)), None]
-    holds = explained.condition(0).holds
-    ink = FAINT if holds is None else ROLE_COLOURS["positive" if holds else "negative"]
+    ink = VERDICTS[explained.condition(0).holds]
     return Row(cells, Words(verdict(explained), ink, 9, align="left"), tallest=2.2 * _CELL)
