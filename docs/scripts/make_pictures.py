@@ -22,8 +22,8 @@ from PIL import Image
 
 from simexplain import Explanation, SimilarityModel, explain, load_model
 from simexplain.models.accelerating import accelerated
-from simexplain.rendering.overlay import RENDERERS
 from simexplain.rendering import sheet
+from simexplain.rendering.overlay import RENDERERS
 from simexplain.rendering.sheet import Cell, Grid, Words, page
 
 ROOT = Path(__file__).parents[2]
