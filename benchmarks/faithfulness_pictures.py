@@ -23,7 +23,7 @@ from simexplain.explanation import ROOTED
 from simexplain.methods.weight_bank import WeightBank
 from simexplain.metrics.maps import grown
 from simexplain.rendering.overlay import overlay
-from simexplain.rendering.panel import png_of
+from simexplain.rendering.sheet import png_of
 
 SHOWN = (
     "focus",

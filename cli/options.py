@@ -425,23 +425,26 @@ def tell_hardly_seen(names: Iterable[str], geometries: Iterable[Geometry]) -> No
         echo(line)
 
 
+_NOTHING = 0.0005
+"""Of a share: less is 0.0% in print."""
+
+
 def tell_shares(
     bypass: Mapping[str, float], unexplained: SupportsFloat | None, of: str = "score"
 ) -> None:
-    """A line on what maps cannot show, where that is known.
+    """A line on what maps cannot show, where that is known and more than rounds to nothing.
 
     Args:
         bypass: For each layer the share of the embedding that bypasses it.
         unexplained: The largest share that positions do not account for.
         of: Of what.
     """
-    # A share of zero is read off the graph of the network; others vary with the pictures.
     said = [
-        f"{share:.1%} of the embedding bypasses {layer}"
-        + (" (measured on two pictures)" if share else "")
+        f"{share:.1%} of the embedding bypasses {layer} (measured on two pictures)"
         for layer, share in bypass.items()
+        if share >= _NOTHING
     ]
-    if unexplained is not None:
+    if unexplained is not None and float(unexplained) >= _NOTHING:
         said.append(f"{float(unexplained):.1%} of the {of} comes from no position")
     if said:
         echo("not in the maps: " + ", ".join(said))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from simexplain.explanation import Condition, Explanation
-from simexplain.picturing import draw_tiles, footer, image_tiles, question, verdict
+from simexplain.picturing import columns_of, draw_columns, footer, question, verdict
 from simexplain.publishing import numbered
 from simexplain.results.result import Attachments, Result
 
@@ -77,20 +77,23 @@ class PairExplanation(Result):
 
     def figure(self, index: int = 0, *, styles: Sequence[str] = ("overlay",)) -> Figure:
         """A figure of comparison ``index``: both sides, their heatmaps and what compares them."""
-        tiles = [image_tiles(side, index) for side in self.sides]
+        names: Sequence[tuple[str, str] | None] = (None, None)
         title = question(self.first)
         if self.score is not None:
-            tiles[1] = [replace(tile, role="positive", kind="second image") for tile in tiles[1]]
-            tiles[0] = [replace(tile, kind="first image") for tile in tiles[0]]
-            tiles = [[replace(tile, distance=None) for tile in side] for side in tiles]
+            names = (("anchor", "first image"), ("positive", "second image"))
             title = "What gives these two their score?"
         elif self.first.architecture == "siamese":
             title = f"What makes these two {'alike' if self.first.positives else 'different'}?"
-        feet = dict.fromkeys(footer(side) for side in self.sides)
-        return draw_tiles(
-            [*tiles[0], *tiles[1]], title=title, verdict=self.verdict(index),
-            explanations=self.sides, holds=self.condition(index).holds,
-            footer="  |  ".join(feet), notes=self.warnings, styles=styles,
+        feet = dict.fromkeys(footer(row) for side in self.sides for row in side.rows)
+        return draw_columns(
+            [
+                column
+                for side, named in zip(self.sides, names, strict=True)
+                for column in columns_of(side, index, styles, named=named)
+                if column.heats
+            ],
+            self.sides, title=title, verdict=self.verdict(index), footer="\n".join(feet),
+            holds=self.condition(index).holds, notes=self.warnings,
         )  # fmt: skip
 
     def save(

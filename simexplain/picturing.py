@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 from torch.nn import functional as F
 
 from simexplain.checking import PROVES
 from simexplain.comparison import roles
+from simexplain.data.thumbnails import Thumbnail, shrunk
 from simexplain.errors import ComparisonError
 from simexplain.explanation import ROOTED, Explanation, GivenVector, heat_of, on_pixels
 from simexplain.methods import PIXELS
 from simexplain.printing import printable
-from simexplain.rendering.overlay import FULL_HEAT, RENDERERS
-from simexplain.rendering.panel import Row, Tile, panel
+from simexplain.rendering.overlay import CONTOUR_LEVELS, FULL_HEAT, RENDERERS
+from simexplain.rendering.sheet import (
+    FAINT,
+    ROLE_COLOURS,
+    VERDICTS,
+    Bar,
+    Cell,
+    Grid,
+    Row,
+    Words,
+    page,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_THUMBNAIL = 560
-_NOTHING = np.zeros((1, 1, 3), np.uint8)
+_MOST_COLUMNS, _CELL, _TALLEST = 5, 2.75, 4.4
 _PERCENTILE = f"{100 * FULL_HEAT:g}th"
 
 
@@ -48,15 +55,14 @@ def draw_explanation(
             f"Expected styles of {', '.join(RENDERERS)}, got {', '.join(unknown) or 'none'}."
         )
     feet = [footer(row) for row in explanation.rows]
-    return draw_tiles(
-        _tiles(explanation, index, by_layer=by_layer),
+    return draw_columns(
+        columns_of(explanation, index, styles, by_layer=by_layer),
+        [explanation],
         title=question(explanation),
         verdict=verdict(explanation, index),
         holds=explanation.condition(index).holds,
         footer="\n".join((*findings(explanation, index), *dict.fromkeys(feet))),
         notes=explanation.notes(index),
-        styles=styles,
-        explanations=explanation.rows,
     )
 
 
@@ -66,21 +72,59 @@ def findings(explanation: Explanation, index: int = 0) -> tuple[str, ...]:
     return found if explanation.check is None else (*found, PROVES)
 
 
-def draw_tiles(
-    tiles: Sequence[Tile],
-    *,
-    styles: Sequence[str],
+@dataclass(frozen=True)
+class Column:
+    """One member of a comparison in its figure.
+
+    Attributes:
+        member: Its position in the comparison, 0 for the anchor.
+        top: Its picture, or a card of what a given vector stands for.
+        heats: What each row is called, and the heat that it shows; empty for a vector.
+    """
+
+    member: int
+    top: Cell
+    heats: tuple[tuple[str, Cell], ...] = ()
+
+
+def draw_columns(
+    columns: Sequence[Column],
     explanations: Sequence[Explanation],
-    **said: Any,
+    *,
+    title: str,
+    verdict: str,
+    holds: bool | None,
+    footer: str,
+    notes: Sequence[str],
 ) -> Figure:
-    """Draws tiles of one or several explanations; ``said`` as for ``rendering.panel.panel``."""
-    joined = explanations[0].joined
-    return panel(tiles, styles=styles, scale=full_heat(explanations), joined=joined, **said)
+    """Draws the members of a comparison beside each other, their heat below them.
 
-
-def image_tiles(explanation: Explanation, index: int) -> list[Tile]:
-    """The images of one comparison as tiles of a figure, without given vectors."""
-    return [tile for tile in _tiles(explanation, index, by_layer=False) if tile.text is None]
+    Args:
+        columns: The anchor first.
+        explanations: Those that the columns are of, whose scale the legend names.
+        title: The question, in a line.
+        verdict: Whether the condition holds and by how much.
+        holds: Colours the verdict; None for neither.
+        footer: Model, layer and method, so that the figure can be cited; one or several lines.
+        notes: Warnings, printed below.
+    """
+    rows = [row for explanation in explanations for row in explanation.rows]
+    bar = Bar(f"evidence, share of {full_heat(rows)}", row=1, ticks=(0, *CONTOUR_LEVELS, 1))
+    across = min(len(columns), _MOST_COLUMNS)
+    grids = []
+    for start in range(0, len(columns), across):
+        block: list[Column | None] = list(columns[start : start + across])
+        block += [None] * (across - len(block))
+        lines = [Row([column.top if column else None for column in block], tallest=_TALLEST)]
+        labels = next((column.heats for column in columns if column.heats), ())
+        for number, (label, _) in enumerate(labels):
+            cells = [c.heats[number][1] if c and c.heats else None for c in block]
+            heading = Words(label, size=9, align="left", lines=2) if label else None
+            lines.append(Row(cells, heading, _TALLEST))
+        grids.append(Grid(lines, [_CELL] * across, bar=None if start else bar))
+    return page(
+        grids, title=title, verdict=verdict, ink=VERDICTS[holds], footer=footer, notes=notes
+    ).figure
 
 
 def verdict(explanation: Explanation, index: int = 0) -> str:
@@ -143,98 +187,106 @@ def question(explanation: Explanation) -> str:
     return f"What brings the anchor close to {near} and sets it apart from {far}?"
 
 
-def _tiles(explanation: Explanation, index: int, *, by_layer: bool) -> list[Tile]:
-    heatmaps = heat_of(explanation, index)
-    distances = [None, *explanation.distances[index].tolist()]
-    peaks = explanation.view_peaks(index)
-    shown = explanation.layer_maps if by_layer and not explanation.others else {}
-    shown = shown if len(explanation.layers) > 1 else {}
-    others = [(row, heat_of(row, index), row.view_peaks(index)) for row in explanation.others]
-    more = {
-        layer: explanation.drawn(maps[index][None], layer)[0].cpu().numpy()
-        for layer, maps in shown.items()
-    }
-    tiles: list[tuple[int, Tile]] = []
-    for place, role in enumerate(explanation.roles):
-        member = explanation.places[place]
-        tile = Tile(
-            picture=_NOTHING,
-            heatmap=heatmaps[place],
-            role=role,
-            distance=distances[member],
-            peak=peaks[place],
-            more=tuple((layer, heatmaps[place]) for layer, heatmaps in more.items()),
-            label=explanation.title if explanation.others else "",
-            note=_note(explanation, index, place),
-            others=tuple(
-                Row(row.title, heat[place], found[place], _note(row, index, place))
-                for row, heat, found in others
-            ),
-            kind=explanation.kind(place),
+def columns_of(
+    explanation: Explanation,
+    index: int,
+    styles: Sequence[str],
+    *,
+    by_layer: bool = False,
+    named: tuple[str, str] | None = None,
+) -> list[Column]:
+    """The members of one comparison.
+
+    Args:
+        explanation: Of the comparisons.
+        index: Which one.
+        styles: Names in ``RENDERERS``, a row each.
+        by_layer: Below them one row for each layer alone.
+        named: The role and the name of all images, in place of their own and of the distances.
+    """
+    columns = [
+        Column(
+            explanation.places[place],
+            _top(explanation, index, place, picture, named),
+            tuple(_heats(explanation, index, place, picture, styles, by_layer=by_layer)),
         )
-        if explanation.pictures:
-            tiles.append((member, _from_picture(explanation, place, tile)))
-        else:
-            picture = explanation.preprocess.undo(explanation.images[index, place])
-            tiles.append((member, _on_view(tile, picture)))
-    tiles += [
-        (vector.member, _card(explanation, vector, distances[vector.member]))
-        for vector in explanation.vectors
+        for place, picture in enumerate(_pictures(explanation, index))
     ]
-    return [tile for _, tile in sorted(tiles, key=lambda one: one[0])]
+    columns += [_card(explanation, index, vector) for vector in explanation.vectors]
+    return sorted(columns, key=lambda column: column.member)
 
 
-def _on_view(tile: Tile, picture: NDArray[np.uint8]) -> Tile:
-    """The network's view with the heat on it."""
-    others = tuple(replace(row, peak=_centred(row.peak)) for row in tile.others)
-    return replace(tile, picture=picture, peak=_centred(tile.peak), others=others)
+def _pictures(explanation: Explanation, index: int) -> list[Thumbnail]:
+    """The whole pictures reduced, or the network's views."""
+    if explanation.pictures:
+        both = zip(explanation.pictures, explanation.geometries, strict=True)
+        return [Thumbnail(shrunk(picture.image), geometry) for picture, geometry in both]
+    return [Thumbnail(explanation.preprocess.undo(image)) for image in explanation.images[index]]
 
 
-def _card(explanation: Explanation, vector: GivenVector, distance: float | None) -> Tile:
-    """A given vector, which has no picture."""
-    return Tile(
-        picture=_NOTHING,
-        heatmap=_NOTHING[..., 0].astype(np.float32),
-        role=roles(explanation.positives, explanation.negatives)[vector.member],
-        distance=None if vector.direction else distance,
-        text=vector.label,
-        kind=explanation.members[vector.member],
+def _top(
+    explanation: Explanation,
+    index: int,
+    place: int,
+    picture: Thumbnail,
+    named: tuple[str, str] | None,
+) -> Cell:
+    role, name = named or (explanation.roles[place], explanation.kind(place))
+    member = explanation.places[place]
+    distance = None if named or not member else float(explanation.distances[index, member - 1])
+    caption = printable(Path(explanation.pictures[place].path).name) if explanation.pictures else ""
+    return Cell(
+        picture.pixels, _titled(role, name, distance, caption), frame=ROLE_COLOURS[role],
+        seen=picture.seen,
+    )  # fmt: skip
+
+
+def _titled(role: str, name: str, distance: float | None, caption: str) -> tuple[Words, ...]:
+    title = (name or role) if distance is None else f"{name or role}   d = {distance:.3f}"
+    return Words(title, ROLE_COLOURS[role], 11, "bold"), Words(caption, FAINT)
+
+
+def _heats(
+    explanation: Explanation,
+    index: int,
+    place: int,
+    picture: Thumbnail,
+    styles: Sequence[str],
+    *,
+    by_layer: bool,
+) -> Iterator[tuple[str, Cell]]:
+    """What every method shows, then every layer alone."""
+    swept = by_layer and len(explanation.layers) > 1 and not explanation.others
+    for row in explanation.rows:
+        heat = picture.heat(heat_of(row, index)[place])
+        peak = row.view_peaks(index)[place]
+        note = "" if row.check is None else row.check.says(index, place)
+        for style in styles:
+            label = row.title if explanation.others else explanation.joined if swept else ""
+            below = (Words(note, FAINT, 7.5, lines=3),) if note and style == styles[-1] else ()
+            yield (
+                label if style == styles[0] else "",
+                Cell(
+                    RENDERERS[style](picture.pixels, heat), below=below, seen=picture.seen,
+                    peak=peak and picture.view_spot(*peak),
+                ),
+            )  # fmt: skip
+    for layer, maps in explanation.layer_maps.items() if swept else ():
+        heat = explanation.drawn(maps[index][None], layer)[0, place].cpu().numpy()
+        drawn = RENDERERS[styles[0]](picture.pixels, picture.heat(heat))
+        yield layer, Cell(drawn, seen=picture.seen)
+
+
+def _card(explanation: Explanation, index: int, vector: GivenVector) -> Column:
+    """A given vector, which has no picture: what it stands for, where its picture would be."""
+    role = roles(explanation.positives, explanation.negatives)[vector.member]
+    known = vector.member and not vector.direction
+    distance = float(explanation.distances[index, vector.member - 1]) if known else None
+    size = 13 if len(vector.label) < 60 else 10
+    cell = Cell(
+        above=_titled(role, explanation.members[vector.member], distance, ""),
+        inside=(Words(vector.label, size=size, lines=8),),
+        below=(Words("a vector: no map", FAINT),),
+        frame=ROLE_COLOURS[role],
     )
-
-
-def _from_picture(explanation: Explanation, place: int, tile: Tile) -> Tile:
-    """A thumbnail of the whole picture with the heat where the network saw it."""
-    picture, geometry = explanation.pictures[place], explanation.geometries[place]
-    width, height = picture.image.size
-    shrink = min(1.0, _THUMBNAIL / max(width, height))
-    small = (max(1, round(height * shrink)), max(1, round(width * shrink)))
-    reduced = replace(geometry, original=small)
-    thumbnail = picture.image.resize((small[1], small[0]), Image.Resampling.LANCZOS)
-    left, top, right, bottom = reduced.box
-    whole = (left, top) == (0, 0) and (right, bottom) == (small[1], small[0])
-
-    def there(peak: tuple[float, float] | None) -> tuple[float, float] | None:
-        return _centred(peak and reduced.point_to_original(*peak))
-
-    return replace(
-        tile,
-        picture=np.asarray(thumbnail),
-        heatmap=reduced.to_original(tile.heatmap),
-        more=tuple((label, reduced.to_original(heatmap)) for label, heatmap in tile.more),
-        caption=printable(Path(picture.path).name),
-        box=None if whole else reduced.box,
-        peak=there(tile.peak),
-        others=tuple(
-            replace(row, heatmap=reduced.to_original(row.heatmap), peak=there(row.peak))
-            for row in tile.others
-        ),
-    )
-
-
-def _centred(peak: tuple[float, float] | None) -> tuple[float, float] | None:
-    """A place as figures count it, from the centre of the first pixel."""
-    return peak and (peak[0] - 0.5, peak[1] - 0.5)
-
-
-def _note(row: Explanation, index: int, place: int) -> str:
-    return "" if row.check is None else row.check.says(index, place)
+    return Column(vector.member, cell)

@@ -8,16 +8,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from figures import assert_tidy, texts_of
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from pictures import noise
 from PIL import Image
 
-from simexplain.rendering import cards as cards_module
-from simexplain.rendering.cards import Branch, LevelShare, NodeCard, StandIn, number
+from simexplain.rendering.cards import Branch, LevelShare, NodeCard, StandIn
 from simexplain.rendering.graph import attribution_graph
-from simexplain.rendering.panel import ROLE_COLOURS, png_of
+from simexplain.rendering.lettering import number
 from simexplain.rendering.ranking import PairRanking, node_ranking
+from simexplain.rendering.sheet import ROLE_COLOURS, SMALL, png_of
 
 ODD = r"$\frac{1}{$ 50% <b>_^{} $x$ имя"
 SQUARE = ((60, 60), (60, 60))
@@ -78,13 +79,6 @@ def ranking(*pairs: PairRanking, **changes: object) -> Figure:
     return node_ranking(pairs, **{"title": "Ranked nodes", "footer": "a network", **changes})
 
 
-def texts_of(figure: Figure) -> list[Text]:
-    """Every text, those of axes too, with its place known."""
-    figure.draw_without_rendering()
-    found = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
-    return [text for text in found if text.get_window_extent().width > 0]
-
-
 def said(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(Text)]
 
@@ -100,30 +94,6 @@ def pictures_of(figure: Figure) -> list:
 def box_of(artist: object) -> object:
     """In pixels of the figure; a line's or a frame's without the width of its stroke."""
     return artist.get_path().get_extents(artist.get_transform())
-
-
-def assert_tidy(figure: Figure) -> None:
-    """Everything lies in the figure, and neither pictures nor texts lie over each other."""
-    texts = texts_of(figure)
-    boxes = [axes.get_window_extent() for axes in figure.axes]
-    words = [text.get_window_extent() for text in texts]
-    for box in boxes + words:
-        assert box.x0 >= 0
-        assert box.y0 >= 0
-        assert box.x1 <= figure.bbox.x1
-        assert box.y1 <= figure.bbox.y1
-    for (a, first), (b, second) in itertools.combinations(zip(words, texts, strict=True), 2):
-        over = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
-        assert min(over) <= 1, f"{first.get_text()!r} lies over {second.get_text()!r}"
-    for a, b in itertools.combinations(boxes, 2):
-        assert min(min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)) <= 1
-    shown = [axes.get_window_extent() for axes in pictures_of(figure)]
-    for box, (word, text) in itertools.product(shown, zip(words, texts, strict=True)):
-        over = (
-            min(box.x1, word.x1) - max(box.x0, word.x0),
-            min(box.y1, word.y1) - max(box.y0, word.y0),
-        )
-        assert min(over) <= 1, f"{text.get_text()!r} lies over a picture"
 
 
 @pytest.mark.parametrize(
@@ -408,7 +378,7 @@ def test_numbers_are_short(value: float, text: str) -> None:
 
 def test_nothing_is_smaller_than_can_be_read() -> None:
     for figure in (graph(3), ranking(ranked("positive"))):
-        assert min(text.get_fontsize() for text in texts_of(figure)) >= cards_module.SMALL
+        assert min(text.get_fontsize() for text in texts_of(figure)) >= SMALL
         assert 11 <= figure.get_figwidth() <= 13
         assert figure.dpi == 120
 

@@ -14,6 +14,7 @@ from cli_runs import FAST, NETWORK, Run, simexplain
 from conftest import DEMO
 from pictures import noise
 from PIL import Image
+from simexplain_cli.options import tell_shares
 
 from simexplain import SearchResult, build_index, load_model
 from simexplain.models.loading import RANDOM
@@ -89,18 +90,32 @@ def test_the_json_is_the_contract_and_the_manifest(made: Path, run: Callable[...
 
 
 def test_what_maps_cannot_show_is_a_line_of_every_command(
-    made: Path, run: Callable[..., Run]
+    made: Path, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Shares of this network round to nothing and are left away, unless the least is zero."""
     for command, of in (
         (("search", *QUICK), "score"),
         (("index", NETWORK, "gallery", "--out", "new.index", *FAST), "embeddings"),
         (("match", NETWORK, "a.png", "b.jpg", *FAST), "score"),
     ):
-        done = run(*command)
+        assert "not in the maps" not in run(*command, *(["--force"] * ("--out" in command))).out
+        with monkeypatch.context() as patched:
+            patched.setattr("simexplain_cli.options._NOTHING", 0.0)
+            done = run(*command, *(["--force"] * ("--out" in command)))
         assert done.code == 0, done.err
         (line,) = [line for line in done.out.splitlines() if line.startswith("not in the maps: ")]
         assert "of the embedding bypasses" in line
         assert f"of the {of} comes from no position" in line
+
+
+def test_shares_that_round_to_nothing_are_left_away(capsys: pytest.CaptureFixture[str]) -> None:
+    tell_shares({"a": 0.00049, "b": 0.0}, 0.0001)
+    assert capsys.readouterr().out == ""
+    tell_shares({"a": 0.0006, "b": 0.0}, None)
+    wanted = "not in the maps: 0.1% of the embedding bypasses a (measured on two pictures)\n"
+    assert capsys.readouterr().out == wanted
+    tell_shares({"a": 0.0}, 0.25)
+    assert capsys.readouterr().out == "not in the maps: 25.0% of the score comes from no position\n"
 
 
 def test_a_region_and_its_mask_give_boxes(made: Path, run: Callable[..., Run]) -> None:

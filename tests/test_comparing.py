@@ -33,7 +33,7 @@ from simexplain.evaluation.recipes import quick_methods, recipe_from
 from simexplain.evaluation.saving import save_evaluation
 from simexplain.models.blackbox import BlackBox
 from simexplain.publishing import KINDS
-from simexplain.rendering.panel import png_of
+from simexplain.rendering.sheet import png_of
 
 CONTRACT = {
     "schema", "architecture", "model", "images", "distances", "condition", "methods", "random",

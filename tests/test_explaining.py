@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TinyNet
+from figures import written
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -322,7 +323,7 @@ def test_a_sweep_shows_every_layer_and_their_product(tiny: TinyNet, triplet: Com
     assert list(swept.layer_maps) == ["act", "body", "last"]
     plain, by_layer = swept.figure(), swept.figure(by_layer=True)
     assert len(by_layer.axes) - len(plain.axes) == 3 * 3
-    labels = {axes.get_ylabel() for axes in by_layer.axes}
+    labels = set(written(by_layer, "heading"))
     assert {"act", "body", "last", "product"} <= labels
     alone = explain(tiny, triplet, layer="last", weights="signed")
     torch.testing.assert_close(swept.drawn(swept.layer_maps["last"]), alone.heatmaps)

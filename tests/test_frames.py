@@ -10,6 +10,7 @@ import pytest
 import torch
 from cli_runs import Run
 from conftest import TinyNet
+from figures import written
 from pictures import noise
 from torch import Tensor
 from torch.nn import functional as F
@@ -199,7 +200,7 @@ def test_folders_and_pages_are_items(tiny: TinyNet, folders: list[Path], tmp_pat
     assert again.frames == result.frames
     assert again.roles == ("anchor",) * 3 + ("positive",) * 2 + ("negative",)
     assert torch.equal(again.heatmaps, result.heatmaps)
-    titles = [axes.get_title().strip() for axes in again.figure().axes]
+    titles = written(again.figure(), "above")
     assert any(title.startswith("positive, frame 2") for title in titles)
     first = explain(model, folders[1:], arch="siamese")
     assert first.frames == ()

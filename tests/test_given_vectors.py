@@ -11,6 +11,7 @@ import pytest
 import torch
 from cli_runs import Run
 from conftest import TinyNet, plain_maps
+from figures import written
 from pictures import noise
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -136,7 +137,7 @@ def test_results_with_vectors_save_load_and_draw(
     said = json.loads((tmp_path / "out" / "explanation.json").read_text())
     assert said["members"] == ["anchor", "positive vector", "negative vector"]
     assert len(said["images"]) == 1
-    texts = [text.get_text() for axes in again.figure().axes for text in axes.texts]
+    texts = written(again.figure(), "inside")
     assert "a red bag for $5" in [text.replace("\n", " ") for text in texts]
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from avsl_cases import small_avsl
 from conftest import TinyNet
+from figures import assert_tidy, written
 from pictures import noise
 from PIL import Image
 
@@ -29,7 +30,7 @@ from simexplain.rendering.overlay import (
     robust,
     spotlight,
 )
-from simexplain.rendering.panel import Tile, panel
+from simexplain.rendering.sheet import Cell, Grid, Row, Words, page
 
 SHAPES = [(40, 60), (1, 1), (1, 500), (500, 1), (3, 7), (257, 5), (600, 40)]
 
@@ -172,15 +173,16 @@ def test_figure_of_any_number_of_images(count: int, styles: tuple[str, ...]) -> 
     figure = result.figure(styles=styles)
     shown = [axes for axes in figure.axes if axes.images]
     assert len(shown) == count * (1 + len(result.rows) * len(styles))
-    said = " ".join(axes.get_title() for axes in shown)
+    said = " ".join(written(figure, "above"))
     for role in ("anchor", "positive", "negative"):
         assert said.count(role) == result.roles.count(role)
     for distance in result.distances[0].tolist():
         assert f"{distance:.3f}" in said
-    written = " ".join(text.get_text() for text in figure.texts)
-    assert "tiny" in written
-    assert result.layer in written
-    assert result.condition().text in written or count == 2
+    everything = " ".join(text.get_text() for text in figure.texts)
+    assert "tiny" in everything
+    assert result.layer in everything
+    assert result.condition().text in everything or count == 2
+    assert_tidy(figure)
     boxes = [axes.get_position() for axes in shown]
     for number, a in enumerate(boxes):
         assert min(a.x0, a.y0) >= 0
@@ -191,22 +193,22 @@ def test_figure_of_any_number_of_images(count: int, styles: tuple[str, ...]) -> 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_figure_of_odd_shapes(shape: tuple[int, int]) -> None:
-    heat = np.ones(shape, np.float32)
-    tiles = [
-        Tile(np.array(noise(*shape)), heat, role, "name", distance, peak=(0.0, 0.0))
-        for role, distance in (("anchor", None), ("positive", 0.1))
-    ]
-    figure = panel(tiles, title="t", verdict="v", holds=None, footer="f", styles=("contour",))
+    drawn = contour(np.array(noise(*shape)), np.ones(shape, np.float32))
+    cells = [Cell(drawn, (Words(said),), peak=(0.0, 0.0)) for said in ("anchor", "positive")]
+    figure = page([Grid([Row(cells, tallest=4.4)], [2.75] * 2)], title="t", footer="f").figure
     height, width = pixels_of(figure).shape[:2]
     assert 100 < height < 3000
     assert 100 < width < 3000
+    assert_tidy(figure)
 
 
 def test_strings_that_look_like_formulas_are_shown_as_they_are() -> None:
     odd = r"$\frac{1}{$ 50% <b>_^{} $x$"
-    tile = Tile(np.array(noise(9, 9)), np.ones((9, 9), np.float32), "anchor", odd)
-    pair = [tile, replace(tile, role="negative", distance=0.5)]
-    pixels_of(panel(pair, title=odd, verdict=odd, holds=False, footer=odd, notes=(odd,)))
+    cell = Cell(np.array(noise(9, 9)), (Words(odd),), (Words(odd),), tag=odd)
+    grid = Grid([Row([cell, Cell(inside=(Words(odd),))], Words(odd))], [2.75] * 2)
+    figure = page([grid], title=odd, verdict=odd, legend=odd, footer=odd, notes=(odd,)).figure
+    pixels_of(figure)
+    assert sum(odd in text for text in written(figure)) == 10
 
 
 def test_bad_arguments() -> None:
@@ -274,8 +276,7 @@ def test_levels_that_are_added_are_not_called_a_product() -> None:
     images = torch.rand(3, 3, 24, 32, generator=torch.Generator().manual_seed(0))
     triplet = Comparison.triplet(*images[:, None])
     figure = explain(small_avsl().float(), triplet, "avsl").figure(by_layer=True)
-    rows = [axes.get_ylabel() for axes in figure.axes if axes.images and axes.get_ylabel()]
-    assert rows == ["sum", "stage1", "stage2", "stage3"]
+    assert written(figure, "heading") == ["sum", "stage1", "stage2", "stage3"]
     assert any("layer stage1 + stage2 + stage3" in text.get_text() for text in figure.texts)
 
 

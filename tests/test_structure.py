@@ -168,7 +168,7 @@ from test_rendering import explained
 result = explained(3)
 result._repr_html_()
 result.figure()
-from simexplain.rendering.panel import png_of
+from simexplain.rendering.sheet import png_of
 from test_attribution_rendering import graph, ranked, ranking
 png_of(graph(3)), png_of(ranking(ranked("positive")))
 there("matplotlib.pyplot")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from avsl_cases import small_avsl
-from matplotlib.text import Annotation, Text
+from figures import assert_tidy, texts_of
 from pictures import square
 from PIL import Image
 from torch import Tensor, nn
@@ -122,11 +122,13 @@ def test_the_lines_over_a_picture_stay_apart(tmp_path: Path, size: tuple[int, in
     """A name that stands a share of the height above a tall picture would run into its role."""
     paths = drawn(tmp_path, size, (20, 20), (30, 20))
     figure = explain(persons(), paths, "decomposition", arch="siamese").figure()
-    figure.draw_without_rendering()
-    for axes in [axes for axes in figure.axes if axes.get_title()]:
-        texts: list[Text] = [text for text in axes.texts if isinstance(text, Annotation)]
-        (caption,) = [text.get_window_extent() for text in texts]
-        assert caption.y0 >= axes.get_window_extent().y1
-        # The title's second line is empty and makes room for the caption.
-        letters = axes.title.get_size() * figure.dpi / 72
-        assert caption.y1 <= axes.title.get_window_extent().y1 - 0.9 * letters
+    assert_tidy(figure)
+    texts = [text for text in texts_of(figure) if text.get_gid() == "above"]
+    assert [text.get_text() for text in texts[1::2]] == [path.name for path in paths]
+    tops = [axes.get_window_extent().y1 for axes in figure.axes if axes.images]
+    for title, caption, top in zip(texts[::2], texts[1::2], tops, strict=False):
+        box = caption.get_window_extent()
+        assert box.y0 >= top
+        # A line's letters have room under the line above.
+        letters = title.get_size() * figure.dpi / 72
+        assert box.y1 <= title.get_window_extent().y1 - 0.9 * letters

@@ -16,7 +16,7 @@ from PIL import Image
 from simexplain_cli.match import report
 
 from simexplain import load_model, match
-from simexplain.rendering.panel import png_of
+from simexplain.rendering.sheet import png_of
 
 POINT = (300, 370)
 """The cat's nose in the anchor."""

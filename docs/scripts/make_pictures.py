@@ -22,7 +22,9 @@ from PIL import Image
 
 from simexplain import Explanation, SimilarityModel, explain, load_model
 from simexplain.models.accelerating import accelerated
+from simexplain.rendering import sheet
 from simexplain.rendering.overlay import RENDERERS
+from simexplain.rendering.sheet import Cell, Grid, Words, page
 
 ROOT = Path(__file__).parents[2]
 TARGET = ROOT / "docs" / "pictures"
@@ -167,41 +169,33 @@ def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
 
 
 def strip(rows: Sequence[Row], found: Sequence[Explanation]) -> Figure:
-    """One row of overlays for each choice, the peaks marked."""
-    roles = found[0].roles
-    height, width, _ = found[0].on_picture(0)[0].shape
-    cell = CELL * height / width
-    figure = Figure((CELL * len(roles) + 0.3, (cell + 0.04) * len(rows) + 0.28), dpi=110)
-    total = figure.get_figheight()
-    grid = figure.subplots(len(rows), len(roles), squeeze=False)
-    figure.subplots_adjust(0.28 / figure.get_figwidth(), 0, 1, 1 - 0.26 / total, 0.03, 0.03)
-    for line, (row, explanation) in enumerate(zip(rows, found, strict=True)):
-        for place, role in enumerate(roles):
-            axes = grid[line, place]
-            axes.imshow(RENDERERS["overlay"](*explanation.on_picture(place)))
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-            peak = explanation.peaks()[place]
-            if peak:
-                axes.plot(*peak, "+", color="white", markersize=9, markeredgewidth=2.6)
-                axes.plot(*peak, "+", color="black", markersize=8, markeredgewidth=1.1)
-            if not line:
-                axes.set_title(role, size=9, pad=4)
-        grid[line, 0].set_ylabel(row.label, size=8, labelpad=3)
-    return figure
+    """One line of overlays for each choice."""
+    lines = [
+        sheet.Row(
+            [
+                Cell(
+                    RENDERERS["overlay"](*explanation.on_picture(place)),
+                    () if number else (Words(role, size=9),),
+                    peak=peak and (peak[0] - 0.5, peak[1] - 0.5),
+                )
+                for place, (role, peak) in enumerate(
+                    zip(explanation.roles, explanation.peaks(), strict=True)
+                )
+            ],
+            Words(row.label, align="left", lines=2),
+            tallest=CELL,
+        )
+        for number, (row, explanation) in enumerate(zip(rows, found, strict=True))
+    ]
+    grid = Grid(lines, [CELL] * len(found[0].roles), gap=0.05, between=0.04)
+    return page([grid], title="", least=0).figure
 
 
 def line(drawn: dict[str, NDArray[np.uint8]]) -> Figure:
     """Drawn pictures side by side under their names."""
-    cell, head = CELL * 4 / max(4, len(drawn)), 0.4
-    figure = Figure((cell * len(drawn), cell + head), dpi=110)
-    grid = figure.subplots(1, len(drawn))
-    figure.subplots_adjust(0, 0, 1, 1 - head / (cell + head), 0.03)
-    for axes, (name, picture) in zip(grid, drawn.items(), strict=True):
-        axes.imshow(picture)
-        axes.set_axis_off()
-        axes.set_title(name, size=8, pad=4)
-    return figure
+    cell = CELL * 4 / max(4, len(drawn))
+    cells = [Cell(picture, (Words(name, lines=2),)) for name, picture in drawn.items()]
+    return page([Grid([sheet.Row(cells)], [cell] * len(cells))], title="", least=0).figure
 
 
 def sweep(model: SimilarityModel) -> Figure:

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from simexplain_cli.search import report
 
 from simexplain import SearchResult, build_index, load_model, search
-from simexplain.rendering.panel import png_of
+from simexplain.rendering.sheet import png_of
 
 SIDE, PRINT = 448, 170
 BOXES = {

@@ -24,7 +24,7 @@ from simexplain_cli.segment import report
 from skimage import data
 
 from simexplain import load_model, segment
-from simexplain.rendering.panel import png_of
+from simexplain.rendering.sheet import png_of
 from simexplain.segmentation.scores import overlap
 
 SIDE, LARGE = 448, 210

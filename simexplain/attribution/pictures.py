@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from simexplain.attribution.account import Node
 from simexplain.attribution.result import Attribution
+from simexplain.data.thumbnails import shrunk
 from simexplain.errors import ComparisonError
 from simexplain.models.avsl_options import ORIGINS
 from simexplain.printing import printable
@@ -126,7 +126,7 @@ class _Cards:
     def __init__(self, attribution: Attribution, index: int) -> None:
         self.attribution, self.index = attribution, index
         views = attribution.preprocess.undo(attribution.images[index])
-        self.views = tuple(_shrunk(view, _CARD) for view in views)
+        self.views = tuple(shrunk(view, _CARD) for view in views)
 
     def __call__(self, node: Node) -> NodeCard:
         heat = self.attribution.heatmaps(node.level, [node.node], self.index)[:, 0].cpu().numpy()
@@ -199,15 +199,7 @@ def _thumbnails(attribution: Attribution, index: int) -> tuple[Pixels, Pixels]:
         first, second = (np.asarray(p.image) for p in attribution.pictures[index])
     else:
         first, second = attribution.preprocess.undo(attribution.images[index])
-    return _shrunk(first, _PICTURE), _shrunk(second, _PICTURE)
-
-
-def _shrunk(picture: Pixels, longest: int) -> Pixels:
-    height, width = picture.shape[:2]
-    share = min(1.0, longest / max(height, width))
-    size = (max(1, round(width * share)), max(1, round(height * share)))
-    image = Image.fromarray(np.ascontiguousarray(picture))
-    return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
+    return shrunk(first, _PICTURE), shrunk(second, _PICTURE)
 
 
 def _captions(attribution: Attribution, index: int) -> tuple[str, str]:

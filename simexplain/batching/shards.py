@@ -16,7 +16,7 @@ from simexplain.batching.table import Record, explained, failed
 from simexplain.errors import OutputError, SimexplainError, first_line
 from simexplain.explanation import Explanation
 from simexplain.rendering.overlay import RENDERERS
-from simexplain.rendering.panel import png_of
+from simexplain.rendering.sheet import png_of
 
 TENSORS = ("maps", "weights", "scores", "distances", "moved", "unexplained")
 """What a shard has of each row under ``KEY/NAME``, beside ``KEY/layer_N`` of several layers."""

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from simexplain.data.preprocessing import Geometry
+from simexplain.data.thumbnails import Thumbnail, shrunk
 from simexplain.errors import ComparisonError
 from simexplain.matching.factors import SCORES
 from simexplain.matching.points import Point
 from simexplain.matching.result import SIDES, Matching
 from simexplain.metrics.maps import signed_heat
 from simexplain.printing import printable
-from simexplain.rendering.correspondence import COLOURS, Row, correspondence
+from simexplain.rendering.overlay import signed_overlay
+from simexplain.rendering.sheet import COLOURS, Bar, Cell, Grid, Row, Words, page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_THUMBNAIL = 560
+_CELL, _TALLEST = 3.3, 4.2
+_LEGEND = (
+    "Lines: positions that are each other's best, by what they add together beyond what each "
+    "adds on average; 1 is the strongest. Numbers stand in the middle of positions."
+)
+
+_Heats = tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]
 
 
 def draw_matching(
@@ -43,24 +48,27 @@ def draw_matching(
     chosen = matching.top(lines, index, mutual=True, by="specific")
     maps = [part[index] for part in matching.marginals()]
     name = f"what each place adds to the {SCORES[matching.score_name].noun}"
-    every = Row(
-        texts=(name, name),
-        heats=(sides[0].heat(maps[0]), sides[1].heat(maps[1])),
-    )
-    return correspondence(
-        (sides[0].picture, sides[1].picture),
-        (sides[0].caption, sides[1].caption),
-        (sides[0].box, sides[1].box),
-        [(sides[0].spot(*pair.a), sides[1].spot(*pair.b)) for pair in chosen],
-        [
-            every,
-            *(_row(matching, sides, point, number, index) for number, point in enumerate(points)),
-        ],
+    heats: list[_Heats] = [(sides[0].heat(maps[0]), sides[1].heat(maps[1]))]
+    rows = [
+        Row([side.cell(side.caption) for side in sides], tallest=_TALLEST),
+        _row(sides, (name, name), heats[0], (None, None)),
+    ]
+    for number, point in enumerate(points):
+        heats.append((None, sides[1].heat(matching.at(*point, index=index))))
+        rows.append(_point_row(matching, sides, point, heats[-1], number, index))
+    signed = any(heat is not None and heat.min() < -0.02 for pair in heats for heat in pair)
+    bar = Bar("share of each map's largest value", signed, row=1)
+    sheet = page(
+        [Grid(rows, [_CELL] * 2, gap=0.55, bar=bar)],
         title="Which region answers to which?",
         verdict=summary(matching, index),
+        legend=_LEGEND if chosen else "",
         footer=footer(matching),
         notes=matching.warnings,
     )
+    ends = [(sides[0].spot(*pair.a), sides[1].spot(*pair.b)) for pair in chosen]
+    sheet.connect(sheet.figure.axes[:2], ends)
+    return sheet.figure
 
 
 def summary(matching: Matching, index: int) -> str:
@@ -81,19 +89,33 @@ def footer(matching: Matching) -> str:
     )
 
 
-def _row(matching: Matching, sides: Sequence[_Side], point: Point, number: int, index: int) -> Row:
+def _point_row(
+    matching: Matching,
+    sides: Sequence[_Side],
+    point: Point,
+    heats: _Heats,
+    number: int,
+    index: int,
+) -> Row:
     best = matching.best(*point, index=index)
+    most = "most" if matching.sign > 0 else "least"
     texts = (
         f"point {number + 1} at ({best.a[0]:.0f}, {best.a[1]:.0f})",
-        f"{'most' if matching.sign > 0 else 'least'} at ({best.b[0]:.0f}, {best.b[1]:.0f}): "
-        f"{best.value:+.5f}, {best.share:+.2%}",
+        f"{most} at ({best.b[0]:.0f}, {best.b[1]:.0f}): {best.value:+.5f}, {best.share:+.2%}",
     )
-    return Row(
-        texts=texts,
-        heats=(None, sides[1].heat(matching.at(*point, index=index))),
-        marks=(sides[0].spot(*best.a), sides[1].spot(*best.b)),
-        colour=COLOURS[number % len(COLOURS)],
-    )
+    colour = COLOURS[number % len(COLOURS)]
+    rings = (sides[0].spot(*best.a), colour), (sides[1].spot(*best.b), colour)
+    return _row(sides, texts, heats, rings)
+
+
+def _row(
+    sides: Sequence[_Side],
+    texts: tuple[str, str],
+    heats: _Heats,
+    rings: tuple[tuple[Point, str] | None, tuple[Point, str] | None],
+) -> Row:
+    cells = zip(sides, texts, heats, rings, strict=True)
+    return Row([side.cell(text, heat, ring) for side, text, heat, ring in cells], tallest=_TALLEST)
 
 
 class _Side:
@@ -101,31 +123,31 @@ class _Side:
 
     def __init__(self, matching: Matching, place: int, index: int) -> None:
         self.frame = matching.frame(SIDES[place], index)
-        self.box: tuple[float, float, float, float] | None = None
-        self.geometry: Geometry | None = None
-        if matching.pictures:
+        self.caption = ("first image", "second image")[place]
+        self.whole = bool(matching.pictures)
+        if self.whole:
             picture = matching.pictures[index][place]
             self.caption = printable(Path(picture.path).name)
-            width, height = picture.image.size
-            self.shrink = min(1.0, _THUMBNAIL / max(width, height))
-            small = (max(1, round(height * self.shrink)), max(1, round(width * self.shrink)))
-            thumbnail = picture.image.resize((small[1], small[0]), Image.Resampling.LANCZOS)
-            self.picture = np.asarray(thumbnail)
-            self.geometry = replace(matching.geometries[index][place], original=small)
-            if self.geometry.box != (0, 0, small[1], small[0]):
-                self.box = self.geometry.box
+            geometry = matching.geometries[index][place]
+            self.picture = Thumbnail(shrunk(picture.image), geometry)
         else:
-            self.caption = ("first image", "second image")[place]
-            self.picture = matching.preprocess.undo(matching.images[place][index])
+            self.picture = Thumbnail(matching.preprocess.undo(matching.images[place][index]))
 
     def heat(self, values: Tensor) -> NDArray[np.float32]:
         """A map ``(h,w)`` over the picture, divided by its largest absolute value."""
-        heat = signed_heat(values, self.frame.view, self.frame.region)
-        return heat if self.geometry is None else self.geometry.to_original(heat)
+        return self.picture.heat(signed_heat(values, self.frame.view, self.frame.region))
 
     def spot(self, x: float, y: float) -> Point:
         """A point of the user's in pixels of the drawn picture, whose first centre is at 0."""
-        if self.geometry is None:
-            x, y = self.frame.in_view(x, y)
-            return x - 0.5, y - 0.5
-        return x * self.shrink - 0.5, y * self.shrink - 0.5
+        return self.picture.spot(*((x, y) if self.whole else self.frame.in_view(x, y)))
+
+    def cell(
+        self,
+        text: str,
+        heat: NDArray[np.float32] | None = None,
+        ring: tuple[Point, str] | None = None,
+    ) -> Cell:
+        """The picture with a line over it, and with heat and a ring where there are any."""
+        pixels = self.picture.pixels
+        shown = pixels if heat is None else signed_overlay(pixels, heat)
+        return Cell(shown, (Words(text, size=9),), seen=self.picture.seen, ring=ring)

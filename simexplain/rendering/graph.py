@@ -9,30 +9,32 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from simexplain.rendering.cards import (
-    FAINT,
-    INK,
-    LINE,
-    SMALL,
     Branch,
     LevelShare,
     NodeCard,
-    Sheet,
-    breadth,
     draw_card,
-    fitted,
-    foot_lines,
     in_two,
     mean_ratio,
-    number,
 )
+from simexplain.rendering.lettering import breadth, number
 from simexplain.rendering.overlay import Pixels
-from simexplain.rendering.panel import ROLE_COLOURS
+from simexplain.rendering.sheet import (
+    FAINT,
+    INK,
+    LINE,
+    ROLE_COLOURS,
+    SMALL,
+    Sheet,
+    fitted,
+    foot_lines,
+)
 
 _WIDTH, _GUTTER, _EDGE = 13.0, 1.95, 0.2
 _HEAD, _PICTURE, _GAP = 0.9, 1.75, 0.55
 _MIDDLE = (_GUTTER + _WIDTH) / 2
 _PAD, _BETWEEN, _HEADER, _CAPTION = 0.1, 0.2, 0.24, 0.4
 _BROADEST, _LOWEST_BAND = 1.95, 1.1
+_MOST_POINTS, _LEAST_POINTS, _BEND = 11.0, 0.8, 0.85
 _BAND, _TRACK, _SHARE = "#f4f3f0", "#dedcd6", ROLE_COLOURS["anchor"]
 _COLOURS = {
     "similar": (ROLE_COLOURS["positive"], "#8fc19c"),
@@ -294,4 +296,26 @@ def _edges(sheet: Sheet, start: tuple[float, float], places: Sequence[_Placed]) 
         # The frames are drawn over the last bit of the edges, which leaves no gap.
         targets = [(x + width / 2, y + 0.03) for _, x, y, width, _ in ends]
         colours = [_COLOURS[frame.kind][1] for frame, *_ in ends]
-        sheet.fan(spot, targets, [frame.part for frame, *_ in ends], colours)
+        _fan(sheet, spot, targets, [frame.part for frame, *_ in ends], colours)
+
+
+def _fan(
+    sheet: Sheet,
+    start: tuple[float, float],
+    ends: Sequence[tuple[float, float]],
+    parts: Sequence[float],
+    colours: Sequence[str],
+) -> None:
+    """Edges from one place to several from left to right, as wide as their parts."""
+    most = max(parts, default=0) or 1
+    widths = [max(_LEAST_POINTS, _MOST_POINTS * part / most) for part in parts]
+    bend = max(start[1], min((y for _, y in ends), default=0) - _BEND)
+    x = start[0] - sum(widths) / 72 / 2
+    for (right, end), width, colour in zip(ends, widths, colours, strict=True):
+        own, x = x + width / 72 / 2, x + width / 72
+        deep, low = 0.3 * bend + 0.7 * end, 0.7 * bend + 0.3 * end
+        points = [(own, start[1]), (own, bend), (own, deep), (right, low), (right, end)]
+        # Thin edges lie over thick ones, which would hide them.
+        order = 1 + 1 / (2 + width)
+        edge = sheet.line(points, edgecolor=colour, linewidth=width, zorder=order)
+        edge.set_gid("edge")

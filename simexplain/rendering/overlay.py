@@ -35,10 +35,16 @@ def overlay(picture: Pixels, heatmap: Heat) -> Pixels:
     """
 
     def drawn(rows: Pixels, heat: Heat) -> Pixels:
-        # A little grey under the colour keeps the picture's own reds from reading as heat.
-        grey = cv2.cvtColor(cv2.cvtColor(rows, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-        base = cv2.addWeighted(rows, 0.6, grey, 0.4, 0)
-        return _mixed(base, _colours()[_levels(heat)], 0.78 * np.sqrt(heat.clip(0, 1)))
+        return _coloured(rows, heat.clip(0, 1))
+
+    return _in_strips(drawn, picture, heatmap)
+
+
+def signed_overlay(picture: Pixels, heatmap: Heat) -> Pixels:
+    """The same for heat in [-1, 1]: warm where it is positive, cold where it is negative."""
+
+    def drawn(rows: Pixels, heat: Heat) -> Pixels:
+        return _coloured(rows, heat.clip(-1, 1))
 
     return _in_strips(drawn, picture, heatmap)
 
@@ -50,7 +56,7 @@ def contour(picture: Pixels, heatmap: Heat) -> Pixels:
     for level in CONTOUR_LEVELS:
         inside = (heatmap >= level).astype(np.uint8)
         lines, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        colour = tuple(int(c) for c in _colours()[round(255 * (0.2 + 0.75 * level))])
+        colour = tuple(int(c) for c in colour_table()[round(255 * (0.2 + 0.75 * level))])
         cv2.drawContours(drawn, lines, -1, (255, 255, 255), 2 * width + 1, cv2.LINE_AA)
         cv2.drawContours(drawn, lines, -1, colour, width, cv2.LINE_AA)
     return drawn
@@ -107,12 +113,17 @@ def _mixed(below: Pixels, above: Pixels, opacity: NDArray[np.float32]) -> Pixels
     return mixed
 
 
-def _levels(heatmap: Heat) -> Pixels:
-    return np.round(heatmap.clip(0, 1) * 255).astype(np.uint8)
+def _coloured(picture: Pixels, heat: Heat) -> Pixels:
+    # A little grey under the colour keeps the picture's own reds from reading as heat.
+    grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    base = cv2.addWeighted(picture, 0.6, grey, 0.4, 0)
+    colours = colour_table(signed=True)[255 + np.round(255 * heat).astype(np.int16)]
+    return _mixed(base, colours, np.float32(0.78) * np.sqrt(np.abs(heat)))
 
 
-@lru_cache(maxsize=1)
-def _colours() -> Pixels:
-    """The colour map as a table ``(256,3)``."""
-    table: Pixels = colormaps[COLOURMAP](np.arange(256), bytes=True)
-    return np.ascontiguousarray(table[:, :3])
+@lru_cache(maxsize=2)
+def colour_table(*, signed: bool = False) -> Pixels:
+    """The colours of heat from 0 to 1, ``(256,3)``; signed ``(511,3)`` from -1, in blue below 0."""
+    warm = colormaps[COLOURMAP](np.arange(256), bytes=True)[:, :3]
+    table: Pixels = np.concatenate((warm[:0:-1, ::-1], warm)) if signed else warm
+    return np.ascontiguousarray(table)

@@ -13,20 +13,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from simexplain.rendering.cards import (
+from simexplain.rendering.cards import NodeCard, mean_ratio
+from simexplain.rendering.lettering import breadth, number, shortened
+from simexplain.rendering.sheet import (
     FAINT,
     LINE,
     PALE,
+    ROLE_COLOURS,
     SMALL,
-    NodeCard,
     Sheet,
-    breadth,
     foot_lines,
-    mean_ratio,
-    number,
-    shortened,
 )
-from simexplain.rendering.panel import ROLE_COLOURS
 
 _WIDTH, _EDGE, _PAD = 13.0, 0.2, 0.15
 _HEAD, _TITLE, _CAPTIONS, _APART = 0.6, 0.42, 0.86, 0.25

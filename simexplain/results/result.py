@@ -152,7 +152,7 @@ class Result(ABC):
 
     def _repr_html_(self) -> str:
         """What Jupyter shows: the first figures, or the text."""
-        from simexplain.rendering.panel import as_html
+        from simexplain.rendering.sheet import as_html
 
         captions = self.captions()
         if not captions:
@@ -207,7 +207,7 @@ def _content(made: Any) -> bytes:
     if isinstance(made, np.ndarray):
         Image.fromarray(made).save(buffer, "PNG", compress_level=3)
         return buffer.getvalue()
-    from simexplain.rendering.panel import png_of
+    from simexplain.rendering.sheet import png_of
 
     return png_of(made)
 

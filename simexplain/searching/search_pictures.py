@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simexplain.data.preprocessing import Geometry
+from simexplain.data.thumbnails import Thumbnail
 from simexplain.errors import ComparisonError
 from simexplain.matching.points import Point
 from simexplain.metrics.maps import placed
-from simexplain.rendering import cards
-from simexplain.rendering.hits import HitColumn, QueryPicture, hits_figure
+from simexplain.printing import printable
+from simexplain.rendering.lettering import number
+from simexplain.rendering.overlay import Heat, signed_overlay
+from simexplain.rendering.sheet import (
+    FAINT,
+    INK,
+    LINE,
+    PALE,
+    ROLE_COLOURS,
+    SMALL,
+    Bar,
+    Cell,
+    Frame,
+    Grid,
+    Row,
+    Sheet,
+    Words,
+    page,
+)
 from simexplain.searching.regions import Box
 from simexplain.searching.search_result import Hit, SearchResult
 
@@ -26,6 +44,7 @@ if TYPE_CHECKING:
 MOST = 20
 """Hits in one figure."""
 
+_ACROSS, _CELL, _TALLEST, _RATHER = 5, 1.9, 2.6, 0.5
 _MARGIN = 1.5
 """How many times larger than a region its close-up is."""
 
@@ -44,6 +63,29 @@ _ROWS = {
 _NEXT = "next class down", "next picture down"
 
 
+@dataclass(frozen=True)
+class HitColumn:
+    """One hit. Heats are over the whole pictures, in [-1, 1]; None where there are none.
+
+    Attributes:
+        hit: Its numbers.
+        picture: Its picture.
+        rival: The rival's picture.
+        on_hit: Heat over its picture.
+        on_query: Heat over the query, or over its close-up where a region was searched for.
+        contrast: Signed heat over the same: what sets the hit apart from its rival.
+        marks: Pairs of points, in what ``on_query`` covers and in the hit, to number.
+    """
+
+    hit: Hit
+    picture: _Picture
+    rival: NDArray[np.uint8] | None = None
+    on_hit: Heat | None = None
+    on_query: Heat | None = None
+    contrast: Heat | None = None
+    marks: tuple[tuple[Point, Point], ...] = ()
+
+
 def draw_search(result: SearchResult, lines: int) -> Figure:
     """The figure of a search; see ``SearchResult.figure``.
 
@@ -56,22 +98,26 @@ def draw_search(result: SearchResult, lines: int) -> Figure:
     query = _Picture(result, result.query)
     columns = [_column(result, query, hit, number, lines) for number, hit in enumerate(shown)]
     columns = on_one_scale(columns)
-    rows: tuple[str, ...] = _ROWS[result.region is not None]
-    if not _classes(result):
-        rows = tuple(row.replace(*_NEXT) for row in rows)
     notes = list(result.warnings)
     if len(shown) < len(result.hits):
         notes.append(f"The figure shows the first {MOST} of {len(result.hits)} hits.")
-    return hits_figure(
-        query.shown(Path(result.query).name, result.region),
-        columns,
+    across = min(len(columns), _ACROSS)
+    heated = result.query_maps is not None
+    bar = Bar("share of the row's largest value", signed=True, row=1) if heated else None
+    grids = [
+        Grid(_rows(result, query, columns[start : start + across], across),
+             [_CELL] * (1 + across), gap=0.14, bar=None if start else bar)
+        for start in range(0, len(columns), across)
+    ]  # fmt: skip
+    return page(
+        grids,
         title="Why were these found?",
         verdict=f"{verdict(result)}. {result.closeness}" if result.closeness else verdict(result),
-        rows=rows,
         legend=_legend(result, lines),
         footer=footer(result),
         notes=notes,
-    )
+        least=7.0,
+    ).figure
 
 
 def verdict(result: SearchResult) -> str:
@@ -117,28 +163,10 @@ def _legend(result: SearchResult, lines: int) -> str:
 
 def _column(result: SearchResult, query: _Picture, hit: Hit, number: int, lines: int) -> HitColumn:
     own = _Picture(result, hit.path)
-    column = HitColumn(
-        picture=own.pixels,
-        title=f"{hit.rank}" if hit.similarity is None else f"{hit.rank}   cos {hit.similarity:.3f}",
-        beside=f"d {_short(hit.distance)}",
-        far=hit.close is False,
-        label=hit.label or "",
-        name=Path(hit.path).name,
-        seen=own.seen,
-        bars=hit.levels,
-    )
-    if hit.rival is not None and hit.gap is not None:
-        column = replace(
-            column,
-            rival=result.pictures.get(hit.rival.path),
-            rather=(
-                f"not {hit.rival.label or Path(hit.rival.path).name}",
-                f"rank {hit.rival.rank}, d {_short(hit.rival.distance)}, {_gap(hit.gap)}",
-            ),
-        )
+    rival = None if hit.rival is None else result.pictures.get(hit.rival.path)
+    column = HitColumn(hit, own, rival)
     if result.query_maps is None or result.hit_maps is None or result.contrast_maps is None:
         return column
-    marks = [(query.spot(pair.a), own.spot(pair.b)) for pair in hit.pairs[:lines]]
     return replace(
         column,
         on_hit=own.heat(result.hit_maps[number]),
@@ -146,9 +174,103 @@ def _column(result: SearchResult, query: _Picture, hit: Hit, number: int, lines:
         contrast=None
         if hit.rival is None
         else query.close(query.heat(result.contrast_maps[number]), result.region),
-        box=own.region(hit.box),
-        marks=tuple(marks),
+        marks=tuple((query.spot(*pair.a), own.spot(*pair.b)) for pair in hit.pairs[:lines]),
     )
+
+
+def _rows(
+    result: SearchResult, query: _Picture, columns: Sequence[HitColumn], across: int
+) -> list[Row]:
+    """The query with some hits, and below them why each was found."""
+    empty: list[Cell | None] = [None] * (across - len(columns))
+    what = "query" if result.region is None else "query: what is boxed"
+    above = (
+        Words(what, ROLE_COLOURS["anchor"], 10, "bold", "left"),
+        Words(printable(Path(result.query).name), FAINT, align="left"),
+    )
+    first = Cell(query.pixels, above, seen=query.seen, region=query.frame(result.region))
+    rows = [Row([first, *map(_found, columns), *empty], tallest=_TALLEST)]
+    if result.query_maps is None:
+        rows.append(Row([None, *map(_bars, columns), *empty]))
+    else:
+        under = query.close(query.pixels, result.region)
+        texts: tuple[str, ...] = _ROWS[result.region is not None]
+        texts = texts if _classes(result) else tuple(text.replace(*_NEXT) for text in texts)
+        heats = zip(*(_heats(result, query, under, column) for column in columns), strict=True)
+        rows += [
+            Row([Cell(inside=(Words(text, align="right", lines=6),)), *cells, *empty],
+                tallest=_TALLEST)
+            for text, cells in zip(texts, heats, strict=True)
+        ]  # fmt: skip
+    return [*rows, Row([None, *map(_rather, columns), *empty], tallest=_RATHER)]
+
+
+def _found(column: HitColumn) -> Cell:
+    """The picture of a hit, its numbers and its name."""
+    hit, name = column.hit, printable(Path(column.hit.path).name)
+    title = f"{hit.rank}" if hit.similarity is None else f"{hit.rank}   cos {hit.similarity:.3f}"
+    far = hit.close is False
+    above = [
+        Words(title, FAINT if far else INK, 10, "bold", "left", aside=f"d {_short(hit.distance)}")
+    ]
+    above += [Words(hit.label, align="left")] if hit.label else []
+    above.append(Words(name, FAINT, SMALL - bool(hit.label), align="left"))
+    return Cell(
+        column.picture.pixels, tuple(above), seen=column.picture.seen,
+        region=column.picture.frame(hit.box), tag="not close" if far else "",
+    )  # fmt: skip
+
+
+def _heats(
+    result: SearchResult, query: _Picture, under: NDArray[np.uint8], column: HitColumn
+) -> list[Cell]:
+    """What the maps of a hit show, over its picture and over the query."""
+    assert column.on_hit is not None
+    assert column.on_query is not None
+    own = column.picture
+    whole = result.region is None
+    on_query: dict[str, Any] = {
+        "seen": query.seen if whole else None,
+        "region": None if result.region is None else query.within(result.region),
+    }
+    cells = [
+        Cell(signed_overlay(own.pixels, column.on_hit), seen=own.seen,
+             region=own.frame(column.hit.box), spots=tuple(b for _, b in column.marks)),
+        Cell(signed_overlay(under, column.on_query), spots=tuple(a for a, _ in column.marks),
+             **on_query),
+    ]  # fmt: skip
+    if column.contrast is None:
+        return [*cells, Cell(inside=(Words("nothing further down", FAINT),))]
+    return [*cells, Cell(signed_overlay(under, column.contrast), **on_query)]
+
+
+def _rather(column: HitColumn) -> Cell | None:
+    """The rival in small, and what it is."""
+    rival, gap = column.hit.rival, column.hit.gap
+    if rival is None or gap is None or column.rival is None:
+        return None
+    name = rival.label or printable(Path(rival.path).name)
+    numbers = f"rank {rival.rank}, d {_short(rival.distance)}, {_gap(gap)}"
+    words = (
+        Words(f"not {name}", size=7.5, align="left"),
+        Words(numbers, FAINT, 7.5, align="left", lines=2),
+    )
+    return Cell(column.rival, beside=words)
+
+
+def _bars(column: HitColumn) -> Cell:
+    """What each level adds to the distance, each with a bar."""
+    levels = column.hit.levels
+    most = max((abs(value) for _, value in levels), default=0) or 1
+
+    def draw(sheet: Sheet, x: float, y: float, width: float, height: float) -> None:
+        for position, (label, value) in enumerate(levels):
+            middle, length = y + LINE * (position + 0.5), 0.72 * abs(value) / most
+            sheet.frame(x + 1.12, middle - 0.05, max(length, 0.01), 0.1, corner=0, facecolor=PALE)
+            sheet.say(x, middle, label, most=0.7, color=FAINT, size=SMALL - 0.5)
+            sheet.say(x + 1.08, middle, number(value), ha="right", size=SMALL - 0.5)
+
+    return Cell(draw=draw, height=LINE * len(levels))
 
 
 def on_one_scale(columns: Sequence[HitColumn]) -> list[HitColumn]:
@@ -166,7 +288,7 @@ def on_one_scale(columns: Sequence[HitColumn]) -> list[HitColumn]:
 
 def _short(value: float) -> str:
     """Three digits that count."""
-    return f"{value:.3f}" if value >= 0.1 or value == 0 else cards.number(value)
+    return f"{value:.3f}" if value >= 0.1 or value == 0 else number(value)
 
 
 def _gap(value: float) -> str:
@@ -174,38 +296,17 @@ def _gap(value: float) -> str:
     return f"{value:+.3f}" if value >= 0.01 else f"{value:+.2g}"
 
 
-class _Picture:
-    """A thumbnail, and how to come to its pixels."""
+class _Picture(Thumbnail):
+    """A thumbnail with the maps of a layer."""
 
     def __init__(self, result: SearchResult, path: str) -> None:
-        self.pixels = result.pictures[path]
-        self.layer_region = result.layer_region
-        whole = result.geometries[path]
-        height, width = self.pixels.shape[:2]
-        self.geometry: Geometry = replace(whole, original=(height, width))
-        self.shrink = width / whole.original[1], height / whole.original[0]
-        all_of_it = self.geometry.box == (0, 0, width, height)
-        self.seen = None if all_of_it else self.geometry.box
+        super().__init__(result.pictures[path], result.geometries[path])
+        self.region, self.view = result.layer_region, result.geometries[path].size
 
-    def heat(self, values: Tensor) -> NDArray[np.float32]:
+    def heat(self, heatmap: Tensor | Heat) -> Heat:
         """A map ``(h,w)`` over the picture, in its own units."""
-        size = self.geometry.size
-        grown = placed(values[None, None].float(), size, self.layer_region)[0, 0]
-        return self.geometry.to_original(grown.cpu().numpy())
-
-    def spot(self, point: Point) -> Point:
-        """A point of the picture in pixels of the thumbnail, whose first centre is at 0."""
-        return point[0] * self.shrink[0] - 0.5, point[1] * self.shrink[1] - 0.5
-
-    def shown(self, name: str, box: Box | None) -> QueryPicture:
-        """The query, with a close-up of its region."""
-        whole = QueryPicture(self.pixels, name, self.region(box), self.seen)
-        if box is None or whole.region is None:
-            return whole
-        left, top, _, _ = self._surroundings(box)
-        x, y, right, bottom = whole.region
-        within = (x - left, y - top, right - left, bottom - top)
-        return replace(whole, close_up=QueryPicture(self.close(self.pixels, box), name, within))
+        values = torch.as_tensor(heatmap)[None, None].float()
+        return super().heat(placed(values, self.view, self.region)[0, 0].cpu().numpy())
 
     def close(self, pixels: NDArray[Any], box: Box | None) -> NDArray[Any]:
         """The surroundings of a region, cut out of something as large as the thumbnail."""
@@ -214,11 +315,15 @@ class _Picture:
         left, top, right, bottom = self._surroundings(box)
         return pixels[top:bottom, left:right]
 
+    def within(self, box: Box) -> Frame:
+        """A region in its surroundings: left, top, right, bottom in their pixels."""
+        left, top, _, _ = self._surroundings(box)
+        x, y, right, bottom = self.frame(box) or (0.0,) * 4
+        return x - left, y - top, right - left, bottom - top
+
     def _surroundings(self, box: Box) -> tuple[int, int, int, int]:
         """Left, top, right and bottom of a region with some margin, in the thumbnail's shape."""
-        frame = self.region(box)
-        assert frame is not None
-        left, top, right, bottom = frame
+        left, top, right, bottom = self.frame(box) or (0.0,) * 4
         height, width = self.pixels.shape[:2]
         share = min(1.0, _MARGIN * max((right - left) / width, (bottom - top) / height))
         wide, high = max(8, round(share * width)), max(8, round(share * height))
@@ -226,7 +331,7 @@ class _Picture:
         y = min(max(0, round((top + bottom - high) / 2)), max(0, height - high))
         return x, y, min(width, x + wide), min(height, y + high)
 
-    def region(self, box: Box | None) -> tuple[float, float, float, float] | None:
+    def frame(self, box: Box | None) -> Frame | None:
         """A box as left, top, right, bottom in pixels of the thumbnail."""
         if box is None:
             return None

@@ -8,6 +8,7 @@ from PIL import Image
 
 from simexplain.data.images import Picture, read_picture
 from simexplain.data.preprocessing import Geometry
+from simexplain.data.thumbnails import shrunk
 from simexplain.errors import ImageError
 from simexplain.searching.index_gallery import GalleryIndex
 
@@ -28,7 +29,7 @@ class Album:
 
     def add_query(self, picture: Picture, geometry: Geometry) -> None:
         """The query, which has been read."""
-        self.pictures[picture.path] = thumbnail(picture.image)
+        self.pictures[picture.path] = shrunk(picture.image, SIDE)
         self.geometries[picture.path] = geometry
 
     def add(self, place: int) -> None:
@@ -40,18 +41,11 @@ class Album:
         try:
             image = read_picture(path).image
             if (image.height, image.width) == geometry.original:
-                self.pictures[path] = thumbnail(image)
+                self.pictures[path] = shrunk(image, SIDE)
                 return
             why = "has another size than when it was indexed; bring the index up to date"
         except ImageError:
             why = "cannot be read where it was indexed; --root says where the pictures are now"
         self.warnings.append(f"'{path}' {why}. The figure leaves it grey.")
         height, width = geometry.original
-        self.pictures[path] = thumbnail(Image.new("RGB", (width, height), (_MISSING,) * 3))
-
-
-def thumbnail(image: Image.Image) -> NDArray[np.uint8]:
-    """RGB ``(H,W,3)``, no side longer than ``SIDE``."""
-    shrink = min(1.0, SIDE / max(image.size))
-    size = (max(1, round(image.width * shrink)), max(1, round(image.height * shrink)))
-    return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
+        self.pictures[path] = shrunk(Image.new("RGB", (width, height), (_MISSING,) * 3), SIDE)

@@ -6,21 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from simexplain.data.folders import Record
 from simexplain.errors import ImageError
 from simexplain.explaining_files import explain
+from simexplain.explanation import Explanation
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.picturing import footer, verdict
-from simexplain.rendering.lettering import write
-from simexplain.rendering.overlay import RENDERERS
-from simexplain.rendering.panel import ROLE_COLOURS, png_of
+from simexplain.rendering.overlay import overlay
+from simexplain.rendering.sheet import ROLE_COLOURS, VERDICTS, Cell, Grid, Row, Words, page, png_of
 
-_INK, _FAINT = "#222222", "#666666"
-_CELL, _GAP, _EDGE = 1.7, 0.05, 0.15
+_CELL = 1.7
 _ROLES = ("anchor", "positive", "negative")
 
 
@@ -83,18 +80,18 @@ def attention_picture(
             similarity attention with signed weights.
     """
     chosen = method or _method(model)
-    rows, foot = [], ""
+    rows: list[Row] = []
+    foot = ""
     for triplet in triplets:
         try:
             paths = [record.path for record in triplet]
             explained = explain(model, paths, arch="triplet", check=False, **chosen)
         except ImageError:
             continue
-        views = [explained.preprocess.undo(image) for image in explained.images[0]]
-        heat = explained.heatmaps_at(0).cpu().numpy()
-        rows.append((views, heat, verdict(explained), explained.condition(0).holds))
+        rows.append(_row(explained, roles=not rows))
         foot = footer(explained)
-    return png_of(_drawn(rows, title, foot))
+    grid = Grid(rows, [_CELL, _CELL, 0.1] * 3, gap=0.05)
+    return png_of(page([grid], title=title, footer=foot).figure)
 
 
 def _method(model: SimilarityModel) -> dict[str, Any]:
@@ -103,35 +100,13 @@ def _method(model: SimilarityModel) -> dict[str, Any]:
     return {"method": "sam", "weights": "signed"}
 
 
-_Row = tuple[list[NDArray[np.uint8]], NDArray[np.float32], str, bool | None]
-
-
-def _drawn(rows: Sequence[_Row], title: str, foot: str) -> Figure:
-    """Every picture beside itself with its heat; the roles above, the verdict below each row."""
-    tall = max((max(v.shape[0] / v.shape[1] for v in views) for views, *_ in rows), default=1.0)
-    cell, height, line, head = _CELL, _CELL * min(tall, 2.2), 0.3, 0.72
-    width = 2 * _EDGE + 6 * cell + 3 * _GAP + 2 * 0.2
-    total = head + max(1, len(rows)) * (height + line) + 0.3
-    figure = Figure(figsize=(width, total), dpi=110, facecolor="white")
-    write(figure, _EDGE / width, 1 - 0.2 / total, title, size=11, color=_INK, va="center")
-    write(figure, _EDGE / width, 0.15 / total, foot, size=7, color=_FAINT, va="center")
-    for number, (views, heat, said, holds) in enumerate(rows):
-        top = head + number * (height + line)
-        for place, view in enumerate(views):
-            left = _EDGE + place * (2 * cell + _GAP + 0.2)
-            shown = (view, RENDERERS["overlay"](view, heat[place]))
-            for side, picture in enumerate(shown):
-                x = left + side * (cell + _GAP)
-                box = (x / width, 1 - (top + height) / total, cell / width, height / total)
-                axes = figure.add_axes(box)
-                axes.imshow(picture)
-                axes.set_axis_off()
-            if number == 0:
-                write(figure,
-                    left / width, 1 - (head - 0.14) / total, _ROLES[place], size=9,
-                    color=ROLE_COLOURS[_ROLES[place]], va="center", weight="bold",
-                )  # fmt: skip
-        colour = _FAINT if holds is None else ROLE_COLOURS["positive" if holds else "negative"]
-        y = 1 - (top + height + 0.12) / total
-        write(figure, _EDGE / width, y, said, size=8, color=colour, va="center")
-    return figure
+def _row(explained: Explanation, *, roles: bool) -> Row:
+    """Every picture beside itself with its heat; the verdict over them."""
+    cells: list[Cell | None] = []
+    for place, role in enumerate(_ROLES):
+        view = explained.preprocess.undo(explained.images[0, place])
+        heat = explained.heatmaps_at(0)[place].cpu().numpy()
+        title = (Words(role, ROLE_COLOURS[role], 9, "bold", "left"),) if roles else ()
+        cells += [Cell(view, title), Cell(overlay(view, heat)), None]
+    ink = VERDICTS[explained.condition(0).holds]
+    return Row(cells, Words(verdict(explained), ink, 9, align="left"), tallest=2.2 * _CELL)
