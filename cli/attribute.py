@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,7 +10,6 @@ import click
 from simexplain.attribution.attributing import attribute
 from simexplain.models.avsl_options import ORIGINS
 from simexplain.models.avsl_runs import expected_avsl
-from simexplain.publishing import KINDS, check_writable
 
 from .console import echo, echo_lines
 from .options import (
@@ -18,17 +17,15 @@ from .options import (
     FilePath,
     aligned,
     busy,
-    free_folder,
     model_from,
     model_options,
-    saved,
-    saving_options,
-    tell_files,
     tell_hardly_seen,
-    tell_manifest,
 )
+from .result_commands import Made, makes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from simexplain.attribution.account import Decomposition, Node
     from simexplain.attribution.result import Attribution
 
@@ -48,7 +45,7 @@ _DECOMPOSED = 8
     help="Take this node apart into the lower nodes that stand in for it; the graph shows it. "
     "LEVEL is a number from 0, the lowest, or a layer.",
 )
-@saving_options(f"Folder to write. [a new {_FOLDER}-N]")
+@makes("Attribution", f"Folder to write. [a new {_FOLDER}-N]", folder=_FOLDER)
 @model_options
 def command(
     model: str,
@@ -57,11 +54,8 @@ def command(
     more: tuple[str, ...],
     top: int,
     decompose: str | None,
-    out: Path | None,
-    force: bool,
-    as_json: bool,
     **given: Any,
-) -> None:
+) -> Made:
     """Take the distance of pictures A and B apart: which nodes of which level make it up.
 
     MODEL is an AVSL model, such as simexplain fit writes. MORE pictures are compared with A as
@@ -73,21 +67,13 @@ def command(
     """  # noqa: D301 - click wants the backspace character
     if top < 0:
         raise click.BadParameter(f"expected a number of nodes, got {top}.", param_hint="--top")
-    check_writable(out or free_folder(Path(_FOLDER)), KINDS["Attribution"].names, force=force)
     with busy(f"Loading {model}"):
         network = expected_avsl(model_from(model, given))
     with busy(f"Attributing {2 + len(more)} images"):
         result = attribute(network, a, [b, *more])
     apart = None if decompose is None else _place(result, decompose)
-    files = saved(
-        lambda folder: result.save(folder, force=force, top=top, node=apart), out, _FOLDER
-    )
     parts = [] if apart is None else [result.decompose(*apart, n) for n in range(len(result))]
-    if as_json:
-        tell_manifest(files)
-    else:
-        report(result, top, parts)
-        tell_files(files, result.warnings)
+    return Made(result, partial(report, result, top, parts), {"top": top, "node": apart})
 
 
 def _place(result: Attribution, text: str) -> tuple[int, int]:
@@ -104,8 +90,8 @@ def _place(result: Attribution, text: str) -> tuple[int, int]:
     return found.level, found.node
 
 
-def report(result: Attribution, top: int, parts: list[Decomposition]) -> None:
-    """Prints the account of every pair, for a person."""
+def report(result: Attribution, top: int, parts: list[Decomposition]) -> Sequence[str]:
+    """Prints the account of every pair, for a person; returns what to warn of."""
     echo(f"{result.model}: {ORIGINS[result.origin]}")
     tell_hardly_seen(
         (picture.path for pair in result.pictures for picture in pair),
@@ -115,6 +101,7 @@ def report(result: Attribution, top: int, parts: list[Decomposition]) -> None:
         _report_pair(result, index, top)
         if parts:
             _report_parts(parts[index])
+    return result.warnings
 
 
 def _report_pair(result: Attribution, index: int, top: int) -> None:

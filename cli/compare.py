@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,7 +10,6 @@ import click
 from simexplain.comparison import positives_of
 from simexplain.evaluation.comparing import compare
 from simexplain.picturing import verdict
-from simexplain.publishing import KINDS, check_writable
 from simexplain.rendering.overlay import RENDERERS
 
 from .console import echo, echo_lines
@@ -20,18 +19,16 @@ from .options import (
     OneOf,
     busy,
     comparison_options,
-    free_folder,
     model_from,
     model_options,
     progress_bar,
-    saved,
-    saving_options,
-    tell_files,
-    tell_manifest,
 )
 from .recipes import asked_recipes, measuring_options, tell_long_work
+from .result_commands import Made, makes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from simexplain.evaluation.comparison_result import MethodComparison
 
 _FOLDER = "comparison"
@@ -48,7 +45,7 @@ _FOLDER = "comparison"
 @measuring_options
 @click.option("--style", type=OneOf(list(RENDERERS)), default="overlay", show_default=True,
               help="How to draw.")  # fmt: skip
-@saving_options(f"Folder to write. [a new {_FOLDER}-N]")
+@makes("MethodComparison", f"Folder to write. [a new {_FOLDER}-N]", folder=_FOLDER)
 @model_options
 def command(
     model: str,
@@ -56,11 +53,8 @@ def command(
     arch: str | None,
     masks: tuple[str, ...],
     style: str,
-    out: Path | None,
-    force: bool,
-    as_json: bool,
     **given: Any,
-) -> None:
+) -> Made:
     """Explain IMAGES by several methods, and measure how faithful each of them is to MODEL.
 
     IMAGES are the anchor, then positives, then negatives. Methods that do not apply to the model
@@ -78,7 +72,6 @@ def command(
             param_hint="--mask",
         )
     recipes = asked_recipes(given)
-    check_writable(out or free_folder(Path(_FOLDER)), KINDS["MethodComparison"].names, force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
     known = [None if mask == "none" else mask for mask in masks] or None
@@ -93,16 +86,12 @@ def command(
             estimate=tell_long_work,
             **given,
         )
-    files = saved(lambda folder: result.save(folder, force=force, style=style), out, _FOLDER)
-    if as_json:
-        tell_manifest(files)
-    else:
-        report(result, files)
+    return Made(result, partial(report, result), {"style": style})
 
 
-def report(result: MethodComparison, files: dict[str, str]) -> None:
-    """Prints the table, for a person."""
+def report(result: MethodComparison) -> Sequence[str]:
+    """Prints the table, for a person; returns what to warn of."""
     echo(f"{result.first.model}, {verdict(result.first)}")
     echo_lines(str(result))
     own = [f"{one.name}: {text}" for one in result.methods for text in one.explanation.warnings]
-    tell_files(files, (*result.notes, *own))
+    return (*result.notes, *own)

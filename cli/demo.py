@@ -14,7 +14,7 @@ from simexplain.models.loading import load_model
 from simexplain.publishing import KINDS, check_writable
 
 from .explain import report
-from .options import Command, FilePath, busy
+from .options import Command, FilePath, busy, tell_files
 
 
 @click.command("demo", cls=Command)
@@ -39,4 +39,4 @@ def command(out: Path, force: bool) -> None:
             paths = [folder / f"{role}.jpg" for role in ("anchor", "positive", "negative")]
             result = explain(model, paths, arch="triplet")
         written = result.save(out, force=force)
-    report(result, written)
+    tell_files(written, report(result))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,6 @@ import click
 from simexplain.evaluation.evaluating import evaluate_faithfulness
 from simexplain.evaluation.item_sources import SAMPLED, read_comparisons, sample_comparisons
 from simexplain.evaluation.measuring import CONTROLS
-from simexplain.publishing import KINDS, check_writable
 
 from .console import echo, echo_lines
 from .evaluate_reid import reid
@@ -24,13 +24,13 @@ from .options import (
     model_from,
     model_options,
     progress_bar,
-    saving_options,
-    tell_files,
-    tell_manifest,
 )
 from .recipes import asked_recipes, measuring_options, tell_long_work
+from .result_commands import Made, makes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from simexplain.evaluation.items import Item
     from simexplain.evaluation.results import Evaluation
 
@@ -67,18 +67,18 @@ command.add_command(segmentation)
     type=click.FloatRange(0.5, 0.999),
     help="Confidence of the intervals.",
 )
-@saving_options("Folder to write: results.json, values.csv and results.png. [none]")
+@makes(
+    "Evaluation",
+    "Folder to write: results.json, values.csv and results.png. [none]",
+)
 @model_options
 def faithfulness(
     model: str,
     data: Path,
     comparisons: int | None,
     arch: str,
-    out: Path | None,
-    force: bool,
-    as_json: bool,
     **given: Any,
-) -> None:
+) -> Made:
     """Measure how faithful methods are to MODEL over the comparisons of DATA.
 
     DATA is a CSV file with the columns anchor, positives, negatives, or a folder with a sub-folder
@@ -90,8 +90,6 @@ def faithfulness(
         --method sam:weights=signed --method decomposition
     """  # noqa: D301 - click wants the backspace character
     recipes = asked_recipes(given)
-    if out is not None:
-        check_writable(out, KINDS["Evaluation"].names, force=force)
     items = _items(data, comparisons, arch, given["seed"])
     with busy(f"Loading {model}"):
         network = model_from(model, given)
@@ -99,11 +97,7 @@ def faithfulness(
         result = evaluate_faithfulness(
             network, items, recipes, progress=progress, estimate=tell_long_work, **given
         )
-    files = {} if out is None else result.write(out, force=force)
-    if as_json:
-        tell_manifest(files, result)
-    else:
-        report(result, files)
+    return Made(result, partial(report, result))
 
 
 def _items(data: Path, count: int | None, arch: str, seed: int) -> list[Item]:
@@ -112,8 +106,8 @@ def _items(data: Path, count: int | None, arch: str, seed: int) -> list[Item]:
     return read_comparisons(data)[:count]
 
 
-def report(result: Evaluation, files: dict[str, str]) -> None:
-    """Prints the table, for a person."""
+def report(result: Evaluation) -> Sequence[str]:
+    """Prints the table, for a person; returns what to warn of."""
     done = len(result.items) - sum(", " not in where for where in result.errors)
     level = f"{100 * result.settings['level']:g} %"
     echo(
@@ -131,4 +125,4 @@ def report(result: Evaluation, files: dict[str, str]) -> None:
     said = [f"{where}: {reason}" for where, reason in list(broken.items())[:_LISTED]]
     if len(broken) > _LISTED:
         said.append(f"{len(broken) - _LISTED} more, listed by --json.")
-    tell_files(files, said)
+    return said

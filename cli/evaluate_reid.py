@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from simexplain.data.datasets import read_dataset
 from simexplain.evaluation.reid import RANKS, evaluate_reid
 from simexplain.evaluation.reid_result import Reidentification
 from simexplain.models.pcb import PCB
-from simexplain.publishing import KINDS, check_writable
 
 from .console import echo, echo_lines
 from .options import (
@@ -27,10 +27,8 @@ from .options import (
     model_from,
     model_options,
     progress_bars,
-    saving_options,
-    tell_files,
-    tell_manifest,
 )
+from .result_commands import Made, makes
 
 _LISTED = 3
 _DATASETS = ("market1501", "cuhk03")
@@ -52,21 +50,19 @@ _MODEL = ("backbone", "keep_head", "untrained", "trust_pickle", "size", "fit", "
               callback=joined, help=f"Ranks to report. [{','.join(map(str, RANKS))}]")  # fmt: skip
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
               help="Pictures in one forward pass.")  # fmt: skip
-@saving_options(
-    "Folder to write: reid.json, queries.csv, failures.csv, failures.png, reid.npz. [none]"
-)  # fmt: skip
+@makes(
+    "Reidentification",
+    "Folder to write: reid.json, queries.csv, failures.csv, failures.png, reid.npz. [none]",
+)
 @model_options
 def reid(
     model: str,
     folder: Path,
     dataset: str,
-    out: Path | None,
-    force: bool,
-    as_json: bool,
     ranks: tuple[int, ...],
     batch_size: int,
     **given: Any,
-) -> None:
+) -> Made:
     """Measure whether persons are found again in pictures from other cameras.
 
     DATA has bounding_box_train, query and bounding_box_test, as published. Reported are
@@ -78,8 +74,6 @@ def reid(
       simexplain evaluate reid model.pt cuhk03-np/detected/ --kind cuhk03
       simexplain evaluate reid timm:tf_efficientnet_lite0 Market/ --size 384x128 --fit squash
     """  # noqa: D301 - click wants the backspace character
-    if out is not None:
-        check_writable(out, KINDS["Reidentification"].names, force=force)
     data = read_dataset(dataset, folder, strict=False)
     again = _again(model, given)
     with busy(f"Loading {model}"):
@@ -90,17 +84,15 @@ def reid(
         result = evaluate_reid(network, data, ranks=ranks, batch_size=batch_size, progress=progress)
     protocol = {"folder": str(folder), "dataset": dataset}
     result = replace(result, settings={**result.settings, **protocol})
-    files = {} if out is None else result.write(out, force=force)
-    if as_json:
-        tell_manifest(files, result, warnings=list(data.problems))
-    else:
-        report(result, files, again, data.problems)
+    return Made(
+        result,
+        partial(report, result, again, data.problems),
+        more={"warnings": list(data.problems)},
+    )
 
 
-def report(
-    result: Reidentification, files: dict[str, str], model: list[str], problems: Sequence[str]
-) -> None:
-    """Prints the table, for a person; ``model`` as words of a command."""
+def report(result: Reidentification, model: list[str], problems: Sequence[str]) -> Sequence[str]:
+    """Prints the table, for a person, and returns what to warn of; ``model`` as words."""
     echo(
         f"{result.settings['model']}, {result.settings['data']}: "
         f"{_counted(len(result.queries) - result.skipped, 'query', 'queries')} of "
@@ -123,7 +115,7 @@ def report(
     said += [f"left out: {reason}" for reason in list(result.errors.values())[:_LISTED]]
     if len(result.errors) > _LISTED:
         said.append(f"{len(result.errors) - _LISTED} more, listed by --json.")
-    tell_files(files, said)
+    return said
 
 
 def _again(model: str, given: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from simexplain.data.datasets import DATASETS, read_dataset
 from simexplain.data.folders import Record
 from simexplain.evaluation.retrieval import RECALLS, evaluate_retrieval
 from simexplain.evaluation.retrieval_result import Retrieval
-from simexplain.publishing import KINDS, check_writable
 
 from .console import echo, echo_lines
 from .options import (
@@ -29,11 +29,9 @@ from .options import (
     model_from,
     model_options,
     progress_bars,
-    saving_options,
-    tell_files,
     tell_left_out,
-    tell_manifest,
 )
+from .result_commands import Made, makes
 
 _LISTED = 3
 _SHARE = 0.5
@@ -66,7 +64,10 @@ _SPLITS = ("all", "train", "test")
 )
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
               help="Pictures in one forward pass.")  # fmt: skip
-@saving_options("Folder to write: retrieval.json, queries.csv, classes.csv, retrieval.npz. [none]")
+@makes(
+    "Retrieval",
+    "Folder to write: retrieval.json, queries.csv, classes.csv, retrieval.npz. [none]",
+)
 @model_options
 def retrieval(
     model: str,
@@ -76,13 +77,10 @@ def retrieval(
     train_share: float | None,
     gallery: Path | None,
     group: str | None,
-    out: Path | None,
-    force: bool,
-    as_json: bool,
     ranks: tuple[int, ...],
     batch_size: int,
     **given: Any,
-) -> None:
+) -> Made:
     """Measure whether the nearest pictures are of the query's own class.
 
     DATA has a sub-folder of pictures for each class, or another layout (--kind). Each picture is
@@ -93,8 +91,6 @@ def retrieval(
       simexplain evaluate retrieval model.pt pictures/ --split test --train-share 0.5
       simexplain evaluate retrieval model.pt queries/ --gallery gallery/ --ranks 1,10
     """  # noqa: D301 - click wants the backspace character
-    if out is not None:
-        check_writable(out, KINDS["Retrieval"].names, force=force)
     if kind == "folder":
         tell_left_out(data)
     rule = None if group == OWN_GROUP else group
@@ -122,11 +118,7 @@ def retrieval(
     if shared:
         protocol["train_share"] = train_share or _SHARE
     result = replace(result, settings={**result.settings, **protocol})
-    files = {} if out is None else result.write(out, force=force)
-    if as_json:
-        tell_manifest(files, result)
-    else:
-        report(result, files)
+    return Made(result, partial(report, result))
 
 
 def _chosen(
@@ -140,8 +132,8 @@ def _chosen(
     return split, queries, data.gallery if split == "test" else None
 
 
-def report(result: Retrieval, files: dict[str, str]) -> None:
-    """Prints the tables, for a person."""
+def report(result: Retrieval) -> Sequence[str]:
+    """Prints the tables, for a person; returns what to warn of."""
     settings = result.settings
     among = "searched among themselves"
     if settings["gallery"] == "separate":
@@ -159,7 +151,7 @@ def report(result: Retrieval, files: dict[str, str]) -> None:
     said += [f"left out: {reason}" for reason in list(result.errors.values())[:_LISTED]]
     if len(result.errors) > _LISTED:
         said.append(f"{len(result.errors) - _LISTED} more, listed by --json.")
-    tell_files(files, said)
+    return said
 
 
 def _counted(count: int, one: str, several: str) -> str:

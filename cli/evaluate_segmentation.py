@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from simexplain.data.dataset_split import ALPHA
-from simexplain.publishing import KINDS, check_writable
 from simexplain.segmentation.dataset import SegmentationData, read_masked
 from simexplain.segmentation.evaluating import OVERLAPS, evaluate_segmentation
 from simexplain.segmentation.pascal import FOLDS, is_pascal, read_pascal
@@ -24,10 +25,8 @@ from .options import (
     model_from,
     model_options,
     progress_bars,
-    saving_options,
-    tell_files,
-    tell_manifest,
 )
+from .result_commands import Made, makes
 from .segment_options import segment_options, segmenting_from
 
 _KINDS = ("pascal", "folder", "csv")
@@ -62,7 +61,10 @@ _LISTED = 3
 )  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Random seed.")
 @segment_options
-@saving_options("Folder to write: scores.json, episodes.csv and scores.npz. [none]")
+@makes(
+    "SegmentationScores",
+    "Folder to write: scores.json, episodes.csv and scores.npz. [none]",
+)
 @model_options
 def segmentation(
     model: str,
@@ -76,11 +78,8 @@ def segmentation(
     episodes: int,
     overlaps: str,
     seed: int,
-    out: Path | None,
-    force: bool,
-    as_json: bool,
     **given: Any,
-) -> None:
+) -> Made:
     """Measure one- and few-shot segmentation of MODEL over DATA.
 
     DATA is the folder of PASCAL VOC 2012 (its four folds of PASCAL-5i are measured), a CSV file
@@ -93,8 +92,6 @@ def segmentation(
       simexplain evaluate segmentation model.pt objects.csv --method sam:weights=paper
     """  # noqa: D301 - click wants the backspace character
     options = segmenting_from(given)
-    if out is not None:
-        check_writable(out, KINDS["SegmentationScores"].names, force=force)
     kind = kind or _kind(data)
     with busy(f"Reading {data}"):
         sets = _sets(kind, data, folds, split, masks)
@@ -107,11 +104,7 @@ def segmentation(
         )  # fmt: skip
     protocol = {"data": str(data), "kind": kind, "split": split}
     result = replace(result, settings={**result.settings, **protocol})
-    files = {} if out is None else result.write(out, force=force)
-    if as_json:
-        tell_manifest(files, result)
-    else:
-        report(result, files)
+    return Made(result, partial(report, result))
 
 
 def _kind(data: Path) -> str:
@@ -134,8 +127,8 @@ def _sets(
     return (read_masked(kind, data, masks=chosen, part=split or "all"),)
 
 
-def report(result: SegmentationScores, files: dict[str, str]) -> None:
-    """Prints the tables, for a person."""
+def report(result: SegmentationScores) -> Sequence[str]:
+    """Prints the tables, for a person; returns what to warn of."""
     settings = result.settings
     count = sum(len(fold.episodes) for fold in result.folds)
     echo(
@@ -149,4 +142,4 @@ def report(result: SegmentationScores, files: dict[str, str]) -> None:
         said.insert(0, f"{asked - count} of {asked} episodes cannot be measured and are left out.")
     if len(result.errors) > _LISTED:
         said.append(f"{len(result.errors) - _LISTED} more, listed by --json.")
-    tell_files(files, said)
+    return said

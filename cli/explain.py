@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +13,6 @@ from simexplain.methods import PIXELS
 from simexplain.models.frames import POOLINGS
 from simexplain.models.pairs import PairModel
 from simexplain.picturing import findings, verdict
-from simexplain.publishing import KINDS, check_writable
 from simexplain.rendering.overlay import RENDERERS
 
 from .console import echo, echo_lines
@@ -26,17 +25,16 @@ from .options import (
     aligned,
     busy,
     comparison_options,
-    free_folder,
     model_options,
-    saved,
-    saving_options,
     tell_hardly_seen,
-    tell_manifest,
     tell_shares,
 )
 from .pair_models import any_model_from, explain_pair, pair_options, report_pair
+from .result_commands import Made, makes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from simexplain.explanation import Explanation
 
 _FOLDER = "explanation"
@@ -59,7 +57,7 @@ _ALONE = (
 @method_options
 @click.option("--style", type=OneOf(list(RENDERERS)), multiple=True, default=["overlay"],
               show_default=True, help="How to draw; repeat for more rows.")  # fmt: skip
-@saving_options(f"Folder to write. [a new {_FOLDER}-N]")
+@makes("Explanation", f"Folder to write. [a new {_FOLDER}-N]", folder=_FOLDER)
 @click.option(
     "--check/--no-check",
     default=True,
@@ -72,12 +70,9 @@ def command(
     anchor: str,
     other: tuple[str, ...],
     arch: str | None,
-    out: Path | None,
-    force: bool,
-    as_json: bool,
     style: tuple[str, ...],
     **given: Any,
-) -> None:
+) -> Made:
     """Explain why MODEL finds ANCHOR and the OTHER images alike or different.
 
     MODEL is timm:NAME, torchvision:NAME, hf:ORG/NAME, a folder or a file. In place of OTHER images
@@ -105,7 +100,6 @@ def command(
             "Expected one image to explain against texts, vectors or folders, without other "
             "images, --arch or --negative."
         )
-    check_writable(out or free_folder(Path(_FOLDER)), KINDS["Explanation"].names, force=force)
     with busy(f"Loading {model}"):
         network = any_model_from(model, given)
     if isinstance(network, PairModel):
@@ -113,9 +107,7 @@ def command(
             raise click.UsageError(f"{model} scores pairs of images; give another image.")
         with busy(f"Explaining {len(paths)} images"):
             pair = explain_pair(network, paths, near, given)
-        files = saved(lambda folder: pair.save(folder, force=force, styles=style), out, _FOLDER)
-        report_pair(pair, files, as_json=as_json)
-        return
+        return Made(pair, partial(report_pair, pair), {"styles": style})
     given = method_from(network, given)
     with busy(f"Explaining {len(paths)} images"):
         if vectors:
@@ -124,15 +116,11 @@ def command(
             result = explain(
                 network, paths, arch=arch, negative=negative, positives=positives, **given
             )
-    files = saved(lambda folder: result.save(folder, force=force, styles=style), out, _FOLDER)
-    if as_json:
-        tell_manifest(files)
-    else:
-        report(result, files)
+    return Made(result, partial(report, result), {"styles": style})
 
 
-def report(result: Explanation, files: dict[str, str]) -> None:
-    """Prints what was found, for a person."""
+def report(result: Explanation) -> Sequence[str]:
+    """Prints what was found, for a person; returns what to warn of."""
     several = len(result.rows) > 1
     for number, row in enumerate(result.rows, start=1):
         where = "" if row.layers == (PIXELS,) else f"layer {row.layer}, "
@@ -156,12 +144,7 @@ def report(result: Explanation, files: dict[str, str]) -> None:
     if result.moved is not None:
         moved = ", ".join(f"{value:.3f}" for value in result.moved[0].tolist())
         echo(f"upscaling moved the embeddings by cosine distances of {moved}")
-    for warning in result.notes():
-        echo(f"Warning: {warning}", err=True)
-    for kind in ("figure", "manifest", "maps"):
-        echo(f"{kind}: {files[kind]}")
-    heatmaps = [path for kind, path in files.items() if kind.startswith("heatmap")]
-    echo(f"heatmaps: {', '.join(heatmaps)}")
+    return result.notes()
 
 
 def _table(result: Explanation) -> list[tuple[str, ...]]:

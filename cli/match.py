@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,7 +10,6 @@ import click
 from simexplain.matching.factors import SCORES, STYLES
 from simexplain.matching.matching import Patience, match
 from simexplain.matching.pictures import summary
-from simexplain.publishing import KINDS, check_writable
 
 from .console import echo, echo_lines
 from .options import (
@@ -19,16 +18,12 @@ from .options import (
     OneOf,
     aligned,
     busy,
-    free_folder,
     model_from,
     model_options,
-    saved,
-    saving_options,
-    tell_files,
     tell_hardly_seen,
-    tell_manifest,
     tell_shares,
 )
+from .result_commands import Made, makes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,7 +73,7 @@ class Place(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 )  # fmt: skip
 @click.option("--top", default=8, show_default=True, type=click.IntRange(min=0),
               help="How many to list: pairs of positions.")  # fmt: skip
-@saving_options(f"Folder to write. [a new {_FOLDER}-N]")
+@makes("Matching", f"Folder to write. [a new {_FOLDER}-N]", folder=_FOLDER)
 @model_options
 def command(
     model: str,
@@ -90,11 +85,8 @@ def command(
     style: str,
     steps: int,
     top: int,
-    out: Path | None,
-    force: bool,
-    as_json: bool,
     **given: Any,
-) -> None:
+) -> Made:
     """Show which region of picture A corresponds to which region of picture B.
 
     The score of the two is taken apart, exactly, into what every pair of their positions adds.
@@ -103,7 +95,6 @@ def command(
     \b
       simexplain match timm:tf_efficientnet_lite0 a.jpg b.jpg --at 120,85
     """  # noqa: D301 - click wants the backspace character
-    check_writable(out or free_folder(Path(_FOLDER)), KINDS["Matching"].names, force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
     patience = Patience(lambda text: echo(f"Note: {text}", err=True))
@@ -112,18 +103,11 @@ def command(
             network, a, b, layer, score=score, style=style, steps=steps, progress=patience
         )
     chosen = points or None
-    files = saved(
-        lambda folder: result.save(folder, force=force, points=chosen, top=top), out, _FOLDER
-    )
-    if as_json:
-        tell_manifest(files)
-    else:
-        report(result, chosen, top)
-        tell_files(files, result.warnings)
+    return Made(result, partial(report, result, chosen, top), {"points": chosen, "top": top})
 
 
-def report(result: Matching, points: Sequence[Point] | None, top: int) -> None:
-    """Prints what was found, for a person."""
+def report(result: Matching, points: Sequence[Point] | None, top: int) -> Sequence[str]:
+    """Prints what was found, for a person; returns what to warn of."""
     first, second = (picture.path for picture in result.pictures[0])
     echo(f"{result.model}, layer {result.layer}, formula {result.style}")
     echo(f"{first} and {second}")
@@ -151,6 +135,7 @@ def report(result: Matching, points: Sequence[Point] | None, top: int) -> None:
                 for p in pairs
             ]  # fmt: skip
             echo_lines(f"\n{title}\n{aligned(rows)}")
+    return result.warnings
 
 
 def _pixel(point: Point) -> str:

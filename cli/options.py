@@ -381,28 +381,6 @@ def free_folder(base: Path) -> Path:
     return folder
 
 
-def saved(save: Callable[[Path], dict[str, str]], out: Path | None, base: str) -> dict[str, str]:
-    """Saves a result into a folder, or into the first one of ``base-1``, ``base-2``, ... there.
-
-    Args:
-        save: Writes into a folder and returns the files by kind.
-        out: The folder, if one was named.
-        base: The name of folders otherwise.
-
-    Raises:
-        OutputError: If it cannot be written.
-    """
-    while True:
-        folder = out or free_folder(Path(base))
-        with busy(f"Writing {folder}"):
-            try:
-                return save(folder)
-            except OutputError:
-                # Another run may have taken the name.
-                if out is not None or not folder.exists():
-                    raise
-
-
 def tell_manifest(files: Mapping[str, str], result: Result | None = None, **more: Any) -> None:
     """Prints the JSON of a result that was saved, or of one that was not."""
     if result is not None and not files:
@@ -454,5 +432,9 @@ def tell_files(files: Mapping[str, str], warnings: Iterable[str] = ()) -> None:
     """The end of what a command prints for a person: warnings, then what was written."""
     for warning in warnings:
         echo(f"Warning: {warning}", err=True)
+    heatmaps = {kind: path for kind, path in files.items() if kind.startswith("heatmap")}
     for kind, path in files.items():
-        echo(f"{kind}: {path}")
+        if kind not in heatmaps:
+            echo(f"{kind}: {path}")
+    if heatmaps:
+        echo(f"heatmaps: {', '.join(heatmaps.values())}")

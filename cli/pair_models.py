@@ -15,7 +15,7 @@ from simexplain.models.pairs import PairModel
 
 from .console import echo, echo_lines
 from .method_options import method_from
-from .options import Size, aligned, loading_from, model_from, tell_files, tell_manifest
+from .options import Size, aligned, loading_from, model_from
 
 if TYPE_CHECKING:
     from simexplain.models.base import SimilarityModel
@@ -89,11 +89,8 @@ def explain_pair(
     return explain(network, paths, arch="set", positives=near, layer=layer, **given)
 
 
-def report_pair(result: PairExplanation, files: dict[str, str], *, as_json: bool) -> None:
-    """Prints what was found, as JSON or for a person."""
-    if as_json:
-        tell_manifest(files)
-        return
+def report_pair(result: PairExplanation) -> Sequence[str]:
+    """Prints what was found, for a person; returns what to warn of."""
     names = dict.fromkeys(side.model for side in result.sides)
     layers = " and ".join(side.layer for side in result.sides)
     echo(f"{' | '.join(names)}, layers {layers}, method {result.first.method}")
@@ -107,4 +104,4 @@ def report_pair(result: PairExplanation, files: dict[str, str], *, as_json: bool
             rows.append((Path(picture.path).name, role, distance, where))
     echo_lines(aligned(rows))
     echo(result.verdict())
-    tell_files(files, result.warnings)
+    return result.warnings

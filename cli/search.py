@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from simexplain.publishing import KINDS, check_writable
 from simexplain.searching.search import search
 from simexplain.searching.search_pictures import verdict
 
@@ -17,19 +17,17 @@ from .options import (
     FilePath,
     aligned,
     busy,
-    free_folder,
     model_from,
     model_options,
     progress_bars,
-    saved,
-    saving_options,
-    tell_files,
     tell_hardly_seen,
-    tell_manifest,
     tell_shares,
 )
+from .result_commands import Made, makes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from simexplain.searching.regions import Box
     from simexplain.searching.search_result import Hit, SearchResult
 
@@ -75,7 +73,7 @@ class BoxType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     type=FilePath(),
     help="Folder that relative paths start from: where the gallery is now, if it was moved.",
 )
-@saving_options(f"Folder to write. [a new {_FOLDER}-N]")
+@makes("SearchResult", f"Folder to write. [a new {_FOLDER}-N]", folder=_FOLDER)
 @model_options
 def command(
     model: str,
@@ -85,11 +83,8 @@ def command(
     region: Box | None,
     mask: str | None,
     root: str | None,
-    out: Path | None,
-    force: bool,
-    as_json: bool,
     **given: Any,
-) -> None:
+) -> Made:
     """Find the pictures nearest to QUERY and show why each was found.
 
     INDEX is a file made by simexplain index, or a folder of pictures, which is then indexed for
@@ -105,23 +100,17 @@ def command(
     """  # noqa: D301 - click wants the backspace character
     if region is not None and mask is not None:
         raise click.UsageError("--region and --region-mask exclude each other; say one of them.")
-    check_writable(out or free_folder(Path(_FOLDER)), KINDS["SearchResult"].names, force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
     with progress_bars("Searching") as progress:
         result = search(
             network, query, index, k, region=region, mask=mask, root=root, progress=progress
         )
-    files = saved(lambda folder: result.save(folder, force=force), out, _FOLDER)
-    if as_json:
-        tell_manifest(files)
-    else:
-        report(result)
-        tell_files(files, result.warnings)
+    return Made(result, partial(report, result))
 
 
-def report(result: SearchResult) -> None:
-    """Prints what was found, for a person."""
+def report(result: SearchResult) -> Sequence[str]:
+    """Prints what was found, for a person; returns what to warn of."""
     layer = f", layer {result.layer}" if result.layer else ""
     echo(f"{result.model}{layer}")
     echo(verdict(result))
@@ -145,6 +134,7 @@ def report(result: SearchResult) -> None:
         layers = [layer for layer, _ in result.hits[0].levels]
         shares = [[str(h.rank), *(f"{value:.4f}" for _, value in h.levels)] for h in result.hits]
         echo_lines(aligned([["rank", *layers], *shares]))
+    return result.warnings
 
 
 def _row(hit: Hit, result: SearchResult, *, classes: bool, reasons: bool) -> list[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from simexplain.publishing import KINDS, check_writable
 from simexplain.segmentation.segmenting import segment
 
 from .console import echo
@@ -15,19 +14,17 @@ from .options import (
     Command,
     FilePath,
     busy,
-    free_folder,
     model_from,
     model_options,
-    saved,
-    saving_options,
-    tell_files,
     tell_hardly_seen,
-    tell_manifest,
     tell_shares,
 )
+from .result_commands import Made, makes
 from .segment_options import segment_options, segmenting_from
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from simexplain.segmentation.result import Segmentation
 
 _FOLDER = "segmentation"
@@ -44,7 +41,7 @@ _FOLDER = "segmentation"
               help="Where the object is in a support, white or opaque; one for each support, in "
               "their order. [none is needed]")  # fmt: skip
 @segment_options
-@saving_options(f"Folder to write. [a new {_FOLDER}-N]")
+@makes("Segmentation", f"Folder to write. [a new {_FOLDER}-N]", folder=_FOLDER)
 @model_options
 def command(
     model: str,
@@ -52,11 +49,8 @@ def command(
     support: tuple[str, ...],
     others: tuple[str, ...],
     support_masks: tuple[str, ...],
-    out: Path | None,
-    force: bool,
-    as_json: bool,
     **given: Any,
-) -> None:
+) -> Made:
     """Find in the picture TEST what the SUPPORT pictures show, and cut it out.
 
     The attention map of TEST, compared with the supports, is the cue for GrabCut. MODEL is
@@ -67,23 +61,17 @@ def command(
       simexplain segment timm:tf_efficientnet_lite0 test.jpg cat.jpg --other dog.jpg
     """  # noqa: D301 - click wants the backspace character
     options = segmenting_from(given)
-    check_writable(out or free_folder(Path(_FOLDER)), KINDS["Segmentation"].names, force=force)
     with busy(f"Loading {model}"):
         network = model_from(model, given)
     with busy(f"Segmenting {test}"):
         result = segment(
             network, test, support, others, support_masks=support_masks or None, **options
         )
-    files = saved(lambda folder: result.save(folder, force=force), out, _FOLDER)
-    if as_json:
-        tell_manifest(files)
-    else:
-        report(result)
-        tell_files(files, result.warnings)
+    return Made(result, partial(report, result))
 
 
-def report(result: Segmentation) -> None:
-    """Prints what was found, for a person."""
+def report(result: Segmentation) -> Sequence[str]:
+    """Prints what was found, for a person; returns what to warn of."""
     echo(f"{result.model}, layer {' x '.join(result.layers)}, method {result.method}")
     counts = [sum(one.role == role for one in result.images) for role in ("support", "other")]
     against = f", {counts[1]} of another class" if counts[1] else ""
@@ -92,10 +80,11 @@ def report(result: Segmentation) -> None:
     tell_shares(result.bypass, None)
     if result.box is None:
         echo("nothing was found")
-        return
+        return result.warnings
     left, top, right, bottom = result.box
     height, width = result.mask.shape
     echo(
         f"the mask covers {result.share:.1%} of {width}x{height} pixels, from ({left}, {top}) to "
         f"({right - 1}, {bottom - 1})"
     )
+    return result.warnings

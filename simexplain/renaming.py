@@ -45,8 +45,10 @@ Of several new names the first that a function, class or command has is meant; w
 still one of its own, nothing is renamed.
 """
 
+_ARGUMENTS_ALONE = ("comparison",)
+
 RENAMED_OPTIONS: dict[str, tuple[str, ...]] = {
-    **RENAMED,
+    **{name: new for name, new in RENAMED.items() if name not in _ARGUMENTS_ALONE},
     "dataset": ("kind",),
     "k": ("edges_per_node", "ranks"),
     "level": ("confidence",),
