@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from simexplain.image_choices import ImageChoices
 from simexplain.networks import first_tensor, split_call, undisturbed, with_first
 from simexplain.places.cells import Cells, cells_of
 from simexplain.places.paths import Paths, Vertex
@@ -36,6 +37,7 @@ class LayerRun:
         responses: By layout (see :data:`LAYOUTS`) how much each position changes when a part of
             the picture is replaced, ``(K,...positions)`` for ``K`` parts; nothing where the graph
             says for sure where its cells lie.
+        moves: Whether its cells lie elsewhere in other pictures: the network computes where.
     """
 
     name: str
@@ -49,6 +51,7 @@ class LayerRun:
     edge: GradientEdge | None = None
     source: Source | None = None
     responses: dict[str, Tensor] = field(default_factory=dict)
+    moves: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,34 +101,65 @@ def survey(model: Traceable, pictures: Tensor) -> Survey:
         pictures: A picture with each of its parts replaced in turn ``(K,C,H,W)``, or any image
             alone ``(1,C,H,W)``.
     """
-    record = _Record(model.batch_size or 1)
-    names = [name for name, _ in model.network.named_modules() if name]
     with torch.inference_mode(mode=False), undisturbed(model.network):
-        listeners = {name: record.listener(name) for name in names}
-        with listening(model.network, listeners), torch.enable_grad():
-            image = pictures[:1].detach().clone().requires_grad_()
-            batch = image.expand(record.count, *image.shape[1:])
-            embeddings = model.embed(batch.clone())
+        record, paths, embeddings = _recorded(model, pictures[:1])
         calls = record.calls
-        paths = Paths(embeddings, image, record.leaves)
         main = paths.main()
         sources = [call.source if _vertex(call.source) in main else None for call in calls]
         with torch.enable_grad():
             gradients = _probe_gradients(embeddings, [*(call.edge for call in calls), *sources])
-        places = paths.places()
-        grids: dict[int, Cells | None] = {}
-        known: dict[tuple[int, int], _Call] = {}
-        for call in calls:
-            call.settle(places, grids, record.count, known.setdefault(call.same, call))
+        record.settle(paths)
+        moving = _moving(model, pictures[:1], calls) if record.choices else set()
         if len(pictures) > 1 and any(call.open for call in calls):
-            _respond(model, pictures[1:], calls, record.count, names)
+            _respond(model, pictures[1:], calls, record.count)
     return Survey(
-        _runs(calls, gradients, main),
+        _runs(calls, gradients, main, moving),
         embeddings[0].detach(),
         embeddings.requires_grad,
         tuple(dict.fromkeys(record.obstacles)),
         record.count,
     )
+
+
+def _recorded(model: Traceable, picture: Tensor) -> tuple[_Record, Paths, Tensor]:
+    """One pass of a picture ``(1,C,H,W)`` with gradients, its graph and its embeddings."""
+    record = _Record(model.batch_size or 1)
+    listeners = {name: record.listener(name) for name in _names(model)}
+    image = picture.detach().clone().requires_grad_()
+    watch = ImageChoices(image)
+    with listening(model.network, listeners), torch.enable_grad(), watch:
+        batch = image.expand(record.count, *image.shape[1:])
+        embeddings = model.embed(batch.clone())
+    record.choices = watch.made
+    return record, Paths(embeddings, image, record.leaves), embeddings
+
+
+def _names(model: Traceable) -> list[str]:
+    return [name for name, _ in model.network.named_modules() if name]
+
+
+def _moving(model: Traceable, picture: Tensor, calls: Sequence[_Call]) -> set[int]:
+    """The numbers of calls whose cells lie elsewhere in another picture.
+
+    A network that computes places may find them by brightness, contrast or what it has learned:
+    nearly all that there is to find lies in one corner of a picture, then in the opposite one.
+    """
+    height, width = picture.shape[2:]
+    for corner in (slice(None, 1), slice(1, None)):
+        rows, columns = (torch.arange(side) * 2 // side for side in (height, width))
+        there = torch.tensor([0.02, 0.02])
+        there[corner] = 1.0
+        window = (there[rows][:, None] * there[columns]).to(picture)
+        record, paths, _ = _recorded(model, picture * window)
+        record.settle(paths)
+        others = record.calls
+        both = list(zip(calls, others, strict=False))
+        alike = next((n for n, (a, b) in enumerate(both) if a.name != b.name), len(both))
+        moved = {n for n, (a, b) in enumerate(both[:alike]) if a.cells != b.cells}
+        moved |= set(range(alike, len(calls)))
+        if moved:
+            return moved
+    return set()
 
 
 @dataclass
@@ -186,6 +220,7 @@ class _Record:
         self.calls: list[_Call] = []
         self.leaves: list[Tensor] = []
         self.obstacles: list[str] = []
+        self.choices = False
         self._makers: dict[int, str] = {}
         self._kept: dict[tuple[int, int], Tensor] = {}
 
@@ -198,6 +233,14 @@ class _Record:
                 self._add(name, module, args, tensor)
 
         return hook
+
+    def settle(self, paths: Paths) -> None:
+        """Finds the grid of every output, or opens the question."""
+        places = paths.places()
+        grids: dict[int, Cells | None] = {}
+        known: dict[tuple[int, int], _Call] = {}
+        for call in self.calls:
+            call.settle(places, grids, self.count, known.setdefault(call.same, call))
 
     def _add(self, name: str, module: nn.Module, args: Any, tensor: Tensor) -> None:
         edge = None
@@ -229,13 +272,14 @@ def _runs(
     calls: Sequence[_Call],
     gradients: Sequence[Tensor | None],
     main: set[Vertex],
+    moving: set[int],
 ) -> list[LayerRun]:
     names = [call.name for call in calls]
     times = {name: names.count(name) for name in set(names)}
     seen: dict[str, int] = {}
     runs = []
     both = zip(calls, gradients[: len(calls)], gradients[len(calls) :], strict=True)
-    for call, gradient, above in both:
+    for place, (call, gradient, above) in enumerate(both):
         number = seen.get(call.name, 0)
         seen[call.name] = number + 1
         source = None
@@ -254,6 +298,7 @@ def _runs(
                 call.edge,
                 source,
                 call.responses,
+                place in moving,
             )
         )
     return runs
@@ -280,9 +325,7 @@ def _probe_gradients(
     return found
 
 
-def _respond(
-    model: Traceable, others: Tensor, calls: Sequence[_Call], alone: int, names: Sequence[str]
-) -> None:
+def _respond(model: Traceable, others: Tensor, calls: Sequence[_Call], alone: int) -> None:
     """Runs the other pictures and compares every output with those of all pictures."""
     size = model.pass_size(len(others), together=True)
     for start in range(0, len(others), size):
@@ -307,7 +350,8 @@ def _respond(
 
             return hook
 
-        with listening(model.network, {name: compare(name) for name in names}), torch.no_grad():
+        listeners = {name: compare(name) for name in _names(model)}
+        with listening(model.network, listeners), torch.no_grad():
             model.embed(chunk.clone())
 
 

@@ -373,3 +373,36 @@ def looks_at(grid: Cells, image: Tensor) -> Tensor:
     found[..., 0] = felt.sum(3) @ rows
     found[..., 1] = felt.sum(2) @ columns
     return found
+
+
+class Glimpse(nn.Module):
+    """A part of the image, or of a map of it, that lies where a function of the image says.
+
+    Args:
+        find: From maps ``(1,C,h,w)`` to the first row and column, tensors or Python's numbers.
+        stem: Cut from the maps of this, and not from the image.
+    """
+
+    def __init__(self, find: Callable[[Tensor], tuple[object, object]], *, stem: bool) -> None:
+        super().__init__()
+        self.find = find
+        self.stem = nn.Conv2d(3, WIDTH, 4, 4) if stem else None
+        self.after = nn.Conv2d(WIDTH if stem else 3, WIDTH, 1 if stem else 4, 1 if stem else 4)
+        self.last = nn.Conv2d(WIDTH, WIDTH, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = images if self.stem is None else self.stem(images)
+        part = []
+        for one in maps.split(1):
+            top, left = self.find(one)
+            side = one.shape[2] // 2
+            part.append(one[:, :, top : top + side, left : left + side])
+        return self.last(self.after(torch.cat(part)).tanh()).mean((2, 3))
+
+
+def brightest(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the window of half the side with most light begins; tensors."""
+    side = maps.shape[2] // 2
+    light = F.avg_pool2d(maps.mean(1, keepdim=True), side, 1)
+    place = light.flatten().argmax()
+    return place // light.shape[3], place % light.shape[3]

@@ -9,11 +9,13 @@ import pytest
 import torch
 from odd_networks import (
     WIDTH,
+    Cells,
     Convs,
     Crops,
     Dropped,
     Elementwise,
     Gated,
+    Glimpse,
     Hidden,
     Inside,
     Layout,
@@ -27,6 +29,7 @@ from odd_networks import (
     Tokens,
     Unfolded,
     Windows,
+    brightest,
     by_columns,
     by_image,
     by_rows,
@@ -311,3 +314,59 @@ def test_small_last_grids_of_pyramids_are_found(kind: str, size: tuple[int, int]
         layer.shape[1:] for layer in model.layers_for(torch.zeros(1, 3, *size)) if layer.stage
     ]
     assert stages == [(last[0] << n, last[1] << n) for n in (3, 2, 1, 0)]
+
+
+def in_python(maps: Tensor) -> tuple[int, int]:
+    top, left = brightest(maps)
+    return int(top), int(left)
+
+
+def by_numpy(maps: Tensor) -> tuple[int, int]:
+    light = maps.detach().numpy().mean(axis=(0, 1))
+    half = light.shape[0] // 2
+    return half * int(light[half:].mean() > light[:half].mean()), 0
+
+
+def by_condition(maps: Tensor) -> tuple[int, int]:
+    half = maps.shape[3] // 2
+    return 0, half if maps[..., half:].abs().sum() > maps[..., :half].abs().sum() else 0
+
+
+def not_black(maps: Tensor) -> tuple[int, int]:
+    """The bounding box's corner, within which everything of noise lies."""
+    seen = (maps.abs().amax((0, 1)) > 0.3).nonzero()
+    top, left = seen.amin(0).tolist() if len(seen) else (0, 0)
+    return min(top, maps.shape[2] // 2), min(left, maps.shape[3] // 2)
+
+
+def in_a_corner(maps: Tensor) -> tuple[int, int]:
+    """Numbers of Python's, but none that depend on what is in the image."""
+    assert not bool(maps.isnan().any())
+    return int(maps.mean().item() > 1e9), 2
+
+
+CHOICES = [brightest, in_python, by_numpy, by_condition, not_black]
+
+
+@pytest.mark.parametrize("find", CHOICES)
+def test_parts_that_the_image_chooses_are_no_maps(find: Cells) -> None:
+    model = wrapped(lambda: Glimpse(find, stem=True))
+    assert default(model, SIZE).name == "stem"
+    named = explain(wrapped(lambda: Glimpse(find, stem=True)), pair(), layer="stem", check=False)
+    assert not any("elsewhere" in text for text in named.warnings)
+    with pytest.raises(ModelError, match="which part of it to look at"):
+        explain(wrapped(lambda: Glimpse(find, stem=False)), pair())
+    # A named layer of convolutions needs no survey: the first time it comes with the reason.
+    model = wrapped(lambda: Glimpse(find, stem=False))
+    first = explain(model, pair(), layer="last", check=False)
+    assert any("lies elsewhere in every image" in text for text in first.warnings)
+    with pytest.raises(ModelError, match="no map over an image"):
+        explain(model, pair(), layer="last")
+
+
+@pytest.mark.parametrize("stem", [True, False])
+def test_a_part_that_no_image_chooses_is_drawn_where_it_lies(stem: bool) -> None:
+    model = wrapped(lambda: Glimpse(in_a_corner, stem=stem))
+    layer = default(model, SIZE)
+    assert layer.name == "last"
+    assert float(off(model, layer, SIZE).nan_to_num().max()) < 0.25

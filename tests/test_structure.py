@@ -22,6 +22,7 @@ LEVELS = [
     ["simexplain.arguments"],
     [
         "simexplain.comparison",
+        "simexplain.image_choices",
         "simexplain.networks",
         "simexplain.places",
         "simexplain.publishing",

@@ -20,6 +20,11 @@ from simexplain.tracing import Trace, Traceable, embed_alike
 RELEVANT = 0.1
 """The share of an embedding from which on results warn that it bypasses the layer."""
 
+_MOVES = (
+    "Layer '{}' lies elsewhere in every image, since the network computes from the image which "
+    "part of it to look at, so its map cannot be believed; name an earlier layer with layer=, or "
+    "use a method on pixels such as occlusion."
+)
 _SHALLOW, _DEEP, _LATER = 0.25, 12, 3
 
 
@@ -63,6 +68,7 @@ class Surveyed:
         looked = Maps(found, pictures, model.hints)
         maps = looked.found
         self._embedding = found.embedding
+        self._moving = {run.name for run in found.runs if run.moves}
         self._layouts: dict[str, Layout] = {one.run.name: one.layout for one in maps}
         self._error = ""
         self._layers: tuple[Layer, ...] = ()
@@ -201,7 +207,7 @@ class Surveyed:
 
     def cautions(self, layers: Sequence[str]) -> tuple[str, ...]:
         """Sentences on layers that part of the embedding bypasses, and on early ones."""
-        used, found = self.known(layers), []
+        used, found = self.known(layers), [_MOVES.format(x) for x in layers if x in self._moving]
         worst = max(used, key=lambda layer: layer.bypass, default=None)
         if worst is not None and worst.bypass > RELEVANT:
             found.append(self._bypassed(worst))
