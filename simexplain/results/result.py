@@ -67,6 +67,10 @@ class Result(ABC):
         """The files that are written beside the manifest and the arrays."""
         return {}
 
+    def more_arrays(self) -> Arrays:
+        """Arrays for those who read the file alone, beside those of the fields."""
+        return {}
+
     def to_store(self: Made) -> Made:
         """What of it is kept."""
         return self
@@ -219,7 +223,7 @@ def _kept(result: Result, kind: Kind, said: dict[str, Any]) -> tuple[dict[str, A
     known = {**said, **{name: name for name in arrays}}
     rest = {key: value for key, value in record.items() if known.get(key, known) != value}
     if kind.arrays:
-        return said, {**arrays, _FIELDS: np.array(json.dumps(rest))}
+        return said, {**arrays, **result.more_arrays(), _FIELDS: np.array(json.dumps(rest))}
     return ({**said, _FIELDS: rest} if rest else said), {}
 
 
