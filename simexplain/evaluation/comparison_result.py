@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,7 @@ from simexplain.evaluation.measuring import means
 from simexplain.evaluation.tables import aligned, cost, number
 from simexplain.explanation import Explanation, versions
 from simexplain.results.codec import Arrays
-from simexplain.results.result import Attachments, Result, Row
+from simexplain.results.result import Result, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -183,10 +182,6 @@ class MethodComparison(Result):
     def captions(self) -> list[str]:
         """Of its figure."""
         return [f"methods side by side: {', '.join(method.name for method in self.methods)}"]
-
-    def attachments(self, style: str = "overlay", **options: Any) -> Attachments:
-        """The figure."""
-        return {"figure": ("comparison.png", partial(self.figure, style))}
 
     def more_arrays(self) -> Arrays:
         """The maps ``(K,h,w)`` of each method as ``maps_N``, and the ``views`` of the first."""
