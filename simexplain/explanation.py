@@ -362,11 +362,9 @@ class Explanation(Result):
 
     def attachments(self, styles: Sequence[str] = ("overlay",), **options: Any) -> Attachments:
         """A figure of each comparison, and every picture with the heat of every row."""
-        found: Attachments = {}
+        found = self._figures(styles=styles, by_layer=True)
         for index in range(len(self)):
             tag = numbered(index, len(self))
-            drawn = partial(self.figure, index, styles=styles, by_layer=True)
-            found[f"figure{tag}"] = (f"explanation{tag}.png", drawn)
             for place, role in enumerate(self.roles):
                 for number, row in enumerate(self.rows, start=1):
                     mark = f"_row{number}" if number > 1 else ""
@@ -375,7 +373,9 @@ class Explanation(Result):
                     found[f"heatmap{tag}_{place}{mark}"] = (name, heated)
         return found
 
-    def heated(self, place: int, index: int, styles: Sequence[str]) -> NDArray[np.uint8]:
+    def heated(
+        self, place: int, index: int = 0, styles: Sequence[str] = ("overlay",)
+    ) -> NDArray[np.uint8]:
         """A picture at its own resolution with its heat, drawn in the first of the styles."""
         drawn: NDArray[np.uint8] = RENDERERS[styles[0]](*self.on_picture(place, index))
         return drawn

@@ -103,16 +103,15 @@ class PairExplanation(Result):
         return self.write(folder, force=force, styles=styles)
 
     def captions(self) -> list[str]:
-        """Of the first comparison."""
-        return [f"{self.first.method} of a pair model"]
+        """One for each comparison."""
+        about = f"{self.first.method} of a pair model"
+        return [f"{about}, comparison {index + 1}" for index in range(len(self))]
 
     def attachments(self, styles: Sequence[str] = ("overlay",), **options: Any) -> Attachments:
         """A figure of each comparison, and every picture with its heat."""
-        found: Attachments = {}
+        found = self._figures(styles=styles)
         for index in range(len(self)):
             tag = numbered(index, len(self))
-            drawn = partial(self.figure, index, styles=styles)
-            found[f"figure{tag}"] = (f"pair_figure{tag}.png", drawn)
             for name, side in zip(("first", "second"), self.sides, strict=True):
                 for place in range(len(side.roles)):
                     heated = partial(side.heated, place, index, styles)

@@ -97,7 +97,8 @@ KINDS = {
         (), "simexplain.evaluation.comparison_pictures.draw_methods",
     ),
     "PairExplanation": Kind(
-        "pair explanation", {"manifest": "pair.json", "maps": "pair.npz"}, ("pair_",),
+        "pair explanation",
+        {"manifest": "pair.json", "maps": "pair.npz", "figure": "pair_figure.png"}, ("pair_",),
     ),
     "Reidentification": Kind(
         "evaluation of re-identification",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ from simexplain.graph.cams import directed_cams, node_cams
 from simexplain.metrics.maps import placed
 from simexplain.models.avsl_options import ORIGINS
 from simexplain.models.moving import WHOLE, Region
-from simexplain.publishing import numbered
 from simexplain.results.codec import Views
 from simexplain.results.result import Attachments, Result, Table
 
@@ -164,15 +162,11 @@ class Attribution(Account, Result):
     def attachments(self, node: tuple[int, int] | None = None, **options: Any) -> Attachments:
         """The nodes of all pairs as a table, their ranking, and a graph of each pair."""
         level, taken = node or (-1, None)
-        found: Attachments = {
+        return {
             "table": ("nodes.csv", lambda: Table(self._rows())),
             "ranking": ("ranking.png", self.ranking),
+            **self._figures("graph", level=level, node=taken),
         }
-        for index in range(len(self)):
-            tag = numbered(index, len(self))
-            drawn = partial(self.figure, index, level=level, node=taken)
-            found[f"graph{tag}"] = (f"graph{tag}.png", drawn)
-        return found
 
     def _rows(self) -> list[dict[str, Any]]:
         rows = []

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from simexplain.batching.folder import FIGURES, HEATMAPS, BatchFolder, maps_name
@@ -15,8 +13,7 @@ from simexplain.batching.row_explaining import RowExplainer
 from simexplain.batching.table import Record, explained, failed
 from simexplain.errors import OutputError, SimexplainError, first_line
 from simexplain.explanation import Explanation
-from simexplain.rendering.overlay import RENDERERS
-from simexplain.rendering.sheet import png_of
+from simexplain.results.result import content_of
 
 TENSORS = ("maps", "weights", "scores", "distances", "moved", "unexplained")
 """What a shard has of each row under ``KEY/NAME``, beside ``KEY/layer_N`` of several layers."""
@@ -102,13 +99,10 @@ class ShardWriter:
 
     def _draw(self, row: int, found: Explanation) -> None:
         if self.figures:
-            self.folder.write(f"{FIGURES}/{row:06d}.png", png_of(found.figure()))
+            self.folder.write(f"{FIGURES}/{row:06d}.png", content_of(found.figure()))
         for place, role in enumerate(found.roles if self.pictures else ()):
-            picture, heatmap = found.on_picture(place)
-            buffer = io.BytesIO()
-            drawn = Image.fromarray(RENDERERS["overlay"](picture, heatmap))
-            drawn.save(buffer, "PNG", compress_level=3)
-            self.folder.write(f"{HEATMAPS}/{row:06d}_{place}_{role}.png", buffer.getvalue())
+            drawn = content_of(found.heated(place))
+            self.folder.write(f"{HEATMAPS}/{row:06d}_{place}_{role}.png", drawn)
 
 
 def tensors_of(found: Explanation) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,8 @@ from torch import Tensor
 from simexplain.evaluation.measuring import means
 from simexplain.evaluation.tables import aligned, cost, number
 from simexplain.explanation import Explanation, versions
-from simexplain.results.result import Attachments, Result, Row
+from simexplain.results.codec import Arrays
+from simexplain.results.result import Result, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -183,9 +183,11 @@ class MethodComparison(Result):
         """Of its figure."""
         return [f"methods side by side: {', '.join(method.name for method in self.methods)}"]
 
-    def attachments(self, style: str = "overlay", **options: Any) -> Attachments:
-        """The figure."""
-        return {"figure": ("comparison.png", partial(self.figure, style))}
+    def more_arrays(self) -> Arrays:
+        """The maps ``(K,h,w)`` of each method as ``maps_N``, and the ``views`` of the first."""
+        maps = [method.explanation.maps[0].cpu().numpy() for method in self.methods]
+        named = {f"maps_{place}": own for place, own in enumerate(maps)}
+        return {"views": self.first.views[0], **named}
 
     def to_store(self) -> MethodComparison:
         """With masks as the network sees them, where they are not so already."""
@@ -241,5 +243,5 @@ def _told(place: int, method: ComparedMethod) -> dict[str, Any]:
         "measuring": method.measuring,
         "warnings": explanation.warnings,
         "per_image": method.scores,
-        "maps": f"method_{place}.maps",
+        "maps": f"maps_{place}",
     }

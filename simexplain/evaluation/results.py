@@ -264,10 +264,7 @@ class Evaluation(Measured):
             for name, scores in self.methods.items()
             for found in ([scores.values[metric][place] for metric in self.metrics],)
         ]
-        return {
-            "values": ("values.csv", lambda: Table(rows, columns)),
-            "figure": ("results.png", self.figure),
-        }
+        return {"values": ("values.csv", lambda: Table(rows, columns)), **self._figures()}
 
     def summary(self, **options: Any) -> dict[str, Any]:
         """All fields, and what a reader of them needs."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from simexplain.matching.factors import SCORES
 from simexplain.matching.points import Frame, Point, PositionPair
 from simexplain.matching.ranking import centred, strongest
 from simexplain.models.moving import WHOLE, Region
-from simexplain.publishing import numbered
 from simexplain.results.codec import Views
 from simexplain.results.result import Attachments, Result
 
@@ -254,12 +252,7 @@ class Matching(Result):
 
     def attachments(self, points: Sequence[Point] | None = None, **options: Any) -> Attachments:
         """A figure of each pair."""
-        found: Attachments = {}
-        for index in range(len(self)):
-            tag = numbered(index, len(self))
-            drawn = partial(self.figure, index, points=points)
-            found[f"figure{tag}"] = (f"matching{tag}.png", drawn)
-        return found
+        return self._figures(points=points)
 
     def summary(
         self, points: Sequence[Point] | None = None, top: int = 8, **options: Any

@@ -9,6 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,7 +19,7 @@ from PIL import Image
 
 from simexplain.errors import OutputError
 from simexplain.printing import json_text, printable
-from simexplain.publishing import KINDS, SCHEMA, Kind, published, read_back
+from simexplain.publishing import KINDS, SCHEMA, Kind, numbered, published, read_back
 from simexplain.results.codec import Arrays, decoded, encoded, plain
 from simexplain.results.upgrades import UPGRADES
 
@@ -64,7 +65,31 @@ class Result(ABC):
         return ()
 
     def attachments(self, **options: Any) -> Attachments:
-        """The files that are written beside the manifest and the arrays."""
+        """The files that are written beside the manifest and the arrays: here the figures.
+
+        Args:
+            **options: Of saving; here of the figures.
+        """
+        return self._figures(**options) if self.captions() else {}
+
+    def _figures(self, what: str = "figure", **options: Any) -> Attachments:
+        """A figure for each caption, numbered where there are several."""
+        count = len(self.captions())
+        stem, _, ending = kind_of(type(self)).files[what].rpartition(".")
+        return {
+            f"{what}{tag}": (f"{stem}{tag}.{ending}", partial(self._figure, index, **options))
+            for index in range(count)
+            for tag in (numbered(index, count),)
+        }
+
+    def _figure(self, index: int, **options: Any) -> Figure:
+        """One of its figures; a type with a single one takes no number."""
+        drawn: Any = getattr(self, "figure")  # noqa: B009 - not every type has one
+        figure: Figure = drawn(index, **options) if index else drawn(**options)
+        return figure
+
+    def more_arrays(self) -> Arrays:
+        """Arrays for those who read the file alone, beside those of the fields."""
         return {}
 
     def to_store(self: Made) -> Made:
@@ -125,7 +150,7 @@ class Result(ABC):
         with published(folder, list(names.values()), kind, force=force) as draft:
             said = self.to_json(files, **options)
             for name, make in made.values():
-                (draft / name).write_bytes(_content(make()))
+                (draft / name).write_bytes(content_of(make()))
             said, arrays = _kept(self, kind, said)
             if kind.arrays:
                 np.savez_compressed(draft / kind.arrays, **arrays)  # type: ignore[arg-type]
@@ -157,11 +182,7 @@ class Result(ABC):
         captions = self.captions()
         if not captions:
             return f"<pre>{html.escape(printable(str(self), keep=chr(10)))}</pre>"
-        drawn: Any = getattr(self, "figure")  # noqa: B009 - not every type has one
-        parts = [
-            as_html(drawn(index) if index else drawn(), text)
-            for index, text in enumerate(captions[:_SHOWN])
-        ]
+        parts = [as_html(self._figure(index), text) for index, text in enumerate(captions[:_SHOWN])]
         if len(captions) > _SHOWN:
             parts.append(f"<p>{len(captions) - _SHOWN} more: .figure(index)</p>")
         return "\n".join(parts)
@@ -194,7 +215,7 @@ def kind_of(made: type[Result]) -> Kind:
     return KINDS[next(base.__name__ for base in made.__mro__ if base.__name__ in KINDS)]
 
 
-def _content(made: Any) -> bytes:
+def content_of(made: Any) -> bytes:
     """The content of a file."""
     buffer = io.BytesIO()
     if isinstance(made, Table):
@@ -219,7 +240,7 @@ def _kept(result: Result, kind: Kind, said: dict[str, Any]) -> tuple[dict[str, A
     known = {**said, **{name: name for name in arrays}}
     rest = {key: value for key, value in record.items() if known.get(key, known) != value}
     if kind.arrays:
-        return said, {**arrays, _FIELDS: np.array(json.dumps(rest))}
+        return said, {**arrays, **result.more_arrays(), _FIELDS: np.array(json.dumps(rest))}
     return ({**said, _FIELDS: rest} if rest else said), {}
 
 

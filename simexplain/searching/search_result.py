@@ -14,7 +14,7 @@ from torch import Tensor
 from simexplain.data.preprocessing import Geometry
 from simexplain.matching.points import Point, PositionPair
 from simexplain.models.moving import WHOLE, Region
-from simexplain.results.result import Attachments, Result
+from simexplain.results.result import Result
 from simexplain.searching.regions import Box
 
 if TYPE_CHECKING:
@@ -176,10 +176,6 @@ class SearchResult(Result):
     def captions(self) -> list[str]:
         """Of its figure."""
         return [f"What was found for {Path(self.query).name}, and why"]
-
-    def attachments(self, **options: Any) -> Attachments:
-        """The figure."""
-        return {"figure": ("search.png", self.figure)}
 
     def summary(self, **options: Any) -> dict[str, Any]:
         """The hits, and what was searched where."""

@@ -149,7 +149,7 @@ class Segmentation(Result):
             "mask": ("mask.png", lambda: self.mask.astype(np.uint8) * 255),
             "overlay": ("overlay.png", self.overlay),
             "cutout": ("cutout.png", self.cutout),
-            "figure": ("segmentation.png", self.figure),
+            **self._figures(),
         }
 
     def summary(self, **options: Any) -> dict[str, Any]:
