@@ -668,6 +668,19 @@ def test_one_picture_says_nothing_of_what_is_close(tmp_path: Path) -> None:
     assert found.to_json()["close_match"] is None
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_gallery_of_copies_has_a_limit(tmp_path: Path, seed: int) -> None:
+    """The cosine of a picture and its copy may be rounded to more than one."""
+    (tmp_path / "gallery").mkdir()
+    for number in range(3):
+        blobs(seed).save(tmp_path / "gallery" / f"{number}.png")
+    blobs(seed).save(tmp_path / "query.png")
+    found = search(network(), tmp_path / "query.png", tmp_path / "gallery")
+    assert found.close_limit is not None
+    assert 0 <= found.close_limit < 1e-3
+    assert all(hit.close for hit in found.hits)
+
+
 def test_a_picture_that_is_gone_is_grey_and_said(gallery: Path) -> None:
     model = network()
     index = indexed(gallery, model)

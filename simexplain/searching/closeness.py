@@ -68,7 +68,8 @@ def _between(model: SimilarityModel, rows: Tensor, name: str) -> Tensor:
     """Distances of some pictures ``(n,n)``: cosine ones, unless the model has its own."""
     if name:
         units = unit_rows(rows.float())
-        return DISTANCES["cosine"](units, units).double()
+        # Of copies, rounding may make it less than zero, which has no root.
+        return DISTANCES["cosine"](units, units).double().clamp_min(0)
     if isinstance(model, AVSL):
         rows = rows.to(next(model.heads.parameters()))
     return model.distance(rows, rows).double().cpu()
