@@ -37,6 +37,8 @@ class Returning(nn.Module):
         (lambda e: SimpleNamespace(pooled=e, other=1), "pooled"),
         (lambda e: {"deep": [e - 1, e]}, lambda result: result["deep"][1]),
         (lambda e: e[:, :, None, None], None),
+        (lambda e: (e,), None),
+        (lambda e: [e], None),
         (lambda e: e.half(), None),
     ],
 )

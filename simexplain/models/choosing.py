@@ -504,21 +504,8 @@ def _why_none(survey: Survey, maps: Sequence[Map]) -> str:
         )
     if survey.embedding.numel() == 1:
         return SINGLE_NUMBER
-    if any("quantized" in type(run.module).__module__ for run in survey.runs):
-        return (
-            f"{start}, since its modules are quantised and have no gradients; explain the network "
-            "as it was before, or use occlusion, sbsm or random_masks."
-        )
-    if survey.obstacles and all(run.gradient is None for run in survey.runs if _wide(run)):
-        return (
-            f"{start} with a gradient, since {survey.obstacles[0]}; change the model's forward, or "
-            "use occlusion, sbsm or random_masks."
-        )
-    if maps and all(one.run.gradient is None for one in maps):
-        return (
-            f"{start}: the embedding is detached from {maps[-1].run.name}; check that the "
-            "model's forward is differentiable."
-        )
+    if reason := _why_no_gradient(survey, maps):
+        return start + reason
     if any(run.moves for run in survey.runs) and not maps:
         return (
             f"{start}: the network computes from each image which part of it to look at, so its "
@@ -536,6 +523,33 @@ def _why_none(survey: Survey, maps: Sequence[Map]) -> str:
         f"{start}, so there is nothing to draw; name one with layer=, or use a method on pixels "
         "such as occlusion."
     )
+
+
+def _why_no_gradient(survey: Survey, maps: Sequence[Map]) -> str:
+    """The end of that sentence where gradients are what is missing, else nothing."""
+    if any("quantized" in type(run.module).__module__ for run in survey.runs):
+        return (
+            ", since its modules are quantised and have no gradients; explain the network as it "
+            "was before, or use occlusion, sbsm or random_masks."
+        )
+    if survey.obstacles and all(run.gradient is None for run in survey.runs if _wide(run)):
+        return (
+            f" with a gradient, since {survey.obstacles[0]}; change the model's forward, or use "
+            "occlusion, sbsm or random_masks."
+        )
+    gradients = [one.run.gradient for one in maps if one.run.gradient is not None]
+    if maps and not gradients:
+        return (
+            f": the embedding is detached from {maps[-1].run.name}; check that the model's forward "
+            "is differentiable."
+        )
+    if gradients and not any(bool(gradient.ne(0).any()) for gradient in gradients):
+        return (
+            " with a gradient: it is zero at every layer, as behind rounding, a sign or a "
+            "threshold; pick the vector before that with output=, or use occlusion, sbsm or "
+            "random_masks."
+        )
+    return ""
 
 
 def _wide(run: LayerRun) -> bool:

@@ -229,11 +229,13 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def picked(result: Any, output: Output) -> Tensor:
-    """The embedding out of whatever a network returned.
+    """The embedding out of whatever a network returned; of a single one in a list it is that.
 
     Raises:
         ModelError: If ``output`` picks nothing, or no tensor.
     """
+    if output is None and isinstance(result, (tuple, list)) and len(result) == 1:
+        result = result[0]
     try:
         if callable(output):
             result = output(result)
