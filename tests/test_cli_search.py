@@ -224,7 +224,9 @@ def test_names_that_are_no_text_are_shown_and_kept(made: Path, run: Callable[...
     assert again.query == str(query)
 
 
-@pytest.mark.parametrize("place", ["search_query.region_ranking", "search_saving.png_of"])
+@pytest.mark.parametrize(
+    "place", ["searching.search_query.region_ranking", "results.result.content_of"]
+)
 def test_ctrl_c_leaves_nothing(
     made: Path, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -232,7 +234,7 @@ def test_ctrl_c_leaves_nothing(
         raise KeyboardInterrupt
 
     before = sorted(made.rglob("*"))
-    monkeypatch.setattr(f"simexplain.searching.{place}", stop)
+    monkeypatch.setattr(f"simexplain.{place}", stop)
     done = run("search", *QUICK, "--region", "10,5,30,20", "--out", "found")
     assert done.code == 130
     assert done.err.strip() == "Error: Interrupted; nothing was written."

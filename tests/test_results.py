@@ -46,7 +46,6 @@ TOO_LITTLE = ("reid", "retrieval", "segmentation_scores")
 """What version 0.1.0 saved without what loading needs."""
 LOADED = sorted(EXPECTED.keys() - set(TOO_LITTLE))
 MADE = [name for name in (*LOADED, *TOO_LITTLE) if name != "training"]
-FOLDERS = [name for name in MADE if KINDS[EXPECTED[name]["type"]].arrays]
 EVIL = "<script>&"
 
 
@@ -105,7 +104,7 @@ def test_a_training_run_is_found_where_it_is_now() -> None:
 
 
 def measured(name: str) -> Any:
-    """Evaluations by hand, with a query that has nothing to find."""
+    """Results made by hand, with a query that has nothing to find."""
     if name == "segmentation_scores":
         counts = (Overlap(1, 2, 3, 4), Overlap())
         episode = EpisodeScore("t.png", ("a", EVIL), (("s.png",), ("u.png",)), counts, Overlap(4))
@@ -165,10 +164,13 @@ def test_numbers_fit_into_one_file(name: str, tmp_path: Path) -> None:
     assert flat(type(result(name)).load(file)) == flat(result(name))
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", MADE)
 def test_a_changed_byte_is_noticed(name: str, saved: Any, tmp_path: Path) -> None:
     folder = saved(name, tmp_path)
-    path = folder / KINDS[EXPECTED[name]["type"]].arrays
+    arrays = KINDS[type(result(name)).__name__].arrays
+    if not arrays:
+        pytest.skip("its JSON has all")
+    path = folder / arrays
     content = bytearray(path.read_bytes())
     content[-30] ^= 1  # in the list of the archive's members, or a comment of it
     path.write_bytes(bytes(content))
