@@ -98,7 +98,9 @@ def test_what_maps_cannot_show_is_a_line_of_every_command(
         (("index", NETWORK, "gallery", "--out", "new.index", *FAST), "embeddings"),
         (("match", NETWORK, "a.png", "b.jpg", *FAST), "score"),
     ):
-        assert "not in the maps" not in run(*command, *(["--force"] * ("--out" in command))).out
+        done = run(*command)
+        assert done.code == 0, done.err
+        assert "not in the maps" not in done.out
         with monkeypatch.context() as patched:
             patched.setattr("simexplain_cli.options._NOTHING", 0.0)
             done = run(*command, *(["--force"] * ("--out" in command)))
