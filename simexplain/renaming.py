@@ -45,10 +45,11 @@ Of several new names the first that a function, class or command has is meant; w
 still one of its own, nothing is renamed.
 """
 
-_ARGUMENTS_ALONE = ("comparison",)
+ARGUMENTS_ALONE = ("comparison",)
+"""Names that no option of the command line ever had."""
 
 RENAMED_OPTIONS: dict[str, tuple[str, ...]] = {
-    **{name: new for name, new in RENAMED.items() if name not in _ARGUMENTS_ALONE},
+    **{name: new for name, new in RENAMED.items() if name not in ARGUMENTS_ALONE},
     "dataset": ("kind",),
     "k": ("edges_per_node", "ranks"),
     "level": ("confidence",),
