@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TinyNet
-from simexplain_cli.options import saved
+from simexplain_cli.result_commands import Made, _saved
 
 from simexplain import Explanation, as_similarity_model, explain
 from simexplain.errors import OutputError
@@ -107,17 +107,19 @@ def test_a_name_that_somebody_takes_is_not_taken_again(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    def save(folder: Path) -> dict[str, str]:
-        if str(folder) == "found-1" and not folder.exists():
-            results[1].save(folder)  # another run, in between
-        return results[0].save(folder)
+    class Raced(Explanation):
+        def write(self, folder: Path, *, force: bool = False, **_: object) -> dict[str, str]:
+            if str(folder) == "found-1" and not folder.exists():
+                results[1].save(folder)  # another run, in between
+            return super().write(folder, force=force)
 
-    files = saved(save, None, "found")
+    made = Made(Raced(**vars(results[0])), list)
+    files = _saved(made, None, "found", force=False)
     assert files["manifest"] == str(Path("found-2", "explanation.json"))
     assert torch.equal(check_whole(Path("found-1")).maps, results[1].maps)
     assert torch.equal(check_whole(Path("found-2")).maps, results[0].maps)
     with pytest.raises(OutputError, match="is there already"):
-        saved(save, Path("found-2"), "found")
+        _saved(made, Path("found-2"), "found", force=False)
 
 
 def hold(folder: Path, ready: object, done: object) -> None:
