@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from simexplain.errors import ModelError
-from simexplain.explaining_files import explain
+from simexplain.explaining import explain
 from simexplain.models.backbones import DEFAULT_MODEL, PACKAGED
 from simexplain.models.loading import load_model
 from simexplain.publishing import KINDS, check_writable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from simexplain.comparison import positives_of
-from simexplain.explaining_files import explain
+from simexplain.explaining import explain
 from simexplain.methods import PIXELS
 from simexplain.models.frames import POOLINGS
 from simexplain.models.pairs import PairModel

@@ -11,7 +11,7 @@ import click
 
 from simexplain.data.vector_files import read_vectors
 from simexplain.errors import ComparisonError
-from simexplain.explaining_files import centroid, explain_against
+from simexplain.explaining import centroid, explain_against
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from simexplain.errors import ComparisonError, TwoImagesError
-from simexplain.explaining_files import explain
+from simexplain.explaining import explain
 from simexplain.models.loading import load_pair_model
 from simexplain.models.pairs import PairModel
 

@@ -13,8 +13,8 @@ from .evaluation.reid import evaluate_reid as evaluate_reid
 from .evaluation.reid_result import Reidentification as Reidentification
 from .evaluation.retrieval import evaluate_retrieval as evaluate_retrieval
 from .evaluation.retrieval_result import Retrieval as Retrieval
-from .explaining_files import explain as explain
-from .explaining_files import explain_against as explain_against
+from .explaining import explain as explain
+from .explaining import explain_against as explain_against
 from .explanation import Explanation as Explanation
 from .fitting.bank import build_bank as build_bank
 from .fitting.posthoc import fit as fit

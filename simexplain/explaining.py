@@ -1,505 +1,348 @@
-"""Comparisons of image tensors explained: the body of ``explain``."""
+"""The verb: explain a comparison of pictures or of image tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simexplain.checking import checked, joined_checks
-from simexplain.comparison import Comparison
-from simexplain.errors import ComparisonError, ModelError, first_line
-from simexplain.explanation import Explanation, GivenVector, versions
-from simexplain.frame_sets import by_frame, framed, is_framed
-from simexplain.methods import PIXELS, ChoosesLayers, MethodLike
-from simexplain.methods.method import AttentionMaps
-from simexplain.methods.rows import Layers, Methods, Row, rows_of
-from simexplain.models.avsl import AVSL
+from simexplain.arguments import typed
+from simexplain.comparison import Comparison, positives_of
+from simexplain.data.folders import Batches, pictures_in, read_item
+from simexplain.data.images import Picture, PictureSource, read_pictures
+from simexplain.data.preprocessing import Geometry, Preprocess, prepared
+from simexplain.errors import ComparisonError, ImageError
+from simexplain.explaining_tensors import (
+    check_pair,
+    check_upscale,
+    checked_vectors,
+    explain_items,
+    explain_pair,
+    explain_tensors,
+)
+from simexplain.explanation import Explanation
+from simexplain.methods.rows import Layers, Methods
 from simexplain.models.base import SimilarityModel
-from simexplain.models.blackbox import pixel_methods
 from simexplain.models.embedder import as_similarity_model
-from simexplain.models.moving import WHOLE
+from simexplain.models.frames import padded_sets
 from simexplain.models.pairs import PairModel
-from simexplain.networks import full_precision
 from simexplain.pair_explanation import PairExplanation
 from simexplain.tracing import trace
 
-SCORED = ("similarity_cam", *pixel_methods(differentiable=True))
-"""Methods that explain a learned score of two images."""
-
-_MOVED_FAR = 0.1
-_BEYOND = 10
-"""Images that reach so many times what preprocessed pictures do were not preprocessed."""
+Images = Comparison | Sequence[PictureSource | Tensor]
+"""A comparison, or its images in a list: anchor, positives, negatives."""
 
 
-@full_precision()
-def explain_tensors(
+@overload
+def explain(
+    model: PairModel,
+    images: Images,
+    method: Methods = None,
+    layer: Layers = None,
+    **options: Any,
+) -> PairExplanation: ...
+
+
+@overload
+def explain(
     model: nn.Module,
-    comparison: Comparison,
+    images: Images,
+    method: Methods = None,
+    layer: Layers = None,
+    **options: Any,
+) -> Explanation: ...
+
+
+@typed
+def explain(
+    model: nn.Module | PairModel,
+    images: Images,
     method: Methods = None,
     layer: Layers = None,
     *,
+    arch: str | None = None,
+    negative: bool = False,
+    positives: int = 1,
     upscale: float = 1,
     scale: str = "image",
     labels: str | Sequence[str] | None = (),
-    pooling: str = "mean",
+    pooling: str | None = None,
+    max_batch: int | None = None,
+    check: bool = True,
+    **options: Any,
+) -> Explanation | PairExplanation:
+    """Explains why the images of a comparison are alike or different to a model.
+
+    One forward and one backward pass, down to the lowest layer asked for, serve the whole batch.
+    Members of a ``Comparison`` that are given as vectors have no map; of embeddings the length does
+    not matter, of directions (:meth:`Comparison.along`) it does.
+
+    Args:
+        model: A similarity model, whose ``preprocess`` is used, or any ``nn.Module`` that returns
+            an embedding. For several calls wrap it once with ``as_similarity_model``: that
+            remembers the default layer. Of a model of two images (``as_pair_model``) the result is
+            a ``PairExplanation``; each tower preprocesses its own pictures.
+        images: Pictures, anchor first, then positives, then negatives: files, pictures of PIL or
+            arrays, as ``read_picture`` takes them, mixed as you like; the heat is mapped back onto
+            them. A folder is one item of several frames: a video clip, photographs of one thing.
+            Or preprocessed tensors: a list of ``(C,H,W)``, or a ``Comparison`` of batches
+            ``(B,C,H,W)``, of sets of frames ``(B,T,C,H,W)`` or with given vectors ``(E,)``.
+        method: A name in ``METHODS``, an object like ``SimilarityAttention(weights="signed")``, or
+            several, of which the first makes the result and the others its rows. None makes
+            similarity attention as published and ``focus`` from one pass; with a layer or an
+            option similarity attention alone, along a direction ``focus`` alone.
+        layer: A layer, several to be multiplied, or None for the method's own choice, else the
+            model's default. Of a pair model one for both towers, or two, one for each.
+        arch: Of a list ``siamese``, ``triplet``, ``quadruplet`` or ``set``; unless given, two
+            pictures are siamese and three a triplet.
+        negative: The other image of a siamese list is a negative.
+        positives: How many images after the anchor are positives, for ``set``.
+        upscale: Shows the network this many times larger images, of pictures with their own finer
+            detail; the result reports how far that moved the embeddings.
+        scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
+        labels: What each given vector of a ``Comparison`` stands for, in order.
+        pooling: How the unit embeddings of the frames of an item become one: ``mean`` or ``max``.
+            Unless given ``mean``, and of files with several pages or frames the first alone.
+        max_batch: Bounds the images in one forward pass; results do not depend on it.
+        check: Hide what each map marks, and as much elsewhere, and run the model again
+            (:func:`~simexplain.checking.checked`): ``2R + 1`` more passes of each image for ``R``
+            methods.
+        **options: Passed to the methods given by name, such as ``weights="relative"``.
+
+    Raises:
+        ImageError: If a picture cannot be read.
+        ComparisonError: If images, vectors or options do not fit, or there are too few or too many
+            images for ``arch``.
+        ModelError: If the model or a layer cannot be used.
+    """
+    chosen: dict[str, Any] = {"max_batch": max_batch, "scale": scale, "check": check, **options}
+    more: dict[str, Any] = {"upscale": upscale, "labels": labels, "pooling": pooling or "mean"}
+    if isinstance(images, Comparison):
+        if arch is not None or negative or positives != 1:
+            raise ComparisonError(
+                "A Comparison has its roles already; leave arch, negative and positives away."
+            )
+    else:
+        if labels:
+            raise ComparisonError("Labels name given vectors; a list of images has none.")
+        count = positives_of(arch, len(images), negative=negative, positives=positives)
+        if not all(isinstance(image, Tensor) for image in images):
+            return _explain_pictures(model, images, count, method, layer, pooling, upscale, chosen)
+        images = _stacked([image for image in images if isinstance(image, Tensor)], count)
+    if isinstance(model, PairModel):
+        check_pair(upscale, labels)
+        return explain_pair(model, images, method, layer, **chosen)
+    return explain_tensors(model, images, method, layer, **more, **chosen)
+
+
+def _explain_pictures(
+    model: nn.Module | PairModel,
+    images: Sequence[Any],
+    count: int,
+    method: Methods,
+    layer: Layers,
+    pooling: str | None,
+    upscale: float,
+    chosen: dict[str, Any],
+) -> Explanation | PairExplanation:
+    """Of pictures; ``count`` of them after the anchor are positives."""
+    if isinstance(model, PairModel):
+        check_pair(upscale, ())
+        return _explain_pair(model, images, count, method, layer, chosen)
+    wrapped = as_similarity_model(model)
+    check_upscale(upscale)
+    items = [
+        read_item(path, f"image {place}", pages=pooling is not None)
+        for place, path in enumerate(images, start=1)
+    ]
+    pictures = [picture for item in items for picture in item]
+    own, geometries = _tensors(wrapped, items, 1, count)
+    view = own
+    if upscale != 1:
+        view, geometries = _tensors(wrapped, items, upscale, count)
+    result = explain_items(
+        wrapped, own, view, method, layer, upscale=upscale, pooling=pooling or "mean",
+        **chosen,
+    )  # fmt: skip
+    return _placed(result, wrapped, pictures, geometries)
+
+
+@typed
+def explain_against(
+    model: nn.Module,
+    path: PictureSource,
+    positives: Mapping[str, Tensor],
+    negatives: Mapping[str, Tensor] | None = None,
+    method: Methods = None,
+    layer: Layers = None,
+    *,
+    direction: bool = False,
+    upscale: float = 1,
+    scale: str = "image",
+    pooling: str | None = None,
     max_batch: int | None = None,
     check: bool = True,
     **options: Any,
 ) -> Explanation:
-    """Explains a comparison of preprocessed images; see ``explain``."""
-    wrapped = as_similarity_model(model)
-    if not is_framed(comparison):
-        check_images(comparison)
-    comparison = checked_vectors(wrapped, comparison)
-    view = comparison
-    if upscale != 1:
-        check_upscale(upscale)
-        view = _enlarged(comparison, upscale)
-    return explain_items(
-        wrapped, comparison, view, method, layer, upscale=upscale, scale=scale, labels=labels,
-        pooling=pooling, max_batch=max_batch, check=check, **options,
-    )  # fmt: skip
-
-
-def check_pair(upscale: float, labels: str | Sequence[str] | None) -> None:
-    """Refuses what pair models do not take.
-
-    Raises:
-        ComparisonError: If something of it was given.
-    """
-    if upscale != 1 or labels:
-        raise ComparisonError("Pair models take neither upscale nor labels; leave them away.")
-
-
-def explain_items(
-    model: SimilarityModel,
-    comparison: Comparison,
-    view: Comparison,
-    method: Methods,
-    layer: Layers,
-    *,
-    pooling: str,
-    check: bool,
-    **chosen: Any,
-) -> Explanation:
-    """As :func:`explain_view`, of images or of sets of frames."""
-    if not is_framed(comparison):
-        return explain_view(model, comparison, view, method, layer, check=check, **chosen)
-    method = "sam" if method is None else method
-    sets, own = framed(model, comparison, pooling, method, layer)
-    shown = own if view is comparison else framed(model, view, pooling, method, layer)[1]
-    found = explain_view(sets, own, shown, method, layer, check=False, **chosen)
-    return by_frame(found, sets.frames)
-
-
-@full_precision()
-def explain_pair(
-    model: PairModel, comparison: Comparison, method: Methods, layer: Layers, **chosen: Any
-) -> PairExplanation:
-    """Both sides of a pair model, each with the other one held.
+    """Reads a picture and explains it against given vectors: texts, centroids, stored rows.
 
     Args:
-        model: A pair model.
-        comparison: Preprocessed images.
-        method: As for ``explain``.
-        layer: One layer for both towers, or two, one for each.
-        **chosen: Further arguments of ``explain``, ``max_batch`` among them.
+        model: A similarity model, whose ``preprocess`` is used, or any ``nn.Module`` that returns
+            an embedding.
+        path: The picture: a file, a picture of PIL or an array; or a folder of several frames of
+            one item.
+        positives: Vectors ``(E,)`` that the picture should be like, by their labels.
+        negatives: Vectors that it should not be like.
+        method: As for :func:`~simexplain.explaining_tensors.explain`: a name, an object, several to make
+            rows, or None for similarity attention as published and ``focus``.
+        layer: A layer, several to be multiplied, or None for the model's default.
+        direction: The one positive is a direction, whose score is ``f . d``.
+        upscale: As for :func:`explain`.
+        scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
+        pooling: As for :func:`explain`.
+        max_batch: Bounds the images in one forward pass; results do not depend on it.
+        check: Hide what each map marks, and as much elsewhere, and ask the model again.
+        **options: Passed to a method given by name, such as ``weights="relative"``.
 
     Raises:
-        ComparisonError: If the images do not fit the model.
+        ImageError: If the picture cannot be read.
+        ComparisonError: If there is no vector, or one does not fit the model.
         ModelError: If the model or a layer cannot be used.
     """
-    if not isinstance(comparison, Comparison) or comparison.given or comparison.anchor.dim() != 4:
-        raise ComparisonError("Expected a Comparison of float images for a pair model.")
-    if layer is None or isinstance(layer, (str, nn.Module)):
-        layers: tuple[Any, ...] = (layer, layer)
-    else:
-        layers = tuple(layer)
-    if len(layers) != 2:
-        raise ModelError(f"Expected one layer for each of two towers, got {list(layers)}.")
-    with model.settled():
-        if model.learned:
-            return _explain_score(model, comparison, method, layers, **chosen)
-        anchor, others, near = comparison.anchor, *_others(comparison)
-        first = _vectors(model.first, anchor, chosen["max_batch"])
-        second = _vectors(model.second, others.flatten(0, 1), chosen["max_batch"])
-        second = second.view(*others.shape[:2], -1)
-        if first.shape[-1] != second.shape[-1]:
-            raise ModelError(
-                f"Expected towers with embeddings of one width, got {first.shape[-1]} and "
-                f"{second.shape[-1]}; give the head that compares them: head=MODULE."
-            )
-        parts = (
-            (model.first, Comparison(anchor, second[:, :near], second[:, near:])),
-            (model.second, Comparison(first, others[:, :near], others[:, near:])),
+    wrapped = as_similarity_model(model)
+    check_upscale(upscale)
+    negatives = negatives or {}
+    if not positives and not negatives:
+        raise ComparisonError("Expected at least one vector to explain the picture against.")
+    if direction and (len(positives) != 1 or negatives):
+        raise ComparisonError(
+            f"Expected one direction and no negatives, got {len(positives) + len(negatives)} "
+            "vectors."
         )
-        found = [
-            explain_tensors(tower, part, method, names, **chosen)
-            for (tower, part), names in zip(parts, layers, strict=True)
-        ]
-    return PairExplanation(found[0], found[1])
+    pictures = read_item(path, pages=pooling is not None)
+
+    def against(images: Tensor) -> Comparison:
+        width = next(iter([*positives.values(), *negatives.values()])).shape[-1]
+        near, far = (_rows(side, width) for side in (positives, negatives))
+        images = images if len(pictures) == 1 else images.unsqueeze(0)
+        return checked_vectors(wrapped, Comparison(images, near, far, unit=not direction))
+
+    views, geometries = prepared(wrapped.preprocess, pictures)
+    own = view = against(views)
+    if upscale != 1:
+        views, geometries = prepared(_upscaled(wrapped.preprocess, upscale), pictures)
+        view = against(views)
+    result = explain_items(
+        wrapped, own, view, method, layer, upscale=upscale, scale=scale, max_batch=max_batch,
+        labels=[*positives, *negatives], pooling=pooling or "mean", check=check, **options,
+    )  # fmt: skip
+    return _placed(result, wrapped, pictures, geometries)
 
 
-def _explain_score(
+def _explain_pair(
     model: PairModel,
-    comparison: Comparison,
-    method: Methods,
-    layers: Sequence[Any],
-    **chosen: Any,
-) -> PairExplanation:
-    """A learned score, one pair after the other: the gradient of the score itself."""
-    others, _ = _others(comparison)
-    if others.shape[1] != 1:
-        raise ComparisonError(
-            f"Expected pairs for a learned score, got {1 + others.shape[1]} images in a comparison;"
-            " explain them pair by pair."
-        )
-    # One number has nothing to weigh.
-    method = "similarity_cam" if method in (None, "sam") else method
-    scored: dict[str, Any] = {"score": "dot"} if method == "similarity_cam" else {}
-    if not isinstance(method, str) or method not in SCORED:
-        raise ModelError(
-            f"A learned score has no embeddings to compare, so method '{method}' does not apply; "
-            f"use one of sam, {', '.join(SCORED)}."
-        )
-    if "score" in chosen:
-        raise ComparisonError("The score of a pair model is learned; leave the option score away.")
-    sides: tuple[list[Explanation], list[Explanation]] = ([], [])
-    for one, two in zip(comparison.anchor, others[:, 0], strict=True):
-        for side, (own, other) in enumerate(((one, two), (two, one))):
-            held = model.given(side, other[None])
-            along = Comparison.along(own[None], torch.tensor([1.0, 0.0]))
-            found = explain_tensors(held, along, method, layers[side], **scored, **chosen)
-            seen = found.check and replace(found.check, moved=found.check.moved * torch.nan)
-            told = {**found.options, "score": "learned"}
-            sides[side].append(replace(found, options=told, check=seen))
-    first, second = (_joined(parts) for parts in sides)
-    return PairExplanation(first, second, first.scores[:, 0])
-
-
-def _others(comparison: Comparison) -> tuple[Tensor, int]:
-    """All images but the anchors ``(B,K-1,C,H,W)``, and how many are positives."""
-    near, far = comparison.positives, comparison.negatives
-    parts = [stack for stack in (near, far) if stack.shape[1]]
-    if len({stack.shape[2:] for stack in parts}) > 1:
-        raise ComparisonError(
-            f"Expected positives and negatives of one size, got {tuple(near.shape[2:])} and "
-            f"{tuple(far.shape[2:])}; the second tower takes one."
-        )
-    return torch.cat(parts, dim=1), near.shape[1]
-
-
-def _vectors(model: SimilarityModel, images: Tensor, max_batch: int | None) -> Tensor:
-    return trace(model, images, (), max_batch=max_batch).embeddings.detach()
-
-
-def _joined(parts: Sequence[Explanation]) -> Explanation:
-    """Explanations of one comparison each as one of all."""
-    names = ("maps", "weights", "scores", "embeddings", "distances", "images")
-    joined: dict[str, Any] = {
-        name: torch.cat([getattr(part, name) for part in parts]) for name in names
-    }
-    layer_maps = {
-        layer: torch.cat([part.layer_maps[layer] for part in parts]) for layer in parts[0].layers
-    }
-    said = tuple(dict.fromkeys(line for part in parts for line in part.warnings))
-    rests = [part.unexplained for part in parts if part.unexplained is not None]
-    joined["unexplained"] = torch.cat(rests) if len(rests) == len(parts) else None
-    checks = [part.check for part in parts if part.check is not None]
-    joined["check"] = joined_checks(checks) if checks else None
-    return replace(parts[0], layer_maps=layer_maps, warnings=said, **joined)
-
-
-@full_precision()
-def explain_view(
-    model: SimilarityModel,
-    comparison: Comparison,
-    view: Comparison,
+    images: Sequence[PictureSource],
+    near: int,
     method: Methods,
     layer: Layers,
-    *,
-    upscale: float,
-    scale: str,
-    max_batch: int | None,
-    labels: str | Sequence[str] | None = (),
-    check: bool = False,
-    **options: Any,
-) -> Explanation:
-    """Explains ``view``, which shows the same images as ``comparison``, perhaps larger.
-
-    The distances and embeddings reported are those of ``comparison``, the maps lie on ``view``.
-    """
-    check_images(comparison)
-    vectors = _labelled(comparison, labels)
-    with _upscaled(view, upscale):
-        made = rows_of(model, view, method, layer, options, max_batch)
-    own, moved = made[0].found.embeddings, None
-    if view is not comparison:
-        own = embeddings_of(model, comparison, max_batch)
-        moved = 1 - (own * made[0].found.embeddings).sum(dim=2)
-    members = comparison.joined(own)
-    rows = _explanations(
-        model, comparison, view, made, upscale=upscale, embeddings=members, moved=moved,
-        scale=scale, vectors=vectors, named=layer is not None,
-    )  # fmt: skip
-    if check:
-        heats = [row.heatmaps for row in rows]
-        checks = checked(model, comparison, members, heats, max_batch)
-        rows = [replace(row, check=one) for row, one in zip(rows, checks, strict=True)]
-    return replace(rows[0], others=tuple(rows[1:]))
+    chosen: Mapping[str, Any],
+) -> PairExplanation:
+    """The anchor for the first tower, all other pictures for the second."""
+    read = read_pictures(images)
+    towers, groups = (model.first, model.second), (read[:1], read[1:])
+    parts = [prepared(tower.preprocess, own) for tower, own in zip(towers, groups, strict=True)]
+    others = parts[1][0].unsqueeze(0)
+    comparison = Comparison(parts[0][0], others[:, :near], others[:, near:])
+    result = explain_pair(model, comparison, method, layer, **chosen)
+    first, second = (
+        _placed(side, tower, own, places)
+        for side, tower, own, (_, places) in zip(result.sides, towers, groups, parts, strict=True)
+    )
+    return replace(result, first=first, second=second)
 
 
-def _explanations(
+def _placed(
+    result: Explanation,
     model: SimilarityModel,
-    comparison: Comparison,
-    view: Comparison,
-    made: Sequence[Row],
-    *,
-    upscale: float,
-    embeddings: Tensor,
-    moved: Tensor | None,
-    named: bool,
-    **said: Any,
-) -> list[Explanation]:
-    """What each method found, with all that is the same for every one of them."""
-    rows = embeddings if comparison.unit else F.normalize(embeddings, dim=2)
-    images = view.stacked()
-    pictures = images.flatten(0, 1)
-    same: dict[str, Any] = {
-        "embeddings": embeddings,
-        "distances": distances_of(model, rows),
-        "positives": comparison.positives.shape[1],
-        "images": images,
-        "preprocess": model.preprocess,
-        "model": model.name,
-        "versions": versions(),
-        "moved": moved,
-        **said,
-    }
-    out_of_range = _out_of_range(model, pictures)
-    explained = []
-    for row in made:
-        _check_finite(row.found)
-        # A method that names its layers itself may know them without a survey.
-        surveyed = named or not isinstance(row.method, ChoosesLayers)
-        known = row.layers != (PIXELS,) and (surveyed or model.is_surveyed(pictures))
-        warnings = row.found.warnings + _more_warnings(row.found, moved, comparison) + out_of_range
-        if known:
-            own = row.found.embeddings.flatten(0, 1)
-            warnings += model.cautions(row.layers, pictures, own)
-        explained.append(Explanation(
-            maps=row.found.maps,
-            layer_maps=row.found.layer_maps,
-            weights=row.found.weights,
-            scores=row.found.scores,
-            unexplained=row.found.unexplained,
-            method=row.name,
-            layers=row.layers,
-            options=_told(row.method, upscale),
-            warnings=warnings,
-            **_placing(model, row, pictures, known=known),
-            **same,
-        ))  # fmt: skip
-    return explained
+    pictures: Sequence[Picture],
+    geometries: Sequence[Geometry],
+) -> Explanation:
+    """A result on the pictures that were read, with what is to be known of them."""
+    return result.placed(
+        model.preprocess.notes + tuple(note for picture in pictures for note in picture.notes),
+        pictures=tuple(map(model.preprocess.drawn, pictures)),
+        geometries=tuple(geometries),
+    )
 
 
-def _placing(model: SimilarityModel, row: Row, images: Tensor, *, known: bool) -> dict[str, Any]:
-    """Where maps lie and what bypasses their layers, as fields of an explanation.
+def _stacked(images: Sequence[Tensor], positives: int) -> Comparison:
+    """Preprocessed images ``(C,H,W)`` of a list as one comparison."""
+    if any(image.dim() != 3 for image in images):
+        shapes = ", ".join(str(tuple(image.shape)) for image in images)
+        raise ComparisonError(
+            f"Expected preprocessed images (C,H,W) in a list, got {shapes}; batches of them make a "
+            "Comparison."
+        )
+    anchor, *others = (image.unsqueeze(0) for image in images)
+    empty = anchor.unsqueeze(1)[:, :0]
+    sides = others[:positives], others[positives:]
+    near, far = (torch.stack(side, dim=1) if side else empty for side in sides)
+    return Comparison(anchor, near, far)
+
+
+def _rows(vectors: Mapping[str, Tensor], width: int) -> Tensor:
+    """Labelled vectors as one stack ``(1,n,E)``."""
+    for label, vector in vectors.items():
+        if vector.shape != (width,) or not vector.is_floating_point():
+            raise ComparisonError(
+                f"Expected vectors of one width ({width},) of floating-point numbers, got "
+                f"{tuple(vector.shape)} of {vector.dtype} for '{label}'."
+            )
+    rows = [vector.detach().cpu() for vector in vectors.values()]
+    return torch.stack(rows).unsqueeze(0) if rows else torch.empty(1, 0, width)
+
+
+@typed
+def centroid(model: nn.Module, folder: str | Path, *, max_batch: int = 32) -> Tensor:
+    """The mean direction ``(E,)`` of the embeddings of all pictures in a folder, of unit length.
 
     Args:
-        model: The model.
-        row: A method and its maps.
-        images: ``(M,C,H,W)``.
-        known: The model knows the layers.
-    """
-    if not known:
-        return {"region": row.found.region}
-    layers, own = row.layers, row.found.region
-    regions = model.regions(layers, images)
-    return {
-        "region": model.region(layers, images) if own == WHOLE else own,
-        "bypass": model.bypass(layers, images),
-        "layer_regions": dict(zip(layers, regions, strict=True)) if len(set(regions)) > 1 else {},
-    }
-
-
-def checked_vectors(model: SimilarityModel, comparison: Comparison) -> Comparison:
-    """The comparison with given vectors of unit length, as the model's embeddings have it.
-
-    Directions keep their length.
+        model: A similarity model, or any ``nn.Module`` that returns an embedding.
+        folder: Pictures of one class, in it and below.
+        max_batch: Pictures in one forward pass.
 
     Raises:
-        ComparisonError: If a vector is zero or not finite.
-        ModelError: If the model's embeddings cannot be compared with a vector.
+        ImageError: If there is no such folder, no picture in it, or one cannot be read.
     """
-    given = [(role, getattr(comparison, role)) for role in comparison.given]
-    if given and isinstance(model, AVSL):
-        raise ModelError(
-            "An AVSL model compares nodes of several levels, for which a given vector is not "
-            "enough; give images, or explain the network it was made from."
-        )
-    for role, rows in given:
-        finite, zero = bool(rows.isfinite().all()), bool((rows == 0).all(dim=-1).any())
-        if not finite or zero:
-            raise ComparisonError(
-                f"A vector given as {role.removesuffix('s')} is {'zero' if zero else 'not finite'}"
-                ", so its similarity is undefined; give another one."
-            )
-    if not comparison.unit:
-        return comparison
-    unit: dict[str, Any] = {role: F.normalize(rows, dim=-1) for role, rows in given}
-    return replace(comparison, **unit)
+    wrapped = as_similarity_model(model)
+    batches = Batches(pictures_in(folder, labelled=False), wrapped.preprocess, max_batch)
+    total: Tensor | None = None
+    for _, images in batches:
+        rows = trace(wrapped, images, (), max_batch=max_batch).embeddings.detach().double().sum(0)
+        total = rows if total is None else total + rows
+    if batches.broken or total is None:
+        raise ImageError(next(iter(batches.broken.values())))
+    return F.normalize(total, dim=0).float().cpu()
 
 
-def _labelled(
-    comparison: Comparison, labels: str | Sequence[str] | None
-) -> tuple[GivenVector, ...]:
-    """The given vectors with their labels, numbered where they have none.
-
-    Raises:
-        ComparisonError: If there are labels, but not one for each vector.
-    """
-    members = [place for place in range(comparison.members) if place not in comparison.places]
-    labels = (labels,) if isinstance(labels, str) else labels or ()
-    if labels and len(labels) != len(members):
-        raise ComparisonError(
-            f"Expected a label for each of {len(members)} given vectors, got {len(labels)} labels."
-        )
-    names = labels or [f"vector {number}" for number in range(1, 1 + len(members))]
-    return tuple(
-        GivenVector(place, str(name), direction=not comparison.unit)
-        for place, name in zip(members, names, strict=True)
-    )
+def _upscaled(prepare: Preprocess, upscale: float) -> Preprocess:
+    height, width = (max(1, round(side * upscale)) for side in prepare.size)
+    return replace(prepare, size=(height, width))
 
 
-@contextmanager
-def _upscaled(view: Comparison, upscale: float) -> Iterator[None]:
-    """Says which size a network of fixed size was asked to take."""
-    try:
-        yield
-    except (AssertionError, RuntimeError, ModelError) as error:
-        cause: BaseException | None = error.__cause__ if isinstance(error, ModelError) else error
-        if upscale == 1 or not isinstance(cause, Exception) or _out_of_memory(cause):
-            raise
-        height, width = view.image_size
-        raise ModelError(
-            f"The model does not take images of {height}x{width}, which upscale={upscale:g} asks "
-            f"for ({first_line(cause)}); explain it at its own size."
-        ) from error
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError)
-
-
-def embeddings_of(model: SimilarityModel, comparison: Comparison, max_batch: int | None) -> Tensor:
-    """Unit rows ``(B,K,E)`` of the images of a comparison, without any graph."""
-    rows = trace(model, comparison.stacked().flatten(0, 1), (), max_batch=max_batch).embeddings
-    return comparison.restacked(rows)
-
-
-def distances_of(model: SimilarityModel, rows: Tensor) -> Tensor:
-    """Distances ``(B,M-1)`` from the anchor to every other member, from rows ``(B,M,E)``."""
-    with torch.no_grad():
-        return torch.cat([model.distance(row[:1], row[1:]) for row in rows])
-
-
-def check_images(comparison: Comparison) -> None:
-    """Refuses anything that is not a comparison of image tensors.
-
-    Raises:
-        ComparisonError: If the items are not ``(C,H,W)`` floating-point images.
-    """
-    if not isinstance(comparison, Comparison):
-        raise ComparisonError(
-            f"Expected a Comparison of image tensors, got {type(comparison).__name__}; make one "
-            "with Comparison.pair or Comparison.triplet, or give a list of pictures."
-        )
-    stack = comparison.stacked()
-    if stack.dim() != 5 or not stack.is_floating_point():
-        raise ComparisonError(
-            f"Expected preprocessed float images of shape (B,3,H,W) as the anchor, got "
-            f"{tuple(stack[:, 0].shape)} of {stack.dtype}; give pictures as a list."
-        )
-
-
-def check_upscale(upscale: float) -> None:
-    """Refuses a factor that is not sensible.
-
-    Raises:
-        ComparisonError: If it is not between 0 and 16.
-    """
-    if not 0 < upscale <= 16:
-        raise ComparisonError(f"Expected upscale between 0 and 16, got {upscale}.")
-
-
-def _enlarged(comparison: Comparison, upscale: float) -> Comparison:
-    """The same with larger images."""
-    height, width = comparison.image_size
-    size = [max(1, round(side * upscale)) for side in (height, width)]
-    changed: dict[str, Any] = {}
-    for role in ("anchor", "positives", "negatives"):
-        stack = getattr(comparison, role)
-        if role not in comparison.given and stack.numel():
-            flat = stack.flatten(0, -4)
-            grown = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
-            changed[role] = grown.reshape(*stack.shape[:-2], *size)
-        elif role not in comparison.given:
-            changed[role] = stack.new_empty((*stack.shape[:-2], *size))
-    return replace(comparison, **changed)
-
-
-def _check_finite(found: AttentionMaps) -> None:
-    if not bool(found.maps.isfinite().all()):
-        raise ModelError(
-            "A map is not finite although the embeddings are; look for overflow in half precision "
-            "or in the method's options."
-        )
-
-
-def _told(method: MethodLike, upscale: float) -> dict[str, Any]:
-    """The options in plain JSON values, for the manifest."""
-    chosen: dict[str, Any] = {}
-    if is_dataclass(method) and not isinstance(method, type):
-        chosen = asdict(method)
-    told = {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}
-    return told if upscale == 1 else {**told, "upscale": upscale}
-
-
-def _out_of_range(model: SimilarityModel, pictures: Tensor) -> tuple[str, ...]:
-    """A warning for images that can hardly be preprocessed as the model's pictures are."""
-    own = model.preprocess
-    most = max(max(abs(m), abs(1 - m)) / s for m, s in zip(own.mean, own.std, strict=True))
-    # Frames that an item does not have are NaN.
-    reached = float(pictures.abs().nan_to_num(0, posinf=torch.inf).amax())
-    if reached <= _BEYOND * max(most, 1):
-        return ()
-    return (
-        f"The images reach {reached:.3g}, where pictures prepared as this model has them reach "
-        f"{most:.3g}; divide pixels by 255 and normalise them (model.preprocess).",
-    )
-
-
-def _more_warnings(
-    found: AttentionMaps, moved: Tensor | None, comparison: Comparison
-) -> tuple[str, ...]:
-    said = []
-    empty = (found.maps.amax(dim=(2, 3)) <= 0).nonzero().tolist()
-    if empty:
-        index, place = empty[0]
-        said.append(
-            f"The map of the {comparison.roles[place]} (image {place + 1} of comparison "
-            f"{index + 1}) is empty: nothing at this layer raises its score."
-        )
-    if moved is not None and float(moved.max()) > _MOVED_FAR:
-        said.append(
-            f"Upscaling moved an embedding by a cosine distance of {float(moved.max()):.2f}, so "
-            "the maps explain a network that sees somewhat differently; try a smaller factor."
-        )
-    return tuple(said)
+def _tensors(
+    model: SimilarityModel, items: Sequence[Sequence[Picture]], upscale: float, positives: int
+) -> tuple[Comparison, list[Geometry]]:
+    """Items of one or more pictures as one comparison at ``upscale`` times the model's size."""
+    pictures = [picture for item in items for picture in item]
+    views, geometries = prepared(_upscaled(model.preprocess, upscale), pictures)
+    stack = views.unsqueeze(0)
+    if len(pictures) > len(items):
+        stack = padded_sets(torch.split(views, [len(item) for item in items])).unsqueeze(0)
+    comparison = Comparison(stack[:, 0], stack[:, 1 : 1 + positives], stack[:, 1 + positives :])
+    return comparison, geometries

@@ -141,7 +141,7 @@ MOVED: dict[str, str] = {
     **dict.fromkeys(("read_comparisons", "sample_comparisons"), "evaluation.item_sources"),
     "Item": "evaluation.items",
     "sanity_check": "evaluation.sanity",
-    "centroid": "explaining_files",
+    "centroid": "explaining",
     **dict.fromkeys(
         (
             "ABLATIONS",

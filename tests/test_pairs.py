@@ -21,7 +21,7 @@ from simexplain import (
 )
 from simexplain.data.images import read_picture
 from simexplain.errors import ComparisonError, ModelError
-from simexplain.explaining import SCORED
+from simexplain.explaining_tensors import SCORED
 
 
 class Head(nn.Module):

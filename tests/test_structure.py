@@ -43,8 +43,8 @@ LEVELS = [
     ["simexplain.explanation"],
     ["simexplain.picturing"],
     ["simexplain.frame_sets", "simexplain.pair_explanation"],
+    ["simexplain.explaining_tensors"],
     ["simexplain.explaining"],
-    ["simexplain.explaining_files"],
     [
         "simexplain.fitting",
         "simexplain.attribution",

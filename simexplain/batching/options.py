@@ -11,7 +11,7 @@ import torch
 
 from simexplain.arguments import typed
 from simexplain.errors import ComparisonError, ModelError
-from simexplain.explaining import check_upscale
+from simexplain.explaining_tensors import check_upscale
 from simexplain.methods.rows import Methods
 from simexplain.models.base import SimilarityModel
 

@@ -16,7 +16,7 @@ from simexplain.batching.reading import Reader, Size
 from simexplain.batching.recalling import Recalled, UnansweredError, blank, recalled_avsl
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ImageError, ModelError
-from simexplain.explaining import explain_view
+from simexplain.explaining_tensors import explain_view
 from simexplain.explanation import Explanation
 from simexplain.methods import MethodLike, takes_layers
 from simexplain.methods.avsl_maps import AVSLMaps

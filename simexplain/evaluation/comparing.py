@@ -19,8 +19,8 @@ from simexplain.evaluation.faithfulness import PERTURBATIONS
 from simexplain.evaluation.items import Item
 from simexplain.evaluation.measuring import Asked, asked, controlled, means, measured, timed
 from simexplain.evaluation.recipes import Recipe, Recipes, ready, recipes_of, settled
-from simexplain.explaining import check_images, embeddings_of, explain_tensors
-from simexplain.explaining_files import Images, explain
+from simexplain.explaining import Images, explain
+from simexplain.explaining_tensors import check_images, embeddings_of, explain_tensors
 from simexplain.explanation import Explanation
 from simexplain.metrics.curves import BASELINES
 from simexplain.metrics.maps import grown

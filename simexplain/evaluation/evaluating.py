@@ -27,7 +27,7 @@ from simexplain.evaluation.measuring import (
 )
 from simexplain.evaluation.recipes import Recipe, settled
 from simexplain.evaluation.results import Evaluation, MethodScores
-from simexplain.explaining_files import explain
+from simexplain.explaining import explain
 from simexplain.explanation import Explanation
 from simexplain.metrics.intervals import bootstrap_mean
 from simexplain.models.base import SimilarityModel

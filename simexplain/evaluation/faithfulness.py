@@ -11,7 +11,7 @@ from simexplain.arguments import typed
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
 from simexplain.evaluation.results import FaithfulnessScores
-from simexplain.explaining import check_images, embeddings_of
+from simexplain.explaining_tensors import check_images, embeddings_of
 from simexplain.explanation import Explanation
 from simexplain.methods.directions import margin_directions
 from simexplain.methods.scoring import black_of, check_range

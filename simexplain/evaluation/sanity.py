@@ -12,7 +12,7 @@ from simexplain.arguments import typed
 from simexplain.comparison import Comparison
 from simexplain.errors import ModelError
 from simexplain.evaluation.results import SanityScores
-from simexplain.explaining import explain_tensors
+from simexplain.explaining_tensors import explain_tensors
 from simexplain.methods import MethodLike, takes_layers
 from simexplain.methods.rows import Layers
 from simexplain.metrics.randomising import randomisable, randomised

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
-from simexplain.explaining import explain_tensors
+from simexplain.explaining_tensors import explain_tensors
 from simexplain.explanation import Explanation
 from simexplain.methods import MethodLike
 from simexplain.methods.rows import Layers

@@ -9,7 +9,7 @@ import numpy as np
 
 from simexplain.data.folders import Record
 from simexplain.errors import ImageError
-from simexplain.explaining_files import explain
+from simexplain.explaining import explain
 from simexplain.explanation import Explanation
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
