@@ -198,7 +198,7 @@ def explain_against(
             one item.
         positives: Vectors ``(E,)`` that the picture should be like, by their labels.
         negatives: Vectors that it should not be like.
-        method: As for :func:`~simexplain.explaining_tensors.explain`: a name, an object, several to make
+        method: As for :func:`~simexplain.explaining.explain`: a name, an object, several to make
             rows, or None for similarity attention as published and ``focus``.
         layer: A layer, several to be multiplied, or None for the model's default.
         direction: The one positive is a direction, whose score is ``f . d``.
