@@ -30,12 +30,12 @@ def triplets(records: tuple[Record, ...], count: int, seed: int) -> list[list[Re
     classes: dict[str, list[Record]] = {}
     for record in records:
         classes.setdefault(record.label, []).append(record)
-    drawn, found = random.Random(seed), []
+    drawn, result = random.Random(seed), []
     several = [label for label in classes if len(classes[label]) > 1]
     for _ in range(count):
         same, other = drawn.sample(several, 2)
-        found.append([*drawn.sample(classes[same], 2), drawn.choice(classes[other])])
-    return found
+        result.append([*drawn.sample(classes[same], 2), drawn.choice(classes[other])])
+    return result
 
 
 def with_mask(model: SimilarityModel, record: Record) -> tuple[torch.Tensor, np.ndarray]:
@@ -60,15 +60,15 @@ def main() -> None:
         [with_mask(model, record) for record in triplet]
         for triplet in triplets(held_out(args.folder), args.count, args.seed)
     ]
-    stacks = [torch.stack([triplet[place][0] for triplet in parts]) for place in range(3)]
+    stacks = [torch.stack([triplet[index][0] for triplet in parts]) for index in range(3)]
     masks = np.stack([[mask for _, mask in triplet] for triplet in parts])
     for weights in args.weights:
         for layer in args.layers:
-            found = explain(
+            result = explain(
                 model, Comparison.triplet(*stacks), layer=layer.split(","), weights=weights,
                 check=False,
             )  # fmt: skip
-            maps = found.heatmaps.numpy()
+            maps = result.heatmaps.numpy()
             inside = (maps * masks).sum((2, 3)) / np.maximum(maps.sum((2, 3)), 1e-9)
             peaks = np.take_along_axis(
                 masks.reshape(*masks.shape[:2], -1),

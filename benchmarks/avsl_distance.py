@@ -125,22 +125,22 @@ def methods(graph: Graph, rows: Rows, regime: str) -> dict[str, tuple[Callable[[
     height = max(1, images // 100)
     some, scale = rows[:height], images / height
     most = min(NEAREST[-1], images - 1)
-    found: dict[str, tuple[Callable[[], object], float]] = {
+    result: dict[str, tuple[Callable[[], object], float]] = {
         PUBLISHED: (lambda: published(graph, some, rows), scale),
         EXACT: (lambda: exact(graph, some, rows), scale),
     }
     if images <= 1000:
-        found[MIRRORED] = (lambda: exact(graph, rows), 1.0)
-    found[MATRIX] = (lambda: expanded(graph, rows, regime).matrix(), 1.0)
-    found[NEIGHBOURS] = (lambda: neighbours(graph, rows, None, most, exclude_self=True), 1.0)
+        result[MIRRORED] = (lambda: exact(graph, rows), 1.0)
+    result[MATRIX] = (lambda: expanded(graph, rows, regime).matrix(), 1.0)
+    result[NEIGHBOURS] = (lambda: neighbours(graph, rows, None, most, exclude_self=True), 1.0)
     if faiss_index(graph, rows[:2]) is not None:
-        found[WITH_FAISS] = (
+        result[WITH_FAISS] = (
             lambda: neighbours(
                 graph, rows, None, most, exclude_self=True, index=faiss_index(graph, rows)
             ),
             1.0,
         )
-    return found
+    return result
 
 
 def product_seconds(nodes: int) -> float:
@@ -190,15 +190,15 @@ def errors(setting: Setting) -> dict[str, float]:
     double = torch.zeros(0, dtype=torch.float64)
     true = exact(graph.to(double), some.to(double), rows.to(double))
     far = true > 0
-    found = {EXACT: (exact(graph, some, rows) - true).abs()[far].div(true[far]).max().item()}
+    result = {EXACT: (exact(graph, some, rows) - true).abs()[far].div(true[far]).max().item()}
     slices = [published(graph, some[n : n + 1], rows) for n in range(len(some))]
-    found[PUBLISHED] = (torch.cat(slices) - true).abs()[far].div(true[far]).max().item()
+    result[PUBLISHED] = (torch.cat(slices) - true).abs()[far].div(true[far]).max().item()
     expansion = expanded(graph, rows, setting.regime)
     where = torch.linspace(0, setting.images - 1, CHECKED).long().tolist()
     parts = torch.cat([expansion.rows(slice(n, n + 1)) for n in where])
     parts[torch.arange(CHECKED), where] = 0  # as in the whole matrix
-    found[MATRIX] = float((parts - true).abs().max() / true.mean())
-    return found
+    result[MATRIX] = float((parts - true).abs().max() / true.mean())
+    return result
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def agreements(setting: Setting) -> list[Agreement]:
     double = torch.zeros(0, dtype=torch.float64)
     true = exact(graph.to(double), rows[where].to(double), rows.to(double))
     true[torch.arange(len(where)), where] = torch.inf
-    found = []
+    actual = []
     for k in NEAREST:
         expected = true.topk(k, dim=1, largest=False).indices
         # The image itself is the nearest of all; one more is asked for, and it left out.
@@ -232,14 +232,14 @@ def agreements(setting: Setting) -> list[Agreement]:
             (labels[chosen] == labels[where].unsqueeze(1)).any(dim=1).float().mean().item()
             for chosen in (others, expected)
         ]
-        found.append(
+        actual.append(
             Agreement(
                 setting, k, same.float().mean().item(), (recalls[0], recalls[1]),
                 result.reranked.float().mean().item(), int(result.reranked.max()),
                 result.margins.min().item(),
             )
         )  # fmt: skip
-    return found
+    return actual
 
 
 def peak_memory(setting: Setting, name: str) -> float | None:

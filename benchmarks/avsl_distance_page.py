@@ -122,13 +122,13 @@ def sets(agreed: Sequence[Any]) -> list[str]:
         "| images | coefficients | K | sets | Recall@K | computed | least margin |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for found in agreed:
-        own, other = found.recalls
+    for result in agreed:
+        own, other = result.recalls
         recall = "equal" if own == other else f"{own:.4f}, not {other:.4f}"
         lines.append(
-            f"| {found.setting.images} | {found.setting.regime} | {found.k} "
-            f"| {100 * found.same_sets:.4g} % | {recall} "
-            f"| {found.mean_exact:.0f} ({found.most_exact}) | {found.least_margin:.1e} |"
+            f"| {result.setting.images} | {result.setting.regime} | {result.k} "
+            f"| {100 * result.same_sets:.4g} % | {recall} "
+            f"| {result.mean_exact:.0f} ({result.most_exact}) | {result.least_margin:.1e} |"
         )
     return lines
 
@@ -136,31 +136,31 @@ def sets(agreed: Sequence[Any]) -> list[str]:
 def targets(rows: Sequence[Any], agreed: Sequence[Any]) -> list[str]:
     """What was wanted beside what was measured, on the largest set."""
     largest = max(row.setting.images for row in rows)
-    found = {(row.setting.regime, row.name): row for row in rows if row.setting.images == largest}
-    exact = [row for (_, name), row in found.items() if name == "exact, tiled"]
+    result = {(row.setting.regime, row.name): row for row in rows if row.setting.images == largest}
+    exact = [row for (_, name), row in result.items() if name == "exact, tiled"]
     lines = ["| target | measured | |", "| --- | --- | --- |"]
 
-    def told(text: str, value: float, kept: bool, digits: str = ".3g") -> None:
+    def printed(text: str, value: float, kept: bool, digits: str = ".3g") -> None:
         lines.append(f"| {text} | {value:{digits}} | {'kept' if kept else 'missed'} |")
 
     faster = min(median(row.ratios) for row in exact)
-    told("exact distances: at least 2 times faster than published", faster, faster >= 2)
+    printed("exact distances: at least 2 times faster than published", faster, faster >= 2)
     limit = max(median(row.limits) for row in exact)
-    told("exact distances: at most 1.3 times the time of their products", limit, limit <= 1.3)
+    printed("exact distances: at most 1.3 times the time of their products", limit, limit <= 1.3)
     error = max(row.error for row in exact)
-    told("exact distances: relative error below 1e-6", error, error < 1e-6, ".1e")
-    row = found["initial", "expansion"]
+    printed("exact distances: relative error below 1e-6", error, error < 1e-6, ".1e")
+    row = result["initial", "expansion"]
     ratio = median(row.ratios)
-    told("whole matrix within 1e-5, initial: at least 100 times faster", ratio, ratio >= 100)
-    told(
+    printed("whole matrix within 1e-5, initial: at least 100 times faster", ratio, ratio >= 100)
+    printed(
         "whole matrix, initial: error at most 1e-5 of the mean", row.error, row.error <= 1e-5, ".1e"
     )
     for regime, least in (("initial", 40), ("hard", 20)):
-        ratio = median(found[regime, "nearest neighbours"].ratios)
+        ratio = median(result[regime, "nearest neighbours"].ratios)
         text = f"nearest neighbours, {regime}: at least {least} times faster"
-        told(text, ratio, ratio >= least)
+        printed(text, ratio, ratio >= least)
     same = min(a.same_sets for a in agreed)
-    told("nearest neighbours: share of queries with identical sets", same, same == 1)
+    printed("nearest neighbours: share of queries with identical sets", same, same == 1)
     return lines
 
 

@@ -86,12 +86,12 @@ def fitted_distances(avsl: AVSL, split: Split) -> dict[str, Tensor]:
 
 def settings(args: argparse.Namespace) -> list[tuple[str, PostHoc, bool]]:
     """Every way of fitting with its name, and whether it uses labels."""
-    found = [
+    result = [
         (f"labelled, {preset}", PostHoc(nodes=args.nodes, preset=preset, seed=seed), True)
         for preset in ("paper", "official")
         for seed in range(args.seeds)
     ]
-    return [*found, ("unlabelled, paper", PostHoc(nodes=args.nodes), False)]
+    return [*result, ("unlabelled, paper", PostHoc(nodes=args.nodes), False)]
 
 
 def measured(args: argparse.Namespace) -> dict[tuple[str, str], list[list[float]]]:
@@ -107,19 +107,19 @@ def measured(args: argparse.Namespace) -> dict[tuple[str, str], list[list[float]
         numbered([record.path.stem for record in test]),
         passes_over(model, test, args.size),
     )
-    found = {("the network itself", "its own"): [split.recall(plain_distance(model, split))]}
+    result = {("the network itself", "its own"): [split.recall(plain_distance(model, split))]}
     reading = passes_over(model, train, args.size)
     for name, way, labelled in settings(args):
         start = time.perf_counter()
         avsl = way.over(reading, labelled=labelled)
         for which, distance in fitted_distances(avsl, split).items():
-            found.setdefault((name, which), []).append(split.recall(distance))
+            result.setdefault((name, which), []).append(split.recall(distance))
         print(f"{name}, seed {way.seed}: {time.perf_counter() - start:.0f} s", flush=True)
     print(f"{len(train)} images of {len(seen)} classes, {len(test)} queries")
-    return found
+    return result
 
 
-def page(args: argparse.Namespace, found: dict[tuple[str, str], list[list[float]]]) -> str:
+def page(args: argparse.Namespace, result: dict[tuple[str, str], list[list[float]]]) -> str:
     """The page of the documentation."""
     lines = [
         "# Retrieval with fitted heads",
@@ -135,7 +135,7 @@ def page(args: argparse.Namespace, found: dict[tuple[str, str], list[list[float]
         "| fitted | distance | " + " | ".join(f"Recall@{cut}" for cut in CUTS) + " |",
         "| --- | --- |" + " --- |" * len(CUTS),
     ]
-    for (name, which), seeds in found.items():
+    for (name, which), seeds in result.items():
         cells = []
         for values in zip(*seeds, strict=True):
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""

@@ -127,7 +127,7 @@ def measure(
 
 def remembered(model: SimilarityModel, count: int) -> list[tuple[float, int, int]]:
     """Forward passes by the memory given, in MB: what ordering and forgetting are good for."""
-    found = []
+    actual = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = triplets(crops(folder, 3 * count // SHARING[-1]), count)
@@ -135,44 +135,53 @@ def remembered(model: SimilarityModel, count: int) -> list[tuple[float, int, int
             how = BatchOptions(memory=megabytes / 1000)
             result = explain_batch(model, rows, folder / f"out{megabytes}", how=how)
             work: Any = result.work
-            found.append((megabytes, work.forwards, work.separate))
-    return found
+            actual.append((megabytes, work.forwards, work.separate))
+    return actual
 
 
 def page(
     outcomes: Sequence[Outcome], memory: Sequence[tuple[float, int, int]], arguments: str
 ) -> str:
     """The page, in Markdown."""
-    said = versions()
+    record = versions()
     lines = [
         "# A batch against a loop",
         "",
-        f"Random triplets of photographs of 480x360 pixels, {NETWORK} with its trained weights, "
-        "224x224. Written by",
+        (
+            f"Random triplets of photographs of 480x360 pixels, {NETWORK} with its trained weights,"
+            " 224x224. Written by"
+        ),
         "",
         f"    python benchmarks/batch.py {arguments}--out FILE",
         "",
-        f"CPU ({platform.machine()}), {os.cpu_count()} cores, {torch.get_num_threads()} thread(s). "
-        f"Python {said['python']}, torch {said['torch']}, simexplain {said['simexplain']}. Load of "
-        f"the machine when the page was written: {os.getloadavg()[0]:.1f}. Loop and batch took "
-        f"turns in {len(outcomes[0].loop)} rounds, and every ratio is within its round.",
+        (
+            f"CPU ({platform.machine()}), {os.cpu_count()} cores, {torch.get_num_threads()}"
+            f" thread(s). Python {record['python']}, torch {record['torch']}, simexplain"
+            f" {record['simexplain']}. Load of the machine when the page was written:"
+            f" {os.getloadavg()[0]:.1f}. Loop and batch took turns in {len(outcomes[0].loop)}"
+            " rounds, and every ratio is within its round."
+        ),
         "",
-        "*Loop* is `explain` with a loaded model, row after row, nothing written. *Batch* is "
-        "`explain_batch` with all it does: checking pictures, proving on the first row that memory "
-        "and network agree, writing table and maps. *Error* is the largest difference of a map "
-        "between the two, relative to its maximum.",
+        (
+            "*Loop* is `explain` with a loaded model, row after row, nothing written. *Batch* is"
+            " `explain_batch` with all it does: checking pictures, proving on the first row that"
+            " memory and network agree, writing table and maps. *Error* is the largest difference"
+            " of a map between the two, relative to its maximum."
+        ),
         "",
-        "| method | rows a picture is in | rows | pictures | forward passes: loop | batch | "
-        "ms a row: loop | batch | times faster: median [min..max] | error |",
+        (
+            "| method | rows a picture is in | rows | pictures | forward passes: loop | batch | "
+            "ms a row: loop | batch | times faster: median [min..max] | error |"
+        ),
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for found in outcomes:
-        ratios = [a / b for a, b in zip(found.loop, found.batch, strict=True)]
+    for result in outcomes:
+        ratios = [a / b for a, b in zip(result.loop, result.batch, strict=True)]
         lines.append(
-            f"| {found.method} | {found.sharing} | {found.rows} | {found.pictures} | "
-            f"{found.separate} | {'as the loop' if found.forwards is None else found.forwards} | "
-            f"{1000 * median(found.loop):.0f} | {1000 * median(found.batch):.0f} | "
-            f"{median(ratios):.1f} [{min(ratios):.1f}..{max(ratios):.1f}] | {found.error:.1e} |"
+            f"| {result.method} | {result.sharing} | {result.rows} | {result.pictures} |"
+            f" {result.separate} | {'as the loop' if result.forwards is None else result.forwards}"
+            f" | {1000 * median(result.loop):.0f} | {1000 * median(result.batch):.0f} |"
+            f" {median(ratios):.1f} [{min(ratios):.1f}..{max(ratios):.1f}] | {result.error:.1e} |"
         )
     best = next(o for o in outcomes if (o.method, o.sharing) == (METHODS[0], SHARING[-1]))
     reached = median([a / b for a, b in zip(best.loop, best.batch, strict=True)])
@@ -214,8 +223,8 @@ def main() -> None:
         for sharing in (SHARING if method == METHODS[0] else SHARING[-1:])
     ]
     memory = remembered(model, given.rows)
-    told = f"--rows {given.rows} --rounds {given.rounds} --sampled {given.sampled} "
-    publish(page(outcomes, memory, told), given.out)
+    lines = f"--rows {given.rows} --rounds {given.rounds} --sampled {given.sampled} "
+    publish(page(outcomes, memory, lines), given.out)
 
 
 if __name__ == "__main__":

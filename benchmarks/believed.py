@@ -95,7 +95,7 @@ def random_timm(name: str) -> SimilarityModel:
 def sights_of(model: SimilarityModel, data: Mapping[str, Sequence[Scene]]) -> Sights:
     """What blurring does to all scenes, scene by scene."""
     prepare = replace(model.preprocess, fit="squash")
-    found: Sights = {}
+    result: Sights = {}
     for name, scenes in data.items():
         for scene in scenes:
             pictures = (scene.queries["category"], scene.picture, scene.negative)
@@ -105,10 +105,10 @@ def sights_of(model: SimilarityModel, data: Mapping[str, Sequence[Scene]]) -> Si
             for part, places in PARTS.items():
                 moved, spread = sight(rows[list(places)], blurs[list(places)])
                 values = [moved.tolist(), [float(spread)]]
-                found.setdefault(f"{name}, {part}", []).append(
+                result.setdefault(f"{name}, {part}", []).append(
                     [[round(value, 5) for value in own] for own in values]
                 )
-    return found
+    return result
 
 
 def rate(sights: Sequence[Sights], part: str, least: float) -> tuple[float, int]:
@@ -173,10 +173,10 @@ def page(record: Record) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rates(found: Mapping[str, Any], leasts: Sequence[float]) -> list[str]:
+def _rates(result: Mapping[str, Any], leasts: Sequence[float]) -> list[str]:
     rows = header(["kind", "networks", "least ratio", *PARTS])
     for kind in KINDS:
-        own = [one["sights"] for one in found.values() if one["kind"] == kind]
+        own = [one["sights"] for one in result.values() if one["kind"] == kind]
         for least in leasts if own else ():
             cells = ["{:.2f} ({})".format(*rate(own, part, least)) for part in PARTS]
             rows.append(line([kind, str(len(own)), str(least), *cells]))
@@ -220,8 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record: Record = {}
     if options.record.is_file():
         record = json.loads(options.record.read_text("utf-8"))
-    for found in measured(options, record):
-        publish(json.dumps(found, separators=(",", ":")) + "\n", options.record)
+    for result in measured(options, record):
+        publish(json.dumps(result, separators=(",", ":")) + "\n", options.record)
     publish(page(record), options.out)
 
 

@@ -89,7 +89,7 @@ def answers(
     with torch.no_grad():
         kinds = (features, features * gradients)
         units = [F.normalize(one.flatten(2), dim=1) for one in kinds]
-        found = {
+        result = {
             name: torch.einsum("mcn,mcr->mnr", unit[:count], unit[count:])
             for name, unit in zip(SEEN, units, strict=True)
         }
@@ -97,26 +97,26 @@ def answers(
         matching = match(network.shared, firsts, second, layer, steps=STEPS, progress=_patient)
         values = matching.matrix.flatten(3).flatten(1, 2)
         special = torch.stack([centred(one) for one in values])
-        found |= dict(zip(OWN, (values, special), strict=True))
+        result |= dict(zip(OWN, (values, special), strict=True))
     view, grid = ((int(shape[-2]), int(shape[-1])) for shape in (images.shape, features.shape))
     region = network.shared.region((layer,), firsts)
-    return found, Frame("the picture", view, grid, region=region)
+    return result, Frame("the picture", view, grid, region=region)
 
 
 def _patient(done: int, work: int) -> None:
     """Waits without a warning."""
 
 
-def scored(found: Answers, frame: Frame, subject: Subject, made: Sequence[Pair]) -> Record:
+def scored(actual: Answers, frame: Frame, subject: Subject, made: Sequence[Pair]) -> Record:
     """For every method ``(M,5)``: PCK, the share of mutual answers, and PCK of those at 0.1."""
-    result: dict[str, list[np.ndarray]] = {name: [] for name in (*found, *FREE)}
+    result: dict[str, list[np.ndarray]] = {name: [] for name in (*actual, *FREE)}
     side, count = frame.view[1], frame.grid[0] * frame.grid[1]
-    centres = torch.tensor([frame.centre(place) for place in range(count)]).double() / side
-    for place, pair in enumerate(made):
+    centres = torch.tensor([frame.centre(index) for index in range(count)]).double() / side
+    for index, pair in enumerate(made):
         points, partners = (torch.from_numpy(one) for one in counted(pair, subject.inside))
         weights = [frame.weights(x, y, points).flatten() for x, y in (points * side).tolist()]
-        for name, matrices in found.items():
-            result[name].append(judged(matrices[place], weights, centres, partners))
+        for name, matrices in actual.items():
+            result[name].append(judged(matrices[index], weights, centres, partners))
         result[FREE[0]].append(_free(partners, points[:, None]))
         result[FREE[1]].append(_free(partners, PLACES.expand(len(points), -1, -1)))
     return {name: np.stack(rows) for name, rows in result.items()}
@@ -166,11 +166,11 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         for source, own in subjects(options.photographs, stamps, options.scenes, seed).items()
         for number, subject in enumerate(own)
     }
-    said: dict[str, Any] = {}
+    printed: dict[str, Any] = {}
     for name, weights, network in networks(options):
         layers = dict(zip(("default", "finer"), network.layers, strict=True))
         for depth, layer in layers.items():
-            found: dict[str, list[Record]] = {}
+            result: dict[str, list[Record]] = {}
             for (seed, source, number), case in made.items():
                 where = (name, weights[:12], depth, seed, source, number)
                 record = store.read(where, MADE)
@@ -179,11 +179,11 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
                     record = measured_pairs(network, layer, *case, deep=deep)
                     store.write(where, MADE, record)
                 if record is not None:
-                    found.setdefault(source, []).append(record)
-            if found:
-                said.setdefault(name, {})[depth] = summary(found)
-            print(f"{name}, {depth}: {sum(map(len, found.values()))} pictures", flush=True)
-    return said
+                    result.setdefault(source, []).append(record)
+            if result:
+                printed.setdefault(name, {})[depth] = summary(result)
+            print(f"{name}, {depth}: {sum(map(len, result.values()))} pictures", flush=True)
+    return printed
 
 
 def measured_pairs(
@@ -224,7 +224,7 @@ def _told(methods: Mapping[str, np.ndarray]) -> dict[str, Any]:
     0.1, pair by pair.
     """
     neighbour = methods[SEEN[0]][:, :, MIDDLE]
-    found = {}
+    result = {}
     for name, values in methods.items():
         rows = values.reshape(-1, COLUMNS)
         columns = [*rows.T, (values[:, :, MIDDLE] - neighbour).reshape(-1)]
@@ -232,8 +232,8 @@ def _told(methods: Mapping[str, np.ndarray]) -> dict[str, Any]:
         means = [round(float(v.mean()), 4) if len(v) else None for v in valid]
         errors = [round(float(v.std() / len(v) ** 0.5), 4) if len(v) else None for v in valid]
         if len(valid[0]):
-            found[name] = {"n": len(valid[0]), "mean": means, "error": errors}
-    return found
+            result[name] = {"n": len(valid[0]), "mean": means, "error": errors}
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -259,12 +259,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "python benchmarks/correspondence.py --photographs FOLDER --stamps FOLDER --mobilenet "
             f"FILE --runs FOLDER --cache FOLDER --scenes {options.scenes} --seeds {seeds}"
         )
-        said = {"command": command, "networks": measured(options)}
+        record = {"command": command, "networks": measured(options)}
         if options.record:
-            publish(json.dumps(said, separators=(",", ":")) + "\n", options.record)
+            publish(json.dumps(record, separators=(",", ":")) + "\n", options.record)
     else:
-        said = json.loads(options.record.read_text("utf-8"))
-    publish(page(said), options.out)
+        record = json.loads(options.record.read_text("utf-8"))
+    publish(page(record), options.out)
 
 
 if __name__ == "__main__":

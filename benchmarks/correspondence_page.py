@@ -62,15 +62,16 @@ Jacobian for each of 4 steps; that is the more costly the earlier the layer, so 
 ran on one photograph a seed and two networks.
 
 A warped copy has the same colours and textures, so that networks with random weights find places as
-well: the task asks whether a method keeps places apart, not whether a network knows anything.
+well: the task measures whether a method keeps places apart, not whether a network has learned
+anything.
 """
 
 
-def page(said: Mapping[str, Any]) -> str:
+def page(record: Mapping[str, Any]) -> str:
     """The tables, as Markdown."""
-    lines = [HEAD, "Written by", "", f"    {said['command']}", "", "## What follows", ""]
-    lines += [*_follows(said["networks"]), "", "## All pairs", "", *_all(said["networks"])]
-    for name, layers in said["networks"].items():
+    lines = [HEAD, "Written by", "", f"    {record['command']}", "", "## What follows", ""]
+    lines += [*_follows(record["networks"]), "", "## All pairs", "", *_all(record["networks"])]
+    for name, layers in record["networks"].items():
         lines += ["", f"## {name}", "", "PCK at 0.1.", "", *_by_group(layers)]
     return "\n".join(lines) + "\n"
 
@@ -84,16 +85,16 @@ def _follows(networks: Mapping[str, Any]) -> list[str]:
         apart, error = own[best]["mean"][-1], own[best]["error"][-1]
         verdict = "above" if apart > 0 else "below"
         verdict = "about as good as" if abs(apart) <= 2 * error else verdict
-        said = (
+        record = (
             f"- **{name}**: at the default layer `{best}` finds {_at(own, best):.2f} of the points "
             f"within a tenth of the side, {verdict} the nearest neighbour of the features there "
             f"({_at(own, SEEN[0]):.2f})."
         )
         if "finer" in layers:
             finer = _at(layers["finer"]["all"], SEEN[0])
-            said += f" The nearest neighbour at the finer layer finds {finer:.2f}"
-            said += f", the point's own place {_at(own, FREE[0]):.2f}."
-        lines.append(said)
+            record += f" The nearest neighbour at the finer layer finds {finer:.2f}"
+            record += f", the point's own place {_at(own, FREE[0]):.2f}."
+        lines.append(record)
     return lines
 
 
@@ -109,17 +110,17 @@ def _all(networks: Mapping[str, Any]) -> list[str]:
         lines.append(line(["–", "–", f"`{name}`", *_cells(free[name], free=True)]))
     for network, layers in networks.items():
         for layer, groups in layers.items():
-            found = groups["all"]
+            result = groups["all"]
             for name in (*OWN, *SEEN):
-                if name in found:
-                    lines.append(line([network, layer, f"`{name}`", *_cells(found[name])]))
+                if name in result:
+                    lines.append(line([network, layer, f"`{name}`", *_cells(result[name])]))
     return lines
 
 
-def _cells(said: Mapping[str, Any], *, free: bool = False) -> list[str]:
-    shown = [_told(m, e) for m, e in zip(said["mean"], said["error"], strict=True)]
+def _cells(record: Mapping[str, Any], *, free: bool = False) -> list[str]:
+    shown = [_told(m, e) for m, e in zip(record["mean"], record["error"], strict=True)]
     *shares, mutual, trusted, apart = shown
-    return [str(said["n"]), *shares, *(["–"] * 3 if free else [apart, mutual, trusted])]
+    return [str(record["n"]), *shares, *(["–"] * 3 if free else [apart, mutual, trusted])]
 
 
 def _told(mean: float | None, error: float | None) -> str:
@@ -139,5 +140,5 @@ def _by_group(layers: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _middle(said: Mapping[str, Any] | None) -> str:
-    return "–" if said is None else _told(said["mean"][MIDDLE], said["error"][MIDDLE])
+def _middle(record: Mapping[str, Any] | None) -> str:
+    return "–" if record is None else _told(record["mean"][MIDDLE], record["error"][MIDDLE])

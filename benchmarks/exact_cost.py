@@ -68,8 +68,8 @@ class Encoder(nn.Module):
         """The class token ``(M,192)``."""
         tokens = self.patches(images).flatten(2).transpose(1, 2)
         tokens = torch.cat((self.token.expand(len(tokens), -1, -1), tokens), dim=1)
-        found: Tensor = self.blocks(tokens + self.places)[:, 0]
-        return found
+        result: Tensor = self.blocks(tokens + self.places)[:, 0]
+        return result
 
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
@@ -106,7 +106,7 @@ def costs(network: nn.Module, side: int) -> tuple[str, float, float]:
     """The layer, and the costs of ``decomposition`` and ``match`` in plain forward passes."""
     model = as_similarity_model(network.eval())
     images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-    layer = next(found.name for found in model.layers_for(images) if found.default)
+    layer = next(result.name for result in model.layers_for(images) if result.default)
     with torch.no_grad():
         plain = operations(lambda: network(images))
     pair = Comparison.pair(images[:1], images[1:])
@@ -123,11 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--side", type=int, default=112, help="of the images, in pixels")
     parser.add_argument("--network", choices=NETWORKS, action="append")
-    asked = parser.parse_args(arguments)
+    requested = parser.parse_args(arguments)
     print("| network | layer | decomposition | match |\n| --- | --- | --- | --- |")
-    for name in asked.network or NETWORKS:
-        layer, *found = costs(NETWORKS[name](asked.side), asked.side)
-        cells = [f"{cost:.1f}" + ("" if cost <= LIMIT else " (missed)") for cost in found]
+    for name in requested.network or NETWORKS:
+        layer, *result = costs(NETWORKS[name](requested.side), requested.side)
+        cells = [f"{cost:.1f}" + ("" if cost <= LIMIT else " (missed)") for cost in result]
         print(f"| {name} | {layer} | {' | '.join(cells)} |", flush=True)
 
 

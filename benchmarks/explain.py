@@ -55,12 +55,12 @@ def peak_memory(setting: Setting, name: str, layer: str) -> float | None:
 
 def measured_memory(setting: Setting, layer: str) -> dict[str, float | None]:
     """Peak memory of each method, each in a process that ends afterwards."""
-    found = {}
+    result = {}
     context = multiprocessing.get_context("spawn")  # a fork would share what is loaded here
     for name in METHODS:
         with context.Pool(1) as pool:
-            found[name] = pool.apply(peak_memory, (setting, name, layer))
-    return found
+            result[name] = pool.apply(peak_memory, (setting, name, layer))
+    return result
 
 
 def alone(setting: Setting, layer: str, rounds: int) -> dict[str, list[float]]:
@@ -145,7 +145,7 @@ def table(rows: Sequence[Row], default: str) -> list[str]:
 
 def verdicts(rows: Sequence[Row], own: Sequence[Row], default: str) -> list[str]:
     """What was promised beside what was measured, among all methods and by ourselves."""
-    found = {(row.layer, row.name): row for row in rows}
+    result = {(row.layer, row.name): row for row in rows}
     single = {(row.layer, row.name): row for row in own}
     promises: list[tuple[str, str, str, float]] = [
         (f"default layer ({default})", default, OURS, 1.05),
@@ -157,15 +157,17 @@ def verdicts(rows: Sequence[Row], own: Sequence[Row], default: str) -> list[str]
         "| --- | --- | --- |",
     ]
     for text, layer, name, limit in promises:
-        row = found.get((layer, name))
+        row = result.get((layer, name))
         if row:
-            told = [_kept(median(r.ratios), limit, ".2f") for r in (row, single[layer, name])]
-            lines.append(f"| {text}: at most {limit} plain forwards | {told[0]} | {told[1]} |")
+            printed = [_kept(median(r.ratios), limit, ".2f") for r in (row, single[layer, name])]
+            lines.append(
+                f"| {text}: at most {limit} plain forwards | {printed[0]} | {printed[1]} |"
+            )
     for row in rows:
         if row.name == FAST and row.apart is not None:
-            told = [_kept(row.apart, 1e-3, ".1e")]
+            printed = [_kept(row.apart, 1e-3, ".1e")]
             text = f"fast mode, {row.layer}: maps within 1e-3 of their maximum"
-            lines.append(f"| {text} | {told[0]} | |")
+            lines.append(f"| {text} | {printed[0]} | |")
     return lines
 
 

@@ -54,27 +54,27 @@ class Store:
 
     folder: Path | None
 
-    def read(self, place: Sequence[object], made: str) -> Record | None:
+    def read(self, index: Sequence[object], made: str) -> Record | None:
         """The record, if there is one."""
-        if self.folder is None or not self._path(place).is_file():
+        if self.folder is None or not self._path(index).is_file():
             return None
-        with np.load(self._path(place)) as file:
-            found = {name: file[name] for name in file.files}
-        return found if str(found.pop("made")) == made else None
+        with np.load(self._path(index)) as file:
+            result = {name: file[name] for name in file.files}
+        return result if str(result.pop("made")) == made else None
 
-    def write(self, place: Sequence[object], made: str, record: Mapping[str, object]) -> None:
+    def write(self, index: Sequence[object], made: str, record: Mapping[str, object]) -> None:
         """Keeps a record, whole or not at all."""
         if self.folder is None:
             return
-        path = self._path(place)
+        path = self._path(index)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".part.npz")
         np.savez(draft, made=made, **record)
         draft.replace(path)
 
-    def _path(self, place: Sequence[object]) -> Path:
+    def _path(self, index: Sequence[object]) -> Path:
         assert self.folder is not None
-        parts = [re.sub(r"[^A-Za-z0-9]+", "_", str(part)) for part in place]
+        parts = [re.sub(r"[^A-Za-z0-9]+", "_", str(part)) for part in index]
         return self.folder.joinpath(*parts[:-1], f"{parts[-1]}.npz")
 
 
@@ -108,11 +108,11 @@ def costs_of(
     done: bool = False,
 ) -> tuple[Costs, list[str], dict[str, str]]:
     """Cost by row, rows whose maps the fast forms do not give, and rows that do not work."""
-    found: Costs = {}
+    result: Costs = {}
     plainly, broken = [], {}
     for name, one in rows.items():
-        place, made = (network.name, "cost", name), described(one)
-        record = store.read(place, made)
+        index, made = (network.name, "cost", name), described(one)
+        record = store.read(index, made)
         if record is None and done:
             continue
         if record is None:
@@ -124,12 +124,12 @@ def costs_of(
                 print(f"{network.name}: {name} does not work ({first_line(error)})", flush=True)
                 continue
             record = {"cost": np.array([passes, seconds]), "alike": np.array(alike)}
-            store.write(place, made, record)
-        found[name] = (float(record["cost"][0]), float(record["cost"][1]))
+            store.write(index, made, record)
+        result[name] = (float(record["cost"][0]), float(record["cost"][1]))
         if not record["alike"]:
             plainly.append(name)
             print(f"{network.name}: {name} runs on the plain network, which takes longer")
-    return found, plainly, broken
+    return result, plainly, broken
 
 
 def group(
@@ -163,12 +163,12 @@ def group(
 def _clock(title: str, rows: int) -> Callable[[int, int], None]:
     start = time.perf_counter()
 
-    def told(done: int, total: int) -> None:
+    def lines(done: int, total: int) -> None:
         spent = time.perf_counter() - start
         if done == total or done % 50 == 0 or done <= 10:
             print(f"{title}: {rows} rows, {done} of {total} scenes, {spent:.0f} s", flush=True)
 
-    return told
+    return lines
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -235,18 +235,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 group(network, data, seed, works, counts, bank, plainly, store, done=options.done)
                 for seed in options.seeds
             ]
-            found = {
+            result = {
                 name: joined([part[name] for part in parts], counts.most(data))
                 for name in works
                 if all(name in part for part in parts)
             }
-            if found:
-                results[data.name][network.name] = found
+            if result:
+                results[data.name][network.name] = result
         if options.pictures and options.emoji and network.name == "Lite0":
             captions = make_pictures(network, works, options.emoji, bank, options.pictures)
     collections = [data for data in collections if results[data.name]]
-    told = page(results, costs, collections, skipped, counts, options, captions)
-    publish(told, options.out)
+    lines = page(results, costs, collections, skipped, counts, options, captions)
+    publish(lines, options.out)
 
 
 if __name__ == "__main__":

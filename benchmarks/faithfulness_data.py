@@ -83,27 +83,27 @@ def emoji_data(folder: Path) -> tuple[Data, Data, tuple[list[Image.Image], list[
 def free_emoji(folder: Path) -> Stamps:
     """The emoji whose licences allow pictures of them in the repository."""
     root = folder / "images" if (folder / "images").is_dir() else folder
-    found = {}
+    result = {}
     for path in sorted(root.iterdir()):
         files = [path / f"{vendor}.png" for vendor in FREE_VENDORS]
         pictures = [Image.open(file).convert("RGBA") for file in files if file.is_file()]
         if len(pictures) >= 2:
-            found[path.name] = pictures
-    return divided(found, TRAINED)[1]
+            result[path.name] = pictures
+    return divided(result, TRAINED)[1]
 
 
 def compose_pairs(stamps: Stamps, count: int, seed: int) -> list[Scene]:
     """Two pictures of one thing and one of another, each alone on white."""
     random = np.random.default_rng(seed)
-    found = []
+    result = []
     for _ in range(count):
         own, other = random.choice(sorted(stamps), size=2, replace=False)
         first, second = random.choice(len(stamps[own]), size=2, replace=False)
         picture, mask = alone(stamps[own][second])
         query = alone(stamps[own][first])[0]
         negative = alone(stamps[other][random.integers(len(stamps[other]))])[0]
-        found.append(Scene(picture, mask, np.zeros_like(mask), {"category": query}, negative))
-    return found
+        result.append(Scene(picture, mask, np.zeros_like(mask), {"category": query}, negative))
+    return result
 
 
 def alone(stamp: Image.Image) -> tuple[Image.Image, np.ndarray]:

@@ -96,7 +96,7 @@ def measured(
         plainly: Rows whose maps the fast forms do not give.
         progress: Called with the number of scenes done and of all.
     """
-    found: dict[str, dict[str, list[np.ndarray]]] = {name: defaultdict(list) for name in rows}
+    result: dict[str, dict[str, list[np.ndarray]]] = {name: defaultdict(list) for name in rows}
     most = max(counts.of(one, data) for one in rows.values())
     scenes = data.make(most, seed)
     for start in range(0, most, CHUNK):
@@ -113,16 +113,16 @@ def measured(
                 form = network.fast if one.tier == FEW else network.shared
                 form = network.plain if name in plainly else form
                 maps = scene_maps(one, form, network.layers, batch[:count], bank)
-                found[name][f"points_{setting}"].append(pointed(maps, chunk[:count]))
+                result[name][f"points_{setting}"].append(pointed(maps, chunk[:count]))
                 drawn = min(count, counts.drawn(data) - start)
                 if setting == data.settings[-1] and drawn > 0:
-                    asked = (batch.scenes[:drawn], directions[:drawn], maps[:drawn])
-                    found[name]["curves"].append(areas(network, *asked, counts.steps, scores))
+                    requested = (batch.scenes[:drawn], directions[:drawn], maps[:drawn])
+                    result[name]["curves"].append(areas(network, *requested, counts.steps, scores))
         if progress is not None:
             progress(min(start + CHUNK, most), most)
     return {
         name: {kind: np.concatenate(parts) for kind, parts in kinds.items()}
-        for name, kinds in found.items()
+        for name, kinds in result.items()
     }
 
 
@@ -140,8 +140,8 @@ def pointed(maps: Tensor, scenes: Sequence[Scene]) -> np.ndarray:
     """Hit, distractor hit and energy inside ``(M,3)``; zeros for an empty map."""
     positive, distractor = masks_of(scenes)
     heat = maps.detach().float()
-    found = (pointing(heat, positive), pointing(heat, distractor), energy(heat, positive))
-    return torch.stack(found, dim=1).numpy()
+    result = (pointing(heat, positive), pointing(heat, distractor), energy(heat, positive))
+    return torch.stack(result, dim=1).numpy()
 
 
 class Scores:
@@ -169,7 +169,7 @@ def areas(
     network: Network, images: Tensor, directions: Tensor, maps: Tensor, steps: int, scores: Scores
 ) -> np.ndarray:
     """What :data:`Record` says of curves ``(M,8)``; the score is the similarity to the query."""
-    found = []
+    result = []
     for image, direction, heat in zip(images, directions, maps.detach().float(), strict=True):
         score = scores.along(network, direction)
         row: list[float] = []
@@ -179,8 +179,8 @@ def areas(
                 for curve in (deletion, insertion)
             )
             row += [down.raw_area, up.raw_area, down.whole, down.empty]
-        found.append(row)
-    return np.array(found)
+        result.append(row)
+    return np.array(result)
 
 
 def cost(
@@ -191,8 +191,8 @@ def cost(
     The median time over the comparisons; one alone of rows that are expensive.
     """
     passes, seconds, maps = [], [], []
-    for place in range(1 if one.tier == FEW else len(batch)):
-        single = batch[place : place + 1]
+    for index in range(1 if one.tier == FEW else len(batch)):
+        single = batch[index : index + 1]
         start = time.perf_counter()
         with passing(network.plain) as passed:
             maps.append(scene_maps(one, network.plain, network.layers, single, bank, whole=True))

@@ -99,10 +99,10 @@ class Remembered(nn.Module):
         if images.requires_grad:
             return self.part(images)
         keys = [fingerprint(image) for image in images]
-        places = {key: place for place, key in enumerate(keys) if key not in self.known}
+        places = {key: index for index, key in enumerate(keys) if key not in self.known}
         if len(self.known) > _MOST_REMEMBERED:
             self.known.clear()
-            places = {key: place for place, key in enumerate(keys)}
+            places = {key: index for index, key in enumerate(keys)}
         if places:
             with torch.no_grad():
                 made = self.part(images[list(places.values())])
@@ -133,7 +133,7 @@ def remembering(model: SimilarityModel) -> SimilarityModel:
         return model
     container, last = lower[-1].split(".")[:2]
     before = [name for name in ("conv_stem", "bn1") if hasattr(network, name)]
-    names = [*before, *(f"{container}.{place}" for place in range(int(last) + 1))]
+    names = [*before, *(f"{container}.{index}" for index in range(int(last) + 1))]
     part = nn.Sequential(*(network.get_submodule(name) for name in names))
     for name in names:
         network.set_submodule(name, nn.Identity())

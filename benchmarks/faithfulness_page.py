@@ -140,25 +140,25 @@ def _pictures(captions: Mapping[str, str], options: argparse.Namespace) -> list[
 
 def _short(results: Results, data: Data) -> list[str]:
     """One sentence: the best row, the best peer and the published method."""
-    found = {name: _means(results[data.name], name, "points_category") for name in
+    result = {name: _means(results[data.name], name, "points_category") for name in
              _rows(results[data.name])}  # fmt: skip
-    enough = max(_count(values) for values in found.values()) / 2
-    ranked = [n for n in _ranked(found, _margin) if _count(found[n]) >= enough]
+    enough = max(_count(values) for values in result.values()) / 2
+    ranked = [n for n in _ranked(result, _margin) if _count(result[n]) >= enough]
     peers = [name for name in ranked if name in PEERS]
     shown = [("Best", ranked[0])]
     shown += [("best of the other packages", peers[0])] if peers else []
-    shown += [("as published", REFERENCE)] if REFERENCE in found else []
-    said = []
+    shown += [("as published", REFERENCE)] if REFERENCE in result else []
+    record = []
     for what, name in shown:
-        hit, distractor, _ = np.nanmean(found[name], axis=0)
-        said.append(f"{what}: `{name}`, {hit:.2f} against {distractor:.2f}")
-    return [f"- **{data.name}**, hits against distractor hits on *category*. {'; '.join(said)}."]
+        hit, distractor, _ = np.nanmean(result[name], axis=0)
+        record.append(f"{what}: `{name}`, {hit:.2f} against {distractor:.2f}")
+    return [f"- **{data.name}**, hits against distractor hits on *category*. {'; '.join(record)}."]
 
 
 def _pointing(nets: Mapping[str, Mapping[str, Record]], data: Data) -> list[str]:
     """Means over the networks, best row first."""
     key = f"points_{data.settings[-1]}"
-    found = {name: _means(nets, name, key) for name in _rows(nets)}
+    result = {name: _means(nets, name, key) for name in _rows(nets)}
     head = ["method", "n"]
     for setting in data.settings:
         head += [f"{setting}: hit", "distractor", "energy"]
@@ -167,22 +167,22 @@ def _pointing(nets: Mapping[str, Mapping[str, Record]], data: Data) -> list[str]
         "",
         *header([*head, "above published"]),
     ]
-    for name in _ranked(found, _margin):
-        cells = [name, str(_count(found[name]))]
+    for name in _ranked(result, _margin):
+        cells = [name, str(_count(result[name]))]
         for setting in data.settings:
             kind = f"points_{setting}"
             cells += told(_means(nets, name, kind)) if _has(nets, name, kind) else ["–"] * 3
-        lines.append(line([*cells, _above(found, name, _margin)]))
+        lines.append(line([*cells, _above(result, name, _margin)]))
     return lines
 
 
 def _by_network(nets: Mapping[str, Mapping[str, Record]], data: Data) -> list[str]:
     rows = _rows(nets)
     key = f"points_{data.settings[-1]}"
-    found = {name: _means(nets, name, key) for name in rows}
+    result = {name: _means(nets, name, key) for name in rows}
     head = [f"{net}, {setting}" for net in nets for setting in data.settings]
     lines = ["Each network: hit / distractor.", "", *header(["method", *head])]
-    for name in _ranked(found, _margin):
+    for name in _ranked(result, _margin):
         cells = [name]
         for own in nets.values():
             for setting in data.settings:
@@ -197,17 +197,17 @@ def _by_network(nets: Mapping[str, Mapping[str, Record]], data: Data) -> list[st
 
 
 def _curves(nets: Mapping[str, Mapping[str, Record]]) -> list[str]:
-    found = {n: _means(nets, n, "curves") for n in _rows(nets) if _has(nets, n, "curves")}
-    if not found:
+    result = {n: _means(nets, n, "curves") for n in _rows(nets) if _has(nets, n, "curves")}
+    if not result:
         return []
     head = ["method", "n"]
     for baseline in BASELINES:
         head += [f"{baseline}: deletion", "insertion", "gain"]
     lines = ["Deletion and insertion on *category*, sorted by the mean of both gains.", ""]
     lines += header([*head, "above published"])
-    for name in _ranked(found, _gains):
-        cells = [name, str(_count(found[name])), *_areas(found[name])]
-        lines.append(line([*cells, _above(found, name, _gains)]))
+    for name in _ranked(result, _gains):
+        cells = [name, str(_count(result[name])), *_areas(result[name])]
+        lines.append(line([*cells, _above(result, name, _gains)]))
     return lines
 
 
@@ -273,17 +273,17 @@ def _count(values: np.ndarray) -> int:
     return int((~np.isnan(values).all(axis=1)).sum())
 
 
-def _ranked(found: Mapping[str, np.ndarray], key: Callable[[np.ndarray], np.ndarray]) -> list[str]:
-    return sorted(found, key=lambda name: -np.nanmean(key(found[name])))
+def _ranked(result: Mapping[str, np.ndarray], key: Callable[[np.ndarray], np.ndarray]) -> list[str]:
+    return sorted(result, key=lambda name: -np.nanmean(key(result[name])))
 
 
 def _above(
-    found: Mapping[str, np.ndarray], name: str, key: Callable[[np.ndarray], np.ndarray]
+    result: Mapping[str, np.ndarray], name: str, key: Callable[[np.ndarray], np.ndarray]
 ) -> str:
     """The paired difference from the reference with its interval."""
-    if REFERENCE not in found or name == REFERENCE:
+    if REFERENCE not in result or name == REFERENCE:
         return "–"
-    interval = bootstrap_difference(key(found[name]), key(found[REFERENCE]))
+    interval = bootstrap_difference(key(result[name]), key(result[REFERENCE]))
     return f"{interval.mean:+.3f} [{interval.low:+.3f}..{interval.high:+.3f}]"
 
 

@@ -62,10 +62,10 @@ def make_pictures(
     if len(names) < 2:
         print("No pictures: at least two of the rows shown in them have to be measured.")
         return {}
-    found = examples(network, {name: rows[name] for name in names}, emoji, bank)
+    result = examples(network, {name: rows[name] for name in names}, emoji, bank)
     best, published = names[0], names[-1]
-    wins = [one for one in found if one.right[best] and not one.right[published]]
-    failures = [one for one in found if not one.right[best]]
+    wins = [one for one in result if one.right[best] and not one.right[published]]
+    failures = [one for one in result if not one.right[best]]
     # Failures that another method does not share say the most.
     failures.sort(key=lambda one: -sum(one.right.values()))
     out.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def make_pictures(
             file = f"faithfulness_{title}.jpg"
             _small(chosen[:EXAMPLES], names).save(out / file, quality=82, optimize=True)
             shown = min(EXAMPLES, len(chosen))
-            made[file] = f"{shown} of the {len(chosen)} scenes of {len(found)} on which {what}"
+            made[file] = f"{shown} of the {len(chosen)} scenes of {len(result)} on which {what}"
     return made
 
 
@@ -88,7 +88,7 @@ def examples(
 ) -> list[Example]:
     """The maps of some scenes, with another vendor's drawing as the query."""
     scenes = compose_scenes(free_emoji(emoji), SCENES, SEED)
-    found = []
+    result = []
     for start in range(0, SCENES, CHUNK):
         chunk = scenes[start : start + CHUNK]
         network.forget()
@@ -98,11 +98,11 @@ def examples(
             made = scene_maps(one, network.shared, network.layers, batch, bank).float()
             maps[name] = grown(made, (SIDE, SIDE)).relu()
             hits[name] = pointed(made, chunk)[:, 0] > 0
-        for place, scene in enumerate(chunk):
-            heats = {name: own[place] for name, own in maps.items()}
-            right = {name: bool(own[place]) for name, own in hits.items()}
-            found.append(Example(scene, heats, right))
-    return found
+        for index, scene in enumerate(chunk):
+            heats = {name: own[index] for name, own in maps.items()}
+            right = {name: bool(own[index]) for name, own in hits.items()}
+            result.append(Example(scene, heats, right))
+    return result
 
 
 def _small(chosen: Sequence[Example], names: Sequence[str]) -> Image.Image:

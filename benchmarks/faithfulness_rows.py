@@ -95,18 +95,18 @@ def contestants(wanted: Sequence[str] | None, bank: bool) -> tuple[dict[str, Exp
     """What is measured, and for all that is not the reason."""
     skipped = {f"`{name}`": reason for name, reason in WITHOUT_A_ROW.items()}
     skipped |= {f"`{name}`": reason for name, reason in left_out(PEERS).items()}
-    found: dict[str, Explainer] = {}
+    result: dict[str, Explainer] = {}
     for name, row in ROWS.items():
         if row.method not in METHODS:
             continue
         if row.method == "weight_bank" and not bank:
             skipped[f"`{name}`"] = "its bank is made of emoji, and no folder of them was given"
         else:
-            found[name] = row
-    found |= {name: peer for name, peer in PEERS.items() if peer.installed}
+            result[name] = row
+    result |= {name: peer for name, peer in PEERS.items() if peer.installed}
     if wanted:
-        found = {n: row for n, row in found.items() if any(n.startswith(w) for w in wanted)}
-    return found, skipped
+        result = {n: row for n, row in result.items() if any(n.startswith(w) for w in wanted)}
+    return result, skipped
 
 
 def needs_bank(rows: Mapping[str, Explainer]) -> bool:
@@ -169,10 +169,10 @@ def scene_maps(
     options = dict(one.options)
     if one.method == "weight_bank" and bank is not None:
         options["bank"] = _named(bank, model)
-    found = explain(
+    result = explain(
         model, comparison, one.method, chosen, upscale=one.magnify, **options, check=False
     )
-    return found.maps[:, 1]
+    return result.maps[:, 1]
 
 
 def _named(bank: WeightBank, model: SimilarityModel) -> WeightBank:

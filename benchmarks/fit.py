@@ -64,26 +64,26 @@ def retrieval(model: SimilarityModel, fit: str, pictures: Sequence[Labelled]) ->
         chunk = pictures[start : start + CHUNK]
         rows.append(model.embed(views(model, fit, [one.picture for one in chunk])[0]))
     records = tuple(Record(Path(f"{n}.png"), label=one.label) for n, one in enumerate(pictures))
-    found = ranked_retrieval(model, Embedded(torch.cat(rows), records, {}), ranks=(1,))
-    return [found.recall[1], found.map_at_r]
+    result = ranked_retrieval(model, Embedded(torch.cat(rows), records, {}), ranks=(1,))
+    return [result.recall[1], result.map_at_r]
 
 
 def pointing(
     model: SimilarityModel, fit: str, scenes: Sequence[LongScene]
 ) -> dict[str, list[list[float]]]:
     """Hit, distractor hit and energy of every scene ``(scenes,3)``, by method."""
-    found: dict[str, list[list[float]]] = {}
+    result: dict[str, list[list[float]]] = {}
     for start in range(0, len(scenes), CHUNK):
         chunk = scenes[start : start + CHUNK]
         inputs, geometries = views(model, fit, [scene.picture for scene in chunk])
         queries, _ = views(model, fit, [scene.query for scene in chunk])
         for method in METHODS:
             heat = explain(model, Comparison.pair(queries, inputs), method=method).heatmaps
-            found.setdefault(method, []).extend(
+            result.setdefault(method, []).extend(
                 judged(one.numpy(), geometry, scene)
                 for one, geometry, scene in zip(heat[:, 1], geometries, chunk, strict=True)
             )
-    return found
+    return result
 
 
 def judged(heat: np.ndarray, geometry: Geometry, scene: LongScene) -> list[float]:
@@ -105,15 +105,15 @@ def in_view(model: SimilarityModel, scene: LongScene) -> float:
 
 def galleries(stamps: Stamps, emoji: Stamps, seeds: Sequence[int]) -> dict[str, list[Labelled]]:
     """The pictures to retrieve, by set and seed."""
-    found = {"photographs on white": on_white(stamps)}
+    result = {"photographs on white": on_white(stamps)}
     for seed in seeds:
         names = np.random.default_rng(seed).permutation(sorted(emoji))[:CLASSES]
         some = {name: emoji[name] for name in sorted(names)}
         for where in ("anywhere", "in the middle"):
             middle = where == "in the middle"
-            found[f"photographs {where}, {seed}"] = placed(stamps, seed, middle=middle)
-        found[f"emoji anywhere, {seed}"] = placed(some, seed, middle=False)
-    return found
+            result[f"photographs {where}, {seed}"] = placed(stamps, seed, middle=middle)
+        result[f"emoji anywhere, {seed}"] = placed(some, seed, middle=False)
+    return result
 
 
 def measure(

@@ -59,12 +59,12 @@ def _retrieval(record: dict[str, Any]) -> list[str]:
         "|" + " --- |" * (2 + len(FITS)),
     ]
     for network, own in record.items():
-        found: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
+        result: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
         for key, values in own["retrieval"].items():
             name, fit = key.rsplit(", ", 1)
-            found[name.rsplit(", ", 1)[0], fit].append(values)
+            result[name.rsplit(", ", 1)[0], fit].append(values)
         for name in _SETS:
-            cells = [_cell(100 * np.array(found[name, fit])) for fit in FITS]
+            cells = [_cell(100 * np.array(result[name, fit])) for fit in FITS]
             lines.append(f"| {network} | {name} | {' | '.join(cells)} |")
     return [*lines, ""]
 

@@ -43,13 +43,13 @@ class LongScene:
 
 def on_white(stamps: Stamps) -> list[Labelled]:
     """Cut-outs as they are, in their own aspect, on white."""
-    found = []
+    result = []
     for label, pictures in stamps.items():
         for stamp in pictures:
             page = Image.new("RGB", stamp.size, "white")
             page.paste(stamp, (0, 0), stamp)
-            found.append(Labelled(page, label))
-    return found
+            result.append(Labelled(page, label))
+    return result
 
 
 def placed(stamps: Stamps, seed: int, *, middle: bool) -> list[Labelled]:
@@ -59,7 +59,7 @@ def placed(stamps: Stamps, seed: int, *, middle: bool) -> list[Labelled]:
     """
     random = np.random.default_rng(seed)
     grounds = _grounds()
-    found = []
+    result = []
     for label, pictures in stamps.items():
         for stamp in pictures:
             picture = _long(grounds, random)
@@ -68,8 +68,8 @@ def placed(stamps: Stamps, seed: int, *, middle: bool) -> list[Labelled]:
             spot = tuple(int(random.integers(most + 1)) for most in room)
             spot = tuple(most // 2 for most in room) if middle else spot
             picture.paste(small, spot, small)
-            found.append(Labelled(picture, label))
-    return found
+            result.append(Labelled(picture, label))
+    return result
 
 
 def long_scenes(stamps: Stamps, count: int, seed: int) -> list[LongScene]:

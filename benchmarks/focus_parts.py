@@ -54,7 +54,7 @@ Scores = Mapping[tuple[str, str, str], np.ndarray]
 
 def measure(network: Network, scenes: Sequence[Scene]) -> Scores:
     """Hit, distractor hit and energy of every scene ``(scenes,3)`` by variant and question."""
-    found: dict[tuple[str, str, str], list[np.ndarray]] = {}
+    result: dict[tuple[str, str, str], list[np.ndarray]] = {}
     for start in range(0, len(scenes), CHUNK):
         chunk = scenes[start : start + CHUNK]
         network.forget()
@@ -62,16 +62,16 @@ def measure(network: Network, scenes: Sequence[Scene]) -> Scores:
         negatives = network.tensors([scene.negative for scene in chunk])
         for setting in SETTINGS:
             queries = network.tensors([scene.queries[setting] for scene in chunk])
-            asked = {
+            requested = {
                 "triplet": Comparison.triplet(queries, pictures, negatives),
                 "pair": Comparison.pair(queries, pictures),
             }
-            for arrangement, comparison in asked.items():
+            for arrangement, comparison in requested.items():
                 for name in VARIANTS:
                     maps = _maps(network, comparison, name)
                     key = (name, arrangement, setting)
-                    found.setdefault(key, []).append(judged(maps, chunk, 1))
-    return {key: np.concatenate(parts) for key, parts in found.items()}
+                    result.setdefault(key, []).append(judged(maps, chunk, 1))
+    return {key: np.concatenate(parts) for key, parts in result.items()}
 
 
 def _maps(network: Network, comparison: Comparison, name: str) -> Tensor:
@@ -89,8 +89,8 @@ def table(scores: Scores) -> list[str]:
     ]
     for name in VARIANTS:
         cells = [scores[(name, *question)].mean(axis=0) for question in questions]
-        told = " | ".join(" / ".join(f"{value:.2f}" for value in cell) for cell in cells)
-        lines.append(f"| {name} | {told} |")
+        printed = " | ".join(" / ".join(f"{value:.2f}" for value in cell) for cell in cells)
+        lines.append(f"| {name} | {printed} |")
     return lines
 
 
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and writes the page; prints it where no file is named."""
     options = parsed(arguments)
     torch.set_num_threads(options.threads)
-    found: dict[str, list[Scores]] = {}
+    result: dict[str, list[Scores]] = {}
     for network in chosen_networks(options):
         for given in options.stamps:
             name, _, folder = given.partition("=")
@@ -147,10 +147,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             title = f"{name}, {network.name}" if options.model else name
             for seed in options.seeds:
                 scenes = compose_scenes(stamps, options.scenes, seed)
-                found.setdefault(title, []).append(measure(network, scenes))
+                result.setdefault(title, []).append(measure(network, scenes))
                 print(f"{network.name}, {name}, seed {seed}: measured", flush=True)
     lines = told(options)
-    for name, parts in found.items():
+    for name, parts in result.items():
         joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         lines += ["", f"**{name}**", "", *table(joined)]
     publish("\n".join(["# The parts of focus", "", *lines, ""]), options.out)

@@ -31,12 +31,12 @@ def boxes(count: int, size: tuple[int, int], share: float, seed: int) -> Tensor:
     """A rectangle of a share of the area somewhere in each picture ``(M,H,W)``, true inside."""
     random = torch.Generator().manual_seed(seed)
     height, width = (round(side * share**0.5) for side in size)
-    found = torch.zeros(count, *size, dtype=torch.bool)
-    for own in found:
+    result = torch.zeros(count, *size, dtype=torch.bool)
+    for own in result:
         top = int(torch.randint(size[0] - height + 1, (), generator=random))
         left = int(torch.randint(size[1] - width + 1, (), generator=random))
         own[top : top + height, left : left + width] = True
-    return found
+    return result
 
 
 def attended(model: SimilarityModel, images: Tensor, share: float) -> Tensor:
@@ -44,9 +44,9 @@ def attended(model: SimilarityModel, images: Tensor, share: float) -> Tensor:
 
     These are the highest pixels of the map of a picture's similarity to itself.
     """
-    asked = [Comparison.pair(chunk, chunk) for chunk in images.split(CHUNK)]
+    requested = [Comparison.pair(chunk, chunk) for chunk in images.split(CHUNK)]
     maps = torch.cat(
-        [explain(model, pair, "similarity_cam", check=False).heatmaps[:, 0] for pair in asked]
+        [explain(model, pair, "similarity_cam", check=False).heatmaps[:, 0] for pair in requested]
     )
     flat = maps.flatten(1)
     highest = flat.topk(round(share * flat.shape[1])).indices
@@ -71,24 +71,24 @@ def measure(
     size = int(images.shape[2]), int(images.shape[3])
     masks = {f"box {seed}": boxes(len(images), size, share, seed) for seed in seeds}
     masks["attended"] = attended(model, images, share)
-    found = {"whole": scores(model, whole, whole)}
+    result = {"whole": scores(model, whole, whole)}
     for name, mask in masks.items():
         rows = rows_of(model, images * ~mask.unsqueeze(1))
-        found[name] = scores(model, replace(whole, rows=rows), whole)
-    return found
+        result[name] = scores(model, replace(whole, rows=rows), whole)
+    return result
 
 
 def scores(model: SimilarityModel, queries: Embedded, gallery: Embedded) -> tuple[float, float]:
     """Recall@1 and MAP@R in percent; a query's own picture and its vendor are left out."""
-    found = ranked_retrieval(model, queries, gallery, ranks=(1,), grouped=True)
-    return 100 * found.recall[1], 100 * found.map_at_r
+    result = ranked_retrieval(model, queries, gallery, ranks=(1,), grouped=True)
+    return 100 * result.recall[1], 100 * result.map_at_r
 
 
-def averaged(found: Mapping[str, tuple[float, float]]) -> list[str]:
+def averaged(result: Mapping[str, tuple[float, float]]) -> list[str]:
     """Cells of a row: whole, box (mean over seeds), attended."""
-    several = [value for name, value in found.items() if name.startswith("box")]
+    several = [value for name, value in result.items() if name.startswith("box")]
     box = tuple(sum(pair[n] for pair in several) / len(several) for n in (0, 1))
-    return [f"{a:.1f} / {b:.1f}" for a, b in (found["whole"], box, found["attended"])]
+    return [f"{a:.1f} / {b:.1f}" for a, b in (result["whole"], box, result["attended"])]
 
 
 def main() -> None:

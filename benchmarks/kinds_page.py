@@ -71,13 +71,13 @@ def points_of(
         )
     else:
         sources = (trained[name]["held-out"] for name in group.networks)
-    found: dict[str, dict[str, list[np.ndarray]]] = {}
+    result: dict[str, dict[str, list[np.ndarray]]] = {}
     for source in sources:
         for row, settings in source.items():
             for setting, points in settings.items():
                 own = np.array(points, dtype=float)[:, :2]
-                found.setdefault(row, {}).setdefault(setting, []).append(own)
-    return found
+                result.setdefault(row, {}).setdefault(setting, []).append(own)
+    return result
 
 
 def table(points: Mapping[str, Mapping[str, Sequence[np.ndarray]]]) -> list[str]:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from simexplain import SimilarityModel
 
-Asked = tuple[SimilarityModel, tuple[str, str], Tensor, Tensor]
+LoadedItem = tuple[SimilarityModel, tuple[str, str], Tensor, Tensor]
 """A model, its last and its finer layer, scenes ``(M,3,H,W)``, and a vector for each ``(M,E)``."""
 
 SEED = 0
@@ -47,7 +47,7 @@ class Peer:
 
     package: str
     module: str
-    explain: Callable[[Asked], Tensor]
+    explain: Callable[[LoadedItem], Tensor]
     target: str = "query"
     tier: str = "all"
 
@@ -69,31 +69,31 @@ def _targets(vectors: Tensor) -> list[Callable[[Tensor], Tensor]]:
     return [lambda out, v=vector: F.normalize(out, dim=0) @ v for vector in vectors]
 
 
-def _grad_cam(name: str, *places: int) -> Callable[[Asked], Tensor]:
+def _grad_cam(name: str, *places: int) -> Callable[[LoadedItem], Tensor]:
     """The grad-cam package, which averages the maps of several layers."""
 
-    def explain(asked: Asked) -> Tensor:
+    def explain(requested: LoadedItem) -> Tensor:
         import pytorch_grad_cam
 
-        model, layers, scenes, vectors = asked
-        chosen = [model.network.get_submodule(layers[place]) for place in places]
+        model, layers, scenes, vectors = requested
+        chosen = [model.network.get_submodule(layers[index]) for index in places]
         made = getattr(pytorch_grad_cam, name)
         with made(model=model.network, target_layers=chosen) as cam:
-            found = cam(input_tensor=scenes, targets=_targets(vectors))
+            result = cam(input_tensor=scenes, targets=_targets(vectors))
         model.network.zero_grad(set_to_none=True)  # which it leaves behind
-        return torch.from_numpy(found)
+        return torch.from_numpy(result)
 
     return explain
 
 
-def _torchcam(name: str, *places: int) -> Callable[[Asked], Tensor]:
+def _torchcam(name: str, *places: int) -> Callable[[LoadedItem], Tensor]:
     """Torchcam, whose maps of several layers are fused by its own function."""
 
-    def explain(asked: Asked) -> Tensor:
+    def explain(requested: LoadedItem) -> Tensor:
         from torchcam import methods
 
-        model, layers, scenes, vectors = asked
-        chosen = [layers[place] for place in places]
+        model, layers, scenes, vectors = requested
+        chosen = [layers[index] for index in places]
         with getattr(methods, name)(model.network, chosen) as cam:
             rows = model.network(scenes)
             maps = cam(scores=rows, targets=_targets(vectors))
@@ -104,10 +104,10 @@ def _torchcam(name: str, *places: int) -> Callable[[Asked], Tensor]:
     return explain
 
 
-def _captum(asked: Asked) -> Tensor:
+def _captum(requested: LoadedItem) -> Tensor:
     from captum.attr import LayerGradCam
 
-    model, layers, scenes, vectors = asked
+    model, layers, scenes, vectors = requested
 
     def similarity(images: Tensor) -> Tensor:
         return (F.normalize(model.network(images), dim=1) * vectors).sum(dim=1)
@@ -116,7 +116,7 @@ def _captum(asked: Asked) -> Tensor:
     return tool.attribute(scenes, relu_attributions=True)[:, 0].detach()
 
 
-def _xaitk(asked: Asked) -> Tensor:
+def _xaitk(requested: LoadedItem) -> Tensor:
     """Xaitk-saliency's SBSM with its default window, stride and distance; hidden parts are black.
 
     It compares two pictures; the query's descriptor is handed to it in the place of a picture.
@@ -124,7 +124,7 @@ def _xaitk(asked: Asked) -> Tensor:
     from smqtk_descriptors.interfaces.image_descriptor_generator import ImageDescriptorGenerator
     from xaitk_saliency.impls.gen_image_similarity_blackbox_sal.sbsm import SBSMStack
 
-    model, _, scenes, vectors = asked
+    model, _, scenes, vectors = requested
     mark = np.zeros((1, 1, 3), np.uint8)
 
     class Descriptors(ImageDescriptorGenerator):
@@ -139,11 +139,11 @@ def _xaitk(asked: Asked) -> Tensor:
         def get_config(self) -> dict:
             return {}
 
-    found = []
+    result = []
     for scene, vector in zip(scenes, vectors, strict=True):
         picture = model.preprocess.undo(scene)
-        found.append(SBSMStack().generate(picture, [mark], Descriptors(vector))[0])
-    return torch.from_numpy(np.stack(found))
+        result.append(SBSMStack().generate(picture, [mark], Descriptors(vector))[0])
+    return torch.from_numpy(np.stack(result))
 
 
 def _embedded(model: SimilarityModel, picture: np.ndarray) -> Tensor:
@@ -154,18 +154,18 @@ def _embedded(model: SimilarityModel, picture: np.ndarray) -> Tensor:
         return F.normalize(model.network(image[None].float()), dim=1)[0]
 
 
-def _distance_explainer(asked: Asked) -> Tensor:
+def _distance_explainer(requested: LoadedItem) -> Tensor:
     """Distance Explainer with its default of 1000 masks; hidden parts are zero to the network."""
     from distance_explainer import DistanceExplainer
 
-    model, _, scenes, vectors = asked
+    model, _, scenes, vectors = requested
 
     def embed(batch: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             return model.network(torch.from_numpy(batch).float()).numpy()
 
     state, drawn = np.random.get_state(), random.getstate()  # noqa: NPY002  it takes no seed
-    found = []
+    result = []
     try:
         np.random.seed(SEED)  # noqa: NPY002
         random.seed(SEED)
@@ -174,11 +174,11 @@ def _distance_explainer(asked: Asked) -> Tensor:
             with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
                 made = tool.explain_image_distance(embed, scene.numpy(), vector.numpy())
             heat = np.asarray(made, dtype=np.float32).squeeze()
-            found.append(torch.from_numpy(heat if heat.ndim == 2 else heat.mean(axis=-1)))
+            result.append(torch.from_numpy(heat if heat.ndim == 2 else heat.mean(axis=-1)))
     finally:
         np.random.set_state(state)  # noqa: NPY002
         random.setstate(drawn)
-    return torch.stack(found)
+    return torch.stack(result)
 
 
 PEERS: dict[str, Peer] = {

@@ -197,9 +197,9 @@ def write_persons(
     for number in range(1, train + test + 1):
         person = drawn_person(draw)
         for camera in draw.permutation(CAMERAS)[: int(draw.integers(2, CAMERAS + 1))].tolist():
-            for place in range(each):
+            for index in range(each):
                 part = "bounding_box_train" if number <= train else "bounding_box_test"
-                if number > train and place == 0:
+                if number > train and index == 0:
                     part = "query"
                 write(part, f"{number:04d}", person, camera)
     for _ in range(DISTRACTORS):

@@ -94,16 +94,16 @@ def measure(
 
     All choices share one forward pass of a scene; see :func:`scene_maps`.
     """
-    found: dict[Choice, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+    result: dict[Choice, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
     for start in range(0, len(scenes), CHUNK):
         chunk = scenes[start : start + CHUNK]
         for magnify in sorted({choice.magnify for choice in choices}):
             wanted = {choice for choice in choices if choice.magnify == magnify}
             for choice, setting, maps in scene_maps(model, chunk, layers, wanted, magnify):
-                found[choice][setting].append(judged(maps, chunk, magnify))
+                result[choice][setting].append(judged(maps, chunk, magnify))
     return {
         choice: {setting: np.concatenate(parts) for setting, parts in settings.items()}
-        for choice, settings in found.items()
+        for choice, settings in result.items()
     }
 
 
@@ -186,14 +186,14 @@ def heatmaps(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def judged(maps: Tensor, scenes: Sequence[Scene], magnify: int) -> np.ndarray:
     """Hit, distractor hit and energy inside the positive, ``(M,3)``; zeros for an empty map."""
     grow = np.ones((magnify, magnify), dtype=bool)
-    found = np.zeros((len(scenes), 3))
+    result = np.zeros((len(scenes), 3))
     masks = [[np.kron(m, grow) for m in (scene.positive, scene.distractor)] for scene in scenes]
     heat = heatmaps(maps, masks[0][0].shape).numpy().astype(np.float64)
     for number, (one, (positive, distractor)) in enumerate(zip(heat, masks, strict=True)):
         if one.max() > 0:
             peak = np.unravel_index(one.argmax(), one.shape)
-            found[number] = positive[peak], distractor[peak], one[positive].sum() / one.sum()
-    return found
+            result[number] = positive[peak], distractor[peak], one[positive].sum() / one.sum()
+    return result
 
 
 def finer_layer(model: SimilarityModel) -> str:

@@ -100,7 +100,7 @@ def conclusion(tables: Mapping[str, Sequence[Any]], scores: Scores) -> list[str]
     """What to choose when, read off the numbers: the sentences change with the measurement."""
     first, second, third = tables.values()
     formulas = [choice for choice in second if choice.arrangement == "triplet"]
-    told = [f"`{choice.mid_cam}` {_category(scores, choice)}" for choice in formulas]
+    lines = [f"`{choice.mid_cam}` {_category(scores, choice)}" for choice in formulas]
     changes = [
         f"{off.arrangement} `{off.weights}` from {_category(scores, off)} to "
         f"{_category(scores, replace(off, through_weights=True))}"
@@ -115,7 +115,7 @@ def conclusion(tables: Mapping[str, Sequence[Any]], scores: Scores) -> list[str]
         "",
         _advice(first, scores, "pair"),
         _advice(first, scores, "triplet"),
-        f"- **The finer layer alone**, `{formulas[0].weights}` triplets: {', '.join(told)}. Best: "
+        f"- **The finer layer alone**, `{formulas[0].weights}` triplets: {', '.join(lines)}. Best: "
         f"{' or '.join(f'`{choice.mid_cam}`' for choice in _leaders(scores, formulas))}.",
         f"- **The gradient through the weights** takes {'; '.join(changes)}.",
     ]
@@ -148,8 +148,8 @@ def _leaders(scores: Scores, candidates: Sequence[Any]) -> list[Any]:
     """The choice with most hits less distractor hits, then all that may be as good."""
 
     def margins(choice: Any) -> np.ndarray:
-        found = scores[choice]["category"]
-        return found[:, HIT] - found[:, DISTRACTOR]
+        result = scores[choice]["category"]
+        return result[:, HIT] - result[:, DISTRACTOR]
 
     ranked = sorted(candidates, key=lambda choice: -margins(choice).mean())
     behind = [margins(ranked[0]) - margins(choice) for choice in ranked]

@@ -42,7 +42,7 @@ def compute(path: Path, names: Sequence[str]) -> None:
     """Writes embeddings and maps of every network and method to a file."""
     from simexplain import Comparison, as_similarity_model, explain, load_model
 
-    found = {}
+    actual = {}
     for name in names:
         torch.manual_seed(0)
         side = SIDE.get(name, 128)
@@ -53,9 +53,9 @@ def compute(path: Path, names: Sequence[str]) -> None:
         triplets = Comparison.triplet(*images.view(3, 6, 3, side, side))
         for method in METHODS:
             result = explain(model, triplets, method, **OPTIONS.get(method, {}), check=False)
-            found[f"{name}/{method}"] = result.maps
-        found[f"{name}/embeddings"] = result.embeddings
-    torch.save(found, path)
+            actual[f"{name}/{method}"] = result.maps
+        actual[f"{name}/embeddings"] = result.embeddings
+    torch.save(actual, path)
 
 
 def measure(names: Sequence[str], settings: Sequence[str]) -> list[tuple[str, str, list[float]]]:

@@ -47,12 +47,12 @@ def trained(recipe: str, data: Path, out: Path, epochs: int, seed: int) -> Path:
     return Path(run.files["last"])
 
 
-def row(name: str, found: list[Reidentification]) -> str:
+def row(name: str, result: list[Reidentification]) -> str:
     """A line of the table: means over the seeds, their range where there are several."""
     cells = []
     for values in (
-        *([one.rank[k] for one in found] for k in (1, 5, 10)),
-        [one.map for one in found],
+        *([one.rank[k] for one in result] for k in (1, 5, 10)),
+        [one.map for one in result],
     ):
         mean = f"{sum(values) / len(values):.3f}"
         several = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
@@ -88,13 +88,13 @@ def main() -> None:
             ("PCB (`pcb-market1501`)", "pcb-market1501"),
             ("PCB and mining (`sam-reid-market1501`)", "sam-reid-market1501"),
         ):
-            found = []
+            result = []
             for seed in range(given.seeds):
                 out = folder / f"{recipe}-{seed}"
                 path = trained(recipe, data, out, given.epochs, seed)
-                found.append(evaluate_reid(load_model(path), split))
-            rows.append(row(name, found))
-    first = found[0]
+                result.append(evaluate_reid(load_model(path), split))
+            rows.append(row(name, result))
+    first = result[0]
     page = f"""| {len(first.queries)} queries | rank-1 | rank-5 | rank-10 | mAP |
 | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}

@@ -20,10 +20,10 @@ def added_memory(run: Callable[[], object]) -> float | None:
 
 
 def _kibibytes(status: str, field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+)", status)
-    if not found:
+    result = re.search(rf"{field}:\s+(\d+)", status)
+    if not result:
         raise OSError(f"{field} is not in the status of the process.")
-    return int(found[1])
+    return int(result[1])
 
 
 def publish(text: str, out: Path | None) -> None:

@@ -75,7 +75,7 @@ def beside_focus(kinds: Sequence[Mapping[str, Record]]) -> dict[str, Any]:
 
     The difference is that in hits less distractor hits.
     """
-    found = {}
+    result = {}
     key = f"points_{SETTINGS[-1]}"
     for box in BLACK_BOXES:
         both = [(own[box][key], own["focus"][key]) for own in kinds if {box, "focus"} <= set(own)]
@@ -86,8 +86,8 @@ def beside_focus(kinds: Sequence[Mapping[str, Record]]) -> dict[str, Any]:
                 for side in (0, 1)
             )
             apart = _told((own - other) @ np.array([[1], [-1], [0]]))
-            found[box] = {"own": _told(own), "focus": _told(other), "apart": apart}
-    return found
+            result[box] = {"own": _told(own), "focus": _told(other), "apart": apart}
+    return result
 
 
 def _told(values: np.ndarray) -> dict[str, Any]:
@@ -102,17 +102,17 @@ def _rounded(values: Any) -> list[float]:
 def means(points: Mapping[str, Mapping[str, Record]]) -> dict[str, Record]:
     """Over networks, scene by scene: rows that all of them have, and the scenes that all have."""
     first, *others = points.values()
-    found = {}
+    result = {}
     for row in first:
         if not all(row in other for other in others):
             continue
         keys = [key for key in first[row] if all(key in other[row] for other in others)]
         parts = {key: [own[row][key] for own in points.values()] for key in keys}
-        found[row] = {
+        result[row] = {
             key: np.mean([part[: min(map(len, own))] for part in own], axis=0)
             for key, own in parts.items()
         }
-    return found
+    return result
 
 
 def areas(data: Data) -> list[float]:
@@ -144,9 +144,9 @@ def measured(options: argparse.Namespace) -> tuple[dict[str, dict[str, Data]], P
     for kind in options.kinds:
         for source, name, weights, network in every:
             store = Store(options.cache / weights[:12])
-            found = trained_pointing.record_of(name, network, data[source][kind], store, options)
-            if found:
-                points[kind][name] = found
+            result = trained_pointing.record_of(name, network, data[source][kind], store, options)
+            if result:
+                points[kind][name] = result
     return data, points
 
 
@@ -156,11 +156,11 @@ def summed(
     """What the page needs."""
     names = dict.fromkeys(name for own in points.values() for name in own)
     boxes = {n: beside_focus([own[n] for own in points.values() if n in own]) for n in names}
-    for found in points.values():
+    for result in points.values():
         for title, members in GROUPS.items():
-            own = {name: found[name] for name in members if name in found}
+            own = {name: result[name] for name in members if name in result}
             if len(own) > 1:
-                found[title] = means(own)
+                result[title] = means(own)
     command = (
         "python benchmarks/scene_kinds.py --stamps FOLDER --emoji FOLDER --runs FOLDER --mobilenet "
         f"FILE --cache FOLDER --scenes {options.scenes} --few {options.few}"
@@ -174,8 +174,8 @@ def summed(
             for kind in options.kinds
         },
         "kinds": {
-            kind: {name: summary(rows) for name, rows in found.items()}
-            for kind, found in points.items()
+            kind: {name: summary(rows) for name, rows in result.items()}
+            for kind, result in points.items()
         },
         "boxes": {name: own for name, own in boxes.items() if own},
     }
@@ -212,10 +212,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data, points = measured(options)
     if not (options.record or options.out):
         return
-    said = summed(data, points, options)
+    record = summed(data, points, options)
     if options.record:
-        publish(json.dumps(said, separators=(",", ":")) + "\n", options.record)
-    publish(page(said), options.out)
+        publish(json.dumps(record, separators=(",", ":")) + "\n", options.record)
+    publish(page(record), options.out)
 
 
 if __name__ == "__main__":

@@ -40,14 +40,14 @@ network 150), so what is small in the scene is a few pixels to it.
 """
 
 
-def page(said: Mapping[str, Any]) -> str:
+def page(record: Mapping[str, Any]) -> str:
     """The tables, as Markdown."""
-    lines = [HEAD, "Written by", "", f"    {said['command']}", "", "## The scenes", ""]
-    lines += [*_scenes(said["areas"]), "", "## What follows", "", *_follows(said["kinds"])]
-    lines += ["", "## Methods and kinds", "", *_short(said["kinds"])]
-    if said["boxes"]:
-        lines += ["", "## Black boxes", "", *_boxes(said["boxes"])]
-    for kind, networks in said["kinds"].items():
+    lines = [HEAD, "Written by", "", f"    {record['command']}", "", "## The scenes", ""]
+    lines += [*_scenes(record["areas"]), "", "## What follows", "", *_follows(record["kinds"])]
+    lines += ["", "## Methods and kinds", "", *_short(record["kinds"])]
+    if record["boxes"]:
+        lines += ["", "## Black boxes", "", *_boxes(record["boxes"])]
+    for kind, networks in record["kinds"].items():
         lines += ["", f"## {kind.capitalize()}", "", f"{KINDS[kind].about.capitalize()}.", ""]
         lines += _table({n: own for n, own in networks.items() if n not in GROUPS})
     return "\n".join(lines) + "\n"
@@ -79,21 +79,21 @@ def _follows(kinds: Mapping[str, Any]) -> list[str]:
         "",
     ]
     for kind, own in kinds.items():
-        found = {m: [own[name][m]["category"] for name in names] for m in METHODS
+        result = {m: [own[name][m]["category"] for name in names] for m in METHODS
                  if all(m in own[name] for name in names)}  # fmt: skip
-        ranked = sorted(found.items(), key=lambda entry: -_margin(entry[1])[0])
-        told = (f"`{METHODS[m]}` {mean:.2f} ± {error:.2f}"
-                for m, (mean, error) in ((m, _margin(said)) for m, said in ranked))  # fmt: skip
-        counts = sorted({said["n"] for rows in found.values() for said in rows})
-        lines.append(f"- *{kind}* (n {' to '.join(map(str, counts))}): {'; '.join(told)}.")
+        ranked = sorted(result.items(), key=lambda entry: -_margin(entry[1])[0])
+        printed = (f"`{METHODS[m]}` {mean:.2f} ± {error:.2f}"
+                for m, (mean, error) in ((m, _margin(record)) for m, record in ranked))  # fmt: skip
+        counts = sorted({record["n"] for rows in result.values() for record in rows})
+        lines.append(f"- *{kind}* (n {' to '.join(map(str, counts))}): {'; '.join(printed)}.")
     return lines
 
 
 def _margin(networks: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     """Hits less distractor hits over networks, and the error; no scene is both."""
-    means = np.array([said["mean"][:2] for said in networks])
+    means = np.array([record["mean"][:2] for record in networks])
     apart = means[:, 0] - means[:, 1]
-    spread = (means.sum(axis=1) - apart**2) / np.array([said["n"] for said in networks])
+    spread = (means.sum(axis=1) - apart**2) / np.array([record["n"] for record in networks])
     return float(round(apart.mean(), 2) + 0.0), float(np.sqrt(spread.sum()) / len(networks))
 
 
@@ -114,12 +114,12 @@ def _short(kinds: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _brief(said: Mapping[str, Any] | None) -> str:
-    return "–" if said is None else " / ".join(f"{value:.2f}" for value in said["mean"])
+def _brief(record: Mapping[str, Any] | None) -> str:
+    return "–" if record is None else " / ".join(f"{value:.2f}" for value in record["mean"])
 
 
-def _cells(said: Mapping[str, Any]) -> list[str]:
-    pairs = zip(said["mean"], said["error"], strict=True)
+def _cells(record: Mapping[str, Any]) -> list[str]:
+    pairs = zip(record["mean"], record["error"], strict=True)
     return [f"{mean:.2f} ± {error:.2f}" for mean, error in pairs]
 
 
@@ -134,9 +134,9 @@ def _boxes(boxes: Mapping[str, Any]) -> list[str]:
     head = ["network", "method", "n", *measures, *(f"`focus`: {what}" for what in measures)]
     lines += header([*head, "difference"])
     for network, own in boxes.items():
-        for name, said in own.items():
-            cells = [*_cells(said["own"]), *_cells(said["focus"]), *_cells(said["apart"])]
-            lines.append(line([network, f"`{name}`", str(said["own"]["n"]), *cells]))
+        for name, record in own.items():
+            cells = [*_cells(record["own"]), *_cells(record["focus"]), *_cells(record["apart"])]
+            lines.append(line([network, f"`{name}`", str(record["own"]["n"]), *cells]))
     return lines
 
 
@@ -147,9 +147,9 @@ def _table(networks: Mapping[str, Any]) -> list[str]:
     ]
     lines = header(["network", "method", "n", *head])
     for network, rows in networks.items():
-        for name, said in rows.items():
-            cells = [network, f"`{name}`", str(said["category"]["n"])]
+        for name, record in rows.items():
+            cells = [network, f"`{name}`", str(record["category"]["n"])]
             for setting in SETTINGS:
-                cells += _cells(said[setting]) if setting in said else ["–"] * 3
+                cells += _cells(record[setting]) if setting in record else ["–"] * 3
             lines.append(line(cells))
     return lines

@@ -89,13 +89,13 @@ def compose_scenes(stamps: Stamps, count: int, seed: int, kind: Kind | None = No
         raise SystemExit(f"Scenes of {kind.most} objects need as many categories of cut-outs.")
     random = np.random.default_rng(seed)
     grounds = kind.grounds()
-    found: list[Scene] = []
+    result: list[Scene] = []
     for _ in range(_TRIES * count):
-        scene = _scene(stamps, kind, grounds, random) if len(found) < count else None
-        found += [scene] if scene is not None else []
-    if len(found) < count:
+        scene = _scene(stamps, kind, grounds, random) if len(result) < count else None
+        result += [scene] if scene is not None else []
+    if len(result) < count:
         raise SystemExit(f"No {count} scenes ({kind.about}) can be made of these cut-outs.")
-    return found
+    return result
 
 
 def textures() -> list[Pixels]:
@@ -125,8 +125,8 @@ def _scene(
     for mask, (cut, left, top) in zip(masks, placed, strict=True):
         picture.paste(cut, (left, top), cut)
         mask[top : top + cut.height, left : left + cut.width] = inside(cut)
-    for place, mask in enumerate(masks):
-        mask &= ~masks[place + 1 :].any(axis=0)
+    for index, mask in enumerate(masks):
+        mask &= ~masks[index + 1 :].any(axis=0)
     queries = {"same": _on_white(positive), "category": _on_white(relative)}
     return Scene(picture, masks[0], masks[1:].any(axis=0), queries, _on_white(others[0][1]))
 
@@ -165,11 +165,11 @@ def in_row(
     free = SIDE - sum(cut.width for cut in cuts)
     before = np.sort(random.integers(free + 1, size=len(cuts)))
     order = random.permutation(len(cuts))
-    widths = np.cumsum([0, *(cuts[place].width for place in order)])
-    lefts = {place: int(before[n] + widths[n]) for n, place in enumerate(order)}
+    widths = np.cumsum([0, *(cuts[index].width for index in order)])
+    lefts = {index: int(before[n] + widths[n]) for n, index in enumerate(order)}
     return [
-        (cut, lefts[place], int(random.integers(SIDE - cut.height + 1)))
-        for place, cut in enumerate(cuts)
+        (cut, lefts[index], int(random.integers(SIDE - cut.height + 1)))
+        for index, cut in enumerate(cuts)
     ]
 
 

@@ -28,11 +28,11 @@ from torch.nn import functional as F
 from simexplain import SimilarityModel, build_index, load_model, match
 from simexplain.data.images import Picture
 from simexplain.data.preprocessing import prepared
-from simexplain.searching.agreement import agreement
 from simexplain.searching.explaining_hits import HitMaps, hit_maps
 from simexplain.searching.index_gallery import GalleryIndex
+from simexplain.searching.marginals import marginals
 from simexplain.searching.regions import Region, best_box, similarities
-from simexplain.searching.search_query import Asked, ask
+from simexplain.searching.search_query import LoadedItem, ask
 
 SETTINGS = {"same": compose_same, "category": compose_category}
 NETWORKS = {"EfficientNet-Lite0": "timm:tf_efficientnet_lite0"}
@@ -96,26 +96,26 @@ class Searching:
 
     def answers(self, query: Query) -> dict[str, Answer]:
         """What every way makes of a query."""
-        asked = self._asked(query)
-        assert asked.region is not None
-        assert asked.factors is not None
-        local = similarities(self.parts, asked.region)
-        whole = agreement(asked.factors, self.parts).images
+        requested = self._asked(query)
+        assert requested.region is not None
+        assert requested.factors is not None
+        local = similarities(self.parts, requested.region)
+        whole = marginals(requested.factors, self.parts).images
         cut = self._cut_out(query)
         vectors = F.normalize(self.parts.vectors, dim=1)
         ways: dict[str, tuple[Tensor, Tensor | None]] = {
-            "the whole picture": (self.index.embeddings @ asked.row[0], whole),
+            "the whole picture": (self.index.embeddings @ requested.row[0], whole),
             "the region cut out, embedded anew": (self.index.embeddings @ cut, None),
-            "the region against whole pictures": (vectors @ asked.region, None),
+            "the region against whole pictures": (vectors @ requested.region, None),
             "the region against positions": (local.flatten(1).amax(dim=1), local),
         }
-        found = {name: self._answer(query, *way) for name, way in ways.items()}
+        result = {name: self._answer(query, *way) for name, way in ways.items()}
         side = float(query.scene.picture.width)
         frame = self._overlaps(query, lambda _: (0.0, 0.0, side, side))
-        found["the whole frame as box"] = Answer((), frame)
-        return found
+        result["the whole frame as box"] = Answer((), frame)
+        return result
 
-    def _asked(self, query: Query) -> Asked:
+    def _asked(self, query: Query) -> LoadedItem:
         views, (geometry,) = prepared(self.index.preprocess, [Picture("", query.scene.picture)])
         size = (query.scene.picture.height, query.scene.picture.width)
         box = tuple(float(value) for value in query.scene.pieces[0].box)
@@ -130,19 +130,19 @@ class Searching:
 
     def _answer(self, query: Query, scores: Tensor, maps: Tensor | None) -> Answer:
         order = scores.argsort(descending=True, stable=True).tolist()
-        ranks = tuple(order.index(place) + 1 for place in query.answers)
+        ranks = tuple(order.index(index) + 1 for index in query.answers)
         if maps is None:
             return Answer(ranks, ())
         boxes = {
-            place: best_box(maps[place], self.index.geometry(place)) for place in query.answers
+            index: best_box(maps[index], self.index.geometry(index)) for index in query.answers
         }
         return Answer(ranks, self._overlaps(query, boxes.__getitem__))
 
     @staticmethod
     def _overlaps(query: Query, box: Callable[[int], Sequence[float]]) -> tuple[float, ...]:
         return tuple(
-            max(overlap(box(place), right) for right in boxes)
-            for place, boxes in query.answers.items()
+            max(overlap(box(index), right) for right in boxes)
+            for index, boxes in query.answers.items()
         )
 
 
@@ -151,17 +151,17 @@ def regions(
 ) -> list[dict[str, list[Answer]]]:
     """For each seed the answers of every way."""
     model = load_model(source, size=(size, size), fit="squash")
-    found = []
+    result = []
     for seed in options.seeds:
         gallery, queries = SETTINGS[setting](stamps, options.scenes, options.queries, seed)
         with tempfile.TemporaryDirectory() as folder:
             searching = Searching(model, gallery, Path(folder))
-            told: dict[str, list[Answer]] = {}
+            lines: dict[str, list[Answer]] = {}
             for query in queries:
                 for way, answer in searching.answers(query).items():
-                    told.setdefault(way, []).append(answer)
-        found.append(told)
-    return found
+                    lines.setdefault(way, []).append(answer)
+        result.append(lines)
+    return result
 
 
 def chance(answers: Sequence[Answer], scenes: int, k: int) -> float:
@@ -180,9 +180,9 @@ def cost(source: str, scenes: Sequence[CrowdedScene], rounds: int) -> Cost:
         searching = Searching(model, scenes, Path(folder))
     index = searching.index
     views, (geometry,) = prepared(index.preprocess, [Picture("", scenes[0].picture)])
-    asked = ask(model, index, views, geometry, None)
-    assert asked.factors is not None
-    distances, places = index.neighbours(asked.row, HITS + 1)
+    requested = ask(model, index, views, geometry, None)
+    assert requested.factors is not None
+    distances, places = index.neighbours(requested.row, HITS + 1)
     rows, rivals = places[0].tolist(), list(range(1, HITS + 1))
     pair = torch.cat((views, prepared(index.preprocess, [Picture("", scenes[1].picture)])[0]))
 
@@ -191,9 +191,9 @@ def cost(source: str, scenes: Sequence[CrowdedScene], rounds: int) -> Cost:
             model.embed(pair)
 
     def reasons() -> HitMaps:
-        assert asked.factors is not None
+        assert requested.factors is not None
         own, every = index.factors(rows[:HITS]), index.embeddings[places[0]]
-        return hit_maps(asked.factors, own, every, rivals, distances[0], index.distance_name)
+        return hit_maps(requested.factors, own, every, rivals, distances[0], index.distance_name)
 
     times = [(_seconds(forward), _seconds(reasons) / HITS) for _ in range(rounds + 3)][3:]
     maps = reasons()
@@ -233,13 +233,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stamps = read_stamps(options.stamps)
     gallery, _ = compose_same(stamps, max(HITS + 1, 12), 1, options.seeds[0])
     costs = {name: cost(source, gallery, options.rounds) for name, source in NETWORKS.items()}
-    found = {
+    result = {
         (name, setting, size): regions(source, stamps, setting, size, options)
         for name, source in NETWORKS.items()
         for setting in SETTINGS
         for size in options.sizes
     }
-    publish(page(options, costs, found, sum(map(len, stamps.values())), len(stamps)), options.out)
+    publish(page(options, costs, result, sum(map(len, stamps.values())), len(stamps)), options.out)
 
 
 if __name__ == "__main__":

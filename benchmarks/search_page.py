@@ -30,7 +30,7 @@ TITLES = {
 
 
 def page(
-    options: argparse.Namespace, costs: Mapping[str, Cost], found: Found, pictures: int, kinds: int
+    options: argparse.Namespace, costs: Mapping[str, Cost], result: Found, pictures: int, kinds: int
 ) -> str:
     """The page of the documentation."""
     seeds = ", ".join(map(str, options.seeds))
@@ -79,11 +79,11 @@ def page(
         f"standard deviation over the seeds {seeds}. *Size* is the network's input (`--size`).",
     ]
     for setting, (title, about) in TITLES.items():
-        lines += ["", f"### {title}", "", about, "", *_table(setting, found, options)]
+        lines += ["", f"### {title}", "", about, "", *_table(setting, result, options)]
     return "\n".join([*lines, "", *_said(), ""])
 
 
-def _table(setting: str, found: Found, options: argparse.Namespace) -> list[str]:
+def _table(setting: str, result: Found, options: argparse.Namespace) -> list[str]:
     from search import KS, chance
 
     rows = [
@@ -92,7 +92,7 @@ def _table(setting: str, found: Found, options: argparse.Namespace) -> list[str]
         + " | IoU (at least 0.5) |",
         "| --- | --- |" + " --- |" * (len(KS) + 1),
     ]
-    for (name, kind, size), seeds in found.items():
+    for (name, kind, size), seeds in result.items():
         if kind != setting:
             continue
         for way in seeds[0]:
@@ -101,15 +101,15 @@ def _table(setting: str, found: Found, options: argparse.Namespace) -> list[str]
             cells = [_recall(answers, k) for k in KS]
             rows.append(f"| {name}, {size} | {label} | {' | '.join(cells)} | {_boxes(answers)} |")
     some = [
-        seed[OURS] for (_, kind, _), seeds in found.items() if kind == setting for seed in seeds
+        seed[OURS] for (_, kind, _), seeds in result.items() if kind == setting for seed in seeds
     ]
     by_chance = [mean(chance(answers, options.scenes, k) for answers in some) for k in KS]
     counts = sorted({len(answers) for answers in some})
-    told = " and ".join(f"{100 * value:.0f}" for value in by_chance)
+    lines = " and ".join(f"{100 * value:.0f}" for value in by_chance)
     return [
         *rows,
         "",
-        f"{'-'.join(map(str, counts))} queries a seed; by chance Recall@1 and @5 are {told}.",
+        f"{'-'.join(map(str, counts))} queries a seed; by chance Recall@1 and @5 are {lines}.",
     ]
 
 

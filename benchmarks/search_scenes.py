@@ -82,14 +82,14 @@ def compose_same(
         _scene(stamps, [*wanted[n : n + 1], *_drawn(filling, random)][:PLACES], random)
         for n in range(scenes)
     ]
-    asked = [
+    requested = [
         Query(
             _scene(stamps, [one, *_drawn(filling, random)][:PLACES], random, mirrored=True),
-            {place: (gallery[place].pieces[0].box,)},
+            {index: (gallery[index].pieces[0].box,)},
         )
-        for place, one in enumerate(wanted)
+        for index, one in enumerate(wanted)
     ]
-    return gallery, asked
+    return gallery, requested
 
 
 def compose_category(
@@ -117,17 +117,17 @@ def compose_category(
         filling[name] = order[cut:]
     gallery = [_scene(stamps, _of_each(filling, "", random), random) for _ in range(scenes)]
     turns = sorted(held, key=lambda one: ([x for x in held if x[0] == one[0]].index(one), one[0]))
-    asked = []
+    requested = []
     for one in turns[:queries]:
         others = _of_each(filling, one[0], random)[: PLACES - 1]
         answers = {
-            place: tuple(piece.box for piece in scene.pieces if piece.category == one[0])
-            for place, scene in enumerate(gallery)
+            index: tuple(piece.box for piece in scene.pieces if piece.category == one[0])
+            for index, scene in enumerate(gallery)
         }
-        right = {place: boxes for place, boxes in answers.items() if boxes}
+        right = {index: boxes for index, boxes in answers.items() if boxes}
         if right:
-            asked.append(Query(_scene(stamps, [one, *others], random), right))
-    return gallery, asked
+            requested.append(Query(_scene(stamps, [one, *others], random), right))
+    return gallery, requested
 
 
 def _of_each(

@@ -91,7 +91,7 @@ def heats(
     for name, made in maps.items():
         for setting in SETTINGS:
             shots = 5 if setting == "five-shot" else 1
-            found = []
+            result = []
             for own, other in ((0, 1), (1, 0)):
                 far = None if setting == "siamese" else supports[other][:shots]
                 attention = attend(
@@ -99,13 +99,13 @@ def heats(
                     anchor=made.anchor,
                     **(made.pair if far is None else made.triplet),
                 )  # fmt: skip
-                found.append(grown(attention.heat, size).numpy().astype(np.float32))
-            yield name, setting, found
+                result.append(grown(attention.heat, size).numpy().astype(np.float32))
+            yield name, setting, result
 
 
 def scored(
     scene: SegmentationScene,
-    found: Sequence[Heat],
+    result: Sequence[Heat],
     by: str,
     cue: Cue,
     *,
@@ -114,13 +114,13 @@ def scored(
 ) -> list[EpisodeScore]:
     """One episode for each object, or with two ways one for both."""
     picture = np.asarray(scene.picture)
-    masks = [refine(picture, heat, cue, by=by, cut=cut).mask for heat in found]
+    masks = [refine(picture, heat, cue, by=by, cut=cut).mask for heat in result]
     if ways == 1:
         pairs = list(zip(scene.labels, masks, scene.masks, strict=True))
         counts = [(label, overlap(mask, truth)) for label, mask, truth in pairs]
         return [EpisodeScore("", (label,), ((),), (own,), own) for label, own in counts]
     if by != "whole":  # the map plays no part there
-        masks = divided(masks, found)
+        masks = divided(masks, result)
     own = tuple(overlap(mask, truth) for mask, truth in zip(masks, scene.masks, strict=True))
     union = overlap(np.logical_or(*masks), np.logical_or(*scene.masks))
     return [EpisodeScore("", scene.labels, ((), ()), own, union)]
@@ -128,16 +128,16 @@ def scored(
 
 def measure(model: SimilarityModel, scenes: Sequence[SegmentationScene]) -> dict[Key, FoldScore]:
     """What every map and refinement reaches in every setting."""
-    found: dict[Key, list[EpisodeScore]] = defaultdict(list)
+    result: dict[Key, list[EpisodeScore]] = defaultdict(list)
     for scene in scenes:
         for name, setting, own in heats(model, scene, MAPS):
             cue = default_cue(MAPS[name].method)
             for by in REFINEMENTS:
                 if by != "whole" or name == next(iter(MAPS)):
-                    found[name, by, setting] += scored(
+                    result[name, by, setting] += scored(
                         scene, own, by, cue, ways=1 if setting == "siamese" else 2
                     )
-    return {key: FoldScore("", tuple(own)) for key, own in found.items()}
+    return {key: FoldScore("", tuple(own)) for key, own in result.items()}
 
 
 def remembered(
@@ -148,11 +148,11 @@ def remembered(
     if not kept:
         return measure(model, segmentation_scenes(stamps, options.scenes, seed))
     if not kept.is_file():
-        found = measure(model, segmentation_scenes(stamps, options.scenes, seed))
+        result = measure(model, segmentation_scenes(stamps, options.scenes, seed))
         rows = [
             [*key, [[one.labels, [*map(astuple, one.classes)], astuple(one.foreground)]
                     for one in fold.episodes]]
-            for key, fold in found.items()
+            for key, fold in result.items()
         ]  # fmt: skip
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(rows), encoding="utf-8")
@@ -170,18 +170,18 @@ def tune(
 ) -> dict[str, list[tuple[Cue, dict[str, float]]]]:
     """For every map all thresholds with their mean IoU by setting, the best on average first."""
     cues = [Cue(s, p, b) for s in SURE for p in PROBABLE for b in BACKGROUND if b <= p <= s]
-    found: dict[tuple[str, int, str], list[EpisodeScore]] = defaultdict(list)
+    result: dict[tuple[str, int, str], list[EpisodeScore]] = defaultdict(list)
     for scene in scenes:
         for name, setting, own in heats(model, scene, MAPS):
             for number, cue in enumerate(cues):
-                found[name, number, setting] += scored(
+                result[name, number, setting] += scored(
                     scene, own, "grabcut", cue, ways=1, cut=COARSE
                 )
     ranked = {}
     for name in MAPS:
         values = []
         for number, cue in enumerate(cues):
-            by = {s: FoldScore("", tuple(found[name, number, s])).mean_iou for s in SETTINGS}
+            by = {s: FoldScore("", tuple(result[name, number, s])).mean_iou for s in SETTINGS}
             values.append((cue, by))
         ranked[name] = sorted(values, key=lambda one: -sum(one[1].values()))
     return ranked

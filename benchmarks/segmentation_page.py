@@ -113,20 +113,20 @@ def _conclusion(results: Sequence[Mapping[Key, FoldScore]], maps: Sequence[str])
     def mean(name: str, by: str, setting: str) -> float:
         return float(np.mean([seed[name, by, setting].mean_iou for seed in results]))
 
-    said = []
+    record = []
     for setting in SETTINGS:
         ranked = sorted(
             ((mean(name, by, setting), name, by) for name in maps for by in _TOLD if by != "whole"),
             reverse=True,
         )
         value, name, by = ranked[0]
-        said.append(
+        record.append(
             f"- **{setting}**: best is {_TOLD[by]} with {name}, mean IoU {value:.3f}. "
             + "; ".join(f"{other} with GrabCut {mean(other, 'grabcut', setting):.3f}"
                         for other in maps)
             + f". GrabCut without a map: {mean(maps[0], 'whole', setting):.3f}."
         )  # fmt: skip
-    return said
+    return record
 
 
 def tuned(ranked: Mapping[str, Sequence[tuple[Cue, Mapping[str, float]]]]) -> str:

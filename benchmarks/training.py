@@ -58,9 +58,9 @@ def naive(model: SimilarityModel, images: Tensor, labels: Tensor, layer: nn.Modu
     weights = similarity_weights(tuples.of(model.embed(images).detach()))
     outputs: list[Tensor] = []
     handle = layer.register_forward_hook(lambda _m, _a, output: outputs.append(output))
-    found = tuples.of(model.embed(images))
+    result = tuples.of(model.embed(images))
     handle.remove()
-    score = torch.einsum("be,bke->", weights, found.stacked())
+    score = torch.einsum("be,bke->", weights, result.stacked())
     (slopes,) = torch.autograd.grad(score, outputs[0], create_graph=True)
     maps = (slopes.mean(dim=(2, 3), keepdim=True) * outputs[0]).sum(dim=1, keepdim=True).relu()
     grown = F.interpolate(maps, images.shape[2:], mode="bilinear")
@@ -120,7 +120,7 @@ def measured(name: str, size: int, args: argparse.Namespace) -> dict[str, list[f
     ways = steps(model, images, labels)
     for run in ways.values():
         run()
-    found: dict[str, list[float]] = {way: [] for way in ways}
+    result: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(args.rounds):
         times = {}
         for way, run in ways.items():
@@ -128,8 +128,8 @@ def measured(name: str, size: int, args: argparse.Namespace) -> dict[str, list[f
             run()
             times[way] = time.perf_counter() - start
         for way, seconds in times.items():
-            found[way].append(seconds / times["triplet"])
-    return found
+            result[way].append(seconds / times["triplet"])
+    return result
 
 
 def page(args: argparse.Namespace, results: Mapping[str, dict[str, list[float]]]) -> str:
@@ -155,8 +155,8 @@ def page(args: argparse.Namespace, results: Mapping[str, dict[str, list[float]]]
     ]
     for way in next(iter(results.values())):
         cells = [
-            f"{statistics.median(found[way]):.2f} [{min(found[way]):.2f}..{max(found[way]):.2f}]"
-            for found in results.values()
+            f"{statistics.median(result[way]):.2f} [{min(result[way]):.2f}..{max(result[way]):.2f}]"
+            for result in results.values()
         ]
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -59,8 +59,8 @@ class Row:
     @property
     def run(self) -> str:
         """The name of the run, which rows that are measured otherwise share."""
-        said = "-".join(f"{name}={value}" for name, value in sorted(self.settings.items()))
-        return "".join(c if c.isalnum() or c in "=-." else "_" for c in said)
+        record = "-".join(f"{name}={value}" for name, value in sorted(self.settings.items()))
+        return "".join(c if c.isalnum() or c in "=-." else "_" for c in record)
 
 
 def rows(args: argparse.Namespace) -> list[Row]:
@@ -68,31 +68,31 @@ def rows(args: argparse.Namespace) -> list[Row]:
     bce, mine = args.gamma_bce, args.gamma
     arrangements = {"siamese": "contrastive", "triplet": "triplet", "quadruplet": "quadruplet"}
     also = {"siamese": ("table1",), "triplet": ("fill",)}
-    found = []
+    result = []
     for arch, loss in arrangements.items():
         plain = {"loss": loss}
         tables = ("architectures", *also.get(arch, ()))
         mined = {**plain, "mining": arch, "gamma": mine}
-        found.append(Row(f"{arch}", tables, plain))
+        result.append(Row(f"{arch}", tables, plain))
         if arch == "siamese":
             both = {**plain, "bce": bce, "bce_mining": mine, "mining_options": (("arch", arch),)}
-            found.append(Row("siamese + BCE", ("table1",), {**plain, "bce": bce}))
-            found.append(Row("siamese + BCE + mining", ("table1",), both))
-        found.append(Row(f"{arch} + SAM", tables, mined))
+            result.append(Row("siamese + BCE", ("table1",), {**plain, "bce": bce}))
+            result.append(Row("siamese + BCE + mining", ("table1",), both))
+        result.append(Row(f"{arch} + SAM", tables, mined))
         if arch == "triplet":
             border = {**mined, "mining_options": (("fill", "border"),)}
-            found.append(Row("triplet + SAM, border", ("fill",), border))
-    return found + graphs(args) + widths(args) + trials(mine)
+            result.append(Row("triplet + SAM, border", ("fill",), border))
+    return result + graphs(args) + widths(args) + trials(mine)
 
 
 def graphs(args: argparse.Namespace) -> list[Row]:
     """AVSL: with and without, part by part, and with other k."""
-    found = []
+    result = []
     for loss, name in (("margin", "Margin"), ("proxy_anchor", "ProxyAnchor")):
         plain, whole = settings_of(loss, args)
         tables = ("avsl", f"ablation {loss}")
-        found.append(Row(name, tables, plain))
-        found += [
+        result.append(Row(name, tables, plain))
+        result += [
             Row(f"{name} {part}", (f"ablation {loss}",), whole, {"inference": inference})
             for part, inference in (
                 ("+ M", "top"),
@@ -100,12 +100,12 @@ def graphs(args: argparse.Namespace) -> list[Row]:
                 ("+ M (concat)", "levels"),
             )
         ]
-        found.append(Row(f"{name} + AVSL", tables, whole))
-        found += [
+        result.append(Row(f"{name} + AVSL", tables, whole))
+        result += [
             Row(f"{name} + AVSL, k = {k}", (f"k {loss}",), whole, {"edges_per_node": k})
             for k in _KS
         ]
-    return found
+    return result
 
 
 def settings_of(loss: str, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -118,15 +118,15 @@ def settings_of(loss: str, args: argparse.Namespace) -> tuple[dict[str, Any], di
 
 def widths(args: argparse.Namespace) -> list[Row]:
     """Embeddings of other sizes; and without the warm-up that proxies need."""
-    found = []
+    result = []
     plain, whole = settings_of("proxy_anchor", args)
     for width in args.widths:
         wide = {"embedding": width} if width != COMMON["embedding"] else {}
-        found.append(Row(f"ProxyAnchor, {width}", ("width", "warmup"), plain | wide))
-        found.append(Row(f"ProxyAnchor + AVSL, {width}", ("width",), whole | wide))
+        result.append(Row(f"ProxyAnchor, {width}", ("width", "warmup"), plain | wide))
+        result.append(Row(f"ProxyAnchor + AVSL, {width}", ("width",), whole | wide))
         cold = {name: value for name, value in plain.items() if name not in WARM}
-        found.append(Row(f"ProxyAnchor, {width}, no warm-up", ("warmup",), cold | wide))
-    return found
+        result.append(Row(f"ProxyAnchor, {width}, no warm-up", ("warmup",), cold | wide))
+    return result
 
 
 def trials(mine: float) -> list[Row]:
@@ -184,9 +184,9 @@ class Records:
         if path and path.is_file():
             self.known = json.loads(path.read_text(encoding="utf-8"))
 
-    def add(self, name: str, found: Mapping[str, float]) -> None:
+    def add(self, name: str, result: Mapping[str, float]) -> None:
         """Keeps shares of retrieval; other figures of an epoch, such as its seconds, are not."""
-        kept = {key: v for key, v in found.items() if key.startswith(("recall@", "map_at_r"))}
+        kept = {key: v for key, v in result.items() if key.startswith(("recall@", "map_at_r"))}
         self.known[name] = kept
         if self.path:
             text = json.dumps(self.known, indent=1, sort_keys=True)
@@ -215,8 +215,8 @@ def measured(
         if row.measured:
             records.add(name, again(row, folder, args))
         else:
-            said = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-            records.add(name, said["epochs"][-1])
+            record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            records.add(name, record["epochs"][-1])
     return records.known[name]
 
 
@@ -237,8 +237,8 @@ def again(row: Row, folder: Path, args: argparse.Namespace) -> dict[str, float]:
         raise SystemExit(f"'{folder}' holds no AVSL model.")
     model.options = replace(model.options, **row.measured)
     queries = held_out(args.folder, args.group)
-    found = evaluate_retrieval(model, queries, ranks=KS, grouped=True)
-    return {f"recall@{k}": v for k, v in found.recall.items()}
+    result = evaluate_retrieval(model, queries, ranks=KS, grouped=True)
+    return {f"recall@{k}": v for k, v in result.recall.items()}
 
 
 def main() -> None:
@@ -269,9 +269,9 @@ def main() -> None:
         for row in wanted:
             if row.tables == ("trials",) and seed != args.seeds[0]:
                 continue
-            found = measured(row, seed, args, records)
-            if found is not None:
-                results[row.name].append({"seed": seed, "last": found})
+            result = measured(row, seed, args, records)
+            if result is not None:
+                results[row.name].append({"seed": seed, "last": result})
     text = page(args, wanted, results, COMMON)
     if args.out:
         args.out.write_text(text, encoding="utf-8")

@@ -99,7 +99,7 @@ def told(avsl: Mapping[str, Any]) -> str:
 
 def section(table: str, rows: Sequence[Row], results: Found) -> list[str]:
     """A table; the gain is over the plain row before it, or over the first."""
-    title, said = TITLES[table]
+    title, record = TITLES[table]
     cuts = [name for name in results[rows[0].name][0]["last"] if name.startswith("recall@")]
     if table == "trials":
         cuts.append("map_at_r")
@@ -107,7 +107,7 @@ def section(table: str, rows: Sequence[Row], results: Found) -> list[str]:
     lines = [
         f"## {title}",
         "",
-        said,
+        record,
         "",
         f"| row | seeds | {' | '.join(head)} | gain | settings |",
         "| --- |" + " --- |" * (len(cuts) + 3),
@@ -142,12 +142,12 @@ def spread(values: Sequence[float]) -> str:
 def gain(own: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> str:
     """The paired difference in Recall@1 with its standard error, over the seeds of both."""
     known = {one["seed"]: one["last"]["recall@1"] for one in other}
-    found = [
+    result = [
         100 * (one["last"]["recall@1"] - known[one["seed"]]) for one in own if one["seed"] in known
     ]
-    if not found:
+    if not result:
         return ""
-    if len(found) == 1:
-        return f"{found[0]:+.1f}"
-    error = statistics.stdev(found) / len(found) ** 0.5
-    return f"{statistics.mean(found):+.1f} ± {error:.1f}"
+    if len(result) == 1:
+        return f"{result[0]:+.1f}"
+    error = statistics.stdev(result) / len(result) ** 0.5
+    return f"{statistics.mean(result):+.1f} ± {error:.1f}"

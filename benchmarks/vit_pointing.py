@@ -144,7 +144,7 @@ def measured(model: SimilarityModel, scenes: Sequence[Scene], setting: str) -> d
 
     The last is 1 where the mean heat over the positive is above that over the distractor.
     """
-    found: dict[str, Any] = {name: [] for name in METHODS}
+    result: dict[str, Any] = {name: [] for name in METHODS}
     right = []
     for start in range(0, len(scenes), CHUNK):
         chunk = scenes[start : start + CHUNK]
@@ -162,8 +162,8 @@ def measured(model: SimilarityModel, scenes: Sequence[Scene], setting: str) -> d
         comparison = Comparison.pair(queries, pictures)
         for name, (method, options) in METHODS.items():
             maps = explain(model, comparison, method, **options, check=False).maps[:, 1]
-            found[name].append(judged(maps, chunk))
-    return {"nearer": right, **{name: np.concatenate(parts) for name, parts in found.items()}}
+            result[name].append(judged(maps, chunk))
+    return {"nearer": right, **{name: np.concatenate(parts) for name, parts in result.items()}}
 
 
 def judged(maps: Tensor, scenes: Sequence[Scene]) -> np.ndarray:
@@ -213,9 +213,9 @@ def _kept(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs in the record that were made in the same way; they are not made again."""
     if not (options.record and options.record.exists()):
         return []
-    found = json.loads(options.record.read_text(encoding="utf-8"))
-    same = (found["steps"], found["scenes"]) == (options.steps, options.scenes)
-    return list(found["runs"]) if same else []
+    result = json.loads(options.record.read_text(encoding="utf-8"))
+    same = (result["steps"], result["scenes"]) == (options.steps, options.scenes)
+    return list(result["runs"]) if same else []
 
 
 def summary(runs: Sequence[dict[str, Any]], setting: str, method: str) -> list[tuple[float, float]]:
@@ -232,18 +232,18 @@ def summary(runs: Sequence[dict[str, Any]], setting: str, method: str) -> list[t
     return list(zip(every.mean(axis=0).tolist(), error.tolist(), strict=True))
 
 
-def page(found: dict[str, Any], command: str) -> str:
+def page(result: dict[str, Any], command: str) -> str:
     """The tables in Markdown."""
     lines = [
         "# Methods on small transformers", "",
-        f"Written by `{command}`: {found['classes']['trained']} emoji classes trained on, scenes "
-        f"of the other {found['classes']['held_out']}; {found['steps']} batches of "
-        f"{found['batch']}, {found['scenes']} scenes a run. `hit`: the peak lies in the emoji that "
+        f"Written by `{command}`: {result['classes']['trained']} emoji classes trained on, scenes "
+        f"of the other {result['classes']['held_out']}; {result['steps']} batches of "
+        f"{result['batch']}, {result['scenes']} scenes a run. `hit`: the peak is in the emoji that "
         "the query shows; `other`: in its neighbour; `right`: more mean heat in the former (chance "
         "0.5). Mean ± standard error, the larger of that over scenes and that over runs.",
     ]  # fmt: skip
     for pool, title in (("token", "Class token"), ("avg", "Mean over the patches")):
-        runs = [run for run in found["runs"] if run["pool"] == pool]
+        runs = [run for run in result["runs"] if run["pool"] == pool]
         for setting in ("same", "category") if runs else ():
             chance = np.mean([run["areas"] for run in runs], axis=0)
             nearer = np.mean([run[setting]["nearer"] for run in runs])
@@ -278,11 +278,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="Markdown file to write")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found = record(options)
+    result = record(options)
     if options.record:
-        publish(json.dumps(found, separators=(",", ":")) + "\n", options.record)
-    told = f"--steps {options.steps} --scenes {options.scenes}"
-    publish(page(found, f"python benchmarks/vit_pointing.py DATA {told}"), options.out)
+        publish(json.dumps(result, separators=(",", ":")) + "\n", options.record)
+    lines = f"--steps {options.steps} --scenes {options.scenes}"
+    publish(page(result, f"python benchmarks/vit_pointing.py DATA {lines}"), options.out)
 
 
 if __name__ == "__main__":

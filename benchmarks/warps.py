@@ -73,21 +73,21 @@ def subjects(
     random = np.random.default_rng(seed)
     whole = np.ones((SIDE, SIDE), dtype=bool)
     shown = every_photograph(folder)[seed % SHARE :: SHARE]
-    found = {"photographs": [Subject(_cut(one, random), whole) for one in shown]}
+    result = {"photographs": [Subject(_cut(one, random), whole) for one in shown]}
     if stamps is not None:
         made = compose_scenes(stamps, scenes, seed)
-        found["cut-outs"] = [Subject(s.picture, s.positive | s.distractor) for s in made]
-    return found
+        result["cut-outs"] = [Subject(s.picture, s.positive | s.distractor) for s in made]
+    return result
 
 
 def every_photograph(folder: Path | None) -> list[Pixels]:
     """Those of scikit-image and scikit-learn, and those in a folder in order of their names."""
     from sklearn.datasets import load_sample_images
 
-    found = [*photographs(), *(getattr(data, name)() for name in _MORE)]
-    found += load_sample_images().images
+    result = [*photographs(), *(getattr(data, name)() for name in _MORE)]
+    result += load_sample_images().images
     files = sorted(folder.iterdir()) if folder else []
-    return found + [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    return result + [np.asarray(Image.open(file).convert("RGB")) for file in files]
 
 
 def _cut(photograph: Pixels, random: np.random.Generator) -> Image.Image:
@@ -101,12 +101,12 @@ def _cut(photograph: Pixels, random: np.random.Generator) -> Image.Image:
 def pairs(subject: Subject, random: np.random.Generator) -> list[Pair]:
     """One of each kind and level."""
     pixels = np.asarray(subject.picture).astype(np.float64)
-    found = []
+    result = []
     for kind, controls in CONTROLS.items():
         for level, (share, degrees) in LEVELS.items():
             along = random_map(controls, share, degrees, random)
-            found.append(Pair(kind, level, _warped(pixels, along), along))
-    return found
+            result.append(Pair(kind, level, _warped(pixels, along), along))
+    return result
 
 
 def random_map(controls: int, share: float, degrees: float, random: np.random.Generator) -> Along:

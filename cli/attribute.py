@@ -26,7 +26,7 @@ from .result_commands import Made, makes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from simexplain.attribution.account import Decomposition, Node
+    from simexplain.attribution.account import Node, NodeDecomposition
     from simexplain.attribution.result import Attribution
 
 _FOLDER = "attribution"
@@ -86,11 +86,11 @@ def _place(result: Attribution, text: str) -> tuple[int, int]:
         )
     digits = level.removeprefix("-")
     number = int(level) if digits.isascii() and digits.isdigit() else level
-    found = result.node(number, int(node))
-    return found.level, found.node
+    chosen = result.node(number, int(node))
+    return chosen.level, chosen.node
 
 
-def report(result: Attribution, top: int, parts: list[Decomposition]) -> Sequence[str]:
+def report(result: Attribution, top: int, parts: list[NodeDecomposition]) -> Sequence[str]:
     """Prints the account of every pair, for a person; returns what to warn of."""
     echo(f"{result.model}: {ORIGINS[result.origin]}")
     tell_hardly_seen(
@@ -129,10 +129,10 @@ def _report_pair(result: Attribution, index: int, top: int) -> None:
     residual = float(result.residual[index])
     echo(f"distance {float(result.distances[index]):.6f}, residual {residual:+.1e}")
     if top:
-        found = result.top(top, index)
+        nodes = result.top(top, index)
         echo("")
-        echo(f"The {len(found)} nodes that contribute most")
-        echo_lines(aligned([_HEAD, *(_line(node) for node in found)]))
+        echo(f"The {len(nodes)} nodes that contribute most")
+        echo_lines(aligned([_HEAD, *(_line(node) for node in nodes)]))
 
 
 _HEAD = ("node", "value", "reliability", "sensitivity", "contribution", "share")
@@ -149,15 +149,15 @@ def _line(node: Node) -> tuple[str, ...]:
     )
 
 
-def _report_parts(found: Decomposition) -> None:
+def _report_parts(parts: NodeDecomposition) -> None:
     """What a node brings to the distance by itself and through others."""
-    name = f"{found.node.level}:{found.node.node}"
+    name = f"{parts.node.level}:{parts.node.node}"
     echo("")
-    echo(f"Node {name} brings {found.flow:.6f}, {found.own:.6f} of it its own value")
-    if not found.stand_ins:
+    echo(f"Node {name} brings {parts.flow:.6f}, {parts.own:.6f} of it its own value")
+    if not parts.stand_ins:
         echo("no lower node stands in for it")
         return
-    shown, rest = found.stand_ins[:_DECOMPOSED], found.stand_ins[_DECOMPOSED:]
+    shown, rest = parts.stand_ins[:_DECOMPOSED], parts.stand_ins[_DECOMPOSED:]
     rows = [("stands in", "edge", "part", "value", "reliability")]
     rows += [
         (

@@ -79,22 +79,22 @@ def command(
             seed=seed,
         )
     bank.save(out, force=force)
-    told = dict(bank.report)
-    skipped = told.pop("skipped", [])
+    report = dict(bank.report)
+    skipped = report.pop("skipped", [])
     if as_json:
-        said = {
+        record = {
             "schema": 1, "model": bank.model, "layer": bank.layer,
             "channels": bank.weights.shape[1], "report": dict(bank.report), "file": str(out),
         }  # fmt: skip
-        echo_lines(json_text(said))
+        echo_lines(json_text(record))
         return
     echo(f"{bank.model}, layer {bank.layer}, {bank.weights.shape[1]} channels")
-    echo(f"{told['images']} images of {told['classes']} classes")
-    echo(f"{told['active']:.0%} of {told['triplets']} triplets each have a loss above zero")
+    echo(f"{report['images']} images of {report['classes']} classes")
+    echo(f"{report['active']:.0%} of {report['triplets']} triplets each have a loss above zero")
     tell_left_out(folder)
-    if told["left_out"]:
+    if report["left_out"]:
         echo(
-            f"Warning: {told['left_out']} pictures are left out, being alone in their class or "
+            f"Warning: {report['left_out']} pictures are left out, being alone in their class or "
             "without a triplet whose loss is above zero.",
             err=True,
         )

@@ -145,20 +145,18 @@ def _warn(lines: Sequence[str]) -> None:
 
 
 def report(result: BatchResult, known: Sequence[str] = ()) -> None:
-    """Prints what came of it, for a person; ``known`` was told before."""
-    said = result.to_json()
-    layers = "" if said["layers"] == [PIXELS] else f"layers {', '.join(said['layers'])}, "
-    echo(f"{said['model']}, {layers}method {said['method']}")
-    echo(f"{said['rows']} rows, {said['explained']} explained, {said['failed']} failed")
-    if of := said["conditions"]["of"]:
-        echo(f"the distances are as the roles demand in {said['conditions']['holds']} of {of}")
+    """Prints the result as text; ``known`` was reported before."""
+    record = result.to_json()
+    layers = "" if record["layers"] == [PIXELS] else f"layers {', '.join(record['layers'])}, "
+    echo(f"{record['model']}, {layers}method {record['method']}")
+    echo(f"{record['rows']} rows, {record['explained']} explained, {record['failed']} failed")
+    if of := record["conditions"]["of"]:
+        echo(f"the distances are as the roles demand in {record['conditions']['holds']} of {of}")
     work = result.work
     if work is None:
         echo("all rows were done already")
     elif work.forwards is not None:
-        echo(
-            f"{work.forwards} pictures went through the network; one by one it were {work.separate}"
-        )
+        echo(f"{work.forwards} pictures went through the network; {work.separate} without sharing")
     fresh = [
         f"{own}: {why}"
         for own, why in result.failures.items()
@@ -166,17 +164,17 @@ def report(result: BatchResult, known: Sequence[str] = ()) -> None:
     ]
     for line in fresh[:_LISTED]:
         echo(f"Warning: row {line}", err=True)
-    first = next(iter(said["warnings"]), None)
-    tell_files(said["files"], () if first is None else (f"{first} (More: column warnings.)",))
+    first = next(iter(record["warnings"]), None)
+    tell_files(record["files"], () if first is None else (f"{first} (More: column warnings.)",))
 
 
 def _stamp(out: Path) -> tuple[int, int] | None:
-    """What tells one manifest from another, None where there is none."""
+    """What identifies a manifest, None without one."""
     try:
-        found = (out / MANIFEST).stat()
+        stat = (out / MANIFEST).stat()
     except (OSError, ValueError):
         return None
-    return found.st_ino, found.st_mtime_ns
+    return stat.st_ino, stat.st_mtime_ns
 
 
 def _interrupted(out: Path, earlier: tuple[int, int] | None) -> None:

@@ -122,7 +122,7 @@ def report(result: Evaluation) -> Sequence[str]:
         for where, reason in result.errors.items()
         if where.partition(", ")[2] not in result.skipped
     }
-    said = [f"{where}: {reason}" for where, reason in list(broken.items())[:_LISTED]]
+    lines = [f"{where}: {reason}" for where, reason in list(broken.items())[:_LISTED]]
     if len(broken) > _LISTED:
-        said.append(f"{len(broken) - _LISTED} more, listed by --json.")
-    return said
+        lines.append(f"{len(broken) - _LISTED} more, listed by --json.")
+    return lines

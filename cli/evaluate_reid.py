@@ -105,17 +105,17 @@ def report(result: Reidentification, model: list[str], problems: Sequence[str]) 
         worst = result.failures[0]
         paths = [str(record.path) for record in (worst.query, worst.right, worst.wrong)]
         failed = _counted(len(result.failures), "query", "queries")
-        echo(f"{failed} found somebody else first; the worst, explained:")
+        echo(f"{failed} found another person first; the worst, explained:")
         words = [model[0], *paths, "--arch", "triplet", *model[1:]]
         echo(f"  simexplain explain {shlex.join(words)}")
-    said = list(problems)
+    lines = list(problems)
     if result.skipped:
         what = _counted(result.skipped, "query has", "queries have")
-        said.append(f"{what} no picture before another camera and take no part in the means.")
-    said += [f"left out: {reason}" for reason in list(result.errors.values())[:_LISTED]]
+        lines.append(f"{what} no picture before another camera and take no part in the means.")
+    lines += [f"left out: {reason}" for reason in list(result.errors.values())[:_LISTED]]
     if len(result.errors) > _LISTED:
-        said.append(f"{len(result.errors) - _LISTED} more, listed by --json.")
-    return said
+        lines.append(f"{len(result.errors) - _LISTED} more, listed by --json.")
+    return lines
 
 
 def _again(model: str, given: Mapping[str, Any]) -> list[str]:

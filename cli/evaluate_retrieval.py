@@ -48,7 +48,7 @@ _SPLITS = ("all", "train", "test")
 @click.option(
     "--split",
     type=OneOf(_SPLITS),
-    help="Which part of DATA: its pictures are the queries. [test where DATA says which, else all]",
+    help="Which part of DATA: its pictures are the queries. [test if DATA has a split, else all]",
 )
 @click.option("--train-share", type=click.FloatRange(0, 1, min_open=True, max_open=True),
               help="Share of the classes that trains, the first by name: with --split, where DATA "
@@ -94,12 +94,12 @@ def retrieval(
     if kind == "folder":
         tell_left_out(data)
     rule = None if group == OWN_GROUP else group
-    asked = read_dataset(kind, data, train_share=train_share or _SHARE, group=rule)
-    split, queries, sought = _chosen(asked, split, gallery, rule)
-    shared = not asked.told and split != "all"
+    dataset = read_dataset(kind, data, train_share=train_share or _SHARE, group=rule)
+    split, queries, searched = _chosen(dataset, split, gallery, rule)
+    shared = not dataset.has_split and split != "all"
     if train_share is not None and not shared:
         why = (
-            "DATA says itself what trains" if asked.told else "say --split test (or train) with it"
+            "DATA has its own split" if dataset.has_split else "say --split test (or train) with it"
         )
         raise click.BadParameter(why, param_hint="--train-share")
     with busy(f"Loading {model}"):
@@ -108,7 +108,7 @@ def retrieval(
         result = evaluate_retrieval(
             network,
             queries,
-            sought,
+            searched,
             ranks=ranks,
             grouped=group is not None,
             batch_size=batch_size,
@@ -125,7 +125,7 @@ def _chosen(
     data: DataSplit, split: str | None, gallery: Path | None, rule: str | None
 ) -> tuple[str, Sequence[Record], Sequence[Record] | None]:
     """Which split it is, the queries and, where it is another set, the gallery."""
-    split = split or ("test" if data.told else "all")
+    split = split or ("test" if data.has_split else "all")
     queries = {"train": data.train, "test": data.queries, "all": everything(data)}[split]
     if gallery is not None:
         return split, queries, everything(read_dataset("folder", gallery, group=rule))
@@ -139,19 +139,19 @@ def report(result: Retrieval) -> Sequence[str]:
     if settings["gallery"] == "separate":
         among = f"searched in {_counted(len(result.gallery), 'picture', 'pictures')}"
     left = ", without their own groups" if settings["own group"] == "ignored" else ""
-    asked = _counted(len(result.queries) - result.skipped, "query", "queries")
-    echo(f"{settings['model']}, {settings['split']}: {asked}, {among}{left}")
+    queries = _counted(len(result.queries) - result.skipped, "query", "queries")
+    echo(f"{settings['model']}, {settings['split']}: {queries}, {among}{left}")
     echo_lines(str(result))
-    said = []
+    lines = []
     if result.skipped:
-        said.append(
+        lines.append(
             f"{_counted(result.skipped, 'query has', 'queries have')} nothing of the same class "
             "to find and take no part in the means."
         )
-    said += [f"left out: {reason}" for reason in list(result.errors.values())[:_LISTED]]
+    lines += [f"left out: {reason}" for reason in list(result.errors.values())[:_LISTED]]
     if len(result.errors) > _LISTED:
-        said.append(f"{len(result.errors) - _LISTED} more, listed by --json.")
-    return said
+        lines.append(f"{len(result.errors) - _LISTED} more, listed by --json.")
+    return lines
 
 
 def _counted(count: int, one: str, several: str) -> str:

@@ -119,7 +119,7 @@ def _sets(
     if kind == "pascal":
         if masks is not None or split == "all":
             what = "--masks" if masks is not None else "--split"
-            raise click.BadParameter("PASCAL-5i says itself; leave it away.", param_hint=what)
+            raise click.BadParameter("PASCAL-5i has its own; leave it out.", param_hint=what)
         return tuple(read_pascal(data, fold, split or "test") for fold in folds or range(FOLDS))
     if folds:
         raise click.BadParameter("only PASCAL-5i has folds.", param_hint="--fold")
@@ -136,10 +136,10 @@ def report(result: SegmentationScores) -> Sequence[str]:
         f"{settings['ways']}-way {settings['shots']}-shot"
     )
     echo_lines(str(result))
-    said = [f"left out: {where}: {why}" for where, why in list(result.errors.items())[:_LISTED]]
-    if said:
-        asked = settings["episodes"] * len(result.folds)
-        said.insert(0, f"{asked - count} of {asked} episodes cannot be measured and are left out.")
+    lines = [f"left out: {where}: {why}" for where, why in list(result.errors.items())[:_LISTED]]
+    if lines:
+        drawn = settings["episodes"] * len(result.folds)
+        lines.insert(0, f"{drawn - count} of {drawn} episodes cannot be measured and are left out.")
     if len(result.errors) > _LISTED:
-        said.append(f"{len(result.errors) - _LISTED} more, listed by --json.")
-    return said
+        lines.append(f"{len(result.errors) - _LISTED} more, listed by --json.")
+    return lines

@@ -131,11 +131,11 @@ def report(result: Explanation) -> Sequence[str]:
     echo(verdict(result))
     for row in result.rows:
         tell_shares(row.bypass, None if row.unexplained is None else row.unexplained.max())
-    for place, role in enumerate(result.roles):
+    for index, role in enumerate(result.roles):
         for number, row in enumerate(result.rows, start=1):
-            said = "" if row.check is None else row.check.says(0, place)
-            if said:
-                echo(f"{role}, row {number}: {said}" if several else f"{role}: {said}")
+            sentence = "" if row.check is None else row.check.says(0, index)
+            if sentence:
+                echo(f"{role}, row {number}: {sentence}" if several else f"{role}: {sentence}")
     for line in findings(result):
         echo(line)
     if result.check is not None:
@@ -162,10 +162,10 @@ def _table(result: Explanation) -> list[tuple[str, ...]]:
             measured = "" if named[member].direction else distance
             rows.append((named[member].label, role, measured, *[""] * len(peaks)))
             continue
-        for place in (number for number, own in enumerate(result.places) if own == member):
-            found = [
-                "none" if (peak := own[place]) is None else f"{peak[0]:.0f}, {peak[1]:.0f}"
+        for index in (number for number, own in enumerate(result.places) if own == member):
+            columns = [
+                "none" if (peak := own[index]) is None else f"{peak[0]:.0f}, {peak[1]:.0f}"
                 for own in peaks
             ]
-            rows.append((result.pictures[place].path, role, distance, *found))
+            rows.append((result.pictures[index].path, role, distance, *columns))
     return rows

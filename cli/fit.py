@@ -108,16 +108,16 @@ def command(
             seed=seed,
         )
     save_model(fitted, out)
-    said = {"schema": 1, "model": fitted.name, **fitted.to_json(), "file": str(out)}
+    record = {"schema": 1, "model": fitted.name, **fitted.to_json(), "file": str(out)}
     if as_json:
-        echo_lines(json_text(said))
+        echo_lines(json_text(record))
         return
     echo(f"{fitted.name}: {ORIGINS[fitted.origin]}")
     for number, (level, width) in enumerate(zip(fitted.levels, fitted.widths, strict=True)):
         echo(f"level {number}: {level}, {width} nodes")
-    told = dict(fitted.report)
-    skipped, warnings = told.pop("skipped", []), told.pop("warnings", [])
-    echo(", ".join(f"{name} {value}" for name, value in told.items()))
+    report = dict(fitted.report)
+    skipped, warnings = report.pop("skipped", []), report.pop("warnings", [])
+    echo(", ".join(f"{name} {value}" for name, value in report.items()))
     if skipped:
         echo(f"Warning: {len(skipped)} pictures cannot be read: {few(skipped)}.", err=True)
     tell_left_out(folder)

@@ -96,15 +96,15 @@ def vectors_from(given: dict[str, Any]) -> Sources:
 
 def _vectors(model: SimilarityModel, side: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
     """The vectors of one side by their labels."""
-    found: dict[str, Tensor] = {}
+    vectors: dict[str, Tensor] = {}
     named = list(side["text"])
     if named:
-        found.update(zip(named, model.embed_text(named).cpu(), strict=True))
+        vectors.update(zip(named, model.embed_text(named).cpu(), strict=True))
     for file in side["vector"]:
-        found.update(read_vectors(file))
+        vectors.update(read_vectors(file))
     for folder in side["class_folder"]:
-        found[f"{Path(folder).name} (mean)"] = centroid(model, folder)
+        vectors[f"{Path(folder).name} (mean)"] = centroid(model, folder)
     wanted = len(named) + len(side["class_folder"])
-    if len(found) < wanted:
-        raise ComparisonError(f"Expected {wanted} different texts and folders, got {len(found)}.")
-    return found
+    if len(vectors) < wanted:
+        raise ComparisonError(f"Expected {wanted} different texts and folders, got {len(vectors)}.")
+    return vectors

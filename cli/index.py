@@ -124,7 +124,7 @@ def _check_choices(index: GalleryIndex, made: dict[str, Any]) -> None:
     """Refuses choices other than those with which an index was made.
 
     Raises:
-        OutputError: If one differs; says what to do.
+        OutputError: If one differs; the error states what to do.
     """
     width = None if index.keeping.basis is None else index.keeping.basis.shape[1]
     steps = index.keeping.steps if index.has_basis else None
@@ -144,20 +144,20 @@ def _check_choices(index: GalleryIndex, made: dict[str, Any]) -> None:
 
 def _tell(index: GalleryIndex, left_out: str = "", *, as_json: bool) -> None:
     """Prints what was done."""
-    said = {**report_of(index), "warnings": [left_out] if left_out else []}
+    record = {**report_of(index), "warnings": [left_out] if left_out else []}
     if as_json:
-        echo_lines(json_text(said))
+        echo_lines(json_text(record))
         return
     where = f", layer {index.layer}" if index.layer else ""
     echo(f"{index.model_name}{where}: {_counted(len(index))}")
     tell_hardly_seen(index.paths, map(index.geometry, range(len(index))))
-    changes = said["changes"]
+    changes = record["changes"]
     echo(", ".join(f"{number} {name}" for name, number in changes.items()))
-    echo(_kept(index, said))
+    echo(_kept(index, record))
     if left_out:
         echo(left_out, err=True)
-    if said["basis"] is not None:
-        tell_shares(index.bypass, said["basis"]["unexplained"], of="embeddings")
+    if record["basis"] is not None:
+        tell_shares(index.bypass, record["basis"]["unexplained"], of="embeddings")
     errors = list(index.errors.values())
     for reason in errors[:_LISTED]:
         echo(f"Warning: left out: {reason}", err=True)
@@ -166,14 +166,14 @@ def _tell(index: GalleryIndex, left_out: str = "", *, as_json: bool) -> None:
     echo(f"index: {index.path}")
 
 
-def _kept(index: GalleryIndex, said: dict[str, Any]) -> str:
+def _kept(index: GalleryIndex, record: dict[str, Any]) -> str:
     """What lies beside the embeddings."""
-    size = f"{said['bytes_per_image'] / 1000:.0f} kB a picture"
+    size = f"{record['bytes_per_image'] / 1000:.0f} kB a picture"
     if index.has_levels:
         return f"kept: embeddings and the maps of {len(index.level_maps([0]))} levels, {size}"
     if not index.has_basis:
         return f"kept: embeddings alone, {size}. {index.without_basis}"
-    basis = said["basis"]
+    basis = record["basis"]
     across = f"{basis['grid'][0]}x{basis['grid'][1]}"
     held = "" if basis["held"] == 1 else f", which hold {basis['held']:.1%} of them"
     return f"kept: what {across} positions add in {basis['width']} dimensions{held}, {size}"

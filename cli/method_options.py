@@ -103,8 +103,8 @@ def method_from(network: SimilarityModel, given: dict[str, Any]) -> dict[str, An
     """What was given, with these options as ``explain`` has them.
 
     Raises:
-        click.UsageError: If the method has no such option, or not with such a value; or layers are
-            named and all are asked for.
+        click.UsageError: If the method has no such option or value, or layers are named and all are
+        requested.
     """
     if given["sweep"] and given["layer"]:
         raise click.UsageError("--sweep takes layers of its own; say it or --layer.")
@@ -118,11 +118,11 @@ def method_from(network: SimilarityModel, given: dict[str, Any]) -> dict[str, An
 
 
 def _of_recipes(recipes: Sequence[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is said inside ``--method``, as ``explain`` has it.
+    """The options inside ``--method``, as arguments of ``explain``.
 
     Raises:
-        click.BadParameter: If it is said twice, or several methods are to differ in what is one for
-            all of them.
+        click.BadParameter: If one is given twice, or methods would differ in an option that they
+        share.
     """
     if len(recipes) == 1:
         ((name, layer, options),) = recipes

@@ -61,7 +61,7 @@ class Command(click.Command):
         flags = [flag for param in self.params for flag in (*param.opts, *param.secondary_opts)]
         known = [flag[2:].replace("-", "_") for flag in flags if flag.startswith("--")]
         end = args.index("--") if "--" in args else len(args)
-        found = []
+        renamed = []
         for word in args[:end]:
             flag, equals, value = word.partition("=")
             old = flag[2:].replace("-", "_") if flag.startswith("--") else ""
@@ -70,8 +70,8 @@ class Command(click.Command):
                 named = f"--{new.replace('_', '-')}"
                 warn(flag, named)
                 word = f"{named}{equals}{value}"
-            found.append(word)
-        return [*found, *args[end:]]
+            renamed.append(word)
+        return [*renamed, *args[end:]]
 
 
 @contextmanager
@@ -80,9 +80,9 @@ def _notes(ctx: click.Context) -> Iterator[None]:
     shown = warnings.showwarning
     noted: set[str] = ctx.meta.setdefault(f"{__name__}.noted", set())
 
-    def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+    def show(message: Any, category: type[Warning], *index: Any, **more: Any) -> None:
         if not issubclass(category, RenamedWarning):
-            shown(message, category, *place, **more)
+            shown(message, category, *index, **more)
         elif str(message) not in noted:
             noted.add(str(message))
             echo(f"Note: {message}", err=True)
@@ -249,7 +249,7 @@ def saving_options(
 
 
 def comparison_options(command: F) -> F:
-    """Adds what says how images given in a row are compared."""
+    """Adds the options for how images given in a row are compared."""
     for option in (
         click.option("--positives", default=1, show_default=True,
                      help="How many of a set's other images are positives."),
@@ -311,7 +311,7 @@ def busy(what: str) -> Iterator[None]:
 
 @contextmanager
 def progress_bars(begun: str = "") -> Iterator[Progress | None]:
-    """A bar for everything that is told of on a terminal, nothing in a pipe.
+    """Progress bars on a terminal, nothing in a pipe.
 
     Args:
         begun: What has a bar at once, before it is known how much there is to do.
@@ -384,11 +384,11 @@ def free_folder(base: Path) -> Path:
 def tell_manifest(files: Mapping[str, str], result: Result | None = None, **more: Any) -> None:
     """Prints the JSON of a result that was saved, or of one that was not."""
     if result is not None and not files:
-        said = result.to_json()
+        record = result.to_json()
     else:
         manifest = next(path for path in files.values() if path.endswith(".json"))
-        said = json.loads(Path(manifest).read_text(encoding="utf-8"))
-    echo_lines(json_text({**said, **more}))
+        record = json.loads(Path(manifest).read_text(encoding="utf-8"))
+    echo_lines(json_text({**record, **more}))
 
 
 def tell_left_out(folder: str | Path) -> None:
@@ -417,15 +417,15 @@ def tell_shares(
         unexplained: The largest share that positions do not account for.
         of: Of what.
     """
-    said = [
+    parts = [
         f"{share:.1%} of the embedding bypasses {layer} (measured on two pictures)"
         for layer, share in bypass.items()
         if share >= _NOTHING
     ]
     if unexplained is not None and float(unexplained) >= _NOTHING:
-        said.append(f"{float(unexplained):.1%} of the {of} comes from no position")
-    if said:
-        echo("not in the maps: " + ", ".join(said))
+        parts.append(f"{float(unexplained):.1%} of the {of} comes from no position")
+    if parts:
+        echo("not in the maps: " + ", ".join(parts))
 
 
 def tell_files(files: Mapping[str, str], warnings: Iterable[str] = ()) -> None:

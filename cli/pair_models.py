@@ -69,7 +69,7 @@ def explain_pair(
         given: What the command was given beside the options of models.
 
     Raises:
-        ComparisonError: If something was asked that such models do not have.
+        ComparisonError: If an option does not apply to such models.
     """
     for name, usual in (("upscale", 1), ("pooling", None), ("sweep", False)):
         value = given[name] if name == "sweep" else given.pop(name)

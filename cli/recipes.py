@@ -18,7 +18,7 @@ from .method_options import METHOD_HELP, MethodText
 from .options import OneOf
 
 _LONG = 30
-"""Seconds from which on it is said beforehand how long it will take."""
+"""Seconds from which on the expected duration is announced."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 

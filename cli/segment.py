@@ -75,7 +75,7 @@ def report(result: Segmentation) -> Sequence[str]:
     echo(f"{result.model}, layer {' x '.join(result.layers)}, method {result.method}")
     counts = [sum(one.role == role for one in result.images) for role in ("support", "other")]
     against = f", {counts[1]} of another class" if counts[1] else ""
-    echo(f"{result.name}: {counts[0]} of the class sought{against}, by {result.refine}")
+    echo(f"{result.name}: {counts[0]} of the class to find{against}, by {result.refine}")
     tell_hardly_seen((result.name, *(one.name for one in result.images)), result.geometries)
     tell_shares(result.bypass, None)
     if result.box is None:

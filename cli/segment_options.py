@@ -24,7 +24,7 @@ _CUT = GrabCut()
 _OPTIONS = (
     click.option(
         "--method", type=MethodText(), default=METHOD,
-        help=f"{METHOD_HELP}. [{METHOD}, the row of explain that says where the match is]",
+        help=f"{METHOD_HELP}. [{METHOD}, the row of explain that shows where the match is]",
     ),
     click.option(
         "--refine", type=OneOf(list(REFINEMENTS)), default="grabcut", show_default=True,
@@ -71,7 +71,7 @@ def segmenting_from(given: dict[str, Any]) -> dict[str, Any]:
     method, layer, options = recipe_from(given.pop("method"))
     named = {name: given.pop(name) for name in _THRESHOLDS}
     chosen = {name: value for name, value in named.items() if value is not None}
-    # A model's own fit was asked for where one is named.
+    # If a model's own fit is requested together with a named one.
     view = given.pop("view") or ("model" if given.get("fit") else "whole")
     return {
         "method": method,

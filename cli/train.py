@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from simexplain.training.result import TrainResult
 
 
-def _list_recipes(context: click.Context, option: click.Parameter, asked: bool) -> None:
-    if asked and not context.resilient_parsing:
+def _list_recipes(context: click.Context, option: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
         rows = [(name, recipe.kind, recipe.about) for name, recipe in RECIPES.items()]
         echo_lines(aligned([("recipe", "kind", "what it trains"), *rows]))
         context.exit()
@@ -105,10 +105,10 @@ def command(
         raise click.UsageError("--resume goes on with a run, --force replaces it; say one of them.")
     check_extra()
     rule = None if group == OWN_GROUP else group
-    said = {"kind": kind, "train_share": train_share, "group": rule, "masks": masks}
+    reading = {"kind": kind, "train_share": train_share, "group": rule, "masks": masks}
     if group is not None and given["grouped"] is None:
         given["grouped"] = True
-    source = _source(out, recipe, said, resume=resume)
+    source = _source(out, recipe, reading, resume=resume)
     earlier = None if resume else _stamp(out)
     settings = given_settings(given)
     try:
@@ -128,21 +128,23 @@ def command(
             report(result)
 
 
-def _source(out: Path, recipe: str | None, said: dict[str, Any], *, resume: bool) -> Source | None:
-    """How the data are read: as said, else as the run was begun, else as the recipe's are."""
-    given = {name: value for name, value in said.items() if value is not None}
+def _source(
+    out: Path, recipe: str | None, reading: dict[str, Any], *, resume: bool
+) -> Source | None:
+    """How the data are read: as given, else as in the run to resume, else as in the recipe."""
+    given = {name: value for name, value in reading.items() if value is not None}
     if resume:
         return replace(begun_source(out), **given) if given else None
     return Source(**{"kind": recipe_named(recipe).kind if recipe else "folder", **given})
 
 
 def _stamp(out: Path) -> tuple[int, int] | None:
-    """What tells one checkpoint from another, None where there is none."""
+    """What identifies a checkpoint, None without one."""
     try:
-        found = (out / CHECKPOINT).stat()
+        stat = (out / CHECKPOINT).stat()
     except (OSError, ValueError):
         return None
-    return found.st_ino, found.st_mtime_ns
+    return stat.st_ino, stat.st_mtime_ns
 
 
 def _interrupted(out: Path, earlier: tuple[int, int] | None) -> None:
@@ -179,11 +181,11 @@ def report(result: TrainResult) -> None:
 def epoch_line(row: dict[str, Any], epochs: int | None = None) -> str:
     """A row of ``metrics.csv`` in a line."""
     number = f"epoch {row['epoch']:>3}" + (f"/{epochs}" if epochs else "")
-    said = [number]
+    cells = [number]
     if "loss" in row:
-        said.append(f"loss {row['loss']:.4f}")
-    said += [f"{titled(n)} {v:.3f}" for n, v in row.items() if n.startswith(("recall", "map_at"))]
-    return "  ".join([*said, f"{row['seconds']:.0f} s"])
+        cells.append(f"loss {row['loss']:.4f}")
+    cells += [f"{titled(n)} {v:.3f}" for n, v in row.items() if n.startswith(("recall", "map_at"))]
+    return "  ".join([*cells, f"{row['seconds']:.0f} s"])
 
 
 @contextmanager
@@ -192,8 +194,8 @@ def _listening(*, quiet: bool) -> Iterator[Listeners | None]:
     from simexplain.training.recording import Listeners
 
     if not sys.stderr.isatty() or not first_process():
-        told = None if quiet or not first_process() else _echo
-        yield Listeners(epoch=told)
+        listener = None if quiet or not first_process() else _echo
+        yield Listeners(epoch=listener)
         return
     from rich.console import Console
     from rich.progress import (

@@ -27,14 +27,14 @@ class Pair(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, Any]:
         """The pair."""
-        name, sign, said = str(value).partition("=")
+        name, sign, text = str(value).partition("=")
         if not sign or not name.isidentifier():
             self.fail(f"expected NAME=VALUE such as margin=0.2, got {value!r}.")
-        if _INTEGER.fullmatch(said):
-            return name, int(said)
-        if _NUMBER.fullmatch(said):
-            return name, float(said)
-        return name, {"true": True, "false": False}.get(said, said)
+        if _INTEGER.fullmatch(text):
+            return name, int(text)
+        if _NUMBER.fullmatch(text):
+            return name, float(text)
+        return name, {"true": True, "false": False}.get(text, text)
 
 
 HELP = {
@@ -78,7 +78,7 @@ HELP = {
     "epochs": "Passes over the pictures.",
     "classes_per_batch": "Classes in a batch; 0 for 16, or all where there are fewer.",
     "images_per_class": "Images of each class in a batch.",
-    "batches_per_epoch": "Batches in an epoch; 0 for as many as there are pictures.",
+    "batches_per_epoch": "Batches in an epoch; 0 for enough to draw as many pictures as DATA has.",
     "augmentation": "How training pictures are varied at random.",
     "precision": "Bits of floating point numbers; fewer than 32 are mixed precision.",
     "freeze_bn": "Keep the statistics of batch norm as they are.",
@@ -94,7 +94,7 @@ HELP = {
     "checkpoint_every": "Steps between checkpoints within an epoch; 0 for none.",
     "attention_triplets": "Validation triplets whose attention is drawn each epoch.",
 }
-"""What ``--help`` says of each setting, in the order of :class:`TrainOptions`."""
+"""Help texts of the settings, in the order of :class:`TrainOptions`."""
 
 _TYPES: dict[str, Any] = {
     "size": Size(),
@@ -122,19 +122,19 @@ def given_settings(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _option(name: str, tables: dict[str, tuple[str, ...]]) -> Callable[[F], F]:
-    """One option; its default is only told, since a recipe may have another."""
+    """One option; its default is only shown, since a recipe may have another."""
     own, flag = getattr(_OWN, name), f"--{name.replace('_', '-')}"
     if name == "pretrained":
         return click.option(
             "--pretrained/--untrained", default=None, help=f"{HELP[name]} [pretrained]"
         )
     if isinstance(own, bool):
-        said = "yes" if own else "no"
+        text = "yes" if own else "no"
         return click.option(
-            f"{flag}/--no-{flag[2:]}", name, default=None, help=f"{HELP[name]} [{said}]"
+            f"{flag}/--no-{flag[2:]}", name, default=None, help=f"{HELP[name]} [{text}]"
         )
-    told = ",".join(map(str, own)) if isinstance(own, tuple) else own
-    default = "" if told in (None, "") else f" [{told}]"
+    default_text = ",".join(map(str, own)) if isinstance(own, tuple) else own
+    default = "" if default_text in (None, "") else f" [{default_text}]"
     many = name in _NAMES or name == "ranks"
     kind: Any = _TYPES.get(name) or (OneOf(tables[name]) if name in tables else type(own))
     if name in RANGES:
@@ -143,8 +143,8 @@ def _option(name: str, tables: dict[str, tuple[str, ...]]) -> Callable[[F], F]:
         kind = between(least, None if most == float("inf") else most)
     if name == "levels":
         kind = str
-    said = f"{HELP[name]}{default}".strip()
+    text = f"{HELP[name]}{default}".strip()
     flatten = joined if name == "ranks" else None
     return click.option(
-        _NAMES.get(name, flag), name, type=kind, multiple=many, callback=flatten, help=said
+        _NAMES.get(name, flag), name, type=kind, multiple=many, callback=flatten, help=text
     )

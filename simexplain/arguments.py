@@ -30,7 +30,7 @@ _WITH_PICTURES = ("explain", "match", "attribute", "segment", "compare")
 _COUNTS = ("max_batch", "batch_size")
 """What counts images in one forward pass, wherever it is an argument."""
 _TIMES = ("steps", "samples", "count", "masks", "triplets", "epochs", "iterations")
-"""What says how often something is done, wherever it is an argument."""
+"""Arguments that count something, wherever they occur."""
 _MOST_TIMES = 1_000_000
 
 
@@ -42,8 +42,8 @@ def typed(made: Made) -> Made:
 
     Arguments under names of the last version are taken, with a warning; see ``renaming``.
 
-    Networks are left to ``as_similarity_model``, which says more about what is none, and what is in
-    a list of pictures to ``read_pictures``, which says at which place it is.
+    Networks are left to ``as_similarity_model``, whose errors are more specific, and the items of a
+    list of pictures to ``read_pictures``, which names the position of a bad one.
 
     Raises:
         ArgumentError: In a call, if an argument is not of its kind.
@@ -67,7 +67,7 @@ def typed(made: Made) -> Made:
         try:
             bound = _signature(made).bind(*args, **kwargs)
         except TypeError:
-            return made(*args, **kwargs)  # whose own error says more
+            return made(*args, **kwargs)  # whose own error is more specific
         hints = _hints(made)
         for name, value in bound.arguments.items():
             if name in hints:
@@ -118,7 +118,7 @@ def _check(name: str, value: Any, hint: Any, owner: str) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is what a type hint says; true of hints that no value can be held against."""
+    """Whether a value matches a type hint; true for hints that cannot be checked."""
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -161,7 +161,7 @@ def _fits_container(value: Any, origin: Any, inner: tuple[Any, ...]) -> bool:
         return callable(value)
     if issubclass(origin, Sequence):
         if not isinstance(value, origin) or (isinstance(value, str) and _wants(inner[0], str)):
-            return False  # a text is a sequence of letters, which nobody means
+            return False  # a text is a sequence of letters, which is never meant
         if _wants(inner[0], Image.Image):
             return True
         return all(fits(one, inner[0]) for one in value[:_LOOKED_AT])
@@ -235,7 +235,7 @@ def described(value: Any) -> str:
 
 
 def check_pixels(what: str, images: Any, axes: int = 1) -> None:
-    """Refuses what is no dense tensor of real numbers, or has nothing in it after some axes.
+    """Raises unless a value is a dense tensor of real numbers that is not empty after some axes.
 
     Raises:
         ArgumentError: If so.
@@ -245,7 +245,7 @@ def check_pixels(what: str, images: Any, axes: int = 1) -> None:
         return
     kind = f"{images.dtype}".removeprefix("torch.")
     layout = f"{images.layout}".removeprefix("torch.").replace("_", " ")
-    for wrong, found, mend in (
+    for wrong, problem, mend in (
         (images.is_meta, "no values (device 'meta')", "give it values"),
         (images.layout is not torch.strided, f"the layout {layout}", "call to_dense() on it"),
         (images.is_quantized, f"quantised numbers ({kind})", "call dequantize() on it"),
@@ -255,7 +255,7 @@ def check_pixels(what: str, images: Any, axes: int = 1) -> None:
         if wrong:
             raise ArgumentError(
                 f"Expected {what} as an ordinary tensor of real numbers, got one of shape "
-                f"{tuple(images.shape)} with {found}; {mend}."
+                f"{tuple(images.shape)} with {problem}; {mend}."
             )
 
 

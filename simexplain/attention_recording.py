@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointError
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from simexplain.errors import ModelError
-from simexplain.networks import at_least_single, undisturbed
+from simexplain.networks import at_least_single, preserve_state
 from simexplain.tapes import unwatched
 from simexplain.tracing import Traceable, chunks_of
 
@@ -107,10 +107,10 @@ class AttentionTrace:
             ModelError: If the score does not depend on one of them.
         """
         inputs = [tensor for call in chosen for tensor in call]
-        found = [one for one in self._slopes(score, inputs) if one is not None]
-        if len(found) < len(inputs):
+        slopes = [one for one in self._slopes(score, inputs) if one is not None]
+        if len(slopes) < len(inputs):
             raise ModelError(UNREACHED)
-        ready = (at_least_single(one) / _HALF_SCALE for one in found)
+        ready = (at_least_single(one) / _HALF_SCALE for one in slopes)
         return [[next(ready) for _ in call] for call in chosen]
 
     def reached(self, score: Tensor, calls: Sequence[int]) -> list[bool]:
@@ -166,7 +166,7 @@ def record_attention(
         max_batch: Bounds the images in one forward pass; results do not depend on it.
 
     Raises:
-        ModelError: If nobody can look into the model or its calls differ between images.
+        ModelError: If the model has no visible layers or its calls differ between images.
     """
     if reason := getattr(model.network, "sealed", ""):  # a black box
         raise ModelError(reason)
@@ -174,13 +174,13 @@ def record_attention(
     rows, recorded, sizes, hidden = [], [], [], 0
     for chunk in chunks_of(images, size, fixed=model.batch_size is not None):
         recorder = _Recorder()
-        with undisturbed(model.network), _uncompiled(model.network), torch.no_grad(), recorder:
+        with preserve_state(model.network), _uncompiled(model.network), torch.no_grad(), recorder:
             # A copy: a network may normalise its input in place.
             rows.append(model.embed(chunk.detach().clone()))
-        recorded.append(recorder.found)
+        recorded.append(recorder.recorded)
         sizes.append(len(chunk))
         hidden = recorder.hidden
-    if len({len(found) for found in recorded}) > 1:
+    if len({len(maps) for maps in recorded}) > 1:
         raise ModelError(
             "The model does not attend equally often in every forward pass, so its attention "
             "cannot be compared between images; use a method on pixels."
@@ -213,7 +213,7 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[Attention] = []
+        self.recorded: list[Attention] = []
         self._grids: list[tuple[int, int]] = []
         self._pending: set[int] = set()
         self._softmaxes = 0
@@ -319,7 +319,7 @@ class _Recorder(TorchFunctionMode):
             mark = self._mark(given)
             if isinstance(mark, _Weights):
                 self._pending.discard(mark.number)
-                self.found.append(
+                self.recorded.append(
                     Attention(mark.weights, None, None, None, None, tuple(self._grids))
                 )
         return result
@@ -335,7 +335,7 @@ class _Recorder(TorchFunctionMode):
         return weights if weights.requires_grad else weights.detach().requires_grad_()
 
     def _kept(self, weights: Tensor, output: Tensor, logits: _Logits, values: Tensor) -> Tensor:
-        self.found.append(
+        self.recorded.append(
             Attention(
                 weights, output, logits.queries, logits.keys, values.detach(), tuple(self._grids)
             )

@@ -1,6 +1,6 @@
 """The check of an explanation: does the claim suffer where the map is hot, and only there?
 
-Hot parts of the pictures are hidden and the model is asked again. That is a statement about the
+Hot parts of the pictures are hidden and the model is run again. That is a statement about the
 map, not about the truth: a map that marks half of the right object, or an object beside it that
 matters too, passes as well, and of two maps the one that loses more need not be the right one.
 """
@@ -35,11 +35,11 @@ QUANTITIES = ("margin", "distance", "difference", "score")
 """What a comparison claims: a margin of distances; a small distance, of a similar pair; a large
 one, of a dissimilar pair; or a score along a direction."""
 PROVES = (
-    "The check says whether the claim depends on what a map marks, not that the map is right: a "
-    "large fall tells a right map from a wrong one only a little better than chance."
+    "The check shows whether the claim depends on what a map marks, not that the map is right: a "
+    "large fall separates right maps from wrong ones only a little better than chance."
 )
-"""What the check does not prove, in a line. Measured on scenes of two objects (hits and misses told
-apart by the fall alone): an area under the ROC curve of 0.63, where 0.5 is chance."""
+"""What the check does not prove, in a line. Measured on scenes of two objects (separating hits from
+misses by the fall alone): an area under the ROC curve of 0.63, where 0.5 is chance."""
 _MEASURED = ("falls", "controls", "moved")
 _NEAR = 0.25
 _ALIKE, _PARTLY = 0.5, 0.2
@@ -105,7 +105,7 @@ class Check:
     def to_json(self, index: int) -> dict[str, Any]:
         """The numbers of one comparison, None where there is none."""
         known = {name: list(map(_known, getattr(self, name)[index].tolist())) for name in _MEASURED}
-        says = [self.says(index, place) for place in range(self.falls.shape[1])]
+        says = [self.says(index, position) for position in range(self.falls.shape[1])]
         return {
             "quantity": self.quantity, **known, "spread": _known(float(self.spread[index])),
             "says": says, "images": self.images,
@@ -126,7 +126,7 @@ class Agreement:
             map is empty.
         overlaps: Of each image, the share of the hottest tenth that both rows have in common.
         favours: The name of the row whose hiding weakens the claim more than that of the other, by
-            more than hiding elsewhere does; None where there is no such row or no check.
+            more than hiding elsewhere does; None for a missing row or check.
         gains: By how much hiding what each row marks weakens the claim more than hiding as much
             elsewhere, means over the images; empty without a check.
     """
@@ -190,17 +190,17 @@ def checked(
         both = [mask.to(images.device) for hot in masks for mask in (hot, elsewhere(hot))]
         veil = blurred(images)
         variants = torch.stack([veil, *(hidden(images, mask, veil) for mask in both)])
-        found = trace(model, variants.flatten(0, 1), (), max_batch=max_batch).embeddings.detach()
-        found = found.view(len(variants), len(places), -1)
-        members = embeddings[index].to(found)
+        answers = trace(model, variants.flatten(0, 1), (), max_batch=max_batch).embeddings.detach()
+        answers = answers.view(len(variants), len(places), -1)
+        members = embeddings[index].to(answers)
         whole = _claim(model, comparison, members[None])
-        changed = members.repeat(found.shape[0], found.shape[1], 1, 1)
-        for number, place in enumerate(places):
-            changed[:, number, place] = found[:, number]
-        falls = whole - _claim(model, comparison, changed.flatten(0, 1)).view(found.shape[:2])
+        changed = members.repeat(answers.shape[0], answers.shape[1], 1, 1)
+        for number, position in enumerate(places):
+            changed[:, number, position] = answers[:, number]
+        falls = whole - _claim(model, comparison, changed.flatten(0, 1)).view(answers.shape[:2])
         empty = torch.stack([~mask.flatten(1).any(dim=1) for mask in masks]).cpu()
         rows.append(falls[1:].view(len(masks), 2, -1).masked_fill(empty[:, None], torch.nan))
-        sights.append(sight(members[list(places)], found[0]))
+        sights.append(sight(members[list(places)], answers[0]))
     falls = torch.stack(rows)
     moved, spread = (torch.stack(parts) for parts in zip(*sights, strict=True))
     images_of_one = 2 * stack.shape[0] * stack.shape[1]
@@ -273,7 +273,7 @@ def doubt_of(checks: Sequence[Check], index: int) -> str | None:
         others = "" if math.isnan(spread) else f", where different pictures are {spread:.3f} apart"
         return (
             "Blurring the pictures beyond recognition moves their embeddings by a cosine distance "
-            f"of {moved:.3f}{others}, so this network hardly looks at what is in them (random "
+            f"of {moved:.3f}{others}, so this network hardly uses what is in them (random "
             f"weights, a collapsed embedding?); {none}."
         )
     gains = [gain for check in checks if not math.isnan(gain := check.gain(index))]
@@ -286,7 +286,7 @@ def doubt_of(checks: Sequence[Check], index: int) -> str | None:
 
 
 def sight(rows: Tensor, blurs: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of what a network says of ``K`` images is about their contents.
+    """How much of a network's output for ``K`` images depends on their contents.
 
     Args:
         rows: Their embeddings ``(K,E)``.
@@ -338,8 +338,8 @@ def _claim(model: SimilarityModel, comparison: Comparison, members: Tensor) -> T
     with torch.no_grad():
         if not comparison.unit:
             return (members[:, 0] * members[:, 1]).sum(dim=1).to("cpu", torch.float64)
-        found = torch.cat([model.distance(row[:1], row[1:]) for row in members])
-    distances = found.to("cpu", torch.float64)
+        each = torch.cat([model.distance(row[:1], row[1:]) for row in members])
+    distances = each.to("cpu", torch.float64)
     close, far = distances[:, :near], distances[:, near:]
     if not far.shape[1]:
         return -close.mean(dim=1)

@@ -25,7 +25,7 @@ class Comparison:
     """An anchor with a set of positives and a set of negatives, for each of ``B`` comparisons.
 
     Siamese, triplet and quadruplet models are special cases, as is any larger set. The items are
-    images ``(C,H,W)`` or embeddings ``(E,)``: the code never asks which.
+    images ``(C,H,W)`` or embeddings ``(E,)``: the code does not depend on which.
 
     Beside images one or two of the three may be given as vectors: a text embedding, the centroid
     of a class, a row of an index. They count as what they are the anchor, positives or negatives
@@ -173,10 +173,10 @@ class Comparison:
         cut = 1 + self.positives.shape[1]
         spans = {"anchor": (0, 1), "positives": (1, cut), "negatives": (cut, self.members)}
         return tuple(
-            place
+            position
             for role, span in spans.items()
             if role not in self.given
-            for place in range(*span)
+            for position in range(*span)
         )
 
     @property
@@ -188,7 +188,7 @@ class Comparison:
     def roles(self) -> tuple[str, ...]:
         """The role of each of the ``K`` images, in the order of :meth:`stacked`."""
         every = roles(self.positives.shape[1], self.negatives.shape[1])
-        return tuple(every[place] for place in self.places)
+        return tuple(every[position] for position in self.places)
 
     def stacked(self) -> Tensor:
         """All images as one tensor ``(B,K,*S)``: anchor, positives, negatives.
@@ -270,7 +270,7 @@ def architecture(positives: int, negatives: int) -> str:
 
 
 def arch_of(count: int) -> str:
-    """The arrangement of ``count`` images where their number alone says it: a pair or a triplet.
+    """The arrangement of ``count`` images where their number determines it: a pair or a triplet.
 
     Raises:
         ComparisonError: If there is one image, or so many that several arrangements fit.

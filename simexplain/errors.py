@@ -40,7 +40,7 @@ class NetworkError(ModelError, RuntimeError):
 
 
 class TwoImagesError(ModelError):
-    """A model that looks at two images at once was given where one image is embedded."""
+    """A model that takes two images at once was given where one image is embedded."""
 
 
 class OutputError(SimexplainError):
@@ -63,12 +63,12 @@ def meant(name: str, known: Iterable[str], others: Mapping[str, str] | None = No
     if others and plain in others:
         return f"; did you mean {others[plain]}?"
     short = {"".join(sign for sign in one.lower() if sign.isalnum()): one for one in known}
-    found = get_close_matches(plain, short, n=3)
-    return f"; did you mean {' or '.join(short[one] for one in found)}?" if found else ""
+    matches = get_close_matches(plain, short, n=3)
+    return f"; did you mean {' or '.join(short[one] for one in matches)}?" if matches else ""
 
 
 def missing(path: object, otherwise: str) -> str:
-    """Why there is no such file or folder: addresses on the web are none, whatever they lead to."""
+    """Why a file or folder does not exist: addresses on the web are never one."""
     name = re.sub(r"^([a-z][a-z0-9+.-]+:/)(?!/)", r"\1/", str(path))  # a Path has one slash
     if not re.match(r"[a-z][a-z0-9+.-]+:/", name):
         return otherwise
@@ -82,5 +82,5 @@ def cause_of(error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its kind where it says nothing."""
+    """The first line of an error's text, or its type where the text is empty."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

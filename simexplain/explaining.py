@@ -78,7 +78,7 @@ def explain(
 ) -> Explanation | PairExplanation:
     """Explains why the images of a comparison are alike or different to a model.
 
-    One forward and one backward pass, down to the lowest layer asked for, serve the whole batch.
+    One forward and one backward pass, down to the lowest requested layer, serve the whole batch.
     Members of a ``Comparison`` that are given as vectors have no map; of embeddings the length does
     not matter, of directions (:meth:`Comparison.along`) it does.
 
@@ -157,8 +157,8 @@ def _explain_pictures(
     wrapped = as_similarity_model(model)
     check_upscale(upscale)
     items = [
-        read_item(path, f"image {place}", pages=pooling is not None)
-        for place, path in enumerate(images, start=1)
+        read_item(path, f"image {position}", pages=pooling is not None)
+        for position, path in enumerate(images, start=1)
     ]
     pictures = [picture for item in items for picture in item]
     own, geometries = _tensors(wrapped, items, 1, count)
@@ -211,7 +211,7 @@ def explain_against(
 
     Raises:
         ImageError: If the picture cannot be read.
-        ComparisonError: If there is no vector, or one does not fit the model.
+        ComparisonError: If no vector is given, or one does not fit the model.
         ModelError: If the model or a layer cannot be used.
     """
     wrapped = as_similarity_model(model)
@@ -317,7 +317,7 @@ def centroid(model: nn.Module, folder: str | Path, *, max_batch: int = 32) -> Te
         max_batch: Pictures in one forward pass.
 
     Raises:
-        ImageError: If there is no such folder, no picture in it, or one cannot be read.
+        ImageError: If the folder does not exist or has no picture, or one cannot be read.
     """
     wrapped = as_similarity_model(model)
     batches = Batches(pictures_in(folder, labelled=False), wrapped.preprocess, max_batch)

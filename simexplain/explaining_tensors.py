@@ -94,8 +94,8 @@ def explain_items(
     method = "sam" if method is None else method
     sets, own = framed(model, comparison, pooling, method, layer)
     shown = own if view is comparison else framed(model, view, pooling, method, layer)[1]
-    found = explain_view(sets, own, shown, method, layer, check=False, **chosen)
-    return by_frame(found, sets.frames)
+    explanation = explain_view(sets, own, shown, method, layer, check=False, **chosen)
+    return by_frame(explanation, sets.frames)
 
 
 @full_precision()
@@ -139,11 +139,11 @@ def explain_pair(
             (model.first, Comparison(anchor, second[:, :near], second[:, near:])),
             (model.second, Comparison(first, others[:, :near], others[:, near:])),
         )
-        found = [
+        sides = [
             explain_tensors(tower, part, method, names, **chosen)
             for (tower, part), names in zip(parts, layers, strict=True)
         ]
-    return PairExplanation(found[0], found[1])
+    return PairExplanation(sides[0], sides[1])
 
 
 def _explain_score(
@@ -175,10 +175,12 @@ def _explain_score(
         for side, (own, other) in enumerate(((one, two), (two, one))):
             held = model.given(side, other[None])
             along = Comparison.along(own[None], torch.tensor([1.0, 0.0]))
-            found = explain_tensors(held, along, method, layers[side], **scored, **chosen)
-            seen = found.check and replace(found.check, moved=found.check.moved * torch.nan)
-            told = {**found.options, "score": "learned"}
-            sides[side].append(replace(found, options=told, check=seen))
+            explanation = explain_tensors(held, along, method, layers[side], **scored, **chosen)
+            seen = explanation.check and replace(
+                explanation.check, moved=explanation.check.moved * torch.nan
+            )
+            options = {**explanation.options, "score": "learned"}
+            sides[side].append(replace(explanation, options=options, check=seen))
     first, second = (_joined(parts) for parts in sides)
     return PairExplanation(first, second, first.scores[:, 0])
 
@@ -208,12 +210,12 @@ def _joined(parts: Sequence[Explanation]) -> Explanation:
     layer_maps = {
         layer: torch.cat([part.layer_maps[layer] for part in parts]) for layer in parts[0].layers
     }
-    said = tuple(dict.fromkeys(line for part in parts for line in part.warnings))
+    warnings = tuple(dict.fromkeys(line for part in parts for line in part.warnings))
     rests = [part.unexplained for part in parts if part.unexplained is not None]
     joined["unexplained"] = torch.cat(rests) if len(rests) == len(parts) else None
     checks = [part.check for part in parts if part.check is not None]
     joined["check"] = joined_checks(checks) if checks else None
-    return replace(parts[0], layer_maps=layer_maps, warnings=said, **joined)
+    return replace(parts[0], layer_maps=layer_maps, warnings=warnings, **joined)
 
 
 @full_precision()
@@ -239,10 +241,10 @@ def explain_view(
     vectors = _labelled(comparison, labels)
     with _upscaled(view, upscale):
         made = rows_of(model, view, method, layer, options, max_batch)
-    own, moved = made[0].found.embeddings, None
+    own, moved = made[0].maps.embeddings, None
     if view is not comparison:
         own = embeddings_of(model, comparison, max_batch)
-        moved = 1 - (own * made[0].found.embeddings).sum(dim=2)
+        moved = 1 - (own * made[0].maps.embeddings).sum(dim=2)
     members = comparison.joined(own)
     rows = _explanations(
         model, comparison, view, made, upscale=upscale, embeddings=members, moved=moved,
@@ -265,9 +267,9 @@ def _explanations(
     embeddings: Tensor,
     moved: Tensor | None,
     named: bool,
-    **said: Any,
+    **common: Any,
 ) -> list[Explanation]:
-    """What each method found, with all that is the same for every one of them."""
+    """The explanations of all methods, with everything that they share."""
     rows = embeddings if comparison.unit else F.normalize(embeddings, dim=2)
     images = view.stacked()
     pictures = images.flatten(0, 1)
@@ -280,28 +282,28 @@ def _explanations(
         "model": model.name,
         "versions": versions(),
         "moved": moved,
-        **said,
+        **common,
     }
     out_of_range = _out_of_range(model, pictures)
     explained = []
     for row in made:
-        _check_finite(row.found)
+        _check_finite(row.maps)
         # A method that names its layers itself may know them without a survey.
         surveyed = named or not isinstance(row.method, ChoosesLayers)
         known = row.layers != (PIXELS,) and (surveyed or model.is_surveyed(pictures))
-        warnings = row.found.warnings + _more_warnings(row.found, moved, comparison) + out_of_range
+        warnings = row.maps.warnings + _more_warnings(row.maps, moved, comparison) + out_of_range
         if known:
-            own = row.found.embeddings.flatten(0, 1)
+            own = row.maps.embeddings.flatten(0, 1)
             warnings += model.cautions(row.layers, pictures, own)
         explained.append(Explanation(
-            maps=row.found.maps,
-            layer_maps=row.found.layer_maps,
-            weights=row.found.weights,
-            scores=row.found.scores,
-            unexplained=row.found.unexplained,
+            maps=row.maps.maps,
+            layer_maps=row.maps.layer_maps,
+            weights=row.maps.weights,
+            scores=row.maps.scores,
+            unexplained=row.maps.unexplained,
             method=row.name,
             layers=row.layers,
-            options=_told(row.method, upscale),
+            options=_stated_options(row.method, upscale),
             warnings=warnings,
             **_placing(model, row, pictures, known=known),
             **same,
@@ -316,11 +318,11 @@ def _placing(model: SimilarityModel, row: Row, images: Tensor, *, known: bool) -
         model: The model.
         row: A method and its maps.
         images: ``(M,C,H,W)``.
-        known: The model knows the layers.
+        known: The model lists the layers.
     """
     if not known:
-        return {"region": row.found.region}
-    layers, own = row.layers, row.found.region
+        return {"region": row.maps.region}
+    layers, own = row.layers, row.maps.region
     regions = model.regions(layers, images)
     return {
         "region": model.region(layers, images) if own == WHOLE else own,
@@ -365,7 +367,9 @@ def _labelled(
     Raises:
         ComparisonError: If there are labels, but not one for each vector.
     """
-    members = [place for place in range(comparison.members) if place not in comparison.places]
+    members = [
+        position for position in range(comparison.members) if position not in comparison.places
+    ]
     labels = (labels,) if isinstance(labels, str) else labels or ()
     if labels and len(labels) != len(members):
         raise ComparisonError(
@@ -373,14 +377,14 @@ def _labelled(
         )
     names = labels or [f"vector {number}" for number in range(1, 1 + len(members))]
     return tuple(
-        GivenVector(place, str(name), direction=not comparison.unit)
-        for place, name in zip(members, names, strict=True)
+        GivenVector(position, str(name), direction=not comparison.unit)
+        for position, name in zip(members, names, strict=True)
     )
 
 
 @contextmanager
 def _upscaled(view: Comparison, upscale: float) -> Iterator[None]:
-    """Says which size a network of fixed size was asked to take."""
+    """Names the size that a network of fixed size was given."""
     try:
         yield
     except (AssertionError, RuntimeError, ModelError) as error:
@@ -389,7 +393,7 @@ def _upscaled(view: Comparison, upscale: float) -> Iterator[None]:
             raise
         height, width = view.image_size
         raise ModelError(
-            f"The model does not take images of {height}x{width}, which upscale={upscale:g} asks "
+            f"The model does not take images of {height}x{width}, which upscale={upscale:g} calls "
             f"for ({first_line(cause)}); explain it at its own size."
         ) from error
 
@@ -455,21 +459,21 @@ def _enlarged(comparison: Comparison, upscale: float) -> Comparison:
     return replace(comparison, **changed)
 
 
-def _check_finite(found: AttentionMaps) -> None:
-    if not bool(found.maps.isfinite().all()):
+def _check_finite(maps: AttentionMaps) -> None:
+    if not bool(maps.maps.isfinite().all()):
         raise ModelError(
             "A map is not finite although the embeddings are; look for overflow in half precision "
             "or in the method's options."
         )
 
 
-def _told(method: MethodLike, upscale: float) -> dict[str, Any]:
+def _stated_options(method: MethodLike, upscale: float) -> dict[str, Any]:
     """The options in plain JSON values, for the manifest."""
     chosen: dict[str, Any] = {}
     if is_dataclass(method) and not isinstance(method, type):
         chosen = asdict(method)
-    told = {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}
-    return told if upscale == 1 else {**told, "upscale": upscale}
+    stated = {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}
+    return stated if upscale == 1 else {**stated, "upscale": upscale}
 
 
 def _out_of_range(model: SimilarityModel, pictures: Tensor) -> tuple[str, ...]:
@@ -487,19 +491,19 @@ def _out_of_range(model: SimilarityModel, pictures: Tensor) -> tuple[str, ...]:
 
 
 def _more_warnings(
-    found: AttentionMaps, moved: Tensor | None, comparison: Comparison
+    maps: AttentionMaps, moved: Tensor | None, comparison: Comparison
 ) -> tuple[str, ...]:
-    said = []
-    empty = (found.maps.amax(dim=(2, 3)) <= 0).nonzero().tolist()
+    warnings = []
+    empty = (maps.maps.amax(dim=(2, 3)) <= 0).nonzero().tolist()
     if empty:
-        index, place = empty[0]
-        said.append(
-            f"The map of the {comparison.roles[place]} (image {place + 1} of comparison "
+        index, position = empty[0]
+        warnings.append(
+            f"The map of the {comparison.roles[position]} (image {position + 1} of comparison "
             f"{index + 1}) is empty: nothing at this layer raises its score."
         )
     if moved is not None and float(moved.max()) > _MOVED_FAR:
-        said.append(
+        warnings.append(
             f"Upscaling moved an embedding by a cosine distance of {float(moved.max()):.2f}, so "
             "the maps explain a network that sees somewhat differently; try a smaller factor."
         )
-    return tuple(said)
+    return tuple(warnings)

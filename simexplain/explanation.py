@@ -113,8 +113,7 @@ class Explanation(Result):
             their size that the model explained, or on noise.
         others: What other methods found in the same comparisons, the further rows of a figure;
             these have no others themselves. See :attr:`rows`.
-        check: What became of the claim when parts of the images were hidden; None where that was
-            not asked for.
+        check: What became of the claim when parts of the images were hidden; None unless requested.
     """
 
     maps: Tensor
@@ -202,7 +201,7 @@ class Explanation(Result):
     def roles(self) -> tuple[str, ...]:
         """The role of each of the ``K`` images."""
         every = roles(self.positives, self.negatives)
-        return tuple(every[place] for place in self.places)
+        return tuple(every[position] for position in self.places)
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -298,18 +297,18 @@ class Explanation(Result):
         In pixels of the original picture where files were explained, else of the image. Of a flat
         maximum the middle, see :func:`~simexplain.metrics.maps.peak_of`.
         """
-        found = self.view_peaks(index)
+        view_peaks = self.view_peaks(index)
         if not self.geometries:
-            return found
+            return view_peaks
         return [
             peak and geometry.point_to_original(*peak)
-            for peak, geometry in zip(found, self.geometries, strict=True)
+            for peak, geometry in zip(view_peaks, self.geometries, strict=True)
         ]
 
     def view_peaks(self, index: int = 0) -> list[tuple[float, float] | None]:
         """The same in pixels of :attr:`images`, whatever was explained."""
         places = [peak_of(heatmap) for heatmap in self.heatmaps_at(index)]
-        return [place and (place[1] + 0.5, place[0] + 0.5) for place in places]
+        return [position and (position[1] + 0.5, position[0] + 0.5) for position in places]
 
     def on_picture(
         self, place: int, index: int = 0, *, raw: bool = False
@@ -339,7 +338,7 @@ class Explanation(Result):
         Args:
             index: Which comparison.
             styles: One row of heatmaps for each: ``overlay``, ``contour``, ``spotlight``.
-            by_layer: Below them one row for each layer alone, where several were asked for.
+            by_layer: Below them one row for each layer alone, where several were given.
         """
         return self._draw(index, styles, by_layer=by_layer)
 
@@ -362,22 +361,22 @@ class Explanation(Result):
 
     def attachments(self, styles: Sequence[str] = ("overlay",), **options: Any) -> Attachments:
         """A figure of each comparison, and every picture with the heat of every row."""
-        found = self._figures(styles=styles, by_layer=True)
+        files = self._figures(styles=styles, by_layer=True)
         for index in range(len(self)):
             tag = numbered(index, len(self))
-            for place, role in enumerate(self.roles):
+            for position, role in enumerate(self.roles):
                 for number, row in enumerate(self.rows, start=1):
                     mark = f"_row{number}" if number > 1 else ""
-                    name = f"heatmap{tag}_{place}_{role}{mark and f'{mark}_{row.method}'}.png"
-                    heated = partial(row.heated, place, index, styles)
-                    found[f"heatmap{tag}_{place}{mark}"] = (name, heated)
-        return found
+                    name = f"heatmap{tag}_{position}_{role}{mark and f'{mark}_{row.method}'}.png"
+                    heated = partial(row.heated, position, index, styles)
+                    files[f"heatmap{tag}_{position}{mark}"] = (name, heated)
+        return files
 
     def heated(
-        self, place: int, index: int = 0, styles: Sequence[str] = ("overlay",)
+        self, position: int, index: int = 0, styles: Sequence[str] = ("overlay",)
     ) -> NDArray[np.uint8]:
         """A picture at its own resolution with its heat, drawn in the first of the styles."""
-        drawn: NDArray[np.uint8] = RENDERERS[styles[0]](*self.on_picture(place, index))
+        drawn: NDArray[np.uint8] = RENDERERS[styles[0]](*self.on_picture(position, index))
         return drawn
 
     def notes(self, index: int = 0) -> tuple[str, ...]:
@@ -388,7 +387,7 @@ class Explanation(Result):
 
     def summary(self, **options: Any) -> dict[str, Any]:
         """What stands at the top is that of the first comparison and row."""
-        comparisons = [self._told(index) for index in range(len(self))]
+        comparisons = [self._fields_json(index) for index in range(len(self))]
         return {
             "architecture": self.architecture,
             "model": self.model,
@@ -439,13 +438,13 @@ class Explanation(Result):
             "check": self.check and self.check.to_json(index),
         }
 
-    def _told(self, index: int) -> dict[str, Any]:
+    def _fields_json(self, index: int) -> dict[str, Any]:
         """All of one comparison."""
         measured = self._measured(index)
         peaks = measured.pop("peaks")
         nothing: list[Any] = [None] * len(peaks)
         paths = [picture.path for picture in self.pictures] or nothing
-        places = [place.to_json() for place in self.geometries] or nothing
+        places = [position.to_json() for position in self.geometries] or nothing
         images = zip(paths, self.roles, peaks, places, strict=True)
         return {
             "images": [
@@ -460,7 +459,8 @@ class Explanation(Result):
             "moved": None if self.moved is None else self.moved[index],
             **measured,
             "agreement": [
-                {**vars(found), "degree": found.degree} for found in self.agreement(index)
+                {**vars(agreement), "degree": agreement.degree}
+                for agreement in self.agreement(index)
             ],
             "doubt": self.doubt(index),
         }
@@ -495,14 +495,14 @@ def _title(method: str, layers: Sequence[str], options: Mapping[str, Any]) -> st
     if method == "focus":
         return "where the match is"
     chosen = {field.name: field.default for field in options_of(METHODS.get(method))}
-    told = [f"{key} {value}" for key, value in options.items() if value != chosen.get(key)]
+    changed = [f"{key} {value}" for key, value in options.items() if value != chosen.get(key)]
     if (
         method == "sam"
         and len(layers) == 1
-        and not [line for line in told if "upscale" not in line]
+        and not [line for line in changed if "upscale" not in line]
     ):
         return "similarity attention, as published"
-    return ", ".join([method, *told])
+    return ", ".join([method, *changed])
 
 
 def versions() -> dict[str, str]:
@@ -514,5 +514,5 @@ def versions() -> dict[str, str]:
 def _versions() -> tuple[tuple[str, str], ...]:
     """Read once: the metadata of installed packages lies on disk."""
     packages = ("simexplain", "torch", "torchvision", "timm", "numpy")
-    found = tuple((name, version(name)) for name in packages)
-    return (("python", platform.python_version()), *found)
+    packaged = tuple((name, version(name)) for name in packages)
+    return (("python", platform.python_version()), *packaged)

@@ -88,14 +88,14 @@ def _check_present(present: Tensor, role: str) -> None:
         )
 
 
-def by_frame(found: Explanation, frames: int) -> Explanation:
+def by_frame(explanation: Explanation, frames: int) -> Explanation:
     """An explanation of tall images with a map for each frame, in order.
 
     Args:
-        found: Of ``framed`` sets.
+        explanation: Of ``framed`` sets.
         frames: The most frames of a set.
     """
-    images = split_frames(found.images, frames)
+    images = split_frames(explanation.images, frames)
     present = present_frames(images)[0]
     items, places = present.nonzero(as_tuple=True)
 
@@ -105,13 +105,17 @@ def by_frame(found: Explanation, frames: int) -> Explanation:
     each: dict[str, Any] = {
         name: value[:, items]
         for name in ("scores", "moved", "unexplained")
-        if (value := getattr(found, name)) is not None
+        if (value := getattr(explanation, name)) is not None
     }
-    layer_maps: Mapping[str, Tensor] = {name: cut(maps) for name, maps in found.layer_maps.items()}
-    weights = found.weights if found.weights.dim() == 2 else found.weights[:, items]
+    layer_maps: Mapping[str, Tensor] = {
+        name: cut(maps) for name, maps in explanation.layer_maps.items()
+    }
+    weights = (
+        explanation.weights if explanation.weights.dim() == 2 else explanation.weights[:, items]
+    )
     return replace(
-        found,
-        maps=cut(found.maps),
+        explanation,
+        maps=cut(explanation.maps),
         layer_maps=layer_maps,
         weights=weights,
         images=images[:, items, places],

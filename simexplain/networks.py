@@ -53,7 +53,7 @@ def exclusively(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(network: nn.Module) -> Iterator[None]:
+def preserve_state(network: nn.Module) -> Iterator[None]:
     """Evaluates inside, without the caller's autocast, and restores modes and random state.
 
     Other threads that want the same network wait.
@@ -89,7 +89,7 @@ def running(network: nn.Module, images: Tensor) -> Iterator[None]:
         yield
     except (SimexplainError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever somebody else's forward raises
+    except Exception as error:  # whatever another package's forward raises
         if "memory" in str(error):
             raise
         # contextlib takes an error that comes from StopIteration for the end of this generator.
@@ -111,17 +111,17 @@ def _failure(network: nn.Module, images: Tensor, error: Exception) -> str:
             f"The weights of {type(network).__name__} were made inside torch.inference_mode(), so "
             "no gradient passes them; build or load the model outside of it."
         )
-    said = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
+    reason = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
     first = next((one for one in network.modules() if isinstance(one, nn.Conv2d)), None)
     if first is not None and isinstance(error, RuntimeError) and first.in_channels != channels:
         plural = "s" * (first.in_channels != 1)
         return (
             f"Expected images of {first.in_channels} channel{plural}, as the first convolution of "
-            f"{type(network).__name__} takes, got {channels}x{height}x{width} ({said}); give "
+            f"{type(network).__name__} takes, got {channels}x{height}x{width} ({reason}); give "
             "images (B,C,H,W) with that many channels."
         )
     return (
-        f"The model does not run on images of {channels}x{height}x{width} ({said}); give it the "
+        f"The model does not run on images of {channels}x{height}x{width} ({reason}); give it the "
         "size and the inputs that its forward expects."
     )
 
@@ -160,7 +160,7 @@ def layer_name(network: nn.Module, layer: str | nn.Module) -> str:
     """The name of a layer that is given by name or as the module itself.
 
     Raises:
-        ModelError: If the module is no part of the network.
+        ModelError: If the module is not part of the network.
     """
     if isinstance(layer, str):
         return layer
@@ -168,7 +168,7 @@ def layer_name(network: nn.Module, layer: str | nn.Module) -> str:
         if module is layer and name:
             return str(name)
     raise ModelError(
-        f"Expected a layer of {type(network).__name__}, got a {type(layer).__name__} that is no "
+        f"Expected a layer of {type(network).__name__}, got a {type(layer).__name__} that is not "
         "part of it; `simexplain layers` lists the names."
     )
 
@@ -202,8 +202,8 @@ def lengths_of(rows: Tensor, dim: int = 1) -> Tensor:
         dim: The axis along which they lie, which the result is without.
     """
     scales = _scales(rows, dim)
-    found: Tensor = (rows * scales).norm(dim=dim) / scales.squeeze(dim)
-    return found
+    lengths: Tensor = (rows * scales).norm(dim=dim) / scales.squeeze(dim)
+    return lengths
 
 
 def _scales(rows: Tensor, dim: int) -> Tensor:

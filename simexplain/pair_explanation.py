@@ -109,14 +109,14 @@ class PairExplanation(Result):
 
     def attachments(self, styles: Sequence[str] = ("overlay",), **options: Any) -> Attachments:
         """A figure of each comparison, and every picture with its heat."""
-        found = self._figures(styles=styles)
+        files = self._figures(styles=styles)
         for index in range(len(self)):
             tag = numbered(index, len(self))
             for name, side in zip(("first", "second"), self.sides, strict=True):
-                for place in range(len(side.roles)):
-                    heated = partial(side.heated, place, index, styles)
-                    found[f"{name}{tag}_{place}"] = (f"pair_{name}{tag}_{place}.png", heated)
-        return found
+                for position in range(len(side.roles)):
+                    heated = partial(side.heated, position, index, styles)
+                    files[f"{name}{tag}_{position}"] = (f"pair_{name}{tag}_{position}.png", heated)
+        return files
 
     def summary(self, **options: Any) -> dict[str, Any]:
         """The learned score, and both sides as explanations."""

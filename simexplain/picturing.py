@@ -43,7 +43,7 @@ def draw_explanation(
     """The figure of one comparison; see ``Explanation.figure``.
 
     Raises:
-        ComparisonError: If there is no such comparison or style.
+        ComparisonError: If the comparison or the style does not exist.
     """
     if not -len(explanation) <= index < len(explanation):
         raise ComparisonError(
@@ -68,8 +68,8 @@ def draw_explanation(
 
 def findings(explanation: Explanation, index: int = 0) -> tuple[str, ...]:
     """What the rows say together: whether they agree, and what the check does not prove."""
-    found = tuple(f"{agreement.text}." for agreement in explanation.agreement(index))
-    return found if explanation.check is None else (*found, PROVES)
+    lines = tuple(f"{agreement.text}." for agreement in explanation.agreement(index))
+    return lines if explanation.check is None else (*lines, PROVES)
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ def footer(explanation: Explanation) -> str:
         drawn = [f"heat smoothed, full at its {_PERCENTILE} percentile"]
     if explanation.method in ROOTED:
         drawn = ["heat drawn by its square root"]
-    said = (explanation.model, *where, f"method {explanation.method}", *chosen, *drawn)
-    return "   ·   ".join(said)
+    parts = (explanation.model, *where, f"method {explanation.method}", *chosen, *drawn)
+    return "   ·   ".join(parts)
 
 
 def full_heat(explanations: Sequence[Explanation]) -> str:
@@ -206,11 +206,11 @@ def columns_of(
     """
     columns = [
         Column(
-            explanation.places[place],
-            _top(explanation, index, place, picture, named),
-            tuple(_heats(explanation, index, place, picture, styles, by_layer=by_layer)),
+            explanation.places[position],
+            _top(explanation, index, position, picture, named),
+            tuple(_heats(explanation, index, position, picture, styles, by_layer=by_layer)),
         )
-        for place, picture in enumerate(_pictures(explanation, index))
+        for position, picture in enumerate(_pictures(explanation, index))
     ]
     columns += [_card(explanation, index, vector) for vector in explanation.vectors]
     return sorted(columns, key=lambda column: column.member)
@@ -227,14 +227,16 @@ def _pictures(explanation: Explanation, index: int) -> list[Thumbnail]:
 def _top(
     explanation: Explanation,
     index: int,
-    place: int,
+    position: int,
     picture: Thumbnail,
     named: tuple[str, str] | None,
 ) -> Cell:
-    role, name = named or (explanation.roles[place], explanation.kind(place))
-    member = explanation.places[place]
+    role, name = named or (explanation.roles[position], explanation.kind(position))
+    member = explanation.places[position]
     distance = None if named or not member else float(explanation.distances[index, member - 1])
-    caption = printable(Path(explanation.pictures[place].path).name) if explanation.pictures else ""
+    caption = (
+        printable(Path(explanation.pictures[position].path).name) if explanation.pictures else ""
+    )
     return Cell(
         picture.pixels, _titled(role, name, distance, caption), frame=ROLE_COLOURS[role],
         seen=picture.seen,
@@ -249,7 +251,7 @@ def _titled(role: str, name: str, distance: float | None, caption: str) -> tuple
 def _heats(
     explanation: Explanation,
     index: int,
-    place: int,
+    position: int,
     picture: Thumbnail,
     styles: Sequence[str],
     *,
@@ -258,9 +260,9 @@ def _heats(
     """What every method shows, then every layer alone."""
     swept = by_layer and len(explanation.layers) > 1 and not explanation.others
     for row in explanation.rows:
-        heat = picture.heat(heat_of(row, index)[place])
-        peak = row.view_peaks(index)[place]
-        note = "" if row.check is None else row.check.says(index, place)
+        heat = picture.heat(heat_of(row, index)[position])
+        peak = row.view_peaks(index)[position]
+        note = "" if row.check is None else row.check.says(index, position)
         for style in styles:
             label = row.title if explanation.others else explanation.joined if swept else ""
             below = (Words(note, FAINT, 7.5, lines=3),) if note and style == styles[-1] else ()
@@ -272,7 +274,7 @@ def _heats(
                 ),
             )  # fmt: skip
     for layer, maps in explanation.layer_maps.items() if swept else ():
-        heat = explanation.drawn(maps[index][None], layer)[0, place].cpu().numpy()
+        heat = explanation.drawn(maps[index][None], layer)[0, position].cpu().numpy()
         drawn = RENDERERS[styles[0]](picture.pixels, picture.heat(heat))
         yield layer, Cell(drawn, seen=picture.seen)
 

@@ -19,10 +19,10 @@ def printable(text: object, keep: str = "") -> str:
         text: What is printed, such as the name of a file.
         keep: Characters that stay although a terminal acts on them.
     """
-    found = str(text)
-    if found.isprintable():
-        return found
-    return "".join(sign if sign in keep else _escaped(sign) for sign in found)
+    plain = str(text)
+    if plain.isprintable():
+        return plain
+    return "".join(sign if sign in keep else _escaped(sign) for sign in plain)
 
 
 def _escaped(sign: str) -> str:

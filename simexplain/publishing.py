@@ -32,7 +32,7 @@ SCHEMA = 1
 """Of every manifest."""
 _DRAFT = ".simexplain-draft-"
 _ABANDONED = 60
-"""Seconds after which a draft that nobody holds is taken for one of a killed run."""
+"""Seconds after which an unlocked draft is taken for one of a killed run."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ _NUMBERED = {
     },
     "options.json": {"attention": re.compile(r"epoch_\d{3,}\.png")},
 }
-"""Pictures of batches and of training, by the file that tells of them."""
+"""Pictures of batches and of training, by the file that lists them."""
 
 
 def written_pictures(manifest: Path) -> set[Path]:
@@ -148,22 +148,24 @@ def written_pictures(manifest: Path) -> set[Path]:
     if manifest.name not in {kind.manifest for kind in KINDS.values()} and not below:
         return set()
     try:
-        said = json.loads(manifest.read_text(encoding="utf-8"))
-        files = said["files"].values() if not below else ()
-        names = {Path(name).name for name in files if isinstance(said["schema"], int)}
+        metadata = json.loads(manifest.read_text(encoding="utf-8"))
+        files = metadata["files"].values() if not below else ()
+        names = {Path(name).name for name in files if isinstance(metadata["schema"], int)}
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return set()
-    found = {folder / name for name in names if name.endswith(".png")}
-    for inside, pattern in below.items() if "schema" in said else ():
-        found |= {path for path in (folder / inside).glob("*.png") if pattern.fullmatch(path.name)}
-    return found
+    pictures = {folder / name for name in names if name.endswith(".png")}
+    for inside, pattern in below.items() if "schema" in metadata else ():
+        pictures |= {
+            path for path in (folder / inside).glob("*.png") if pattern.fullmatch(path.name)
+        }
+    return pictures
 
 
 def check_writable(folder: Path, names: Iterable[str], *, force: bool) -> None:
     """Refuses a folder that is a file or, without ``force``, holds any of these names.
 
     Raises:
-        OutputError: If so; says what to do.
+        OutputError: If so; the error states what to do.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"Expected a folder for the results, but '{folder}' is a file.")
@@ -181,13 +183,13 @@ def check_writable(folder: Path, names: Iterable[str], *, force: bool) -> None:
 
 
 def numbered(index: int, count: int) -> str:
-    """What tells the files of one of several results apart; nothing where there is only one."""
+    """The prefix of the files of one of several results; empty for a single one."""
     return "" if count == 1 else f"_{index:04d}"
 
 
 @contextmanager
-def published(folder: Path, names: list[str], kind: Kind, *, force: bool) -> Iterator[Path]:
-    """Gives an empty folder to write into; afterwards its files are in place, all or none.
+def atomic_directory(folder: Path, names: list[str], kind: Kind, *, force: bool) -> Iterator[Path]:
+    """Yields an empty folder to write into, whose files are then moved into place atomically.
 
     Args:
         folder: Where they go; made if missing.
@@ -200,9 +202,12 @@ def published(folder: Path, names: list[str], kind: Kind, *, force: bool) -> Ite
     """
     check_writable(folder, names, force=force)
     try:
-        place = _existing(folder)
-        _remove_drafts(place)
-        with tempfile.TemporaryDirectory(prefix=_DRAFT, dir=place) as temporary, ExitStack() as own:
+        position = _existing(folder)
+        _remove_drafts(position)
+        with (
+            tempfile.TemporaryDirectory(prefix=_DRAFT, dir=position) as temporary,
+            ExitStack() as own,
+        ):
             own.enter_context(locked(Path(temporary)))
             draft = Path(temporary) / "draft"
             draft.mkdir()
@@ -222,32 +227,32 @@ def published(folder: Path, names: list[str], kind: Kind, *, force: bool) -> Ite
 def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
     """Holds a folder against other processes, which the system lets go of when this one dies.
 
-    Where there are no locks, as on Windows and some network drives, nothing is held.
+    Without locks, as on Windows and some network drives, nothing is held.
 
     Raises:
         BlockingIOError: Without ``wait``, if another process holds it.
     """
-    place = None
+    position = None
     try:
         if fcntl is not None:
             with suppress(OSError):  # it may be written and not listed
-                place = os.open(folder, os.O_RDONLY)
-        if place is not None:
+                position = os.open(folder, os.O_RDONLY)
+        if position is not None:
             try:
-                fcntl.flock(place, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(position, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise
             except OSError:
                 pass
         yield
     finally:
-        if place is not None:
-            os.close(place)
+        if position is not None:
+            os.close(position)
 
 
-def _remove_drafts(place: Path) -> None:
+def _remove_drafts(position: Path) -> None:
     """Removes what runs that were killed left behind."""
-    for old in place.glob(f"{_DRAFT}*"):
+    for old in position.glob(f"{_DRAFT}*"):
         with suppress(OSError):
             if old.is_dir() and time.time() - old.stat().st_mtime > _ABANDONED:
                 with locked(old, wait=False):
@@ -255,14 +260,14 @@ def _remove_drafts(place: Path) -> None:
 
 
 def _add_digests(draft: Path, names: Iterable[str], kind: Kind) -> None:
-    """Puts into the manifest what tells its own files from those of another run."""
+    """Puts into the manifest the digests that separate its own files from those of another run."""
     others = sorted(set(names) - {kind.manifest})
     if not others:
         return
     manifest = draft / kind.manifest
-    said = json.loads(manifest.read_text(encoding="utf-8"))
-    said["digests"] = {name: digest_of(draft / name) for name in others}
-    manifest.write_text(json_text(said), encoding="utf-8")
+    metadata = json.loads(manifest.read_text(encoding="utf-8"))
+    metadata["digests"] = {name: digest_of(draft / name) for name in others}
+    manifest.write_text(json_text(metadata), encoding="utf-8")
 
 
 def digest_of(path: Path) -> str:
@@ -295,11 +300,11 @@ def _publish(draft: Path, folder: Path, names: list[str], kind: Kind) -> None:
 def _earlier_files(folder: Path, kind: Kind) -> set[str]:
     """The pictures that an earlier manifest in the folder claims as its own."""
     try:
-        said = json.loads((folder / kind.manifest).read_text(encoding="utf-8"))
-        names = {Path(name).name for name in said["files"].values()}
-        if "digests" in said:  # a forged manifest may name pictures of the user's
+        manifest = json.loads((folder / kind.manifest).read_text(encoding="utf-8"))
+        names = {Path(name).name for name in manifest["files"].values()}
+        if "digests" in manifest:  # a forged manifest may name pictures of the user's
             own = {n: folder / n for n in names if (folder / n).is_file()}
-            names = {n for n, path in own.items() if said["digests"].get(n) == digest_of(path)}
+            names = {n for n, path in own.items() if manifest["digests"].get(n) == digest_of(path)}
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return set()
     return {n for n in names if n.startswith(kind.pictures) and n.endswith(".png")}
@@ -314,13 +319,13 @@ def read_back(
         OutputError: If the folder holds none, a damaged one, or one of another version.
     """
     try:
-        said = json.loads((folder / kind.manifest).read_text(encoding="utf-8"))
-        if said["schema"] != SCHEMA:
+        manifest = json.loads((folder / kind.manifest).read_text(encoding="utf-8"))
+        if manifest["schema"] != SCHEMA:
             raise OutputError(
-                f"'{folder}' was written in schema {said['schema']}, but this version reads "
+                f"'{folder}' was written in schema {manifest['schema']}, but this version reads "
                 f"schema {SCHEMA}; use a matching version of simexplain."
             )
-        return restored(said, _arrays_of(folder, kind, said) if kind.arrays else {})
+        return restored(manifest, _arrays_of(folder, kind, manifest) if kind.arrays else {})
     except FileNotFoundError as error:
         raise OutputError(
             f"'{folder}' holds no {kind.what}: {error.filename} is missing."
@@ -338,15 +343,15 @@ def _name(path: str) -> str:
     return path.replace("\\", "/").rpartition("/")[2]
 
 
-def _arrays_of(folder: Path, kind: Kind, said: Mapping[str, Any]) -> dict[str, Any]:
+def _arrays_of(folder: Path, kind: Kind, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays that belong to a manifest; none where an earlier version wrote none."""
     if not (folder / kind.arrays).exists() and kind.arrays not in map(
-        _name, said["files"].values()
+        _name, manifest["files"].values()
     ):
         return {}
     with np.load(folder / kind.arrays, allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
-    known = said.get("digests", {}).get(kind.arrays)  # earlier versions wrote none
+    known = manifest.get("digests", {}).get(kind.arrays)  # earlier versions wrote none
     if known is not None and known != digest_of(folder / kind.arrays):
         raise OutputError(
             f"'{folder}' holds files of two runs, since one was stopped while it replaced "

@@ -222,12 +222,12 @@ def renamed(given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
         given: Values by name, such as the settings of a run.
         known: The names that there are today.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for old, value in given.items():
         new = new_name(old, known) or old
         if new == old or new not in given:
-            found[new] = todays_value(new, value)
-    return found
+            values[new] = todays_value(new, value)
+    return values
 
 
 def todays_value(name: str, value: Any) -> Any:
@@ -252,9 +252,12 @@ def todays(given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     return renamed(given, known)
 
 
-def with_old_names(said: Mapping[str, Any], *old: str) -> dict[str, Any]:
+def with_old_names(record: Mapping[str, Any], *old: str) -> dict[str, Any]:
     """JSON that repeats some keys under their old names, for those who read them still."""
-    return {**said, **{name: said[name_of] for name in old if (name_of := new_name(name, said))}}
+    return {
+        **record,
+        **{name: record[name_of] for name in old if (name_of := new_name(name, record))},
+    }
 
 
 def takes_old_names(made: Made) -> Made:

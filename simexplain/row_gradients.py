@@ -128,7 +128,7 @@ class _ByRows(torch.autograd.Function):
         as_they_were = as_they_were and inputs[0].shape[:-1] == result.shape[:-1]
         wanted = [one for one in inputs if one.requires_grad]
         if 2 * len(few) >= len(rows) or not as_they_were:
-            found = torch.autograd.grad(result, wanted, gradient, retain_graph=True)
+            gradients = torch.autograd.grad(result, wanted, gradient, retain_graph=True)
         else:
             own = listed(inputs[0].detach()).index_select(-2, few)
             own.requires_grad_(inputs[0].requires_grad)
@@ -136,9 +136,9 @@ class _ByRows(torch.autograd.Function):
                 part = run(few, own, *inputs[1:])
             wanted = [own if one is inputs[0] else one for one in wanted]
             share = listed(gradient).index_select(-2, few)
-            found = torch.autograd.grad(part, wanted, share)
+            gradients = torch.autograd.grad(part, wanted, share)
             if own.requires_grad:
-                whole = torch.zeros_like(listed(inputs[0])).index_copy_(-2, few, found[0])
-                found = (whole.view(inputs[0].shape), *found[1:])
-        each = iter(found)
+                whole = torch.zeros_like(listed(inputs[0])).index_copy_(-2, few, gradients[0])
+                gradients = (whole.view(inputs[0].shape), *gradients[1:])
+        each = iter(gradients)
         return None, None, *(next(each) if one.requires_grad else None for one in inputs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from simexplain.image_choices import ImageChoices
-from simexplain.networks import first_tensor, split_call, undisturbed, with_first
+from simexplain.networks import first_tensor, preserve_state, split_call, with_first
 from simexplain.places.cells import Cells, cells_of
 from simexplain.places.paths import Paths, Vertex
 from simexplain.places.spans import Place
@@ -36,7 +36,7 @@ class LayerRun:
         source: What it was called with, where everything passes that.
         responses: By layout (see :data:`LAYOUTS`) how much each position changes when a part of
             the picture is replaced, ``(K,...positions)`` for ``K`` parts; nothing where the graph
-            says for sure where its cells lie.
+            determines where its cells lie.
         moves: Whether its cells lie elsewhere in other pictures: the network computes where.
     """
 
@@ -101,7 +101,7 @@ def survey(model: Traceable, pictures: Tensor) -> Survey:
         pictures: A picture with each of its parts replaced in turn ``(K,C,H,W)``, or any image
             alone ``(1,C,H,W)``.
     """
-    with torch.inference_mode(mode=False), undisturbed(model.network):
+    with torch.inference_mode(mode=False), preserve_state(model.network):
         record, paths, embeddings = _recorded(model, pictures[:1])
         calls = record.calls
         main = paths.main()
@@ -195,12 +195,12 @@ class _Call:
         """
         shape, vertex = self.output.shape, _vertex(self.edge)
         if vertex in places:
-            place = places[vertex]
-            if place.is_torn:
+            position = places[vertex]
+            if position.is_torn:
                 return
-            if id(place) not in grids:  # many layers leave it as it was
-                grids[id(place)] = cells_of(place, alone)
-            self.cells = grids[id(place)]
+            if id(position) not in grids:  # many layers leave it as it was
+                grids[id(position)] = cells_of(position, alone)
+            self.cells = grids[id(position)]
         wide = sum(side > 1 for side in shape) >= 2 + (alone > 1)
         known = self.cells is not None and self.cells.sure
         self.responses = first.responses
@@ -279,7 +279,7 @@ def _runs(
     seen: dict[str, int] = {}
     runs = []
     both = zip(calls, gradients[: len(calls)], gradients[len(calls) :], strict=True)
-    for place, (call, gradient, above) in enumerate(both):
+    for position, (call, gradient, above) in enumerate(both):
         number = seen.get(call.name, 0)
         seen[call.name] = number + 1
         source = None
@@ -298,7 +298,7 @@ def _runs(
                 call.edge,
                 source,
                 call.responses,
-                place in moving,
+                position in moving,
             )
         )
     return runs
@@ -314,15 +314,15 @@ def _probe_gradients(
     """Gradients of a fixed random projection; a plain sum could cancel on unit rows."""
     direction = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))
     tracked = {number: edge for number, edge in enumerate(edges) if edge is not None}
-    found: list[Tensor | None] = [None] * len(edges)
+    gradients: list[Tensor | None] = [None] * len(edges)
     if embeddings.requires_grad and tracked:
         score = (embeddings * direction.to(embeddings))[:1].sum()
         values = torch.autograd.grad(
             score, list(tracked.values()), allow_unused=True, retain_graph=True
         )
         for number, value in zip(tracked, values, strict=True):
-            found[number] = value
-    return found
+            gradients[number] = value
+    return gradients
 
 
 def _respond(model: Traceable, others: Tensor, calls: Sequence[_Call], alone: int) -> None:
@@ -357,7 +357,7 @@ def _respond(model: Traceable, others: Tensor, calls: Sequence[_Call], alone: in
 
 def _changes(call: _Call, after: Tensor, alone: int, size: int) -> list[tuple[str, Tensor]]:
     """By layout how far each position is from the first picture's ``(size,C,...positions)``."""
-    found, before = [], call.output
+    changes, before = [], call.output
     for layout in call.layouts:
         images, channels = layout.index("N"), layout.index("C")
         if before.dim() != len(layout) or after.dim() != len(layout):
@@ -369,8 +369,8 @@ def _changes(call: _Call, after: Tensor, alone: int, size: int) -> list[tuple[st
         if list(after.shape) != expected:
             continue
         change = after.float() - before.narrow(images, 0, 1).float()
-        found.append((layout, change.movedim((images, channels), (0, 1))))
-    return found
+        changes.append((layout, change.movedim((images, channels), (0, 1))))
+    return changes
 
 
 def _shares(changes: Tensor) -> Tensor:
@@ -394,10 +394,10 @@ def gradient_through(run: LayerRun, lower: LayerRun | Source) -> Tensor | None:
     """The part of the gradient at something lower that comes to it through a layer above."""
     if run.edge is None or lower.edge is None or run.gradient is None:
         return None
-    (found,) = torch.autograd.grad(
+    (gradient,) = torch.autograd.grad(
         [run.edge], [lower.edge], [run.gradient], retain_graph=True, allow_unused=True
     )
-    result: Tensor | None = found
+    result: Tensor | None = gradient
     return result
 
 
@@ -439,7 +439,7 @@ def swapped(
         with (
             torch.inference_mode(mode=False),
             listening(model.network, {name: exchange}),
-            undisturbed(model.network),
+            preserve_state(model.network),
             torch.no_grad(),
         ):
             rows.append(model.embed(pictures[list(order)]))

@@ -155,7 +155,7 @@ class Tape(TorchFunctionMode):
         return result
 
     def _learn(self, tensor: Tensor) -> int:
-        graded = tensor.requires_grad  # asked for before it is known: asking is a function too
+        graded = tensor.requires_grad  # looked up before it is known: the look-up is a function too
         self._count += 1
         self._numbers[id(tensor)] = self._count
         self._graded[id(tensor)] = graded
@@ -187,17 +187,17 @@ class Tape(TorchFunctionMode):
             The new tensors by the ``id`` of those that were recorded, gradients included. What
             does not depend on the sources is as it was.
         """
-        found = dict(sources)
+        values = dict(sources)
         for number, call in enumerate(self.calls[first:], start=first):
-            flat = [found.get(id(value), value) for value in call.flat]
+            flat = [values.get(id(value), value) for value in call.flat]
             if all(new is old for new, old in zip(flat, call.flat, strict=True)):
                 continue
             with torch.set_grad_enabled(call.graded):
                 result = held[number](call, flat) if held and number in held else call.run(flat)
             new = [value for value in pytree.tree_leaves(result) if isinstance(value, Tensor)]
             old = call.outputs[: call.given]
-            found.update((id(o), n) for o, n in zip(old, new, strict=True))
-        return found
+            values.update((id(o), n) for o, n in zip(old, new, strict=True))
+        return values
 
     def replays(self, source: Tensor) -> bool:
         """Whether what depends on a tensor can be run again: all it needs is as it was."""

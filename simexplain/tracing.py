@@ -18,8 +18,8 @@ from simexplain.networks import (
     exclusively,
     find_layer,
     first_tensor,
+    preserve_state,
     split_call,
-    undisturbed,
     with_first,
 )
 from simexplain.row_gradients import RowGradients
@@ -71,7 +71,7 @@ class Trace:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The traced layers, as they were asked for."""
+        """The traced layers, in the given order."""
         return tuple(self.outputs)
 
     @property
@@ -97,18 +97,19 @@ class Trace:
             For each layer a tensor ``(M,C,h,w)``.
 
         Raises:
-            ModelError: If the embedding does not depend on a layer; says why where it can.
+            ModelError: If the embedding does not depend on a layer; the error has the reason where
+                it is known.
         """
         inputs = [chunk for chunks in self.outputs.values() for chunk in chunks]
         if not score.requires_grad:
             raise ModelError(self.diagnose(self.layers[0]))
-        found = iter(
+        slopes = iter(
             torch.autograd.grad(
                 score, inputs, retain_graph=True, create_graph=create_graph, allow_unused=True
             )
         )
         return {
-            layer: self._grid(layer, [next(found) for _ in self.outputs[layer]])
+            layer: self._grid(layer, [next(slopes) for _ in self.outputs[layer]])
             for layer in self.layers
         }
 
@@ -137,7 +138,7 @@ def listening(network: nn.Module, listeners: Mapping[str, Listener]) -> Iterator
             if not None, takes the place of the output.
 
     Raises:
-        ModelError: If there is no such layer.
+        ModelError: If the layer does not exist.
     """
     own, modules = get_ident(), dict(network.named_modules())
 
@@ -147,7 +148,7 @@ def listening(network: nn.Module, listeners: Mapping[str, Listener]) -> Iterator
 
     with exclusively(network), ExitStack() as stack:
         for name, listener in listeners.items():
-            module = modules.get(name) or find_layer(network, name)  # which says what is wrong
+            module = modules.get(name) or find_layer(network, name)  # which reports what is wrong
             stack.callback(module.register_forward_hook(heard(listener)).remove)
         yield
 
@@ -217,7 +218,7 @@ def embed_alike(model: Traceable, images: Tensor, batch_size: int) -> Tensor:
         batch_size: Images in one forward pass where the model takes any number.
     """
     size = model.pass_size(batch_size, batch_size)
-    with undisturbed(model.network), torch.no_grad():
+    with preserve_state(model.network), torch.no_grad():
         rows = [model.embed(chunk.clone()) for chunk in chunks_of(images, size, fixed=True)]
     return _joined(rows, len(images))
 
@@ -232,7 +233,7 @@ def rerun(model: Traceable, images: Tensor, layer: str, output: Tensor) -> Tenso
         output: What the layer shall give, shaped as what it gave.
 
     Raises:
-        ModelError: If there is no such layer.
+        ModelError: If the layer does not exist.
     """
     name, call = split_call(layer)
     seen: list[int] = []
@@ -247,7 +248,7 @@ def rerun(model: Traceable, images: Tensor, layer: str, output: Tensor) -> Tenso
 
     size = model.pass_size(len(images), len(images))
     rows = []
-    with listening(model.network, {name: replaced}), undisturbed(model.network):
+    with listening(model.network, {name: replaced}), preserve_state(model.network):
         for chunk, part in zip(torch.split(images, size), torch.split(output, size), strict=True):
             given = part
             seen.clear()
@@ -294,7 +295,7 @@ def _forward(
     kept: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     with ExitStack() as stack:
         if not differentiable:
-            stack.enter_context(undisturbed(model.network))
+            stack.enter_context(preserve_state(model.network))
         elif taps:
             # Training with maps takes gradients of gradients, which fused attention has not.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -358,7 +359,7 @@ class _Tap:
         return with_first(output, tensor.clone())
 
     def kept(self) -> Tensor:
-        """The output, after checking that the layer ran exactly as the name says."""
+        """The output, after checking that the layer ran exactly as in the name."""
         if self.call is None and self.calls > 1:
             names = ", ".join(f"{self.layer}@{call}" for call in range(self.calls))
             raise ModelError(
@@ -377,7 +378,7 @@ def _diagnosis(model: Traceable, images: Tensor, layer: str) -> str:
     """Why the embedding has no gradient at a layer: one more pass, with grad mode on outside."""
     modes: list[bool] = []
     note = {split_call(layer)[0]: lambda *_: modes.append(torch.is_grad_enabled())}
-    with listening(model.network, note), undisturbed(model.network), torch.enable_grad():
+    with listening(model.network, note), preserve_state(model.network), torch.enable_grad():
         embeddings = model.embed(images.detach().clone().requires_grad_().clone())
     if not all(modes) or not embeddings.requires_grad:
         return (

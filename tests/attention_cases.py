@@ -129,9 +129,9 @@ def by_hand(network: TinyViT, image: Tensor, direction: Tensor) -> dict[str, Ten
     rows = {"class": [0], "mean": list(range(1, 13)), "probe": [0]}[network.pool]
     last = seen[-1]["a"][0].mean(0)
     matrices = {"attention": last, "rollout": rolled, "attention_relevance": relevance}
-    found = {name: matrix[rows, 1:].mean(0) for name, matrix in matrices.items()}
-    found["grad_eclip"] = eclip(seen[-1], pull).clamp(min=0)
-    return {name: one.detach().view(3, 4) for name, one in found.items()}
+    result = {name: matrix[rows, 1:].mean(0) for name, matrix in matrices.items()}
+    result["grad_eclip"] = eclip(seen[-1], pull).clamp(min=0)
+    return {name: one.detach().view(3, 4) for name, one in result.items()}
 
 
 def eclip(inside: dict[str, Tensor], pull: Tensor) -> Tensor:

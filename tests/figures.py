@@ -19,8 +19,8 @@ def texts_of(figure: Figure) -> list[Text]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.draw_without_rendering()
-    found = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
-    return [text for text in found if text.get_window_extent().width > 0]
+    result = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+    return [text for text in result if text.get_window_extent().width > 0]
 
 
 def assert_tidy(figure: Figure) -> None:

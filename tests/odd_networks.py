@@ -26,8 +26,8 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         own = self.norm(tokens)
-        found = F.scaled_dot_product_attention(own, own, self.mix(own))
-        tokens = tokens + 0.3 * found
+        result = F.scaled_dot_product_attention(own, own, self.mix(own))
+        tokens = tokens + 0.3 * result
         return tokens + self.mlp(self.norm2(tokens))
 
 
@@ -170,10 +170,10 @@ class Layout(nn.Module):
         self.away, self.layer = away, layer
 
     def forward(self, images: Tensor) -> Tensor:
-        found = self.layer(self.away(self.stem(images)))
-        images_axis = next(n for n, side in enumerate(found.shape) if side == len(images))
-        found = found.movedim(images_axis, 0)
-        return found.flatten(1) @ torch.linspace(-1, 1, found[0].numel() * 5).view(-1, 5)
+        result = self.layer(self.away(self.stem(images)))
+        images_axis = next(n for n, side in enumerate(result.shape) if side == len(images))
+        result = result.movedim(images_axis, 0)
+        return result.flatten(1) @ torch.linspace(-1, 1, result[0].numel() * 5).view(-1, 5)
 
 
 class Elementwise(nn.Module):
@@ -358,7 +358,7 @@ def looks_at(grid: Cells, image: Tensor) -> Tensor:
     maps = grid(image)
     height, width = image.shape[2:]
     rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5
-    found = torch.zeros(*maps.shape[2:], 2)
+    result = torch.zeros(*maps.shape[2:], 2)
     direction = torch.randn(maps.shape[1], generator=torch.Generator().manual_seed(0))
     felt = torch.zeros(*maps.shape[2:], height, width)
     for row in range(maps.shape[2]):
@@ -370,9 +370,9 @@ def looks_at(grid: Cells, image: Tensor) -> Tensor:
     if maps.shape[2] * maps.shape[3] > 4:
         felt = (felt - 2 * felt.flatten(0, 1).median(0).values).clamp_min(0)
     felt = felt / felt.sum((2, 3), keepdim=True)  # NaN where a cell sees nothing
-    found[..., 0] = felt.sum(3) @ rows
-    found[..., 1] = felt.sum(2) @ columns
-    return found
+    result[..., 0] = felt.sum(3) @ rows
+    result[..., 1] = felt.sum(2) @ columns
+    return result
 
 
 class Glimpse(nn.Module):
@@ -404,5 +404,5 @@ def brightest(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Where the window of half the side with most light begins; tensors."""
     side = maps.shape[2] // 2
     light = F.avg_pool2d(maps.mean(1, keepdim=True), side, 1)
-    place = light.flatten().argmax()
-    return place // light.shape[3], place % light.shape[3]
+    index = light.flatten().argmax()
+    return index // light.shape[3], index % light.shape[3]

@@ -40,15 +40,15 @@ def market(root: Path, *, train: int = 6, test: int = 4, suffix: str = "jpg") ->
     """A tree as Market-1501's: two cameras, two pictures each, distractors, junk, ``Thumbs.db``."""
     for number in range(1, train + test + 1):
         for camera in (1, 2):
-            for place in range(2):
+            for index in range(2):
                 part = "bounding_box_train" if number <= train else "bounding_box_test"
-                if number > train and place == 0:
+                if number > train and index == 0:
                     part = "query"
-                name = f"{number:04d}_c{camera}s1_{100 * number + 10 * camera + place:06d}_00"
+                name = f"{number:04d}_c{camera}s1_{100 * number + 10 * camera + index:06d}_00"
                 put_person(root / part, f"{name}.{suffix}")
-    for place in range(3):
-        put_person(root / "bounding_box_test", f"0000_c{1 + place % 2}s1_9000{place}0_01.{suffix}")
-        put_person(root / "bounding_box_test", f"-1_c{1 + place % 2}s1_8000{place}0_01.{suffix}")
+    for index in range(3):
+        put_person(root / "bounding_box_test", f"0000_c{1 + index % 2}s1_9000{index}0_01.{suffix}")
+        put_person(root / "bounding_box_test", f"-1_c{1 + index % 2}s1_8000{index}0_01.{suffix}")
     for part in ("bounding_box_train", "query", "bounding_box_test"):
         (root / part / "Thumbs.db").write_bytes(b"\x00")
     return root

@@ -35,10 +35,10 @@ def test_maps_agree_within_a_thousandth_of_their_maximum(name: str, options: dic
     assert norms[0] < 0.6 * norms[1]
     assert fast.default_layer == model.default_layer
     comparison = Comparison.triplet(*torch.rand(3, 2, 3, 64, 64))
-    wanted, found = (explain(m, comparison, keep_negative=True) for m in (model, fast))
+    wanted, result = (explain(m, comparison, keep_negative=True) for m in (model, fast))
     top = wanted.maps.abs().amax(dim=(2, 3), keepdim=True)
-    assert float(((found.maps - wanted.maps).abs() / top).max()) < 1e-3
-    torch.testing.assert_close(found.distances, wanted.distances, rtol=1e-3, atol=1e-4)
+    assert float(((result.maps - wanted.maps).abs() / top).max()) < 1e-3
+    torch.testing.assert_close(result.distances, wanted.distances, rtol=1e-3, atol=1e-4)
 
 
 def test_a_shared_convolution_is_left_alone(images: Tensor) -> None:

@@ -122,14 +122,14 @@ def copies(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", ["tiny", "test_efficientnet"])
 def test_copies_of_a_picture_have_one_row_for_every_batch_size(copies: Path, name: str) -> None:
     model, records = model_of(name), pictures_in(copies, labelled=True)
-    found = {size: embedded(model, records, batch_size=size) for size in (1, 2, 4, 7, 9, 32)}
-    first = found[1].rows
-    for size, other in found.items():
+    result = {size: embedded(model, records, batch_size=size) for size in (1, 2, 4, 7, 9, 32)}
+    first = result[1].rows
+    for size, other in result.items():
         assert torch.equal(other.rows, first), size
     for number in range(3):
         same = [
             row
-            for row, r in zip(first, found[1].records, strict=True)
+            for row, r in zip(first, result[1].records, strict=True)
             if r.path.stem[0] == str(number)
         ]
         assert len(same) == 3

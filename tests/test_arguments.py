@@ -95,13 +95,13 @@ def a_sentence(made: Callable[[], Any]) -> str:
 
 def sentence_or_result(made: Callable[[], Any]) -> None:
     """Either it works, or it says why not; nothing of another package comes out."""
-    said = ""
+    record = ""
     try:
         made()
     except SimexplainError as error:
-        said = str(error)
-    assert not said or said.endswith((".", "?"))
-    assert "\n" not in said
+        record = str(error)
+    assert not record or record.endswith((".", "?"))
+    assert "\n" not in record
 
 
 @pytest.mark.parametrize("kind", WRONG)
@@ -165,8 +165,8 @@ def test_what_is_no_image_or_model(kind: str) -> None:
         lambda: tiny_model().embed(wrong), lambda: trace(tiny_model(), wrong, ()),
         lambda: trace(TinyNet(), image, ()), lambda: explain(TinyNet, pair()),
     ):  # fmt: skip
-        said = a_sentence(made)
-        assert "xpected" in said or (kind in ("string", "path", "address") and "file" in said)
+        record = a_sentence(made)
+        assert "xpected" in record or (kind in ("string", "path", "address") and "file" in record)
 
 
 @pytest.mark.parametrize(
@@ -213,9 +213,9 @@ class _Failing(TinyNet):
 )  # fmt: skip
 def test_whatever_a_forward_pass_raises(error: Exception, method: str) -> None:
     model = as_similarity_model(_Failing(error))
-    said = a_sentence(lambda: explain(model, pair(), method))
-    assert type(error).__name__ in said
-    assert "3x32x32" in said
+    record = a_sentence(lambda: explain(model, pair(), method))
+    assert type(error).__name__ in record
+    assert "3x32x32" in record
     with pytest.raises(NetworkError):
         model.default_layer  # noqa: B018 - a property must not swallow an AttributeError
     with pytest.raises(NetworkError):
@@ -233,12 +233,12 @@ def test_layers_by_module() -> None:
     module = dict(model.network.named_modules())[name]
     plain = explain(model, pair(), layer=name)
     for layer in (module, [module]):
-        found = explain(model, pair(), layer=layer)
-        assert found.layers == (name,)
-        assert torch.equal(found.maps, plain.maps)
+        result = explain(model, pair(), layer=layer)
+        assert result.layers == (name,)
+        assert torch.equal(result.maps, plain.maps)
     both = images(2)
     assert match(model, both[:1], both[1:], module).layer == name
-    assert "no part of it" in a_sentence(lambda: explain(model, pair(), layer=nn.Flatten()))
+    assert "not part of it" in a_sentence(lambda: explain(model, pair(), layer=nn.Flatten()))
     assert "layer" in a_sentence(lambda: explain(model, pair(), layer=3))  # type: ignore[arg-type]
 
 
@@ -277,9 +277,9 @@ def test_pictures_in_memory(tmp_path: Path) -> None:
     model = tiny_model()
     plain = explain(model, files, arch="siamese")
     for given in ([Image.fromarray(one) for one in values], list(values)):
-        found = explain(model, given, arch="siamese")
-        assert torch.equal(found.maps, plain.maps)
-        assert (found.save(tmp_path / str(len(list(tmp_path.iterdir()))))) is not None
+        result = explain(model, given, arch="siamese")
+        assert torch.equal(result.maps, plain.maps)
+        assert (result.save(tmp_path / str(len(list(tmp_path.iterdir()))))) is not None
     assert torch.equal(match(model, *values).matrix, match(model, *files).matrix)
 
 
@@ -310,8 +310,8 @@ def test_what_may_have_been_meant_by_a_method(written: str, meant: str) -> None:
 
 
 def test_what_may_have_been_meant_by_other_words() -> None:
-    said = a_sentence(lambda: explain(tiny_model(), pair(), "occlusion", windw=0.3))
-    assert "did you mean window?" in said
+    record = a_sentence(lambda: explain(tiny_model(), pair(), "occlusion", windw=0.3))
+    assert "did you mean window?" in record
     assert "did you mean explain?" in run("explian", "m", "a", "b").output
     assert "did you mean siamese?" in run("explain", "m", "a", "b", "--arch", "siames").output
     wrong = a_sentence(lambda: simexplain.load_model("timm:resnet50x", weights="random"))
@@ -334,8 +334,8 @@ def test_hints() -> None:
         return len(rest) + len(more)
 
     assert verb((1, 2), "a", 1, "b", c=3) == 3  # type: ignore[arg-type]
-    said = a_sentence(lambda: verb((1, 2.5)))  # type: ignore[arg-type]
-    assert said.startswith("Expected (a whole number, a whole number) as sizes, got (1, 2.5);")
+    record = a_sentence(lambda: verb((1, 2.5)))  # type: ignore[arg-type]
+    assert record.startswith("Expected (a whole number, a whole number) as sizes, got (1, 2.5);")
     with pytest.raises(TypeError, match="missing"):
         verb()  # type: ignore[call-arg]
 
@@ -378,8 +378,8 @@ def test_negatives_of_triplets(negatives: str) -> None:
             wanted |= {(a, p, n) for n in chosen}
     assert loss.miner is not None
     mined = convert_to_triplets(loss.miner(rows, labels), labels)
-    found = {tuple(map(int, one)) for one in zip(*mined, strict=True)}
-    assert found == wanted
+    result = {tuple(map(int, one)) for one in zip(*mined, strict=True)}
+    assert result == wanted
     assert "did you mean semihard" in a_sentence(
         lambda: metric_loss("triplet", 3, 2, negatives="semi-hard")
     )
@@ -416,8 +416,8 @@ def test_what_would_never_end_is_refused(tmp_path: Path) -> None:
         lambda: bootstrap_mean([1.0, 2.0], samples=many),
         lambda: infidelity(lambda x: x.sum((1, 2, 3)), one, one[:, 0], samples=many),
     ):
-        said = a_sentence(made)
-        assert "at most" in said
-        assert str(many) in said
+        record = a_sentence(made)
+        assert "at most" in record
+        assert str(many) in record
     drawn = sample_comparisons(tmp_path / "own", 10**6, arch="siamese")
     assert len(drawn) == 4  # the two ordered pairs of each class

@@ -49,16 +49,16 @@ def test_maps_are_those_of_plain_autograd(
     network = TinyViT(pool=pool, fused=fused)
     triplets = Comparison.triplet(images[:2], images[2:4], images[4:6])
     method, options = WAYS[name]
-    found = explain(network, triplets, method, **options)
+    result = explain(network, triplets, method, **options)
     units = F.normalize(network(images).detach(), dim=1)
     for number in range(2):
         anchor, positive, negative = units[number], units[number + 2], units[number + 4]
-        for place, direction in enumerate((positive - negative, anchor, -anchor)):
-            image = images[number + 2 * place : number + 2 * place + 1]
+        for index, direction in enumerate((positive - negative, anchor, -anchor)):
+            image = images[number + 2 * index : number + 2 * index + 1]
             wanted = by_hand(network, image, direction)[name]
-            torch.testing.assert_close(found.maps[number, place], wanted, rtol=1e-4, atol=1e-7)
-            score = float(units[number + 2 * place] @ direction)
-            assert float(found.scores[number, place]) == pytest.approx(score, abs=1e-5)
+            torch.testing.assert_close(result.maps[number, index], wanted, rtol=1e-4, atol=1e-7)
+            score = float(units[number + 2 * index] @ direction)
+            assert float(result.scores[number, index]) == pytest.approx(score, abs=1e-5)
 
 
 def test_one_block_and_one_head(images: Tensor) -> None:
@@ -71,8 +71,8 @@ def test_one_block_and_one_head(images: Tensor) -> None:
             ("max", weights.amax(0)),
             ("mean", weights.mean(0)),
         ):
-            found = explain(network, pair, "attention", block=block, heads=heads).maps[0, 0]
-            torch.testing.assert_close(found, wanted)
+            result = explain(network, pair, "attention", block=block, heads=heads).maps[0, 0]
+            torch.testing.assert_close(result, wanted)
     later = explain(network, pair, "attention_relevance", first_block=-1).maps[0, 0]
     direction = F.normalize(network(images[1:2]), dim=1)[0].detach()
     unit, seen = opened(network, images[:1])
@@ -87,9 +87,9 @@ def test_scores_are_those_of_similarity_cam(images: Tensor) -> None:
     for score in ("cosine", "dot", "held"):
         wanted = explain(network, pair, "similarity_cam", score=score)
         for method in ("attention_relevance", "grad_eclip"):
-            found = explain(network, pair, method, score=score)
-            torch.testing.assert_close(found.scores, wanted.scores)
-            torch.testing.assert_close(found.weights, wanted.weights)
+            result = explain(network, pair, method, score=score)
+            torch.testing.assert_close(result.scores, wanted.scores)
+            torch.testing.assert_close(result.weights, wanted.weights)
     same = Comparison.pair(images[:1], images[:1])  # its cosine has no gradient
     assert float(explain(network, same, "attention_relevance").maps.abs().max()) < 1e-6
     assert float(explain(network, same, "attention_relevance", score="held").maps.max()) > 1e-4
@@ -100,12 +100,12 @@ def test_class_token_and_mean_share_by_their_gradients(images: Tensor) -> None:
     network.head.weight.data[:, :12] = 0  # only the mean counts
     pair = Comparison.pair(images[:1], images[1:2])
     weights = opened(network, images[:1])[1][-1]["a"][0].mean(0).detach()
-    found = explain(network, pair, "attention").maps[0, 0]
-    torch.testing.assert_close(found, weights[1:, 1:].mean(0).view(3, 4))
+    result = explain(network, pair, "attention").maps[0, 0]
+    torch.testing.assert_close(result, weights[1:, 1:].mean(0).view(3, 4))
     network = TinyViT(pool="both")
     network.head.weight.data[:, 12:] = 0
-    found = explain(network, pair, "attention").maps[0, 0]
-    torch.testing.assert_close(found, weights[0, 1:].view(3, 4))
+    result = explain(network, pair, "attention").maps[0, 0]
+    torch.testing.assert_close(result, weights[0, 1:].view(3, 4))
 
 
 # --------------------------------------------------------------------- other people's code
@@ -173,13 +173,16 @@ def test_transformers_own_attentions_are_the_oracle(kind: str, way: str) -> None
     raw = out.attentions[-1].mean(1)
     raw = raw[:, prefix:] if prefix == 0 else raw[:, :1]
     pair = Comparison.pair(images[:1], images[1:])
-    found = explain(network, pair, "attention_relevance")
+    result = explain(network, pair, "attention_relevance")
     scale = float(wanted.detach().abs().max())
-    torch.testing.assert_close(found.maps[0] / scale, wanted / scale, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(found.embeddings[0], units.detach(), rtol=1e-5, atol=1e-6)
-    found = explain(network, pair, "attention")
+    torch.testing.assert_close(result.maps[0] / scale, wanted / scale, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(result.embeddings[0], units.detach(), rtol=1e-5, atol=1e-6)
+    result = explain(network, pair, "attention")
     torch.testing.assert_close(
-        found.maps[0], raw[:, :, prefix:].mean(1).view(2, side, side).detach(), rtol=1e-4, atol=1e-6
+        result.maps[0],
+        raw[:, :, prefix:].mean(1).view(2, side, side).detach(),
+        rtol=1e-4,
+        atol=1e-6,
     )
 
 
@@ -233,8 +236,8 @@ def test_timm_by_its_own_dropout(images: Tensor) -> None:
     relevance = torch.eye(13)
     for weights, slope in zip(kept, slopes, strict=True):
         relevance = relevance + (slope[0] * weights[0]).clamp(min=0).mean(0) @ relevance
-    found = explain(network, Comparison.pair(images[:1], images[1:]), "attention_relevance")
-    torch.testing.assert_close(found.maps[0, 0], relevance[0, 1:].view(3, 4), rtol=1e-3, atol=1e-7)
+    result = explain(network, Comparison.pair(images[:1], images[1:]), "attention_relevance")
+    torch.testing.assert_close(result.maps[0, 0], relevance[0, 1:].view(3, 4), rtol=1e-3, atol=1e-7)
 
 
 class Encoder(nn.Module):
@@ -295,9 +298,9 @@ def test_multi_head_attention_as_it_reports_itself(name: str) -> None:
     rows = weights[:, :1] if prefix else weights
     wanted = rows[:, :, prefix:].mean(1).view(2, 4, 4).detach()
     pair = Comparison.pair(images[:1], images[1:])
-    found = explain(network, pair, "attention")
-    torch.testing.assert_close(found.maps[0], wanted, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.embeddings[0], units.detach(), rtol=1e-5, atol=1e-6)
+    result = explain(network, pair, "attention")
+    torch.testing.assert_close(result.maps[0], wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.embeddings[0], units.detach(), rtol=1e-5, atol=1e-6)
     for method in ("attention_relevance", "grad_eclip"):
         assert explain(network, pair, method).maps.shape == (1, 2, 4, 4)
 
@@ -310,8 +313,8 @@ def test_an_exported_program(tmp_path: Path, images: Tensor) -> None:
     pairs = Comparison.pair(images[:2], images[2:4])
     for name, (method, options) in WAYS.items():
         wanted = explain(network, pairs, method, **options).maps
-        found = explain(loaded, pairs, method, **options).maps
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6, msg=name)
+        result = explain(loaded, pairs, method, **options).maps
+        torch.testing.assert_close(result, wanted, rtol=1e-3, atol=1e-6, msg=name)
 
 
 # --------------------------------------------------------------------------- the recording
@@ -337,12 +340,12 @@ def test_fused_attention_in_the_open(name: str) -> None:
     wanted = F.scaled_dot_product_attention(q, k, v, **options)
     recorder = _Recorder()
     with torch.no_grad(), recorder:
-        found = F.scaled_dot_product_attention(q, k, v, **options)
-    torch.testing.assert_close(found.detach(), wanted)
+        result = F.scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(result.detach(), wanted)
     (call,) = recorder.found
     values = v.repeat_interleave(4 // heads, dim=1)
     torch.testing.assert_close((call.weights @ values).detach(), wanted)
-    assert found.requires_grad
+    assert result.requires_grad
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
@@ -351,9 +354,9 @@ def test_half_precision(kind: torch.dtype, fused: bool, images: Tensor) -> None:
     pair = Comparison.pair(images[:1], images[1:2])
     for name, (method, options) in WAYS.items():
         wanted = explain(TinyViT(fused=fused), pair, method, **options).maps
-        found = explain(TinyViT(fused=fused).to(kind), pair, method, **options).maps
-        assert found.dtype == torch.float32
-        close = F.cosine_similarity(found.flatten(), wanted.flatten(), dim=0)
+        result = explain(TinyViT(fused=fused).to(kind), pair, method, **options).maps
+        assert result.dtype == torch.float32
+        close = F.cosine_similarity(result.flatten(), wanted.flatten(), dim=0)
         assert float(close) > (0.99 if kind == torch.float16 else 0.9), name
 
 
@@ -376,8 +379,8 @@ def test_a_gradient_that_does_not_arrive_is_named(images: Tensor) -> None:
     class Frozen(TinyViT):
         def forward(self, given: Tensor) -> Tensor:
             with torch.no_grad():
-                found = super().forward(given)
-            return self.kv(F.pad(found, (0, 2)))
+                result = super().forward(given)
+            return self.kv(F.pad(result, (0, 2)))
 
     class Partly(TinyViT):
         def forward(self, given: Tensor) -> Tensor:
@@ -408,17 +411,17 @@ def test_modules_compiled_in_place_run_as_written(images: Tensor) -> None:
     network, pair = TinyViT(), Comparison.pair(images[:1], images[1:2])
     wanted = explain(network, pair, "attention_relevance").maps
     network.compile(backend="eager")
-    found = explain(network, pair, "attention_relevance").maps
-    torch.testing.assert_close(found, wanted)
+    result = explain(network, pair, "attention_relevance").maps
+    torch.testing.assert_close(result, wanted)
     assert network._compiled_call_impl is not None
 
 
 def test_attention_for_another_output_does_not_count(images: Tensor) -> None:
     class Aside(TinyViT):
         def forward(self, given: Tensor) -> Tensor:
-            found = super().forward(given)
+            result = super().forward(given)
             self.blocks[0](self.embedded(given))  # such as a head that nobody reads
-            return found
+            return result
 
     pair = Comparison.pair(images[:1], images[1:2])
     for method, options in WAYS.values():
@@ -433,9 +436,9 @@ def test_tokens_find_their_places(images: Tensor) -> None:
     assert cells.tolist() == (5 + torch.arange(24).view(4, 6)).tolist()
     assert token_cells(model, 64, [(14, 14)], (224, 224)) is None
     # Where no convolution ran, the model says what so many tokens are.
-    found = token_cells(model, 17, [], (32, 32))
-    assert found is not None
-    assert found.tolist() == (1 + torch.arange(16).view(4, 4)).tolist()
+    result = token_cells(model, 17, [], (32, 32))
+    assert result is not None
+    assert result.tolist() == (1 + torch.arange(16).view(4, 4)).tolist()
 
 
 # ------------------------------------------------------------------------------- refusals
@@ -472,8 +475,8 @@ def test_relevance_through_other_than_one_chain_is_refused(images: Tensor) -> No
             )
 
     assert "do not follow" in refused(Twice(), images, "attention_relevance")
-    found = explain(Twice(), Comparison.pair(images[:1], images[1:2]), "attention", block=3)
-    assert "parallel ways" in found.warnings[0]
+    result = explain(Twice(), Comparison.pair(images[:1], images[1:2]), "attention", block=3)
+    assert "parallel ways" in result.warnings[0]
     assert "number of tokens changes" in refused(Halved(), images, "attention_relevance")
     assert "could not be followed" in refused(Mixed(), images, "attention_relevance")
 
@@ -501,10 +504,10 @@ def test_tokens_lie_where_their_patches_are_whatever_their_order(method: str, or
     other.load_state_dict(plain.state_dict())
     images = torch.randn(2, 3, 48, 64)
     pair = Comparison.pair(images[:1], images[1:])
-    wanted, found = (
+    wanted, result = (
         explain(as_similarity_model(net), pair, method, check=False).maps for net in (plain, other)
     )
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-6)
     assert wanted.std() > 0
 
 
@@ -516,11 +519,11 @@ def test_the_rim_that_no_patch_sees_gets_no_heat(method: str) -> None:
     pair = Comparison.pair(images[:1], images[1:])
     whole = explain(model, Comparison.pair(*(part[:1, :, :48, :64] for part in images.split(1))),
                     method, check=False)  # fmt: skip
-    found = explain(model, pair, method, check=False).heatmaps
-    assert found.shape[-2:] == (54, 70)
-    assert found[..., :48, :64].amax() > 0
-    assert found[..., 48:, :].eq(0).all()
-    assert found[..., 64:].eq(0).all()
+    result = explain(model, pair, method, check=False).heatmaps
+    assert result.shape[-2:] == (54, 70)
+    assert result[..., :48, :64].amax() > 0
+    assert result[..., 48:, :].eq(0).all()
+    assert result[..., 64:].eq(0).all()
     torch.testing.assert_close(
-        found[..., 4:44, 4:60], whole.heatmaps[..., 4:44, 4:60], rtol=1e-3, atol=2e-2
+        result[..., 4:44, 4:60], whole.heatmaps[..., 4:44, 4:60], rtol=1e-3, atol=2e-2
     )

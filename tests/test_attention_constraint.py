@@ -34,12 +34,12 @@ def prepared(model, masks: Tensor | None, count: int = 12) -> Batch:
 def test_the_share_is_that_of_a_loop() -> None:
     maps, masks = soft_masks(3, 4) ** 3, soft_masks(3, 8)
     grown = F.interpolate(maps[:, None], (8, 8), mode="bilinear")[:, 0]
-    for place, share in enumerate(wrong_energy(maps, masks)):
+    for index, share in enumerate(wrong_energy(maps, masks)):
         wrong = total = 0.0
         for y in range(8):
             for x in range(8):
-                heat = float(grown[place, y, x])
-                wrong += heat * (1 - float(masks[place, y, x]))
+                heat = float(grown[index, y, x])
+                wrong += heat * (1 - float(masks[index, y, x]))
                 total += heat
         assert share.item() == pytest.approx(wrong / total)
 
@@ -60,7 +60,7 @@ def test_an_empty_map_costs_nothing_and_has_a_gradient() -> None:
 def test_the_share_has_no_scale_and_its_gradient_is_that_of_finite_differences() -> None:
     maps, masks = soft_masks(3, 4).requires_grad_(), soft_masks(3, 8)
     assert torch.allclose(wrong_energy(1000 * maps, masks), wrong_energy(maps, masks))
-    assert torch.autograd.gradcheck(lambda found: wrong_energy(found, masks), (maps,))
+    assert torch.autograd.gradcheck(lambda result: wrong_energy(result, masks), (maps,))
 
 
 def plain_loss(model, masks: Tensor, weights: Tensor | None = None, arch="triplet") -> Tensor:
@@ -73,17 +73,17 @@ def plain_loss(model, masks: Tensor, weights: Tensor | None = None, arch="triple
         weights = held(rows, tuples.places, tuples.positives)
     shares = []
     for places, weight in zip(tuples.places.tolist(), weights, strict=True):
-        for place in places:
-            if masks[place].isnan().any():
+        for index in places:
+            if masks[index].isnan().any():
                 continue
-            grid = network.body(images[place][None])
+            grid = network.body(images[index][None])
             row = F.normalize(network.end(network.head(grid.mean(dim=(2, 3)))), dim=1)
             slope = torch.autograd.grad((row @ weight).sum(), grid, create_graph=True)[0]
             alphas = slope.mean(dim=(2, 3))[0]
             heat = sum(alphas[c] * grid[0, c] for c in range(len(alphas))).relu()
             heat = F.interpolate(heat[None, None], masks.shape[1:], mode="bilinear")[0, 0]
             if heat.sum() > 0:
-                shares.append((heat * (1 - masks[place])).sum() / heat.sum())
+                shares.append((heat * (1 - masks[index])).sum() / heat.sum())
             else:
                 shares.append(heat.sum() * 0)
     return torch.stack(shares).mean()
@@ -99,11 +99,11 @@ def held(rows: Tensor, places: Tensor, positives: int) -> Tensor:
 def test_the_loss_and_its_gradient_are_those_of_plain_autograd(arch: str, curved: bool) -> None:
     model, masks = smooth_model(curved=curved), soft_masks(12)
     masks[[1, 6]] = torch.nan
-    found = AttentionMaskLoss(arch=arch, layer="body")(prepared(model, masks))
+    result = AttentionMaskLoss(arch=arch, layer="body")(prepared(model, masks))
     expected = plain_loss(model, masks, arch=arch)
-    assert 0 < found < 1
-    assert torch.allclose(found, expected, atol=1e-10)
-    for own, plain in zip(gradients(found, model), gradients(expected, model), strict=True):
+    assert 0 < result < 1
+    assert torch.allclose(result, expected, atol=1e-10)
+    for own, plain in zip(gradients(result, model), gradients(expected, model), strict=True):
         assert (own is None) == (plain is None)
         assert own is None or torch.allclose(own, plain, atol=1e-9)
 
@@ -126,15 +126,15 @@ def test_its_gradient_through_the_map_is_that_of_finite_differences(
         (model.network.head.weight, [(0, 0), (4, 7)]),
     ):
         gradient = torch.autograd.grad(loss, parameter, retain_graph=True)[0]
-        for place in places:
+        for index in places:
             values = []
             for sign in (1, -1):
                 with torch.no_grad():
-                    parameter[place] += sign * 1e-6
+                    parameter[index] += sign * 1e-6
                 values.append(term(prepared(model, masks)).item())
                 with torch.no_grad():
-                    parameter[place] -= sign * 1e-6
-            assert gradient[place].item() == pytest.approx(
+                    parameter[index] -= sign * 1e-6
+            assert gradient[index].item() == pytest.approx(
                 (values[0] - values[1]) / 2e-6, rel=1e-4, abs=1e-9
             )
 
@@ -159,9 +159,9 @@ def test_a_batch_without_masks_is_zero_and_still_in_the_graph(masks: Tensor | No
     loss = AttentionMaskLoss(layer="body")(prepared(model, masks))
     assert loss.item() == 0
     loss.backward()
-    found = [part.grad for part in model.parameters() if part.grad is not None]
-    assert found
-    assert all(torch.equal(part, torch.zeros_like(part)) for part in found)
+    result = [part.grad for part in model.parameters() if part.grad is not None]
+    assert result
+    assert all(torch.equal(part, torch.zeros_like(part)) for part in result)
 
 
 def test_crossed_out_regions_are_masks_turned_round() -> None:

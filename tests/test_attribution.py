@@ -215,12 +215,12 @@ def test_saving_and_loading(found: Attribution, tmp_path: Path) -> None:
         "attribution.json", "attribution.npz", "nodes.csv", "ranking.png",
         "graph_0000.png", "graph_0001.png", "graph_0002.png",
     }  # fmt: skip
-    said = json.loads(Path(files["manifest"]).read_text())
-    assert {"schema", "distance", "residual", "levels", "nodes", "files", "versions"} <= set(said)
-    assert said["distance"] == pytest.approx(float(found.distances[0]))
-    assert len(said["nodes"]) == 4
-    assert sum(level["share"] for level in said["levels"]) == pytest.approx(1)
-    assert said["decomposition"]["node"]["node"] == 3
+    record = json.loads(Path(files["manifest"]).read_text())
+    assert {"schema", "distance", "residual", "levels", "nodes", "files", "versions"} <= set(record)
+    assert record["distance"] == pytest.approx(float(found.distances[0]))
+    assert len(record["nodes"]) == 4
+    assert sum(level["share"] for level in record["levels"]) == pytest.approx(1)
+    assert record["decomposition"]["node"]["node"] == 3
     with Path(files["table"]).open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * 72
@@ -253,8 +253,8 @@ def test_saving_refuses_to_replace_and_loading_to_guess(found: Attribution, tmp_
     (tmp_path / "attribution.npz").write_bytes(b"PK broken")
     with pytest.raises(OutputError, match="damaged"):
         Attribution.load(tmp_path)
-    said = json.loads((tmp_path / "attribution.json").read_text())
-    (tmp_path / "attribution.json").write_text(json.dumps({**said, "schema": 99}))
+    record = json.loads((tmp_path / "attribution.json").read_text())
+    (tmp_path / "attribution.json").write_text(json.dumps({**record, "schema": 99}))
     with pytest.raises(OutputError, match="schema 99"):
         Attribution.load(tmp_path)
 
@@ -314,9 +314,9 @@ def test_wrong_input_is_told_in_a_sentence(
 
 def test_what_to_know_is_said(pair: tuple[Tensor, Tensor]) -> None:
     fresh = small_avsl(learned=False)
-    said = " ".join(attribute(fresh, *pair).warnings)
-    assert "never trained" in said
-    assert "edges were never set" in said
+    record = " ".join(attribute(fresh, *pair).warnings)
+    assert "never trained" in record
+    assert "edges were never set" in record
     fresh.origin = "trained"
     with torch.no_grad():
         fresh.update_edges(fresh.feature_maps(pair[0]))

@@ -185,7 +185,7 @@ def test_edges_are_as_wide_as_what_passes() -> None:
 
 def test_edges_lead_from_the_unreliable_node_to_its_stand_ins() -> None:
     figure = graph(3)
-    place = named(figure, "edge")[0].get_transform()
+    index = named(figure, "edge")[0].get_transform()
     frames = {
         kind: [box_of(frame) for frame in named(figure, kind)]
         for kind in ("similar", "dissimilar", "unreliable", "stand-in", "others")
@@ -193,7 +193,7 @@ def test_edges_lead_from_the_unreliable_node_to_its_stand_ins() -> None:
     everything = [box for boxes in frames.values() for box in boxes]
     hit = []
     for edge in named(figure, "edge"):
-        start, end = place.transform(edge.get_path().vertices[[0, -1]])
+        start, end = index.transform(edge.get_path().vertices[[0, -1]])
         ends = [at for at, box in enumerate(everything) if box.contains(*end)]
         assert len(ends) == 1
         hit += ends

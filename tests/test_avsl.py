@@ -63,7 +63,7 @@ def test_presets_differ_in_every_named_option() -> None:
 @pytest.mark.parametrize("option", ["pooling", "certainty", "scale", "ties", "epsilon", "orphans"])
 def test_each_option_alone_changes_what_it_says(option: str, batch: Tensor) -> None:
     """On edges with ties and orphans; everything else held fixed."""
-    found = []
+    result = []
     for source in ("paper", "official"):
         options = replace(PRESETS["paper"], **{option: getattr(PRESETS[source], option)})
         torch.manual_seed(0)
@@ -72,11 +72,11 @@ def test_each_option_alone_changes_what_it_says(option: str, batch: Tensor) -> N
             edges.copy_(edges.sign())
             edges[:, :3] = -1.0
         with torch.no_grad():
-            found.append(model.distance(*[model.embed(batch)] * 2))
+            result.append(model.distance(*[model.embed(batch)] * 2))
     if option == "epsilon":
-        assert 0 < (found[0] - found[1]).abs().max() < 1e-6
+        assert 0 < (result[0] - result[1]).abs().max() < 1e-6
     else:
-        assert (found[0] - found[1]).abs().max() > 1e-6
+        assert (result[0] - result[1]).abs().max() > 1e-6
 
 
 def test_orphans_keep_their_own_value_or_lose_the_doubtful_share(batch: Tensor) -> None:
@@ -149,10 +149,10 @@ def test_neighbours_are_those_of_the_distance(batch: Tensor) -> None:
     with torch.no_grad():
         rows = model.embed(batch)
         expected, places = model.distance(rows, rows).topk(3, dim=1, largest=False)
-    found = model.neighbours(rows, rows, 3)
-    torch.testing.assert_close(found.distances, expected, rtol=1e-9, atol=1e-14)
-    assert torch.equal(found.indices, places)
-    assert (found.margins >= 0).all()
+    result = model.neighbours(rows, rows, 3)
+    torch.testing.assert_close(result.distances, expected, rtol=1e-9, atol=1e-14)
+    assert torch.equal(result.indices, places)
+    assert (result.margins >= 0).all()
     vectors = model.surrogate(rows).vectors(model.unpacked(rows))
     assert vectors.shape == (6, 72)
 
@@ -278,8 +278,8 @@ def test_damaged_files_are_refused_in_one_sentence(saved: tuple[AVSL, Path]) -> 
         lambda c: c["simexplain"]["avsl"].update(nodes=[6, 7]),
     ):
         broken = {"simexplain": {**content["simexplain"]}, "state_dict": {**content["state_dict"]}}
-        said = content["simexplain"]["avsl"]
-        broken["simexplain"]["avsl"] = {**said, "options": {**said["options"]}}
+        record = content["simexplain"]["avsl"]
+        broken["simexplain"]["avsl"] = {**record, "options": {**record["options"]}}
         change(broken)
         torch.save(broken, path)
         refusal(path)

@@ -79,9 +79,9 @@ def doubled(graph: Graph, *rows: Rows) -> Tensor:
 def test_exact_is_inference(widths, regime, odd) -> None:
     graph, rows = made(widths, regime=regime, odd=odd)
     for tile in (None, 1, 7, 100):
-        found = exact(graph, rows[:30], rows[20:], tile=tile)
+        result = exact(graph, rows[:30], rows[20:], tile=tile)
         torch.testing.assert_close(
-            found, broadcast(graph, rows[:30], rows[20:]), rtol=1e-12, atol=1e-14
+            result, broadcast(graph, rows[:30], rows[20:]), rtol=1e-12, atol=1e-14
         )
     paired = infer(graph, rows[:30], rows[30:60]).distance
     torch.testing.assert_close(exact(graph, rows[:30], rows[30:60]).diagonal(), paired)
@@ -109,10 +109,10 @@ def test_a_set_with_itself_is_mirrored(tile) -> None:
 def test_identical_images_have_distance_zero(regime) -> None:
     graph, rows = made(regime=regime, dtype=torch.float32)
     twice = rows[torch.arange(len(rows)).repeat(2)]
-    found = exact(graph, twice)
-    assert (found.diagonal() == 0).all()
-    assert (found.diagonal(len(rows)) == 0).all()
-    assert (found + torch.eye(len(found)) + torch.eye(len(found)).roll(len(rows), 1) > 0).all()
+    result = exact(graph, twice)
+    assert (result.diagonal() == 0).all()
+    assert (result.diagonal(len(rows)) == 0).all()
+    assert (result + torch.eye(len(result)) + torch.eye(len(result)).roll(len(rows), 1) > 0).all()
 
 
 def test_one_level_is_the_euclidean_distance() -> None:
@@ -128,8 +128,8 @@ def test_one_level_is_the_euclidean_distance() -> None:
 def test_listed_distances_are_those_of_the_matrix(tile) -> None:
     graph, rows = made((20, 28, 24))
     chosen = torch.randint(80, (33, 11))
-    found = gathered(graph, rows[:33], rows, chosen, tile=tile)
-    torch.testing.assert_close(found, exact(graph, rows[:33], rows).gather(1, chosen))
+    result = gathered(graph, rows[:33], rows, chosen, tile=tile)
+    torch.testing.assert_close(result, exact(graph, rows[:33], rows).gather(1, chosen))
     assert gathered(graph, rows[:3], rows, chosen[:3, :0]).shape == (3, 0)
     with pytest.raises(ModelError, match="list"):
         gathered(graph, rows, rows, chosen)
@@ -191,9 +191,9 @@ class Garbage:
 
     def search(self, vectors, n):
         generator = torch.Generator().manual_seed(len(vectors))
-        found = torch.randint(-1, 90, (len(vectors), n), generator=generator)
-        found[:, 0] = -1
-        return torch.zeros(len(vectors), n).numpy(), found.numpy()
+        result = torch.randint(-1, 90, (len(vectors), n), generator=generator)
+        result[:, 0] = -1
+        return torch.zeros(len(vectors), n).numpy(), result.numpy()
 
 
 class Nothing:
@@ -210,26 +210,26 @@ def test_neighbours_are_those_of_all_distances(regime, exclude, index) -> None:
     for seed, widths in enumerate(SHAPES):
         graph, rows = made(widths, regime=regime, seed=seed, odd=seed > 1)
         for k, shortlist, block in ((1, 1, 7), (5, None, 512), (8, 8, 33), (79, None, 80)):
-            found = neighbours(
+            result = neighbours(
                 graph, rows, rows, k,
                 shortlist=shortlist, block=block, exclude_self=exclude, index=index,
             )  # fmt: skip
             values, indices = brute(graph, rows, rows, k, exclude=exclude)
-            assert torch.equal(found.indices, indices)
-            torch.testing.assert_close(found.distances, values)
-            assert (found.margins >= 0).all()
-            assert (found.reranked >= k).all()
-            assert (found.reranked <= 80 - exclude).all()
+            assert torch.equal(result.indices, indices)
+            torch.testing.assert_close(result.distances, values)
+            assert (result.margins >= 0).all()
+            assert (result.reranked >= k).all()
+            assert (result.reranked <= 80 - exclude).all()
 
 
 def test_neighbours_skip_most_of_the_gallery() -> None:
     graph, rows = made(images=300, dtype=torch.float32)
-    found = neighbours(graph, rows, None, 3, shortlist=10)
-    assert torch.equal(found.indices, brute(graph, rows, rows, 3)[1])
-    assert found.reranked.float().mean() < 30
-    assert found.distances.dtype == torch.float32
+    result = neighbours(graph, rows, None, 3, shortlist=10)
+    assert torch.equal(result.indices, brute(graph, rows, rows, 3)[1])
+    assert result.reranked.float().mean() < 30
+    assert result.distances.dtype == torch.float32
     double = rows.to(torch.zeros(0, dtype=torch.float64))
-    assert torch.equal(neighbours(graph, rows, double, 3).indices, found.indices)
+    assert torch.equal(neighbours(graph, rows, double, 3).indices, result.indices)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -242,10 +242,10 @@ def test_of_equal_neighbours_the_first_row_comes_first(regime, dtype) -> None:
     true = exact(graph, rows, rows[torch.arange(40)])[:, torch.arange(40).repeat(3)[order]]
     values, indices = true.sort(dim=1, stable=True)
     for k in (1, 2, 4, 7):
-        found = neighbours(graph, rows, gallery, k, shortlist=k)
-        assert torch.equal(found.indices, indices[:, :k])
-        torch.testing.assert_close(found.distances, values[:, :k])
-        assert (found.distances[:, 0] == 0).all()
+        result = neighbours(graph, rows, gallery, k, shortlist=k)
+        assert torch.equal(result.indices, indices[:, :k])
+        torch.testing.assert_close(result.distances, values[:, :k])
+        assert (result.distances[:, 0] == 0).all()
 
 
 def test_neighbours_with_faiss() -> None:
@@ -258,9 +258,9 @@ def test_neighbours_with_faiss() -> None:
         approximate = faiss.IndexHNSWFlat(vectors.shape[1], 4)
         approximate.add(vectors)
         for searched in (index, approximate):
-            found = neighbours(graph, rows, rows, 6, index=searched, exclude_self=True)
-            assert torch.equal(found.indices, brute(graph, rows, rows, 6, exclude=True)[1])
-            assert (found.margins >= 0).all()
+            result = neighbours(graph, rows, rows, 6, index=searched, exclude_self=True)
+            assert torch.equal(result.indices, brute(graph, rows, rows, 6, exclude=True)[1])
+            assert (result.margins >= 0).all()
 
 
 def test_neighbours_of_nothing_and_of_too_few() -> None:
@@ -298,16 +298,16 @@ def test_the_expansion_errs_no_more_than_it_says(widths, regime, odd) -> None:
     true = exact(graph, rows)
     errors = []
     for degree, rank in ((1, 1), (2, 2), (3, 4)):
-        found = Expansion.build(graph, rows, None, degree, rank)
-        matrix = found.matrix(block=70)
+        result = Expansion.build(graph, rows, None, degree, rank)
+        matrix = result.matrix(block=70)
         assert matrix.isfinite().all()
         assert (matrix >= 0).all()
         assert torch.equal(matrix, matrix.T)
         errors.append(float((matrix - true).abs().amax() / true.mean()))
         # 64 x 64 images of 300 x 300 pairs are measured. The largest of twenty times as many
         # values with exponential tails is some (ln 9e4 / ln 4e3) = 1.4 times larger; 3 is safe.
-        assert errors[-1] <= 3 * found.error + 1e-12
-        assert found.error <= 1.5 * errors[-1] + 1e-12
+        assert errors[-1] <= 3 * result.error + 1e-12
+        assert result.error <= 1.5 * errors[-1] + 1e-12
     if len(widths) == 1:
         assert errors[0] < 1e-12
     else:
@@ -316,11 +316,11 @@ def test_the_expansion_errs_no_more_than_it_says(widths, regime, odd) -> None:
 
 def test_the_expansion_of_two_sets() -> None:
     graph, rows = made((20, 28, 24), 120, dtype=torch.float32)
-    found = Expansion.build(graph, rows[:50], rows[40:], 2, 24)
+    result = Expansion.build(graph, rows[:50], rows[40:], 2, 24)
     true = exact(graph, rows[:50], rows[40:])
-    matrix = found.matrix(block=32)
+    matrix = result.matrix(block=32)
     assert (matrix - true).abs().amax() / true.mean() < 2e-4
-    torch.testing.assert_close(found.rows(slice(3, 9)), matrix[3:9], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.rows(slice(3, 9)), matrix[3:9], rtol=1e-4, atol=1e-5)
     with pytest.raises(ModelError, match="rank 1"):
         Expansion.build(graph, rows, rows, 1, 0)
     with pytest.raises(ModelError, match="at least 1 query"):
@@ -356,7 +356,9 @@ def test_distances_choose_by_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="above 0"):
         distances(graph, rows, accuracy=0.0)
     monkeypatch.undo()
-    assert planned(graph, rows, None, 1.0) == choice.Plan("exact")  # 10,000 pairs are soon done
+    assert planned(graph, rows, None, 1.0) == choice.DistancePlan(
+        "exact"
+    )  # 10,000 pairs are soon done
 
 
 @pytest.mark.parametrize("most", [2**25, 5000])
@@ -367,13 +369,13 @@ def test_distances_have_gradients_where_they_are_wanted(monkeypatch, most) -> No
     learned = Graph(graph.edges, slopes, graph.offsets, graph.bottom)
     assert planned(learned, rows).method == "broadcast"
     weights = torch.randn(12, 20, dtype=torch.float64)
-    found = distances(learned, rows[:12], rows)
-    grads = torch.autograd.grad((found * weights).sum(), slopes)
+    result = distances(learned, rows[:12], rows)
+    grads = torch.autograd.grad((result * weights).sum(), slopes)
     expected = torch.autograd.grad((broadcast(learned, rows[:12], rows) * weights).sum(), slopes)
     torch.testing.assert_close(grads, expected)
     with torch.no_grad():
         assert planned(learned, rows).method == "exact"
-        torch.testing.assert_close(distances(learned, rows[:12], rows), found)
+        torch.testing.assert_close(distances(learned, rows[:12], rows), result)
     assert not exact(learned, rows).requires_grad
 
 
@@ -416,7 +418,7 @@ def test_the_random_state_is_left_alone_and_results_repeat() -> None:
     graph, rows = made(images=60, regime="hard")
     state = torch.random.get_rng_state()
     first = Expansion.build(graph, rows, None, 2, 2)
-    found = neighbours(graph, rows, None, 3)
+    result = neighbours(graph, rows, None, 3)
     torch.manual_seed(5)
     again = Expansion.build(graph, rows, None, 2, 2)
     torch.random.set_rng_state(state)
@@ -424,7 +426,7 @@ def test_the_random_state_is_left_alone_and_results_repeat() -> None:
     distances(graph, rows, accuracy=1e-2)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(first.matrix(), again.matrix())
-    assert torch.equal(found.margins, neighbours(graph, rows, None, 3).margins)
+    assert torch.equal(result.margins, neighbours(graph, rows, None, 3).margins)
 
 
 @pytest.mark.gpu
@@ -436,9 +438,9 @@ def test_on_a_gpu(regime) -> None:
     graph, rows = made(images=300, regime=regime, dtype=torch.float32)
     true = exact(graph, rows)
     graph, rows = graph.to(like), rows.to(like)
-    found = exact(graph, rows)
-    assert found.device.type == "cuda"
-    torch.testing.assert_close(found.cpu(), true, rtol=1e-5, atol=1e-6)
+    result = exact(graph, rows)
+    assert result.device.type == "cuda"
+    torch.testing.assert_close(result.cpu(), true, rtol=1e-5, atol=1e-6)
     nearest = neighbours(graph, rows, None, 5)
     values = true.sort(dim=1).values[:, :5]
     torch.testing.assert_close(nearest.distances.cpu(), values, rtol=1e-5, atol=1e-6)

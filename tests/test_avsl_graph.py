@@ -80,12 +80,12 @@ def test_embeddings_and_certainties_are_the_published_ones(
     published: AVSL, golden: dict[str, Tensor]
 ) -> None:
     for split in ("query", "gallery"):
-        found = published.unpacked(rows(published, golden, split))
+        result = published.unpacked(rows(published, golden, split))
         for level, cams in enumerate(published.cams(features(golden, split))):
             expected = golden[f"{split}_embedding_{level}"]
             close(cams.mean(dim=(2, 3)), expected)
-            close(found.embeddings[level], F.normalize(expected, dim=1))
-            close(found.certainties[level], golden[f"{split}_certainty_{level}"])
+            close(result.embeddings[level], F.normalize(expected, dim=1))
+            close(result.certainties[level], golden[f"{split}_certainty_{level}"])
 
 
 def test_edges_after_two_updates_are_the_published_ones(
@@ -112,13 +112,13 @@ def test_nodes_and_sensitivities_are_the_published_ones(
     published: AVSL, golden: dict[str, Tensor]
 ) -> None:
     query, gallery = (rows(published, golden, split) for split in ("query", "gallery"))
-    for place in range(len(gallery)):
-        found = published.pairs(query, gallery[place].expand_as(query))
+    for index in range(len(gallery)):
+        result = published.pairs(query, gallery[index].expand_as(query))
         for level in range(3):
-            close(found.nodes[level], golden[f"node_{level}"][:, place])
-            close(found.sensitivities[level], golden[f"sensitivity_{level}"][:, place])
-        total = sum(part.sum(dim=1) for part in found.contributions)
-        close(total, golden["overall_distance"][:, place])
+            close(result.nodes[level], golden[f"node_{level}"][:, index])
+            close(result.sensitivities[level], golden[f"sensitivity_{level}"][:, index])
+        total = sum(part.sum(dim=1) for part in result.contributions)
+        close(total, golden["overall_distance"][:, index])
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -167,9 +167,9 @@ def test_normalised_edges_keep_the_strongest_and_sum_to_one() -> None:
     assert first[:, 0].tolist() == pytest.approx([3 / 6, 1 / 6, 2 / 6, 0])
     tied = normalised_edges(edges, 3, ties="all", epsilon=0.0)
     assert tied[:, 0].tolist() == pytest.approx([3 / 7, 1 / 7, 2 / 7, 1 / 7])
-    for found in (first, tied):
-        assert found[:, 1].tolist() == [0, 0, 1, 0]
-        assert found[:, 2].tolist() == [0, 0, 0, 0]
+    for result in (first, tied):
+        assert result[:, 1].tolist() == [0, 0, 1, 0]
+        assert result[:, 2].tolist() == [0, 0, 0, 0]
     assert float(normalised_edges(edges, 9, ties="first", epsilon=1e-2)[:, 1].sum()) < 1
 
 
@@ -179,25 +179,25 @@ WIDTHS = ((7,), (7, 5), (6, 9, 4), (5, 6, 7, 8))
 @pytest.mark.parametrize("widths", WIDTHS, ids=len)
 def test_properties_of_section_3(widths: tuple[int, ...]) -> None:
     graph = random_graph(widths, 1)
-    found = infer(graph, random_rows(9, widths, 2), random_rows(9, widths, 3))
+    result = infer(graph, random_rows(9, widths, 2), random_rows(9, widths, 3))
     assert graph.widths == widths
-    for part in (*found.nodes, *found.rectified, *found.sensitivities):
+    for part in (*result.nodes, *result.rectified, *result.sensitivities):
         assert (part >= 0).all()
-    for level, sure in enumerate(found.reliabilities):
+    for level, sure in enumerate(result.reliabilities):
         assert ((sure > 0) & (sure <= 1)).all()
         assert (sure < 1).any() == (level > 0)
     for edges in graph.edges:
         sums = edges.sum(dim=0)
         assert (((sums - 1).abs() < 1e-12) | (sums == 0)).all()
-    total = sum(part.sum(dim=1) for part in found.contributions)
-    torch.testing.assert_close(total, found.distance, rtol=1e-12, atol=0)
+    total = sum(part.sum(dim=1) for part in result.contributions)
+    torch.testing.assert_close(total, result.distance, rtol=1e-12, atol=0)
 
 
 def test_the_recursion_is_the_matrix_product_of_equation_11() -> None:
     widths = (6, 9, 4)
     graph, q, g = random_graph(widths, 1), random_rows(1, widths, 2), random_rows(1, widths, 3)
-    found = infer(graph, q, g)
-    low, middle, high = (torch.diag(sure[0]) for sure in found.reliabilities)
+    result = infer(graph, q, g)
+    low, middle, high = (torch.diag(sure[0]) for sure in result.reliabilities)
     doubts = [torch.eye(len(part), dtype=torch.float64) - part for part in (middle, high)]
     below = doubts[1] @ graph.edges[1].T
     lambdas = (
@@ -205,7 +205,7 @@ def test_the_recursion_is_the_matrix_product_of_equation_11() -> None:
         (below @ middle).sum(dim=0),
         high.sum(dim=0),
     )
-    for expected, sensitivity in zip(lambdas, found.sensitivities, strict=True):
+    for expected, sensitivity in zip(lambdas, result.sensitivities, strict=True):
         torch.testing.assert_close(sensitivity[0], expected)
 
 
@@ -213,15 +213,15 @@ def test_the_recursion_is_the_matrix_product_of_equation_11() -> None:
 def test_sensitivities_are_the_derivative_of_the_distance(widths: tuple[int, ...]) -> None:
     """By autograd on Eq. 8 written with the nodes as free variables."""
     graph, q, g = random_graph(widths, 4), random_rows(5, widths, 5), random_rows(5, widths, 6)
-    found = infer(graph, q, g)
-    nodes = [part.clone().requires_grad_() for part in found.nodes]
+    result = infer(graph, q, g)
+    nodes = [part.clone().requires_grad_() for part in result.nodes]
     hat = nodes[0]
     for level in range(1, len(widths)):
-        sure = found.reliabilities[level]
+        sure = result.reliabilities[level]
         hat = sure * nodes[level] + (1 - sure) * (hat @ graph.edges[level - 1])
     gradients = torch.autograd.grad(hat.sum(), nodes)
-    torch.testing.assert_close(hat.sum(dim=1), found.distance)
-    for expected, sensitivity in zip(gradients, found.sensitivities, strict=True):
+    torch.testing.assert_close(hat.sum(dim=1), result.distance)
+    for expected, sensitivity in zip(gradients, result.sensitivities, strict=True):
         torch.testing.assert_close(sensitivity, expected, rtol=1e-12, atol=1e-15)
 
 

@@ -69,12 +69,12 @@ def test_one_level_of_a_pair_is_that_of_the_account(
 ) -> None:
     model = small_avsl(preset)
     account = attribute(model, images[0], images[1])
-    found = explain(
+    result = explain(
         model, Comparison.pair(images[:1], images[1:2]), "avsl", evidence="distance",
         level=LEVELS[level], keep_negative=True,
     )  # fmt: skip
-    torch.testing.assert_close(found.maps[0], -account.level_maps(level))
-    assert found.maps.shape[-2:] == account.features[level].shape[-2:]
+    torch.testing.assert_close(result.maps[0], -account.level_maps(level))
+    assert result.maps.shape[-2:] == account.features[level].shape[-2:]
 
 
 @PRESETS
@@ -97,9 +97,9 @@ def test_layers_are_the_levels_with_their_own_maps(preset: str, images: Tensor) 
 
 def test_sanity_check_takes_the_model_s_own_levels(images: Tensor) -> None:
     pair = Comparison.pair(images[:1], images[1:2])
-    found = sanity_check(small_avsl(), pair, "avsl", depths=[2])
-    assert found.settings["layers"] == LEVELS
-    assert not found.errors
+    result = sanity_check(small_avsl(), pair, "avsl", depths=[2])
+    assert result.settings["layers"] == LEVELS
+    assert not result.errors
 
 
 def test_agreement_by_a_loop_over_nodes(images: Tensor) -> None:
@@ -156,5 +156,5 @@ def test_refusals(tiny: TinyNet, images: Tensor) -> None:
         "Method 'avsl' has layers of its own (stage1, stage2, stage3) and takes no layer, got "
         "'stage1'; leave it away (the method's options are evidence, level, keep_negative)."
     )
-    said = explain(small_avsl(), pair, "avsl").warnings
-    assert "never trained" in said[0]
+    record = explain(small_avsl(), pair, "avsl").warnings
+    assert "never trained" in record[0]

@@ -21,7 +21,7 @@ from simexplain.losses.avsl_objective import ABLATIONS, AVSLLoss
 from simexplain.losses.objective import Objective
 from simexplain.losses.parameter_groups import parameter_groups
 from simexplain.losses.proxies import Proxies
-from simexplain.losses.proxy_anchor import Measured, ProxyAnchor
+from simexplain.losses.proxy_anchor import DistanceBatch, ProxyAnchor
 from simexplain.models.accelerating import accelerated
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_options import INFERENCES, PRESETS, AVSLOptions
@@ -67,9 +67,9 @@ def objective_of(model: AVSL, *args, **given) -> tuple[Objective, AVSLLoss]:
     return Objective({"avsl": (1.0, term)}), term
 
 
-def measured(distances: Tensor, labels: Tensor, columns: Tensor, **given) -> Measured:
+def measured(distances: Tensor, labels: Tensor, columns: Tensor, **given) -> DistanceBatch:
     generator = torch.Generator().manual_seed(0)
-    return Measured(distances, labels, columns, 16, generator, **given)
+    return DistanceBatch(distances, labels, columns, 16, generator, **given)
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def naive_cams(model: AVSL, images: Tensor) -> list[Tensor]:
 
 def naive_edges(cams: Sequence[Tensor], old: Sequence[Tensor], kept: float) -> list[Tensor]:
     """Eq. 3 and 4 node by node."""
-    found = []
+    result = []
     for low, high, before in zip(cams[:-1], cams[1:], old, strict=True):
         now = torch.zeros_like(before)
         for m in range(len(low)):
@@ -101,8 +101,8 @@ def naive_edges(cams: Sequence[Tensor], old: Sequence[Tensor], kept: float) -> l
             for j in range(len(small)):
                 for i in range(len(large)):
                     now[j, i] += (small[j] / small[j].norm()) @ (large[i] / large[i].norm())
-        found.append(kept * before + (1 - kept) * now / len(low))
-    return found
+        result.append(kept * before + (1 - kept) * now / len(low))
+    return result
 
 
 def naive_weights(edges: Tensor, k: int) -> Tensor:
@@ -154,7 +154,7 @@ def test_values_are_those_of_equations_1_to_10_by_loops() -> None:
     old = [edges.clone() for edges in model.edges]
     objective, term = objective_of(model)
     images = pictures()
-    found = objective(model, images, LABELS)
+    result = objective(model, images, LABELS)
     with torch.no_grad():
         cams = naive_cams(model, images)
         edges = [naive_weights(part, 2) for part in naive_edges(cams, old, 0.5)]
@@ -178,7 +178,7 @@ def test_values_are_those_of_equations_1_to_10_by_loops() -> None:
     for n, part in enumerate(parts):
         torch.testing.assert_close(term.latest[f"level_{n}"], part)
     torch.testing.assert_close(term.latest["overall"], whole)
-    torch.testing.assert_close(found.total, sum(parts) + whole)
+    torch.testing.assert_close(result.total, sum(parts) + whole)
 
 
 def test_proxy_anchor_is_kim_et_al_on_half_the_squared_distance() -> None:
@@ -239,14 +239,14 @@ def test_gradient_of_alpha_and_beta_is_that_of_finite_differences() -> None:
     objective(model, images, LABELS).total.backward()
     for parameters in (model.alphas, model.betas):
         for parameter in parameters:
-            for place in (0, 11, 23):
+            for index in (0, 11, 23):
                 values = []
                 for step in (1e-5, -1e-5):
-                    parameter.data[place] += step
+                    parameter.data[index] += step
                     values.append(float(objective(model, images, LABELS).total.detach()))
-                    parameter.data[place] -= step
+                    parameter.data[index] -= step
                 slope = (values[0] - values[1]) / 2e-5
-                assert float(parameter.grad[place]) == pytest.approx(slope, rel=1e-5, abs=1e-8)
+                assert float(parameter.grad[index]) == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
 def test_groups_are_named_complete_and_have_their_own_rates() -> None:
@@ -322,11 +322,11 @@ def test_positive_proxies_alone_only_attract() -> None:
 def test_a_proxy_is_as_certain_as_the_batch_is_on_average_and_of_unit_length() -> None:
     model = training()
     rows = model.unpacked(model.embed(pictures()))
-    found = model.unpacked(Proxies(7, model.widths).double().rows(torch.tensor([1, 5]), rows))
+    result = model.unpacked(Proxies(7, model.widths).double().rows(torch.tensor([1, 5]), rows))
     for n in range(3):
         expected = rows.certainties[n].mean()
-        torch.testing.assert_close(found.certainties[n], expected.expand(2, 24))
-        torch.testing.assert_close(found.embeddings[n].norm(dim=1), expected.new_ones(2))
+        torch.testing.assert_close(result.certainties[n], expected.expand(2, 24))
+        torch.testing.assert_close(result.embeddings[n].norm(dim=1), expected.new_ones(2))
 
 
 # --- the graph in training ------------------------------------------------------------------------
@@ -408,8 +408,8 @@ def test_a_standardised_eta_is_what_alpha_and_beta_are_learned_on() -> None:
         eta = sure[:, None] * sure[None]
         z = (eta - eta.mean()) / eta.std(correction=0)
         alpha, beta = model.alphas[level - 1], model.betas[level - 1]
-        found = model.graph().reliability(level, sure[:, None], sure[None])
-        torch.testing.assert_close(found, torch.sigmoid(alpha * z + beta))
+        result = model.graph().reliability(level, sure[:, None], sure[None])
+        torch.testing.assert_close(result, torch.sigmoid(alpha * z + beta))
         expected = torch.stack((eta.mean(), eta.std(correction=0)))
         torch.testing.assert_close(getattr(model, f"eta_{level - 1}"), expected)
     before = model.eta_1.clone()
@@ -541,7 +541,7 @@ def test_distance_weighted_sampling_is_that_of_pytorch_metric_learning() -> None
     assert torch.equal(before, torch.get_rng_state())
 
 
-def replace_generator(case: Measured) -> Measured:
+def replace_generator(case: DistanceBatch) -> DistanceBatch:
     return replace(case, generator=torch.Generator().manual_seed(4))
 
 
@@ -590,9 +590,9 @@ def test_ablations_measure_what_they_say_on_every_way(
         torch.testing.assert_close(model.distance(rows, rows), expected)
         torch.testing.assert_close(model.pairs(rows[:6], rows[6:]).distance,
                                    expected[:6, 6:].diagonal())  # fmt: skip
-        found = model.neighbours(rows, rows, 4, exclude_self=True)
+        actual = model.neighbours(rows, rows, 4, exclude_self=True)
         near = expected.clone().fill_diagonal_(torch.inf).topk(4, largest=False).values
-        torch.testing.assert_close(found.distances, near)
+        torch.testing.assert_close(actual.distances, near)
     result = attribute(model, images[:2], images[2:4])
     torch.testing.assert_close(result.distances, expected[:2, 2:4].diagonal())
     assert float(result.residual.abs().max()) < 1e-12
@@ -608,13 +608,13 @@ def test_ablations_measure_what_they_say_on_every_way(
 
 def test_full_inference_differs_from_every_ablation() -> None:
     with torch.no_grad():
-        found = []
+        result = []
         for inference in INFERENCES:
             model = small_avsl(inferring(inference))
             rows = model.embed(pictures())
-            found.append(model.distance(rows, rows))
-    for n, one in enumerate(found):
-        for other in found[n + 1 :]:
+            result.append(model.distance(rows, rows))
+    for n, one in enumerate(result):
+        for other in result[n + 1 :]:
             assert float((one - other).abs().max()) > 1e-3
 
 
@@ -678,17 +678,17 @@ def test_weights_and_settings_of_each_level_are_used_and_recorded() -> None:
     part = term.latest
     expected = 0.5 * part["level_0"] + part["level_1"] + 2 * part["level_2"] + 3 * part["overall"]
     torch.testing.assert_close(total.detach(), expected)
-    said = term.to_json()
-    assert said["weights"] == [0.5, 1.0, 2.0]
-    assert said["overall_weight"] == 3.0
-    assert [level["negative"] for level in said["levels"]] == [2.2, 2.3, 2.4]
-    assert said["overall"] == {"alpha": 8.0, "positive": 1.8, "negative": 2.2}
-    assert said["proxies"] == {"classes": CLASSES, "most": 1000, "beyond": "batch"}
+    record = term.to_json()
+    assert record["weights"] == [0.5, 1.0, 2.0]
+    assert record["overall_weight"] == 3.0
+    assert [level["negative"] for level in record["levels"]] == [2.2, 2.3, 2.4]
+    assert record["overall"] == {"alpha": 8.0, "positive": 1.8, "negative": 2.2}
+    assert record["proxies"] == {"classes": CLASSES, "most": 1000, "beyond": "batch"}
 
 
 def test_what_does_not_fit_is_said_in_one_sentence() -> None:
     model = training()
-    for given, said in (
+    for given, record in (
         ({"loss": "nothing"}, "proxy_anchor"),
         ({"classes": None}, "classes"),
         ({"weights": (1.0, 2.0)}, "3 weights"),
@@ -697,7 +697,7 @@ def test_what_does_not_fit_is_said_in_one_sentence() -> None:
         ({"level_settings": {"margin": 1.0}}, "'margin'"),
         ({"beyond": "some"}, "'some'"),
     ):
-        assert said in refusal(lambda given=given: loss_of(model, **given))
+        assert record in refusal(lambda given=given: loss_of(model, **given))
     objective, _ = objective_of(model)
     assert "from 0 to 3" in refusal(lambda: objective(model, pictures(), LABELS + 1))
     other = training(nodes=7)
@@ -731,9 +731,9 @@ def test_base_losses_are_those_of_pytorch_metric_learning() -> None:
         ("multi_similarity", losses.MultiSimilarityLoss(2, 50, 0.5)),
     ):
         term = metric_loss(name, CLASSES, 8)
-        found = term.miner(rows, LABELS) if term.miner is not None else None
+        result = term.miner(rows, LABELS) if term.miner is not None else None
         value = Objective({"base": (1.0, term)})(model, images, LABELS).total
-        torch.testing.assert_close(value, plain(rows, LABELS, found))
+        torch.testing.assert_close(value, plain(rows, LABELS, result))
     assert metric_loss("triplet", 1, 8, margin=0.7).loss.margin == 0.7
     assert "'margins'" in refusal(lambda: metric_loss("triplet", 1, 8, margins=0.7))
     assert "proxy_anchor" in refusal(lambda: metric_loss("nothing", 1, 8))

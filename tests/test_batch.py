@@ -34,7 +34,7 @@ from simexplain import (
     explain_batch,
     open_batch,
 )
-from simexplain.batching.keeping import Keep
+from simexplain.batching.cache import LookaheadCache
 from simexplain.batching.options import BatchOptions
 from simexplain.batching.planning import nearest_first
 from simexplain.batching.row_explaining import RowExplainer
@@ -75,19 +75,19 @@ def one_by_one(
     return explain(model, paths, method=method, **shape, **options)
 
 
-def agree(found: Explanation, wanted: Explanation, tolerance: float = 1e-5) -> None:
+def agree(result: Explanation, wanted: Explanation, tolerance: float = 1e-5) -> None:
     for name in ("maps", "weights", "scores", "embeddings", "distances"):
-        a, b = getattr(found, name), getattr(wanted, name)
+        a, b = getattr(result, name), getattr(wanted, name)
         slack = max(1e-7, tolerance * float(b.abs().max()))
         torch.testing.assert_close(a, b, rtol=tolerance, atol=slack, msg=name)
-    assert list(found.layer_maps) == list(wanted.layer_maps)
+    assert list(result.layer_maps) == list(wanted.layer_maps)
     for layer, maps in wanted.layer_maps.items():
-        torch.testing.assert_close(found.layer_maps[layer], maps, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.heatmaps, wanted.heatmaps, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(result.layer_maps[layer], maps, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.heatmaps, wanted.heatmaps, rtol=1e-3, atol=1e-4)
     for name in ("roles", "architecture", "warnings", "layers", "options", "method", "model"):
-        assert getattr(found, name) == getattr(wanted, name), name
-    assert rounded(found.peaks()) == rounded(wanted.peaks())
-    assert [p.path for p in found.pictures] == [p.path for p in wanted.pictures]
+        assert getattr(result, name) == getattr(wanted, name), name
+    assert rounded(result.peaks()) == rounded(wanted.peaks())
+    assert [p.path for p in result.pictures] == [p.path for p in wanted.pictures]
 
 
 def rounded(peaks: list[tuple[float, float] | None]) -> list[list[float] | None]:
@@ -141,10 +141,10 @@ def test_several_rows_are_as_explained_alone(methods, table: Path, tmp_path: Pat
         assert result.work.forwards == len(NAMES)
     for number, row in enumerate(ROWS[:4]):
         wanted = one_by_one(model, table.parent, row, methods)
-        found = result.explanation(number)
+        actual = result.explanation(number)
         others = result.record(number)["others"]
-        assert len(found.rows) == len(wanted.rows) == 2
-        for one, other in zip(found.rows, wanted.rows, strict=True):
+        assert len(actual.rows) == len(wanted.rows) == 2
+        for one, other in zip(actual.rows, wanted.rows, strict=True):
             agree(one, other)
         assert [other["method"] for other in others] == [wanted.others[0].method]
         peaks = [p and (p["x"], p["y"]) for p in others[0]["peaks"]]
@@ -295,11 +295,11 @@ def test_networks_that_mix_the_images_of_a_batch_get_each_alone(
     assert result.work is not None
     assert result.work.shared
     for number, row in enumerate(ROWS):
-        found = result.explanation(number)
-        agree(found, one_by_one(model, table.parent, row))
-        pictures = [model.preprocess(picture.image)[0] for picture in found.pictures]
+        actual = result.explanation(number)
+        agree(actual, one_by_one(model, table.parent, row))
+        pictures = [model.preprocess(picture.image)[0] for picture in actual.pictures]
         own = [model.embed(picture[None])[0] for picture in pictures]
-        torch.testing.assert_close(found.embeddings[0], torch.stack(own))
+        torch.testing.assert_close(actual.embeddings[0], torch.stack(own))
 
 
 # Rows
@@ -317,22 +317,22 @@ def test_bad_rows_are_told_and_lose_no_others(folder: Path, tmp_path: Path) -> N
         ("j", "p0.png", "p1.png", "p2.png", "too many"), ("k", *ROWS[2]),
     ]  # fmt: skip
     table = written(folder / "rows.csv", rows, ("id", "anchor", "positives", "negatives"))
-    told: list[str] = []
+    lines: list[str] = []
     model = tiny_model()
-    result = explain_batch(model, table, tmp_path / "out", skipped=told.extend)
-    assert [line.split(":")[0] for line in told] == [f"line {n}" for n in (3, 4, 5, 6, 8, 9, 11)]
+    result = explain_batch(model, table, tmp_path / "out", skipped=lines.extend)
+    assert [line.split(":")[0] for line in lines] == [f"line {n}" for n in (3, 4, 5, 6, 8, 9, 11)]
     statuses = result.table["status"].to_pylist()
     assert [own for own, status in zip("abcdefghijk", statuses, strict=True) if status == "ok"] == [
         "a", "k",
     ]  # fmt: skip
     errors = result.table["error"].to_pylist()
-    for number, said in (
+    for number, record in (
         (1, "There is no file"), (2, "Expected a positive or a negative"),
         (3, "Expected an anchor"), (4, "is not a picture"), (5, "is damaged or cut off"),
         (6, "too elongated"), (7, "that of an earlier row"), (8, "cut.png' is damaged"),
         (9, "Expected 4 cells"),
     ):  # fmt: skip
-        assert said in errors[number], errors[number]
+        assert record in errors[number], errors[number]
         assert errors[number].endswith(".")
     assert result.table["id"].to_pylist() == [row[0] for row in rows]
     for number, row in ((0, ROWS[0]), (10, ROWS[2])):
@@ -406,9 +406,9 @@ def test_columns(
     negatives: tuple[str, ...],
     tmp_path: Path,
 ) -> None:
-    (found,), root = read_rows(written(tmp_path / "rows.csv", [row, ()], header))
-    assert (found.anchor, found.positives, found.negatives) == ("a", positives, negatives)
-    assert (found.id, found.line, found.problem) == ("0", 2, "")
+    (result,), root = read_rows(written(tmp_path / "rows.csv", [row, ()], header))
+    assert (result.anchor, result.positives, result.negatives) == ("a", positives, negatives)
+    assert (result.id, result.line, result.problem) == ("0", 2, "")
     assert root == tmp_path
 
 
@@ -421,7 +421,7 @@ def test_columns(
         ("anchor,postives\na,b\n", "got 'postives'"),
         ("anchor,id\na,b\n", "no 'positives'"),
         ("anchor,positives,anchor\na,b,c\n", "'anchor' twice"),
-        ('anchor,positives\n"a,b\n', "no CSV file in UTF-8"),
+        ('anchor,positives\n"a,b\n', "not a CSV file in UTF-8"),
     ],
 )
 def test_files_that_are_no_tables(text: str, said: str, tmp_path: Path) -> None:
@@ -440,12 +440,12 @@ def test_rows_from_python_are_those_of_a_file(table: Path, tmp_path: Path) -> No
     explain_batch(tiny_model(), rows, tmp_path / "python", root=table.parent)
     ours, theirs = (open_batch(tmp_path / name).table for name in ("file", "python"))
     assert ours.drop_columns("line").equals(theirs.drop_columns("line"))
-    for bad, said in (
+    for bad, record in (
         ([{"anchor": "a", "positve": "b"}], "'positve'"),
         ([3], r"got \[3\]"),
         ([], "none"),
     ):
-        with pytest.raises(ComparisonError, match=said):
+        with pytest.raises(ComparisonError, match=record):
             explain_batch(tiny_model(), bad, tmp_path / "bad")
 
 
@@ -663,14 +663,14 @@ def test_a_batch_that_another_run_has_ended_is_left_as_it_is(table: Path, tmp_pa
     """Here the other one ends between the look whether it is done and the work."""
     out, how = tmp_path / "out", BatchOptions(shard_rows=2)
     stopped(table, out)
-    done, proof = [], RowExplainer.prove
+    done, proof = [], RowExplainer.check_sharing
 
     def proven(self: RowExplainer) -> Explanation:
-        found = proof(self)
+        result = proof(self)
         if not done:
             done.append(True)
             explain_batch(tiny_model(), table, out, how=how, resume=True)
-        return found
+        return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RowExplainer, "prove", proven)
@@ -717,7 +717,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    for options, kind, said in (
+    for options, kind, record in (
         ({"method": "nope"}, ComparisonError, "method to be one of"),
         ({"layer": "nope"}, ModelError, "no layer 'nope'"),
         ({"weights": "nope"}, ComparisonError, "weights to be one of"),
@@ -726,7 +726,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
         ({"method": "saliency", "layer": "body"}, ModelError, "takes no layer"),
         ({"scale": "huge"}, ComparisonError, "scale to be one of"),
     ):
-        with pytest.raises(kind, match=said):
+        with pytest.raises(kind, match=record):
             explain_batch(tiny_model(), table, out, **options)  # type: ignore[arg-type]
         assert not out.exists(), options
     for wrong in ({"shard_rows": 0}, {"memory": -1}, {"accelerator": "abacus"}):
@@ -750,7 +750,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
 
 def test_what_is_needed_last_goes_first() -> None:
     uses = {"a": [0, 9], "b": [1, 2], "c": [2, 3], "d": [3]}
-    keep: Keep[str] = Keep(20, lambda key: uses[key])  # type: ignore[index]
+    keep: LookaheadCache[str] = LookaheadCache(20, lambda key: uses[key])  # type: ignore[index]
     made = []
 
     def take(key: str) -> None:
@@ -779,10 +779,10 @@ def test_rows_that_share_pictures_come_together() -> None:
 
 def test_the_manifest_says_what_was_done(table: Path, tmp_path: Path) -> None:
     explain_batch(tiny_model(), table, tmp_path / "out", weights="signed")
-    said = json.loads((tmp_path / "out" / "batch.json").read_text(encoding="utf-8"))
-    assert said["settings"]["option weights"] == "signed"
-    assert said["options"]["weights"] == "signed"
-    assert (said["method"], said["layers"], said["rows"]) == ("sam", ["last"], len(ROWS))
+    record = json.loads((tmp_path / "out" / "batch.json").read_text(encoding="utf-8"))
+    assert record["settings"]["option weights"] == "signed"
+    assert record["options"]["weights"] == "signed"
+    assert (record["method"], record["layers"], record["rows"]) == ("sam", ["last"], len(ROWS))
     summary = open_batch(tmp_path / "out").to_json()
     assert (summary["explained"], summary["failed"], summary["pictures"]) == (len(ROWS), 0, 8)
 
@@ -795,11 +795,11 @@ def test_the_benchmark_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) ->
     assert sum(uses.values()) == 36
     assert max(uses.values()) - min(uses.values()) <= 4
     assert all(len(set(row.paths)) == 3 for row in rows)
-    found = benchmark.measure(tiny_model(), "sam", 3, 6, 1, 2)
-    assert (found.pictures, found.forwards, found.separate) == (6, 6, 18)
-    assert found.error < 1e-5
+    result = benchmark.measure(tiny_model(), "sam", 3, 6, 1, 2)
+    assert (result.pictures, result.forwards, result.separate) == (6, 6, 18)
+    assert result.error < 1e-5
     monkeypatch.setattr(benchmark, "SHARING", (3,))
-    page = benchmark.page([found], benchmark.remembered(tiny_model(), 6), "")
+    page = benchmark.page([result], benchmark.remembered(tiny_model(), 6), "")
     assert "| sam | 3 | 6 | 6 | 18 | 6 |" in page
 
 
@@ -810,9 +810,9 @@ def test_a_table_that_names_maps_elsewhere_is_refused(table: Path, tmp_path: Pat
     outside = tmp_path / "outside.safetensors"
     outside.write_bytes((done.folder / done.record(0)["maps_file"]).read_bytes())
     rows = pq.read_table(done.folder / "results.parquet")
-    place = rows.column_names.index("maps_file")
+    index = rows.column_names.index("maps_file")
     for name in ("../outside.safetensors", str(outside), "maps/../../outside.safetensors"):
-        forged = rows.set_column(place, "maps_file", [[name] * len(rows)])
+        forged = rows.set_column(index, "maps_file", [[name] * len(rows)])
         pq.write_table(forged, done.folder / "results.parquet")
         with pytest.raises(OutputError, match="Expected maps of the batch"):
             open_batch(done.folder).explanation(0)

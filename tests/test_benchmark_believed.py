@@ -38,13 +38,13 @@ def test_sights_are_those_of_the_check(folder: Path) -> None:  # noqa: F811
     network = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = as_similarity_model(network.eval(), preprocess=Preprocess(size=(48, 48), fit="squash"))
     scenes = compose_scenes(read_stamps(folder), 2, 0)
-    found = believed.sights_of(model, {"emoji": scenes})
-    assert list(found) == [f"emoji, {part}" for part in believed.PARTS]
+    result = believed.sights_of(model, {"emoji": scenes})
+    assert list(result) == [f"emoji, {part}" for part in believed.PARTS]
     shown = (scenes[1].queries["category"], scenes[1].picture)
     images = torch.stack([model.preprocess(picture)[0] for picture in shown])
     with torch.no_grad():
         rows, veiled = (F.normalize(network(one), dim=1) for one in (images, blurred(images)))
-    moved, (spread,) = found["emoji, similar pair"][1]
+    moved, (spread,) = result["emoji, similar pair"][1]
     assert np.allclose(moved, 1 - (rows * veiled).sum(1), atol=2e-5)
     away = max(float(1 - one[0] @ one[1]) for one in (rows, veiled))
     assert spread == pytest.approx(away, abs=2e-5)

@@ -92,11 +92,11 @@ def test_each_photograph_comes_once_in_three_seeds(tmp_path: Path) -> None:
     Image.new("RGB", (300, 260), "red").save(tmp_path / "own.png")
     every = len(warps.every_photograph(tmp_path))
     assert every == len(warps.every_photograph(None)) + 1
-    found = [warps.subjects(tmp_path, None, 0, seed)["photographs"] for seed in range(3)]
-    assert sum(map(len, found)) == every
-    means = [np.asarray(one.picture).mean() for own in found for one in own]
+    result = [warps.subjects(tmp_path, None, 0, seed)["photographs"] for seed in range(3)]
+    assert sum(map(len, result)) == every
+    means = [np.asarray(one.picture).mean() for own in result for one in own]
     assert len(set(means)) == every
-    assert {one.picture.size for own in found for one in own} == {(SIDE, SIDE)}
+    assert {one.picture.size for own in result for one in own} == {(SIDE, SIDE)}
 
 
 def corners(side: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -112,10 +112,10 @@ def test_answers_are_counted_by_distance() -> None:
     np.testing.assert_allclose(bench.judged(right, weights, points, points), [1, 1, 1, 1, 1])
     # Every answer a cell to the left, a quarter of the side; those of the first column stay.
     shifted = torch.zeros_like(right)
-    shifted[range(16), [place - (place % 4 > 0) for place in range(16)]] = 1
-    found = bench.judged(shifted, weights, points, points)
+    shifted[range(16), [index - (index % 4 > 0) for index in range(16)]] = 1
+    result = bench.judged(shifted, weights, points, points)
     # Two columns answer with the first one, which answers with itself: three of four are mutual.
-    np.testing.assert_allclose(found, [0.25, 0.25, 0.25, 0.75, 1 / 3])
+    np.testing.assert_allclose(result, [0.25, 0.25, 0.25, 0.75, 1 / 3])
     np.testing.assert_array_equal(bench.judged(right, [], points, points[:0]), NOTHING)
 
 
@@ -128,8 +128,8 @@ def test_a_constant_does_not_change_an_answer() -> None:
 
 def test_chance_is_the_area_of_a_disc() -> None:
     middle = torch.tensor([[0.5, 0.5]], dtype=torch.float64)
-    found = bench._free(middle, bench.PLACES[None])[:3]
-    np.testing.assert_allclose(found, np.pi * np.array(bench.TOLERANCES) ** 2, rtol=0.03)
+    result = bench._free(middle, bench.PLACES[None])[:3]
+    np.testing.assert_allclose(result, np.pi * np.array(bench.TOLERANCES) ** 2, rtol=0.03)
     np.testing.assert_allclose(bench._free(middle, middle[:, None] + 0.08)[:3], [0, 0, 1])
     np.testing.assert_allclose(bench._free(middle, middle[:, None] + 0.06)[:3], [0, 1, 1])
 
@@ -153,7 +153,7 @@ def test_answers_by_hand() -> None:
     small = Network.of("pooled", as_similarity_model(pooled, preprocess=prepare))
     firsts, second = torch.randn(2, 3, 64, 64), torch.randn(3, 64, 64)
     layer = small.layers[0]
-    found, frame = bench.answers(small, layer, firsts, second, deep=False)
+    result, frame = bench.answers(small, layer, firsts, second, deep=False)
     with torch.no_grad():
         a, b = (pooled.above(pooled.below(x).relu()) for x in (firsts, second[None]))
     parts = [one.flatten(2) / 16 for one in (a, b.expand(2, -1, -1, -1))]
@@ -169,9 +169,9 @@ def test_answers_by_hand() -> None:
     relevance = torch.einsum("mcn,mcr->mnr", *weighed)
     expected = dict(zip((*bench.OWN, *bench.SEEN), (values, special, cosines, relevance),
                         strict=True))  # fmt: skip
-    assert set(found) == set(expected)
+    assert set(result) == set(expected)
     for name, matrix in expected.items():
-        torch.testing.assert_close(found[name], matrix, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(result[name], matrix, rtol=1e-3, atol=1e-5, msg=name)
     assert (frame.view, frame.grid) == ((64, 64), (4, 4))
     finer, _ = bench.answers(small, small.layers[1], firsts, second, deep=False)
     assert set(finer) == set(bench.SEEN)
@@ -183,18 +183,18 @@ def test_the_page_and_the_record(network, folder, tmp_path, monkeypatch) -> None
     monkeypatch.setattr(warps, "every_photograph", lambda folder: warps.photographs()[:2])
     record, page = tmp_path / "found.json", tmp_path / "page.md"
     kept = ["--record", str(record), "--out", str(page)]
-    asked = ["--stamps", str(folder), "--cache", str(tmp_path / "cache"), "--scenes", "1"]
-    bench.main([*asked, "--seeds", "0", "1", *kept])
-    said, text = json.loads(record.read_text()), page.read_text()
-    found = said["networks"]["narrow"]["default"]
-    assert found["all"]["match, adds"]["n"] == 24
-    assert found["photographs"]["chance"]["n"] == 12
-    assert found["thin plate, strong"]["nearest neighbour"]["n"] == 4
-    assert found["all"]["nearest neighbour"]["mean"][-1] == 0
-    assert "match, adds" not in said["networks"]["narrow"]["finer"]["all"]
+    requested = ["--stamps", str(folder), "--cache", str(tmp_path / "cache"), "--scenes", "1"]
+    bench.main([*requested, "--seeds", "0", "1", *kept])
+    printed, text = json.loads(record.read_text()), page.read_text()
+    result = printed["networks"]["narrow"]["default"]
+    assert result["all"]["match, adds"]["n"] == 24
+    assert result["photographs"]["chance"]["n"] == 12
+    assert result["thin plate, strong"]["nearest neighbour"]["n"] == 4
+    assert result["all"]["nearest neighbour"]["mean"][-1] == 0
+    assert "match, adds" not in printed["networks"]["narrow"]["finer"]["all"]
     assert str(tmp_path) not in text
     monkeypatch.setattr(bench, "measured_pairs", None)
-    bench.main([*asked, "--seeds", "0", "1", *kept])
-    assert json.loads(record.read_text()) == said
+    bench.main([*requested, "--seeds", "0", "1", *kept])
+    assert json.loads(record.read_text()) == printed
     bench.main(kept)
     assert page.read_text() == text

@@ -54,12 +54,12 @@ def network() -> nets.Network:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five categories with three drawn cut-outs each."""
     made = tmp_path_factory.mktemp("stamps")
-    for place, colour in enumerate(("crimson", "navy", "gold", "teal", "purple")):
+    for index, colour in enumerate(("crimson", "navy", "gold", "teal", "purple")):
         (made / colour).mkdir()
         for number in range(3):
             picture = Image.new("RGBA", (110, 90 + 8 * number))
             draw = ImageDraw.Draw(picture)
-            shape = draw.ellipse if place % 2 else draw.rectangle
+            shape = draw.ellipse if index % 2 else draw.rectangle
             shape((5, 5, 95, 80), fill=colour, outline="white", width=3 + 3 * number)
             picture.save(made / colour / f"{number}.png")
     return made
@@ -88,9 +88,9 @@ def test_the_maps_judged_are_those_of_explain(network, batch, name: str) -> None
     layers = {"last": None, "mid": network.layers[1], "last x mid": network.layers}[row.layers]
     expected = explain(network.plain, triplet(batch), row.method, layers, **row.options).maps[:, 1]
     for _ in range(2):  # the second time from memory
-        found = rows.scene_maps(row, network.shared, network.layers, batch, None)
+        result = rows.scene_maps(row, network.shared, network.layers, batch, None)
         scale = expected.abs().amax()
-        torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=5e-3)
+        torch.testing.assert_close(result / scale, expected / scale, rtol=0, atol=5e-3)
 
 
 def test_a_picture_passes_the_lower_part_once(network, batch) -> None:
@@ -133,10 +133,10 @@ def test_pairs_stand_for_triplets_where_the_negative_has_no_say(network, batch) 
 def test_areas_are_those_of_faithfulness(network, batch) -> None:
     maps = torch.rand(2, 7, 7, generator=torch.Generator().manual_seed(3))
     directions = rows.unit_rows(network.plain, batch.queries)
-    asked = (network, batch.scenes, directions, maps, 4, measures.Scores())
-    found = measures.areas(*asked)
-    np.testing.assert_array_equal(measures.areas(*asked), found)  # now from memory
-    for place, baseline in enumerate(measures.BASELINES):
+    requested = (network, batch.scenes, directions, maps, 4, measures.Scores())
+    result = measures.areas(*requested)
+    np.testing.assert_array_equal(measures.areas(*requested), result)  # now from memory
+    for index, baseline in enumerate(measures.BASELINES):
         scores = faithfulness(
             network.plain, triplet(batch), maps[:, None].expand(-1, 3, -1, -1), steps=4,
             baseline=baseline,
@@ -145,7 +145,7 @@ def test_areas_are_those_of_faithfulness(network, batch) -> None:
             getattr(scores, name)[:, 1].numpy()
             for name in ("raw_deletion", "raw_insertion", "whole", "empty")
         ]
-        own = found[:, 4 * place : 4 * place + 4]
+        own = result[:, 4 * index : 4 * index + 4]
         np.testing.assert_allclose(own, np.stack(expected, axis=1), atol=1e-4)
 
 
@@ -174,18 +174,18 @@ def test_peers_explain_the_similarity(network, batch, name: str) -> None:
     if not peer.installed:
         pytest.skip(f"{peer.package} is not installed")
     small = batch[:1] if peer.tier == "few" else batch
-    found = rows.scene_maps(peer, network.plain, network.layers, small, None)
-    assert found.shape[0] == len(small)
+    result = rows.scene_maps(peer, network.plain, network.layers, small, None)
+    assert result.shape[0] == len(small)
     assert not any(p.grad is not None for p in network.plain.parameters())
     if "GradCAM" not in name and "GradCam" not in name:
-        assert bool(found.isfinite().all() and found.any())
+        assert bool(result.isfinite().all() and result.any())
         return
     vectors = rows.unit_rows(network.plain, small.queries)
     if peer.target == "margin":
         vectors = vectors - rows.unit_rows(network.plain, small.negatives)
     expected = plain_grad_cam(network, small.scenes, vectors)
-    size = (int(found.shape[-2]), int(found.shape[-1]))
-    pairs = (found.flatten(1).float(), grown(expected, size).flatten(1))
+    size = (int(result.shape[-2]), int(result.shape[-1]))
+    pairs = (result.flatten(1).float(), grown(expected, size).flatten(1))
     assert bool((F.cosine_similarity(*pairs) > 0.97).all())
 
 
@@ -199,7 +199,9 @@ def plain_grad_cam(network: nets.Network, images, vectors):
 
 
 def test_a_peer_that_is_not_there_is_named() -> None:
-    absent = {"ghost: GradCAM": peers.Peer("ghost-cam", "no_such_module", lambda asked: asked[2])}
+    absent = {
+        "ghost: GradCAM": peers.Peer("ghost-cam", "no_such_module", lambda requested: requested[2])
+    }
     assert peers.left_out(absent) == {"ghost: GradCAM": "package `ghost-cam` is not installed"}
 
 
@@ -212,12 +214,12 @@ def test_the_page_and_the_cache(network, folder, tmp_path, monkeypatch, capsys) 
     chosen = ["sam paper", "sam signed", "weight_bank", "saliency"]
     bench.main([*start, "--rows", *chosen])
     first = out.read_text(encoding="utf-8")
-    found = {cells[0]: cells for cells in table_rows(first, "method | n | same: hit")}
-    assert {name: cells[1] for name, cells in found.items()} == {
+    result = {cells[0]: cells for cells in table_rows(first, "method | n | same: hit")}
+    assert {name: cells[1] for name, cells in result.items()} == {
         "sam paper, last": "4", "sam signed, last": "4", "sam signed, last x mid": "4",
         "weight_bank, last": "4", "saliency": "2",
     }  # fmt: skip
-    for cells in found.values():
+    for cells in result.values():
         for cell in cells[2:-1]:
             mean, error = map(float, cell.split(" ± "))
             assert 0 <= mean <= 1
@@ -250,16 +252,16 @@ def test_records_are_used_only_where_they_fit(tmp_path: Path) -> None:
 
 def test_seeds_are_joined_scene_by_scene() -> None:
     parts = [{"curves": np.full((2, 8), seed)} for seed in (1.0, 2.0)]
-    found = measures.joined(parts, 3)["curves"][:, 0]
-    np.testing.assert_equal(found, [1, 1, np.nan, 2, 2, np.nan])
+    result = measures.joined(parts, 3)["curves"][:, 0]
+    np.testing.assert_equal(result, [1, 1, np.nan, 2, 2, np.nan])
 
 
 def test_areas_on_the_page_are_ratios_of_means() -> None:
     blur = [[0.5, 0.75, 1.0, 0.0], [0.2, 0.2, 0.2, 0.2 - 1e-9], [np.nan] * 4]  # one loses nothing
-    found = pages._areas(np.array(blur))
-    assert found[0].startswith("0.50 ±")
-    assert found[1].startswith("0.75 ±")
-    assert found[2] == "0.125 ± 0.088"
+    result = pages._areas(np.array(blur))
+    assert result[0].startswith("0.50 ±")
+    assert result[1].startswith("0.75 ±")
+    assert result[2] == "0.125 ± 0.088"
 
 
 def test_emoji_are_cut_into_bank_and_test(folder: Path) -> None:
@@ -273,8 +275,8 @@ def test_emoji_are_cut_into_bank_and_test(folder: Path) -> None:
 
 def test_pairs_show_two_pictures_of_one_thing(folder: Path) -> None:
     read = scenes.read_stamps(folder)
-    found = data.compose_pairs(read, 5, seed=0)
-    for scene in found:
+    result = data.compose_pairs(read, 5, seed=0)
+    for scene in result:
         shown, query = (np.asarray(p) for p in (scene.picture, scene.queries["category"]))
         assert (shown[~scene.positive].mean()) > 240  # white but for soft edges
         assert not scene.distractor.any()

@@ -26,15 +26,15 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_boxes_have_their_share_and_lie_anywhere(bench: ModuleType) -> None:
-    found = bench.boxes(50, (96, 64), 0.25, seed=0)
-    assert found.shape == (50, 96, 64)
-    assert bool((found.sum((1, 2)) == 48 * 32).all())
-    rows, columns = found.any(2), found.any(1)
+    result = bench.boxes(50, (96, 64), 0.25, seed=0)
+    assert result.shape == (50, 96, 64)
+    assert bool((result.sum((1, 2)) == 48 * 32).all())
+    rows, columns = result.any(2), result.any(1)
     assert bool((rows.sum(1) == 48).all())
     assert bool((columns.sum(1) == 32).all())
-    assert len(found.unique(dim=0)) > 40
-    assert found.any(0).float().mean() > 0.95
-    assert torch.equal(found, bench.boxes(50, (96, 64), 0.25, seed=0))
+    assert len(result.unique(dim=0)) > 40
+    assert result.any(0).float().mean() > 0.95
+    assert torch.equal(result, bench.boxes(50, (96, 64), 0.25, seed=0))
 
 
 @pytest.fixture
@@ -64,11 +64,11 @@ def test_only_queries_lose_something(
         for vendor in ("one", "two"):
             noisy = np.clip(picture + random.normal(0, 8, picture.shape), 0, 255).astype(np.uint8)
             Image.fromarray(noisy).resize((64, 64)).save(folder / f"{vendor}.png")
-    found = bench.measure(model, tmp_path, share=0.5, seeds=[0, 1])
+    result = bench.measure(model, tmp_path, share=0.5, seeds=[0, 1])
     queries = read_dataset("folder", tmp_path, train_share=0.6, group="name").queries
     plain = evaluate_retrieval(model, queries, ranks=(1,), grouped=True)
-    assert found["whole"] == pytest.approx((100 * plain.recall[1], 100 * plain.map_at_r))
-    assert set(found) == {"whole", "box 0", "box 1", "attended"}
-    assert all(found[name][0] < found["whole"][0] for name in ("box 0", "box 1", "attended"))
-    boxes = [(found["box 0"][n] + found["box 1"][n]) / 2 for n in (0, 1)]
-    assert bench.averaged(found)[1] == f"{boxes[0]:.1f} / {boxes[1]:.1f}"
+    assert result["whole"] == pytest.approx((100 * plain.recall[1], 100 * plain.map_at_r))
+    assert set(result) == {"whole", "box 0", "box 1", "attended"}
+    assert all(result[name][0] < result["whole"][0] for name in ("box 0", "box 1", "attended"))
+    boxes = [(result["box 0"][n] + result["box 1"][n]) / 2 for n in (0, 1)]
+    assert bench.averaged(result)[1] == f"{boxes[0]:.1f} / {boxes[1]:.1f}"

@@ -50,8 +50,8 @@ def stamps(folder: Path) -> scenes.Stamps:
 def shown(scene: scenes.Scene) -> dict[str, np.ndarray]:
     """Where the picture has each colour, but for the soft edges of shapes."""
     pixels = np.asarray(scene.picture)
-    found = {name: (pixels == colour).all(axis=2) for name, colour in COLOURS.items()}
-    return {name: mask for name, mask in found.items() if mask.sum() > 9}
+    result = {name: (pixels == colour).all(axis=2) for name, colour in COLOURS.items()}
+    return {name: mask for name, mask in result.items() if mask.sum() > 9}
 
 
 def own_colour(scene: scenes.Scene) -> str:
@@ -157,10 +157,10 @@ def test_what_cannot_be_composed(stamps) -> None:
 
 
 def test_collections_have_names(stamps) -> None:
-    found = data.kind_scenes("held-out", stamps, ["small", "large"])
-    assert [one.name for one in found.values()] == ["held-out small", "held-out large"]
-    assert "tenth" in found["small"].note
-    (scene,) = found["large"].make(1, 0)
+    result = data.kind_scenes("held-out", stamps, ["small", "large"])
+    assert [one.name for one in result.values()] == ["held-out small", "held-out large"]
+    assert "tenth" in result["small"].note
+    (scene,) = result["large"].make(1, 0)
     assert scene.positive.mean() > 4 * scene.distractor.mean()
 
 
@@ -172,10 +172,10 @@ def test_black_boxes_are_compared_on_the_scenes_that_both_have() -> None:
         {"focus": {key: np.array([wrong])}, "occlusion": {key: np.array([wrong, right])}},
         {"focus": {key: np.array([right])}},
     ]
-    (said,) = bench.beside_focus(kinds).values()
-    assert said["own"]["mean"] == [0, 1, 0.1]
-    assert said["focus"]["mean"] == [0.5, 0.5, 0.3]
-    assert (said["apart"]["n"], said["apart"]["mean"], said["apart"]["error"]) == (
+    (record,) = bench.beside_focus(kinds).values()
+    assert record["own"]["mean"] == [0, 1, 0.1]
+    assert record["focus"]["mean"] == [0.5, 0.5, 0.3]
+    assert (record["apart"]["n"], record["apart"]["mean"], record["apart"]["error"]) == (
         2,
         [-1],
         [0.7071],
@@ -185,33 +185,33 @@ def test_black_boxes_are_compared_on_the_scenes_that_both_have() -> None:
 def test_means_are_over_networks_scene_by_scene() -> None:
     one = {"a": {"points_same": np.ones((3, 3))}, "b": {"points_same": np.ones((3, 3))}}
     two = {"a": {"points_same": np.zeros((2, 3))}}
-    found = bench.means({"one": one, "two": two})
-    assert list(found) == ["a"]
-    np.testing.assert_equal(found["a"]["points_same"], np.full((2, 3), 0.5))
+    result = bench.means({"one": one, "two": two})
+    assert list(result) == ["a"]
+    np.testing.assert_equal(result["a"]["points_same"], np.full((2, 3), 0.5))
 
 
 def test_the_page_and_the_record(network, folder, tmp_path, monkeypatch) -> None:  # noqa: F811
     names = ("Lite0, 112", "MobileNetV2, 112")
     named = [(name, "imagenet", replace(network, name=name)) for name in names]
     absent = [(name, "imagenet", None) for name in names]
-    monkeypatch.setattr(bench, "imagenet", lambda *asked, load: named if load else absent)
-    monkeypatch.setattr(bench.trained_pointing, "networks", lambda *asked, load: ())
+    monkeypatch.setattr(bench, "imagenet", lambda *requested, load: named if load else absent)
+    monkeypatch.setattr(bench.trained_pointing, "networks", lambda *requested, load: ())
     monkeypatch.setattr(bench.trained_pointing, "TRAINED", 0)
     record, page = tmp_path / "scenes.json", tmp_path / "page.md"
     kept = ["--record", str(record), "--out", str(page)]
-    asked = ["--stamps", str(folder), "--emoji", str(folder), "--runs", str(tmp_path), *kept]
-    asked += ["--cache", str(tmp_path / "cache"), "--scenes", "3", "--few", "1"]
-    asked += ["--kinds", "plain", "small", "--rows", "sam paper", "focus", "occlusion"]
-    bench.main(asked)
-    said, text = json.loads(record.read_text()), page.read_text()
-    assert said["kinds"]["small"]["Lite0, 112"]["focus"]["same"]["n"] == 3
-    assert said["kinds"]["small"]["ImageNet, 112 pixels"]["focus"]["same"]["n"] == 3
-    assert said["kinds"]["plain"]["Lite0, 112"]["occlusion"]["category"]["n"] == 1
-    assert said["boxes"]["Lite0, 112"]["occlusion"]["own"]["n"] == 2
+    requested = ["--stamps", str(folder), "--emoji", str(folder), "--runs", str(tmp_path), *kept]
+    requested += ["--cache", str(tmp_path / "cache"), "--scenes", "3", "--few", "1"]
+    requested += ["--kinds", "plain", "small", "--rows", "sam paper", "focus", "occlusion"]
+    bench.main(requested)
+    printed, text = json.loads(record.read_text()), page.read_text()
+    assert printed["kinds"]["small"]["Lite0, 112"]["focus"]["same"]["n"] == 3
+    assert printed["kinds"]["small"]["ImageNet, 112 pixels"]["focus"]["same"]["n"] == 3
+    assert printed["kinds"]["plain"]["Lite0, 112"]["occlusion"]["category"]["n"] == 1
+    assert printed["boxes"]["Lite0, 112"]["occlusion"]["own"]["n"] == 2
     assert "| *small* | 3 |" in text
     assert str(tmp_path) not in text
     monkeypatch.setattr(network.__class__, "tensors", None)
-    bench.main([*asked, "--done"])
-    assert json.loads(record.read_text()) == said
+    bench.main([*requested, "--done"])
+    assert json.loads(record.read_text()) == printed
     bench.main(kept)
     assert page.read_text() == text

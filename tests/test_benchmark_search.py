@@ -17,12 +17,12 @@ COLOURS = ("crimson", "navy", "gold", "purple", "teal")
 @pytest.fixture
 def stamps(tmp_path: Path) -> Path:
     """Five categories with three drawn cut-outs each."""
-    for place, colour in enumerate(COLOURS):
+    for index, colour in enumerate(COLOURS):
         (tmp_path / colour).mkdir()
         for number in range(3):
             picture = Image.new("RGBA", (120, 90 + 10 * number))
             draw = ImageDraw.Draw(picture)
-            shape = draw.ellipse if place % 2 else draw.rectangle
+            shape = draw.ellipse if index % 2 else draw.rectangle
             shape((5, 5, 100, 80), fill=colour, outline="orange", width=4 + 3 * number)
             picture.save(tmp_path / colour / f"{number}.png")
     return tmp_path
@@ -45,12 +45,12 @@ def test_the_wanted_piece_is_in_one_scene_alone(composing: ModuleType, stamps: P
         marked = query.scene.pieces[0]
         key = (marked.category, marked.number)
         holders = {
-            place: piece.box
-            for place, scene in enumerate(gallery)
+            index: piece.box
+            for index, scene in enumerate(gallery)
             for piece in scene.pieces
             if (piece.category, piece.number) == key
         }
-        assert query.answers == {place: (box,) for place, box in holders.items()}
+        assert query.answers == {index: (box,) for index, box in holders.items()}
         assert len(holders) == 1
         x, y, width, height = marked.box
         inside = np.asarray(query.scene.picture)[y : y + height, x : x + width]
@@ -70,8 +70,8 @@ def test_queries_of_a_category_show_nothing_of_the_gallery(
         marked = query.scene.pieces[0]
         assert (marked.category, marked.number) not in shown
         right = {
-            place
-            for place, scene in enumerate(gallery)
+            index
+            for index, scene in enumerate(gallery)
             if any(piece.category == marked.category for piece in scene.pieces)
         }
         assert set(query.answers) == right

@@ -73,8 +73,10 @@ def test_its_masks_are_those_of_segment(
     bench: ModuleType, folder: Path, network: SimilarityModel
 ) -> None:
     scene = bench.segmentation_scenes(bench.read_stamps(folder), 1, seed=2)[0]
-    found = {(name, setting): own for name, setting, own in bench.heats(network, scene, bench.MAPS)}
-    assert len(found) == len(bench.MAPS) * 3
+    result = {
+        (name, setting): own for name, setting, own in bench.heats(network, scene, bench.MAPS)
+    }
+    assert len(result) == len(bench.MAPS) * 3
     tensors = [
         torch.stack([network.preprocess(one)[0] for one in group])
         for group in ((scene.picture,), *scene.supports)
@@ -85,7 +87,7 @@ def test_its_masks_are_those_of_segment(
         grown = torch.nn.functional.interpolate(
             torch.from_numpy(heat)[None, None], size=(224, 224), mode="bilinear"
         )
-        np.testing.assert_allclose(found["focus", setting][0], grown[0, 0], atol=1e-5)
+        np.testing.assert_allclose(result["focus", setting][0], grown[0, 0], atol=1e-5)
 
 
 def test_the_page_tells_means_and_spread(

@@ -37,12 +37,12 @@ def test_strided_blocks_have_smaller_maps_inside() -> None:
     maps = torch.rand(1, 3, 8, 8)
     inside = block.bn1(block.conv1(maps))
     assert inside.shape[2:] == (3, 3)
-    found = block(maps)
-    assert found.shape == (1, 5, 4, 4)
+    result = block(maps)
+    assert result.shape == (1, 5, 4, 4)
     # Where the convolutions do not reach there is the mean alone, and for new channels nothing.
     means = nn.functional.avg_pool2d(maps, 2)
-    assert torch.equal(found[:, :3, 3, :], means[:, :, 3, :])
-    assert not found[:, 3:, 3, :].any()
+    assert torch.equal(result[:, :3, 3, :], means[:, :, 3, :])
+    assert not result[:, 3:, 3, :].any()
 
 
 def test_the_stages_of_the_small_networks() -> None:
@@ -112,11 +112,11 @@ def test_crops_show_the_positive_the_distractor_and_neither(folder: Path) -> Non
             )
         ]
         assert {crop.shape for crop in shown} == {(112, 112, 3)}
-        found = np.array([crop[..., :2].sum(axis=(0, 1)) for crop in shown])
+        result = np.array([crop[..., :2].sum(axis=(0, 1)) for crop in shown])
         whole = np.array([scene.positive.sum(), scene.distractor.sum()])
-        assert found[0, 0] > 0.9 * whole[0]
-        assert found[1, 1] > 0.9 * whole[1]
-        assert found[2].sum() <= min(found[0].sum(), found[1].sum())
+        assert result[0, 0] > 0.9 * whole[0]
+        assert result[1, 1] > 0.9 * whole[1]
+        assert result[2].sum() <= min(result[0].sum(), result[1].sum())
 
 
 def test_the_network_chooses_among_the_crops(folder: Path) -> None:  # noqa: F811
@@ -141,11 +141,11 @@ def test_the_network_chooses_among_the_crops(folder: Path) -> None:  # noqa: F81
             ]
         ),
     )
-    (found,) = pointing.choices("colours", network, data, 0, Counts(3, 3, 0, 0, 1), Store(None))
+    (result,) = pointing.choices("colours", network, data, 0, Counts(3, 3, 0, 0, 1), Store(None))
     for setting in SETTINGS:
-        assert found[f"points_{setting}"][:, :2].tolist() == [[1, 0]] * 3
-        assert np.isnan(found[f"points_{setting}"][:, 2]).all()
-    assert pointing.listed(found)["same"][0] == [1, 0, None]
+        assert result[f"points_{setting}"][:, :2].tolist() == [[1, 0]] * 3
+        assert np.isnan(result[f"points_{setting}"][:, 2]).all()
+    assert pointing.listed(result)["same"][0] == [1, 0, None]
 
 
 @pytest.mark.slow
@@ -164,25 +164,25 @@ def test_it_trains_measures_and_repeats_nothing(
     record, runs = tmp_path / "trained.json", tmp_path / "runs"
     given = [str(folder), "--runs", str(runs), "--record", str(record)]
     bench.main(given)
-    said = json.loads(record.read_text())
-    (run,) = said["runs"].values()
+    printed = json.loads(record.read_text())
+    (run,) = printed["runs"].values()
     assert (run["steps"], run["images"], run["seed"]) == (2, 16, 0)
     assert 0 <= run["reached"]["recall@1"] <= 1
     monkeypatch.setattr(bench, "train", None)
     bench.main(given)
-    assert json.loads(record.read_text()) == said
+    assert json.loads(record.read_text()) == printed
     points, out = tmp_path / "points.json", tmp_path / "page.md"
-    asked = [str(folder), "--runs", str(runs), "--trained", str(record), "--cache"]
-    asked += [str(tmp_path / "cache"), "--scenes", "2", "--few", "1"]
-    pointing.main([*asked, "--record", str(points), "--out", str(out)])
-    found = json.loads(points.read_text())
-    assert list(found) == ["plain ViT", "plain ViT, random weights"]
-    for halves in found.values():
+    requested = [str(folder), "--runs", str(runs), "--trained", str(record), "--cache"]
+    requested += [str(tmp_path / "cache"), "--scenes", "2", "--few", "1"]
+    pointing.main([*requested, "--record", str(points), "--out", str(out)])
+    result = json.loads(points.read_text())
+    assert list(result) == ["plain ViT", "plain ViT, random weights"]
+    for halves in result.values():
         assert np.array(halves["held-out"]["focus"]["same"]).shape == (2, 3)
         assert np.array(halves["held-out"][pointing.CROPS]["same"]).shape == (2, 3)
         assert np.array(halves["held-out"]["occlusion"]["category"]).shape == (1, 3)
         assert "occlusion" not in halves["tuned"]
     monkeypatch.setattr(Network, "tensors", None)
-    pointing.main([*asked, "--done", "--record", str(points)])
-    assert json.loads(points.read_text()) == found
+    pointing.main([*requested, "--done", "--record", str(points)])
+    assert json.loads(points.read_text()) == result
     assert str(tmp_path) not in out.read_text()

@@ -78,6 +78,6 @@ def test_trials_are_of_one_seed_and_compared_with_their_own_baseline(
 
 def test_no_two_different_runs_share_a_folder(bench: ModuleType) -> None:
     args = argparse.Namespace(gamma=0.05, gamma_bce=0.25, avsl={"eta": "raw"}, widths=[32, 128])
-    found: dict[str, object] = {}
+    result: dict[str, object] = {}
     for row in bench.rows(args):
-        assert found.setdefault(row.run, dict(row.settings)) == dict(row.settings)
+        assert result.setdefault(row.run, dict(row.settings)) == dict(row.settings)

@@ -44,8 +44,8 @@ def test_judging_a_map(folder: Path) -> None:  # noqa: F811
     ideal = torch.from_numpy(scene.positive).float()
     wrong = torch.from_numpy(scene.distractor).float()
     maps = torch.stack([ideal, wrong, ideal + 3 * wrong, torch.zeros_like(ideal)])
-    found = bench.judged(maps, [scene] * 4)
-    np.testing.assert_array_equal(found, [[1, 0, 1], [0, 1, 0], [0, 1, 0], [0, 0, 0.5]])
+    result = bench.judged(maps, [scene] * 4)
+    np.testing.assert_array_equal(result, [[1, 0, 1], [0, 1, 0], [0, 1, 0], [0, 0, 0.5]])
 
 
 def test_errors_are_those_of_runs_where_runs_differ_more_than_scenes() -> None:

@@ -149,8 +149,8 @@ def test_the_maps_judged_are_those_of_explain(
     names = (model.default_layer, pointing.finer_layer(model))
     scenes = pointing.compose_scenes(pointing.read_stamps(stamps), 2, seed=3)
     choice = pointing.Choice(arrangement, weights, layers, magnify, through_weights=through)
-    found = pointing.scene_maps(model, scenes, names, {choice}, magnify)
-    maps = {setting: maps for _, setting, maps in found}
+    actual = pointing.scene_maps(model, scenes, names, {choice}, magnify)
+    maps = {setting: maps for _, setting, maps in actual}
     tensors = pointing._prepared(model, 1)
     pictures = tensors([scene.picture for scene in scenes])
     queries = tensors([scene.queries["category"] for scene in scenes])
@@ -201,9 +201,9 @@ def test_the_fitting_benchmark_writes_its_table(tmp_path: Path) -> None:
 
 def test_startup_prints_a_ratio() -> None:
     printed = benchmark("startup.py", "--rounds", 1)
-    found = re.match(r"simexplain --help / import torch: (\d\.\d\d) ", printed)
-    assert found is not None
-    assert 0 < float(found[1]) < 2
+    result = re.match(r"simexplain --help / import torch: (\d\.\d\d) ", printed)
+    assert result is not None
+    assert 0 < float(result[1]) < 2
 
 
 def test_exact_cost_counts_forward_passes() -> None:

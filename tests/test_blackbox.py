@@ -144,10 +144,10 @@ def test_layers_are_refused(black: BlackBox, triplet: Comparison) -> None:
                 lambda: explain(black, triplet, "sam")):  # fmt: skip
         with pytest.raises(ModelError, match="layers cannot be tapped") as caught:
             ask()
-        said = one_sentence(caught)
+        record = one_sentence(caught)
         for name in BY_ANSWERS:
-            assert name in said
-        assert ("saliency" in said) == ("integrated_gradients" in said) == black.differentiable
+            assert name in record
+        assert ("saliency" in record) == ("integrated_gradients" in record) == black.differentiable
     # Hooks on a part of a TorchScript module would never fire.
     with pytest.raises(ModelError) as caught:
         explain(black, triplet, "sam", layer="body")
@@ -300,7 +300,7 @@ def test_graphs_that_take_no_images(tmp_path: Path) -> None:
         ([1, 24, 24, 3], onnx.TensorProto.FLOAT, "one batch of images"),
         ([1, 3, 24, 24], onnx.TensorProto.UINT8, "floating-point images"),
     ]
-    for number, (shape, kind, said) in enumerate(cases):
+    for number, (shape, kind, record) in enumerate(cases):
         made = h.make_graph(
             [h.make_node("Identity", ["x"], ["y"])], "g",
             [h.make_tensor_value_info("x", kind, shape)],
@@ -308,7 +308,7 @@ def test_graphs_that_take_no_images(tmp_path: Path) -> None:
         )  # fmt: skip
         path = tmp_path / f"{number}.onnx"
         onnx.save(h.make_model(made, opset_imports=[h.make_opsetid("", 17)], ir_version=8), path)
-        with pytest.raises(ModelError, match=said) as caught:
+        with pytest.raises(ModelError, match=record) as caught:
             load_blackbox(path, kind="onnx")
         one_sentence(caught)
 
@@ -336,14 +336,14 @@ def test_random_masks_are_those_of_rise() -> None:
     assert cells.shape == (5, 4, 4)
     like = torch.zeros(1, 3, 30, 44)
     tall, wide = -(-30 // 4), -(-44 // 4)
-    found = _enlarged(cells, shifts, like)
+    result = _enlarged(cells, shifts, like)
     for number in range(5):
         grown = Image.fromarray(cells[number].numpy()).resize(
             (5 * wide, 5 * tall), Image.Resampling.BILINEAR
         )
         top, left = int(shifts[number, 0] * tall), int(shifts[number, 1] * wide)
         wanted = torch.from_numpy(np.array(grown))[top : top + 30, left : left + 44]
-        torch.testing.assert_close(found[number], wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(result[number], wanted, rtol=0, atol=1e-5)
 
 
 def test_random_masks_do_not_hang_on_the_default_type() -> None:

@@ -39,10 +39,10 @@ def naive(name: str, a: np.ndarray, g: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", CAMS)
 def test_every_formula_equals_the_naive_loop(name: str, maps) -> None:
-    found = CAMS[name](*maps)
+    result = CAMS[name](*maps)
     for image in range(3):
         wanted = naive(name, maps[0][image].numpy(), maps[1][image].numpy())
-        np.testing.assert_allclose(found[image].numpy(), wanted, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(result[image].numpy(), wanted, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(

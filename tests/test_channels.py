@@ -68,17 +68,17 @@ def test_maps_of_any_number_of_channels_equal_plain_autograd(channels: int) -> N
     result = explain(net, Comparison.pair(images[:1], images[1:]))
     rows = F.normalize(net(images), dim=1).detach()
     weight = 1 - (rows[0] - rows[1]).abs()
-    for place in range(2):
-        wanted, _, _ = plain_maps(net, net.last, images[place, None], weight)
-        torch.testing.assert_close(result.maps[0, place], wanted, rtol=1e-4, atol=1e-7)
+    for index in range(2):
+        wanted, _, _ = plain_maps(net, net.last, images[index, None], weight)
+        torch.testing.assert_close(result.maps[0, index], wanted, rtol=1e-4, atol=1e-7)
 
 
 def test_match_and_default_layers_take_any_number_of_channels(channels: int) -> None:
     images, net = torch.rand(2, channels, 24, 32), network(channels)
     assert as_similarity_model(net).default_layer == "last"
-    found = match(net, images[:1], images[1:])
-    assert float(found.residual.abs().max()) < 1e-4
-    found.figure()
+    result = match(net, images[:1], images[1:])
+    assert float(result.residual.abs().max()) < 1e-4
+    result.figure()
 
 
 def test_a_grey_network_reads_pictures_as_grey(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_files_of_many_bands_are_read_explained_indexed_and_searched(
         hits = search(model, paths[1], index, k=1)
         with torch.no_grad():
             rows = model(prepared(prepare, [read_picture(path) for path in paths])[0])
-        nearest = max((0, 2), key=lambda place: float(rows[1] @ rows[place]))
+        nearest = max((0, 2), key=lambda position: float(rows[1] @ rows[position]))
         assert Path(hits.hits[0].path).name == f"{nearest}.npy"  # the query itself is never a hit
 
 
@@ -160,7 +160,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "bad.npy").write_bytes(b"no array")
     five = as_similarity_model(network(5))
     three = as_similarity_model(network(3))
-    for model, name, said in (
+    for model, name, record in (
         (five, "rgb.png", "5 channels as the network takes, got 3"),
         (three, "five.npy", "3 channels as the network takes, got 5"),
         (five, "odd.npy", r"\(2, 3, 4, 5\)"),
@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
         (five, "bad.npy", "cannot be read as bands"),
         (five, "none.npy", "no file"),
     ):
-        with pytest.raises(ImageError, match=said) as caught:
+        with pytest.raises(ImageError, match=record) as caught:
             explain(model, [tmp_path / name] * 2, arch="siamese")
         assert str(caught.value).endswith(".")
     with pytest.raises(ImageError, match="as many values in mean as in std"):
@@ -184,9 +184,9 @@ def test_padding_and_cropping_bands_places_them_as_for_rgb() -> None:
     for fit in ("pad", "crop", "squash"):
         prepare = Preprocess(size=(32, 32), fit=fit, mean=(0.5,) * 3, std=(0.5,) * 3)
         wanted, geometry = prepare(picture)
-        found, same = prepare(values)
+        result, same = prepare(values)
         assert geometry == same
-        torch.testing.assert_close(found, wanted, rtol=0, atol=0.012)
+        torch.testing.assert_close(result, wanted, rtol=0, atol=0.012)
 
 
 def test_values_assumed_for_other_channels() -> None:

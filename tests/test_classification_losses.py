@@ -35,7 +35,7 @@ def head() -> ClassHead:
 
 def test_bce_is_the_mean_over_images_and_classes(head: ClassHead) -> None:
     model, images = smooth_model(), pictures(12)
-    found = ClassificationLoss(head)(run_batch(model, images, LABELS, ()))
+    result = ClassificationLoss(head)(run_batch(model, images, LABELS, ()))
     rows = F.normalize(model.network(images), dim=1).detach()
     weight, bias = head.linear.weight.detach(), head.linear.bias.detach()
     total = 0.0
@@ -44,7 +44,7 @@ def test_bce_is_the_mean_over_images_and_classes(head: ClassHead) -> None:
             score = 4.0 * float(weight[c] @ row) + float(bias[c])
             right = 1 / (1 + math.exp(-score))
             total -= math.log(right if c == label else 1 - right)
-    assert found.item() == pytest.approx(total / 36)
+    assert result.item() == pytest.approx(total / 36)
 
 
 def test_every_class_starts_as_likely_as_the_others() -> None:
@@ -82,11 +82,11 @@ def naive_mining(model, head: ClassHead, images: Tensor, places: Tensor, positiv
     total = torch.zeros((), dtype=torch.float64)
     for places_of_one in places.tolist():
         masked = []
-        for place in places_of_one:
-            heat = plain_class_map(model, head, images[place], int(LABELS[place]))
+        for index in places_of_one:
+            heat = plain_class_map(model, head, images[index], int(LABELS[index]))
             up = F.interpolate(heat[None, None], images.shape[2:], mode="bilinear")[0, 0]
             hidden = torch.sigmoid(10 * (up / up.max() - 0.5))
-            masked.append(images[place] * (1 - hidden))
+            masked.append(images[index] * (1 - hidden))
         rows = F.normalize(model.network(torch.stack(masked)), dim=1)
         near = (rows[0] - rows[1]).norm()
         for negative in rows[1 + positives :]:
@@ -109,11 +109,11 @@ def test_maps_are_grad_cam_of_the_true_class(head: ClassHead, curved: bool, monk
     monkeypatch.setattr(mining, "soft_mask", keep)
     term = ClassificationMiningLoss(head, layer="body")
     term(run_batch(model, images, LABELS, ("body",)))
-    for image, found in zip(seen["images"], seen["maps"], strict=True):
-        place = int((images == image).flatten(1).all(dim=1).nonzero())
-        expected = plain_class_map(model, head, image, int(LABELS[place]))
+    for image, result in zip(seen["images"], seen["maps"], strict=True):
+        index = int((images == image).flatten(1).all(dim=1).nonzero())
+        expected = plain_class_map(model, head, image, int(LABELS[index]))
         assert expected.max() > 0
-        assert torch.allclose(found, expected, atol=1e-12)
+        assert torch.allclose(result, expected, atol=1e-12)
 
 
 @TAILS
@@ -123,12 +123,12 @@ def test_mining_is_that_of_a_loop_and_so_is_its_gradient(
 ) -> None:
     model, images = smooth_model(curved=curved), pictures(12)
     batch = run_batch(model, images, LABELS, ("body",))
-    found = ClassificationMiningLoss(head, layer="body", arch=arch)(batch)
+    result = ClassificationMiningLoss(head, layer="body", arch=arch)(batch)
     generator = torch.Generator().manual_seed(0)
     tuples = disjoint_tuples(batch.embeddings, LABELS, arch, generator=generator)
     expected = naive_mining(model, head, images, tuples.places, tuples.positives)
-    assert torch.allclose(found, expected, atol=1e-10)
-    pairs = zip(gradients(found, model), gradients(expected, model), strict=True)
+    assert torch.allclose(result, expected, atol=1e-10)
+    pairs = zip(gradients(result, model), gradients(expected, model), strict=True)
     for own, plain in pairs:
         assert torch.allclose(own, plain, atol=1e-9)
 
@@ -182,11 +182,11 @@ def test_everything_combines_in_one_objective() -> None:
         "mask": (0.1, AttentionMaskLoss(arch="siamese")),
     }
     objective = Objective(terms)
-    found = objective(model, images, LABELS, masks=masks, seed=3)
-    expected = sum(weight * float(found.parts[name]) for name, (weight, _) in terms.items())
-    assert found.total.item() == pytest.approx(expected, rel=1e-5)
-    assert all(float(part) != 0 for part in found.parts.values())
-    found.total.backward()
+    result = objective(model, images, LABELS, masks=masks, seed=3)
+    expected = sum(weight * float(result.parts[name]) for name, (weight, _) in terms.items())
+    assert result.total.item() == pytest.approx(expected, rel=1e-5)
+    assert all(float(part) != 0 for part in result.parts.values())
+    result.total.backward()
     for part in [*model.parameters(), *objective.parameters()]:
         assert part.grad is not None
         assert part.grad.isfinite().all()

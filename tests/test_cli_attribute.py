@@ -71,10 +71,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_fit_says_what_it_made(work: Path) -> None:
-    said = (work / "fit.txt").read_text()
+    record = (work / "fit.txt").read_text()
     for part in ("heads trained on the frozen network from labelled images", "level 0: layer2, 8",
                  "level 2: layer4, 8", "images 9", "classes 3", "model: avsl.pt"):  # fmt: skip
-        assert part in said
+        assert part in record
     manifest = json.loads((work / "fit.json").read_text())
     assert manifest["origin"] == "unlabelled"
     assert manifest["report"]["images"] == 9
@@ -97,32 +97,32 @@ def pair(work: Path) -> Run:
 
 def test_json_is_pure_and_keeps_the_contract(pair: Run, work: Path) -> None:
     assert pair.code == 0, pair.err
-    said = json.loads(pair.out)
-    assert said.keys() >= CONTRACT
-    assert [image["path"] for image in said["images"]] == [str(path) for path in PICTURES[:2]]
-    assert len(said["nodes"]) == 3
-    assert said["nodes"][0].keys() >= {
+    record = json.loads(pair.out)
+    assert record.keys() >= CONTRACT
+    assert [image["path"] for image in record["images"]] == [str(path) for path in PICTURES[:2]]
+    assert len(record["nodes"]) == 3
+    assert record["nodes"][0].keys() >= {
         "level", "node", "value", "reliability", "sensitivity", "contribution",
     }  # fmt: skip
-    total = sum(level["contribution"] for level in said["levels"])
-    assert total == pytest.approx(said["distance"], rel=1e-5)
-    assert abs(said["residual"]) < 1e-5 * said["distance"]
-    assert said == json.loads((work / "pair/attribution.json").read_text(encoding="utf-8"))
+    total = sum(level["contribution"] for level in record["levels"])
+    assert total == pytest.approx(record["distance"], rel=1e-5)
+    assert abs(record["residual"]) < 1e-5 * record["distance"]
+    assert record == json.loads((work / "pair/attribution.json").read_text(encoding="utf-8"))
 
 
 def test_one_command_writes_two_figures_and_a_table_that_adds_up(pair: Run, work: Path) -> None:
-    said = json.loads(pair.out)
+    record = json.loads(pair.out)
     names = {"attribution.json", "attribution.npz", "graph.png", "ranking.png", "nodes.csv"}
     assert {path.name for path in (work / "pair").iterdir()} == names
-    assert {Path(path).name for path in said["files"].values()} == names
+    assert {Path(path).name for path in record["files"].values()} == names
     for name in ("graph.png", "ranking.png"):
         with Image.open(work / "pair" / name) as drawn:
             assert min(drawn.size) > 400
     with (work / "pair/nodes.csv").open(newline="") as file:
         total = sum(float(row["contribution"]) for row in csv.DictReader(file))
-    assert total == pytest.approx(said["distance"], rel=1e-5)
+    assert total == pytest.approx(record["distance"], rel=1e-5)
     loaded = Attribution.load(work / "pair")
-    assert float(loaded.distances[0]) == pytest.approx(said["distance"])
+    assert float(loaded.distances[0]) == pytest.approx(record["distance"])
 
 
 def test_printed_contributions_add_up_to_the_printed_distance(work: Path) -> None:
@@ -256,8 +256,8 @@ def test_a_network_without_a_name_is_refused_before_the_work(here: Path, fails) 
     classes(here / "good")
     program = torch.export.export(TinyNet().eval(), (torch.rand(1, 3, 64, 64),))
     torch.export.save(program, here / "tiny.pt2")
-    said = fails("fit", "tiny.pt2", "good", "--out", "avsl.pt", "--nodes-per-level", "8")
-    assert "torchvision:NAME rebuilds, got a ExportedNetwork" in said
+    record = fails("fit", "tiny.pt2", "good", "--out", "avsl.pt", "--nodes-per-level", "8")
+    assert "torchvision:NAME rebuilds, got a ExportedNetwork" in record
 
 
 @pytest.mark.parametrize(

@@ -86,18 +86,18 @@ def test_json_and_pictures(network: Path, table: Path, run: Callable[..., Run], 
                "--pictures", "--figures", "--method", "focus",
                "--option", "matching=1")  # fmt: skip
     assert (done.code, done.err) == (0, "")
-    said = json.loads(done.out)
-    assert (said["schema"], said["rows"], said["explained"], said["failed"]) == (1, 2, 2, 0)
-    assert (said["method"], said["pictures"]) == ("focus", 5)
-    assert said["work"]["forwards"] == 5
-    assert set(said["files"]) == {"results", "manifest", "maps", "heatmaps", "figures"}
+    record = json.loads(done.out)
+    assert (record["schema"], record["rows"], record["explained"], record["failed"]) == (1, 2, 2, 0)
+    assert (record["method"], record["pictures"]) == ("focus", 5)
+    assert record["work"]["forwards"] == 5
+    assert set(record["files"]) == {"results", "manifest", "maps", "heatmaps", "figures"}
     assert len(list((here / "out" / "heatmaps").iterdir())) == 5
     assert len(list((here / "out" / "figures").iterdir())) == 2
     assert open_batch("out").manifest["options"]["matching"] == 1.0
 
 
 def test_refusals(network: Path, table: Path, fails: Callable[..., str]) -> None:
-    assert "'a.png' is no CSV file" in fails("batch", network, "a.png", "--out", "x")
+    assert "'a.png' is not a CSV file" in fails("batch", network, "a.png", "--out", "x")
     assert "cannot be read" in fails("batch", network, "gone.csv", "--out", "x")
     assert "say one of them" in fails(
         "batch", network, table, "--out", "x", "--resume", "--force", code=2
@@ -153,10 +153,10 @@ def test_two_processes_give_the_same_batch(
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert (said["explained"], said["failed"]) == (len(ROWS), 2)
-    assert said["work"]["rows"] == len(ROWS) + 1
-    assert len(NAMES) <= said["work"]["forwards"] < said["work"]["separate"]
+    record = json.loads(done.stdout)
+    assert (record["explained"], record["failed"]) == (len(ROWS), 2)
+    assert record["work"]["rows"] == len(ROWS) + 1
+    assert len(NAMES) <= record["work"]["forwards"] < record["work"]["separate"]
     assert "Traceback" not in done.stderr
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert open_batch(tmp_path / "one").manifest == open_batch(tmp_path / "two").manifest

@@ -38,31 +38,31 @@ def test_table_and_files(run: Callable[..., Run], here: Path) -> None:
 
 def test_json_is_pure_and_keeps_the_contract(run: Callable[..., Run], here: Path) -> None:
     masks = []
-    for place in range(2):
-        Image.new("L", (480, 480), 255).save(here / f"m{place}.png")
-        masks += ["--mask", f"m{place}.png"]
+    for index in range(2):
+        Image.new("L", (480, 480), 255).save(here / f"m{index}.png")
+        masks += ["--mask", f"m{index}.png"]
     result = run(
         "compare", *TRIPLET, *TWO, *masks, "--mask", "none", "--out", "o", "--json",
         "--style", "contour", "--baseline", "mean",
     )  # fmt: skip
     assert result.code == 0, result.err
-    said = json.loads(result.out)
-    assert said.keys() == CONTRACT | {"digests"}
-    assert [method["name"] for method in said["methods"]] == [TWO[1], TWO[3]]
-    assert said["methods"][1]["layers"] == ["layer3"]
-    assert said["chance"] == {"pointing": 1, "energy": 1}
-    assert said["methods"][0]["per_image"]["pointing"][2] is None
-    assert said["settings"]["baseline"] == "mean"
-    assert said == json.loads((here / "o" / "comparison.json").read_text(encoding="utf-8"))
+    record = json.loads(result.out)
+    assert record.keys() == CONTRACT | {"digests"}
+    assert [method["name"] for method in record["methods"]] == [TWO[1], TWO[3]]
+    assert record["methods"][1]["layers"] == ["layer3"]
+    assert record["chance"] == {"pointing": 1, "energy": 1}
+    assert record["methods"][0]["per_image"]["pointing"][2] is None
+    assert record["settings"]["baseline"] == "mean"
+    assert record == json.loads((here / "o" / "comparison.json").read_text(encoding="utf-8"))
 
 
 def test_a_set_and_a_dissimilar_pair(run: Callable[..., Run]) -> None:
     pair = (NETWORK, *PICTURES[:2], "--arch", "siamese", "--negative", *FAST, "--curve-steps", "2")
-    said = json.loads(run("compare", *pair, "--method", "sam", "--json").out)
-    assert [image["role"] for image in said["images"]] == ["anchor", "negative"]
+    record = json.loads(run("compare", *pair, "--method", "sam", "--json").out)
+    assert [image["role"] for image in record["images"]] == ["anchor", "negative"]
     many = (NETWORK, *PICTURES, "--arch", "set", "--positives", "2", *FAST, "--curve-steps", "2")
-    said = json.loads(run("compare", *many, "--method", "sam", "--json").out)
-    assert [image["role"] for image in said["images"]] == ["anchor", "positive", "positive"]
+    record = json.loads(run("compare", *many, "--method", "sam", "--json").out)
+    assert [image["role"] for image in record["images"]] == ["anchor", "positive", "positive"]
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ def test_interrupted_it_writes_nothing(
 
 def test_all_takes_every_method_once(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"methods": ("sam:weights=signed", "sam"), "every": True}
-    found = list(recipes.asked_recipes(given))
-    assert found[:2] == ["sam:weights=signed", "sam"]
-    assert set(found) == {"sam:weights=signed", *recipes.METHODS}
+    result = list(recipes.asked_recipes(given))
+    assert result[:2] == ["sam:weights=signed", "sam"]
+    assert set(result) == {"sam:weights=signed", *recipes.METHODS}
     assert not given
     assert list(recipes.asked_recipes({"methods": (), "every": False})) == list(
         recipes.quick_methods()

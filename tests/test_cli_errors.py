@@ -138,7 +138,7 @@ def test_bad_model_files(fails: Callable[..., str], here: Path) -> None:
     (here / "text.pt").write_text("no model", encoding="utf-8")
     (here / "empty.pt").touch()
     (here / "net.onnx").write_bytes(b"\x08\x07")
-    for source, options, said in (
+    for source, options, record in (
         ("other.pt", ("--backbone", NETWORK), "unexpected (layer1.2.conv1.weight"),
         ("other.pt", (), "--backbone"),
         ("whole.pt", (), "--trust-pickle"),
@@ -148,8 +148,8 @@ def test_bad_model_files(fails: Callable[..., str], here: Path) -> None:
         ("none.pt", (), "does not exist"),
         ("timm:resnet81", ("--untrained",), "resnet81"),
     ):
-        assert said in fails("explain", source, "a.png", "b.jpg", *PAIR, *options)
-        assert said in fails("layers", source, *options)
+        assert record in fails("explain", source, "a.png", "b.jpg", *PAIR, *options)
+        assert record in fails("layers", source, *options)
 
 
 def test_program_that_torch_cannot_read(fails: Callable[..., str], here: Path) -> None:

@@ -42,13 +42,13 @@ def test_from_a_folder_as_json(run: Callable[..., Run], here: Path) -> None:
     arguments = (folder, *FAST, *TWO, "--comparisons", "3", "--arch", "siamese", "--seed", "5")
     result = run(*START, *arguments, "--json", "--control", "random", "--confidence", "0.9")
     assert result.code == 0, result.err
-    said = json.loads(result.out)
-    assert said["schema"] == 1
-    assert set(said["methods"]) == {TWO[1], TWO[3], "(random)"}
-    assert [len(paths) for paths in said["items"]] == [2, 2, 2]
-    assert said["settings"]["level"] == 0.9
-    assert said["methods"]["decomposition"]["intervals"]["pointing"]["count"] == 3
-    assert said["files"] == {}
+    record = json.loads(result.out)
+    assert record["schema"] == 1
+    assert set(record["methods"]) == {TWO[1], TWO[3], "(random)"}
+    assert [len(paths) for paths in record["items"]] == [2, 2, 2]
+    assert record["settings"]["level"] == 0.9
+    assert record["methods"]["decomposition"]["intervals"]["pointing"]["count"] == 3
+    assert record["files"] == {}
     assert result.err == ""
     again = run(*START, *arguments, "--json", "--control", "random", "--confidence", "0.9")
     one, two = (

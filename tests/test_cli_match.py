@@ -35,41 +35,44 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_json_is_the_contract_and_the_manifest(work: Path) -> None:
-    said = json.loads((work / "said.json").read_text(encoding="utf-8"))
-    assert set(said) >= CONTRACT
-    assert said["schema"] == 1
-    assert said["score"]["name"] == "cosine"
-    assert abs(said["residual"]) < 1e-5 * said["score"]["value"]
-    assert [point["at"] for point in said["points"]] == [[120, 240], [300.5, 300]]
-    assert [Path(image["path"]).name for image in said["images"]] == ["anchor.jpg", "positive.jpg"]
-    assert len(said["pairs"]) == 8
-    values = [pair["value"] for pair in said["pairs"]]
+    record = json.loads((work / "said.json").read_text(encoding="utf-8"))
+    assert set(record) >= CONTRACT
+    assert record["schema"] == 1
+    assert record["score"]["name"] == "cosine"
+    assert abs(record["residual"]) < 1e-5 * record["score"]["value"]
+    assert [point["at"] for point in record["points"]] == [[120, 240], [300.5, 300]]
+    assert [Path(image["path"]).name for image in record["images"]] == [
+        "anchor.jpg",
+        "positive.jpg",
+    ]
+    assert len(record["pairs"]) == 8
+    values = [pair["value"] for pair in record["pairs"]]
     assert values == sorted(values, reverse=True)
     manifest = json.loads((work / "found" / "matching.json").read_text(encoding="utf-8"))
-    assert manifest == said
-    for path in said["files"].values():
+    assert manifest == record
+    for path in record["files"].values():
         assert (work / path).stat().st_size > 1000
 
 
 def test_the_numbers_are_those_of_python(work: Path) -> None:
-    said = json.loads((work / "said.json").read_text(encoding="utf-8"))
+    record = json.loads((work / "said.json").read_text(encoding="utf-8"))
     model = load_model("timm:tf_efficientnet_lite0")
-    found = match(model, DEMO / "anchor.jpg", DEMO / "positive.jpg")
+    result = match(model, DEMO / "anchor.jpg", DEMO / "positive.jpg")
     again = Matching.load(work / "found")
-    torch.testing.assert_close(again.matrix, found.matrix, rtol=1e-3, atol=1e-7)
-    for point in said["points"]:
+    torch.testing.assert_close(again.matrix, result.matrix, rtol=1e-3, atol=1e-7)
+    for point in record["points"]:
         best = again.best(*point["at"])
         assert point["value"] == pytest.approx(best.value)
         assert point["best"] == pytest.approx(best.b, abs=0.06)
-    assert said["pairs"][0]["a"] == pytest.approx(again.top(1)[0].a, abs=0.06)
+    assert record["pairs"][0]["a"] == pytest.approx(again.top(1)[0].a, abs=0.06)
 
 
 def test_the_cat_answers_to_the_cat(work: Path) -> None:
     """The demo's right answer: the upper right of the positive shows what the anchor shows."""
-    said = json.loads((work / "said.json").read_text(encoding="utf-8"))
-    for found in (*said["pairs"], *said["mutual_pairs"]):
-        assert found["b"][0] > 210
-        assert found["b"][1] < 270
+    record = json.loads((work / "said.json").read_text(encoding="utf-8"))
+    for result in (*record["pairs"], *record["mutual_pairs"]):
+        assert result["b"][0] > 210
+        assert result["b"][1] < 270
 
 
 def test_text_for_people(run: Callable[..., Run], here: Path) -> None:
@@ -99,9 +102,9 @@ def test_what_is_there_stays_unless_forced(
 def test_tails_that_are_not_linear_are_told(run: Callable[..., Run], here: Path) -> None:
     done = run("match", *QUICK, "--layer", "layer4.0.act1", "--jacobians", "2", "--json")
     assert done.code == 0
-    said = json.loads(done.out)
-    assert said["layer"] == "layer4.0.act1"
-    assert ("2 Jacobians" in " ".join(said["warnings"])) == (abs(said["residual"]) > 1e-4)
+    record = json.loads(done.out)
+    assert record["layer"] == "layer4.0.act1"
+    assert ("2 Jacobians" in " ".join(record["warnings"])) == (abs(record["residual"]) > 1e-4)
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,9 @@ def commands(group: click.Command = cli, name: str = "") -> Iterator[tuple[str, 
         return
     context = click.Context(group)
     for own in group.list_commands(context):
-        found = group.get_command(context, own)
-        assert found is not None
-        yield from commands(found, f"{name} {own}".strip())
+        result = group.get_command(context, own)
+        assert result is not None
+        yield from commands(result, f"{name} {own}".strip())
 
 
 COMMANDS = dict(commands())
@@ -55,31 +55,31 @@ def flags(option: click.Option) -> list[str]:
 
 
 def test_an_option_means_the_same_in_every_command() -> None:
-    found: dict[str, set[str]] = defaultdict(set)
+    result: dict[str, set[str]] = defaultdict(set)
     for _, option in OPTIONS:
         for flag in flags(option):
-            found[flag].add(meaning(option))
-    several = {flag: means for flag, means in found.items() if len(means) > 1}
+            result[flag].add(meaning(option))
+    several = {flag: means for flag, means in result.items() if len(means) > 1}
     assert several == SEVERAL_MEANINGS
 
 
 def test_a_meaning_has_one_option_in_all_commands() -> None:
-    found: dict[str, set[str]] = defaultdict(set)
+    result: dict[str, set[str]] = defaultdict(set)
     for _, option in OPTIONS:
-        found[meaning(option)].add(flags(option)[0])
+        result[meaning(option)].add(flags(option)[0])
     # The same switch, from its other side.
-    found["Random weights"].discard("--pretrained")
-    assert {means: names for means, names in found.items() if len(names) > 1} == {}
+    result["Random weights"].discard("--pretrained")
+    assert {means: names for means, names in result.items() if len(names) > 1} == {}
 
 
 def test_options_of_one_name_take_the_same_kind_of_value() -> None:
-    found: dict[str, set[object]] = defaultdict(set)
+    result: dict[str, set[object]] = defaultdict(set)
     for _, option in OPTIONS:
         for flag in flags(option):
             kind = option.type
             number = getattr(kind, "name", "").removesuffix(" range")
-            found[flag].add(number.replace("path", "text").replace("directory", "text"))
-    assert {flag: kinds for flag, kinds in found.items() if len(kinds) > 1} == {}
+            result[flag].add(number.replace("path", "text").replace("directory", "text"))
+    assert {flag: kinds for flag, kinds in result.items() if len(kinds) > 1} == {}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -93,12 +93,12 @@ def test_help_is_plain_english(name: str) -> None:
     for option in command.params:
         if not isinstance(option, click.Option) or option.name == "help":
             continue
-        said = option.help or ""
-        whole = re.fullmatch(r"[A-Z].*(\.|\])", said, re.DOTALL) and meaning(option)
+        record = option.help or ""
+        whole = re.fullmatch(r"[A-Z].*(\.|\])", record, re.DOTALL) and meaning(option)
         # A help that begins so leaves out what it is of.
-        bare = said.startswith(("Of ", "By ", "For ", "Likewise"))
-        if not whole or bare or ODD.search(said):
-            odd.append((option.opts[0], said))
+        bare = record.startswith(("Of ", "By ", "For ", "Likewise"))
+        if not whole or bare or ODD.search(record):
+            odd.append((option.opts[0], record))
     assert not odd
 
 
@@ -186,8 +186,8 @@ def chosen(words: str) -> dict[str, Any]:
     network = SimpleNamespace(stages=("low", "high"))
     names = ("method", "layer", "upscale", "weights", "cam", "through_weights", "keep_negative")
     with context:
-        found = method_from(network, dict(context.params))  # type: ignore[arg-type]
-    return {name: found[name] for name in (*names, "score") if name in found}
+        result = method_from(network, dict(context.params))  # type: ignore[arg-type]
+    return {name: result[name] for name in (*names, "score") if name in result}
 
 
 @pytest.mark.parametrize(
@@ -206,17 +206,17 @@ def chosen(words: str) -> dict[str, Any]:
 )
 def test_options_inside_a_method_are_those_beside_it(recipe: str, words: str) -> None:
     one, other = chosen(recipe), chosen(words)
-    for found in (one, other):
-        layer = found.get("layer")
-        found["layer"] = (layer,) if isinstance(layer, str) else layer
+    for result in (one, other):
+        layer = result.get("layer")
+        result["layer"] = (layer,) if isinstance(layer, str) else layer
     assert one == other
 
 
 def test_rows_may_have_options_of_their_own() -> None:
     plain = chosen("--method sam --method focus")
     assert plain["method"] == ["sam", "focus"]
-    found = chosen("--method sam:weights=signed --method sam:weights=relative --method focus")
-    assert found["method"] == [
+    result = chosen("--method sam:weights=signed --method sam:weights=relative --method focus")
+    assert result["method"] == [
         SimilarityAttention(weights="signed"), SimilarityAttention(weights="relative"), "focus",
     ]  # fmt: skip
     assert chosen("")["method"] is None
@@ -258,10 +258,10 @@ def test_a_misspelt_method_gets_a_suggestion_everywhere(name: str) -> None:
     ],
 )
 def test_the_tab_key_completes(words: list[str], typed: str, wanted: set[str]) -> None:
-    found = ShellComplete(cli, {}, "simexplain", "_SIMEXPLAIN_COMPLETE").get_completions(
+    result = ShellComplete(cli, {}, "simexplain", "_SIMEXPLAIN_COMPLETE").get_completions(
         words, typed
     )
-    assert {item.value for item in found} == wanted
+    assert {item.value for item in result} == wanted
 
 
 # Of other programs: pip, torchrun, mkdocs, the published code of AVSL; and what options begin with.
@@ -288,6 +288,6 @@ def test_options_named_in_errors_and_pages_exist() -> None:
         for line in text.splitlines():
             if "benchmarks/" in line or "python docs/scripts" in line:
                 continue
-            found = re.findall(r"(?<![\w`#|-])`?(--[a-z][a-z0-9-]*)", line)
-            wrong += [(path.name, flag) for flag in found if flag not in known]
+            result = re.findall(r"(?<![\w`#|-])`?(--[a-z][a-z0-9-]*)", line)
+            wrong += [(path.name, flag) for flag in result if flag not in known]
     assert not wrong, wrong

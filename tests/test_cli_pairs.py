@@ -79,9 +79,9 @@ def test_a_file_that_scores_two_images(
     plain = ("--fit", "squash", "--mean", "0.5", "--std", "0.25")
     done = run("explain", path, "a.png", "b.jpg", *sizes, *plain, "--out", "o", "--json")
     assert done.code == 0, done.err
-    said = json.loads(done.out)
-    found = PairExplanation.load(here / "o")
-    assert said["score"] == pytest.approx(found.score.tolist())
+    record = json.loads(done.out)
+    result = PairExplanation.load(here / "o")
+    assert record["score"] == pytest.approx(result.score.tolist())
     prepare = Preprocess(size=(32, 32), fit="squash", mean=(0.5,) * 3, std=(0.25,) * 3,
                          crop_fraction=1.0)  # fmt: skip
     other = Preprocess(size=(48, 48), fit="squash", mean=(0.5,) * 3, std=(0.25,) * 3,
@@ -90,7 +90,7 @@ def test_a_file_that_scores_two_images(
         one(read_picture(here / name).image)[0][None]
         for one, name in ((prepare, "a.png"), (other, "b.jpg"))
     ]
-    torch.testing.assert_close(found.score, scorer(*images).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.score, scorer(*images).detach(), rtol=1e-4, atol=1e-5)
     for side, layer in enumerate((scorer.one[2], scorer.two[2])):
         kept: list[Tensor] = []
         hook = layer.register_forward_hook(lambda _m, _a, out, kept=kept: kept.append(out))
@@ -98,7 +98,7 @@ def test_a_file_that_scores_two_images(
         hook.remove()
         (slope,) = torch.autograd.grad(score.sum(), kept[0])
         wanted = (slope.mean((2, 3), keepdim=True) * kept[0]).sum(1).relu().detach()
-        torch.testing.assert_close(found.maps[side][:, 0], wanted, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(result.maps[side][:, 0], wanted, rtol=1e-3, atol=1e-6)
     text = run("explain", path, "a.png", "b.jpg", *sizes, *plain, "--out", "p")
     assert text.code == 0, text.err
     assert "learned score" in text.out
@@ -113,8 +113,8 @@ def test_two_towers(run: Callable[..., Run], here: Path) -> None:
         "--second-size", "96", "--out", "o", "--json",
     )  # fmt: skip
     assert done.code == 0, done.err
-    said = json.loads(done.out)
-    near, far = said["first"]["distances"]
+    record = json.loads(done.out)
+    near, far = record["first"]["distances"]
     towers = ("--second-model", "timm:test_resnet.r160_in1k", "--untrained", "--size", "64")
     text = run("explain", "timm:test_resnet.r160_in1k", "a.png", "b.jpg", "c.png", *towers,
                "--second-size", "96", "--out", "t").out  # fmt: skip
@@ -123,20 +123,20 @@ def test_two_towers(run: Callable[..., Run], here: Path) -> None:
                "--second-size", "96", "--out", "u").out  # fmt: skip
     assert f"distance {near:.3f}\n" in pair
     assert "no condition" not in pair
-    assert said["score"] is None
-    assert said["first"]["preprocess"]["size"] == [64, 64]
-    assert said["second"]["preprocess"]["size"] == [96, 96]
-    assert [image["role"] for image in said["second"]["images"]] == ["positive", "negative"]
+    assert record["score"] is None
+    assert record["first"]["preprocess"]["size"] == [64, 64]
+    assert record["second"]["preprocess"]["size"] == [96, 96]
+    assert [image["role"] for image in record["second"]["images"]] == ["positive", "negative"]
 
 
 def test_in_python(scorer: Score, tmp_path: Path) -> None:
     path = saved(scorer, tmp_path / "m.pt2", exported=True)
     pair = load_pair_model(path)
     images = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 48, 48)
-    found = explain(pair, Comparison.pair(*images))
+    result = explain(pair, Comparison.pair(*images))
     wanted = explain(as_pair_model(scorer), Comparison.pair(*images))
-    torch.testing.assert_close(found.score, wanted.score)
-    for one, other in zip(found.maps, wanted.maps, strict=True):
+    torch.testing.assert_close(result.score, wanted.score)
+    for one, other in zip(result.maps, wanted.maps, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
     with pytest.raises(TwoImagesError, match="pairs are explained by simexplain explain"):
         load_model(path)

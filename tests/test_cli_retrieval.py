@@ -15,10 +15,10 @@ START = ("evaluate", "retrieval", NETWORK)
 
 def folder(root: Path, classes: dict[str, int], suffix: str = "") -> Path:
     """``a/v0.png``, ``a/v1.png`` and so on: noise, the number standing for who drew it."""
-    for place, (name, count) in enumerate(classes.items()):
+    for index, (name, count) in enumerate(classes.items()):
         (root / name).mkdir(parents=True)
         for number in range(count):
-            noise(24, 32, seed=100 * place + number).save(root / name / f"v{number}{suffix}.png")
+            noise(24, 32, seed=100 * index + number).save(root / name / f"v{number}{suffix}.png")
     return root
 
 
@@ -40,9 +40,9 @@ def test_a_folder_with_a_broken_picture_and_a_class_of_one(
     assert warnings[0].startswith("Warning: 1 query has nothing of the same class to find")
     assert "broken.jpg" in warnings[1]
     assert len(warnings) == 2
-    said = json.loads((here / "scores" / "retrieval.json").read_text(encoding="utf-8"))
-    assert (said["queries"], said["skipped"], said["gallery"]) == (5, 1, 6)
-    assert list(said["errors"]) == [str(data / "a" / "broken.jpg")]
+    record = json.loads((here / "scores" / "retrieval.json").read_text(encoding="utf-8"))
+    assert (record["queries"], record["skipped"], record["gallery"]) == (5, 1, 6)
+    assert list(record["errors"]) == [str(data / "a" / "broken.jpg")]
 
 
 def test_the_zero_shot_split_with_groups_as_json(run: Callable[..., Run], here: Path) -> None:
@@ -51,11 +51,11 @@ def test_the_zero_shot_split_with_groups_as_json(run: Callable[..., Run], here: 
     result = run(*START, data, *FAST, *split, "--group", "name", "--out", "scores")
     assert result.code == 0, result.err
     assert result.err == ""
-    said = json.loads(result.out)
-    assert (said["schema"], said["queries"], said["gallery"]) == (1, 6, 6)
-    assert set(said["recall"]) == {"1", "2", "4", "8"}
-    assert {one["class"] for one in said["classes"]} == {"d", "e"}
-    assert said["settings"] == {
+    record = json.loads(result.out)
+    assert (record["schema"], record["queries"], record["gallery"]) == (1, 6, 6)
+    assert set(record["recall"]) == {"1", "2", "4", "8"}
+    assert {one["class"] for one in record["classes"]} == {"d", "e"}
+    assert record["settings"] == {
         "model": "timm:resnet18", "gallery": "queries", "own file": "ignored",
         "own group": "ignored", "ties": "relevant last", "data": str(data), "kind": "folder",
         "split": "test", "group": "name", "train_share": 0.6,
@@ -63,7 +63,7 @@ def test_the_zero_shot_split_with_groups_as_json(run: Callable[..., Run], here: 
     rows = (here / "scores" / "queries.csv").read_text(encoding="utf-8").splitlines()
     assert rows[1].split(",")[2:5] == ["v0", "4", "2"]  # two of six are of its group
     by_rule = run(*START, data, *FAST, *split, "--group", r"/(v\d)")
-    assert json.loads(by_rule.out)["recall"] == said["recall"]
+    assert json.loads(by_rule.out)["recall"] == record["recall"]
     train = json.loads(run(*START, data, *FAST, *split, "--split", "train").out)
     assert {one["class"] for one in train["classes"]} == {"a", "b", "c"}
 
@@ -82,14 +82,14 @@ def test_a_gallery_of_its_own(run: Callable[..., Run], here: Path) -> None:
 def test_data_that_says_itself_what_is_tested(run: Callable[..., Run], here: Path) -> None:
     for part, classes in {"train": "ab", "query": "cd", "gallery": "cde"}.items():
         folder(here / "data" / part, dict.fromkeys(classes, 2), suffix=part)
-    said = json.loads(run(*START, "data", *FAST, "--json").out)
-    assert (said["settings"]["split"], said["queries"], said["gallery"]) == ("test", 4, 6)
-    assert "train_share" not in said["settings"]
+    record = json.loads(run(*START, "data", *FAST, "--json").out)
+    assert (record["settings"]["split"], record["queries"], record["gallery"]) == ("test", 4, 6)
+    assert "train_share" not in record["settings"]
     train = json.loads(run(*START, "data", *FAST, "--split", "train", "--json").out)
     assert (train["queries"], train["gallery"]) == (4, 4)
     refused = run(*START, "data", *FAST, "--split", "test", "--train-share", "0.5")
     assert refused.code == 2
-    assert "says itself" in refused.err
+    assert "has its own" in refused.err
 
 
 def test_a_table_with_its_own_groups(run: Callable[..., Run], here: Path) -> None:
@@ -99,8 +99,8 @@ def test_a_table_with_its_own_groups(run: Callable[..., Run], here: Path) -> Non
     (data / "table.csv").write_text(text, encoding="utf-8")
     options = ("--kind", "csv", "--json", *FAST)
     assert json.loads(run(*START, data / "table.csv", *options).out)["queries"] == 4
-    said = json.loads(run(*START, data / "table.csv", *options, "--group", "own").out)
-    assert (said["queries"], said["skipped"]) == (2, 2)  # both of b are of one group
+    record = json.loads(run(*START, data / "table.csv", *options, "--group", "own").out)
+    assert (record["queries"], record["skipped"]) == (2, 2)  # both of b are of one group
 
 
 def test_errors_are_one_line_and_nothing_is_written(fails: Callable[..., str], here: Path) -> None:

@@ -43,9 +43,9 @@ def test_three_commands_from_an_empty_folder(tmp_path: Path) -> None:
     assert "The 2 nearest of 2 pictures to anchor.jpg" in done.out
     with Image.open(tmp_path / "found" / "search.png") as figure:
         assert min(figure.size) > 600
-    found = SearchResult.load(tmp_path / "found")
-    assert {Path(path).stem for path in found.paths} == {"positive", "negative"}
-    assert found.hits[0].distance < found.hits[1].distance
+    result = SearchResult.load(tmp_path / "found")
+    assert {Path(path).stem for path in result.paths} == {"positive", "negative"}
+    assert result.hits[0].distance < result.hits[1].distance
 
 
 @pytest.fixture(scope="module")
@@ -73,19 +73,19 @@ def made(kept: Path, here: Path) -> Path:
 def test_the_json_is_the_contract_and_the_manifest(made: Path, run: Callable[..., Run]) -> None:
     done = run("search", *QUICK, "-k", "4", "--out", "found", "--json")
     assert done.code == 0, done.err
-    said = json.loads(done.out)
-    assert said["schema"] == 1
-    assert said["query"] == "a.png"
-    assert said["gallery"] == 6
-    assert [hit["rank"] for hit in said["hits"]] == [1, 2, 3, 4]
-    distances = [hit["distance"] for hit in said["hits"]]
+    record = json.loads(done.out)
+    assert record["schema"] == 1
+    assert record["query"] == "a.png"
+    assert record["gallery"] == 6
+    assert [hit["rank"] for hit in record["hits"]] == [1, 2, 3, 4]
+    distances = [hit["distance"] for hit in record["hits"]]
     assert distances == sorted(distances)
-    for hit in said["hits"]:
+    for hit in record["hits"]:
         assert set(hit) >= HIT
         assert Path(hit["path"]).is_file()
         assert hit["label"] == Path(hit["path"]).parent.name
-    assert json.loads((made / "found" / "search.json").read_text(encoding="utf-8")) == said
-    for path in said["files"].values():
+    assert json.loads((made / "found" / "search.json").read_text(encoding="utf-8")) == record
+    for path in record["files"].values():
         assert Path(path).stat().st_size > 1000
 
 
@@ -123,9 +123,9 @@ def test_shares_that_round_to_nothing_are_left_away(capsys: pytest.CaptureFixtur
 def test_a_region_and_its_mask_give_boxes(made: Path, run: Callable[..., Run]) -> None:
     done = run("search", *QUICK, "--fit", "crop", "--region", "10,5,30,20", "--json")
     assert done.code == 0, done.err
-    said = json.loads(done.out)
-    assert said["region"] == [10, 5, 30, 20]
-    for hit in said["hits"]:
+    record = json.loads(done.out)
+    assert record["region"] == [10, 5, 30, 20]
+    for hit in record["hits"]:
         x, y, width, height = hit["box"]
         assert 0 <= x < x + width <= 40.05
         assert 0 <= y < y + height <= 30.05
@@ -134,7 +134,7 @@ def test_a_region_and_its_mask_give_boxes(made: Path, run: Callable[..., Run]) -
     mask.save("mask.png")
     masked = run("search", *QUICK, "--region-mask", "mask.png", "--json")
     assert [hit["path"] for hit in json.loads(masked.out)["hits"]] == [
-        hit["path"] for hit in said["hits"]
+        hit["path"] for hit in record["hits"]
     ]
     shown = run("search", *QUICK, "--region", "10,5,30,20")
     assert "box (x, y, w, h)" in shown.out
@@ -165,7 +165,7 @@ def test_moved_pictures_are_found_by_root(made: Path, run: Callable[..., Run]) -
         ((NETWORK, "missing.png", "gallery.index", *FAST), "no file 'missing.png'"),
         ((NETWORK, "text.jpg", "gallery.index", *FAST), "not a picture"),
         ((NETWORK, "a.png", "missing.index", *FAST), "no index 'missing.index'"),
-        ((NETWORK, "a.png", "a.png", *FAST), "no index of a gallery"),
+        ((NETWORK, "a.png", "a.png", *FAST), "the index of a gallery"),
         ((*QUICK, "-k", "7"), "k between 1 and the 6 pictures"),
         ((*QUICK, "--region", "50,5,30,20"), "inside the picture of 60 x 40"),
         ((*QUICK, "--region-mask", "b.jpg"), "size of its picture"),

@@ -36,22 +36,22 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_json_is_the_contract_and_the_manifest(work: Path) -> None:
-    said = json.loads((work / "said.json").read_text(encoding="utf-8"))
-    assert set(said) >= CONTRACT
-    assert said["schema"] == 1
-    assert json.loads((work / "found" / "segmentation.json").read_text("utf-8")) == said
-    assert [Path(path).name for path in said["supports"]] == ["anchor.jpg"]
-    assert [Path(path).name for path in said["others"]] == ["negative.jpg"]
-    for path in said["files"].values():
+    record = json.loads((work / "said.json").read_text(encoding="utf-8"))
+    assert set(record) >= CONTRACT
+    assert record["schema"] == 1
+    assert json.loads((work / "found" / "segmentation.json").read_text("utf-8")) == record
+    assert [Path(path).name for path in record["supports"]] == ["anchor.jpg"]
+    assert [Path(path).name for path in record["others"]] == ["negative.jpg"]
+    for path in record["files"].values():
         assert (work / path).stat().st_size > 500
 
 
 def test_the_files_are_what_python_gives_in_another_process(work: Path) -> None:
     """Also a proof that GrabCut gives the same result from run to run."""
     model = load_model("timm:tf_efficientnet_lite0")
-    found = segment(model, DEMO / "positive.jpg", [DEMO / "anchor.jpg"], [DEMO / "negative.jpg"])
+    result = segment(model, DEMO / "positive.jpg", [DEMO / "anchor.jpg"], [DEMO / "negative.jpg"])
     stored = Segmentation.load(work / "found")
-    differing = (stored.mask != found.mask).mean()
+    differing = (stored.mask != result.mask).mean()
     assert differing < 1e-3, "threads may round the map in another way"
     mask = np.asarray(Image.open(work / "found" / "mask.png"))
     assert mask.dtype == np.uint8
@@ -72,14 +72,14 @@ def test_options_arrive(run: Callable[..., Run]) -> None:
                "--probable", "0.4", "--background", "0.2", "--iterations", "2", "--longest", "32",
                "--view", "model", "--json")  # fmt: skip
     assert done.code == 0, done.err
-    said = json.loads(done.out)
-    options = said["options"]
-    assert (said["method"], said["refine"]) == ("sam", "box")
+    record = json.loads(done.out)
+    options = record["options"]
+    assert (record["method"], record["refine"]) == ("sam", "box")
     assert options["weights"] == "signed"
     assert options["cue"] == {"sure": 0.7, "probable": 0.4, "background": 0.2}
     assert options["cut"] == {"iterations": 2, "seed": 0, "longest": 32}
     assert (options["anchor"], options["view"]) == ("support", "model")
-    assert said["files"]["mask"] == "segmentation-1/mask.png"
+    assert record["files"]["mask"] == "segmentation-1/mask.png"
 
 
 def test_it_tells_a_person_and_finds_a_new_folder(run: Callable[..., Run]) -> None:
@@ -95,7 +95,7 @@ def test_it_tells_a_person_and_finds_a_new_folder(run: Callable[..., Run]) -> No
 
 
 def test_bad_input_is_told_in_a_line(fails: Callable[..., str]) -> None:
-    for arguments, code, said in (
+    for arguments, code, record in (
         (("a.png",), 2, "SUPPORT"),
         (("gone.png", "b.jpg"), 1, "gone.png"),
         (("a.png", "text.jpg"), 1, "text.jpg"),
@@ -111,4 +111,4 @@ def test_bad_input_is_told_in_a_line(fails: Callable[..., str]) -> None:
         (("a.png", "b.jpg", "--aggregate", "together", "--anchor", "support"), 1, "one anchor"),
         (("a.png", "b.jpg", "--out", "a.png"), 1, "is a file"),
     ):
-        assert said in fails("segment", NETWORK, *arguments, *FAST, code=code)
+        assert record in fails("segment", NETWORK, *arguments, *FAST, code=code)

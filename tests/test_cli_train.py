@@ -58,11 +58,11 @@ def test_an_avsl_model_is_attributed(run: Callable[..., Run], data: Path) -> Non
         "--epochs", "1", "--json",
     )  # fmt: skip
     assert trained.code == 0, trained.err
-    said = json.loads(trained.out)
-    assert said["options"]["avsl"] is True
-    assert said["best_epoch"] == 1
+    record = json.loads(trained.out)
+    assert record["options"]["avsl"] is True
+    assert record["best_epoch"] == 1
     done = run(
-        "attribute", said["files"]["model"], "data/class05/0.png", "data/class06/0.png",
+        "attribute", record["files"]["model"], "data/class05/0.png", "data/class06/0.png",
         "--out", "account",
     )  # fmt: skip
     assert done.code == 0, done.err
@@ -109,11 +109,11 @@ def test_bad_data_are_told_at_once_and_nothing_is_written(
     fails: Callable[..., str], data: Path
 ) -> None:
     (data / "class00" / "0.png").write_text("no picture", encoding="utf-8")
-    for place in (1, 2, 3):
-        (data / "class01" / f"{place}.png").unlink()
-    said = fails("train", "data", "--out", "run", *QUICK, "--classes-per-batch", "7")
+    for index in (1, 2, 3):
+        (data / "class01" / f"{index}.png").unlink()
+    record = fails("train", "data", "--out", "run", *QUICK, "--classes-per-batch", "7")
     for part in ("class00/0.png", "class01", "4 classes"):
-        assert part in said
+        assert part in record
 
 
 @pytest.mark.parametrize(
@@ -233,5 +233,5 @@ def test_a_missing_extra_is_named(
     fails: Callable[..., str], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("simexplain.training.training.find_spec", lambda name: None)
-    said = fails("train", "data", "--out", "run")
-    assert "pip install 'simexplain[train]'" in said
+    record = fails("train", "data", "--out", "run")
+    assert "pip install 'simexplain[train]'" in record

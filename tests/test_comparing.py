@@ -67,15 +67,15 @@ def named(tiny: TinyNet):
 
 def test_every_number_is_that_of_the_method_alone(tiny, triplet) -> None:
     scipy = pytest.importorskip("scipy.stats")
-    found = compare(tiny, triplet, FINE, steps=4, baseline="mean")
-    assert [method.name for method in found.methods] == list(FINE)
+    result = compare(tiny, triplet, FINE, steps=4, baseline="mean")
+    assert [method.name for method in result.methods] == list(FINE)
     alone = [
         explain(tiny, triplet, "saliency"),
         explain(tiny, triplet, "decomposition"),
         explain(tiny, triplet, "sam", "stem", weights="signed"),
         explain(tiny, triplet, "sbsm", window=0.5),
     ]
-    for method, own in zip(found.methods, alone, strict=True):
+    for method, own in zip(result.methods, alone, strict=True):
         assert torch.equal(method.explanation.maps, own.maps)
         scores = faithfulness(tiny, triplet, own, steps=4, baseline="mean")
         for name in ("deletion", "insertion", "gain"):
@@ -89,24 +89,24 @@ def test_every_number_is_that_of_the_method_alone(tiny, triplet) -> None:
             if one.amax() > one.amin()  # the correlation with a flat map is not defined
         ]
         assert method.agreement["spearman"] == pytest.approx(np.mean(ranks), abs=1e-6)
-    assert found["saliency"].agreement["cosine"] == pytest.approx(1)
-    assert [method.forwards for method in found.methods[:3]] == [6, 3, 3]
-    assert all(method.seconds > 0 for method in found.methods)
-    assert not found.skipped
+    assert result["saliency"].agreement["cosine"] == pytest.approx(1)
+    assert [method.forwards for method in result.methods[:3]] == [6, 3, 3]
+    assert all(method.seconds > 0 for method in result.methods)
+    assert not result.skipped
 
 
 def test_together_there_is_one_score_for_all_images(tiny, triplet) -> None:
-    found = compare(tiny, triplet, ["sam"], steps=3, perturb="joint")
+    result = compare(tiny, triplet, ["sam"], steps=3, perturb="joint")
     scores = faithfulness(tiny, triplet, explain(tiny, triplet), steps=3, perturb="joint")
-    assert found["sam"].scores["gain"] == pytest.approx(scores.gain[0].tolist())
-    assert len(found["sam"].scores["gain"]) == 1
-    assert png_of(found.figure())
+    assert result["sam"].scores["gain"] == pytest.approx(scores.gain[0].tolist())
+    assert len(result["sam"].scores["gain"]) == 1
+    assert png_of(result.figure())
 
 
 def test_files_are_compared_as_explain_explains_them(named, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
-    found = compare(named, paths, ["sam", "sam:upscale=2"], arch="triplet", masks=masks, steps=2)
-    for method, upscale in zip(found.methods, (1, 2), strict=True):
+    result = compare(named, paths, ["sam", "sam:upscale=2"], arch="triplet", masks=masks, steps=2)
+    for method, upscale in zip(result.methods, (1, 2), strict=True):
         own = explain(named, paths, arch="triplet", upscale=upscale)
         assert torch.allclose(method.explanation.maps, own.maps, atol=1e-6)
         assert method.explanation.peaks() == own.peaks()
@@ -116,7 +116,7 @@ def test_masks_are_pointed_at_and_the_best_is_known(tmp_path: Path) -> None:
     model = as_similarity_model(Corner(), preprocess=PREPARE)
     paths, masks = pictures(tmp_path)
     seen: list[tuple[int, int]] = []
-    found = compare(
+    result = compare(
         model,
         paths,
         RECIPES,
@@ -126,21 +126,21 @@ def test_masks_are_pointed_at_and_the_best_is_known(tmp_path: Path) -> None:
         baseline="black",
         progress=lambda done, of: seen.append((done, of)),
     )
-    inside, outside = found["inside"], found["outside"]
+    inside, outside = result["inside"], result["outside"]
     assert inside.scores["pointing"][::2] == (1, 1)
     assert math.isnan(inside.scores["pointing"][1])
     assert outside.means["pointing"] == 0
     assert inside.means["energy"] > 0.9
-    assert found.chance == pytest.approx({"pointing": 0.25, "energy": 0.25})
-    assert {found.best(metric) for metric in ("gain", "insertion", "deletion")} == {"inside"}
-    assert inside.means["gain"] > found.random["gain"] > outside.means["gain"]
+    assert result.chance == pytest.approx({"pointing": 0.25, "energy": 0.25})
+    assert {result.best(metric) for metric in ("gain", "insertion", "deletion")} == {"inside"}
+    assert inside.means["gain"] > result.random["gain"] > outside.means["gain"]
     assert seen == [(1, 2), (2, 2)]
     same = evaluate_faithfulness(
         model, [Item(paths, masks=(masks[0], None, masks[2]))], RECIPES, steps=8, baseline="black"
     )
     for name in RECIPES:
         values = {metric: scores[0] for metric, scores in same.methods[name].values.items()}
-        assert found[name].means == pytest.approx(values)
+        assert result[name].means == pytest.approx(values)
     tensors = explain(model, paths).images[0]
     of_tensors = compare(
         model,
@@ -170,15 +170,15 @@ def test_what_does_not_apply_is_skipped_with_the_reason(tiny, triplet) -> None:
     cheap = {"occlusion": "occlusion:window=0.5,stride=0.5", "sbsm": "sbsm:window=0.5,stride=0.5",
              "random_masks": "random_masks:masks=8", "smoothgrad": "smoothgrad:samples=2",
              "integrated_gradients": "integrated_gradients:steps=2"}  # fmt: skip
-    found = compare(box, triplet, [cheap.get(name, name) for name in every], steps=2)
-    done = {method.explanation.method for method in found.methods}
+    result = compare(box, triplet, [cheap.get(name, name) for name in every], steps=2)
+    done = {method.explanation.method for method in result.methods}
     layered = {name for name in every if getattr(METHODS[name], "uses_layers", True)}
     assert not done & layered
     assert {"occlusion", "saliency"} <= done
-    assert {name.partition(":")[0] for name in found.skipped} | done == set(every)
-    assert "black box" in found.skipped["sam"]
-    assert all(reason.endswith((".", "?")) for reason in found.skipped.values())
-    assert f"Skipped sam: {found.skipped['sam']}" in str(found)
+    assert {name.partition(":")[0] for name in result.skipped} | done == set(every)
+    assert "black box" in result.skipped["sam"]
+    assert all(reason.endswith((".", "?")) for reason in result.skipped.values())
+    assert f"Skipped sam: {result.skipped['sam']}" in str(result)
 
 
 def test_an_error_of_torch_skips_a_method_and_none_left_is_an_error(tiny, triplet) -> None:
@@ -186,8 +186,8 @@ def test_an_error_of_torch_skips_a_method_and_none_left_is_an_error(tiny, triple
         raise RuntimeError("sizes do not match\nat all")
 
     recipes = {"broken": (broken, None, {}), "sam": ("sam", None, {})}
-    found = compare(tiny, triplet, recipes, steps=1)
-    assert found.skipped == {"broken": "RuntimeError: sizes do not match."}
+    result = compare(tiny, triplet, recipes, steps=1)
+    assert result.skipped == {"broken": "RuntimeError: sizes do not match."}
     with pytest.raises(ModelError, match="no_layer"):
         compare(tiny, triplet, ["sam@no_layer"], steps=1)
 
@@ -243,8 +243,8 @@ def test_the_figure_has_a_row_for_each_method_and_aligned_columns(named, tmp_pat
     paths = [tmp_path / f"{side}$_{side}$.png" for side in (40, 80, 160)]
     for path, size in zip(paths, ((80, 40), (80, 80), (80, 160)), strict=True):
         noise(*size).save(path)
-    found = compare(named, paths, TEXTS[:3], arch="triplet", steps=1)
-    figure = found.figure("contour")
+    result = compare(named, paths, TEXTS[:3], arch="triplet", steps=1)
+    figure = result.figure("contour")
     drawn = [axes for axes in figure.axes if axes.get_images()]
     assert len(drawn) == 4 * 3
     boxes = np.array([axes.get_position().bounds for axes in drawn]).reshape(4, 3, 4)
@@ -255,12 +255,12 @@ def test_the_figure_has_a_row_for_each_method_and_aligned_columns(named, tmp_pat
     assert aspects == pytest.approx([0.5, 1, 2])
     tops = boxes[:, 0, 1]
     assert (np.diff(tops) < -boxes[1:, 0, 3]).all()  # rows do not overlap
-    said = " ".join(text.get_text() for text in figure.texts)
+    record = " ".join(text.get_text() for text in figure.texts)
     for part in ("sam", "weights=signed", "score=held", "deletion", "reference"):
-        assert part in said
-    assert found._repr_html_().startswith("<img")
+        assert part in record
+    assert result._repr_html_().startswith("<img")
     with pytest.raises(ComparisonError, match="style"):
-        found.figure("neon")
+        result.figure("neon")
 
 
 def test_texts_of_the_figure_stay_inside_and_apart(named, tmp_path: Path) -> None:
@@ -280,11 +280,11 @@ def test_texts_of_the_figure_stay_inside_and_apart(named, tmp_path: Path) -> Non
 
 
 def test_sets_of_many_images_show_what_fits(named, tmp_path: Path) -> None:
-    paths = [tmp_path / f"{place}.png" for place in range(14)]
+    paths = [tmp_path / f"{index}.png" for index in range(14)]
     for path in paths:
         noise(24, 24, seed=int(path.stem)).save(path)
-    found = compare(named, paths, ["sam"], arch="set", positives=6, steps=1)
-    figure = found.figure()
+    result = compare(named, paths, ["sam"], arch="set", positives=6, steps=1)
+    figure = result.figure()
     assert figure.get_size_inches()[0] < 20
     shown = sum(bool(axes.get_images()) for axes in figure.axes) // 2
     assert 4 < shown < 14
@@ -294,28 +294,28 @@ def test_sets_of_many_images_show_what_fits(named, tmp_path: Path) -> None:
 def test_a_comparison_is_saved_whole_and_keeps_the_contract(named, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
     texts = [*TEXTS[:2], "sam@no_layer"]
-    found = compare(named, paths, texts, arch="triplet", masks=masks, steps=2)
-    files = found.save(tmp_path / "out")
+    result = compare(named, paths, texts, arch="triplet", masks=masks, steps=2)
+    files = result.save(tmp_path / "out")
     assert {Path(path).name for path in files.values()} == set(KINDS["MethodComparison"].names)
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(
         KINDS["MethodComparison"].names
     )
     text = Path(files["manifest"]).read_text(encoding="utf-8")
-    said = json.loads(text, parse_constant=pytest.fail)
-    assert said.keys() == CONTRACT | {"digests"}
-    assert all(m.keys() == METHOD_CONTRACT | {"pointing", "energy"} for m in said["methods"])
-    assert said["skipped"][0].keys() == {"name", "reason"}
-    assert said["images"][1] == {"path": str(paths[1]), "role": "positive"}
-    assert said["methods"][1]["options"]["weights"] == "signed"
+    record = json.loads(text, parse_constant=pytest.fail)
+    assert record.keys() == CONTRACT | {"digests"}
+    assert all(m.keys() == METHOD_CONTRACT | {"pointing", "energy"} for m in record["methods"])
+    assert record["skipped"][0].keys() == {"name", "reason"}
+    assert record["images"][1] == {"path": str(paths[1]), "role": "positive"}
+    assert record["methods"][1]["options"]["weights"] == "signed"
     with np.load(files["maps"], allow_pickle=False) as stored:
-        for place, method in enumerate(found.methods):
-            assert np.array_equal(stored[f"maps_{place}"], method.explanation.maps[0].numpy())
+        for index, method in enumerate(result.methods):
+            assert np.array_equal(stored[f"maps_{index}"], method.explanation.maps[0].numpy())
         assert stored["views"].shape == (3, 24, 24, 3)
     assert Image.open(files["figure"]).size[0] > 800
     with pytest.raises(OutputError, match="there already"):
-        found.save(tmp_path / "out")
+        result.save(tmp_path / "out")
     (tmp_path / "out" / "mine.txt").touch()
-    found.save(tmp_path / "out", force=True)
+    result.save(tmp_path / "out", force=True)
     assert (tmp_path / "out" / "mine.txt").exists()
 
 
@@ -336,8 +336,8 @@ def test_a_saved_comparison_is_the_same_after_loading(named, tmp_path: Path) -> 
         assert same(one.agreement, other.agreement)
         assert same(one.asked, other.asked)
         for name in ("maps", "weights", "scores", "embeddings", "distances"):
-            found = getattr(one.explanation, name)
-            assert torch.equal(found, getattr(other.explanation, name)), name
+            result = getattr(one.explanation, name)
+            assert torch.equal(result, getattr(other.explanation, name)), name
         assert np.array_equal(one.explanation.views, other.explanation.views)
         assert one.explanation.peaks() == other.explanation.peaks()
         assert one.explanation.layers == other.explanation.layers
@@ -348,9 +348,9 @@ def test_a_saved_comparison_is_the_same_after_loading(named, tmp_path: Path) -> 
     assert after.skipped == before.skipped
     assert after.settings == before.settings
     assert after.masks.keys() == before.masks.keys()
-    for place, mask in after.masks.items():
+    for index, mask in after.masks.items():
         assert tuple(mask.shape) == (24, 24)
-        share = float(before.masks[place].double().mean())
+        share = float(before.masks[index].double().mean())
         assert float(mask.double().mean()) == pytest.approx(share, abs=0.1)
     assert len(after.figure().axes) == len(before.figure().axes)
     again = after.save(tmp_path / "again")
@@ -361,40 +361,40 @@ def test_a_saved_comparison_is_the_same_after_loading(named, tmp_path: Path) -> 
 
 def test_pointing_and_energy_are_measured_on_maps_as_they_are(named, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
-    found = compare(named, paths, ["saliency"], arch="triplet", masks=masks, steps=1)
-    (method,) = found.methods
-    for place, mask in found.masks.items():
-        heat = torch.from_numpy(method.explanation.on_picture(place, raw=True)[1])
-        left, top, right, bottom = method.explanation.geometries[place].box
+    result = compare(named, paths, ["saliency"], arch="triplet", masks=masks, steps=1)
+    (method,) = result.methods
+    for index, mask in result.masks.items():
+        heat = torch.from_numpy(method.explanation.on_picture(index, raw=True)[1])
+        left, top, right, bottom = method.explanation.geometries[index].box
         seen = slice(math.floor(top), math.ceil(bottom)), slice(math.floor(left), math.ceil(right))
         share = float((heat * mask)[seen].sum() / heat[seen].sum())
-        assert method.scores["energy"][place] == pytest.approx(share, rel=1e-5)
+        assert method.scores["energy"][index] == pytest.approx(share, rel=1e-5)
 
 
 def test_the_table_has_a_line_a_method_and_the_random_map(tiny, triplet) -> None:
-    found = compare(tiny, triplet, TEXTS[:2], steps=2)
-    assert [row["method"] for row in found.table()] == [*TEXTS[:2], "(random)"]
-    assert len({tuple(row) for row in found.table()}) == 1
-    lines = str(found).splitlines()
+    result = compare(tiny, triplet, TEXTS[:2], steps=2)
+    assert [row["method"] for row in result.table()] == [*TEXTS[:2], "(random)"]
+    assert len({tuple(row) for row in result.table()}) == 1
+    lines = str(result).splitlines()
     assert lines[0].split() == [
         "method", "deletion", "insertion", "gain", "agreement", "forwards", "seconds",
         "measuring",
     ]  # fmt: skip
     assert lines[1].startswith("sam ")
-    assert f"{found['sam'].means['gain']:+.3f}" in lines[1]
-    spent = sum(method.seconds + method.measuring for method in found.methods)
-    assert all(method.measuring > 0 for method in found.methods)
-    assert spent < found.seconds  # and the random map, which is measured as well
+    assert f"{result['sam'].means['gain']:+.3f}" in lines[1]
+    spent = sum(method.seconds + method.measuring for method in result.methods)
+    assert all(method.measuring > 0 for method in result.methods)
+    assert spent < result.seconds  # and the random map, which is measured as well
     assert any("all of it took" in line for line in lines)
 
 
 def test_the_estimate_is_made_once_by_the_first_method(tiny, triplet) -> None:
-    said: list[float] = []
-    found = compare(tiny, triplet, TEXTS[:3], steps=2, estimate=said.append)
-    first = found.methods[0]
-    assert said == [2 * (first.seconds + first.measuring)]
-    compare(tiny, triplet, TEXTS[:1], steps=2, estimate=said.append)
-    assert len(said) == 1
+    record: list[float] = []
+    result = compare(tiny, triplet, TEXTS[:3], steps=2, estimate=record.append)
+    first = result.methods[0]
+    assert record == [2 * (first.seconds + first.measuring)]
+    compare(tiny, triplet, TEXTS[:1], steps=2, estimate=record.append)
+    assert len(record) == 1
 
 
 # ----------------------------------------------------------------------------- data and results
@@ -446,7 +446,7 @@ def test_tables_that_are_wrong_are_refused_with_the_line(
 
 def test_files_that_are_no_tables_are_refused(tmp_path: Path) -> None:
     noise(8, 8).save(tmp_path / "a.png")
-    with pytest.raises(ComparisonError, match="no CSV file"):
+    with pytest.raises(ComparisonError, match="not a CSV file"):
         read_comparisons(tmp_path / "a.png")
     with pytest.raises(ComparisonError, match="cannot be read"):
         read_comparisons(tmp_path / "none.csv")
@@ -456,17 +456,17 @@ def classes(folder: Path, each: int = 4) -> Path:
     """Three classes; the first is cut out, the second has mask files, the third has one picture."""
     for label, count in (("cut", each), ("masked", each), ("single", 1)):
         (folder / label).mkdir(parents=True)
-        for place in range(count):
-            image = noise(24, 24, seed=place)
+        for index in range(count):
+            image = noise(24, 24, seed=index)
             if label == "cut":
                 alpha = np.zeros((24, 24), np.uint8)
                 alpha[:12] = 255
                 image.putalpha(Image.fromarray(alpha))
-            image.save(folder / label / f"{place}.png")
-    for place in range(each):
+            image.save(folder / label / f"{index}.png")
+    for index in range(each):
         mask = np.zeros((24, 24), np.uint8)
         mask[:, :6] = 255
-        Image.fromarray(mask).save(folder / "masked" / f"{place}_mask.png")
+        Image.fromarray(mask).save(folder / "masked" / f"{index}_mask.png")
     opaque = noise(24, 24, seed=9)
     opaque.putalpha(255)
     opaque.save(folder / "single" / "0.png")
@@ -513,31 +513,31 @@ def test_an_evaluation_is_drawn_and_saved(tmp_path: Path) -> None:
     model = as_similarity_model(Corner(), preprocess=PREPARE)
     items = sample_comparisons(classes(tmp_path / "data"), 4)
     recipes = {**RECIPES, "no$layer$": ("sam", "no_layer", {}), "half": (painted(True), "keep", {})}
-    found = evaluate_faithfulness(
+    result = evaluate_faithfulness(
         model, items, recipes, controls=("random", "centre"), steps=2, tolerance=1
     )
-    assert list(found.skipped) == ["no$layer$"]
-    assert found.metrics == ("deletion", "insertion", "gain", "pointing", "energy")
-    figure = found.figure()
-    assert [axes.get_title(loc="left") for axes in figure.axes] == list(found.metrics)
+    assert list(result.skipped) == ["no$layer$"]
+    assert result.metrics == ("deletion", "insertion", "gain", "pointing", "energy")
+    figure = result.figure()
+    assert [axes.get_title(loc="left") for axes in figure.axes] == list(result.metrics)
     shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert shown == ["inside", "outside", "half", "(random)", "(centre)"]
     gain = figure.axes[2].lines
     means = {line.get_xdata()[0] for line in gain if line.get_marker() == "o"}
-    assert found.methods["inside"].intervals["gain"].mean in means
+    assert result.methods["inside"].intervals["gain"].mean in means
     Image.open(io.BytesIO(png_of(figure))).verify()
-    assert "[" in str(found)
-    assert "no$layer$" not in str(found)
-    files = save_evaluation(found, tmp_path / "out", force=False)
+    assert "[" in str(result)
+    assert "no$layer$" not in str(result)
+    files = save_evaluation(result, tmp_path / "out", force=False)
     assert {Path(path).name for path in files.values()} == set(KINDS["Evaluation"].names)
     lines = Path(files["values"]).read_text(encoding="utf-8").splitlines()
     assert lines[0] == "item,anchor,method,deletion,insertion,gain,pointing,energy"
     assert len(lines) == 1 + 4 * 6
     first = lines[1].split(",")
     assert first[:3] == ["0", str(items[0].paths[0]), "inside"]
-    assert float(first[5]) == found.methods["inside"].values["gain"][0]
-    said = json.loads(Path(files["results"]).read_text(encoding="utf-8"))
-    assert said["files"] == files
-    assert list(said["skipped"]) == ["no$layer$"]
+    assert float(first[5]) == result.methods["inside"].values["gain"][0]
+    record = json.loads(Path(files["results"]).read_text(encoding="utf-8"))
+    assert record["files"] == files
+    assert list(record["skipped"]) == ["no$layer$"]
     with pytest.raises(OutputError, match="there already"):
-        save_evaluation(found, tmp_path / "out", force=False)
+        save_evaluation(result, tmp_path / "out", force=False)

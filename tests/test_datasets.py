@@ -97,7 +97,7 @@ def test_groups_by_name_or_by_rule(folder: Path) -> None:
     assert all(record.group == record.label for record in by_rule.queries)
     text = refused("folder", folder, group="(1)[.]png")
     assert "does not match 'a/0.png', 'b/0.png', 'c/0.png' and 2 more" in text
-    assert "no regular expression" in refused("folder", folder, group="(")
+    assert "not a regular expression" in refused("folder", folder, group="(")
     assert "with 0" in refused("folder", folder, group="vendor")
     assert "has its own groups or none" in refused("cub", folder, group="name")
 
@@ -115,7 +115,7 @@ def test_masks_from_a_folder_or_from_alpha(folder: Path, tmp_path: Path) -> None
     assert [r.mask for r in split.queries if r.label == "d"] == [None, masks / "d" / "1.bmp"]
     (tmp_path / "nothing").mkdir()
     assert "no picture has a mask" in refused("folder", folder, masks=tmp_path / "nothing")
-    assert "is no folder" in refused("folder", folder, masks=tmp_path / "gone")
+    assert "is not a folder" in refused("folder", folder, masks=tmp_path / "gone")
 
 
 def test_a_table_with_all_columns(folder: Path) -> None:
@@ -185,7 +185,7 @@ def test_files_that_are_no_table(folder: Path, tmp_path: Path) -> None:
         table.write_text(content, encoding="utf-8")
         assert expected in refused("csv", table)
     table.write_bytes(b"path,label\n\xff\xfe,a\n")
-    assert "no CSV file in UTF-8" in refused("csv", table)
+    assert "not a CSV file in UTF-8" in refused("csv", table)
     assert "Expected a CSV file" in refused("csv", folder)
     table.write_text("path,label,split\na,b,test\nc,d,gallery\n", encoding="utf-8")
     assert "got both" in refused("csv", table)
@@ -281,8 +281,8 @@ def test_sop_takes_the_authors_lists(tmp_path: Path) -> None:
 
 
 def persons(root: Path, suffix: str, names: dict[str, list[str]]) -> DataSplit:
-    for part, found in names.items():
-        put(*(root / part / f"{name}{suffix}" for name in found))
+    for part, result in names.items():
+        put(*(root / part / f"{name}{suffix}" for name in result))
     return read_dataset("market1501", root, strict=False)
 
 
@@ -341,7 +341,7 @@ def test_held_out_pictures_may_lie_under_other_names(tmp_path: Path, held: str) 
     split = read_dataset("folder", tmp_path)
     assert told(split.train, tmp_path) == [("train/a/1.png", "a"), ("train/b/1.png", "b")]
     assert told(split.queries, tmp_path) == [(f"{held}/a/1.png", "a"), (f"{held}/b/1.png", "b")]
-    assert split.told
+    assert split.has_split
 
 
 def test_val_beside_test_is_left_alone(tmp_path: Path) -> None:

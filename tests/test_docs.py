@@ -100,9 +100,9 @@ def test_search_works_on_pages_opened_as_files(site: Path) -> None:
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    result = json.loads(done.stdout)
     for words, page in wanted.items():
-        assert any(place.partition("#")[0] == page for place in found[words]), words
+        assert any(index.partition("#")[0] == page for index in result[words]), words
 
 
 def test_every_public_name_is_in_the_api_pages(site: Path) -> None:
@@ -147,8 +147,8 @@ def test_hook_leaves_code_and_prices_alone() -> None:
 
 def blocks(page: Path, kind: str) -> list[str]:
     """The fenced blocks of one language that are not marked as not to be run."""
-    found = _BLOCK.finditer(page.read_text(encoding="utf-8"))
-    return [match["code"] for match in found if match["kind"] == kind and not match["skip"]]
+    result = _BLOCK.finditer(page.read_text(encoding="utf-8"))
+    return [match["code"] for match in result if match["kind"] == kind and not match["skip"]]
 
 
 @pytest.mark.parametrize("page", TAUGHT, ids=lambda page: page.name)

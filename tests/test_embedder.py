@@ -45,10 +45,10 @@ class Returning(nn.Module):
 def test_output_picks_the_embedding(pack: Any, output: Any, images: Tensor) -> None:
     module = Returning(pack).eval()
     with torch.no_grad():
-        found = as_similarity_model(module, output=output).embed(images)
+        actual = as_similarity_model(module, output=output).embed(images)
         expected = nn.functional.normalize(module.inner(images), dim=1)
-    assert found.dtype == torch.float32
-    assert torch.allclose(found, expected, atol=1e-3 if output is None else 0)
+    assert actual.dtype == torch.float32
+    assert torch.allclose(actual, expected, atol=1e-3 if output is None else 0)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_rows_are_units_and_zero_stays_zero(images: Tensor) -> None:
 @pytest.mark.parametrize("name", ["euclidean", "squared", "cosine"])
 def test_distances(name: str) -> None:
     q, g = (nn.functional.normalize(torch.randn(n, 6, dtype=torch.float64)) for n in (3, 4))
-    found = as_similarity_model(TinyNet(), distance=name).distance(q, g)
+    result = as_similarity_model(TinyNet(), distance=name).distance(q, g)
     for i in range(3):
         for j in range(4):
             apart = float(((q[i] - g[j]) ** 2).sum())
             expected = {"euclidean": apart**0.5, "squared": apart, "cosine": apart / 2}[name]
-            assert float(found[i, j]) == pytest.approx(expected, abs=1e-12)
+            assert float(result[i, j]) == pytest.approx(expected, abs=1e-12)
 
 
 def test_preprocessing_that_nobody_told_is_known_or_noted() -> None:

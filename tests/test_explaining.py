@@ -29,7 +29,7 @@ def test_through_weights_equals_one_naive_backward_per_image(tiny: TinyNet, imag
     """Each image's score, with the weights in its graph, differentiated for itself."""
     comparison = Comparison.quadruplet(*images[:4, None])
     result = explain(tiny, comparison, layer="last", through_weights=True, keep_negative=True)
-    for place in range(4):
+    for index in range(4):
         kept = {}
         handle = tiny.last.register_forward_hook(
             lambda _m, _a, out, kept=kept: kept.setdefault("map", out)
@@ -38,9 +38,9 @@ def test_through_weights_equals_one_naive_backward_per_image(tiny: TinyNet, imag
         handle.remove()
         a, p, n1, n2 = rows
         weight = (1 - (a - p).abs()) * (a - n1).abs() * (a - n2).abs()
-        (gradient,) = torch.autograd.grad((weight * rows[place]).sum(), kept["map"])
-        wanted = (gradient.mean((2, 3), keepdim=True) * kept["map"]).sum(1)[place].detach()
-        torch.testing.assert_close(result.maps[0, place], wanted, rtol=1e-3, atol=1e-8)
+        (gradient,) = torch.autograd.grad((weight * rows[index]).sum(), kept["map"])
+        wanted = (gradient.mean((2, 3), keepdim=True) * kept["map"]).sum(1)[index].detach()
+        torch.testing.assert_close(result.maps[0, index], wanted, rtol=1e-3, atol=1e-8)
     constant = explain(tiny, comparison, layer="last", keep_negative=True)
     assert not torch.allclose(constant.maps, result.maps, rtol=1e-2)
 
@@ -50,14 +50,14 @@ def test_maps_for_training_are_differentiable(tiny: TinyNet, triplet: Comparison
     traced = trace(model, triplet.stacked().flatten(0, 1), ["last"], differentiable=True)
     for through in (False, True):
         attention = SimilarityAttention(through_weights=through, keep_negative=True)
-        found = attention.attend(traced, triplet, create_graph=True)
+        result = attention.attend(traced, triplet, create_graph=True)
         (gradient,) = torch.autograd.grad(
-            found.maps.square().sum(), tiny.stem.weight, retain_graph=True
+            result.maps.square().sum(), tiny.stem.weight, retain_graph=True
         )
         assert float(gradient.abs().sum()) > 0
     plain = explain(tiny, triplet, layer="last", keep_negative=True)
-    found = SimilarityAttention(keep_negative=True).attend(traced, triplet, create_graph=True)
-    torch.testing.assert_close(found.maps.detach(), plain.maps)
+    result = SimilarityAttention(keep_negative=True).attend(traced, triplet, create_graph=True)
+    torch.testing.assert_close(result.maps.detach(), plain.maps)
 
 
 def test_the_derivative_of_maps_equals_finite_differences(
@@ -68,9 +68,9 @@ def test_the_derivative_of_maps_equals_finite_differences(
     double = triplet.like(triplet.stacked().double())
     flat = double.stacked().flatten(0, 1)
     traced = trace(as_similarity_model(tiny), flat, ["last"], differentiable=True)
-    found = SimilarityAttention(keep_negative=True).attend(traced, double, create_graph=True)
-    (gradient,) = torch.autograd.grad(found.maps.square().sum(), tiny.body.weight)
-    constant = found.weights[0].detach()
+    result = SimilarityAttention(keep_negative=True).attend(traced, double, create_graph=True)
+    (gradient,) = torch.autograd.grad(result.maps.square().sum(), tiny.body.weight)
+    constant = result.weights[0].detach()
     where = tuple(int(i) for i in (gradient.abs() == gradient.abs().max()).nonzero()[0])
 
     def loss(step: float) -> Tensor:
@@ -190,10 +190,10 @@ def test_heatmaps_are_scaled_by_the_true_maximum(tiny: TinyNet, triplet: Compari
     own = explain(tiny, triplet, layer="last", cam="layer_cam")
     shared = explain(tiny, triplet, layer="last", cam="layer_cam", scale="shared")
     grown = F.interpolate(own.maps, size=(24, 32), mode="bilinear", align_corners=False)
-    for place in range(3):
-        top = grown[0, place].max()
-        wanted = grown[0, place] / top if top > 0 else grown[0, place]
-        torch.testing.assert_close(own.heatmaps[0, place], wanted)
+    for index in range(3):
+        top = grown[0, index].max()
+        wanted = grown[0, index] / top if top > 0 else grown[0, index]
+        torch.testing.assert_close(own.heatmaps[0, index], wanted)
     torch.testing.assert_close(shared.heatmaps[0], grown[0] / grown[0].max())
 
 
@@ -225,10 +225,10 @@ class OwnLayers(SimilarityAttention):
 
 
 def test_a_method_may_name_its_own_layers(tiny: TinyNet, triplet: Comparison) -> None:
-    found = explain(tiny, triplet, OwnLayers(), upscale=2)
-    assert found.layers == ("act", "last")
-    asked = explain(tiny, triplet, layer=["act", "last"], upscale=2)
-    assert torch.equal(found.maps, asked.maps)
+    result = explain(tiny, triplet, OwnLayers(), upscale=2)
+    assert result.layers == ("act", "last")
+    requested = explain(tiny, triplet, layer=["act", "last"], upscale=2)
+    assert torch.equal(result.maps, requested.maps)
     assert explain(tiny, triplet, OwnLayers(), "body", upscale=2).layers == ("body",)
     assert explain(tiny, triplet, OwnLayers(wanted=None), upscale=2).layers == ("last",)
 
@@ -249,8 +249,8 @@ def test_flat_published_weights_are_said_and_repaired(images: Tensor) -> None:
     wide = TinyNet(embedding=400).eval()
     pair = Comparison.pair(images[:1], images[1:2])
     assert "weights='relative'" in explain(wide, pair).warnings[0]
-    said = explain(wide, Comparison.triplet(*images[:3, None])).warnings[0]
-    assert "weights='signed'" in said
+    record = explain(wide, Comparison.triplet(*images[:3, None])).warnings[0]
+    assert "weights='signed'" in record
     for rule in ("relative", "signed"):
         result = explain(wide, Comparison.triplet(*images[:3, None]), weights=rule)
         assert not any("weights=" in warning for warning in result.warnings)
@@ -267,7 +267,7 @@ def test_flat_published_weights_are_said_and_repaired(images: Tensor) -> None:
         ({"scale": "log"}, ComparisonError, "one of image, shared"),
         ({"layer": []}, ModelError, "one or more different layers"),
         ({"layer": ["last", "last"]}, ModelError, "one or more different layers"),
-        ({"layer": "head"}, ModelError, "no map over an image"),
+        ({"layer": "head"}, ModelError, "not a map over an image"),
         (
             {"method": SimilarityAttention(), "weights": "paper"},
             ComparisonError,

@@ -74,8 +74,12 @@ def test_same_maps_as_the_network(
 def test_default_layer_is_that_of_the_network(dynamic: Path, network: nn.Module) -> None:
     own = as_similarity_model(network).layers_for(torch.zeros(1, 3, 64, 64))
     default = next(layer for layer in own if layer.default)
-    found = next(layer for layer in load_model(dynamic).layers if layer.default)
-    assert (found.name, found.shape, found.stride) == (default.name, default.shape, default.stride)
+    result = next(layer for layer in load_model(dynamic).layers if layer.default)
+    assert (result.name, result.shape, result.stride) == (
+        default.name,
+        default.shape,
+        default.stride,
+    )
 
 
 def test_program_exported_in_training_mode_is_noted(tmp_path: Path) -> None:
@@ -105,9 +109,9 @@ def tampered(
             content = old.read(name)
             for suffix, edit in (("models/model.json", change), ("weights_config.json", config)):
                 if edit and name.endswith(suffix):
-                    said = json.loads(content)
-                    edit(said)
-                    content = json.dumps(said).encode()
+                    record = json.loads(content)
+                    edit(record)
+                    content = json.dumps(record).encode()
             new.writestr(name, content)
         for name, content in (extra or {}).items():
             new.writestr(f"{source.stem}/{name}", content)
@@ -140,13 +144,13 @@ def test_pickled_objects_are_refused(fixed: Path, tmp_path: Path) -> None:
     extra = {"data/constants/custom_obj_0": b"cposix\nsystem\n(S'true'\ntR."}
     refused(tampered(fixed, tmp_path / "a.pt2", extra=extra), "custom_obj_0")
 
-    def pickled(said: Program) -> None:
-        next(iter(said["config"].values()))["use_pickle"] = True
+    def pickled(record: Program) -> None:
+        next(iter(record["config"].values()))["use_pickle"] = True
 
     refused(tampered(fixed, tmp_path / "b.pt2", config=pickled), "pickled")
 
-    def elsewhere(said: Program) -> None:
-        next(iter(said["config"].values()))["path_name"] = "../custom_obj_0"
+    def elsewhere(record: Program) -> None:
+        next(iter(record["config"].values()))["path_name"] = "../custom_obj_0"
 
     refused(tampered(fixed, tmp_path / "c.pt2", config=elsewhere), "custom_obj_0")
 

@@ -41,8 +41,8 @@ class Part(nn.Module):
         self.part = part
 
     def forward(self, images: Tensor) -> Any:
-        found = self.model(pixel_values=images)
-        return found if self.part is None else getattr(found, self.part)
+        result = self.model(pixel_values=images)
+        return result if self.part is None else getattr(result, self.part)
 
 
 def hugging_face(name: str, **options: Any) -> nn.Module:

@@ -172,14 +172,14 @@ def closed(content: Any, escape: bool) -> Any:
 
 def places(content: Any) -> list[tuple[Any, Any]]:
     """Every container with each of its keys or positions."""
-    found: list[tuple[Any, Any]] = []
+    result: list[tuple[Any, Any]] = []
     stack = [content]
     while stack:
         one = stack.pop()
         keys = list(one) if isinstance(one, dict) else range(len(one))
-        found += [(one, key) for key in keys]
+        result += [(one, key) for key in keys]
         stack += [one[key] for key in keys if isinstance(one[key], (dict, list))]
-    return found
+    return result
 
 
 def deep(depth: int) -> Any:

@@ -96,12 +96,12 @@ def test_scores_are_those_of_held_directions_and_of_the_margin() -> None:
 def test_two_black_pictures_are_alike_so_there_is_nothing_to_lose() -> None:
     whole = coloured()
     pair = Comparison.pair(whole.anchor, whole.positives[:, 0])
-    found = faithfulness(
+    result = faithfulness(
         Corner(), pair, corner_maps(pair), perturb="joint", baseline="black", steps=4
     )
-    assert float(found.empty) == pytest.approx(1)
-    assert math.isnan(found.deletion)
-    assert bool(found.raw_deletion.isfinite())
+    assert float(result.empty) == pytest.approx(1)
+    assert math.isnan(result.deletion)
+    assert bool(result.raw_deletion.isfinite())
 
 
 def test_areas_of_a_corner_are_known() -> None:
@@ -110,10 +110,10 @@ def test_areas_of_a_corner_are_known() -> None:
     comparison = Comparison.pair(red, red.clone())
     black = Preprocess(size=(24, 32), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     model = as_similarity_model(Corner(), preprocess=black)
-    found = faithfulness(model, comparison, corner_maps(comparison), steps=8, baseline="black")
+    result = faithfulness(model, comparison, corner_maps(comparison), steps=8, baseline="black")
     # One direction until the corner's quarter of the pixels is black, after two of eight steps.
-    assert found.deletion[0].tolist() == pytest.approx([1.5 / 8] * 2, abs=1e-6)
-    assert found.insertion[0].tolist() == pytest.approx([7.5 / 8] * 2, abs=1e-6)
+    assert result.deletion[0].tolist() == pytest.approx([1.5 / 8] * 2, abs=1e-6)
+    assert result.insertion[0].tolist() == pytest.approx([7.5 / 8] * 2, abs=1e-6)
 
 
 @pytest.mark.parametrize("perturb", ["single", "joint"])
@@ -150,21 +150,21 @@ def test_the_limit_knows_the_length_of_rows(images) -> None:
         for factor, defined in ((0.99, True), (1.01, False)):
             limit = float(shares[index]) * factor
             if limit > 0:
-                found = faithfulness(
+                result = faithfulness(
                     model, comparison, torch.rand(1, 2, 4, 4), steps=2, least=limit
                 )
-                assert bool(found.deletion[0, index].isfinite()) is defined
+                assert bool(result.deletion[0, index].isfinite()) is defined
     assert float(shares.max()) > 0
 
 
 def test_results_do_not_depend_on_max_batch_and_take_explanations(tiny, images) -> None:
     comparison = Comparison.triplet(images[:2], images[2:4], images[4:])
-    found = explain(tiny, comparison, layer="last")
-    whole = faithfulness(tiny, comparison, found, steps=5)
+    result = explain(tiny, comparison, layer="last")
+    whole = faithfulness(tiny, comparison, result, steps=5)
     for perturb in ("single", "joint"):
         options = {"steps": 5, "perturb": perturb}
-        one = faithfulness(tiny, comparison, found.maps, **options)
-        other = faithfulness(tiny, comparison, found, max_batch=1, **options)
+        one = faithfulness(tiny, comparison, result.maps, **options)
+        other = faithfulness(tiny, comparison, result, max_batch=1, **options)
         assert torch.allclose(one.raw_deletion, other.raw_deletion, atol=1e-6)
         assert torch.allclose(one.raw_insertion, other.raw_insertion, atol=1e-6)
     assert whole.deletion.shape == (2, 3)
@@ -175,8 +175,8 @@ def test_results_do_not_depend_on_max_batch_and_take_explanations(tiny, images) 
 
 
 def test_black_is_black_before_normalisation() -> None:
-    found = black_of(as_similarity_model(TinyNet(), preprocess=PREPARE))
-    assert torch.allclose(found.float(), PREPARE(Image.new("RGB", (24, 24)))[0][:, :1, :1])
+    result = black_of(as_similarity_model(TinyNet(), preprocess=PREPARE))
+    assert torch.allclose(result.float(), PREPARE(Image.new("RGB", (24, 24)))[0][:, :1, :1])
 
 
 def test_what_does_not_fit_is_refused(tiny, images) -> None:
@@ -249,12 +249,12 @@ def painted(inside: bool):
     def method(model, comparison, layers, *, max_batch=None):
         from simexplain.methods.similarity_attention import SimilarityAttention
 
-        found = SimilarityAttention()(model, comparison, layers, max_batch=max_batch)
-        maps = torch.zeros(*found.maps.shape[:2], 24, 24)
+        result = SimilarityAttention()(model, comparison, layers, max_batch=max_batch)
+        maps = torch.zeros(*result.maps.shape[:2], 24, 24)
         maps[..., :12, :12] = 1
         maps = maps if inside else 1 - maps
-        return found.__class__(
-            maps, dict.fromkeys(layers, maps), found.weights, found.scores, found.embeddings
+        return result.__class__(
+            maps, dict.fromkeys(layers, maps), result.weights, result.scores, result.embeddings
         )
 
     return method
@@ -272,13 +272,13 @@ def test_methods_are_ranked_on_a_data_set(model, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
     items = [Item(paths, masks=masks), (paths[:2], "siamese", (None, masks[1])), (paths, "triplet")]
     seen: list[tuple[int, int]] = []
-    told: list[float] = []
-    found = evaluate_faithfulness(
+    lines: list[float] = []
+    result = evaluate_faithfulness(
         model, items, RECIPES, controls=("random", "centre"), steps=8, baseline="black",
-        progress=lambda done, of: seen.append((done, of)), estimate=told.append,
+        progress=lambda done, of: seen.append((done, of)), estimate=lines.append,
     )  # fmt: skip
-    assert list(found.methods) == ["inside", "outside", "(random)", "(centre)"]
-    inside, outside = found.methods["inside"], found.methods["outside"]
+    assert list(result.methods) == ["inside", "outside", "(random)", "(centre)"]
+    inside, outside = result.methods["inside"], result.methods["outside"]
     for one, two in zip(inside.values["gain"], outside.values["gain"], strict=True):
         assert one > two
     assert inside.values["pointing"][:2] == (1, 1)
@@ -286,26 +286,26 @@ def test_methods_are_ranked_on_a_data_set(model, tmp_path: Path) -> None:
     assert outside.values["pointing"][:2] == (0, 0)
     assert inside.values["energy"][0] > 0.9 > 0.2 > outside.values["energy"][0]
     assert inside.intervals["pointing"].count == 2
-    assert found.chance == pytest.approx({"pointing": 0.25, "energy": 0.25})
-    assert (inside.forwards, found.methods["(random)"].forwards) == (3, 0)
+    assert result.chance == pytest.approx({"pointing": 0.25, "energy": 0.25})
+    assert (inside.forwards, result.methods["(random)"].forwards) == (3, 0)
     assert inside.seconds > 0
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    assert len(told) == 1
-    assert 0 < told[0] < 30
+    assert len(lines) == 1
+    assert 0 < lines[0] < 30
     # The medians of what each item took, all together, are about what it took.
-    spent = sum(scores.seconds + scores.measuring for scores in found.methods.values())
-    assert 0 < spent < found.seconds
-    assert f"all of it took {cost(found.seconds)} s" in str(found)
-    assert found.to_json()["seconds"] == found.seconds
-    assert not found.errors
-    gap = found.difference("inside", "outside")
+    spent = sum(scores.seconds + scores.measuring for scores in result.methods.values())
+    assert 0 < spent < result.seconds
+    assert f"all of it took {cost(result.seconds)} s" in str(result)
+    assert result.to_json()["seconds"] == result.seconds
+    assert not result.errors
+    gap = result.difference("inside", "outside")
     assert gap.low > 0
     assert gap.count == 3
-    rows = {row["method"]: row for row in found.table()}
+    rows = {row["method"]: row for row in result.table()}
     assert len({tuple(row) for row in rows.values()}) == 1
     assert rows["inside"]["pointing"] == 1
     with pytest.raises(ComparisonError, match="'nobody'"):
-        found.difference("inside", "nobody")
+        result.difference("inside", "nobody")
 
 
 def test_intervals_of_few_comparisons_are_marked(model, tmp_path: Path) -> None:
@@ -313,13 +313,13 @@ def test_intervals_of_few_comparisons_are_marked(model, tmp_path: Path) -> None:
     options = {"controls": (), "steps": 2, "baseline": "black"}
     few = evaluate_faithfulness(model, [Item(paths)] * 9, RECIPES, **options)
     enough = evaluate_faithfulness(model, [Item(paths)] * 10, RECIPES, **options)
-    for found, marked in ((few, True), (enough, False)):
-        assert found.few is marked
-        assert ("?[" in str(found)) is marked
-        assert any("next to nothing" in note for note in found.to_json()["notes"]) is marked
-        for scores in found.to_json()["methods"].values():
+    for result, marked in ((few, True), (enough, False)):
+        assert result.few is marked
+        assert ("?[" in str(result)) is marked
+        assert any("next to nothing" in note for note in result.to_json()["notes"]) is marked
+        for scores in result.to_json()["methods"].values():
             assert scores["intervals"]["gain"]["few"] is marked
-        texts = [text.get_text() for text in found.figure().texts]
+        texts = [text.get_text() for text in result.figure().texts]
         assert any("next to nothing" in text for text in texts) is marked
 
 
@@ -332,11 +332,11 @@ def test_a_data_set_is_reproducible_and_saved_whole(model, tmp_path: Path) -> No
     values = {name: scores.values for name, scores in one.methods.items()}
     assert str(values) == str({name: scores.values for name, scores in two.methods.items()})
     file = one.save(tmp_path / "new" / "scores.json")
-    said = json.loads(file.read_text(encoding="utf-8"), parse_constant=pytest.fail)
-    assert said["kind"] == "evaluation"
-    assert said["methods"]["inside"]["values"]["pointing"] == [1]
-    assert said["methods"]["inside"]["intervals"]["pointing"]["low"] is None
-    assert said["settings"]["seed"] == 5
+    record = json.loads(file.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert record["kind"] == "evaluation"
+    assert record["methods"]["inside"]["values"]["pointing"] == [1]
+    assert record["methods"]["inside"]["intervals"]["pointing"]["low"] is None
+    assert record["settings"]["seed"] == 5
     with pytest.raises(OutputError, match="there already"):
         one.save(file)
     (file.parent / "other.txt").write_text("stays", encoding="utf-8")
@@ -347,15 +347,15 @@ def test_a_data_set_is_reproducible_and_saved_whole(model, tmp_path: Path) -> No
 def test_broken_items_are_told_and_do_not_stop_the_rest(model, tmp_path: Path) -> None:
     paths, _ = pictures(tmp_path)
     missing = (tmp_path / "none.png", *paths[1:])
-    found = evaluate_faithfulness(
+    result = evaluate_faithfulness(
         model, [(missing,), (paths,)],
         {**RECIPES, "bad": ("sam", "no_layer", {})}, steps=2,
     )  # fmt: skip
-    assert set(found.errors) == {"item 0", "item 1, bad"}
-    assert "none.png" in found.errors["item 0"]
-    assert [len(s.values["gain"]) for s in found.methods.values()] == [2, 2, 2, 2]
-    assert math.isnan(found.methods["inside"].values["gain"][0])
-    assert found.methods["bad"].intervals["gain"].count == 0
+    assert set(result.errors) == {"item 0", "item 1, bad"}
+    assert "none.png" in result.errors["item 0"]
+    assert [len(s.values["gain"]) for s in result.methods.values()] == [2, 2, 2, 2]
+    assert math.isnan(result.methods["inside"].values["gain"][0])
+    assert result.methods["bad"].intervals["gain"].count == 0
     with pytest.raises(ImageError, match=r"none\.png"):
         evaluate_faithfulness(model, [(missing,)], RECIPES)
     with pytest.raises(ComparisonError, match="controls"):
@@ -377,12 +377,12 @@ def test_maps_are_compared_with_masks_in_the_part_that_was_seen(tmp_path: Path) 
         marked.append(tmp_path / f"mask{number}.png")
         Image.fromarray(mask).save(marked[-1])
     model = as_similarity_model(Corner(), preprocess=prepare)
-    found = evaluate_faithfulness(
+    result = evaluate_faithfulness(
         model, [(tuple(paths), "siamese", tuple(marked))], RECIPES, steps=2
     )
     # Of the second picture the left half of the view is marked, and the first asks nothing.
-    assert found.chance["energy"] == pytest.approx(0.5)
-    assert found.methods["inside"].values["pointing"] == (1,)
+    assert result.chance["energy"] == pytest.approx(0.5)
+    assert result.methods["inside"].values["pointing"] == (1,)
 
 
 def test_masks_from_alpha_and_grey(tmp_path: Path) -> None:
@@ -410,24 +410,24 @@ def test_masks_from_alpha_and_grey(tmp_path: Path) -> None:
 
 def test_maps_of_a_network_change_when_it_forgets(tiny, images, tmp_path: Path) -> None:
     comparison = Comparison.triplet(images[:2], images[2:4], images[4:])
-    found = sanity_check(tiny, comparison, "sam", "body", depths=4, keep_negative=True)
-    assert found.depths == (0, 1, 2, 3, 4)
-    assert found.layers == ("", "head", "body", "norm", "stem")
-    spearman = found.agreement["spearman"]
+    result = sanity_check(tiny, comparison, "sam", "body", depths=4, keep_negative=True)
+    assert result.depths == (0, 1, 2, 3, 4)
+    assert result.layers == ("", "head", "body", "norm", "stem")
+    spearman = result.agreement["spearman"]
     assert spearman.shape == (5, 2, 3)
     assert torch.allclose(spearman[0], torch.ones(2, 3).double())
     assert float(spearman[-1].mean()) < 0.9
-    assert [row["forgotten"] for row in found.table()] == [0, 1, 2, 3, 4]
-    file = found.save(tmp_path / "sanity.json")
+    assert [row["forgotten"] for row in result.table()] == [0, 1, 2, 3, 4]
+    file = result.save(tmp_path / "sanity.json")
     assert json.loads(file.read_text(encoding="utf-8"))["layers"][1] == "head"
     again = sanity_check(tiny, comparison, "sam", "body", depths=4, keep_negative=True)
-    assert torch.equal(again.agreement["cosine"], found.agreement["cosine"])
+    assert torch.equal(again.agreement["cosine"], result.agreement["cosine"])
 
 
 def test_maps_that_ignore_the_network_fail_the_sanity_check(images) -> None:
     comparison = Comparison.pair(images[:1], images[1:2])
-    found = sanity_check(Corner(), comparison, painted(True), "keep")
-    assert found.table()[-1]["spearman"] == pytest.approx(1)
+    result = sanity_check(Corner(), comparison, painted(True), "keep")
+    assert result.table()[-1]["spearman"] == pytest.approx(1)
 
 
 def test_a_network_that_is_dead_after_forgetting_is_told(images) -> None:
@@ -437,9 +437,9 @@ def test_a_network_that_is_dead_after_forgetting_is_told(images) -> None:
             return super().forward(given) * float(alive)
 
     model, comparison = Dead(), Comparison.pair(images[:1], images[1:2])
-    found = sanity_check(model, comparison, "sam", "keep")
-    assert list(found.errors) == ["1"]
-    assert bool(found.agreement["cosine"][1].isnan().all())
+    result = sanity_check(model, comparison, "sam", "keep")
+    assert list(result.errors) == ["1"]
+    assert bool(result.agreement["cosine"][1].isnan().all())
     assert torch.equal(model.keep.weight[:, :, 0, 0], torch.eye(3))
 
 

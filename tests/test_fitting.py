@@ -92,8 +92,8 @@ def test_alpha_and_beta_were_trained_and_certainties_matter(
     images, _ = tensors(folder, base)
     with torch.no_grad():
         rows = model.embed(images)
-        found = model.pairs(rows[:15], rows[15:])
-    for sure, beta in zip(found.reliabilities[1:], model.betas, strict=True):
+        result = model.pairs(rows[:15], rows[15:])
+    for sure, beta in zip(result.reliabilities[1:], model.betas, strict=True):
         assert sure.std() > 0.05
         assert beta.std() > 0
     assert all((alpha >= 0).all() for alpha in model.alphas)  # reliable means focused
@@ -134,10 +134,10 @@ def test_heads_of_more_nodes_than_pictures_carry_a_warning(
 ) -> None:
     """In the model, in its file and in every distance that it takes apart."""
     model = fit(base, folder, labelled=labelled, **{**QUICK, "nodes": 31})
-    (said,) = model.report["warnings"]
-    assert "30 pictures are fewer than the 31 nodes" in said
+    (record,) = model.report["warnings"]
+    assert "30 pictures are fewer than the 31 nodes" in record
     images, _ = tensors(folder, base)
-    assert said in attribute(model, images[:1], images[1:2]).warnings
+    assert record in attribute(model, images[:1], images[1:2]).warnings
     enough = fit(base, folder, labelled=labelled, **{**QUICK, "nodes": 30})
     assert "warnings" not in enough.report
 
@@ -197,17 +197,17 @@ def test_the_cache_spares_the_second_pass(folder: Path, base: SimilarityModel) -
     runs = []
     base.network.stage1.forward = _counting(base.network.stage1.forward, runs)
     batches = Batches(pictures_in(folder, labelled=True), base.preprocess, 8)
-    told: list[tuple[str, int, int]] = []
+    lines: list[tuple[str, int, int]] = []
     one_batch = 8 * (16 * 16 * 16 + 24 * 8 * 8 + 32 * 4 * 4) * 4
     for budget, expected in ((1 << 30, 4), (0, 8), (2 * one_batch, 6)):
         runs.clear()
         passes = FeaturePasses(
-            base, batches, LEVELS, budget=budget, progress=lambda *said: told.append(said)
+            base, batches, LEVELS, budget=budget, progress=lambda *record: lines.append(record)
         )
         first, second = ([p for p, _ in passes("reading")] for _ in range(2))
         assert first == second
         assert len(runs) == expected
-    assert told[-1] == ("reading", 30, 30)
+    assert lines[-1] == ("reading", 30, 30)
 
 
 def _counting(forward, runs):

@@ -33,12 +33,12 @@ def compared(images: Tensor, kind: str) -> Comparison:
     return Comparison(stack[:, 0], stack[:, 1 : 1 + near], stack[:, 1 + near :])
 
 
-def sides_of(kind: str, place: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def sides_of(kind: str, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Who supports and who opposes, told again from the documentation."""
     near, far = SIDES[kind]
-    if place == 0:
+    if index == 0:
         return near or (0,), far
-    return ((0,), far) if place in near else ((place,), (0,))
+    return ((0,), far) if index in near else ((index,), (0,))
 
 
 class Naive:
@@ -58,8 +58,8 @@ class Naive:
         last = net.body(act).relu()
         return act, last, net.head(last.mean(dim=(2, 3)))
 
-    def best(self, place: int, y: int, x: int, others: tuple[int, ...]) -> float:
-        cell = self.middle[place][:, y, x]
+    def best(self, index: int, y: int, x: int, others: tuple[int, ...]) -> float:
+        cell = self.middle[index][:, y, x]
         return max(
             float(cell @ self.middle[other][:, i, j])
             for other in others
@@ -67,8 +67,8 @@ class Naive:
             for j in range(self.middle[other].shape[2])
         )
 
-    def map(self, image: Tensor, place: int, kind: str) -> Tensor:
-        near, far = sides_of(kind, place)
+    def map(self, image: Tensor, index: int, kind: str) -> Tensor:
+        near, far = sides_of(kind, index)
         direction = torch.stack([self.units[i] for i in near]).mean(dim=0)
         if far:
             direction = direction - torch.stack([self.units[i] for i in far]).mean(dim=0)
@@ -90,8 +90,8 @@ class Naive:
         evidence = ((1 + (k * cells).exp()).log() * last[0].norm(dim=0).detach()).sum()
         (gradient,) = torch.autograd.grad(evidence, act)
         cam = (gradient.relu() * act.relu()).sum(dim=1)[0].detach()
-        like = self.like(image, near) if place not in near else torch.zeros_like(cam)
-        return self.joined(cam, cells.detach(), like, place, near, far)
+        like = self.like(image, near) if index not in near else torch.zeros_like(cam)
+        return self.joined(cam, cells.detach(), like, index, near, far)
 
     def like(self, image: Tensor, near: tuple[int, ...]) -> Tensor:
         """Grad-CAM at the last layer times LayerCAM at the finer one, of the mean cosine."""
@@ -101,15 +101,15 @@ class Naive:
         coarse = (slopes[0].mean(dim=(2, 3), keepdim=True) * last).sum(dim=1).relu()
         fine = (slopes[1].relu() * act).sum(dim=1).relu()[0].detach()
         grown = F.interpolate(coarse[None].detach(), fine.shape, mode="bilinear")[0, 0]
-        found = grown / grown.max().clamp_min(1e-30) * (fine / fine.max())
-        return found / found.max().clamp_min(1e-30)
+        result = grown / grown.max().clamp_min(1e-30) * (fine / fine.max())
+        return result / result.max().clamp_min(1e-30)
 
     def joined(
         self,
         cam: Tensor,
         cells: Tensor,
         like: Tensor,
-        place: int,
+        index: int,
         near: tuple[int, ...],
         far: tuple[int, ...],
     ) -> Tensor:
@@ -118,11 +118,11 @@ class Naive:
         match = torch.empty(height, width)
         for y in range(height):
             for x in range(width):
-                match[y, x] = self.best(place, y, x, near)
+                match[y, x] = self.best(index, y, x, near)
         if far:
             for y in range(height):
                 for x in range(width):
-                    match[y, x] -= self.best(place, y, x, far)
+                    match[y, x] -= self.best(index, y, x, far)
         else:
             match -= match.mean()
         match = match.relu()
@@ -132,8 +132,8 @@ class Naive:
         smooth = self.blurred(product)
         detail = product**2 + like**2
         detail = (detail / detail.max()) ** (self.options.sharpness / 2)
-        found = (smooth / smooth.max()) ** self.options.peak + self.options.detail * detail
-        return found / found.max()
+        result = (smooth / smooth.max()) ** self.options.peak + self.options.detail * detail
+        return result / result.max()
 
     def blurred(self, product: Tensor) -> Tensor:
         """The Gaussian as a sum over all pairs of positions, each axis with its largest sum 1."""
@@ -160,9 +160,9 @@ def test_maps_are_the_formula_position_by_position(
     result = explain(tiny, comparison, options, LAYERS)
     stack = comparison.stacked()[0]
     naive = Naive(tiny, stack, options)
-    for place, image in enumerate(stack):
-        wanted = naive.map(image, place, kind)
-        assert torch.allclose(result.maps[0, place], wanted, atol=2e-5), (kind, place)
+    for index, image in enumerate(stack):
+        wanted = naive.map(image, index, kind)
+        assert torch.allclose(result.maps[0, index], wanted, atol=2e-5), (kind, index)
 
 
 def test_the_images_on_both_sides() -> None:
@@ -228,25 +228,25 @@ def test_a_small_last_map_is_seen_larger(method: str | None) -> None:
     """The maps are those of images twice as large, all else is that of the images."""
     comparison = Comparison.triplet(*torch.rand(3, 1, 3, 32, 32))
     network = as_similarity_model(Small(fixed=False).eval())
-    found = explain(network, comparison, method).rows[-1]
+    result = explain(network, comparison, method).rows[-1]
     wanted = explain(network, comparison, "focus", upscale=2, positions=1, check=False)
     plain = explain(network, comparison, "focus", positions=1, check=False)
     assert plain.maps.shape[2:] == (8, 8)
-    assert found.layers == wanted.layers
-    torch.testing.assert_close(found.maps, wanted.maps, rtol=1e-4, atol=1e-4)
+    assert result.layers == wanted.layers
+    torch.testing.assert_close(result.maps, wanted.maps, rtol=1e-4, atol=1e-4)
     for name in ("embeddings", "distances"):
-        torch.testing.assert_close(getattr(found, name), getattr(plain, name))
-    assert any("enlarged by 2, since" in line and "2x2" in line for line in found.warnings)
+        torch.testing.assert_close(getattr(result, name), getattr(plain, name))
+    assert any("enlarged by 2, since" in line and "2x2" in line for line in result.warnings)
     assert not any("enlarged" in line for line in plain.warnings)
 
 
 def test_a_network_of_one_size_keeps_its_small_map() -> None:
     comparison = Comparison.triplet(*torch.rand(3, 1, 3, 32, 32))
     network = as_similarity_model(Small(fixed=True).eval())
-    found = explain(network, comparison, "focus", check=False)
+    result = explain(network, comparison, "focus", check=False)
     plain = explain(network, comparison, "focus", positions=1, check=False)
-    assert torch.equal(found.maps, plain.maps)
-    assert found.warnings == plain.warnings
+    assert torch.equal(result.maps, plain.maps)
+    assert result.warnings == plain.warnings
 
 
 def test_one_forward_pass(tiny: TinyNet, images: Tensor) -> None:

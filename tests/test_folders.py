@@ -73,12 +73,12 @@ def test_batches_keep_order_and_leave_broken_pictures_out(folder: Path) -> None:
     records = pictures_in(folder, labelled=True)
     batches = Batches(records, SMALL, size=3)
     for _ in range(2):
-        found = list(batches)
-        assert [places for places, _ in found] == [[0, 2], [3]]
+        result = list(batches)
+        assert [places for places, _ in result] == [[0, 2], [3]]
         assert list(batches.broken) == [folder / "a" / "y.webp"]
     assert len(batches) == 2
     expected = SMALL(Image.open(records[3].path).convert("RGB"))[0]
-    torch.testing.assert_close(found[1][1][0], expected)
+    torch.testing.assert_close(result[1][1][0], expected)
     assert [places for places, _ in batches.over([3, 0])] == [[3, 0]]
 
 
@@ -100,13 +100,13 @@ def results(folder: Path) -> list[Path]:
     torch.manual_seed(0)
     model = as_similarity_model(TinyNet().eval(), preprocess=SMALL, name="tiny")
     pair = [picture(folder / "b" / "2.png", 0), picture(folder / "b" / "3.png", 90)]
-    found = folder / "a" / "found"
-    explain(model, pair, arch="siamese").save(found / "explanation")
-    match(model, *pair).save(found / "matching")
-    compare(model, pair, ["sam"], arch="siamese", steps=2).save(found / "comparison")
+    result = folder / "a" / "found"
+    explain(model, pair, arch="siamese").save(result / "explanation")
+    match(model, *pair).save(result / "matching")
+    compare(model, pair, ["sam"], arch="siamese", steps=2).save(result / "comparison")
     table = folder / "table.csv"
     table.write_text("anchor,positives\nb/2.png,b/3.png\n")
-    explain_batch(model, table, found / "batch", how=BatchOptions(pictures=True, figures=True))
+    explain_batch(model, table, result / "batch", how=BatchOptions(pictures=True, figures=True))
     search(model, pair[0], folder / "b").save(folder / "b")
     return pair
 
@@ -119,14 +119,14 @@ def test_figures_of_results_are_left_out_and_own_pictures_beside_them_are_not(
     assert "simexplain wrote" not in left_out_of(folder)
     added = set(results(folder))
     own = picture(folder / "a" / "found" / "explanation" / "mine.png")
-    found = {record.path for record in pictures_in(folder, labelled=True)}
-    assert found == before | added | {own}
-    said = left_out_of(folder)
+    result = {record.path for record in pictures_in(folder, labelled=True)}
+    assert result == before | added | {own}
+    printed = left_out_of(folder)
     shown = [
         p for p in folder.rglob("*.png") if "/." not in p.relative_to(folder.parent).as_posix()
     ]
-    assert int(said.split()[2]) == len(set(shown) - found)
-    assert str(folder / "a" / "found") in said
+    assert int(printed.split()[2]) == len(set(shown) - result)
+    assert str(folder / "a" / "found") in printed
 
 
 def test_a_table_that_is_no_manifest_hides_nothing(folder: Path) -> None:
@@ -154,8 +154,8 @@ def test_pictures_of_every_ending_are_read(folder: Path, ending: str, kind: str)
     if kind not in Image.SAVE:
         pytest.skip(f"Pillow here does not write {kind}")
     own = save_as(folder / "b" / f"other{ending}", kind)
-    found = [record.path for record in pictures_in(folder, labelled=True)]
-    assert own in found
+    result = [record.path for record in pictures_in(folder, labelled=True)]
+    assert own in result
     assert read_picture(own).image.size[0] > 0
     assert left_out_of(folder) == "Left out: files that are not pictures (.txt 1)."
 
@@ -166,10 +166,10 @@ def test_what_is_no_picture_is_named(folder: Path) -> None:
     for name in ("empty", ".git"):
         (folder / name).mkdir()
     before = len(pictures_in(folder, labelled=True))
-    said = left_out_of(folder)
-    assert said.startswith("Left out: files that are not pictures (")
-    assert "(.eps 1, .mp4 1, .txt 2, no ending 1);" in said
-    assert said.endswith("folders without a picture, empty.")
+    record = left_out_of(folder)
+    assert record.startswith("Left out: files that are not pictures (")
+    assert "(.eps 1, .mp4 1, .txt 2, no ending 1);" in record
+    assert record.endswith("folders without a picture, empty.")
     assert before == len(pictures_in(folder, labelled=True))
 
 

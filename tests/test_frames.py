@@ -87,8 +87,8 @@ def test_saliency_of_frames_is_the_gradient_at_their_pixels(
         torch.stack([F.normalize(tiny(clip), dim=1).mean(0) for clip in leaves]), dim=1
     )
     scores = (rows * margins(rows.detach())).sum()
-    found = torch.autograd.grad(scores, leaves)
-    wanted = torch.cat([slope.abs().amax(dim=1) for slope in found])
+    actual = torch.autograd.grad(scores, leaves)
+    wanted = torch.cat([slope.abs().amax(dim=1) for slope in actual])
     torch.testing.assert_close(result.maps[0], wanted, rtol=1e-3, atol=1e-7)
 
 
@@ -153,13 +153,13 @@ def test_what_does_not_fit_is_one_sentence(tiny: TinyNet, clips: list[Tensor]) -
     sets = triplet(clips)
     hole = [clip.clone() for clip in clips]
     hole[0][1] = torch.nan
-    for comparison, options, kind, said in (
+    for comparison, options, kind, record in (
         (sets, {"method": "occlusion"}, ModelError, "explained by the methods sam"),
         (sets, {"layer": ["stem", "last"]}, ModelError, "at one layer"),
         (sets, {"pooling": "median"}, ModelError, "pooling of mean, max"),
         (triplet(hole), {}, ComparisonError, "at their end"),
     ):
-        with pytest.raises(kind, match=said) as caught:
+        with pytest.raises(kind, match=record) as caught:
             explain(tiny, comparison, **options)
         assert str(caught.value).endswith(".")
     fixed = as_similarity_model(tiny)
@@ -215,9 +215,9 @@ def test_the_command_line(
     done = run("explain", *network, *folders[:2], "--arch", "siamese", "--frames", "mean",
                "--out", "o", "--json")  # fmt: skip
     assert done.code == 0, done.err
-    said = json.loads(done.out)
-    assert said["frames"] == [3, 2]
-    assert [image["role"] for image in said["images"]] == ["anchor"] * 3 + ["positive"] * 2
+    record = json.loads(done.out)
+    assert record["frames"] == [3, 2]
+    assert [image["role"] for image in record["images"]] == ["anchor"] * 3 + ["positive"] * 2
     plain = run("explain", *network, folders[0], folders[2], "--arch", "siamese", "--out", "p")
     assert plain.code == 0, plain.err
     assert sum(" anchor " in line for line in plain.out.splitlines()) == 3

@@ -39,13 +39,13 @@ def test_similarity_attention_of_an_image_and_a_vector_equals_plain_autograd(
     text = F.normalize(vectors[0], dim=0)
     result = explain(tiny, Comparison.pair(images[:2], vectors[0]))
     assert result.maps.shape == (2, 1, 6, 8)
-    for place, image in enumerate(images[:2]):
+    for index, image in enumerate(images[:2]):
         row = F.normalize(tiny(image[None]), dim=1)[0].detach()
         weight = 1 - (row - text).abs()
         wanted, embedding, _ = plain_maps(tiny, tiny.last, image[None], weight)
-        torch.testing.assert_close(result.maps[place, 0], wanted, rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(result.distances[place, 0], (embedding - text).norm())
-        torch.testing.assert_close(result.embeddings[place, 1], text)
+        torch.testing.assert_close(result.maps[index, 0], wanted, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(result.distances[index, 0], (embedding - text).norm())
+        torch.testing.assert_close(result.embeddings[index, 1], text)
 
 
 def test_texts_for_and_against_equal_plain_autograd(
@@ -70,9 +70,9 @@ def test_a_vector_as_the_anchor_explains_several_images(
         tiny, Comparison.triplet(vectors[:1], images[:1], images[1:2]), "similarity_cam"
     )
     query = F.normalize(vectors[0], dim=0)
-    for place, sign in ((0, 1), (1, -1)):
-        wanted, _, _ = plain_maps(tiny, tiny.last, images[place, None], sign * query)
-        torch.testing.assert_close(result.maps[0, place], wanted, rtol=1e-4, atol=1e-7)
+    for index, sign in ((0, 1), (1, -1)):
+        wanted, _, _ = plain_maps(tiny, tiny.last, images[index, None], sign * query)
+        torch.testing.assert_close(result.maps[0, index], wanted, rtol=1e-4, atol=1e-7)
     assert result.roles == ("positive", "negative")
 
 
@@ -109,12 +109,12 @@ def test_a_vector_counts_as_the_image_that_it_is_the_embedding_of(
 
 
 def test_what_does_not_fit_is_one_sentence(tiny: TinyNet, images: Tensor, vectors: Tensor) -> None:
-    for bad, said in (
+    for bad, record in (
         (torch.zeros(10), "is zero"),
         (torch.full((10,), torch.nan), "not finite"),
         (torch.ones(7), "10 numbers like the model's embeddings, got 7"),
     ):
-        with pytest.raises(ComparisonError, match=said):
+        with pytest.raises(ComparisonError, match=record):
             explain(tiny, Comparison.pair(images[:1], bad))
     with pytest.raises(ComparisonError, match="a label for each of 1 given vectors, got 2"):
         explain(tiny, Comparison.pair(images[:1], vectors[0]), labels=["a", "b"])
@@ -134,9 +134,9 @@ def test_results_with_vectors_save_load_and_draw(
     assert again.members == result.members
     assert [vector.label for vector in again.vectors] == labels
     assert torch.equal(again.maps, result.maps)
-    said = json.loads((tmp_path / "out" / "explanation.json").read_text())
-    assert said["members"] == ["anchor", "positive vector", "negative vector"]
-    assert len(said["images"]) == 1
+    record = json.loads((tmp_path / "out" / "explanation.json").read_text())
+    assert record["members"] == ["anchor", "positive vector", "negative vector"]
+    assert len(record["images"]) == 1
     texts = written(again.figure(), "inside")
     assert "a red bag for $5" in [text.replace("\n", " ") for text in texts]
 
@@ -155,9 +155,9 @@ def test_vectors_are_read_from_files(ending: str, tmp_path: Path) -> None:
         save_file({"row": values}, path)
     else:
         path.write_text(json.dumps(values.tolist()))
-    found = read_vectors(path)
-    assert list(found) == ["row[0]", "row[1]"]
-    assert found["row[1]"].tolist() == values[1].tolist()
+    result = read_vectors(path)
+    assert list(result) == ["row[0]", "row[1]"]
+    assert result["row[1]"].tolist() == values[1].tolist()
 
 
 @pytest.mark.parametrize(
@@ -248,9 +248,9 @@ def test_texts_go_through_the_text_tower_of_transformers(tmp_path: Path) -> None
     tokens = torch.tensor([[2, 3, 4], [3, 4, 0]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     with torch.no_grad():
-        found = clip.get_text_features(input_ids=tokens, attention_mask=mask)
-    found = found if isinstance(found, Tensor) else found.pooler_output
-    torch.testing.assert_close(rows, F.normalize(found, dim=1))
+        result = clip.get_text_features(input_ids=tokens, attention_mask=mask)
+    result = result if isinstance(result, Tensor) else result.pooler_output
+    torch.testing.assert_close(rows, F.normalize(result, dim=1))
     with pytest.raises(ModelError, match="at most 8 tokens, got 21"):
         as_similarity_model(clip).embed_text(["red " * 20])
 
@@ -275,9 +275,9 @@ def test_the_command_line(run: Callable[..., Run], here: Path) -> None:
     done = run("explain", *NETWORK, "a.png", "--vector", "v.npy", "--not-class-folder", "class",
                "--out", "o", "--json")  # fmt: skip
     assert done.code == 0, done.err
-    said = json.loads(done.out)
-    assert said["members"] == ["anchor", "positive vector", "negative vector"]
-    assert [vector["label"] for vector in said["vectors"]] == ["v", "class (mean)"]
+    record = json.loads(done.out)
+    assert record["members"] == ["anchor", "positive vector", "negative vector"]
+    assert [vector["label"] for vector in record["vectors"]] == ["v", "class (mean)"]
     plain = run("explain", *NETWORK, "a.png", "--direction", "v.npy", "--method",
                 "similarity_cam", "--out", "p")  # fmt: skip
     assert plain.code == 0, plain.err

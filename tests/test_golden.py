@@ -53,9 +53,9 @@ def arranged(values: Tensor, name: str) -> Comparison:
     return Comparison(values[:1], values[positives][None], values[negatives][None])
 
 
-def assert_close(found: Tensor, key: str, dtype: torch.dtype) -> None:
+def assert_close(result: Tensor, key: str, dtype: torch.dtype) -> None:
     wanted = golden(key)
-    error = (found.double() - wanted).abs().max() / wanted.abs().max()
+    error = (result.double() - wanted).abs().max() / wanted.abs().max()
     assert error < TOLERANCE[dtype], f"{key}: relative error {error:.2e}"
 
 

@@ -24,14 +24,14 @@ def test_maps_on_the_gpu_equal_those_on_the_cpu(tiny: TinyNet, images: Tensor) -
     wanted = explain(
         tiny.double(), comparison.like(comparison.stacked().double()), weights="signed"
     )
-    found = explain(
+    result = explain(
         copy.deepcopy(tiny).cuda(), comparison.like(comparison.stacked().double()), weights="signed"
     )
-    assert found.maps.device.type == "cuda"
-    torch.testing.assert_close(found.maps.cpu(), wanted.maps, rtol=1e-6, atol=1e-12)
-    torch.testing.assert_close(found.distances.cpu(), wanted.distances)
-    assert found.peaks() == wanted.peaks()
-    assert found.figure().axes
+    assert result.maps.device.type == "cuda"
+    torch.testing.assert_close(result.maps.cpu(), wanted.maps, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(result.distances.cpu(), wanted.distances)
+    assert result.peaks() == wanted.peaks()
+    assert result.figure().axes
 
 
 def test_the_random_state_of_the_gpu_is_as_before(tiny: TinyNet, images: Tensor) -> None:

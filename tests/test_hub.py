@@ -302,13 +302,13 @@ def test_a_name_is_fetched_once_and_says_so(
     import huggingface_hub
 
     written("ViT", tmp_path / "remote")
-    cache, asked = tmp_path / "cache", []
+    cache, requested = tmp_path / "cache", []
 
     def snapshot(name: str, *, allow_patterns: list[str], local_files_only: bool = False) -> str:
         if not cache.exists():
             if local_files_only:
                 raise huggingface_hub.errors.LocalEntryNotFoundError("not there")
-            asked.append((name, allow_patterns))
+            requested.append((name, allow_patterns))
             shutil.copytree(tmp_path / "remote", cache)
         return str(cache)
 
@@ -316,8 +316,8 @@ def test_a_name_is_fetched_once_and_says_so(
     monkeypatch.setattr("socket.getaddrinfo", lambda *_: [])
     with caplog.at_level(logging.WARNING, logger="simexplain"):
         first, second = load_model("hf:some/vit"), load_model("hf:some/vit")
-    assert [name for name, _ in asked] == ["some/vit"]
-    assert not any("bin" in pattern for pattern in asked[0][1])
+    assert [name for name, _ in requested] == ["some/vit"]
+    assert not any("bin" in pattern for pattern in requested[0][1])
     (message,) = (record.message for record in caplog.records)
     assert "hf:some/vit over the network, once" in message
     assert first.name == second.name == "hf:some/vit"

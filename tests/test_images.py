@@ -191,7 +191,7 @@ def test_path_may_be_a_string(tmp_path: Path) -> None:
     assert read_picture(str(tmp_path / "a.png")).path == str(tmp_path / "a.png")
 
 
-def refused(path: Path, *said: str) -> None:
+def refused(path: Path, *record: str) -> None:
     """One sentence that names the file and says what is wrong, and no other output."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -202,7 +202,7 @@ def refused(path: Path, *said: str) -> None:
     assert "\n" not in text
     assert text.endswith(".")
     assert ". " not in text
-    for word in said:
+    for word in record:
         assert word in text, text
 
 
@@ -245,8 +245,8 @@ def test_flipped_bytes_never_give_another_error(tmp_path: Path) -> None:
         for seed in range(40):
             random = np.random.default_rng(seed)
             damaged = bytearray(content)
-            for place in random.integers(0, min(len(content), 400), 8):
-                damaged[place] = random.integers(0, 256)
+            for index in random.integers(0, min(len(content), 400), 8):
+                damaged[index] = random.integers(0, 256)
             path.write_bytes(damaged)
             try:
                 with warnings.catch_warnings():

@@ -96,7 +96,7 @@ def tensor_of(model: SimilarityModel, path: Path) -> Tensor:
 
 def direct(model: SimilarityModel, index: GalleryIndex) -> Tensor:
     """Every picture embedded alone."""
-    files = [index.file(place) for place in range(len(index))]
+    files = [index.file(position) for position in range(len(index))]
     with torch.no_grad():
         return torch.cat([model.embed(tensor_of(model, file)) for file in files])
 
@@ -108,9 +108,9 @@ def same(a: GalleryIndex, b: GalleryIndex) -> None:
     for name in ("sizes", "digests"):
         assert torch.equal(a.tensors[name], b.tensors[name][other])
     torch.testing.assert_close(a.embeddings, b.embeddings[other], rtol=0, atol=1e-6)
-    found, wanted = a.factors(range(len(a))), b.factors(other)
-    torch.testing.assert_close(found.parts, wanted.parts, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(found.vectors, wanted.vectors, rtol=0, atol=1e-5)
+    result, wanted = a.factors(range(len(a))), b.factors(other)
+    torch.testing.assert_close(result.parts, wanted.parts, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(result.vectors, wanted.vectors, rtol=0, atol=1e-5)
 
 
 def nothing_left(out: Path) -> None:
@@ -130,11 +130,11 @@ def test_rows_are_those_of_the_model(gallery: Path, out: Path) -> None:
     assert {*index.paths} == {
         path.relative_to(gallery).as_posix() for path in gallery.rglob("*.png")
     }
-    for place, path in enumerate(index.paths):
-        assert index.place_of(gallery / path) == place
+    for position, path in enumerate(index.paths):
+        assert index.place_of(gallery / path) == position
         picture = read_picture(gallery / path).image
-        assert tuple(index.sizes[place].tolist()) == (picture.height, picture.width)
-        assert index.geometry(place) == model.preprocess(picture)[1]
+        assert tuple(index.sizes[position].tolist()) == (picture.height, picture.width)
+        assert index.geometry(position) == model.preprocess(picture)[1]
     assert index.place_of(out) is None
     nothing_left(out)
 
@@ -146,16 +146,16 @@ def test_factors_of_average_pooling_are_the_head_on_every_position(
     index = build_index(model, gallery, out, batch_size=4)
     factors = index.factors(range(len(index)))
     network = model.network
-    for place in range(len(index)):
+    for position in range(len(index)):
         with torch.no_grad():
-            image = tensor_of(model, index.file(place))
+            image = tensor_of(model, index.file(position))
             grid = network.last(network.body(network.act(network.norm(network.stem(image)))))
             naive = torch.einsum("ec,chw->ehw", network.head.weight, grid[0]) / grid[0, 0].numel()
-        assert (factors.parts[place] - naive).abs().max() <= HALF * naive.abs().max()
-        assert (factors.rest[place] - network.head.bias).abs().max() <= HALF * max(
+        assert (factors.parts[position] - naive).abs().max() <= HALF * naive.abs().max()
+        assert (factors.rest[position] - network.head.bias).abs().max() <= HALF * max(
             naive.abs().max(), network.head.bias.abs().max()
         )
-        torch.testing.assert_close(factors.vectors[place], network(image)[0].detach())
+        torch.testing.assert_close(factors.vectors[position], network(image)[0].detach())
     sums = factors.parts.sum(dim=(2, 3)) + factors.rest
     torch.testing.assert_close(sums, factors.vectors, rtol=0, atol=2e-3)
 
@@ -171,14 +171,14 @@ def test_factors_are_position_parts_in_half_precision(
     index = build_index(model, gallery, out, layer=layer, steps=steps, batch_size=3)
     assert index.has_basis
     assert index.layer == (layer or model.default_layer)
-    for place in (0, 5, 10):
-        image = tensor_of(model, index.file(place))
+    for position in (0, 5, 10):
+        image = tensor_of(model, index.file(position))
         wanted = position_parts(model, image, index.layer, steps=steps or 16)
-        found = index.factors([place])
+        result = index.factors([position])
         top = max(float(wanted.parts.abs().max()), float(wanted.rest.abs().max()))
-        assert (found.parts - wanted.parts).abs().max() <= 1.01 * HALF * top
-        assert (found.rest - wanted.rest).abs().max() <= 1.01 * HALF * top
-        torch.testing.assert_close(found.vectors, wanted.vectors, rtol=1e-5, atol=1e-6)
+        assert (result.parts - wanted.parts).abs().max() <= 1.01 * HALF * top
+        assert (result.rest - wanted.rest).abs().max() <= 1.01 * HALF * top
+        torch.testing.assert_close(result.vectors, wanted.vectors, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])
@@ -207,12 +207,12 @@ def test_a_narrow_basis_is_a_projection(gallery: Path, out: Path) -> None:
     assert narrow.tensors["parts"].shape[1] == 4
     every = range(len(whole))
     projected = torch.einsum("ed,fd,mfhw->mehw", basis, basis, whole.factors(every).parts)
-    found = narrow.factors(every)
-    torch.testing.assert_close(found.parts, projected, rtol=0, atol=2e-3)
-    torch.testing.assert_close(found.vectors, whole.factors(every).vectors)
+    result = narrow.factors(every)
+    torch.testing.assert_close(result.parts, projected, rtol=0, atol=2e-3)
+    torch.testing.assert_close(result.vectors, whole.factors(every).vectors)
     # It holds the share that it says: the axes were found on these very pictures.
     squares = whole.factors(every).parts.double().square().sum()
-    assert float(found.parts.double().square().sum() / squares) == pytest.approx(
+    assert float(result.parts.double().square().sum() / squares) == pytest.approx(
         narrow.keeping.held, abs=1e-3
     )
     assert narrow.keeping.held < 1
@@ -338,8 +338,8 @@ def test_avsl_keeps_rows_and_levels_and_its_own_exact_search(gallery: Path, out:
     wanted = model.feature_maps(
         torch.cat([tensor_of(model, index.file(n)) for n in (4, 2)]).double()
     )
-    for found, level in zip(maps, wanted, strict=True):
-        assert (found - level).abs().max() <= 1.01 * HALF * level.abs().max()
+    for result, level in zip(maps, wanted, strict=True):
+        assert (result - level).abs().max() <= 1.01 * HALF * level.abs().max()
     distances, places = index.neighbours(rows, 4, model)
     table = model.distance(rows, index.embeddings.double())
     assert torch.equal(places, table.argsort(dim=1, stable=True)[:, :4])
@@ -434,8 +434,8 @@ def parts_of(started: subprocess.Popen[bytes], out: Path, count: int) -> list[Pa
 
 
 def test_another_process_writes_alone_and_killed_its_work_goes_on(gallery: Path, out: Path) -> None:
-    said = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(gallery), str(out)]
-    started = subprocess.Popen(said, env=environment())
+    record = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(gallery), str(out)]
+    started = subprocess.Popen(record, env=environment())
     try:
         parts_of(started, out, 1)
         with pytest.raises(OutputError, match="being written by another process"):
@@ -480,7 +480,7 @@ def test_force_replaces_an_index_and_nothing_else(gallery: Path, out: Path) -> N
     photo = out.with_name("photo.png")
     noise(20, 20).save(photo)
     content = photo.read_bytes()
-    with pytest.raises(OutputError, match="is no index of a gallery, so it is not replaced"):
+    with pytest.raises(OutputError, match="is not an index of a gallery, so it is not replaced"):
         build_index(tiny_model(), gallery, photo, force=True)
     assert photo.read_bytes() == content
     for length in (0, 300):  # nothing at all, and an index that was cut off
@@ -626,8 +626,8 @@ def test_a_part_of_the_gallery_does_not_take_out_the_rest(gallery: Path, out: Pa
 
 
 def test_what_is_taken_out_is_no_longer_listed_as_broken(gallery: Path, out: Path) -> None:
-    for place in ("a", "b"):
-        (gallery / place / "bad.png").write_bytes(b"none")
+    for index in ("a", "b"):
+        (gallery / index / "bad.png").write_bytes(b"none")
     assert set(build_index(tiny_model(), gallery, out).errors) == {"a/bad.png", "b/bad.png"}
     assert set(remove_from_index(out, gallery / "b").errors) == {"a/bad.png"}
 
@@ -644,7 +644,7 @@ def test_one_picture_is_added_or_refreshed(gallery: Path, out: Path) -> None:
     with pytest.raises(ImageError, match="folder"):
         update_index(tiny_model(), one, out)  # would drop all others
     content = one.read_bytes()
-    with pytest.raises(OutputError, match="is no index of a gallery"):
+    with pytest.raises(OutputError, match="is not an index of a gallery"):
         build_index(tiny_model(), gallery, one, force=True)
     assert one.read_bytes() == content
     with pytest.raises(OutputError, match="is a picture of the gallery"):
@@ -755,20 +755,20 @@ def test_command(run: Callable[..., Run], here: Path) -> None:
     (here / "pictures").mkdir()
     for name in ("a.png", "b.jpg", "whole.jpg", "cut_bad.jpg"):
         (here / name).rename(here / "pictures" / name)
-    told = run("index", NET[0], "pictures", "--out", "i", *NET[1:])
-    assert told.code == 0, told.err
-    assert "layer bn2: 3 pictures" in told.out
-    assert "3 added, 0 changed, 0 removed, 0 kept" in told.out
-    assert "2x2 positions add in 1280 dimensions" in told.out
-    assert told.err.startswith("Warning: left out: ")
-    assert "cut_bad.jpg" in told.err
-    said = json.loads(run("index", NET[0], "pictures", "--out", "i", *NET[1:], "--json").out)
-    assert (said["schema"], said["images"], said["embedding"]) == (1, 3, 1280)
-    assert said["changes"] == {"added": 0, "changed": 0, "removed": 0, "kept": 3}
-    assert said["basis"]["width"] == 1280
-    assert said["basis"]["grid"] == [2, 2]
-    assert said["errors"][0]["path"] == "cut_bad.jpg"
-    assert said["bytes_per_image"] == 1280 * (4 + 2 + 4 * 2) + 4 * 3 + 8 + 16 + 16 + 8
+    lines = run("index", NET[0], "pictures", "--out", "i", *NET[1:])
+    assert lines.code == 0, lines.err
+    assert "layer bn2: 3 pictures" in lines.out
+    assert "3 added, 0 changed, 0 removed, 0 kept" in lines.out
+    assert "2x2 positions add in 1280 dimensions" in lines.out
+    assert lines.err.startswith("Warning: left out: ")
+    assert "cut_bad.jpg" in lines.err
+    record = json.loads(run("index", NET[0], "pictures", "--out", "i", *NET[1:], "--json").out)
+    assert (record["schema"], record["images"], record["embedding"]) == (1, 3, 1280)
+    assert record["changes"] == {"added": 0, "changed": 0, "removed": 0, "kept": 3}
+    assert record["basis"]["width"] == 1280
+    assert record["basis"]["grid"] == [2, 2]
+    assert record["errors"][0]["path"] == "cut_bad.jpg"
+    assert record["bytes_per_image"] == 1280 * (4 + 2 + 4 * 2) + 4 * 3 + 8 + 16 + 16 + 8
     removed = run("index", "-", "pictures/a.png", "--out", "i", "--remove")
     assert "2 pictures" in removed.out
     assert "1 removed" in removed.out
@@ -784,7 +784,7 @@ def test_command_refuses_in_one_line(
     (here / "pictures").mkdir()
     shutil.copy(here / "a.png", here / "pictures" / "a.png")
     assert run("index", NET[0], "pictures", "--out", "i", *NET[1:]).code == 0
-    assert "no index" in fails("index", NET[0], "pictures", "--out", "text.jpg")
+    assert "not an index" in fails("index", NET[0], "pictures", "--out", "text.jpg")
     assert "There is no index" in fails("index", NET[0], "pictures", "--out", "j", "--add")
     assert "is none" in fails("index", NET[0], "nowhere", "--out", "j")
     assert "is a folder" in fails("index", NET[0], "pictures", "--out", "pictures")
@@ -804,7 +804,7 @@ def test_command_interrupted_says_how_to_go_on(
     (here / "pictures").mkdir()
     for number in range(4):
         noise(40, 40, seed=number).save(here / "pictures" / f"{number}.png")
-    said = ("index", NET[0], "pictures", "--out", "i", "--batch-size", 1, *NET[1:])
+    record = ("index", NET[0], "pictures", "--out", "i", "--batch-size", 1, *NET[1:])
     add = index_work.Work.add
 
     def struck(self: index_work.Work, *arguments: object) -> None:
@@ -814,9 +814,9 @@ def test_command_interrupted_says_how_to_go_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(index_work.Work, "add", struck)
-        told = run(*said)
-    assert (told.code, told.out) == (130, "")
-    assert told.err == "Error: Interrupted; the same command goes on where it was.\n"
+        lines = run(*record)
+    assert (lines.code, lines.out) == (130, "")
+    assert lines.err == "Error: Interrupted; the same command goes on where it was.\n"
     assert not (here / "i").exists()
-    assert "4 added" in run(*said).out
+    assert "4 added" in run(*record).out
     nothing_left(here / "i")

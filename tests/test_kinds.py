@@ -61,9 +61,9 @@ def test_networks_of_every_kind_are_shown_by_its_rule(name: str, side: int, kind
     network = timm.create_model(name, num_classes=0, **size, **small).eval()
     model = as_similarity_model(network)
     images = torch.rand(2, 3, side, side)
-    found = explain(model, Comparison.pair(images[:1], images[1:]), check=False)
-    assert tuple(row.method for row in found.rows) == kind.rows
-    focus = found.rows[1]
+    result = explain(model, Comparison.pair(images[:1], images[1:]), check=False)
+    assert tuple(row.method for row in result.rows) == kind.rows
+    focus = result.rows[1]
     assert focus.layers == model.stages_for(images)[-3:]
     grids = [tuple(maps.shape[2:]) for maps in focus.layer_maps.values()]
     assert min(map(min, grids)) >= LEAST_SIDE

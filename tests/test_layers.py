@@ -48,15 +48,15 @@ def test_a_class_token_network_uses_the_last_layer_whose_patches_count() -> None
         "vit_tiny_patch16_224", num_classes=0, img_size=64, depth=3, global_pool="avg"
     )
     image = torch.rand(1, 3, 64, 64)
-    found = {}
+    result = {}
     for kind, network in (("token", token), ("mean", mean)):
         layers = as_similarity_model(network).layers_for(image)
-        (found[kind],) = [layer for layer in layers if layer.default]
-        assert found[kind].shape == (192, 4, 4)
+        (result[kind],) = [layer for layer in layers if layer.default]
+        assert result[kind].shape == (192, 4, 4)
         names = [layer.name for layer in layers]
         assert ("blocks.2" in names) is (kind == "mean")  # after it only the class token is read
-    assert found["token"].name == "blocks.2.norm1"
-    assert found["mean"].name in ("blocks", "blocks.2", "norm")
+    assert result["token"].name == "blocks.2.norm1"
+    assert result["mean"].name in ("blocks", "blocks.2", "norm")
 
 
 def test_every_listed_layer_can_be_explained(images: Tensor) -> None:
@@ -126,8 +126,8 @@ NONE = GridHints()
     ],
 )
 def test_outputs_become_grids(shape, hints: GridHints, grid) -> None:
-    found = to_grid(numbered(*shape), (64, 96), hints)
-    assert (None if found is None else tuple(found.shape)) == grid
+    result = to_grid(numbered(*shape), (64, 96), hints)
+    assert (None if result is None else tuple(result.shape)) == grid
 
 
 def test_tokens_are_laid_out_row_by_row_after_the_prefix() -> None:

@@ -168,13 +168,13 @@ def test_weights_of_another_network(tmp_path: Path, network: nn.Module) -> None:
     path = tmp_path / "weights.pt"
     state = network.state_dict()
     torch.save(state, path)
-    said = refusal(path, backbone="timm:resnet50")
+    record = refusal(path, backbone="timm:resnet50")
     for word in ("missing", "layer1.0.conv3.weight", "another shape", "(64, 64, 3, 3)"):
-        assert word in said
+        assert word in record
     state["extra.weight"] = state.pop("conv1.weight")
     torch.save(state, path)
-    said = refusal(path, backbone="timm:resnet18")
-    assert "1 missing (conv1.weight); 1 unexpected (extra.weight)" in said
+    record = refusal(path, backbone="timm:resnet18")
+    assert "1 missing (conv1.weight); 1 unexpected (extra.weight)" in record
     assert "Unknown model" in refusal(path, backbone="timm:resnet1")
     assert "timm:NAME" in refusal(path, backbone="resnet18")
 
@@ -220,9 +220,9 @@ def test_no_code_of_a_file_is_run(tmp_path: Path, kind: str, suffix: str) -> Non
 def test_pickled_module(tmp_path: Path, network: nn.Module, images: torch.Tensor) -> None:
     path = tmp_path / "whole.pt"
     torch.save(network, path)
-    said = refusal(path)
-    assert "--trust-pickle" in said
-    assert "run any code" in said
+    record = refusal(path)
+    assert "--trust-pickle" in record
+    assert "run any code" in record
     assert same(load_model(path, trust_pickle=True), network, images)
 
 

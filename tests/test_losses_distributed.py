@@ -31,9 +31,9 @@ SPLITS = {
 
 def masks() -> Tensor:
     generator = torch.Generator().manual_seed(3)
-    found = torch.rand(12, 12, 12, generator=generator, dtype=torch.float64)
-    found[[0, 7, 8]] = torch.nan
-    return found
+    result = torch.rand(12, 12, 12, generator=generator, dtype=torch.float64)
+    result[[0, 7, 8]] = torch.nan
+    return result
 
 
 def step(images: Tensor, labels: Tensor, masks: Tensor | None) -> tuple[dict[str, float], Tensor]:
@@ -48,10 +48,10 @@ def step(images: Tensor, labels: Tensor, masks: Tensor | None) -> tuple[dict[str
         "mask": (0.4, AttentionMaskLoss(arch="siamese", layer="body")),
     }
     objective = Objective(terms)
-    found = objective(model, images, labels, masks=masks, seed=2)
-    found.total.backward()  # not autograd.grad, which leaves out what only other processes need
+    result = objective(model, images, labels, masks=masks, seed=2)
+    result.total.backward()  # not autograd.grad, which leaves out what only other processes need
     rows = [part.grad for part in [*model.parameters(), *objective.parameters()]]
-    parts = {name: float(part) for name, part in found.parts.items()}
+    parts = {name: float(part) for name, part in result.parts.items()}
     return parts, nn.utils.parameters_to_vector(rows)
 
 
@@ -82,8 +82,8 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 def test_two_processes_train_as_one(halves: list[dict], name: str) -> None:
     parts, gradient = step(pictures(12), SPLITS[name], masks())
     for half in halves:
-        found, averaged, _ = half[name]
-        assert found == pytest.approx(parts, rel=1e-9)
+        result, averaged, _ = half[name]
+        assert result == pytest.approx(parts, rel=1e-9)
         assert torch.allclose(averaged, gradient, atol=1e-9)
     lone = masks()
     lone[HALF:] = torch.nan
@@ -137,6 +137,6 @@ def test_in_ddp_the_objective_is_called_inside(tmp_path: Path) -> None:
     step = Step()
     step(pictures(12), LABELS, 2).backward()
     for rank in range(2):
-        found, refused = torch.load(tmp_path / f"{rank}.pt")
-        assert torch.allclose(found, slopes(step), atol=1e-9)
+        result, refused = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.allclose(result, slopes(step), atol=1e-9)
         assert "put a module in it whose forward calls the objective" in refused

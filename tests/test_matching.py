@@ -19,7 +19,7 @@ from simexplain.errors import ComparisonError, ImageError, ModelError
 from simexplain.matching.factors import SCORES, Factors, pair_matrix
 from simexplain.matching.matching import Patience, factors_of, matching_from
 from simexplain.methods.position_parts import position_parts
-from simexplain.methods.unexplained import unexplained_warning
+from simexplain.methods.unexplained import unexplained_share_warning
 from simexplain.models.avsl import AVSL
 
 
@@ -48,7 +48,7 @@ def looped(score: str, one: Tensor, other: Tensor, v: Tensor, u: Tensor) -> Tens
     """The matrix ``(h,w,h',w')`` of one pair by four loops."""
     if score != "dot":
         one, other, v, u = one / v.norm(), other / u.norm(), v / v.norm(), u / u.norm()
-    found = torch.zeros(*one.shape[1:], *other.shape[1:])
+    result = torch.zeros(*one.shape[1:], *other.shape[1:])
     here, there = one[0].numel(), other[0].numel()
     for i in range(one.shape[1]):
         for j in range(one.shape[2]):
@@ -58,36 +58,36 @@ def looped(score: str, one: Tensor, other: Tensor, v: Tensor, u: Tensor) -> Tens
                     product = t @ s
                     if score == "squared":
                         product = t @ v / there + s @ u / here - 2 * product
-                    found[i, j, k, m] = product
-    return found
+                    result[i, j, k, m] = product
+    return result
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_the_matrix_equals_a_naive_loop(images: Tensor, score: str) -> None:
     network = linear()
-    found = match(network, images[:2], images[2:4], "act", score=score)
-    assert found.matrix.shape == (2, 6, 8, 6, 8)
+    result = match(network, images[:2], images[2:4], "act", score=score)
+    assert result.matrix.shape == (2, 6, 8, 6, 8)
     one, v = pieces(network, images[:2])
     other, u = pieces(network, images[2:4])
     for index in range(2):
         expected = looped(score, one[index], other[index], v[index], u[index])
-        torch.testing.assert_close(found.matrix[index], expected, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(result.matrix[index], expected, rtol=1e-3, atol=1e-6)
     unit = [torch.nn.functional.normalize(side, dim=1) for side in (v, u)]
     expected = {
         "cosine": (unit[0] * unit[1]).sum(dim=1),
         "dot": (v * u).sum(dim=1),
         "squared": (unit[0] - unit[1]).square().sum(dim=1),
     }[score]
-    torch.testing.assert_close(found.score, expected, rtol=1e-5, atol=1e-6)
-    assert found.warnings == said_of_biases(found)
+    torch.testing.assert_close(result.score, expected, rtol=1e-5, atol=1e-6)
+    assert result.warnings == said_of_biases(result)
 
 
-def said_of_biases(found: Matching) -> tuple[str, ...]:
+def said_of_biases(result: Matching) -> tuple[str, ...]:
     """The only warning that an exact matching may have: by hand, a large share of biases."""
-    sums = found.matrix.sum(dim=(1, 2, 3, 4))
-    torch.testing.assert_close(sums, found.score, rtol=1e-4, atol=1e-5)
-    assert found.unexplained is not None
-    return unexplained_warning(float(found.unexplained.max()), found.layer)
+    sums = result.matrix.sum(dim=(1, 2, 3, 4))
+    torch.testing.assert_close(sums, result.score, rtol=1e-4, atol=1e-5)
+    assert result.unexplained is not None
+    return unexplained_share_warning(float(result.unexplained.max()), result.layer)
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -100,9 +100,9 @@ def test_the_matrix_adds_up_for_every_tail(
 ) -> None:
     network = randomised(Tailed(pool, norm=norm, linear=head, bias=bias))
     for score in SCORES:
-        found = match(network, images[:3], images[3:], "act", score=score)
-        assert (found.residual.abs() < 1e-5 * found.score.abs()).all()
-        assert found.warnings == said_of_biases(found)
+        result = match(network, images[:3], images[3:], "act", score=score)
+        assert (result.residual.abs() < 1e-5 * result.score.abs()).all()
+        assert result.warnings == said_of_biases(result)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "densenet121"])
@@ -110,20 +110,20 @@ def test_the_matrix_adds_up_for_every_tail(
 def test_the_residual_is_rounding_on_networks_of_timm(name: str, score: str) -> None:
     network = varied(timm.create_model(name, num_classes=0))
     images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
-    found = match(network, images[0], images[1], score=score)
-    assert abs(float(found.residual[0])) < 1e-5 * float(found.score[0])
+    result = match(network, images[0], images[1], score=score)
+    assert abs(float(result.residual[0])) < 1e-5 * float(result.score[0])
     # Only MobileNet has an activation between the pooling and the embedding.
-    assert bool(found.warnings) == name.startswith("mobilenet")
-    first, second = found.marginals()
+    assert bool(result.warnings) == name.startswith("mobilenet")
+    first, second = result.marginals()
     for side in (first, second):
-        torch.testing.assert_close(side.sum(dim=(1, 2)), found.score, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(side.sum(dim=(1, 2)), result.score, rtol=1e-5, atol=1e-6)
 
 
 def test_stylianou_s_maps_are_the_marginals_for_average_pooling_without_a_head(
     images: Tensor,
 ) -> None:
     network = Tailed("average", norm=False, linear=False, bias=False).eval()
-    found = match(network, images[:1], images[1:2], "act")
+    result = match(network, images[:1], images[1:2], "act")
     with torch.no_grad():
         one, other = network.act(network.body(images[:2]))
     total = float(one.mean(dim=(1, 2)).norm() * other.mean(dim=(1, 2)).norm())
@@ -133,14 +133,14 @@ def test_stylianou_s_maps_are_the_marginals_for_average_pooling_without_a_head(
             cells = (6 * 8) ** 2 * total
             naive_a[i, j] = (one[:, i, j, None, None] * other).sum() / cells
             naive_b[i, j] = (other[:, i, j, None, None] * one).sum() / cells
-    first, second = found.marginals()
+    first, second = result.marginals()
     torch.testing.assert_close(first[0], naive_a, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(second[0], naive_b, rtol=1e-4, atol=1e-7)
 
 
 def test_zhu_s_style_drops_biases_scales_and_cuts(images: Tensor) -> None:
     network = linear()
-    found = match(network, images[:1], images[1:2], "act", style="zhu")
+    result = match(network, images[:1], images[1:2], "act", style="zhu")
     with torch.no_grad():
         grid = network.act(network.body(images[:2]))
         norm = network.norm
@@ -148,26 +148,26 @@ def test_zhu_s_style_drops_biases_scales_and_cuts(images: Tensor) -> None:
         one, other = torch.einsum("ec,bchw->behw", weight, grid) / 48
         lengths = network(images[:2]).norm(dim=1).prod()
     matrix = torch.einsum("ehw,ekl->hwkl", one, other) / lengths
-    torch.testing.assert_close(found.matrix[0], matrix, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(result.matrix[0], matrix, rtol=1e-3, atol=1e-6)
     overall = matrix.relu().sum(dim=(2, 3))  # pairs are cut before they are summed
     expected = overall / overall.max()
-    torch.testing.assert_close(found.marginals()[0][0], expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(result.marginals()[0][0], expected, rtol=1e-3, atol=1e-5)
     point = matrix[2, 3]
-    at = found.at(3.5 * 4, 2.5 * 4)
+    at = result.at(3.5 * 4, 2.5 * 4)
     torch.testing.assert_close(at, (point / point.max()).relu(), rtol=1e-3, atol=1e-5)
-    assert any("leaves biases out" in warning for warning in found.warnings)
-    missing = matrix.sum() - found.score
-    torch.testing.assert_close(found.residual.float(), missing, rtol=1e-3, atol=1e-5)
+    assert any("leaves biases out" in warning for warning in result.warnings)
+    missing = matrix.sum() - result.score
+    torch.testing.assert_close(result.residual.float(), missing, rtol=1e-3, atol=1e-5)
 
 
 def test_zhu_s_style_cuts_pairs_before_it_sums(images: Tensor) -> None:
     """Two positions against two, as in the code of the paper: ``[[3, -3], [1, 1]]``."""
     matrix = torch.tensor([[3.0, -3.0], [1.0, 1.0]]).view(1, 1, 2, 1, 2)
-    found = replace(match(linear(), images[:1], images[1:2], "act"), matrix=matrix, style="zhu")
-    first, second = found.marginals()
+    result = replace(match(linear(), images[:1], images[1:2], "act"), matrix=matrix, style="zhu")
+    first, second = result.marginals()
     torch.testing.assert_close(first, torch.tensor([[[1.0, 2 / 3]]]))
     torch.testing.assert_close(second, torch.tensor([[[1.0, 1 / 4]]]))
-    signed = replace(found, style="exact").marginals()[0]
+    signed = replace(result, style="exact").marginals()[0]
     torch.testing.assert_close(signed, torch.tensor([[[0.0, 2.0]]]))
 
 
@@ -188,25 +188,25 @@ def bilinear(grid: Tensor, x: float, y: float) -> Tensor:
 def test_a_point_s_map_is_interpolated_as_by_hand(
     images: Tensor, place: tuple[float, float]
 ) -> None:
-    found = match(linear(), images[:2], images[2:4], "act")
+    result = match(linear(), images[:2], images[2:4], "act")
     x, y = place
-    forth, back = found.at(x, y, index=1), found.at(x, y, side="b", index=1)
-    matrix = found.matrix[1]
+    forth, back = result.at(x, y, index=1), result.at(x, y, side="b", index=1)
+    matrix = result.matrix[1]
     torch.testing.assert_close(forth, bilinear(matrix, x / 4, y / 4), rtol=1e-5, atol=1e-7)
     other = bilinear(matrix.permute(2, 3, 0, 1), x / 4, y / 4)
     torch.testing.assert_close(back, other, rtol=1e-5, atol=1e-7)
-    answer = found.best(x, y, index=1)
+    answer = result.best(x, y, index=1)
     row, column = divmod(int(forth.argmax()), 8)
     assert answer.b == ((column + 0.5) * 4, (row + 0.5) * 4)
     assert answer.value == pytest.approx(float(forth.max()), rel=1e-5)
-    assert answer.share == pytest.approx(float(forth.max() / found.score[1]), rel=1e-4)
-    assert found.best(x, y, side="b", index=1).b == place
+    assert answer.share == pytest.approx(float(forth.max() / result.score[1]), rel=1e-4)
+    assert result.best(x, y, side="b", index=1).b == place
 
 
 @pytest.mark.parametrize("place", [(-0.1, 3), (32.1, 3), (3, 24.5), (float("nan"), 3)])
 def test_points_outside_are_refused(images: Tensor, place: tuple[float, float]) -> None:
-    found = match(linear(), images[:1], images[1:2], "act")
-    for ask in (found.at, found.best):
+    result = match(linear(), images[:1], images[1:2], "act")
+    for ask in (result.at, result.best):
         with pytest.raises(ComparisonError, match=r"x from 0\.0 to 32\.0 and y from 0.0 to 24.0"):
             ask(*place)
 
@@ -214,19 +214,19 @@ def test_points_outside_are_refused(images: Tensor, place: tuple[float, float]) 
 def test_images_of_different_sizes_can_be_matched(images: Tensor) -> None:
     network = linear()
     tall = torch.rand(2, 3, 40, 20, generator=torch.Generator().manual_seed(5))
-    found = match(network, images[:2], tall, "act")
-    assert found.matrix.shape == (2, 6, 8, 10, 5)
+    result = match(network, images[:2], tall, "act")
+    assert result.matrix.shape == (2, 6, 8, 10, 5)
     one, v = pieces(network, images[:2])
     other, u = pieces(network, tall)
     expected = torch.einsum("behw,bekl->bhwkl", one, other) / (v.norm(dim=1) * u.norm(dim=1)).view(
         2, 1, 1, 1, 1
     )
-    torch.testing.assert_close(found.matrix, expected, rtol=1e-3, atol=1e-6)
-    assert found.residual.abs().max() < 1e-5
-    assert found.at(20, 40, side="b").shape == (6, 8)
+    torch.testing.assert_close(result.matrix, expected, rtol=1e-3, atol=1e-6)
+    assert result.residual.abs().max() < 1e-5
+    assert result.at(20, 40, side="b").shape == (6, 8)
     with pytest.raises(ComparisonError, match="of image b"):
-        found.at(21, 3, side="b")
-    assert found.figure().axes
+        result.at(21, 3, side="b")
+    assert result.figure().axes
     squared = match(network, images[:2], tall, "act", score="squared")
     assert squared.residual.abs().max() < 1e-5
 
@@ -273,35 +273,35 @@ def test_cached_factors_give_the_same_matching(images: Tensor, score: str) -> No
 
 
 def test_the_interaction_is_what_marginals_do_not_explain(images: Tensor) -> None:
-    found = match(linear(), images[:2], images[2:4], "act")
-    parts = found.interaction()
+    result = match(linear(), images[:2], images[2:4], "act")
+    parts = result.interaction()
     assert parts.sum(dim=(3, 4)).abs().max() < 1e-5
     assert parts.sum(dim=(1, 2)).abs().max() < 1e-5
-    first, second = found.marginals()
-    mean = found.matrix.mean(dim=(1, 2, 3, 4)).view(2, 1, 1, 1, 1)
+    first, second = result.marginals()
+    mean = result.matrix.mean(dim=(1, 2, 3, 4)).view(2, 1, 1, 1, 1)
     again = first[:, :, :, None, None] / 48 + second[:, None, None] / 48 - mean + parts
-    torch.testing.assert_close(again, found.matrix, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(again, result.matrix, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("score", ["cosine", "squared"])
 def test_top_pairs_equal_a_naive_search(images: Tensor, score: str) -> None:
-    found = match(linear(), images[:2], images[2:4], "act", score=score)
+    result = match(linear(), images[:2], images[2:4], "act", score=score)
     sign = -1 if score == "squared" else 1
-    matrix = sign * found.matrix[1].reshape(48, 48)
+    matrix = sign * result.matrix[1].reshape(48, 48)
     order = sorted(
         ((float(matrix[p, r]), p, r) for p in range(48) for r in range(48)), reverse=True
     )
 
-    def pixel(place: int) -> tuple[float, float]:
-        return (place % 8 + 0.5) * 4, (place // 8 + 0.5) * 4
+    def pixel(index: int) -> tuple[float, float]:
+        return (index % 8 + 0.5) * 4, (index // 8 + 0.5) * 4
 
-    top = found.top(5, 1)
+    top = result.top(5, 1)
     for pair, (value, p, r) in zip(top, order[:5], strict=True):
         assert (pair.a, pair.b) == (pixel(p), pixel(r))
         assert pair.value == pytest.approx(sign * value)
     for by, ranked in (
         ("value", matrix),
-        ("specific", sign * found.interaction()[1].reshape(48, 48)),
+        ("specific", sign * result.interaction()[1].reshape(48, 48)),
     ):
         mutual = {
             (pixel(p), pixel(int(ranked[p].argmax())))
@@ -309,13 +309,13 @@ def test_top_pairs_equal_a_naive_search(images: Tensor, score: str) -> None:
             if int(ranked[:, int(ranked[p].argmax())].argmax()) == p
             and (by == "value" or matrix[p, int(ranked[p].argmax())] > matrix.mean())
         }
-        pairs = found.top(100, 1, mutual=True, by=by)
+        pairs = result.top(100, 1, mutual=True, by=by)
         assert {(pair.a, pair.b) for pair in pairs} == mutual
         assert all(pair.mutual for pair in pairs)
         assert len({pair.a for pair in pairs}) == len(pairs)
-    assert found.top(0, 1) == ()
-    assert len(found.top(10_000, 1)) == 48 * 48
-    answer = found.best(*pixel(9), index=1)
+    assert result.top(0, 1) == ()
+    assert len(result.top(10_000, 1)) == 48 * 48
+    answer = result.best(*pixel(9), index=1)
     assert answer.value == pytest.approx(sign * float(matrix[9].max()), abs=1e-7)
 
 
@@ -329,8 +329,12 @@ def test_a_patch_that_both_images_show_is_matched_to_itself() -> None:
     patch = 3 * torch.randn(3, 8, 8)
     a[0, :, 8:16, 16:24] = patch
     b[0, :, 32:40, 40:48] = patch
-    found = match(network, a, b, "1")
-    for pair in (found.top(1)[0], found.top(1, mutual=True, by="specific")[0], found.best(20, 12)):
+    result = match(network, a, b, "1")
+    for pair in (
+        result.top(1)[0],
+        result.top(1, mutual=True, by="specific")[0],
+        result.best(20, 12),
+    ):
         assert (pair.a, pair.b) == ((20, 12), (44, 36))
         assert pair.mutual
 
@@ -342,9 +346,9 @@ def test_tails_that_are_not_linear_are_integrated_and_told(images: Tensor) -> No
     assert any("32 Jacobians were averaged" in warning for warning in good.warnings)
     rough = match(network, images[:2], images[2:4], "act", steps=1)
     assert rough.residual.abs().max() > 1e-3
-    (said,) = (warning for warning in rough.warnings if "Jacobians" in warning)
-    assert "network above act is not linear" in said
-    assert f"{float(rough.residual.abs().max()):.1g} of the score" in said
+    (record,) = (warning for warning in rough.warnings if "Jacobians" in warning)
+    assert "network above act is not linear" in record
+    assert f"{float(rough.residual.abs().max()):.1g} of the score" in record
 
 
 def test_nothing_of_the_user_s_is_touched(tiny: TinyNet, images: Tensor) -> None:
@@ -354,10 +358,10 @@ def test_nothing_of_the_user_s_is_touched(tiny: TinyNet, images: Tensor) -> None
     state = {key: value.clone() for key, value in tiny.state_dict().items()}
     before, kept = torch.get_rng_state(), images.clone()
     with torch.no_grad():  # nor does the caller's mode matter
-        found = match(tiny, images[:2], images[2:4], "last")
+        result = match(tiny, images[:2], images[2:4], "last")
         assert not torch.is_grad_enabled()
-    assert found.residual.abs().max() < 1e-5
-    assert not found.matrix.requires_grad
+    assert result.residual.abs().max() < 1e-5
+    assert not result.matrix.requires_grad
     assert [module.training for module in tiny.modules()] == modes
     assert all(torch.equal(value, state[key]) for key, value in tiny.state_dict().items())
     assert all(parameter.grad is None for parameter in tiny.parameters())
@@ -434,17 +438,17 @@ def test_avsl_is_sent_to_attribute(tiny: TinyNet, images: Tensor) -> None:
 def test_long_work_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("simexplain.matching.matching.time.monotonic", lambda: now[0])
-    said: list[str] = []
-    patience = Patience(said.append)
+    record: list[str] = []
+    patience = Patience(record.append)
     for done in range(1, 11):  # quick work
         now[0] += 0.5
         patience(done, 10)
-    assert said == []
+    assert record == []
     for done in range(1, 4):  # the same again, but ten times as slow
         now[0] += 5
         patience(done, 10)
-    assert len(said) == 1
-    assert "about 45 seconds" in said[0]
+    assert len(record) == 1
+    assert "about 45 seconds" in record[0]
 
 
 def test_points_are_pixels_of_the_pictures(tmp_path, tiny: TinyNet) -> None:
@@ -454,24 +458,24 @@ def test_points_are_pixels_of_the_pictures(tmp_path, tiny: TinyNet) -> None:
             tmp_path / f"{name}.png"
         )
     model = as_similarity_model(tiny, preprocess=Preprocess(size=(24, 24)))
-    found = match(model, tmp_path / "a.png", tmp_path / "b.png", "last")
+    result = match(model, tmp_path / "a.png", tmp_path / "b.png", "last")
     # 100 x 60 is reduced to 40 x 24, of which the middle 24 columns are seen; 50 x 90 to 24 x 43.
-    assert found.frame("a").box == pytest.approx((20, 0, 80, 60))
-    weights = bilinear(found.matrix[0], (45 * 0.4 - 8) / 4, 31 * 0.4 / 4)
-    torch.testing.assert_close(found.at(45, 31), weights, rtol=1e-5, atol=1e-7)
-    answer = found.best(45, 31)
-    left, top, right, bottom = found.frame("b").box
+    assert result.frame("a").box == pytest.approx((20, 0, 80, 60))
+    weights = bilinear(result.matrix[0], (45 * 0.4 - 8) / 4, 31 * 0.4 / 4)
+    torch.testing.assert_close(result.at(45, 31), weights, rtol=1e-5, atol=1e-7)
+    answer = result.best(45, 31)
+    left, top, right, bottom = result.frame("b").box
     assert left <= answer.b[0] <= right
     assert top <= answer.b[1] <= bottom
-    row, column = divmod(int(found.at(45, 31).argmax()), 6)
+    row, column = divmod(int(result.at(45, 31).argmax()), 6)
     above = round((43 - 24) / 2)
     expected = ((column + 0.5) * 4 * 50 / 24, ((row + 0.5) * 4 + above) * 90 / 43)
     assert answer.b == pytest.approx(expected)
     with pytest.raises(ComparisonError, match=r"a.png' that the network saw, x from 20.0 to 80.0"):
-        found.at(10, 31)
+        result.at(10, 31)
     with pytest.raises(ImageError, match="no file"):
         match(model, tmp_path / "a.png", tmp_path / "none.png")
-    assert found.figure(points=[(45, 31)]).axes
+    assert result.figure(points=[(45, 31)]).axes
 
 
 def test_a_matching_is_saved_and_read_back(tmp_path, tiny: TinyNet, images: Tensor) -> None:
@@ -481,19 +485,19 @@ def test_a_matching_is_saved_and_read_back(tmp_path, tiny: TinyNet, images: Tens
     model = as_similarity_model(tiny, preprocess=Preprocess(size=(24, 32)))
     pictures = match(model, tmp_path / "0.png", tmp_path / "1.png", "last")
     tensors = match(model, images[:3], torch.rand(3, 3, 16, 40), "last", score="squared")
-    for name, found in (("files", pictures), ("tensors", tensors)):
-        files = found.save(tmp_path / name, points=[(12, 9)])
+    for name, result in (("files", pictures), ("tensors", tensors)):
+        files = result.save(tmp_path / name, points=[(12, 9)])
         assert set(files) >= {"manifest", "arrays"}
         again = Matching.load(tmp_path / name)
-        assert torch.equal(again.matrix, found.matrix)
-        assert torch.equal(again.score, found.score)
+        assert torch.equal(again.matrix, result.matrix)
+        assert torch.equal(again.score, result.score)
         for field in ("score_name", "style", "layer", "model", "preprocess", "warnings"):
-            assert getattr(again, field) == getattr(found, field)
-        assert again.geometries == found.geometries
+            assert getattr(again, field) == getattr(result, field)
+        assert again.geometries == result.geometries
         # Points mean the same, although the pictures are not stored.
-        torch.testing.assert_close(again.at(12, 9), found.at(12, 9))
+        torch.testing.assert_close(again.at(12, 9), result.at(12, 9))
         assert again.figure(points=[(12, 9)]).axes
-        assert [side.shape for side in again.images] == [side.shape for side in found.images]
+        assert [side.shape for side in again.images] == [side.shape for side in result.images]
     assert (tmp_path / "tensors" / "matching_0002.png").stat().st_size > 10_000
     assert "<img" in pictures._repr_html_()
     assert tensors._repr_html_().count("<img") == 3
@@ -501,13 +505,13 @@ def test_a_matching_is_saved_and_read_back(tmp_path, tiny: TinyNet, images: Tens
 
 def test_zero_maps_stay_zero_and_lines_may_be_none(images: Tensor) -> None:
     network = Tailed("average", norm=False, linear=True, bias=False).eval()
-    found = match(network, torch.zeros(1, 3, 24, 32), images[:1], "act", score="dot")
+    actual = match(network, torch.zeros(1, 3, 24, 32), images[:1], "act", score="dot")
     network.body.bias.data.zero_()
     blank = match(network, torch.zeros(1, 3, 24, 32), images[:1], "act", score="dot")
     assert blank.matrix.abs().max() == 0
     assert blank.best(3, 3).share == 0
     assert blank.top(2, mutual=True, by="specific") == ()
-    for result in (found, blank):
+    for result in (actual, blank):
         assert result.figure(points=[], lines=0).axes
 
 
@@ -515,9 +519,9 @@ def test_zero_maps_stay_zero_and_lines_may_be_none(images: Tensor) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_the_gpu_gives_the_same(tiny: TinyNet, images: Tensor) -> None:
     wanted = match(tiny, images[:2], images[2:4], "last", score="squared")
-    found = match(tiny.cuda(), images[:2], images[2:4], "last", score="squared")
-    assert found.matrix.device.type == "cuda"
-    torch.testing.assert_close(found.matrix.cpu(), wanted.matrix, rtol=1e-3, atol=1e-6)
-    assert found.residual.abs().max() < 1e-4
-    assert found.top(3, mutual=True, by="specific") is not None
-    assert found.figure(points=[(12, 9)]).axes
+    result = match(tiny.cuda(), images[:2], images[2:4], "last", score="squared")
+    assert result.matrix.device.type == "cuda"
+    torch.testing.assert_close(result.matrix.cpu(), wanted.matrix, rtol=1e-3, atol=1e-6)
+    assert result.residual.abs().max() < 1e-4
+    assert result.top(3, mutual=True, by="specific") is not None
+    assert result.figure(points=[(12, 9)]).axes

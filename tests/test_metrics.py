@@ -75,13 +75,13 @@ def test_the_perfect_order_beats_every_random_one_and_the_reversed_order_loses_t
 
 def test_normalised_is_one_for_the_whole_image_and_zero_for_the_deleted_one() -> None:
     image, heat = ramp()
-    found = deletion(lambda x: 5 * total(x) - 100, image, heat, baseline="mean", steps=3)
-    assert math.isnan(found.area)  # the mean colour has the same sum: there is nothing to lose
-    found = deletion(lambda x: 5 * total(x) - 100, image, heat, baseline="black", steps=3)
-    assert (found.normalised[0], found.normalised[-1]) == (1, 0)
-    assert found.whole == 5 * 630 - 100
-    assert found.empty == -100
-    assert found.area == pytest.approx(float(torch.trapezoid(found.normalised, found.fractions)))
+    result = deletion(lambda x: 5 * total(x) - 100, image, heat, baseline="mean", steps=3)
+    assert math.isnan(result.area)  # the mean colour has the same sum: there is nothing to lose
+    result = deletion(lambda x: 5 * total(x) - 100, image, heat, baseline="black", steps=3)
+    assert (result.normalised[0], result.normalised[-1]) == (1, 0)
+    assert result.whole == 5 * 630 - 100
+    assert result.empty == -100
+    assert result.area == pytest.approx(float(torch.trapezoid(result.normalised, result.fractions)))
     rises = deletion(lambda x: -total(x), image, heat, baseline="black", steps=3)
     assert math.isnan(rises.area)
     assert math.isfinite(rises.raw_area)
@@ -104,8 +104,8 @@ def test_areas_are_not_normalised_by_less_than_asked() -> None:
 
 def test_fractions_are_those_of_whole_pixels() -> None:
     image, heat = ramp()
-    found = insertion(total, image, heat, steps=3, baseline="black")
-    assert found.fractions.tolist() == [0, 7 / 20, 13 / 20, 1]
+    result = insertion(total, image, heat, steps=3, baseline="black")
+    assert result.fractions.tolist() == [0, 7 / 20, 13 / 20, 1]
     many = insertion(total, image, heat, steps=50, baseline="black")
     assert many.area == pytest.approx(insertion(total, image, heat, baseline="black").area)
 
@@ -220,8 +220,8 @@ def drawn() -> tuple[Tensor, Tensor]:
     return heat, masks
 
 
-def same(found: Tensor, expected: list[float]) -> bool:
-    return torch.allclose(found, torch.tensor(expected).double(), equal_nan=True)
+def same(result: Tensor, expected: list[float]) -> bool:
+    return torch.allclose(result, torch.tensor(expected).double(), equal_nan=True)
 
 
 def test_pointing_and_energy() -> None:
@@ -285,13 +285,13 @@ def test_correspondences_by_points() -> None:
     partners = points + torch.tensor([4.0, 3.0])
     partners[3] = torch.tensor([31.0, 5.0])  # not in the picture
     maps = at(torch.tensor([[6.5, 6.5], [14.5, 9.5], [0.5, 0.5], [0.5, 0.5]]))
-    found = correspondences(maps, points, partners, (20, 30), tolerance=2)
-    assert same(found.hits, [1, 1, 0, NAN])
-    assert found.distances[:2].tolist() == [0, 2]
-    assert found.share == pytest.approx(2 / 3)
-    assert found.same_place == 0
+    result = correspondences(maps, points, partners, (20, 30), tolerance=2)
+    assert same(result.hits, [1, 1, 0, NAN])
+    assert result.distances[:2].tolist() == [0, 2]
+    assert result.share == pytest.approx(2 / 3)
+    assert result.same_place == 0
     assert correspondences(maps, points, partners, (20, 30), tolerance=5).same_place == 1
-    assert found.chance == pytest.approx(13 / 600)  # pixels in a disc of radius two
+    assert result.chance == pytest.approx(13 / 600)  # pixels in a disc of radius two
     empty = correspondences(maps * 0, points, partners, (20, 30), tolerance=99)
     assert empty.share == 0
 
@@ -305,14 +305,14 @@ def test_correspondences_by_a_matrix_and_a_function() -> None:
     assert torch.allclose(by_map.expected, places.double())
     homography = torch.cat((affine * 2, torch.tensor([[0.0, 0.0, 2.0]])))
     assert correspondences(at(places), points, homography, (20, 30), tolerance=0.1).share == 1
-    asked = []
+    requested = []
 
     def maps(x: float, y: float) -> Tensor:
-        asked.append((x, y))
+        requested.append((x, y))
         return at(torch.tensor([[y + 2, x + 1]]))[0]
 
     assert correspondences(maps, points, affine, (20, 30), tolerance=0.1).share == 1
-    assert asked == [tuple(point) for point in points.tolist()]
+    assert requested == [tuple(point) for point in points.tolist()]
     with pytest.raises(ComparisonError, match="matrix"):
         correspondences(maps, points, torch.ones(4, 2), (20, 30), tolerance=1)
 
@@ -377,17 +377,17 @@ def test_infidelity_is_zero_for_the_true_map_and_grows_with_error() -> None:
 def test_sensitivity_of_maps_that_move_by_a_known_factor() -> None:
     images = torch.rand(2, 3, 6, 6)
     state = torch.get_rng_state()
-    found = sensitivity(lambda x: x.mean(dim=1), images, radius=0.1)
+    result = sensitivity(lambda x: x.mean(dim=1), images, radius=0.1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert found.shape == (2,)
-    assert 0.02 < float(found.min()) <= float(found.max()) < 0.2
+    assert result.shape == (2,)
+    assert 0.02 < float(result.min()) <= float(result.max()) < 0.2
     assert float(sensitivity(lambda x: torch.ones(len(x), 3, 3), images).max()) == 0
 
     def differentiating(x: Tensor) -> Tensor:
         x = x.requires_grad_()
         return torch.autograd.grad(x.square().sum(), x)[0].mean(dim=1)
 
-    assert torch.allclose(sensitivity(differentiating, images, radius=0.1), found, rtol=1e-4)
+    assert torch.allclose(sensitivity(differentiating, images, radius=0.1), result, rtol=1e-4)
 
 
 # -------------------------------------------------------------------------------- randomising
@@ -477,13 +477,13 @@ def test_randomised_goes_from_the_last_layer_to_the_first_and_adds_up() -> None:
 
 def test_randomised_depends_on_its_seed_alone() -> None:
     network = Odd()
-    found = []
+    result = []
     for seed in (1, 1, 2):
         torch.rand(seed)
         with randomised(network, 5, seed):
-            found.append(network.conv.weight.detach().clone())
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
+            result.append(network.conv.weight.detach().clone())
+    assert torch.equal(result[0], result[1])
+    assert not torch.equal(result[0], result[2])
 
 
 def test_randomised_refuses_layers_that_are_not_there() -> None:
@@ -502,17 +502,17 @@ def test_bootstrap_covers_about_as_often_as_it_says() -> None:
     truth = math.exp(0.5)
     inside = 0
     for number, values in enumerate(samples):
-        found = bootstrap_mean(values, level=0.9, samples=400, seed=number)
-        inside += found.low <= truth <= found.high
-        assert found.low < found.mean < found.high
+        result = bootstrap_mean(values, level=0.9, samples=400, seed=number)
+        inside += result.low <= truth <= result.high
+        assert result.low < result.mean < result.high
     assert 0.78 < inside / 300 < 0.95
 
 
 def test_bootstrap_width_is_that_of_the_normal_approximation() -> None:
     values = torch.randn(400, generator=torch.Generator().manual_seed(2))
-    found = bootstrap_mean(values, samples=5000)
+    result = bootstrap_mean(values, samples=5000)
     expected = 2 * 1.96 * float(values.std()) / 20
-    assert found.high - found.low == pytest.approx(expected, rel=0.07)
+    assert result.high - result.low == pytest.approx(expected, rel=0.07)
 
 
 def test_bootstrap_is_reproducible_and_leaves_invalid_values_out() -> None:
@@ -536,8 +536,8 @@ def test_paired_differences_are_surer_than_two_means() -> None:
     generator = torch.Generator().manual_seed(0)
     hard = torch.randn(50, generator=generator) * 10
     one = hard + 0.5 + 0.1 * torch.randn(50, generator=generator)
-    found = bootstrap_difference(one, hard)
-    assert 0.4 < found.low < 0.5 < found.high < 0.6
+    result = bootstrap_difference(one, hard)
+    assert 0.4 < result.low < 0.5 < result.high < 0.6
     assert bootstrap_difference([1.0, NAN, 3.0], [0.0, 1.0, NAN]).count == 1
     with pytest.raises(ComparisonError, match="as many"):
         bootstrap_difference([1.0], [1.0, 2.0])

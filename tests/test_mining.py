@@ -110,11 +110,11 @@ def test_soft_mask_refuses_maps_that_do_not_fit() -> None:
 def test_tuples_are_disjoint_and_rightly_labelled(arch: str) -> None:
     labels = torch.arange(8).repeat_interleave(2)
     rows = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
-    found = disjoint_tuples(rows, labels, arch, generator=torch.Generator().manual_seed(3))
-    flat = found.places.flatten().tolist()
+    result = disjoint_tuples(rows, labels, arch, generator=torch.Generator().manual_seed(3))
+    flat = result.places.flatten().tolist()
     assert len(set(flat)) == len(flat)
-    assert len(found) == {"siamese": 8, "triplet": 5, "quadruplet": 4}[arch]
-    for anchor, positive, *negatives in found.places.tolist():
+    assert len(result) == {"siamese": 8, "triplet": 5, "quadruplet": 4}[arch]
+    for anchor, positive, *negatives in result.places.tolist():
         assert labels[anchor] == labels[positive]
         assert all(labels[other] != labels[anchor] for other in negatives)
 
@@ -151,11 +151,11 @@ def test_closed_form_equals_autograd(head: bool) -> None:
     traced = trace(model, pictures(4), ("body",), differentiable=True)
     rows, grid = traced.embeddings, traced.maps["body"]
     weights = torch.rand(4, rows.shape[1], dtype=torch.float64)
-    found = linear_maps(grid, model.network.head if head else None, rows, weights)
+    result = linear_maps(grid, model.network.head if head else None, rows, weights)
     slopes = torch.autograd.grad((rows * weights).sum(), grid)[0]
     plain = torch.einsum("mc,mchw->mhw", slopes.mean(dim=(2, 3)), grid)
-    assert found is not None
-    assert torch.allclose(found, plain, atol=1e-12)
+    assert result is not None
+    assert torch.allclose(result, plain, atol=1e-12)
 
 
 def test_closed_form_declines_another_end() -> None:
@@ -196,15 +196,15 @@ def test_maps_of_every_formula_train_as_plain_autograd(linear, cam: str) -> None
     images, weights = pictures(4), torch.rand(4, 6, dtype=torch.float64)
     traced = trace(linear, images, ("body",), differentiable=True)
     rows, which = traced.embeddings, torch.arange(4)
-    found = attention_maps(traced, rows, linear.network, ("body",), which, weights, cam)
+    result = attention_maps(traced, rows, linear.network, ("body",), which, weights, cam)
     grid = linear.network.body(images)
     score = (F.normalize(linear.network.head(grid.mean(dim=(2, 3))), dim=1) * weights).sum()
     slopes = torch.autograd.grad(score, grid, create_graph=True)[0]
     plain = CAMS[cam](grid, slopes).relu()
-    assert torch.allclose(found, plain, atol=1e-12)
+    assert torch.allclose(result, plain, atol=1e-12)
     learnt, meant = (
         torch.autograd.grad((maps * maps).sum(), list(linear.parameters())[:2])
-        for maps in (found, plain)
+        for maps in (result, plain)
     )
     for one, other in zip(learnt, meant, strict=True):
         assert torch.allclose(one, other, atol=1e-12)
@@ -217,10 +217,10 @@ def test_mining_hides_what_its_formula_shows() -> None:
     explained = SimilarityAttention(cam="hires_cam")(model, images, ["body"])
     flat, heat = images.stacked().flatten(0, 1), explained.maps.flatten(0, 1)
     masked = images.like(images.restacked(model.embed(soft_mask(flat, heat))))
-    found = SimilarityMiningLoss(layer="body", cam="hires_cam").on(model, images)
-    assert torch.allclose(found, mining_loss(masked), atol=1e-10)
+    result = SimilarityMiningLoss(layer="body", cam="hires_cam").on(model, images)
+    assert torch.allclose(result, mining_loss(masked), atol=1e-10)
     grad_cam = SimilarityMiningLoss(layer="body").on(model, images)
-    assert not torch.allclose(found, grad_cam, rtol=1e-3)
+    assert not torch.allclose(result, grad_cam, rtol=1e-3)
 
 
 @pytest.mark.parametrize("fill", ["border", "blur", "mean", "black"])
@@ -232,9 +232,9 @@ def test_hidden_pixels_show_what_is_asked_for(linear, fill: str) -> None:
     black = [-mean / std for mean, std in zip(prepare.mean, prepare.std, strict=True)]
     ground = FILLS[fill](flat, flat.new_tensor(black).view(3, 1, 1))
     masked = images.like(images.restacked(linear.embed(soft_mask(flat, heat, ground=ground))))
-    found = SimilarityMiningLoss(layer="body", fill=fill).on(linear, images)
-    assert torch.allclose(found, mining_loss(masked), atol=1e-10)
-    assert not torch.allclose(found, SimilarityMiningLoss(layer="body").on(linear, images))
+    result = SimilarityMiningLoss(layer="body", fill=fill).on(linear, images)
+    assert torch.allclose(result, mining_loss(masked), atol=1e-10)
+    assert not torch.allclose(result, SimilarityMiningLoss(layer="body").on(linear, images))
 
 
 def naive(model, images: Comparison, rule: str, alpha: float, beta: float) -> Tensor:
@@ -244,8 +244,8 @@ def naive(model, images: Comparison, rule: str, alpha: float, beta: float) -> Te
         stack = images.stacked()[b]
         f = F.normalize(model.network(stack), dim=1).detach()
         w = torch.ones_like(f[0])
-        for place, role in enumerate(images.roles[1:], start=1):
-            gap = (f[0] - f[place]).abs()
+        for index, role in enumerate(images.roles[1:], start=1):
+            gap = (f[0] - f[index]).abs()
             w = w * ((1 - gap) if role == "positive" else gap)
         masked = []
         for image in stack:
@@ -290,8 +290,8 @@ COMPARISONS = {
 def test_the_loss_is_the_papers(linear, arch: str, rule: str) -> None:
     images = COMPARISONS[arch](pictures(8))
     options = MiningOptions(layer="body", rule=rule, alpha=8, beta=0.4)
-    found = SimilarityMiningLoss(options).on(linear, images)
-    assert torch.allclose(found, naive(linear, images, rule, 8, 0.4), atol=1e-10)
+    result = SimilarityMiningLoss(options).on(linear, images)
+    assert torch.allclose(result, naive(linear, images, rule, 8, 0.4), atol=1e-10)
 
 
 @pytest.mark.parametrize("layer", ["body", "body, body.1"])
@@ -304,15 +304,15 @@ def test_its_gradient_is_that_of_finite_differences(linear, arch: str, layer: st
     parameter = linear.network.body[2].weight
     gradient = torch.autograd.grad(held(loss, linear, images, fixed), parameter)[0]
     step = 1e-6
-    for place in [(0, 0, 0, 0), (3, 5, 1, 2), (7, 2, 2, 1)]:
+    for index in [(0, 0, 0, 0), (3, 5, 1, 2), (7, 2, 2, 1)]:
         values = []
         for sign in (1, -1):
             with torch.no_grad():
-                parameter[place] += sign * step
+                parameter[index] += sign * step
             values.append(held(loss, linear, images, fixed).item())
             with torch.no_grad():
-                parameter[place] -= sign * step
-        assert gradient[place].item() == pytest.approx(
+                parameter[index] -= sign * step
+        assert gradient[index].item() == pytest.approx(
             (values[0] - values[1]) / (2 * step), rel=1e-4
         )
 
@@ -339,11 +339,11 @@ def masked_distances(model, images: Comparison) -> tuple[float, float]:
     attention = SimilarityAttention()(model, images, ["body"])
     flat = soft_mask(images.stacked().flatten(0, 1), attention.maps.flatten(0, 1))
     with torch.no_grad():
-        found = images.like(images.restacked(model.embed(flat)))
-    positive = (found.anchor - found.positives[:, 0]).norm(dim=1).mean()
-    if not found.negatives.shape[1]:
+        result = images.like(images.restacked(model.embed(flat)))
+    positive = (result.anchor - result.positives[:, 0]).norm(dim=1).mean()
+    if not result.negatives.shape[1]:
         return float(positive), 0.0
-    return float(positive), float((found.anchor - found.negatives[:, 0]).norm(dim=1).mean())
+    return float(positive), float((result.anchor - result.negatives[:, 0]).norm(dim=1).mean())
 
 
 def minimised(model, images: Comparison, **options: object) -> None:
@@ -409,7 +409,7 @@ def test_mining_on_avsl_takes_all_levels_as_one_embedding() -> None:
     """Both papers at once: unit rows of all levels, maps at the top level, by plain autograd."""
     model = small_avsl()
     images = Comparison.triplet(*pictures(6, 32).chunk(3))
-    found = SimilarityMiningLoss(layer="stage3").on(model, images)
+    result = SimilarityMiningLoss(layer="stage3").on(model, images)
 
     def unit(batch: Tensor) -> tuple[Tensor, Tensor]:
         maps = model.feature_maps(batch)
@@ -428,8 +428,8 @@ def test_mining_on_avsl_takes_all_levels_as_one_embedding() -> None:
             masked.append(soft_mask(image[None], heat)[0])
         a, p, n = unit(torch.stack(masked))[0]
         total = total + ((a - p).norm() - (a - n).norm()).abs()
-    assert torch.allclose(found, total / images.batch, atol=1e-10)
-    found.backward()
+    assert torch.allclose(result, total / images.batch, atol=1e-10)
+    result.backward()
     assert all(weight.grad is not None for weight, _ in model.weights[1:])
 
 
@@ -438,8 +438,8 @@ def test_stopping_at_the_mask_works_without_a_linear_end(linear, monkeypatch) ->
     loss = SimilarityMiningLoss(layer="body", through_mask=False)
     expected = torch.autograd.grad(loss.on(linear, images), list(linear.parameters()))
     monkeypatch.setattr("simexplain.losses.attention.linear_maps", lambda *_: None)
-    found = torch.autograd.grad(loss.on(linear, images), list(linear.parameters()))
-    for one, other in zip(found, expected, strict=True):
+    result = torch.autograd.grad(loss.on(linear, images), list(linear.parameters()))
+    for one, other in zip(result, expected, strict=True):
         assert torch.allclose(one, other, atol=1e-12)
 
 
@@ -453,17 +453,17 @@ def test_an_objective_adds_its_terms_in_one_pass(linear, monkeypatch) -> None:
     calls: list[int] = []
     embed = type(linear).embed
     monkeypatch.setattr(type(linear), "embed", lambda s, x: (calls.append(len(x)), embed(s, x))[1])
-    found = objective(linear, images, labels, seed=4)
+    result = objective(linear, images, labels, seed=4)
     assert len(calls) == 2
     assert calls[1] <= calls[0]
-    assert found.total.item() == pytest.approx(
-        float(found.parts["ml"]) + 0.3 * float(found.parts["sm"])
+    assert result.total.item() == pytest.approx(
+        float(result.parts["ml"]) + 0.3 * float(result.parts["sm"])
     )
     miner = miners.BatchHardMiner()
     rows = linear.embed(images)
     own = losses.TripletMarginLoss(0.2)(rows, labels, miner(rows, labels))
-    assert found.parts["ml"].item() == pytest.approx(own.item())
-    found.total.backward()
+    assert result.parts["ml"].item() == pytest.approx(own.item())
+    result.total.backward()
     assert all(part.grad is not None for part in linear.parameters())
 
 
@@ -580,11 +580,11 @@ def test_transformers_are_trained_through_their_maps(monkeypatch: pytest.MonkeyP
     images, labels = pictures(6), torch.tensor([0, 0, 0, 1, 1, 1])
     objective = Objective({"sm": (1.0, SimilarityMiningLoss(layer="patches"))})
     parameters = list(model.parameters())
-    found = torch.autograd.grad(objective(model, images, labels).total, parameters)
+    result = torch.autograd.grad(objective(model, images, labels).total, parameters)
     monkeypatch.setattr(F, "scaled_dot_product_attention", written_out)
     expected = torch.autograd.grad(objective(model, images, labels).total, parameters)
     assert float(expected[0].abs().max()) > 0
-    for slope, wanted in zip(found, expected, strict=True):
+    for slope, wanted in zip(result, expected, strict=True):
         torch.testing.assert_close(slope, wanted)
 
 

@@ -100,8 +100,8 @@ def test_commands_on_a_folder(folder: Path, run: Callable[..., Run]) -> None:
             done = run(*index, f"{words[-1]}{len(more)}", *options, *more)
             assert done.code == 0, done.err
             check_plain(done.out + done.err)
-    found = json.loads((folder / "found0/search.json").read_text("utf-8"))
-    assert {Path(hit["path"]).name for hit in found["hits"]} <= set(NAMES.values())
+    result = json.loads((folder / "found0/search.json").read_text("utf-8"))
+    assert {Path(hit["path"]).name for hit in result["hits"]} <= set(NAMES.values())
 
 
 def test_a_table(folder: Path, run: Callable[..., Run]) -> None:

@@ -56,11 +56,11 @@ def test_timm_networks(name: str) -> None:
     result = explain(network, comparison)
     layer = network.get_submodule(result.layers[0])
     assert float(result.maps.max()) > 0
-    for place, image in enumerate(comparison.stacked()[0]):
+    for index, image in enumerate(comparison.stacked()[0]):
         wanted, embedding, _ = plain_maps(network, layer, image[None], result.weights[0], grid=grid)
-        torch.testing.assert_close(result.embeddings[0, place], embedding, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(result.embeddings[0, index], embedding, rtol=1e-3, atol=1e-5)
         scale = float(wanted.max())
-        torch.testing.assert_close(result.maps[0, place], wanted, rtol=1e-3, atol=1e-4 * scale)
+        torch.testing.assert_close(result.maps[0, index], wanted, rtol=1e-3, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("call", [0, 1, 2])
@@ -69,11 +69,11 @@ def test_a_network_with_shared_layers(layer: str, call: int, images: Tensor) -> 
     network = SharedNet().eval()
     comparison = Comparison.triplet(*images[:3, None])
     result = explain(network, comparison, layer=f"{layer}@{call}", weights="relative")
-    for place, image in enumerate(comparison.stacked()[0]):
+    for index, image in enumerate(comparison.stacked()[0]):
         wanted, _, _ = plain_maps(
             network, network.get_submodule(layer), image[None], result.weights[0], call=call
         )
-        torch.testing.assert_close(result.maps[0, place], wanted, rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(result.maps[0, index], wanted, rtol=1e-4, atol=1e-8)
 
 
 def signed_maps(network: nn.Module, comparison: Comparison) -> Tensor:
@@ -107,9 +107,9 @@ def test_float64_equals_float32(tiny: TinyNet, images: Tensor) -> None:
 def test_half_precision_gives_float32_maps(tiny: TinyNet, images: Tensor, dtype) -> None:
     comparison = Comparison.pair(images[:1], images[1:2])
     wanted = signed_maps(tiny, comparison)
-    found = signed_maps(tiny.to(dtype), comparison)
-    assert found.dtype == torch.float32
-    similar = torch.cosine_similarity(found.flatten(), wanted.flatten(), dim=0)
+    result = signed_maps(tiny.to(dtype), comparison)
+    assert result.dtype == torch.float32
+    similar = torch.cosine_similarity(result.flatten(), wanted.flatten(), dim=0)
     assert similar > 0.99
 
 
@@ -147,9 +147,9 @@ def test_against_captum_on_each_image(layer: str) -> None:
         return nn.functional.normalize(network(image), dim=1) @ weight
 
     method = captum.LayerGradCam(score, network.get_submodule(layer))
-    for place, image in enumerate(comparison.stacked()[0]):
+    for index, image in enumerate(comparison.stacked()[0]):
         wanted = method.attribute(image[None], relu_attributions=True)[0, 0]
         scale = float(wanted.max())
         torch.testing.assert_close(
-            result.maps[0, place], wanted.detach(), rtol=1e-3, atol=1e-4 * scale
+            result.maps[0, index], wanted.detach(), rtol=1e-3, atol=1e-4 * scale
         )

@@ -102,13 +102,13 @@ def test_the_vector_before_the_network_s_own_normalisation_is_explained(
         ("focus", {}),
     ):
         own = explain(plain, triplet, method, "act", **options)
-        found = explain(network, triplet, method, "net.act", **options)
-        torch.testing.assert_close(found.maps, own.maps.to(found.maps), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.scores.float(), own.scores, rtol=1e-4, atol=1e-5)
-        told = [w.replace("net.act", "act") for w in found.warnings]
+        result = explain(network, triplet, method, "net.act", **options)
+        torch.testing.assert_close(result.maps, own.maps.to(result.maps), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.scores.float(), own.scores, rtol=1e-4, atol=1e-5)
+        lines = [w.replace("net.act", "act") for w in result.warnings]
         if kind == "in place":  # which has no gradient of its own, so that no survey is made
-            assert "modified by an inplace operation" in told.pop()
-        assert told == list(own.warnings)
+            assert "modified by an inplace operation" in lines.pop()
+        assert lines == list(own.warnings)
     for score in ("cosine", "squared"):
         a = match(plain, images[:2], images[2:4], "act", score=score)
         b = match(network, images[:2], images[2:4], "net.act", score=score)
@@ -141,8 +141,8 @@ class Middle(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         pooled = F.normalize(self.act(self.body(images)).mean(dim=(2, 3)), dim=1)
-        found = self.head(pooled)
-        return F.normalize(found, dim=1) if self.last else found
+        result = self.head(pooled)
+        return F.normalize(result, dim=1) if self.last else result
 
 
 HEADS: dict[str, Callable[[], nn.Module]] = {
@@ -158,7 +158,7 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
 def test_a_length_in_the_middle_is_held(images: Tensor, head: str, last: bool) -> None:
     """By hand: the map of a position is the head's linear part of it over the held length."""
     network = randomised(Middle(HEADS[head](), last=last))
-    found = explain(network, Comparison.pair(images[:1], images[1:2]), "decomposition", "act")
+    result = explain(network, Comparison.pair(images[:1], images[1:2]), "decomposition", "act")
     with torch.no_grad():
         grids = network.act(network.body(images[:2]))
         lengths = grids.mean(dim=(2, 3)).norm(dim=1)
@@ -168,8 +168,8 @@ def test_a_length_in_the_middle_is_held(images: Tensor, head: str, last: bool) -
         flat = grids[0].flatten(1).T / (cells * lengths[0])
         parts = network.head(flat) - rest + rest / cells
         expected = parts @ vectors[1] / (vectors[0].norm() * vectors[1].norm())
-    torch.testing.assert_close(found.maps[0, 0].flatten(), expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.maps.sum(dim=(2, 3)), found.scores, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.maps[0, 0].flatten(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.maps.sum(dim=(2, 3)), result.scores, rtol=1e-4, atol=1e-5)
 
 
 class Intra(nn.Module):
@@ -214,8 +214,8 @@ class Halves(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         pooled = self.act(self.body(images)).mean(dim=(2, 3))
         a, b = self.one(pooled), self.other(pooled)
-        found = torch.cat((F.normalize(a, dim=1), b / b.norm(dim=1, keepdim=True)), dim=1)
-        return F.normalize(found, dim=1) if self.last else found
+        result = torch.cat((F.normalize(a, dim=1), b / b.norm(dim=1, keepdim=True)), dim=1)
+        return F.normalize(result, dim=1) if self.last else result
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -298,10 +298,10 @@ def test_an_exported_file_gives_the_same(
     pair = Comparison.pair(images[:2], images[2:4])
     for method, options in (("decomposition", {}), ("similarity_cam", {"score": "held"})):
         own = explain(plain, pair, method, "act", **options)
-        found = explain(model, pair, method, "net.act", **options)
-        torch.testing.assert_close(found.maps, own.maps.to(found.maps), rtol=1e-4, atol=1e-5)
+        result = explain(model, pair, method, "net.act", **options)
+        torch.testing.assert_close(result.maps, own.maps.to(result.maps), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(
-            found.unexplained, own.unexplained.to(found.unexplained), rtol=1e-4, atol=1e-4
+            result.unexplained, own.unexplained.to(result.unexplained), rtol=1e-4, atol=1e-4
         )
     a = match(plain, images[:2], images[2:4], "act")
     b = match(model, images[:2], images[2:4], "net.act")
@@ -321,9 +321,9 @@ def test_exported_normalisations_of_one_call_are_held(
         parameter.data.normal_()
     network = Layered(norm, before=False).eval()
     own = position_parts(as_similarity_model(network), images[:2], "act")
-    found = position_parts(exported(network, tmp_path / "model.pt2"), images[:2], "act")
-    assert own.steps == found.steps == 0
-    torch.testing.assert_close(found.parts, own.parts, rtol=1e-4, atol=1e-6)
+    result = position_parts(exported(network, tmp_path / "model.pt2"), images[:2], "act")
+    assert own.steps == result.steps == 0
+    torch.testing.assert_close(result.parts, own.parts, rtol=1e-4, atol=1e-6)
 
 
 def test_an_index_and_a_search_give_what_the_plain_network_gives(
@@ -334,7 +334,7 @@ def test_an_index_and_a_search_give_what_the_plain_network_gives(
     for number in range(6):
         noise(24, 32, seed=number).save(folder / f"{number}.png")
     prepare = Preprocess((24, 32), fit="squash")
-    found = []
+    result = []
     for name, network in (
         ("plain", plain),
         ("unit", Wrapped(plain, WHOLE["F.normalize"]).eval()),
@@ -345,8 +345,8 @@ def test_an_index_and_a_search_give_what_the_plain_network_gives(
         assert index.keeping.kind == "parts"
         report = report_of(index)
         assert report["basis"] is not None
-        found.append((search(model, folder / "0.png", index, 3), report["basis"]["unexplained"]))
-    (own, share), *others = found
+        result.append((search(model, folder / "0.png", index, 3), report["basis"]["unexplained"]))
+    (own, share), *others = result
     for other, unexplained in others:
         assert unexplained == pytest.approx(share, abs=1e-3)
         for mine, theirs in zip(own.hits, other.hits, strict=True):
@@ -372,25 +372,25 @@ def test_what_positions_do_not_account_for_is_measured_and_told(images: Tensor) 
             score = v @ u / lengths
         expected = (score - own).abs() / ((score - own).abs() + own.abs())
         for method, options in (("decomposition", {}), ("similarity_cam", {"score": "held"})):
-            found = explain(network, pair, method, "act", **options)
-            assert float(found.unexplained[0, 0]) == pytest.approx(float(expected), abs=1e-3)
-            assert any("belongs to no place" in said for said in found.warnings) == warned
+            result = explain(network, pair, method, "act", **options)
+            assert float(result.unexplained[0, 0]) == pytest.approx(float(expected), abs=1e-3)
+            assert any("belongs to no place" in record for record in result.warnings) == warned
         matched = match(network, images[:1], images[1:2], "act")
         expected = (score - both).abs() / ((score - both).abs() + both.abs())
         assert float(matched.unexplained[0]) == pytest.approx(float(expected), abs=1e-3)
-        assert any("belongs to no place" in said for said in matched.warnings) == warned
+        assert any("belongs to no place" in record for record in matched.warnings) == warned
 
 
 def test_the_share_is_kept_on_disk(images: Tensor, plain: nn.Module, tmp_path: Path) -> None:
-    found = explain(plain, Comparison.pair(images[:1], images[1:2]), "decomposition", "act")
-    found.save(tmp_path / "a")
-    said = json.loads((tmp_path / "a" / "explanation.json").read_text())
-    assert said["unexplained"] == pytest.approx(found.unexplained[0].tolist())
-    torch.testing.assert_close(Explanation.load(tmp_path / "a").unexplained, found.unexplained)
+    result = explain(plain, Comparison.pair(images[:1], images[1:2]), "decomposition", "act")
+    result.save(tmp_path / "a")
+    record = json.loads((tmp_path / "a" / "explanation.json").read_text())
+    assert record["unexplained"] == pytest.approx(result.unexplained[0].tolist())
+    torch.testing.assert_close(Explanation.load(tmp_path / "a").unexplained, result.unexplained)
     matched = match(plain, images[:1], images[1:2], "act")
     matched.save(tmp_path / "b")
-    said = json.loads((tmp_path / "b" / "matching.json").read_text())
-    assert said["unexplained"] == pytest.approx(float(matched.unexplained[0]))
+    record = json.loads((tmp_path / "b" / "matching.json").read_text())
+    assert record["unexplained"] == pytest.approx(float(matched.unexplained[0]))
     torch.testing.assert_close(Matching.load(tmp_path / "b").unexplained, matched.unexplained)
     other = explain(plain, Comparison.pair(images[:1], images[1:2]), "saliency")
     other.save(tmp_path / "c")
@@ -429,8 +429,8 @@ def test_facenet_by_hand() -> None:
         maps = torch.einsum("ehw,e->hw", spread[0], vectors[1]) / lengths.prod()
         matrix = torch.einsum("ehw,ekl->hwkl", spread[0], spread[1])
     pair = Comparison.pair(images[:1], images[1:])
-    found = explain(network, pair, "decomposition", "block8")
-    torch.testing.assert_close(found.maps[0, 0], maps, rtol=1e-3, atol=1e-5)
+    result = explain(network, pair, "decomposition", "block8")
+    torch.testing.assert_close(result.maps[0, 0], maps, rtol=1e-3, atol=1e-5)
     held = explain(network, pair, "similarity_cam", "block8", score="held", keep_negative=True)
     own = torch.einsum("ehw,e->hw", parts[0], vectors[1]) / lengths.prod()
     torch.testing.assert_close(held.maps[0, 0], own, rtol=1e-3, atol=1e-5)
@@ -460,9 +460,9 @@ def test_networks_of_other_packages_wrapped_and_plain(
         ("similarity_cam", {"score": "dot", "keep_negative": True}),
     ):
         own = explain(plain, pair, method, layer, **options)
-        found = explain(wrapped, pair, method, f"net.{layer}", **options)
+        result = explain(wrapped, pair, method, f"net.{layer}", **options)
         size = float(own.maps.abs().max())
-        torch.testing.assert_close(found.maps, own.maps, rtol=1e-4, atol=1e-5 * size)
+        torch.testing.assert_close(result.maps, own.maps, rtol=1e-4, atol=1e-5 * size)
 
 
 def test_networks_that_normalise_cost_no_more(plain: nn.Module, images: Tensor) -> None:
@@ -499,8 +499,8 @@ def test_what_cannot_be_recorded_still_adds_up(images: Tensor) -> None:
     expected = position_parts(as_similarity_model(plain), images, "act")
     torch.testing.assert_close(own.parts, 2 * expected.parts, rtol=1e-4, atol=1e-6)
     unit = Wrapped(plain, lambda rows: F.normalize(Own.apply(rows))).eval()
-    found = explain(unit, Comparison.pair(images[:1], images[1:2]), "decomposition", "net.act")
-    torch.testing.assert_close(found.maps.sum(dim=(2, 3)), found.scores, rtol=0.05, atol=0.05)
+    result = explain(unit, Comparison.pair(images[:1], images[1:2]), "decomposition", "net.act")
+    torch.testing.assert_close(result.maps.sum(dim=(2, 3)), result.scores, rtol=0.05, atol=0.05)
 
 
 def test_nothing_of_the_user_s_is_touched(plain: nn.Module, images: Tensor) -> None:

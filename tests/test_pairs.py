@@ -70,15 +70,15 @@ def test_template_and_search_image_of_two_sizes_equal_plain_autograd() -> None:
     assert result.maps[0].shape == (2, 1, 7, 7)
     assert result.maps[1].shape == (2, 1, 15, 15)
     assert result.heatmaps[1].shape == (2, 1, 63, 63)
-    for place in range(2):
+    for index in range(2):
         kept: list[Tensor] = []
         handle = outputs_of(net.last, kept)
-        score = net(templates[place, None], searches[place, None])
+        score = net(templates[index, None], searches[index, None])
         handle.remove()
-        torch.testing.assert_close(result.score[place], score[0].detach())
+        torch.testing.assert_close(result.score[index], score[0].detach())
         for side in range(2):
             wanted = grad_cam(score, kept[side])
-            torch.testing.assert_close(result.maps[side][place, 0], wanted, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(result.maps[side][index, 0], wanted, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -114,9 +114,9 @@ def test_two_towers_share_the_weights_of_a_triplet() -> None:
     fa, fp, fn = (row.detach() for row in rows)
     weight = (1 - (fa - fp).abs()) * (fa - fn).abs()
     maps = (result.maps[0][0, 0], *result.maps[1][0])
-    for found, row, activation in zip(maps, rows, kept, strict=True):
+    for actual, row, activation in zip(maps, rows, kept, strict=True):
         wanted = grad_cam((weight * row).sum(), activation)
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-9)
     distances = torch.cat([(fa - fp).norm(dim=1), (fa - fn).norm(dim=1)])
     torch.testing.assert_close(result.distances[0], distances)
     assert result.condition().holds is bool(distances[0] < distances[1])
@@ -168,14 +168,14 @@ def test_results_save_load_and_draw(tmp_path: Path) -> None:
 def test_what_cannot_work_is_one_sentence(tmp_path: Path) -> None:
     pair = as_pair_model(Tracker())
     images = torch.rand(3, 3, 31, 31)
-    for call, said in (
+    for call, record in (
         (lambda: build_index(pair, DEMO, tmp_path / "x"), "A pair model compares two images"),
         (lambda: as_similarity_model(Tracker()), "takes template, search; for a score of two"),
         (lambda: as_pair_model("net"), "Expected an nn.Module as first, got 'net'; load"),
         (lambda: explain(pair, Comparison.pair(*images[:2, None]), "focus"), "method 'focus' does"),
         (lambda: as_pair_model(TinyNet(), TinyNet()).score(images, images), "no learned score"),
     ):
-        with pytest.raises(ModelError, match=said) as caught:
+        with pytest.raises(ModelError, match=record) as caught:
             call()
         assert str(caught.value).endswith(".")
     with pytest.raises(ComparisonError, match="pairs for a learned score"):

@@ -89,12 +89,12 @@ def side(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def paths(side: str, tmp_path: Path) -> list[Path]:
     (tmp_path / "gallery").mkdir()
-    found = []
+    result = []
     for number, (seen, unseen) in enumerate(PLACES[side]):
         path = tmp_path / "gallery" / f"{number}.png"
         scene(seen, unseen, (250 - 20 * number, 120 + 30 * number, 60)).save(path)
-        found.append(path)
-    return found
+        result.append(path)
+    return result
 
 
 def near(point: object, wanted: tuple[int, int]) -> bool:
@@ -111,8 +111,8 @@ def middle(heat: np.ndarray) -> tuple[float, float]:
 def test_explain_draws_a_named_layer_of_a_plain_network_where_it_looks(side: str) -> None:
     """Also where nothing wrapped the network before, so that no survey was made."""
     images = torch.rand(2, 3, 64, 64)
-    found = explain(Part(side).eval(), Comparison.pair(images[:1], images[1:]), layer="d")
-    assert found.region == ((0.5, 0, 1, 1) if side == "lower" else (0, 0.5, 1, 1))
+    result = explain(Part(side).eval(), Comparison.pair(images[:1], images[1:]), layer="d")
+    assert result.region == ((0.5, 0, 1, 1) if side == "lower" else (0, 0.5, 1, 1))
 
 
 @pytest.mark.parametrize("method", ["sam", "focus", "similarity_cam", "decomposition"])
@@ -122,21 +122,21 @@ def test_explain_and_batch(
 ) -> None:
     """Joined with a layer that sees the whole, each map is laid where it looks."""
     model = network(side)
-    found = explain(model, paths[:2], arch="siamese", method=method, layer=layers)
+    actual = explain(model, paths[:2], arch="siamese", method=method, layer=layers)
     table = tmp_path / "rows.csv"
     table.write_text(f"anchor,positive\n{paths[0]},{paths[1]}\n")
     how = BatchOptions(pictures=True, figures=True)
     done = explain_batch(model, table, tmp_path / "batch", method=method, layer=layers, how=how)
     again = open_batch(done.folder).explanation(0)
-    for result in (found, again):
-        for place, (seen, _) in enumerate(PLACES[side][:2]):
-            assert near(result.peaks()[place], seen), (method, layers)
-            own = result.drawn(result.layer_maps["d"], "d")[0, place].numpy()
-            assert near(middle(found.geometries[place].to_original(own)), seen)
-    assert again.region == found.region
-    assert again.layer_regions == found.layer_regions
-    assert again.bypass == found.bypass == dict.fromkeys(layers, 0.0)
-    assert torch.equal(again.heatmaps, found.heatmaps)
+    for result in (actual, again):
+        for index, (seen, _) in enumerate(PLACES[side][:2]):
+            assert near(result.peaks()[index], seen), (method, layers)
+            own = result.drawn(result.layer_maps["d"], "d")[0, index].numpy()
+            assert near(middle(actual.geometries[index].to_original(own)), seen)
+    assert again.region == actual.region
+    assert again.layer_regions == actual.layer_regions
+    assert again.bypass == actual.bypass == dict.fromkeys(layers, 0.0)
+    assert torch.equal(again.heatmaps, actual.heatmaps)
 
 
 def test_match(side: str, paths: list[Path], tmp_path: Path) -> None:
@@ -147,17 +147,17 @@ def test_match(side: str, paths: list[Path], tmp_path: Path) -> None:
     assert near(best.b, second)
     assert near(result.best(*first).b, second)
     assert near(result.best(*second, side="b").a, first)
-    for place, wanted in enumerate((first, second)):
-        drawn = _Side(result, place, 0)
-        assert near(middle(drawn.heat(result.marginals()[place][0])), wanted)
-    with pytest.raises(ComparisonError, match="that the layer looks at, x from"):
+    for index, wanted in enumerate((first, second)):
+        drawn = _Side(result, index, 0)
+        assert near(middle(drawn.heat(result.marginals()[index][0])), wanted)
+    with pytest.raises(ComparisonError, match="that the layer sees, x from"):
         result.at(*unseen)
     result.save(tmp_path / "out")
     again = Matching.load(tmp_path / "out")
     assert again.regions == result.regions
     assert again.top(1) == result.top(1)
-    said = json.loads((tmp_path / "out" / "matching.json").read_text())
-    assert said["bypass"] == again.bypass == {"d": 0.0}
+    record = json.loads((tmp_path / "out" / "matching.json").read_text())
+    assert record["bypass"] == again.bypass == {"d": 0.0}
 
 
 def test_match_of_two_sizes_has_a_region_for_each() -> None:
@@ -192,7 +192,7 @@ def test_search(side: str, paths: list[Path], tmp_path: Path) -> None:
         left, top, wide, high = hit.box
         assert near((left + wide / 2, top + high / 2), places[int(Path(hit.path).stem)][0])
     x, y = places[0][1]
-    with pytest.raises(ComparisonError, match="that the layer looks at"):
+    with pytest.raises(ComparisonError, match="that the layer sees"):
         search(model, query, index, region=(x - 6, y - 6, 12, 12))
     result.save(tmp_path / "out")
     again = SearchResult.load(tmp_path / "out")
@@ -219,14 +219,14 @@ def test_attribute_and_the_maps_of_avsl(side: str, paths: list[Path], tmp_path: 
     result.save(tmp_path / "out")
     for one in (result, Attribution.load(tmp_path / "out")):
         heats = one.heatmaps("d", range(5)).numpy()
-        for place, (seen, _) in enumerate(PLACES[side][:2]):
-            for heat in heats[place]:
+        for index, (seen, _) in enumerate(PLACES[side][:2]):
+            for heat in heats[index]:
                 x, y = middle(heat)
                 assert near((x * WIDE / 64, y * HIGH / 64), seen)
     images = result.images
-    found = explain(model, Comparison.pair(images[:, 0], images[:, 1]), "avsl", level="d")
-    for place, (seen, _) in enumerate(PLACES[side][:2]):
-        x, y = middle(found.heatmaps[0, place].numpy())
+    actual = explain(model, Comparison.pair(images[:, 0], images[:, 1]), "avsl", level="d")
+    for index, (seen, _) in enumerate(PLACES[side][:2]):
+        x, y = middle(actual.heatmaps[0, index].numpy())
         assert near((x * WIDE / 64, y * HIGH / 64), seen)
     both = explain(model, Comparison.pair(images[:, 0], images[:, 1]), "avsl", keep_negative=True)
     assert both.region == (0, 0, 1, 1)
@@ -250,14 +250,14 @@ def test_what_bypasses_a_layer_is_told_with_every_result(paths: list[Path], tmp_
     model = network("lower", alone=False)
     images = torch.rand(2, 3, 64, 64)
     index = build_index(model, paths[0].parent, tmp_path / "x.index", layer="d")
-    found = search(model, paths[0], index)
+    actual = search(model, paths[0], index)
     matched = match(model, *paths[:2], layer="d")
     cut = segment(model, paths[0], paths[1:], layer="d")
-    shares = [one["d"] for one in (found.to_json()["bypass"], matched.bypass, cut.bypass)]
+    shares = [one["d"] for one in (actual.to_json()["bypass"], matched.bypass, cut.bypass)]
     assert shares[0] == report_of(index)["basis"]["bypass"]
     assert all(0.1 < share < 1 for share in shares)
     explain(model, Comparison.pair(images[:1], images[1:]), layer="d")
     again = build_index(model, paths[0].parent, tmp_path / "y.index", layer="d")
     assert again.bypass == index.bypass
-    for result in (found, matched, cut):
+    for result in (actual, matched, cut):
         assert any("bypasses layer 'd'" in line for line in result.warnings)

@@ -34,13 +34,15 @@ TALL = (192, 64)
 def built(size: tuple[int, int] = TALL, name: str = NETWORK) -> SimilarityModel:
     """Six stripes of four numbers, with statistics and biases that are not trivial."""
     torch.manual_seed(3)
-    found = build_backbone(name, pretrained=False, outputs=PARTS * WIDTH, size=size)
-    norm = found.network.reduction.norm
+    result = build_backbone(name, pretrained=False, outputs=PARTS * WIDTH, size=size)
+    norm = result.network.reduction.norm
     nn.init.normal_(norm.bias, std=0.5)
     norm.running_mean.normal_(0, 0.1)
     norm.running_var.uniform_(0.5, 1.5)
-    model = as_similarity_model(varied(found.network), preprocess=found.preprocess, name=found.name)
-    model.backbone = found.name
+    model = as_similarity_model(
+        varied(result.network), preprocess=result.preprocess, name=result.name
+    )
+    model.backbone = result.name
     return model
 
 
@@ -75,7 +77,7 @@ def stripes_by_hand(network: PCB, images: Tensor) -> Tensor:
         maps = network.base(images)
         head, norm = network.reduction, network.reduction.norm
         rows = maps.shape[2] // network.parts
-        found = []
+        result = []
         for image in maps:
             own = []
             for part in range(network.parts):
@@ -83,8 +85,8 @@ def stripes_by_hand(network: PCB, images: Tensor) -> Tensor:
                 h = head.weight @ g
                 h = (h - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
                 own.append(h * norm.weight + norm.bias)
-            found.append(torch.stack(own))
-    return torch.stack(found)
+            result.append(torch.stack(own))
+    return torch.stack(result)
 
 
 def test_the_embedding_is_that_of_all_stripes_side_by_side() -> None:
@@ -116,12 +118,12 @@ def test_maps_are_those_of_plain_autograd_through_the_stripes(method: str) -> No
     assert weights.shape == (1, PARTS * WIDTH)
     torch.testing.assert_close(result.weights, weights)
     layer = model.network.base.layer4
-    for place, image in enumerate(images.stacked()[0]):
+    for index, image in enumerate(images.stacked()[0]):
         plain, _, gradient = plain_maps(model.network, layer, image[None], weights[0])
         if method == "hires_cam":
             with torch.no_grad():
                 plain = (gradient * model.network.base(image[None])[0]).sum(dim=0).relu()
-        torch.testing.assert_close(result.maps[0, place], plain, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(result.maps[0, index], plain, rtol=1e-4, atol=1e-7)
 
 
 def test_only_hirescam_tells_one_stripe_from_another() -> None:
@@ -155,10 +157,10 @@ def test_only_hirescam_tells_one_stripe_from_another() -> None:
 def test_what_each_position_adds_is_exact_and_stays_in_its_stripe() -> None:
     model = built()
     images = pictures(2)
-    found = position_parts(model, images, model.default_layer)
-    assert found.steps == 0
-    assert float(found.residual.max()) < 1e-5
-    parts = found.parts.unflatten(1, (PARTS, WIDTH))  # (M,P,e,h,w)
+    result = position_parts(model, images, model.default_layer)
+    assert result.steps == 0
+    assert float(result.residual.max()) < 1e-5
+    parts = result.parts.unflatten(1, (PARTS, WIDTH))  # (M,P,e,h,w)
     for part in range(PARTS):
         rows = torch.zeros(12, dtype=torch.bool)
         rows[2 * part : 2 * part + 2] = True
@@ -272,9 +274,9 @@ def test_failures_of_stripes_are_explained_by_maps_that_keep_them_apart(
     for path in (*(data / "query").iterdir(), *gallery):  # all alike: ties go against the model
         path.write_bytes(gallery[0].read_bytes())
     words = ("--untrained", "--size", "96x32")
-    found = run("evaluate", "reid", NETWORK, data, *words)
-    assert found.code == 0, found.err
-    (line,) = [line for line in found.out.splitlines() if "simexplain explain" in line]
+    result = run("evaluate", "reid", NETWORK, data, *words)
+    assert result.code == 0, result.err
+    (line,) = [line for line in result.out.splitlines() if "simexplain explain" in line]
     assert line.endswith("--cam hires_cam")
     assert run(*line.split()[1:], "--out", "why").code == 0
     plain = run("evaluate", "reid", NETWORK.removeprefix("pcb:"), data, *words)
@@ -297,17 +299,17 @@ def test_the_recipe_trains_and_its_model_is_explained_and_evaluated(
     done = run("train", data, "--recipe", "sam-reid-market1501", "--out", "run", *small, "--json")
     assert done.code == 0, done.err
     options = json.loads((here / "run" / "options.json").read_text(encoding="utf-8"))
-    said = options.get("options", options)
-    assert (said["loss"], said["mining"], said["gamma"]) == ("identity", "triplet", 0.2)
+    record = options.get("options", options)
+    assert (record["loss"], record["mining"], record["gamma"]) == ("identity", "triplet", 0.2)
     header, *rows = (here / "run" / "metrics.csv").read_text(encoding="utf-8").splitlines()
     last = dict(zip(header.split(","), rows[-1].split(","), strict=True))
     # Nothing is known yet: six stripes guess among six persons.
     assert float(last["loss/metric"]) == pytest.approx(6 * math.log(6), rel=0.02)
     assert 0 <= float(last["loss/mining"]) < 2
     model = here / "run" / "model.pt"
-    found = run("evaluate", "reid", model, data, "--json")
-    assert found.code == 0, found.err
-    reached = json.loads(found.out)
+    result = run("evaluate", "reid", model, data, "--json")
+    assert result.code == 0, result.err
+    reached = json.loads(result.out)
     assert reached["queries"] == 6
     # Training asks the same question by groups; the best model is the one in the file.
     trained = json.loads((here / "run" / "results.json").read_text(encoding="utf-8"))
@@ -317,7 +319,7 @@ def test_the_recipe_trains_and_its_model_is_explained_and_evaluated(
     other = put_person(here / "more", "0008_c2s1_000001_00.jpg")
     explained = run("explain", model, query, same, other, "--arch", "triplet", "--json")
     assert explained.code == 0, explained.err
-    said = json.loads(explained.out)
-    assert said["layer"] == "base.layer4"
-    assert said["images"][0]["geometry"]["original"] == [128, 64]
-    assert said["images"][0]["geometry"]["size"] == [96, 32]
+    record = json.loads(explained.out)
+    assert record["layer"] == "base.layer4"
+    assert record["images"][0]["geometry"]["original"] == [128, 64]
+    assert record["images"][0]["geometry"]["size"] == [96, 32]

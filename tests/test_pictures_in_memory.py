@@ -33,12 +33,12 @@ SIZES = ((40, 60), (50, 30), (44, 44))
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    found = []
+    result = []
     for number, (height, width) in enumerate(SIZES):
         pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        found.append(tmp_path / f"{number}.png")
-        Image.fromarray(pixels).save(found[-1])
-    return found
+        result.append(tmp_path / f"{number}.png")
+        Image.fromarray(pixels).save(result[-1])
+    return result
 
 
 @pytest.fixture
@@ -55,15 +55,15 @@ def mixed(files: list[Path]) -> list[Any]:
 def test_explaining_is_as_from_files(
     files: list[Path], model: SimilarityModel, tmp_path: Path
 ) -> None:
-    direct, found = explain(model, files), explain(model, mixed(files))
-    assert torch.equal(direct.maps, found.maps)
-    assert torch.equal(direct.distances, found.distances)
-    assert [p.path for p in found.pictures] == ["image 1", "image 2", str(files[2])]
-    found.save(tmp_path / "out")
-    said = json.loads((tmp_path / "out" / "explanation.json").read_text())
-    paths = [image["path"] for image in said["images"]]
+    direct, result = explain(model, files), explain(model, mixed(files))
+    assert torch.equal(direct.maps, result.maps)
+    assert torch.equal(direct.distances, result.distances)
+    assert [p.path for p in result.pictures] == ["image 1", "image 2", str(files[2])]
+    result.save(tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "explanation.json").read_text())
+    paths = [image["path"] for image in record["images"]]
     assert paths == ["image 1", "image 2", str(files[2])]
-    assert found.figure() is not None
+    assert result.figure() is not None
 
 
 def test_every_verb_takes_them(files: list[Path], model: SimilarityModel, tmp_path: Path) -> None:
@@ -100,11 +100,11 @@ def test_one_picture_is_no_list_of_supports(files: list[Path], model: Similarity
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_search_takes_them(files: list[Path], model: SimilarityModel, place: int) -> None:
     pytest.importorskip("faiss")
-    found = search(model, mixed(files)[place], files[0].parent, 3)
-    assert found.query == "query"
+    result = search(model, mixed(files)[place], files[0].parent, 3)
+    assert result.query == "query"
     # A picture from memory is no file of the gallery, so its own file is a hit as copies are.
-    assert found.paths[0] == str(files[place])
-    assert found.hits[0].distance == pytest.approx(0, abs=1e-5)
+    assert result.paths[0] == str(files[place])
+    assert result.hits[0].distance == pytest.approx(0, abs=1e-5)
 
 
 KINDS: dict[str, tuple[Image.Image, str]] = {
@@ -120,10 +120,10 @@ def test_pictures_of_pil_are_read_as_their_files(mode: str, tmp_path: Path) -> N
         picture.putalpha(Image.linear_gradient("L").resize(picture.size))
     picture.save(tmp_path / f"a{ending}")
     before = picture.tobytes(), picture.mode
-    found = read_picture(picture)
-    np.testing.assert_array_equal(found.image, read_picture(tmp_path / f"a{ending}").image)
+    result = read_picture(picture)
+    np.testing.assert_array_equal(result.image, read_picture(tmp_path / f"a{ending}").image)
     assert (picture.tobytes(), picture.mode) == before
-    assert found.path == "image 1"
+    assert result.path == "image 1"
 
 
 def test_a_photograph_is_turned_upright_and_an_animation_stays_where_it_is(tmp_path: Path) -> None:

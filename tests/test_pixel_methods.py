@@ -100,10 +100,10 @@ def gradient(score: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
     return torch.autograd.grad(score(point).sum(), point)[0][0]
 
 
-def same(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> bool:
-    assert found.shape == wanted.shape
+def same(result: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> bool:
+    assert result.shape == wanted.shape
     assert wanted.abs().max() > 0
-    return torch.allclose(found, wanted, atol=tolerance * float(wanted.abs().max()), rtol=0)
+    return torch.allclose(result, wanted, atol=tolerance * float(wanted.abs().max()), rtol=0)
 
 
 KINDS = ["pair", "different", "triplet", "set"]
@@ -173,8 +173,8 @@ def test_integrated_gradients_by_a_loop(
         ]
         return ((image - low) * sum(line)).sum(dim=0)
 
-    found = IntegratedGradients(steps=6, baseline=baseline)(model, comparison)
-    assert same(found.maps, per_image(tiny, comparison, kind, naive))
+    result = IntegratedGradients(steps=6, baseline=baseline)(model, comparison)
+    assert same(result.maps, per_image(tiny, comparison, kind, naive))
 
 
 def smooth_network() -> nn.Module:
@@ -191,14 +191,14 @@ def test_integrated_gradients_are_complete(images: Tensor, baseline: str) -> Non
     network = smooth_network()
     model = as_similarity_model(network)
     comparison = arranged(images, "triplet")
-    found = IntegratedGradients(baseline=baseline)(model, comparison)
-    assert found.warnings == ()
+    result = IntegratedGradients(baseline=baseline)(model, comparison)
+    assert result.warnings == ()
     flat = comparison.stacked()[0]
     with torch.no_grad():
         rows, low = unit(network, flat), unit(network, filled(model, flat, baseline))
         differences = ((rows - low) * plain_direction(rows, "triplet")).sum(dim=1)
     assert differences.abs().max() > 1e-4
-    assert same(found.maps[0].sum(dim=(1, 2)), differences, 3e-4)
+    assert same(result.maps[0].sum(dim=(1, 2)), differences, 3e-4)
 
 
 def test_what_is_missing_of_the_score_is_said(images: Tensor) -> None:
@@ -209,12 +209,12 @@ def test_what_is_missing_of_the_score_is_said(images: Tensor) -> None:
             return torch.tanh(40 * (x.mean(dim=(2, 3)) - 0.3)) + torch.arange(3.0)
 
     comparison = arranged(images, "pair")
-    (said,) = IntegratedGradients(steps=1, baseline="black")(
+    (record,) = IntegratedGradients(steps=1, baseline="black")(
         as_similarity_model(Step()), comparison
     ).warnings
-    assert "do not add up" in said
-    assert "use more steps than 1," in said
-    assert said.endswith(".")
+    assert "do not add up" in record
+    assert "use more steps than 1," in record
+    assert record.endswith(".")
 
 
 def test_what_is_hidden_is_filled_as_in_curves(images: Tensor) -> None:
@@ -324,8 +324,8 @@ def test_the_object_that_matters_is_found(name: str, kind: str) -> None:
     else:
         comparison = Comparison.triplet(noise[:1], noise[1:2], noise[2:])
     more = {"random_masks": RandomMasks(masks=600, grid=4)}
-    found = explain(as_similarity_model(Corner()), comparison, more.get(name, QUICK[name]))
-    maps = found.maps[0, :2]  # of the two that are alike
+    result = explain(as_similarity_model(Corner()), comparison, more.get(name, QUICK[name]))
+    maps = result.maps[0, :2]  # of the two that are alike
     inside = maps[:, :12, :12].abs().mean(dim=(1, 2))
     outside = maps[:, 16:, 16:].abs().mean(dim=(1, 2))
     times = 2 if name == "random_masks" else 3  # chance leaves some of its masks everywhere
@@ -339,18 +339,18 @@ def test_the_object_that_matters_is_found(name: str, kind: str) -> None:
 @every
 def test_result_keeps_the_contract(name: str, tiny: TinyNet, images: Tensor) -> None:
     comparison = arranged(images, "set")
-    found = QUICK[name](as_similarity_model(tiny), comparison, ("pixels",))
-    assert list(found.layer_maps) == ["pixels"]
-    assert found.layer_maps["pixels"] is found.maps
-    assert found.maps.shape == (1, 5, 24, 32)
-    assert found.weights.shape == found.embeddings.shape == (1, 5, 10)
-    assert torch.allclose(found.scores, (found.weights * found.embeddings).sum(dim=2))
+    result = QUICK[name](as_similarity_model(tiny), comparison, ("pixels",))
+    assert list(result.layer_maps) == ["pixels"]
+    assert result.layer_maps["pixels"] is result.maps
+    assert result.maps.shape == (1, 5, 24, 32)
+    assert result.weights.shape == result.embeddings.shape == (1, 5, 10)
+    assert torch.allclose(result.scores, (result.weights * result.embeddings).sum(dim=2))
     rows = unit(tiny, images[:5]).detach()
-    assert torch.allclose(found.embeddings[0], rows, atol=1e-6)
-    assert torch.allclose(found.weights[0], plain_direction(rows, "set"), atol=1e-6)
-    told = explain(as_similarity_model(tiny), comparison, QUICK[name])
-    assert told.layers == ("pixels",)
-    assert torch.equal(told.maps, found.maps)
+    assert torch.allclose(result.embeddings[0], rows, atol=1e-6)
+    assert torch.allclose(result.weights[0], plain_direction(rows, "set"), atol=1e-6)
+    lines = explain(as_similarity_model(tiny), comparison, QUICK[name])
+    assert lines.layers == ("pixels",)
+    assert torch.equal(lines.maps, result.maps)
     with pytest.raises(ModelError, match="pixels"):
         explain(as_similarity_model(tiny), comparison, QUICK[name], layer="body")
 
@@ -425,12 +425,12 @@ def test_nothing_is_left_behind(name: str, fails: bool, images: Tensor) -> None:
             with pytest.raises(RuntimeError, match="broken"):
                 QUICK[name](as_similarity_model(network), comparison)
         else:
-            found = QUICK[name](as_similarity_model(network), comparison)
-            assert not found.maps.requires_grad
-            assert not found.embeddings.requires_grad
-            assert found.maps.abs().max() > 0
+            result = QUICK[name](as_similarity_model(network), comparison)
+            assert not result.maps.requires_grad
+            assert not result.embeddings.requires_grad
+            assert result.maps.abs().max() > 0
             again = QUICK[name](as_similarity_model(network), comparison)
-            assert torch.equal(found.maps, again.maps)
+            assert torch.equal(result.maps, again.maps)
         assert not torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(comparison.stacked(), before)
@@ -448,10 +448,10 @@ def test_number_types(name: str, dtype: torch.dtype, tiny: TinyNet, images: Tens
     whole = QUICK[name](as_similarity_model(tiny), comparison).maps
     model = as_similarity_model(tiny.to(dtype))
     typed = comparison.like(comparison.stacked().to(dtype))
-    found = QUICK[name](model, typed).maps
-    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert found.isfinite().all()
-    close = F.cosine_similarity(found.flatten().double(), whole.flatten().double(), dim=0)
+    result = QUICK[name](model, typed).maps
+    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert result.isfinite().all()
+    close = F.cosine_similarity(result.flatten().double(), whole.flatten().double(), dim=0)
     ranked = name == "random_masks"  # a rounding may swap masks of nearly equal score
     if dtype != torch.bfloat16:
         assert close > (0.5 if ranked else 0.9)
@@ -490,8 +490,8 @@ def test_masks_that_change_nothing_give_an_empty_map(images: Tensor) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.ones(len(x), 4, dtype=x.dtype)
 
-    found = QUICK["random_masks"](as_similarity_model(Blind()), arranged(images, "pair"))
-    assert found.maps.abs().max() == 0
+    result = QUICK["random_masks"](as_similarity_model(Blind()), arranged(images, "pair"))
+    assert result.maps.abs().max() == 0
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 40), (40, 3)])
@@ -503,9 +503,9 @@ def test_any_size(name: str, size: tuple[int, int]) -> None:
 
     images = torch.rand(2, 3, *size) + 0.1
     comparison = Comparison.pair(images[:1], images[1:])
-    found = QUICK[name](as_similarity_model(Mean()), comparison)
-    assert found.maps.shape == (1, 2, *size)
-    assert found.maps.isfinite().all()
+    result = QUICK[name](as_similarity_model(Mean()), comparison)
+    assert result.maps.shape == (1, 2, *size)
+    assert result.maps.isfinite().all()
 
 
 @pytest.mark.parametrize(

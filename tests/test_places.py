@@ -186,9 +186,9 @@ def test_cells_are_drawn_where_they_look(name: str) -> None:
     layer = default(model, size)
     assert layer.shape[1:] == grid
     assert layer.name in ("blocks", "last", "layer")
-    found = off(model, layer, size)
-    seen = found[found.isfinite()]
-    assert len(seen) >= 0.6 * found.numel()
+    result = off(model, layer, size)
+    seen = result[result.isfinite()]
+    assert len(seen) >= 0.6 * result.numel()
     assert float(seen.median()) < 0.25
     assert float((seen < 0.5).float().mean()) > 0.8
 
@@ -360,7 +360,7 @@ def test_parts_that_the_image_chooses_are_no_maps(find: Cells) -> None:
     model = wrapped(lambda: Glimpse(find, stem=False))
     first = explain(model, pair(), layer="last", check=False)
     assert any("lies elsewhere in every image" in text for text in first.warnings)
-    with pytest.raises(ModelError, match="no map over an image"):
+    with pytest.raises(ModelError, match="not a map over an image"):
         explain(model, pair(), layer="last")
 
 

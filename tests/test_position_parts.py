@@ -67,7 +67,7 @@ def test_forward_and_backward_products_give_the_same_parts(
 
 def test_parts_are_those_of_the_jacobian_that_torch_computes(images: Tensor) -> None:
     network = Wide("flatten").eval()
-    found = position_parts(as_similarity_model(network), images[:2], "act")
+    result = position_parts(as_similarity_model(network), images[:2], "act")
     with torch.no_grad():
         features = network.act(5 * network.body(images[:2]))
     for image in range(2):
@@ -75,8 +75,8 @@ def test_parts_are_those_of_the_jacobian_that_torch_computes(images: Tensor) -> 
             lambda grid: network.head(network.pool(grid[None]))[0], features[image]
         )
         expected = (jacobian * features[image]).sum(dim=1)
-        torch.testing.assert_close(found.parts[image], expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.rest, network.head.bias.detach().expand(2, -1))
+        torch.testing.assert_close(result.parts[image], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.rest, network.head.bias.detach().expand(2, -1))
 
 
 def test_tokens_and_attention_that_has_no_second_derivative(
@@ -90,14 +90,14 @@ def test_tokens_and_attention_that_has_no_second_derivative(
     model = as_similarity_model(network)
     images = torch.rand(2, 3, 48, 48)
     layer = model.layers_for(images)[0].name
-    found = position_parts(model, images, layer, steps=2)
-    assert found.parts.shape == (2, 24, 3, 3)
-    same(found, backwards(monkeypatch, model, images, layer, steps=2), rtol=1e-3, atol=1e-5)
+    result = position_parts(model, images, layer, steps=2)
+    assert result.parts.shape == (2, 24, 3, 3)
+    same(result, backwards(monkeypatch, model, images, layer, steps=2), rtol=1e-3, atol=1e-5)
     # And where it is not fused, forward products work below it.
     for block in network.blocks:
         block.attn.fused_attn = False
     plain = position_parts(model, images, layer, steps=2)
-    same(found, plain, rtol=1e-3, atol=1e-5)
+    same(result, plain, rtol=1e-3, atol=1e-5)
 
 
 class Fixed(nn.Module):
@@ -212,8 +212,8 @@ def test_maps_that_are_not_finite_are_refused(tiny: TinyNet, images: Tensor) -> 
     def broken(
         model: SimilarityModel, pair: Comparison, layers: tuple[str, ...], **options: object
     ):
-        found = METHODS["sam"]()(model, pair, layers, **options)
-        return replace(found, maps=found.maps * torch.nan)
+        result = METHODS["sam"]()(model, pair, layers, **options)
+        return replace(result, maps=result.maps * torch.nan)
 
     with pytest.raises(ModelError, match="A map is not finite"):
         explain(tiny, Comparison.pair(images[:1], images[1:2]), broken, "last")

@@ -263,15 +263,15 @@ def test_the_share_that_is_seen(fit: str, size: tuple[int, int], wanted: float) 
 
 
 def test_pictures_whose_ends_are_cut_off_are_named() -> None:
-    def said(fit: str, *sizes: tuple[int, int]) -> str:
+    def record(fit: str, *sizes: tuple[int, int]) -> str:
         prepare = replace(IMAGENET, fit=fit)
         return hardly_seen((f"{n}.jpg", prepare.geometry(size)) for n, size in enumerate(sizes))
 
-    assert said("crop", (100, 100), (100, 102)) == ""
-    assert said("squash", (100, 300)) == ""
-    assert said("pad", (100, 300)) == ""
-    assert "saw 38% of '1.jpg', whose" in said("crop", (100, 100), (100, 200))
-    assert "'0.jpg'" in said("crop", (200, 100))
-    many = said("crop", *[(100, 200)] * 5)
+    assert record("crop", (100, 100), (100, 102)) == ""
+    assert record("squash", (100, 300)) == ""
+    assert record("pad", (100, 300)) == ""
+    assert "saw 38% of '1.jpg', whose" in record("crop", (100, 100), (100, 200))
+    assert "'0.jpg'" in record("crop", (200, 100))
+    many = record("crop", *[(100, 200)] * 5)
     assert many.count("'") == 6
     assert "2 more" in many

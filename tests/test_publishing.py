@@ -31,11 +31,11 @@ def results(tmp_path: Path, demo_paths: list[Path]) -> list[Explanation]:
 
 def check_whole(folder: Path) -> Explanation:
     """Every file is of the run that wrote the manifest."""
-    said = json.loads((folder / "explanation.json").read_text("utf-8"))
-    assert {Path(name).name for name in said["files"].values()} == {
-        *said["digests"], "explanation.json",
+    record = json.loads((folder / "explanation.json").read_text("utf-8"))
+    assert {Path(name).name for name in record["files"].values()} == {
+        *record["digests"], "explanation.json",
     }  # fmt: skip
-    for name, digest in said["digests"].items():
+    for name, digest in record["digests"].items():
         assert digest_of(folder / name) == digest
     return Explanation.load(folder)
 
@@ -96,9 +96,9 @@ def test_files_of_earlier_versions_have_no_digests(
 ) -> None:
     results[0].save(tmp_path / "found")
     path = tmp_path / "found" / "explanation.json"
-    said = json.loads(path.read_text("utf-8"))
-    del said["digests"]
-    path.write_text(json.dumps(said), encoding="utf-8")
+    record = json.loads(path.read_text("utf-8"))
+    del record["digests"]
+    path.write_text(json.dumps(record), encoding="utf-8")
     assert torch.equal(Explanation.load(tmp_path / "found").maps, results[0].maps)
 
 
@@ -160,9 +160,9 @@ def test_a_forged_manifest_removes_no_picture_of_the_users(
     path = tmp_path / "found" / "explanation.json"
     own = tmp_path / "found" / "heatmap_of_mine.png"
     own.write_bytes(b"mine")
-    said = json.loads(path.read_text("utf-8"))
-    said["files"]["more"] = str(own)
-    said["digests"][own.name] = "0" * 64
-    path.write_text(json.dumps(said), encoding="utf-8")
+    record = json.loads(path.read_text("utf-8"))
+    record["files"]["more"] = str(own)
+    record["digests"][own.name] = "0" * 64
+    path.write_text(json.dumps(record), encoding="utf-8")
     results[1].save(tmp_path / "found", force=True)
     assert own.read_bytes() == b"mine"

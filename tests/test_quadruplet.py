@@ -21,7 +21,7 @@ LABELS = torch.tensor([2, 0, 1, 2, 1, 0, 0, 3])
 
 def naive_quadruplets(rows: Tensor, labels: Tensor) -> list[tuple[int, int, int, int | None]]:
     """Every ordered pair of a class with its hardest negatives, image by image."""
-    found = []
+    result = []
     for a in range(len(rows)):
         for p in range(len(rows)):
             if a == p or labels[a] != labels[p]:
@@ -34,18 +34,18 @@ def naive_quadruplets(rows: Tensor, labels: Tensor) -> list[tuple[int, int, int,
             second = min(
                 third, key=lambda n, m=first: float((rows[m] - rows[n]).norm()), default=None
             )
-            found.append((a, p, first, second))
-    return found
+            result.append((a, p, first, second))
+    return result
 
 
 def naive_loss(
-    rows: Tensor, found: list[tuple[int, int, int, int | None]], m1: float, m2: float, power: int
+    rows: Tensor, result: list[tuple[int, int, int, int | None]], m1: float, m2: float, power: int
 ) -> float:
     def distance(one: int, other: int) -> float:
         return float((rows[one] - rows[other]).norm()) ** power
 
-    first = [distance(a, p) - distance(a, n) + m1 for a, p, n, _ in found]
-    second = [distance(a, p) - distance(n, k) + m2 for a, p, n, k in found if k is not None]
+    first = [distance(a, p) - distance(a, n) + m1 for a, p, n, _ in result]
+    second = [distance(a, p) - distance(n, k) + m2 for a, p, n, k in result if k is not None]
     return sum(
         sum(gap for gap in part if gap > 0) / max(1, sum(gap > 0 for gap in part))
         for part in (first, second)
@@ -55,14 +55,14 @@ def naive_loss(
 @pytest.mark.parametrize("seed", range(4))
 def test_the_miner_finds_the_hardest_of_three_classes(seed: int) -> None:
     rows = rows_of(8, seed=seed)
-    found = QuadrupletMiner()(rows, LABELS)
-    assert found.others is not None
-    columns = (found.anchors, found.positives, found.negatives, found.others)
+    result = QuadrupletMiner()(rows, LABELS)
+    assert result.others is not None
+    columns = (result.anchors, result.positives, result.negatives, result.others)
     listed = list(zip(*(column.tolist() for column in columns), strict=True))
     assert listed == naive_quadruplets(rows, LABELS)
     for a, p, n, k in listed:
         assert LABELS[a] == LABELS[p]
-        assert len({int(LABELS[place]) for place in (a, n, k)}) == 3
+        assert len({int(LABELS[index]) for index in (a, n, k)}) == 3
 
 
 @pytest.mark.parametrize("squared", [False, True])
@@ -77,9 +77,9 @@ def test_the_loss_is_that_of_a_loop(margins: tuple[float, float], squared: bool)
 
 def test_its_gradient_is_that_of_finite_differences() -> None:
     rows = rows_of(8, seed=1).requires_grad_()
-    found = QuadrupletMiner()(rows, LABELS)
+    result = QuadrupletMiner()(rows, LABELS)
     loss = QuadrupletLoss(0.4, 0.3)
-    assert torch.autograd.gradcheck(lambda x: loss(x, LABELS, found), (rows,))
+    assert torch.autograd.gradcheck(lambda x: loss(x, LABELS, result), (rows,))
 
 
 def test_triplets_of_another_library_are_completed() -> None:
@@ -97,8 +97,8 @@ def test_triplets_of_another_library_are_completed() -> None:
     for a, p, n in zip(anchors, positives, negatives, strict=True):
         third = [k for k in range(8) if LABELS[k] not in (LABELS[a], LABELS[n])]
         whole.append((a, p, n, min(third, key=lambda k, n=n: float((rows[n] - rows[k]).norm()))))
-    found = QuadrupletLoss(0.3, 0.2)(rows, LABELS, triplets)
-    assert found.item() == pytest.approx(naive_loss(rows, whole, 0.3, 0.2, 1))
+    result = QuadrupletLoss(0.3, 0.2)(rows, LABELS, triplets)
+    assert result.item() == pytest.approx(naive_loss(rows, whole, 0.3, 0.2, 1))
 
 
 def test_two_classes_leave_the_triplet_loss() -> None:
@@ -152,6 +152,6 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_given_quadruplets_are_taken_as_they_are() -> None:
     rows = rows_of(8, seed=4)
-    one = Quadruplets(*(torch.tensor([place]) for place in (0, 3, 1, 2)))
+    one = Quadruplets(*(torch.tensor([index]) for index in (0, 3, 1, 2)))
     expected = naive_loss(rows, [(0, 3, 1, 2)], 1.0, 1.5, 1)
     assert QuadrupletLoss(1.0, 1.5)(rows, LABELS, one).item() == pytest.approx(expected)

@@ -34,17 +34,17 @@ NETWORK = "timm:test_resnet"
 def records(names: list[tuple[str, str]]) -> tuple[Record, ...]:
     """Persons and cameras, each with a path of its own."""
     return tuple(
-        Record(Path(f"{place}_{person}_c{camera}.jpg"), person, camera=camera)
-        for place, (person, camera) in enumerate(names)
+        Record(Path(f"{index}_{person}_c{camera}.jpg"), person, camera=camera)
+        for index, (person, camera) in enumerate(names)
     )
 
 
 def on_a_line(queries: list[tuple[str, str]], gallery: list[tuple[str, str, float]], **options):
     """Queries at 0 and a gallery at given distances."""
-    rows = torch.tensor([[place] for *_, place in gallery], dtype=torch.float64)
-    asked = Embedded(torch.zeros(len(queries), 1).double(), records(queries), {})
-    sought = Embedded(rows, records([entry[:2] for entry in gallery]), {})
-    return ranked_reid(as_similarity_model(TinyNet()), asked, sought, **options)
+    rows = torch.tensor([[index] for *_, index in gallery], dtype=torch.float64)
+    requested = Embedded(torch.zeros(len(queries), 1).double(), records(queries), {})
+    wanted = Embedded(rows, records([entry[:2] for entry in gallery]), {})
+    return ranked_reid(as_similarity_model(TinyNet()), requested, wanted, **options)
 
 
 def official(
@@ -54,7 +54,7 @@ def official(
 
     Restated from the protocol: walk along the ranking, skip junk, count. One query at a time.
     """
-    found: list[tuple[int, float, float] | None] = []
+    result: list[tuple[int, float, float] | None] = []
     for q, query in enumerate(queries):
         order = sorted(range(len(gallery)), key=lambda g: float(distances[q, g]))
         good = {
@@ -67,21 +67,21 @@ def official(
             for g, other in enumerate(gallery)
             if other.label == "-1" or (other.label == query.label and other.camera == query.camera)
         }
-        first, hits, place = 0, 0, 0
+        first, hits, index = 0, 0, 0
         recall_before, precision_before, trapezoids, precisions = 0.0, 1.0, 0.0, []
         for g in order:
             if g in junk:
                 continue
-            place += 1
+            index += 1
             if g in good:
                 hits += 1
-                first = first or place
-                precisions.append(hits / place)
-            recall, precision = hits / max(1, len(good)), hits / place
+                first = first or index
+                precisions.append(hits / index)
+            recall, precision = hits / max(1, len(good)), hits / index
             trapezoids += (recall - recall_before) * (precision_before + precision) / 2
             recall_before, precision_before = recall, precision
-        found.append((first, sum(precisions) / len(good), trapezoids) if good else None)
-    return found
+        result.append((first, sum(precisions) / len(good), trapezoids) if good else None)
+    return result
 
 
 def crowd(seed: int) -> tuple[Embedded, Embedded]:
@@ -104,21 +104,21 @@ def test_the_numbers_are_those_of_the_official_protocol_walked_one_by_one(seed: 
     queries, gallery = crowd(seed)
     result = ranked_reid(as_similarity_model(TinyNet()), queries, gallery, ranks=(1, 2, 5, 10))
     expected = official(torch.cdist(queries.rows, gallery.rows), queries.records, gallery.records)
-    for place, one in enumerate(expected):
+    for index, one in enumerate(expected):
         ranking = result.ranking
         if one is None:
-            assert int(ranking.first[place]) == 0
-            assert math.isnan(float(ranking.average_precision[place]))
+            assert int(ranking.first[index]) == 0
+            assert math.isnan(float(ranking.average_precision[index]))
             continue
-        assert int(ranking.first[place]) == one[0]
-        assert float(ranking.average_precision[place]) == pytest.approx(one[1], abs=1e-12)
-        assert float(ranking.trapezoid_precision[place]) == pytest.approx(one[2], abs=1e-12)
-    told = [one for one in expected if one is not None]
-    assert result.skipped == len(expected) - len(told) > 0
-    assert result.map == pytest.approx(sum(one[1] for one in told) / len(told))
-    assert result.map_trapezoid == pytest.approx(sum(one[2] for one in told) / len(told))
+        assert int(ranking.first[index]) == one[0]
+        assert float(ranking.average_precision[index]) == pytest.approx(one[1], abs=1e-12)
+        assert float(ranking.trapezoid_precision[index]) == pytest.approx(one[2], abs=1e-12)
+    lines = [one for one in expected if one is not None]
+    assert result.skipped == len(expected) - len(lines) > 0
+    assert result.map == pytest.approx(sum(one[1] for one in lines) / len(lines))
+    assert result.map_trapezoid == pytest.approx(sum(one[2] for one in lines) / len(lines))
     for k in (1, 2, 5, 10):
-        share = sum(one[0] <= k for one in told) / len(told)
+        share = sum(one[0] <= k for one in lines) / len(lines)
         assert result.rank[k] == pytest.approx(share)
         assert float(result.cmc()[k - 1]) == pytest.approx(share)
 
@@ -134,13 +134,13 @@ def test_average_precision_is_that_of_other_libraries(seed: int) -> None:
     everything = slice(0, len(queries.rows))
     truth, kept = relevant(everything), ~ignored(everything)
     scores = 10 - torch.cdist(queries.rows, gallery.rows)  # torchmetrics wants positive ones
-    for place in range(len(queries.rows)):
-        known, own = truth[place, kept[place]], scores[place, kept[place]]
+    for index in range(len(queries.rows)):
+        known, own = truth[index, kept[index]], scores[index, kept[index]]
         if known.any():
-            found = float(result.ranking.average_precision[place])
-            assert found == pytest.approx(metrics.average_precision_score(known, own))
+            actual = float(result.ranking.average_precision[index])
+            assert actual == pytest.approx(metrics.average_precision_score(known, own))
             other = retrieval.retrieval_average_precision(own.float(), known)
-            assert found == pytest.approx(float(other), abs=1e-6)
+            assert actual == pytest.approx(float(other), abs=1e-6)
 
 
 def test_a_case_by_hand_with_junk_the_own_camera_and_a_distractor() -> None:
@@ -210,8 +210,8 @@ def test_of_equal_distances_the_right_one_comes_last() -> None:
 def test_blocks_change_nothing(block: int) -> None:
     queries, gallery = crowd(3)
     model = as_similarity_model(TinyNet())
-    said = ranked_reid(model, queries, gallery, block=block).to_json()
-    assert said == ranked_reid(model, queries, gallery).to_json()
+    record = ranked_reid(model, queries, gallery, block=block).to_json()
+    assert record == ranked_reid(model, queries, gallery).to_json()
 
 
 def test_a_distractor_is_right_for_nobody_not_even_for_itself() -> None:
@@ -319,19 +319,19 @@ def test_the_command_and_its_json(run: Callable[..., Run], here: Path) -> None:
     start = ("evaluate", "reid", NETWORK, data, *SMALL)
     result = run(*start, "--json", "--out", "scores", "--ranks", "1,3")
     assert result.code == 0, result.err
-    said = json.loads(result.out)
-    assert (said["schema"], said["kind"]) == (1, "reid")
-    assert set(said["rank"]) == {"1", "3"}
-    assert 0 < said["map"] <= 1
-    counts = [said[name] for name in ("queries", "skipped", "persons", "gallery", "distractors")]
+    record = json.loads(result.out)
+    assert (record["schema"], record["kind"]) == (1, "reid")
+    assert set(record["rank"]) == {"1", "3"}
+    assert 0 < record["map"] <= 1
+    counts = [record[name] for name in ("queries", "skipped", "persons", "gallery", "distractors")]
     assert counts == [8, 1, 5, 11, 3]
-    assert said["junk"] == 3
-    assert said["settings"]["ties"] == "relevant last"
-    assert said["settings"]["dataset"] == "market1501"
-    assert said["warnings"] == ["names without person and camera: 'query/portrait.jpg'"]
-    assert len(said["cmc"]) == 50
+    assert record["junk"] == 3
+    assert record["settings"]["ties"] == "relevant last"
+    assert record["settings"]["dataset"] == "market1501"
+    assert record["warnings"] == ["names without person and camera: 'query/portrait.jpg'"]
+    assert len(record["cmc"]) == 50
     stored = json.loads((here / "scores" / "reid.json").read_text(encoding="utf-8"))
-    assert {**stored, "warnings": said["warnings"]} == said
+    assert {**stored, "warnings": record["warnings"]} == record
     assert {path.name for path in (here / "scores").iterdir()} <= set(
         KINDS["Reidentification"].names
     )

@@ -102,16 +102,16 @@ def test_the_table_is_in_order() -> None:
 def test_what_was_written_is_read_without_a_word() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        said = {"masking": "each", "steps": 4, "seed": 0}
-        assert renamed(said, ("perturb", "seed")) == {"perturb": "single", "steps": 4, "seed": 0}
+        record = {"masking": "each", "steps": 4, "seed": 0}
+        assert renamed(record, ("perturb", "seed")) == {"perturb": "single", "steps": 4, "seed": 0}
         assert renamed({"broken": 1, "errors": 2}, ("errors",)) == {"errors": 2}
     with pytest.warns(RenamedWarning):
         assert todays({"watch": 3}, ("attention_triplets",)) == {"attention_triplets": 3}
 
 
 def test_json_keeps_old_keys_for_a_version() -> None:
-    said = with_old_names({"errors": {"a": "b"}, "schema": 1}, "broken", "left_out")
-    assert said == {"errors": {"a": "b"}, "schema": 1, "broken": {"a": "b"}}
+    record = with_old_names({"errors": {"a": "b"}, "schema": 1}, "broken", "left_out")
+    assert record == {"errors": {"a": "b"}, "schema": 1, "broken": {"a": "b"}}
     made = SanityScores((0,), ("",), {}, (), {"1": "no map"}, {})
     assert made.to_json()["broken"] == made.to_json()["errors"] == {"1": "no map"}
     evaluated = Evaluation({}, (), {}, {"item 0": "gone"}, {})
@@ -144,36 +144,36 @@ def pair(images: Tensor) -> Comparison:
 def test_explanations_of_the_last_version(pair: Comparison, tmp_path: Path) -> None:
     model = TinyNet().eval()
     with pytest.warns(RenamedWarning):
-        found = explain(model, pair, "sam", magnify=2, check=False)
-    assert found.options["upscale"] == 2
-    found.save(tmp_path / "new")
+        result = explain(model, pair, "sam", magnify=2, check=False)
+    assert result.options["upscale"] == 2
+    result.save(tmp_path / "new")
     text = (tmp_path / "new" / "explanation.json").read_text()
     assert '"upscale": 2' in text
     (tmp_path / "new" / "explanation.json").write_text(text.replace('"upscale": 2', '"magnify": 2'))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = Explanation.load(tmp_path / "new")
-    assert loaded.options == found.options
-    assert loaded.title == found.title == "similarity attention, as published"
-    torch.testing.assert_close(loaded.maps, found.maps)
+    assert loaded.options == result.options
+    assert loaded.title == result.title == "similarity attention, as published"
+    torch.testing.assert_close(loaded.maps, result.maps)
 
 
 def test_segmentations_of_the_last_version(images: Tensor, tmp_path: Path) -> None:
     with pytest.warns(RenamedWarning) as caught:
-        found = simexplain.segment(
+        result = simexplain.segment(
             TinyNet().eval(), images[0], images[1:3], method="sam", by="otsu", several="together"
         )
     assert len(caught) == 2
     with pytest.warns(RenamedWarning, match="'by' is now called 'refine'"):
-        assert found.by == found.refine == "otsu"  # type: ignore[attr-defined]
-    found.save(tmp_path / "new")
+        assert result.by == result.refine == "otsu"  # type: ignore[attr-defined]
+    result.save(tmp_path / "new")
     path = tmp_path / "new" / "segmentation.json"
-    said = json.loads(path.read_text())
-    assert said["by"] == said.pop("refine") == "otsu"
-    said["options"]["several"] = said["options"].pop("aggregate")
-    path.write_text(json.dumps(said))
+    record = json.loads(path.read_text())
+    assert record["by"] == record.pop("refine") == "otsu"
+    record["options"]["several"] = record["options"].pop("aggregate")
+    path.write_text(json.dumps(record))
     loaded = Segmentation.load(tmp_path / "new")
-    assert (loaded.refine, loaded.options) == (found.refine, found.options)
+    assert (loaded.refine, loaded.options) == (result.refine, result.options)
 
 
 def test_other_verbs_take_the_old_names(tmp_path: Path) -> None:
@@ -183,8 +183,8 @@ def test_other_verbs_take_the_old_names(tmp_path: Path) -> None:
         Image.new("RGB", (32, 32), colour).save(paths[-1])
     model = simexplain.as_similarity_model(TinyNet().eval())
     with pytest.warns(RenamedWarning, match="'different'"):
-        found = simexplain.explain_files(model, paths[:2], different=True, method="sam")
-    assert found.roles == ("anchor", "negative")
+        result = simexplain.explain_files(model, paths[:2], different=True, method="sam")
+    assert result.roles == ("anchor", "negative")
     with pytest.warns(RenamedWarning, match="'magnify'"):
         assert recipe_from("sam:magnify=2,weights=signed") == (
             "sam", None, {"upscale": 2.0, "weights": "signed"},

@@ -173,11 +173,11 @@ def test_figure_of_any_number_of_images(count: int, styles: tuple[str, ...]) -> 
     figure = result.figure(styles=styles)
     shown = [axes for axes in figure.axes if axes.images]
     assert len(shown) == count * (1 + len(result.rows) * len(styles))
-    said = " ".join(written(figure, "above"))
+    record = " ".join(written(figure, "above"))
     for role in ("anchor", "positive", "negative"):
-        assert said.count(role) == result.roles.count(role)
+        assert record.count(role) == result.roles.count(role)
     for distance in result.distances[0].tolist():
-        assert f"{distance:.3f}" in said
+        assert f"{distance:.3f}" in record
     everything = " ".join(text.get_text() for text in figure.texts)
     assert "tiny" in everything
     assert result.layer in everything
@@ -194,7 +194,7 @@ def test_figure_of_any_number_of_images(count: int, styles: tuple[str, ...]) -> 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_figure_of_odd_shapes(shape: tuple[int, int]) -> None:
     drawn = contour(np.array(noise(*shape)), np.ones(shape, np.float32))
-    cells = [Cell(drawn, (Words(said),), peak=(0.0, 0.0)) for said in ("anchor", "positive")]
+    cells = [Cell(drawn, (Words(record),), peak=(0.0, 0.0)) for record in ("anchor", "positive")]
     figure = page([Grid([Row(cells, tallest=4.4)], [2.75] * 2)], title="t", footer="f").figure
     height, width = pixels_of(figure).shape[:2]
     assert 100 < height < 3000
@@ -268,8 +268,8 @@ def test_maps_on_pixels_are_drawn_robustly_and_kept_as_they_are() -> None:
 
 
 def legend_of(result: Explanation) -> str:
-    (found,) = {axes.get_ylabel() for axes in result.figure().axes if not axes.images} - {""}
-    return found
+    (actual,) = {axes.get_ylabel() for axes in result.figure().axes if not axes.images} - {""}
+    return actual
 
 
 def test_levels_that_are_added_are_not_called_a_product() -> None:

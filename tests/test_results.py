@@ -69,8 +69,8 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
         known = None if isinstance(value, float) and math.isnan(value) else value
         return {path: str(known) if isinstance(known, Path) else known}
     empty: Any = {} if isinstance(value, Mapping) else []
-    found = {k: v for name, own in named.items() for k, v in flat(own, path + name).items()}
-    return found or {path: empty}
+    result = {k: v for name, own in named.items() for k, v in flat(own, path + name).items()}
+    return result or {path: empty}
 
 
 def digest(value: Any) -> str:
@@ -84,9 +84,9 @@ def of_0_1_0(name: str) -> Any:
 @pytest.mark.parametrize("name", LOADED)
 def test_results_of_version_0_1_0_load_with_equal_values(name: str) -> None:
     loaded = of_0_1_0(name)
-    found = {field.name: digest(getattr(loaded, field.name)) for field in fields(loaded)}
+    result = {field.name: digest(getattr(loaded, field.name)) for field in fields(loaded)}
     moved = {"folder", "files"} if name == "training" else set()
-    assert {key for key, own in found.items() if own != EXPECTED[name]["fields"][key]} <= moved
+    assert {key for key, own in result.items() if own != EXPECTED[name]["fields"][key]} <= moved
 
 
 @pytest.mark.parametrize("name", TOO_LITTLE)
@@ -148,12 +148,12 @@ def test_what_is_saved_is_loaded(name: str, saved: Any, tmp_path: Path) -> None:
     folder = saved(name, tmp_path)
     assert flat(type(before).load(folder)) == flat(before)
     kind = KINDS[type(before).__name__]
-    said = json.loads((folder / kind.manifest).read_text(encoding="utf-8"))
-    names = {Path(path).name for path in said["files"].values()}
+    record = json.loads((folder / kind.manifest).read_text(encoding="utf-8"))
+    names = {Path(path).name for path in record["files"].values()}
     assert names == {path.name for path in folder.iterdir()}
     others = names - {kind.manifest}
     assert {key: hashlib.sha256((folder / key).read_bytes()).hexdigest() for key in others} == (
-        said.get("digests", {})
+        record.get("digests", {})
     )
 
 
@@ -198,24 +198,24 @@ def test_killed_while_writing_leaves_the_old_one(
 
 @pytest.mark.parametrize("name", [*MADE, "training"])
 def test_json_is_strict_and_plain(name: str) -> None:
-    said = result(name).to_json()
-    assert json.loads(json.dumps(said, allow_nan=False)) == said
-    assert said["schema"] == 1
-    assert {"files", "kind"} & said.keys()
+    record = result(name).to_json()
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert record["schema"] == 1
+    assert {"files", "kind"} & record.keys()
 
 
 def named_so(name: str) -> Any:
     """A result with a name that is also HTML."""
-    found = result(name)
+    actual = result(name)
     if name == "comparison":
-        return replace(found, methods=(replace(found.methods[0], name=EVIL),))
+        return replace(actual, methods=(replace(actual.methods[0], name=EVIL),))
     if name.startswith("pair"):
-        return replace(found, first=replace(found.first, method=EVIL))
+        return replace(actual, first=replace(actual.first, method=EVIL))
     field = {
         "segmentation": "name", "search": "query", "search_region": "query", "training": "best"
     }.get(name, "method")  # fmt: skip
-    known = {field.name for field in fields(found)}
-    return replace(found, **({field: EVIL} if field in known else {}))
+    known = {field.name for field in fields(actual)}
+    return replace(actual, **({field: EVIL} if field in known else {}))
 
 
 SHOWN = ("comparison", "explanation", "pair", "segmentation", "training", *TOO_LITTLE)
@@ -286,14 +286,14 @@ def test_a_new_type_needs_a_line_alone(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_damaged_fields_are_told(tmp_path: Path) -> None:
     arrays: dict[str, Any] = {}
-    said = encoded(everything(), arrays)
-    assert flat(decoded(Everything, json.loads(json.dumps(said)), arrays)) == flat(everything())
+    record = encoded(everything(), arrays)
+    assert flat(decoded(Everything, json.loads(json.dumps(record)), arrays)) == flat(everything())
     for name, value in (
         ("images", "none"), ("inner", 5), ("inners", {}), ("numbers", {"x": 1}), ("named", []),
         ("ragged", [["a"]]), ("ragged", [[1, 2.0]]), ("preprocess", {"odd": 1, "size": 3}),
     ):  # fmt: skip
         with pytest.raises((ValueError, KeyError, TypeError, simexplain.SimexplainError)):
-            decoded(Everything, {**said, name: value}, arrays)
+            decoded(Everything, {**record, name: value}, arrays)
 
 
 def test_plain_values() -> None:

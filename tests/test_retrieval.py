@@ -30,7 +30,7 @@ NAMES = ("candidates", "relevant", "first", "nearest", "map_at_r", "r_precision"
 
 def naive(distances: Tensor, relevant: Tensor, ignored: Tensor) -> list[dict[str, float]]:
     """The definitions, one query after the other: sort the candidates, walk along them."""
-    found = []
+    result = []
     for query in range(len(distances)):
         candidates = [g for g in range(distances.shape[1]) if not ignored[query, g]]
         candidates.sort(key=lambda g: (float(distances[query, g]), bool(relevant[query, g]), g))
@@ -47,8 +47,8 @@ def naive(distances: Tensor, relevant: Tensor, ignored: Tensor) -> list[dict[str
             one["average_precision"] = (
                 sum(p for p, h in zip(precision, hits, strict=True) if h) / total
             )
-        found.append(one)
-    return found
+        result.append(one)
+    return result
 
 
 def check(ranking: Ranking, expected: list[dict[str, float]]) -> None:
@@ -202,10 +202,10 @@ def test_what_cannot_be_ranked_is_refused() -> None:
 
 def pictures(folder: Path, classes: dict[str, int]) -> list[Record]:
     """Pictures of noise, ``a/0.png`` and so on; the number of a picture is its group."""
-    for place, (name, count) in enumerate(classes.items()):
+    for index, (name, count) in enumerate(classes.items()):
         (folder / name).mkdir(parents=True)
         for number in range(count):
-            picture = noise(24, 32, seed=100 * place + number)
+            picture = noise(24, 32, seed=100 * index + number)
             picture.save(folder / name / f"{number}.png")
     records = pictures_in(folder, labelled=True)
     return [Record(r.path, r.label, r.path.stem) for r in records]
@@ -272,12 +272,12 @@ def test_a_gallery_of_its_own_never_gives_back_the_same_file(tmp_path: Path) -> 
 def test_ranked_again_without_embedding_and_in_any_block(tmp_path: Path) -> None:
     records = pictures(tmp_path, {"a": 4, "b": 4})
     model = TinyNet().eval()
-    found = embedded(model, records, batch_size=3)
-    assert found.rows.shape == (8, 10)
-    results = [ranked_retrieval(model, found, block=block) for block in (1, 3, None)]
+    actual = embedded(model, records, batch_size=3)
+    assert actual.rows.shape == (8, 10)
+    results = [ranked_retrieval(model, actual, block=block) for block in (1, 3, None)]
     assert len({json.dumps(result.to_json()) for result in results}) == 1
-    fewer = Embedded(found.rows[:5], found.records[:5], {})
-    assert ranked_retrieval(model, fewer, found).to_json()["gallery"] == 8
+    fewer = Embedded(actual.rows[:5], actual.records[:5], {})
+    assert ranked_retrieval(model, fewer, actual).to_json()["gallery"] == 8
 
 
 def test_broken_pictures_are_listed_and_all_broken_is_an_error(tmp_path: Path) -> None:
@@ -310,8 +310,8 @@ def test_errors_say_what_is_missing(tmp_path: Path) -> None:
         (ComparisonError, "Expected a group", ([Record(r.path, r.label) for r in others],),
          {"grouped": True}),
     ]  # fmt: skip
-    for kind, said, arguments, options in cases:
-        with pytest.raises(kind, match=said) as caught:
+    for kind, record, arguments, options in cases:
+        with pytest.raises(kind, match=record) as caught:
             evaluate_retrieval(model, *arguments, **options)
         assert str(caught.value).endswith(".")
 
@@ -366,12 +366,17 @@ def test_json_tables_and_text(tmp_path: Path) -> None:
     )
     assert ("Embedding queries", 25, 25) in seen
     assert seen[-1] == ("Ranking", 25, 25)
-    said = result.to_json()
-    assert (said["schema"], said["queries"], said["skipped"], said["gallery"]) == (1, 24, 1, 25)
-    assert said["recall"] == {"1": result.recall[1], "5": result.recall[5]}
-    assert said["classes"][-1]["class"] == "lonely"
-    assert said["classes"][-1]["map_at_r"] is None
-    json.dumps(said, allow_nan=False)
+    record = result.to_json()
+    assert (record["schema"], record["queries"], record["skipped"], record["gallery"]) == (
+        1,
+        24,
+        1,
+        25,
+    )
+    assert record["recall"] == {"1": result.recall[1], "5": result.recall[5]}
+    assert record["classes"][-1]["class"] == "lonely"
+    assert record["classes"][-1]["map_at_r"] is None
+    json.dumps(record, allow_nan=False)
     lines = str(result).splitlines()
     assert lines[0].split() == ["Recall@1", "Recall@5", "MAP@R", "R-precision"]
     assert lines[4].startswith("worst 10 of 12 classes")
@@ -393,8 +398,8 @@ def test_the_class_taken_for_another(tmp_path: Path) -> None:
 
     model = as_similarity_model(Line(), distance="euclidean")
     result = ranked_retrieval(model, Embedded(rows, tuple(names), {}))
-    found = {one.label: one.taken_for for one in result.classes}
-    assert found == {"a": "b", "b": "a", "c": None}
+    actual = {one.label: one.taken_for for one in result.classes}
+    assert actual == {"a": "b", "b": "a", "c": None}
 
 
 def test_saved_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -403,8 +408,8 @@ def test_saved_whole_or_not_at_all(tmp_path: Path) -> None:
     folder = tmp_path / "scores"
     files = save_retrieval(result, folder, force=False)
     assert {path.name for path in folder.iterdir()} == set(KINDS["Retrieval"].names)
-    said = json.loads((folder / "retrieval.json").read_text(encoding="utf-8"))
-    assert said == {**result.to_json(files), "digests": said["digests"]}
+    printed = json.loads((folder / "retrieval.json").read_text(encoding="utf-8"))
+    assert printed == {**result.to_json(files), "digests": printed["digests"]}
     with (folder / "queries.csv").open(encoding="utf-8", newline="") as opened:
         rows = list(csv.DictReader(opened))
     assert [row["query"] for row in rows] == [str(record.path) for record in records]

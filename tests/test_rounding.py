@@ -62,11 +62,11 @@ def test_the_length_of_the_vectors_is_of_no_account(
     other = layer and "network.last"
     tiny.head.bias.data.zero_()  # so that embeddings differ, and their maps are no rounding
     own = explain(tiny, pair, name, layer, **options)
-    found = explain(Scaled(tiny, size).eval(), pair, name, other, **options)
-    torch.testing.assert_close(found.embeddings, own.embeddings, rtol=1e-5, atol=1e-6)
+    result = explain(Scaled(tiny, size).eval(), pair, name, other, **options)
+    torch.testing.assert_close(result.embeddings, own.embeddings, rtol=1e-5, atol=1e-6)
     top = float(own.maps.abs().max())
     assert top > 0
-    torch.testing.assert_close(found.maps / top, own.maps / top, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(result.maps / top, own.maps / top, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("method", ["saliency", "input_x_gradient", "similarity_cam"])
@@ -76,11 +76,11 @@ def test_identical_pictures_have_no_gradient_to_show(
     """Their cosine is as large as can be; what a network gives as its gradient is rounding."""
     same = Comparison.pair(images[:3], images[:3])
     layer = "last" if method == "similarity_cam" else None
-    found = explain(tiny, same, method, layer)
-    assert not found.maps.any()
+    result = explain(tiny, same, method, layer)
+    assert not result.maps.any()
     for index in range(3):
-        assert found.peaks(index) == [None, None]
-    assert any("is empty" in said for said in found.warnings)
+        assert result.peaks(index) == [None, None]
+    assert any("is empty" in record for record in result.warnings)
     # Nearly the same is another matter.
     near = Comparison.pair(images[:1], images[:1] + 0.02 * torch.rand_like(images[:1]))
     assert explain(tiny, near, method, layer).maps.any()
@@ -102,11 +102,11 @@ def test_hiding_nothing_shows_nothing(
 ) -> None:
     """A picture of one colour looks the same with any part hidden by that colour."""
     blank = torch.full_like(images[:1], 0.3) + 0.1 * torch.arange(3).view(1, 3, 1, 1)
-    found = explain(tiny, Comparison.pair(blank, images[:1]), method, **options)
-    assert not found.maps[0, 0].any()
-    assert found.peaks()[0] is None
-    assert found.maps[0, 1].any()
-    assert found.peaks()[1] is not None
+    result = explain(tiny, Comparison.pair(blank, images[:1]), method, **options)
+    assert not result.maps[0, 0].any()
+    assert result.peaks()[0] is None
+    assert result.maps[0, 1].any()
+    assert result.peaks()[1] is not None
 
 
 AUTOCAST = [
@@ -123,22 +123,22 @@ def test_autocast_changes_nothing(
     pair = Comparison.pair(images[:1], images[1:2])
     own = explain(tiny, pair, method, layer)
     with torch.autocast("cpu", kind):
-        found = explain(tiny, pair, method, layer)
+        result = explain(tiny, pair, method, layer)
         assert torch.is_autocast_enabled("cpu")
         assert torch.get_autocast_dtype("cpu") == kind
-        found.save(tmp_path / "found")
-    assert found.maps.dtype == torch.float32
-    torch.testing.assert_close(found.maps, own.maps, rtol=0, atol=0)
+        result.save(tmp_path / "found")
+    assert result.maps.dtype == torch.float32
+    torch.testing.assert_close(result.maps, own.maps, rtol=0, atol=0)
     assert torch.equal(Explanation.load(tmp_path / "found").maps, own.maps)
 
 
 def test_autocast_changes_no_matching(tiny: TinyNet, images: Tensor, tmp_path: Path) -> None:
     own = match(tiny, images[:1], images[1:2], "last")
     with torch.autocast("cpu", torch.bfloat16):
-        found = match(tiny, images[:1], images[1:2], "last")
-        found.save(tmp_path / "found")
+        result = match(tiny, images[:1], images[1:2], "last")
+        result.save(tmp_path / "found")
         rows = as_similarity_model(tiny)(images)
-    torch.testing.assert_close(found.matrix, own.matrix, rtol=0, atol=0)
+    torch.testing.assert_close(result.matrix, own.matrix, rtol=0, atol=0)
     assert rows.dtype == torch.float32  # outside our passes the caller's choice stands
 
 

@@ -34,10 +34,10 @@ def written_out(tokens: Tensor) -> Tensor:
 
 
 def attended(tokens: Tensor, **options: object) -> Tensor:
-    found = F.scaled_dot_product_attention(
+    result = F.scaled_dot_product_attention(
         heads(tokens), heads(tokens.sin()), heads(tokens.cos()), **options
     )
-    return found.transpose(1, 2).flatten(2)
+    return result.transpose(1, 2).flatten(2)
 
 
 def few_heads(tokens: Tensor) -> Tensor:
@@ -46,16 +46,16 @@ def few_heads(tokens: Tensor) -> Tensor:
 
 
 def in_place(tokens: Tensor) -> Tensor:
-    found = F.linear(tokens * 1, WEIGHT, BIAS)
-    found += 1
-    return F.relu_(found)
+    result = F.linear(tokens * 1, WEIGHT, BIAS)
+    result += 1
+    return F.relu_(result)
 
 
 def overwritten(tokens: Tensor) -> Tensor:
     own = tokens * 1
-    found = F.linear(own, WEIGHT.detach())
+    result = F.linear(own, WEIGHT.detach())
     own.mul_(3)
-    return found
+    return result
 
 
 def by_queries(tokens: Tensor) -> Tensor:
@@ -145,6 +145,6 @@ def test_a_gradient_of_a_gradient_is_refused() -> None:
     tokens = seeded(1, TOKENS, WIDTH).requires_grad_()
     with RowGradients():
         score = F.linear(tokens * 1, WEIGHT)[:, 0].square().sum()
-    (found,) = torch.autograd.grad(score, tokens, create_graph=True)
+    (result,) = torch.autograd.grad(score, tokens, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        found.sum().backward()
+        result.sum().backward()

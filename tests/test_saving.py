@@ -1,4 +1,4 @@
-"""Explanations on disk: the same after loading, whole or not at all, and never a pickle."""
+"""Explanations on disk: the same after loading, atomically, and never a pickle."""
 
 from __future__ import annotations
 
@@ -107,11 +107,11 @@ def test_folders_of_older_versions_load_without_geometries(tmp_path: Path) -> No
     from_files = Explanation.load(OLD)
     shutil.copytree(OLD, tmp_path / "out")
     path = tmp_path / "out" / "explanation.json"
-    said = json.loads(path.read_text(encoding="utf-8"))
-    for part in (said, said["comparisons"][0]):
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for part in (record, record["comparisons"][0]):
         for image in part["images"]:
             del image["geometry"]
-    path.write_text(json.dumps(said), encoding="utf-8")
+    path.write_text(json.dumps(record), encoding="utf-8")
     after = Explanation.load(tmp_path / "out")
     assert after.geometries == ()
     assert after.peaks() == after.view_peaks() == from_files.view_peaks()
@@ -122,13 +122,13 @@ def test_heatmap_files_of_maps_on_pixels_are_drawn_as_the_figure_is(tmp_path: Pa
     model = as_similarity_model(TinyNet().eval(), preprocess=Preprocess((24, 32)), name="tiny")
     result = explain(model, Comparison.triplet(*torch.randn(3, 1, 3, 24, 32)), "saliency")
     files = result.save(tmp_path / "out")
-    for place in range(3):
-        drawn = np.asarray(Image.open(files[f"heatmap_{place}"]))
-        picture = result.preprocess.undo(result.images[0, place])
-        assert np.array_equal(drawn, RENDERERS["overlay"](picture, heat_of(result, 0)[place]))
-        true = result.heatmaps[0, place].numpy()
+    for index in range(3):
+        drawn = np.asarray(Image.open(files[f"heatmap_{index}"]))
+        picture = result.preprocess.undo(result.images[0, index])
+        assert np.array_equal(drawn, RENDERERS["overlay"](picture, heat_of(result, 0)[index]))
+        true = result.heatmaps[0, index].numpy()
         assert not np.array_equal(drawn, RENDERERS["overlay"](picture, true))
-        assert np.array_equal(result.on_picture(place, raw=True)[1], true)
+        assert np.array_equal(result.on_picture(index, raw=True)[1], true)
 
 
 def test_float64_and_fused_layers_survive(tmp_path: Path) -> None:
@@ -145,24 +145,24 @@ def test_float64_and_fused_layers_survive(tmp_path: Path) -> None:
 
 def test_manifest_keeps_the_contract(from_files: Explanation, tmp_path: Path) -> None:
     files = from_files.save(tmp_path / "out")
-    said = json.loads((tmp_path / "out" / "explanation.json").read_text(encoding="utf-8"))
-    assert said.keys() >= CONTRACT
-    assert said["schema"] == 1
-    assert said["architecture"] == "triplet"
-    assert (said["method"], said["layer"]) == ("sam", "body")
-    assert [image["role"] for image in said["images"]] == ["anchor", "positive", "negative"]
-    assert [image["path"] for image in said["images"]] == [p.path for p in from_files.pictures]
-    for image, picture in zip(said["images"], from_files.pictures, strict=True):
+    record = json.loads((tmp_path / "out" / "explanation.json").read_text(encoding="utf-8"))
+    assert record.keys() >= CONTRACT
+    assert record["schema"] == 1
+    assert record["architecture"] == "triplet"
+    assert (record["method"], record["layer"]) == ("sam", "body")
+    assert [image["role"] for image in record["images"]] == ["anchor", "positive", "negative"]
+    assert [image["path"] for image in record["images"]] == [p.path for p in from_files.pictures]
+    for image, picture in zip(record["images"], from_files.pictures, strict=True):
         x, y = image["peak"]
         assert 0 <= x <= picture.image.width
         assert 0 <= y <= picture.image.height
-    near, far = said["distances"]
-    assert said["condition"].keys() == {"text", "holds", "margin"}
-    assert said["condition"]["holds"] is (near < far)
-    assert said["condition"]["margin"] == pytest.approx(far - near, abs=1e-6)
-    assert said["files"] == files
+    near, far = record["distances"]
+    assert record["condition"].keys() == {"text", "holds", "margin"}
+    assert record["condition"]["holds"] is (near < far)
+    assert record["condition"]["margin"] == pytest.approx(far - near, abs=1e-6)
+    assert record["files"] == files
     assert all(Path(path).is_file() for path in files.values())
-    assert said["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
 def test_arrays_hold_no_pickles(tmp_path: Path) -> None:
@@ -200,9 +200,9 @@ def test_earlier_manifest_cannot_delete_elsewhere(tmp_path: Path) -> None:
     explained().save(folder)
     outside = tmp_path / "heatmap_9_precious.png"
     outside.write_bytes(b"mine")
-    said = json.loads((folder / "explanation.json").read_text(encoding="utf-8"))
-    said["files"] = {"a": str(outside), "b": "../heatmap_9_precious.png", "c": 5}
-    (folder / "explanation.json").write_text(json.dumps(said), encoding="utf-8")
+    record = json.loads((folder / "explanation.json").read_text(encoding="utf-8"))
+    record["files"] = {"a": str(outside), "b": "../heatmap_9_precious.png", "c": 5}
+    (folder / "explanation.json").write_text(json.dumps(record), encoding="utf-8")
     explained().save(folder, force=True)
     assert outside.read_bytes() == b"mine"
 
@@ -295,8 +295,8 @@ def test_folders_without_an_explanation(tmp_path: Path) -> None:
 def test_damaged_manifest(tmp_path: Path, content: str) -> None:
     explained().save(tmp_path / "out")
     (tmp_path / "out" / "explanation.json").write_text(content, encoding="utf-8")
-    said = unreadable(tmp_path / "out")
-    assert re.search("schema 7" if "7" in content else "damaged", said)
+    record = unreadable(tmp_path / "out")
+    assert re.search("schema 7" if "7" in content else "damaged", record)
 
 
 @pytest.mark.parametrize("old", [False, True])

@@ -31,8 +31,8 @@ from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError
 from simexplain.models.base import SimilarityModel
-from simexplain.searching.agreement import rival_places
 from simexplain.searching.index_gallery import GalleryIndex
+from simexplain.searching.marginals import rival_places
 from simexplain.searching.regions import Region, _best_rectangle, best_box
 from simexplain.searching.search_pictures import _column, _Picture, on_one_scale
 
@@ -82,12 +82,12 @@ def brute_force(model: SimilarityModel, query: Path, gallery: Path) -> list[tupl
             return model.embed(model.preprocess(read_picture(path).image)[0][None])
 
     own = row(query)
-    found = [
+    result = [
         (float(model.distance(own, row(path))), str(path))
         for path in sorted(gallery.rglob("*.png"))
         if path != query
     ]
-    return sorted(found)
+    return sorted(result)
 
 
 @pytest.mark.parametrize("distance", ["euclidean", "squared", "cosine"])
@@ -95,15 +95,15 @@ def brute_force(model: SimilarityModel, query: Path, gallery: Path) -> list[tupl
 def test_hits_are_those_of_brute_force(gallery: Path, distance: str, k: int) -> None:
     model = network(distance)
     query = gallery.parent / "query.png"
-    found = search(model, query, indexed(gallery, model), k)
+    result = search(model, query, indexed(gallery, model), k)
     wanted = brute_force(model, query, gallery)[:k]
-    assert list(found.paths) == [path for _, path in wanted]
-    assert [hit.rank for hit in found.hits] == list(range(1, k + 1))
-    assert [hit.label for hit in found.hits] == [Path(path).parent.name for _, path in wanted]
+    assert list(result.paths) == [path for _, path in wanted]
+    assert [hit.rank for hit in result.hits] == list(range(1, k + 1))
+    assert [hit.label for hit in result.hits] == [Path(path).parent.name for _, path in wanted]
     np.testing.assert_allclose(
-        [hit.distance for hit in found.hits], [value for value, _ in wanted], atol=2e-6
+        [hit.distance for hit in result.hits], [value for value, _ in wanted], atol=2e-6
     )
-    assert found.gallery == 12
+    assert result.gallery == 12
 
 
 def test_without_a_number_there_are_five_hits_or_all_there_are(gallery: Path) -> None:
@@ -121,20 +121,20 @@ def test_without_a_number_there_are_five_hits_or_all_there_are(gallery: Path) ->
 @pytest.mark.parametrize("distance", ["squared", "cosine"])
 def test_the_distance_is_the_models_not_that_of_the_index(gallery: Path, distance: str) -> None:
     index = indexed(gallery, network("euclidean"))
-    found = search(network(distance), gallery.parent / "query.png", index)
-    assert found.distance_name == distance
-    assert found.contrast_maps is not None
-    for hit, contrast in zip(found.hits, found.contrast_maps, strict=True):
+    result = search(network(distance), gallery.parent / "query.png", index)
+    assert result.distance_name == distance
+    assert result.contrast_maps is not None
+    for hit, contrast in zip(result.hits, result.contrast_maps, strict=True):
         assert hit.gap == pytest.approx(float(contrast.sum()), abs=1e-5)
 
 
 def test_the_querys_own_file_is_no_hit(gallery: Path) -> None:
     model = network()
     query = gallery / "cars" / "01.png"
-    found = search(model, query, indexed(gallery, model), 11)
-    assert str(query) not in found.paths
-    assert found.gallery == 11
-    assert list(found.paths) == [path for _, path in brute_force(model, query, gallery)]
+    result = search(model, query, indexed(gallery, model), 11)
+    assert str(query) not in result.paths
+    assert result.gallery == 11
+    assert list(result.paths) == [path for _, path in brute_force(model, query, gallery)]
 
 
 @pytest.mark.parametrize("how", ["link", "hard link", "spelling", "folder"])
@@ -150,9 +150,9 @@ def test_the_querys_own_file_is_no_hit_by_whatever_name(gallery: Path, how: str)
     else:
         (gallery.parent / "linked").symlink_to(gallery, target_is_directory=True)
         query = gallery.parent / "linked" / "cars" / "01.png"
-    found = search(model, query, indexed(gallery, model), 11)
-    assert str(own) not in found.paths
-    assert found.gallery == 11
+    result = search(model, query, indexed(gallery, model), 11)
+    assert str(own) not in result.paths
+    assert result.gallery == 11
 
 
 def test_a_copy_of_a_picture_is_a_hit(gallery: Path) -> None:
@@ -166,14 +166,14 @@ def test_maps_are_those_of_match_within_half_precision(gallery: Path) -> None:
     """The direct way runs the network on both pictures; the index runs it on neither hit."""
     model = network()
     query = gallery.parent / "query.png"
-    found = search(model, query, indexed(gallery, model), 12)
-    assert found.query_maps is not None
-    assert found.hit_maps is not None
+    result = search(model, query, indexed(gallery, model), 12)
+    assert result.query_maps is not None
+    assert result.hit_maps is not None
     worst = 0.0
-    for number, hit in enumerate(found.hits):
+    for number, hit in enumerate(result.hits):
         direct = match(model, query, hit.path)
         for own, wanted in zip(
-            (found.query_maps[number], found.hit_maps[number]), direct.marginals(), strict=True
+            (result.query_maps[number], result.hit_maps[number]), direct.marginals(), strict=True
         ):
             worst = max(worst, float((own - wanted[0]).abs().max() / wanted.abs().max()))
         assert hit.similarity == pytest.approx(float(direct.score), abs=1e-5)
@@ -188,12 +188,12 @@ def test_contrast_is_the_difference_of_direct_maps_and_adds_up(
 ) -> None:
     model = network(distance)
     query = gallery.parent / "query.png"
-    found = search(model, query, indexed(gallery, model), 6)
-    assert found.contrast_maps is not None
-    explained = [hit for hit in found.hits if hit.rival is not None]
+    result = search(model, query, indexed(gallery, model), 6)
+    assert result.contrast_maps is not None
+    explained = [hit for hit in result.hits if hit.rival is not None]
     assert len(explained) >= 4
     for hit in explained:
-        contrast = found.contrast_maps[hit.rank - 1]
+        contrast = result.contrast_maps[hit.rank - 1]
         assert hit.rival is not None
         assert hit.gap == pytest.approx(hit.rival.distance - hit.distance, abs=1e-7)
         factor = {
@@ -213,10 +213,10 @@ def test_contrast_is_the_difference_of_direct_maps_and_adds_up(
 def test_rivals_are_the_next_class_down(gallery: Path) -> None:
     model = network()
     query = gallery.parent / "query.png"
-    found = search(model, query, indexed(gallery, model), 12)
+    result = search(model, query, indexed(gallery, model), 12)
     order = brute_force(model, query, gallery)
     labels = [Path(path).parent.name for _, path in order]
-    for number, hit in enumerate(found.hits):
+    for number, hit in enumerate(result.hits):
         later = [n for n in range(number + 1, 12) if labels[n] != labels[number]]
         if later:
             assert hit.rival is not None
@@ -225,7 +225,7 @@ def test_rivals_are_the_next_class_down(gallery: Path) -> None:
             assert hit.rival is None
             assert hit.gap is None
     few = search(model, query, indexed_again(gallery), 1)
-    assert few.hits[0].rival == found.hits[0].rival
+    assert few.hits[0].rival == result.hits[0].rival
 
 
 def indexed_again(gallery: Path) -> GalleryIndex:
@@ -238,9 +238,9 @@ def test_without_folders_the_rival_is_the_next_picture(gallery: Path) -> None:
     flat.mkdir()
     for path in gallery.rglob("*.png"):
         path.rename(flat / path.name)
-    found = search(model, gallery.parent / "query.png", indexed(flat, model), 4)
-    assert [hit.label for hit in found.hits] == [None] * 4
-    assert [hit.rival.rank for hit in found.hits if hit.rival] == [2, 3, 4, 5]
+    result = search(model, gallery.parent / "query.png", indexed(flat, model), 4)
+    assert [hit.label for hit in result.hits] == [None] * 4
+    assert [hit.rival.rank for hit in result.hits if hit.rival] == [2, 3, 4, 5]
 
 
 def test_rival_places_on_cases_by_hand() -> None:
@@ -253,21 +253,21 @@ def test_a_folder_is_indexed_for_the_search_alone(gallery: Path) -> None:
     model = network()
     query = gallery.parent / "query.png"
     kept = search(model, query, indexed(gallery, model), 5)
-    found = search(model, query, gallery, 5)
-    assert found.paths == kept.paths
-    assert "simexplain index" in found.warnings[0]
-    torch.testing.assert_close(found.query_maps, kept.query_maps)
-    assert found.index == str(gallery)
+    result = search(model, query, gallery, 5)
+    assert result.paths == kept.paths
+    assert "simexplain index" in result.warnings[0]
+    torch.testing.assert_close(result.query_maps, kept.query_maps)
+    assert result.index == str(gallery)
 
 
 def test_a_picture_and_its_copy_have_no_gap(gallery: Path) -> None:
     model = network()
     for name in ("birds", "cars"):
         blobs(100).save(gallery / name / "copy.png")
-    found = search(model, gallery.parent / "query.png", indexed(gallery, model), 1)
-    assert found.hits[0].distance == pytest.approx(0, abs=1e-3)
-    assert found.contrast_maps is not None
-    assert bool(found.contrast_maps.isfinite().all())
+    result = search(model, gallery.parent / "query.png", indexed(gallery, model), 1)
+    assert result.hits[0].distance == pytest.approx(0, abs=1e-3)
+    assert result.contrast_maps is not None
+    assert bool(result.contrast_maps.isfinite().all())
 
 
 def test_another_model_is_refused(gallery: Path) -> None:
@@ -328,8 +328,8 @@ def scenes(tmp_path: Path) -> Path:
     folder = tmp_path / "scenes"
     folder.mkdir()
     places = [(40, 40), (110, 50), (50, 120), (100, 100), (120, 40), (80, 80)]
-    for number, place in enumerate(places):
-        square_scene(place, RED if number == 2 else BLUE, number).save(folder / f"{number}.png")
+    for number, index in enumerate(places):
+        square_scene(index, RED if number == 2 else BLUE, number).save(folder / f"{number}.png")
     pixels = np.array(square_scene((120, 110), RED, 50))
     pixels[20:60, 20:60] = BLUE
     Image.fromarray(pixels).save(tmp_path / "query.png")
@@ -348,10 +348,10 @@ def test_a_region_finds_its_scene_and_boxes_its_place(scenes: Path) -> None:
     model = as_similarity_model(Colours().eval(), preprocess=prepare)
     query = scenes.parent / "query.png"
     index = build_index(model, scenes, scenes.parent / "scenes.index")
-    found = search(model, query, index, 6, region=(100, 90, 40, 40))
-    assert Path(found.hits[0].path).name == "2.png"
-    assert found.hits[0].box is not None
-    assert overlap(found.hits[0].box, (30, 100, 40, 40)) > 0.6
+    result = search(model, query, index, 6, region=(100, 90, 40, 40))
+    assert Path(result.hits[0].path).name == "2.png"
+    assert result.hits[0].box is not None
+    assert overlap(result.hits[0].box, (30, 100, 40, 40)) > 0.6
     other = search(model, query, index, 6, region=(20, 20, 40, 40))
     assert Path(other.hits[-1].path).name == "2.png"
     for hit in other.hits[:5]:
@@ -366,7 +366,7 @@ def test_ranking_by_a_region_is_that_of_a_naive_loop(gallery: Path) -> None:
     model = network()
     query = gallery.parent / "query.png"
     index = indexed(gallery, model)
-    found = search(model, query, index, 12, region=(16, 12, 32, 24))
+    result = search(model, query, index, 12, region=(16, 12, 32, 24))
     image = model.preprocess(read_picture(query).image)[0][None]
     trunk = model.network
     with torch.no_grad():  # the last map of the tiny network, its head without the bias
@@ -379,7 +379,7 @@ def test_ranking_by_a_region_is_that_of_a_naive_loop(gallery: Path) -> None:
         across = min(column + 1, edges_x[1]) - max(column, edges_x[0])
         down = min(row + 1, edges_y[1]) - max(row, edges_y[0])
         cells[row, column] = max(0.0, across) * max(0.0, down)
-    asked = F.normalize((parts * cells).sum(dim=(1, 2)), dim=0)
+    requested = F.normalize((parts * cells).sum(dim=(1, 2)), dim=0)
     wanted = {}
     for path in gallery.rglob("*.png"):
         with torch.no_grad():
@@ -387,30 +387,30 @@ def test_ranking_by_a_region_is_that_of_a_naive_loop(gallery: Path) -> None:
             maps = trunk.last(trunk.body(trunk.act(trunk.norm(trunk.stem(image)))))
             there = torch.einsum("ec,chw->ehw", trunk.head.weight, maps[0])
         wanted[str(path)] = 1 - float(
-            max(F.cosine_similarity(asked, one, dim=0) for one in there.flatten(1).T)
+            max(F.cosine_similarity(requested, one, dim=0) for one in there.flatten(1).T)
         )
-    for hit in found.hits:
+    for hit in result.hits:
         assert hit.distance == pytest.approx(wanted[hit.path], abs=2e-2)
-    values = [hit.distance for hit in found.hits]
+    values = [hit.distance for hit in result.hits]
     assert values == sorted(values)
-    assert found.paths[0] == min(wanted, key=wanted.__getitem__)
+    assert result.paths[0] == min(wanted, key=wanted.__getitem__)
 
 
 def test_maps_of_a_region_lie_in_it_and_add_up(gallery: Path) -> None:
     model = network()
-    found = search(
+    result = search(
         model, gallery.parent / "query.png", indexed(gallery, model), 5, region=(0, 0, 40, 30)
     )
-    assert found.query_maps is not None
-    assert found.contrast_maps is not None
-    assert found.coverage is not None
-    outside = found.coverage == 0
+    assert result.query_maps is not None
+    assert result.contrast_maps is not None
+    assert result.coverage is not None
+    outside = result.coverage == 0
     assert 0 < int(outside.sum()) < outside.numel()
-    for number, hit in enumerate(found.hits):
-        assert bool((found.query_maps[number][outside] == 0).all())
-        assert float(found.query_maps[number].sum()) == pytest.approx(1 - hit.distance, abs=1e-5)
+    for number, hit in enumerate(result.hits):
+        assert bool((result.query_maps[number][outside] == 0).all())
+        assert float(result.query_maps[number].sum()) == pytest.approx(1 - hit.distance, abs=1e-5)
         if hit.rival is not None:
-            assert float(found.contrast_maps[number].sum()) == pytest.approx(hit.gap, abs=1e-5)
+            assert float(result.contrast_maps[number].sum()) == pytest.approx(hit.gap, abs=1e-5)
         assert hit.box is not None
         x, y, wide, high = hit.box
         assert 0 <= x < x + wide <= 80 + 1e-6
@@ -510,17 +510,17 @@ def test_avsl_hits_are_explained_by_their_levels(gallery: Path) -> None:
     model = small_avsl()
     model.preprocess = replace(PLAIN, size=(32, 40))
     query = gallery.parent / "query.png"
-    found = search(model, query, indexed(gallery, model), 4)
+    result = search(model, query, indexed(gallery, model), 4)
     order = brute_force_avsl(model, query, gallery)
-    assert list(found.paths) == [path for _, path in order[:4]]
-    assert found.query_maps is None
-    for hit, (distance, _) in zip(found.hits, order, strict=False):
+    assert list(result.paths) == [path for _, path in order[:4]]
+    assert result.query_maps is None
+    for hit, (distance, _) in zip(result.hits, order, strict=False):
         assert hit.distance == pytest.approx(distance, rel=1e-4)
         assert [layer for layer, _ in hit.levels] == ["stage1", "stage2", "stage3"]
         assert sum(value for _, value in hit.levels) == pytest.approx(hit.distance, rel=1e-4)
         assert sum(value for _, value in hit.level_gaps) == pytest.approx(hit.gap, rel=1e-3)
-    assert "attribute" in found.warnings[-1]
-    assert len(found.figure().axes) > 4
+    assert "attribute" in result.warnings[-1]
+    assert len(result.figure().axes) > 4
     with pytest.raises(ModelError, match="region"):
         search(model, query, indexed_again(gallery), region=(0, 0, 20, 20))
 
@@ -541,14 +541,14 @@ def test_a_model_without_layers_lists_its_hits(gallery: Path, tmp_path: Path) ->
     traced = torch.jit.trace(TinyNet().eval(), torch.rand(1, 3, *SIZE))
     model = as_similarity_model(traced, preprocess=PLAIN)
     index = indexed(gallery, model)
-    found = search(model, gallery.parent / "query.png", index, 3)
-    assert list(found.paths) == [
+    result = search(model, gallery.parent / "query.png", index, 3)
+    assert list(result.paths) == [
         path for _, path in brute_force(model, gallery.parent / "query.png", gallery)[:3]
     ]
-    assert found.query_maps is None
-    assert "listed without reasons" in found.warnings[-1]
-    files = found.save(tmp_path / "out")
-    assert SearchResult.load(tmp_path / "out").hits == found.hits
+    assert result.query_maps is None
+    assert "listed without reasons" in result.warnings[-1]
+    files = result.save(tmp_path / "out")
+    assert SearchResult.load(tmp_path / "out").hits == result.hits
     assert Path(files["figure"]).stat().st_size > 5000
 
 
@@ -557,51 +557,51 @@ def test_saved_and_loaded_it_is_the_same(
     gallery: Path, tmp_path: Path, region: tuple[float, float, float, float] | None
 ) -> None:
     model = network()
-    found = search(model, gallery.parent / "query.png", indexed(gallery, model), 5, region=region)
-    files = found.save(tmp_path / "out")
+    result = search(model, gallery.parent / "query.png", indexed(gallery, model), 5, region=region)
+    files = result.save(tmp_path / "out")
     assert set(files) == {"figure", "manifest", "arrays"}
     again = SearchResult.load(tmp_path / "out")
-    assert again.paths == found.paths
-    assert [hit.rival for hit in again.hits] == [hit.rival for hit in found.hits]
+    assert again.paths == result.paths
+    assert [hit.rival for hit in again.hits] == [hit.rival for hit in result.hits]
     for name in ("query_maps", "hit_maps", "contrast_maps"):
-        torch.testing.assert_close(getattr(again, name), getattr(found, name))
-    for path, picture in found.pictures.items():
+        torch.testing.assert_close(getattr(again, name), getattr(result, name))
+    for path, picture in result.pictures.items():
         assert np.array_equal(again.pictures[path], picture)
-    assert json.loads(json.dumps(again.to_json())) == json.loads(json.dumps(found.to_json()))
+    assert json.loads(json.dumps(again.to_json())) == json.loads(json.dumps(result.to_json()))
     assert again._repr_html_().startswith("<img ")
     with pytest.raises(OutputError, match="is there already"):
-        found.save(tmp_path / "out")
+        result.save(tmp_path / "out")
     assert again.save(tmp_path / "out", force=True) == files
 
 
 def test_the_figure_has_a_column_for_each_hit(gallery: Path) -> None:
     model = network()
-    found = search(model, gallery.parent / "query.png", indexed(gallery, model), 7)
-    axes = found.figure().axes
-    with_rival = sum(hit.rival is not None for hit in found.hits)
+    result = search(model, gallery.parent / "query.png", indexed(gallery, model), 7)
+    axes = result.figure().axes
+    with_rival = sum(hit.rival is not None for hit in result.hits)
     # The query in each of two blocks; pictures and two maps; contrast and rival; the scale.
     assert len(axes) == 2 + 3 * 7 + 2 * with_rival + 1
-    texts = [text.get_text() for text in found.figure().texts]
-    for hit in found.hits:
+    texts = [text.get_text() for text in result.figure().texts]
+    for hit in result.hits:
         title = texts.index(f"{hit.rank}   cos {hit.similarity:.3f}")
         beside = texts[title + 1]
         assert beside.startswith("d ")
         assert float(beside.split()[-1]) == pytest.approx(hit.distance, rel=5e-3)
     with pytest.raises(ComparisonError, match="from 0"):
-        found.figure(lines=-1)
+        result.figure(lines=-1)
 
 
 def test_hits_share_one_scale(gallery: Path) -> None:
     """A copy and a picture that has little in common with the query must not glow alike."""
     blobs(100).save(gallery / "cars" / "copy.png")
     model = network()
-    found = search(model, gallery.parent / "query.png", indexed(gallery, model), 13)
-    assert found.hit_maps is not None
-    assert found.query_maps is not None
-    assert found.hits[0].similarity == pytest.approx(1, abs=1e-5)
-    query = _Picture(found, found.query)
-    columns = on_one_scale([_column(found, query, hit, n, 3) for n, hit in enumerate(found.hits)])
-    for name, maps in (("on_hit", found.hit_maps), ("on_query", found.query_maps)):
+    result = search(model, gallery.parent / "query.png", indexed(gallery, model), 13)
+    assert result.hit_maps is not None
+    assert result.query_maps is not None
+    assert result.hits[0].similarity == pytest.approx(1, abs=1e-5)
+    query = _Picture(result, result.query)
+    columns = on_one_scale([_column(result, query, hit, n, 3) for n, hit in enumerate(result.hits)])
+    for name, maps in (("on_hit", result.hit_maps), ("on_query", result.query_maps)):
         tops = np.array([np.abs(getattr(column, name)).max() for column in columns])
         wanted = maps.flatten(1).abs().amax(dim=1)
         # Between grid points a map is interpolated, so its top may fall short by a little.
@@ -623,7 +623,7 @@ def test_a_close_match_is_one_by_the_gallerys_own_distances(
         folder.mkdir(parents=True, exist_ok=True)
         blobs(number).save(folder / f"{number:02d}.png")
     blobs(3).save(tmp_path / "query.png")
-    found = search(model, tmp_path / "query.png", tmp_path / "gallery", 20)
+    result = search(model, tmp_path / "query.png", tmp_path / "gallery", 20)
     index = build_index(model, tmp_path / "gallery", tmp_path / "i.index")
     rows = index.embeddings.double().numpy()
     cosine = 1 - rows @ rows.T
@@ -634,12 +634,12 @@ def test_a_close_match_is_one_by_the_gallerys_own_distances(
     limit = np.quantile(others, 0.05) if folders else pairs.mean() - steps * pairs.std(ddof=1)
     limit = max(limit, np.sort(pairs)[(len(pairs) - 1) // 2] / 4)
     limit = {"euclidean": (2 * limit) ** 0.5, "squared": 2 * limit, "cosine": limit}[distance]
-    assert found.close_limit == pytest.approx(limit, rel=1e-3)
-    assert [hit.close for hit in found.hits] == [hit.distance <= limit for hit in found.hits]
-    assert found.hits[0].close  # the copy
-    assert not found.hits[-1].close
-    assert found.to_json()["close_match"] is True
-    assert "not close" in {text.get_text() for axes in found.figure().axes for text in axes.texts}
+    assert result.close_limit == pytest.approx(limit, rel=1e-3)
+    assert [hit.close for hit in result.hits] == [hit.distance <= limit for hit in result.hits]
+    assert result.hits[0].close  # the copy
+    assert not result.hits[-1].close
+    assert result.to_json()["close_match"] is True
+    assert "not close" in {text.get_text() for axes in result.figure().axes for text in axes.texts}
 
 
 def test_where_nothing_is_like_the_query_it_is_said(tmp_path: Path) -> None:
@@ -650,22 +650,22 @@ def test_where_nothing_is_like_the_query_it_is_said(tmp_path: Path) -> None:
         shade.save(tmp_path / "gallery" / f"{number}.png")
     query = tmp_path / "query.png"
     Image.new("RGB", (60, 80), (10, 10, 250)).save(query)
-    found = search(model, query, tmp_path / "gallery", 3)
-    assert [hit.close for hit in found.hits] == [False] * 3
-    assert found.closeness.startswith("No close match")
-    assert found.to_json()["close_match"] is False
-    assert any("No close match" in text.get_text() for text in found.figure().texts)
-    found.save(tmp_path / "out")
-    assert SearchResult.load(tmp_path / "out").closeness == found.closeness
+    result = search(model, query, tmp_path / "gallery", 3)
+    assert [hit.close for hit in result.hits] == [False] * 3
+    assert result.closeness.startswith("No close match")
+    assert result.to_json()["close_match"] is False
+    assert any("No close match" in text.get_text() for text in result.figure().texts)
+    result.save(tmp_path / "out")
+    assert SearchResult.load(tmp_path / "out").closeness == result.closeness
 
 
 def test_one_picture_says_nothing_of_what_is_close(tmp_path: Path) -> None:
     (tmp_path / "gallery").mkdir()
     blobs(1).save(tmp_path / "gallery" / "1.png")
     blobs(2).save(tmp_path / "query.png")
-    found = search(network(), tmp_path / "query.png", tmp_path / "gallery")
-    assert (found.close_limit, found.hits[0].close, found.closeness) == (None, None, "")
-    assert found.to_json()["close_match"] is None
+    result = search(network(), tmp_path / "query.png", tmp_path / "gallery")
+    assert (result.close_limit, result.hits[0].close, result.closeness) == (None, None, "")
+    assert result.to_json()["close_match"] is None
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -675,10 +675,10 @@ def test_a_gallery_of_copies_has_a_limit(tmp_path: Path, seed: int) -> None:
     for number in range(3):
         blobs(seed).save(tmp_path / "gallery" / f"{number}.png")
     blobs(seed).save(tmp_path / "query.png")
-    found = search(network(), tmp_path / "query.png", tmp_path / "gallery")
-    assert found.close_limit is not None
-    assert 0 <= found.close_limit < 1e-3
-    assert all(hit.close for hit in found.hits)
+    result = search(network(), tmp_path / "query.png", tmp_path / "gallery")
+    assert result.close_limit is not None
+    assert 0 <= result.close_limit < 1e-3
+    assert all(hit.close for hit in result.hits)
 
 
 def test_a_picture_that_is_gone_is_grey_and_said(gallery: Path) -> None:
@@ -687,19 +687,19 @@ def test_a_picture_that_is_gone_is_grey_and_said(gallery: Path) -> None:
     query = gallery.parent / "query.png"
     first = search(model, query, index, 2).hits[0]
     Path(first.path).unlink()
-    found = search(model, query, index, 2)
-    assert found.hits[0].path == first.path
-    assert any(first.path in said and "grey" in said for said in found.warnings)
-    assert set(np.unique(found.pictures[first.path])) == {225}
+    result = search(model, query, index, 2)
+    assert result.hits[0].path == first.path
+    assert any(first.path in record and "grey" in record for record in result.warnings)
+    assert set(np.unique(result.pictures[first.path])) == {225}
 
 
 def test_a_peak_is_where_the_map_is_highest(gallery: Path) -> None:
     model = network()
-    found = search(model, gallery.parent / "query.png", indexed(gallery, model), 3)
-    assert found.hit_maps is not None
-    for number, hit in enumerate(found.hits):
-        row, column = divmod(int(found.hit_maps[number].argmax()), found.hit_maps.shape[2])
-        rows, columns = found.hit_maps.shape[1:]
+    result = search(model, gallery.parent / "query.png", indexed(gallery, model), 3)
+    assert result.hit_maps is not None
+    for number, hit in enumerate(result.hits):
+        row, column = divmod(int(result.hit_maps[number].argmax()), result.hit_maps.shape[2])
+        rows, columns = result.hit_maps.shape[1:]
         assert hit.peak == pytest.approx(((column + 0.5) * 80 / columns, (row + 0.5) * 60 / rows))
 
 
@@ -711,10 +711,10 @@ def test_the_default_network_explains_from_the_index(
     model = load_model("timm:tf_efficientnet_lite0")
     anchor, positive, negative = demo_paths
     index = build_index(model, [positive, negative], tmp_path / "demo.index")
-    found = search(model, anchor, index, 2)
-    for number, hit in enumerate(found.hits):
+    result = search(model, anchor, index, 2)
+    for number, hit in enumerate(result.hits):
         direct = match(model, anchor, hit.path)
-        assert found.query_maps is not None
+        assert result.query_maps is not None
         wanted = direct.marginals()[0][0]
-        difference = (found.query_maps[number] - wanted).abs().max()
+        difference = (result.query_maps[number] - wanted).abs().max()
         assert float(difference) < HALF * float(wanted.abs().max())

@@ -29,56 +29,56 @@ def both(run: Callable[..., Run], here: Path) -> Callable[..., tuple[str, dict[s
     def start(*arguments: object) -> tuple[str, dict[str, Any]]:
         done = run(*arguments, "--out", "first", *FAST)
         assert done.code == 0, done.err
-        said = run(*arguments, "--out", "second", *FAST, "--json")
-        assert said.code == 0, said.err
-        return done.out, json.loads(said.out)
+        record = run(*arguments, "--out", "second", *FAST, "--json")
+        assert record.code == 0, record.err
+        return done.out, json.loads(record.out)
 
     return start
 
 
 def test_match(both: Callable[..., tuple[str, dict[str, Any]]]) -> None:
-    text, said = both("match", NETWORK, "wide.png", "square.png")
-    shares = [image["geometry"]["seen"] for image in said["images"]]
+    text, record = both("match", NETWORK, "wide.png", "square.png")
+    shares = [image["geometry"]["seen"] for image in record["images"]]
     assert shares == pytest.approx([WIDE, SQUARE], abs=0.02)
     assert f"{LINE} 'wide.png'" in text
     assert "square.png'" not in text.split(LINE)[1].split(";")[0]
 
 
 def test_index(both: Callable[..., tuple[str, dict[str, Any]]]) -> None:
-    text, said = both("index", NETWORK, "photos")
-    assert said["seen"]["least"] == pytest.approx(WIDE, abs=0.02)
-    assert said["seen"]["least_of"] == "a.png"
-    assert said["seen"]["mean"] == pytest.approx((WIDE + SQUARE) / 2, abs=0.02)
+    text, record = both("index", NETWORK, "photos")
+    assert record["seen"]["least"] == pytest.approx(WIDE, abs=0.02)
+    assert record["seen"]["least_of"] == "a.png"
+    assert record["seen"]["mean"] == pytest.approx((WIDE + SQUARE) / 2, abs=0.02)
     assert f"{LINE} 'a.png'" in text
 
 
 def test_search(both: Callable[..., tuple[str, dict[str, Any]]]) -> None:
     pytest.importorskip("faiss")
-    text, said = both("search", NETWORK, "wide.png", "photos")
-    assert said["seen"] == pytest.approx(WIDE, abs=0.02)
-    shares = {Path(hit["path"]).name: hit["seen"] for hit in said["hits"]}
+    text, record = both("search", NETWORK, "wide.png", "photos")
+    assert record["seen"] == pytest.approx(WIDE, abs=0.02)
+    shares = {Path(hit["path"]).name: hit["seen"] for hit in record["hits"]}
     assert shares == pytest.approx({"a.png": WIDE, "b.png": SQUARE}, abs=0.02)
     assert f"{LINE} 'wide.png'" in text
 
 
 def test_segment(both: Callable[..., tuple[str, dict[str, Any]]]) -> None:
-    text, said = both("segment", NETWORK, "wide.png", "square.png", "--view", "model")
-    assert said["seen"] == pytest.approx(WIDE, abs=0.02)
-    assert [one["seen"] for one in said["geometries"]] == pytest.approx([WIDE, SQUARE], abs=0.02)
+    text, record = both("segment", NETWORK, "wide.png", "square.png", "--view", "model")
+    assert record["seen"] == pytest.approx(WIDE, abs=0.02)
+    assert [one["seen"] for one in record["geometries"]] == pytest.approx([WIDE, SQUARE], abs=0.02)
     assert f"{LINE} 'wide.png'" in text
 
 
 def test_segment_sees_all_unless_told(both: Callable[..., tuple[str, dict[str, Any]]]) -> None:
-    text, said = both("segment", NETWORK, "square.png", "wide.png")
-    assert said["seen"] == 1
+    text, record = both("segment", NETWORK, "square.png", "wide.png")
+    assert record["seen"] == 1
     assert "The network saw" not in text
 
 
 def test_explain(
     both: Callable[..., tuple[str, dict[str, Any]]],
 ) -> None:
-    text, said = both("explain", NETWORK, "wide.png", "square.png", "--arch", "siamese")
-    shares = [image["geometry"]["seen"] for image in said["images"]]
+    text, record = both("explain", NETWORK, "wide.png", "square.png", "--arch", "siamese")
+    shares = [image["geometry"]["seen"] for image in record["images"]]
     assert shares == pytest.approx([WIDE, SQUARE], abs=0.02)
     assert f"{LINE} 'wide.png'" in text
     assert "square.png'" not in text.split(LINE)[1].split(";")[0]

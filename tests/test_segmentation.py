@@ -102,19 +102,19 @@ def test_two_ways_find_each_its_own(
 ) -> None:
     picture, *masks = scene()
     near, far = (RED, BLUE) if sought == "red" else (BLUE, RED)
-    found = segment(
+    result = segment(
         colours, tensor(picture)[0], tensor(plate(near)), tensor(plate(far)), method=method
     )
-    assert iou(found.mask, masks[place - 1]) > 0.9
-    assert iou(found.mask, masks[2 - place]) < 0.05
+    assert iou(result.mask, masks[place - 1]) > 0.9
+    assert iou(result.mask, masks[2 - place]) < 0.05
 
 
 def test_one_way_needs_no_other_class(colours: nn.Module) -> None:
     picture, red, _ = scene()
-    found = segment(colours, tensor(picture)[0], tensor(plate(RED)), method="sam",
+    result = segment(colours, tensor(picture)[0], tensor(plate(RED)), method="sam",
                     weights="relative")  # fmt: skip
-    assert iou(found.mask, red) > 0.9
-    assert found.options["weights"] == "relative"
+    assert iou(result.mask, red) > 0.9
+    assert result.options["weights"] == "relative"
 
 
 def test_the_map_is_that_of_explain(colours: nn.Module, images: Tensor) -> None:
@@ -128,7 +128,7 @@ def test_the_map_is_that_of_explain(colours: nn.Module, images: Tensor) -> None:
         explain(colours, Comparison.triplet(test[None], near[n : n + 1], far[n : n + 1]), "sam")
         for n in range(2)
     ]
-    mean = torch.stack([found.heatmaps[0, 0] for found in each]).mean(dim=0)
+    mean = torch.stack([result.heatmaps[0, 0] for result in each]).mean(dim=0)
     torch.testing.assert_close(two.heat, mean / mean.max())
     for n in range(2):
         torch.testing.assert_close(two.supports[n], each[n].heatmaps[0, 1])
@@ -168,11 +168,11 @@ def test_a_cut_is_opencv_with_that_seed_and_leaves_the_callers_generator_alone()
     drawn = [cv2.randu(np.zeros(4), 0, 1).tolist() for _ in range(2)]
     cv2.setRNGSeed(123)
     first = cv2.randu(np.zeros(4), 0, 1).tolist()
-    found = GrabCut()(picture, marks)
+    result = GrabCut()(picture, marks)
     assert [first, cv2.randu(np.zeros(4), 0, 1).tolist()] == drawn
-    assert (found == np.isin(expected, (1, 3))).all()
-    assert (GrabCut()(picture, marks) == found).all()
-    assert iou(found, red) > 0.95
+    assert (result == np.isin(expected, (1, 3))).all()
+    assert (GrabCut()(picture, marks) == result).all()
+    assert iou(result, red) > 0.95
     assert set(np.unique(marks)) == {0, 3}, "the marks given are as they were"
 
 
@@ -204,9 +204,9 @@ def test_sure_marks_hold_where_a_reduced_picture_does_not_show_them() -> None:
         marks = np.full((400, 400), ground, dtype=np.uint8)
         marks[200:300, 200:300] = 3
         marks[101, 103], marks[251, 253] = 1, 0
-        found = GrabCut(longest=50)(picture, marks)
-        assert found[101, 103]
-        assert not found[251, 253]
+        result = GrabCut(longest=50)(picture, marks)
+        assert result[101, 103]
+        assert not result[251, 253]
 
 
 @pytest.mark.parametrize("method", ["focus", "sam", "avsl"])
@@ -214,13 +214,13 @@ def test_avsl_models_segment_with_their_own_maps_and_others(method: str) -> None
     model = small_avsl()
     generator = torch.Generator().manual_seed(0)
     test, near, far = torch.rand((3, 3, 32, 40), generator=generator, dtype=torch.float64)
-    found = segment(model, test, near[None], far[None], method=method, refine="threshold")
+    result = segment(model, test, near[None], far[None], method=method, refine="threshold")
     triplet = Comparison.triplet(test[None], near[None], far[None])
     wanted = explain(model, triplet, method, **SHAPES.get(method, {}))
     heat = wanted.heatmaps[0, 0]
-    np.testing.assert_allclose(found.heat, heat / heat.max(), atol=1e-6)
-    assert found.layers == wanted.layers
-    assert (found.mask == (found.heat >= default_cue(method).probable)).all()
+    np.testing.assert_allclose(result.heat, heat / heat.max(), atol=1e-6)
+    assert result.layers == wanted.layers
+    assert (result.mask == (result.heat >= default_cue(method).probable)).all()
 
 
 @pytest.mark.parametrize("by", REFINEMENTS)
@@ -229,14 +229,14 @@ def test_every_refinement_has_an_answer_for_every_map(by: str) -> None:
     empty, hot = np.zeros((SIDE, SIDE), np.float32), np.ones((SIDE, SIDE), np.float32)
     dot = empty.copy()
     dot[40, 40] = 1
-    found = refine(picture, empty, CUES["sam"], by=by)
+    result = refine(picture, empty, CUES["sam"], by=by)
     if by != "whole":
-        assert not found.mask.any()
-        assert "empty" in found.note
+        assert not result.mask.any()
+        assert "empty" in result.note
     for heat in (hot, dot):
-        found = refine(picture, heat, CUES["sam"], by=by)
-        assert found.mask.shape == heat.shape
-        assert found.mask.dtype == bool
+        result = refine(picture, heat, CUES["sam"], by=by)
+        assert result.mask.shape == heat.shape
+        assert result.mask.dtype == bool
     everything = refine(picture, hot, CUES["sam"], by="grabcut")
     assert everything.mask.all()
     assert "everywhere" in everything.note
@@ -248,8 +248,8 @@ def test_otsu_is_that_of_scikit_image() -> None:
     heat /= heat.max()
     levels = np.round(heat * 255).astype(np.uint8)
     expected = levels > threshold_otsu(levels)
-    found = refine(scene()[0], heat, CUES["sam"], by="otsu").mask
-    assert (found != expected).mean() < 0.01
+    result = refine(scene()[0], heat, CUES["sam"], by="otsu").mask
+    assert (result != expected).mean() < 0.01
 
 
 def test_a_box_and_nearly_all() -> None:
@@ -260,7 +260,7 @@ def test_a_box_and_nearly_all() -> None:
 
 def test_names_are_refused_in_a_sentence(colours: nn.Module) -> None:
     test, near = tensor(scene()[0])[0], tensor(plate(RED))
-    for options, said in (
+    for options, record in (
         ({"refine": "snake"}, "refine to be one of"),
         ({"aggregate": "some"}, "aggregate to be one of"),
         ({"anchor": "other"}, "anchor to be one of"),
@@ -269,7 +269,7 @@ def test_names_are_refused_in_a_sentence(colours: nn.Module) -> None:
         ({"support_masks": torch.ones(2, SIDE, SIDE, dtype=torch.bool)}, "support masks"),
         ({"support_masks": torch.zeros(1, SIDE, SIDE, dtype=torch.bool)}, "empty"),
     ):
-        with pytest.raises(ComparisonError, match=said):
+        with pytest.raises(ComparisonError, match=record):
             segment(colours, test, near, **options)
     for wrong in (near[:0], near[:, :, :10], near[0], near.numpy(), None):
         with pytest.raises(ComparisonError, match="support"):
@@ -295,24 +295,24 @@ def test_focus_makes_a_smooth_cue_unless_told_otherwise(tiny: nn.Module, images:
 
 
 def test_files_at_their_own_resolution(colours: nn.Module, files: Path) -> None:
-    found = segment(colours, files / "scene.png", [files / "red.png"], [files / "blue.png"])
+    result = segment(colours, files / "scene.png", [files / "red.png"], [files / "blue.png"])
     truth = np.asarray(Image.open(files / "red_mask.png"))
-    assert found.mask.shape == found.heat.shape == truth.shape == (200, 180)
-    assert iou(found.mask, truth) > 0.9
-    left, top, right, bottom = found.box
-    rows, columns = np.nonzero(found.mask)
+    assert result.mask.shape == result.heat.shape == truth.shape == (200, 180)
+    assert iou(result.mask, truth) > 0.9
+    left, top, right, bottom = result.box
+    rows, columns = np.nonzero(result.mask)
     assert (left, top, right, bottom) == (
         columns.min(), rows.min(), columns.max() + 1, rows.max() + 1,
     )  # fmt: skip
-    assert [image.role for image in found.images] == ["support", "other"]
+    assert [image.role for image in result.images] == ["support", "other"]
 
 
 def test_what_the_network_does_not_see_is_never_sure(colours: nn.Module, files: Path) -> None:
     cropping = as_similarity_model(ColourNet().eval(), preprocess=replace(PLAIN, crop_fraction=0.5))
-    found = segment(cropping, files / "scene.png", [files / "red.png"], view="model", method="sam")
-    assert found.marks is not None
-    assert set(np.unique(found.marks[:20])) == {2}
-    assert not found.heat[:20].any()
+    result = segment(cropping, files / "scene.png", [files / "red.png"], view="model", method="sam")
+    assert result.marks is not None
+    assert set(np.unique(result.marks[:20])) == {2}
+    assert not result.heat[:20].any()
 
 
 def test_support_masks_hide_what_lies_around(colours: nn.Module, files: Path) -> None:
@@ -325,7 +325,7 @@ def test_support_masks_hide_what_lies_around(colours: nn.Module, files: Path) ->
     Image.fromarray(mask).save(files / "mask.png")
     truth = np.asarray(Image.open(files / "red_mask.png"))
     options = {"method": "sam", "weights": "relative"}
-    found = segment(
+    result = segment(
         colours,
         files / "scene.png",
         [files / "both.png"],
@@ -333,9 +333,9 @@ def test_support_masks_hide_what_lies_around(colours: nn.Module, files: Path) ->
         **options,
     )
     without = segment(colours, files / "scene.png", [files / "both.png"], **options)
-    assert iou(found.mask, truth) > 0.9
-    assert iou(without.mask, truth) < iou(found.mask, truth)
-    assert found.options["support_masks"] is True
+    assert iou(result.mask, truth) > 0.9
+    assert iou(without.mask, truth) < iou(result.mask, truth)
+    assert result.options["support_masks"] is True
     with pytest.raises(ComparisonError, match="a mask for each"):
         segment(colours, files / "scene.png", [files / "both.png"], support_masks=[])
     with pytest.raises(ImageError, match="size of its picture"):
@@ -357,12 +357,12 @@ def test_support_masks_of_0_and_255_do_not_change_the_light(colours: nn.Module) 
     test, near = tensor(scene()[0])[0], tensor(plate(RED))
     mask = torch.zeros((1, SIDE, SIDE), dtype=torch.bool)
     mask[:, 30:66, 30:66] = True
-    found = [
+    result = [
         segment(colours, test, near, support_masks=marks)
         for marks in (mask, mask.to(torch.uint8) * 255)
     ]
-    assert (found[0].images[0].picture == found[1].images[0].picture).all()
-    np.testing.assert_array_equal(found[0].heat, found[1].heat)
+    assert (result[0].images[0].picture == result[1].images[0].picture).all()
+    np.testing.assert_array_equal(result[0].heat, result[1].heat)
 
 
 def states() -> tuple[object, ...]:
@@ -386,31 +386,31 @@ def test_nothing_of_the_users_is_touched(files: Path) -> None:
 
 
 def test_saving_and_loading(colours: nn.Module, files: Path, tmp_path: Path) -> None:
-    found = segment(colours, files / "scene.png", [files / "red.png"], [files / "blue.png"])
-    written = found.save(tmp_path / "out")
+    result = segment(colours, files / "scene.png", [files / "red.png"], [files / "blue.png"])
+    written = result.save(tmp_path / "out")
     assert {Path(path).name for path in written.values()} == set(KINDS["Segmentation"].names)
     mask = np.asarray(Image.open(tmp_path / "out" / "mask.png"))
-    assert ((mask == 255) == found.mask).all()
+    assert ((mask == 255) == result.mask).all()
     cut = Image.open(tmp_path / "out" / "cutout.png")
-    left, top, right, bottom = found.box
+    left, top, right, bottom = result.box
     assert cut.size == (right - left, bottom - top)
     alpha = np.asarray(cut)[:, :, 3]
-    assert not alpha[~found.mask[top:bottom, left:right]].any()
+    assert not alpha[~result.mask[top:bottom, left:right]].any()
     assert alpha.max() == 255
-    said = json.loads((tmp_path / "out" / "segmentation.json").read_text(encoding="utf-8"))
-    assert said["share"] == found.share
-    assert said["test"]["size"] == [180, 200]
+    record = json.loads((tmp_path / "out" / "segmentation.json").read_text(encoding="utf-8"))
+    assert record["share"] == result.share
+    assert record["test"]["size"] == [180, 200]
     again = Segmentation.load(tmp_path / "out")
-    assert (again.mask == found.mask).all()
-    assert (again.marks == found.marks).all()
-    assert (again.picture == found.picture).all()
-    np.testing.assert_allclose(again.heat, found.heat, atol=1e-3)
-    assert [one.name for one in again.images] == [one.name for one in found.images]
+    assert (again.mask == result.mask).all()
+    assert (again.marks == result.marks).all()
+    assert (again.picture == result.picture).all()
+    np.testing.assert_allclose(again.heat, result.heat, atol=1e-3)
+    assert [one.name for one in again.images] == [one.name for one in result.images]
     assert again.figure().axes
     assert again._repr_html_().startswith("<img")
     with pytest.raises(OutputError, match="is there already"):
-        found.save(tmp_path / "out")
-    found.save(tmp_path / "out", force=True)
+        result.save(tmp_path / "out")
+    result.save(tmp_path / "out", force=True)
     (tmp_path / "out" / "segmentation.npz").write_bytes(b"broken")
     with pytest.raises(OutputError, match="damaged"):
         Segmentation.load(tmp_path / "out")
@@ -418,17 +418,19 @@ def test_saving_and_loading(colours: nn.Module, files: Path, tmp_path: Path) -> 
 
 def test_the_figure_asks_for_one_support_or_several(colours: nn.Module) -> None:
     test, near = tensor(scene()[0])[0], tensor(plate(RED), plate(RED))
-    for count, said in ((1, "the support shows?"), (2, "the supports show?")):
-        found = segment(colours, test, near[:count], refine="otsu")
-        assert any(said in text.get_text() for text in found.figure().texts)
+    for count, record in ((1, "the support shows?"), (2, "the supports show?")):
+        result = segment(colours, test, near[:count], refine="otsu")
+        assert any(record in text.get_text() for text in result.figure().texts)
 
 
 def test_an_empty_mask_can_be_shown_and_saved(colours: nn.Module, tmp_path: Path) -> None:
     """The network's map of a grey picture is empty: it has no colour at all."""
     grey = np.full((SIDE, SIDE, 3), 90, dtype=np.uint8)
     grey[0, 0] = 250, 240, 240  # or its embedding would be zero
-    found = segment(colours, tensor(grey)[0], tensor(plate(BLUE)), method="sam", refine="threshold")
-    empty = replace(found, mask=np.zeros_like(found.mask))
+    result = segment(
+        colours, tensor(grey)[0], tensor(plate(BLUE)), method="sam", refine="threshold"
+    )
+    empty = replace(result, mask=np.zeros_like(result.mask))
     assert empty.box is None
     assert empty.share == 0
     assert not empty.cutout()[:, :, 3].any()
@@ -437,10 +439,10 @@ def test_an_empty_mask_can_be_shown_and_saved(colours: nn.Module, tmp_path: Path
 
 
 def test_a_single_pixel_is_cut_out(colours: nn.Module) -> None:
-    found = segment(colours, tensor(scene()[0])[0], tensor(plate(RED)), method="sam")
-    mask = np.zeros_like(found.mask)
+    result = segment(colours, tensor(scene()[0])[0], tensor(plate(RED)), method="sam")
+    mask = np.zeros_like(result.mask)
     mask[5, 7] = True
-    tiny = replace(found, mask=mask)
+    tiny = replace(result, mask=mask)
     assert tiny.box == (7, 5, 8, 6)
     assert tiny.cutout().shape == (1, 1, 4)
     assert tiny.cutout()[0, 0, 3] == 255
@@ -450,8 +452,8 @@ def test_the_pretrained_default_finds_the_photograph(demo_paths: list[Path]) -> 
     """The demo's positive shows the anchor's cat as a photograph on a cloth, beside a cup."""
     model = load_model("timm:tf_efficientnet_lite0")
     anchor, positive, negative = demo_paths
-    found = segment(model, positive, [anchor], [negative])
-    print_of_the_cat = np.zeros(found.mask.shape, dtype=bool)
+    result = segment(model, positive, [anchor], [negative])
+    print_of_the_cat = np.zeros(result.mask.shape, dtype=bool)
     print_of_the_cat[30:250, 230:450] = True
-    assert (found.mask & print_of_the_cat).sum() > 0.9 * found.mask.sum()
-    assert found.share > 0.04
+    assert (result.mask & print_of_the_cat).sum() > 0.9 * result.mask.sum()
+    assert result.share > 0.04

@@ -36,8 +36,8 @@ def drawn(values: tuple[int, ...], seed: int) -> tuple[Image.Image, Image.Image]
     """A picture 60 high and 80 wide with a square of each class, and its VOC mask with contours."""
     grey = np.random.default_rng(seed).integers(100, 140, (60, 80, 1), dtype=np.uint8)
     picture, mask = np.repeat(grey, 3, axis=2), np.zeros((60, 80), dtype=np.uint8)
-    for place, value in enumerate(values):
-        left = 8 + 38 * place
+    for index, value in enumerate(values):
+        left = 8 + 38 * index
         mask[18:44, left - 2 : left + 28] = 255
         mask[20:42, left : left + 26] = value
         picture[20:42, left : left + 26] = COLOURS[value]
@@ -88,9 +88,9 @@ def test_folds_are_five_classes_in_vocs_order() -> None:
 @pytest.mark.parametrize("inside", ["", "VOCdevkit", "VOCdevkit/VOC2012"])
 def test_a_fold_is_read_from_voc_alone(voc: Path, inside: str) -> None:
     assert is_pascal(voc / inside)
-    found = read_pascal(voc / inside, 0)
+    result = read_pascal(voc / inside, 0)
     expected = [(n, CLASSES[v - 1]) for n, own in CONTENT.items() for v in own if v <= 5]
-    assert shown(found) == expected
+    assert shown(result) == expected
     assert shown(read_pascal(voc / inside, 3)) == [("2007_000006", "tvmonitor")]
     assert shown(read_pascal(voc / inside, 0, "train")) == [
         (TRAIN[0], "bus"), (TRAIN[1], "tvmonitor"),
@@ -100,10 +100,10 @@ def test_a_fold_is_read_from_voc_alone(voc: Path, inside: str) -> None:
 def test_the_reader_agrees_with_torchvision(voc: Path) -> None:
     torchvision = pytest.importorskip("torchvision")
     theirs = torchvision.datasets.VOCSegmentation(str(voc), year="2012", image_set="val")
-    found = {one.path: one for fold in (0, 1, 3) for one in read_pascal(voc, fold).tests}
-    assert sorted(map(str, found)) == sorted(theirs.images)
+    result = {one.path: one for fold in (0, 1, 3) for one in read_pascal(voc, fold).tests}
+    assert sorted(map(str, result)) == sorted(theirs.images)
     for number, path in enumerate(theirs.images):
-        one = found[Path(path)]
+        one = result[Path(path)]
         values = np.asarray(theirs[number][1])
         truth, valid = one.truth((60, 80))
         assert (truth == (values == one.value)).all()
@@ -123,10 +123,10 @@ def test_sbd_adds_training_pictures_and_never_those_of_the_test(voc: Path, tmp_p
     values = np.asarray(drawn((20,), 9)[1])
     # As MATLAB writes them: a struct with the field Segmentation.
     scipy_io.savemat(sbd / "cls" / f"{EXTRA}.mat", {"GTcls": {"Segmentation": values}})
-    found = read_pascal(root, 0, "train")
-    assert shown(found)[-1] == (EXTRA, "tvmonitor")
-    assert not {name for name, _ in shown(found)} & set(CONTENT)
-    truth, valid = found.tests[-1].truth((60, 80))
+    result = read_pascal(root, 0, "train")
+    assert shown(result)[-1] == (EXTRA, "tvmonitor")
+    assert not {name for name, _ in shown(result)} & set(CONTENT)
+    truth, valid = result.tests[-1].truth((60, 80))
     assert (truth == (values == 20)).all()
     assert (valid == (values != 255)).all()
     (sbd / "cls" / f"{EXTRA}.mat").write_bytes(b"no matrix")
@@ -175,14 +175,14 @@ def test_damaged_trees_are_told_in_a_sentence(voc: Path, tmp_path: Path) -> None
 def test_episodes_are_even_repeatable_and_never_show_their_test(voc: Path) -> None:
     data = read_pascal(voc, 0)
     for ways, shots in ((1, 1), (1, 3), (2, 1)):
-        found = draw_episodes(data, 40, ways=ways, shots=shots, seed=3)
-        assert found == draw_episodes(data, 40, ways=ways, shots=shots, seed=3)
-        assert found != draw_episodes(data, 40, ways=ways, shots=shots, seed=4)
-        first = [episode.labels[0] for episode in found]
+        result = draw_episodes(data, 40, ways=ways, shots=shots, seed=3)
+        assert result == draw_episodes(data, 40, ways=ways, shots=shots, seed=3)
+        assert result != draw_episodes(data, 40, ways=ways, shots=shots, seed=4)
+        first = [episode.labels[0] for episode in result]
         assert first.count("aeroplane") == first.count("bicycle") == 20
         shows = {one.label: {o.path for o in data.tests if o.label == one.label}
                  for one in data.tests}  # fmt: skip
-        for episode in found:
+        for episode in result:
             assert len(episode.labels) == ways == len(set(episode.labels))
             for label, supports in zip(episode.labels, episode.supports, strict=True):
                 assert len(set(supports)) == shots
@@ -250,21 +250,21 @@ def test_claimed_pixels_go_to_the_hotter_map() -> None:
 @pytest.mark.parametrize(("ways", "shots"), [(1, 1), (2, 1), (1, 2)])
 def test_a_network_that_knows_colours_solves_the_fold(voc: Path, ways: int, shots: int) -> None:
     model = as_similarity_model(ColourNet().eval(), preprocess=PLAIN)
-    found = evaluate_segmentation(model, read_pascal(voc, 0), ways=ways, shots=shots, episodes=6)
-    assert set(found.per_class) == {"aeroplane", "bicycle"}
+    result = evaluate_segmentation(model, read_pascal(voc, 0), ways=ways, shots=shots, episodes=6)
+    assert set(result.per_class) == {"aeroplane", "bicycle"}
     # Supports with both classes leave one way undecided; with two ways there are none.
-    assert found.mean_iou > (0.8 if ways == 2 else 0.6)
-    assert found.binary_iou > (0.85 if ways == 2 else 0.7)
-    assert len(found.folds[0].episodes) == 6
-    said = found.to_json()
-    assert set(said) >= {"schema", "binary_iou", "mean_iou", "per_class", "folds"}
-    assert said["settings"]["shots"] == shots
-    assert len(found.table()) == 6 * ways
-    assert "mean IoU" in str(found)
+    assert result.mean_iou > (0.8 if ways == 2 else 0.6)
+    assert result.binary_iou > (0.85 if ways == 2 else 0.7)
+    assert len(result.folds[0].episodes) == 6
+    record = result.to_json()
+    assert set(record) >= {"schema", "binary_iou", "mean_iou", "per_class", "folds"}
+    assert record["settings"]["shots"] == shots
+    assert len(result.table()) == 6 * ways
+    assert "mean IoU" in str(result)
     # Void pixels are in no count.
     assert all(
         sum((c.hits, c.extra, c.missed, c.outside)) < 60 * 80
-        for episode in found.folds[0].episodes
+        for episode in result.folds[0].episodes
         for c in episode.classes
     )
 
@@ -274,10 +274,10 @@ def test_pictures_that_cannot_be_read_are_listed(voc: Path, tmp_path: Path) -> N
     data = read_pascal(root, 0)
     (root / "VOCdevkit/VOC2012/JPEGImages/2007_000001.jpg").write_bytes(b"no picture")
     model = as_similarity_model(ColourNet().eval(), preprocess=PLAIN)
-    found = evaluate_segmentation(model, data, episodes=8, method="sam")
-    assert 0 < len(found.folds[0].episodes) < 8
-    assert len(found.errors) + len(found.folds[0].episodes) >= 5
-    assert all("2007_000001" in reason for reason in found.errors.values())
+    result = evaluate_segmentation(model, data, episodes=8, method="sam")
+    assert 0 < len(result.folds[0].episodes) < 8
+    assert len(result.errors) + len(result.folds[0].episodes) >= 5
+    assert all("2007_000001" in reason for reason in result.errors.values())
     missing = SegmentationData("gone", tuple(
         Appearance(tmp_path / f"{n}.jpg", "a", tmp_path / "m.png") for n in range(3)
     ))  # fmt: skip
@@ -332,13 +332,13 @@ def test_class_folders_with_alpha_or_a_folder_of_masks(tmp_path: Path) -> None:
             Image.fromarray(alpha).save(tmp_path / "cut" / name / f"{number}.png")
             Image.fromarray(picture).save(tmp_path / "plain" / name / f"{number}.png")
         Image.fromarray(mask).save(tmp_path / "masks" / name / "0.png")
-    found = read_masked("folder", tmp_path / "cut", masks="alpha")
-    assert len(found.tests) == 4
-    assert (found.tests[0].truth((96, 96))[0] == blue).all()
-    found = read_masked("folder", tmp_path / "plain", masks=tmp_path / "masks")
-    assert found.supports is not None
-    assert (len(found.tests), len(found.supports)) == (2, 4)
-    assert draw_episodes(found, 4)[0].supports[0][0].name == "1.png"
+    result = read_masked("folder", tmp_path / "cut", masks="alpha")
+    assert len(result.tests) == 4
+    assert (result.tests[0].truth((96, 96))[0] == blue).all()
+    result = read_masked("folder", tmp_path / "plain", masks=tmp_path / "masks")
+    assert result.supports is not None
+    assert (len(result.tests), len(result.supports)) == (2, 4)
+    assert draw_episodes(result, 4)[0].supports[0][0].name == "1.png"
     with pytest.raises(ImageError, match="found none; name the folder of masks"):
         read_masked("folder", tmp_path / "plain")
 
@@ -351,11 +351,11 @@ def test_the_command_measures_folds_and_files(
                "--episodes", "3", "--out", "scores", "--json")  # fmt: skip
     assert done.code == 0, done.err
     assert done.err == ""
-    said = json.loads(done.out)
-    assert set(said) >= {"schema", "binary_iou", "mean_iou", "per_class"}
-    assert set(said["per_class"]) == {"aeroplane", "bicycle"}
-    assert [fold["name"] for fold in said["folds"]] == ["PASCAL-5i fold 0 (test)"]
-    assert json.loads((tmp_path / "scores" / "scores.json").read_text("utf-8")) == said
+    record = json.loads(done.out)
+    assert set(record) >= {"schema", "binary_iou", "mean_iou", "per_class"}
+    assert set(record["per_class"]) == {"aeroplane", "bicycle"}
+    assert [fold["name"] for fold in record["folds"]] == ["PASCAL-5i fold 0 (test)"]
+    assert json.loads((tmp_path / "scores" / "scores.json").read_text("utf-8")) == record
     lines = (tmp_path / "scores" / "episodes.csv").read_text("utf-8").splitlines()
     assert len(lines) == 4
     table = own_data(tmp_path)
@@ -373,17 +373,17 @@ def test_the_command_measures_folds_and_files(
 def test_the_commands_errors(voc: Path, fails: Callable[..., str], tmp_path: Path) -> None:
     network = ("timm:resnet18", "--untrained", "--size", "64")
     start = ("evaluate", "segmentation", network[0])
-    for arguments, code, said in (
+    for arguments, code, record in (
         ((tmp_path / "nowhere",), 1, "nowhere"),
         ((tmp_path,), 1, "sub-folders"),
         ((voc, "--fold", "4"), 2, "0<=x<=3"),
-        ((voc, "--masks", "alpha"), 2, "PASCAL-5i says itself"),
-        ((voc, "--split", "all"), 2, "PASCAL-5i says itself"),
+        ((voc, "--masks", "alpha"), 2, "PASCAL-5i has its own"),
+        ((voc, "--split", "all"), 2, "PASCAL-5i has its own"),
         ((tmp_path, "--fold", "1"), 2, "only PASCAL-5i has folds"),
         ((voc, "--method", "sum"), 2, "method"),
         ((voc, "--sure", "0.1", "--probable", "0.5"), 1, "thresholds"),
         ((voc, "--fold", "2"), 1, "found none in its test lists"),
         ((voc, "--fold", "0", "--shots", "9"), 1, "fewer shots"),
     ):
-        assert said in fails(*start, *arguments, *network[1:], code=code)
+        assert record in fails(*start, *arguments, *network[1:], code=code)
     assert torch.is_grad_enabled()

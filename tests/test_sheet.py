@@ -61,18 +61,18 @@ def test_what_is_shortened_or_wrapped_fits(most: float) -> None:
     for name, size in itertools.product(NAMES, (6.5, 8.0, 13.0)):
         assert breadth(shortened(name, most, size), size) <= most
         for lines in (1, 3, None):
-            found = wrapped(name, most, size, lines=lines)
-            assert lines is None or len(found) <= lines
-            assert all(breadth(line, size) <= most for line in found)
+            result = wrapped(name, most, size, lines=lines)
+            assert lines is None or len(result) <= lines
+            assert all(breadth(line, size) <= most for line in result)
 
 
 def test_wrapping_loses_nothing_and_shortening_keeps_both_ends() -> None:
     text = "one two " * 30 + "x" * 200
     assert "".join(wrapped(text, 1.5, 8)).replace(" ", "") == text.replace(" ", "")
-    found = shortened("beginning" + "-" * 99 + "end.jpg", 1.5, 8)
-    assert found.startswith("begin")
-    assert found.endswith("d.jpg")
-    assert found.count("…") == 1
+    result = shortened("beginning" + "-" * 99 + "end.jpg", 1.5, 8)
+    assert result.startswith("begin")
+    assert result.endswith("d.jpg")
+    assert result.count("…") == 1
 
 
 @pytest.mark.parametrize("align", ["left", "center", "right"])

@@ -107,10 +107,10 @@ class Encoder(nn.Module):
         extra = self.extra.expand(len(tokens), -1, -1)
         both = (tokens, extra) if self.last else (extra, tokens)
         tokens = torch.cat(both, dim=1) + self.places
-        place = 16 if self.last else 0
+        index = 16 if self.last else 0
         if self.tokens_first:
-            return self.blocks(tokens.transpose(0, 1))[place]
-        return self.blocks(tokens)[:, place]
+            return self.blocks(tokens.transpose(0, 1))[index]
+        return self.blocks(tokens)[:, index]
 
 
 def open_clip(depth: int, tmp_path: Path, **vision: Any) -> nn.Module:
@@ -210,8 +210,8 @@ def test_exact_methods_cost_at_most_eight_forward_passes(name: str, tmp_path: Pa
     with torch.no_grad():
         plain = operations(lambda: network(images))
     assert operations(lambda: match(model, images[:1], images[1:], layer)) <= 8 * plain
-    found = operations(lambda: explain(model, pair, "decomposition", layer, check=False))
-    assert found <= 8 * plain
+    result = operations(lambda: explain(model, pair, "decomposition", layer, check=False))
+    assert result <= 8 * plain
 
 
 def operations(run: Callable[[], object]) -> int:
@@ -241,19 +241,19 @@ def test_averaged_jacobians_of_one_attention_written_down(options: dict[str, Any
     torch.manual_seed(0)
     network = Attending(**options).eval()
     images = 3 * torch.rand(1, 3, 64, 64)
-    found = position_parts(as_similarity_model(network), images, "patches", steps=6)
+    result = position_parts(as_similarity_model(network), images, "patches", steps=6)
     with torch.no_grad():
         start, end = (
             network.patches(x).flatten(2).transpose(1, 2)
             for x in (torch.zeros_like(images), images)
         )
     expected = torch.zeros(1, 12, 16)
-    for place, weight in zip(*np.polynomial.legendre.leggauss(6), strict=True):
-        between = start + (place + 1) / 2 * (end - start)
+    for index, weight in zip(*np.polynomial.legendre.leggauss(6), strict=True):
+        between = start + (index + 1) / 2 * (end - start)
         slopes = torch.autograd.functional.jacobian(network.tail, between)[0, :, 0]
         expected += weight / 2 * (slopes * (end - start)[0]).sum(dim=2)
-    assert found.steps == 6
-    torch.testing.assert_close(found.parts.flatten(2), expected, rtol=1e-4, atol=1e-5)
+    assert result.steps == 6
+    torch.testing.assert_close(result.parts.flatten(2), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
@@ -280,9 +280,9 @@ def test_queries_keys_and_values_may_be_made_one_by_one(monkeypatch: pytest.Monk
     network = transformers.ViTModel(config, add_pooling_layer=False).eval()
     images = torch.rand(2, 3, 64, 64)
     model, layer = as_similarity_model(network), "layers.2.layernorm_before"
-    found = trace_vectors(model, images, (layer,)).short(layer, 0)
-    assert found is not None
-    assert len(found.front.ends) == 3
+    result = trace_vectors(model, images, (layer,)).short(layer, 0)
+    assert result is not None
+    assert len(result.front.ends) == 3
     short = position_parts(model, images, layer, steps=3)
     with monkeypatch.context() as patched:
         patched.setattr(module, "_FEW", 10**9)

@@ -60,12 +60,12 @@ def test_values_on_the_command_line(program: Path, run: Callable[..., Run]) -> N
     given = ("--mean", "0.1,0.2,0.3", "--std", "0.4,0.5,0.6", "--interpolation", "bicubic")
     done = run(*line, "--out", "given", *given, "--channels", "3")
     assert done.code == 0, done.err
-    told = json.loads(done.out)
+    lines = json.loads(done.out)
     prepare = Preprocess(SIZE, "squash", 1.0, "bicubic", OWN.mean, OWN.std)
     model = as_similarity_model(load_model(program).network, preprocess=prepare)
     wanted = explain(model, ["a.png", "b.jpg"], arch="siamese").distances[0, 0]
-    assert told["distances"] == pytest.approx([float(wanted)], abs=1e-6)
-    assert told["distances"] != pytest.approx(plain["distances"], abs=1e-4)
+    assert lines["distances"] == pytest.approx([float(wanted)], abs=1e-6)
+    assert lines["distances"] != pytest.approx(plain["distances"], abs=1e-4)
 
 
 def test_wrong_values_give_one_sentence(program: Path, fails: Callable[..., str]) -> None:
@@ -77,8 +77,8 @@ def test_wrong_values_give_one_sentence(program: Path, fails: Callable[..., str]
     assert "bicubic" in fails("layers", program, "--interpolation", "cubic", code=2)
     assert "patch_mean" in fails("layers", program, "--output", "mean", code=2)
     fails("layers", program, "--channels", "0", code=2)
-    said = fails("layers", program, "--channels", "1", "--mean", "0.5", "--std", "0.5")
-    assert "Expected images of 3 channels, as the exported program takes, got 1" in said
+    record = fails("layers", program, "--channels", "1", "--mean", "0.5", "--std", "0.5")
+    assert "Expected images of 3 channels, as the exported program takes, got 1" in record
 
 
 @pytest.mark.parametrize("written", ["options", "beside"])
@@ -156,9 +156,9 @@ def test_a_json_file_beside_the_model(program: Path, run: Callable[..., Run]) ->
 def test_a_wrong_file_beside_the_model(program: Path, content: object, part: str) -> None:
     text = content if isinstance(content, str) else json.dumps(content)
     program.with_name("net.pt2.json").write_text(text)
-    said = refusal(program)
-    assert part in said
-    assert "net.pt2.json" in said or part in ("crop, squash, pad", "bicubic", "crop_fraction")
+    record = refusal(program)
+    assert part in record
+    assert "net.pt2.json" in record or part in ("crop, squash, pad", "bicubic", "crop_fraction")
 
 
 def test_a_foreign_json_file_is_left_alone(program: Path) -> None:
@@ -175,8 +175,8 @@ class Dictionary(nn.Module):
         self.trunk = TinyNet()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        found = self.trunk(images)
-        return {"features": found * found, "embedding": found}
+        result = self.trunk(images)
+        return {"features": result * result, "embedding": result}
 
 
 class Odd(nn.Module):
@@ -195,8 +195,8 @@ class Odd(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if images.shape[-1] > 100:
             images = nn.functional.avg_pool2d(images, 2)
-        found = self.trunk(images) - self.middle + self.left_out
-        return found, self.second(self.inner[0](found))
+        result = self.trunk(images) - self.middle + self.left_out
+        return result, self.second(self.inner[0](result))
 
 
 CASES = {
@@ -319,8 +319,8 @@ class Branching(nn.Module):
         self.trunk = TinyNet()
 
     def forward(self, images: Tensor) -> Tensor:
-        found = self.trunk(images)
-        return found if found.sum() > 0 else -found
+        result = self.trunk(images)
+        return result if result.sum() > 0 else -result
 
 
 def test_what_cannot_be_exported_says_why(

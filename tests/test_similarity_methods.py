@@ -50,15 +50,15 @@ def test_cosine_maps_equal_plain_autograd_on_each_image_alone(
         directions = margin_directions(comparison.like(rows.detach()))
         torch.testing.assert_close(result.weights, directions, rtol=1e-5, atol=1e-6)
         for index in range(stack.shape[0]):
-            for place in range(count):
+            for position in range(count):
                 expected, row, _ = plain_maps(
-                    tiny, tiny.last, stack[index, place][None], directions[index, place]
+                    tiny, tiny.last, stack[index, position][None], directions[index, position]
                 )
                 torch.testing.assert_close(
-                    result.maps[index, place], expected, rtol=1e-4, atol=1e-6
+                    result.maps[index, position], expected, rtol=1e-4, atol=1e-6
                 )
-                score = float(row @ directions[index, place])
-                assert float(result.scores[index, place]) == pytest.approx(score, abs=1e-5)
+                score = float(row @ directions[index, position])
+                assert float(result.scores[index, position]) == pytest.approx(score, abs=1e-5)
 
 
 @pytest.mark.parametrize("score", ["dot", "held"])

@@ -83,15 +83,15 @@ def imports_of(path: Path) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = []
-    found = set()
+    result = set()
     package = module_name(path).rpartition(".")[0] or module_name(path)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             base = node.module or ""
-            found.add(f"{package}.{base}" if node.level else base)
+            result.add(f"{package}.{base}" if node.level else base)
         elif isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-    return {name for name in found if name.split(".")[0] in ("simexplain", "simexplain_cli")}
+            result.update(alias.name for alias in node.names)
+    return {name for name in result if name.split(".")[0] in ("simexplain", "simexplain_cli")}
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

@@ -165,8 +165,8 @@ class Queries(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.norm(self.patch(images).flatten(2).transpose(1, 2))
         queries = self.queries.expand(len(images), -1, -1)
-        found = self.after(queries + self.attention(queries, tokens, tokens)[0])
-        return F.gelu(found).mean(dim=1)
+        result = self.after(queries + self.attention(queries, tokens, tokens)[0])
+        return F.gelu(result).mean(dim=1)
 
 
 @pytest.mark.parametrize("count", [4, 16, 36, 64, 65, 100])
@@ -207,7 +207,7 @@ def test_tables_of_attention_are_no_maps() -> None:
     assert names <= {"patch", "qkv", "norm", "mixed"}
     assert default(model, images).name == "norm"
     for layer in ("weights", "scores", "bias"):
-        with pytest.raises(ModelError, match="no map over an image"):
+        with pytest.raises(ModelError, match="not a map over an image"):
             explain(model, Comparison.pair(images[:1], images[1:]), layer=layer)
 
 
@@ -538,10 +538,10 @@ def test_a_network_that_fails_in_a_call_is_never_explained_silently(
     images = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
     try:
         result = explain(wrapped(Failing(at)), Comparison.pair(images[:1], images[1:]), layer=layer)
-        told = result.warnings
+        lines = result.warnings
     except ModelError as error:
-        told = (str(error),)
-    assert any("no luck" in text for text in told)
+        lines = (str(error),)
+    assert any("no luck" in text for text in lines)
 
 
 class Overwriting(nn.Module):
@@ -574,11 +574,11 @@ class Poor(nn.Module):
         self.how = how
 
     def forward(self, images: Tensor) -> Tensor:
-        found = self.head(self.trunk(images).mean((2, 3)))
+        result = self.head(self.trunk(images).mean((2, 3)))
         kinds = {
-            "single": found,
-            "zero": found * 0,
-            "constant": found * 0 + torch.arange(found.shape[1]),
+            "single": result,
+            "zero": result * 0,
+            "constant": result * 0 + torch.arange(result.shape[1]),
             "ignoring": self.head.bias.expand(len(images), -1),
             "dead": self.head((self.trunk(images) - 1000).relu().mean((2, 3))),
         }

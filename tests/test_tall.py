@@ -63,18 +63,18 @@ def test_the_heat_lies_on_the_square_in_the_picture_as_it_was(
     result = explain(model, paths, "decomposition", arch="siamese")
     assert result.images.shape[-2:] == (384, 128)
     assert result.maps.shape[-2:] == (24, 8)
-    for place, centre in enumerate((a, b)):
-        picture, heat = result.on_picture(place)
+    for index, centre in enumerate((a, b)):
+        picture, heat = result.on_picture(index)
         assert picture.shape == (*size, 3)
         assert heat.shape == size
         rows, columns = np.indices(size) + 0.5
         middle = (heat * columns).sum() / heat.sum(), (heat * rows).sum() / heat.sum()
         # A cell is as large as 16 pixels of the input.
-        scale = result.geometries[place].scale
+        scale = result.geometries[index].scale
         cell = 16 / scale[1], 16 / scale[0]
-        for found, wanted, width in zip(middle, centre, cell, strict=True):
-            assert abs(found - wanted) <= 2 + 0.5 * width
-        x, y = result.peaks()[place] or (-1, -1)
+        for actual, wanted, width in zip(middle, centre, cell, strict=True):
+            assert abs(actual - wanted) <= 2 + 0.5 * width
+        x, y = result.peaks()[index] or (-1, -1)
         assert abs(x - centre[0]) <= 8 + cell[0]
         assert abs(y - centre[1]) <= 8 + cell[1]
     matched = match(model, *paths)
@@ -88,8 +88,8 @@ def test_the_heat_lies_on_the_square_in_the_picture_as_it_was(
 def test_every_kind_of_method_takes_tall_pictures(tmp_path: Path, method: str) -> None:
     paths = drawn(tmp_path, (128, 64), (20, 100), (42, 104), (30, 30))
     result = explain(persons(), paths, method, arch="triplet")
-    for place in range(3):
-        assert result.on_picture(place)[1].shape == (128, 64)
+    for index in range(3):
+        assert result.on_picture(index)[1].shape == (128, 64)
     result.save(tmp_path / "out")
     with Image.open(tmp_path / "out" / "heatmap_0_anchor.png") as saved:
         assert saved.size == (64, 128)

@@ -57,9 +57,9 @@ def siglip_tokenizer(folder: Path) -> Any:
     return made
 
 
-def tensor_of(found: Any) -> Tensor:
+def tensor_of(result: Any) -> Tensor:
     """Newer versions of transformers wrap features."""
-    return found if isinstance(found, Tensor) else found.pooler_output
+    return result if isinstance(result, Tensor) else result.pooler_output
 
 
 @pytest.fixture
@@ -103,10 +103,10 @@ def test_folders_of_transformers(
     done = run("explain", "net", "cat.png", "--text", TEXTS[0], "--not-text", TEXTS[1],
                "--out", "o", "--json")  # fmt: skip
     assert done.code == 0, done.err
-    said = json.loads(done.out)
-    assert [vector["label"] for vector in said["vectors"]] == TEXTS
-    found = 1 - torch.tensor(said["distances"]).square() / 2
-    torch.testing.assert_close(found, wanted, atol=2e-3, rtol=0)
+    record = json.loads(done.out)
+    assert [vector["label"] for vector in record["vectors"]] == TEXTS
+    actual = 1 - torch.tensor(record["distances"]).square() / 2
+    torch.testing.assert_close(actual, wanted, atol=2e-3, rtol=0)
     model = load_model(here / "net")
     rows = model.embed_text(TEXTS)
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_folders_of_transformers(
 
 @pytest.mark.parametrize(
     ("family", "said"),
-    [("CLIP", "knows nothing of the text"), ("SigLIP", "No tokenizer was found")],
+    [("CLIP", "has no tokens for the text"), ("SigLIP", "No tokenizer was found")],
 )
 def test_a_folder_without_a_tokenizer_is_one_sentence(
     family: str,
@@ -143,8 +143,8 @@ def test_networks_without_a_text_tower_are_one_sentence(
 ) -> None:
     quietly(family, here / "net")
     photographs()[0].save(here / "cat.png")
-    said = fails("explain", "net", "cat.png", "--text", "a bag")
-    assert "has no text tower, so a text cannot be compared with an image" in said
+    record = fails("explain", "net", "cat.png", "--text", "a bag")
+    assert "has no text tower, so a text cannot be compared with an image" in record
 
 
 def open_clip_cosines(model: Any, tokenizer: Any, path: Path) -> Tensor:
@@ -192,8 +192,8 @@ def test_a_folder_of_open_clip_on_the_command_line(run: Callable[..., Run], here
     assert done.code == 0, done.err
     tokenizer = open_clip.SimpleTokenizer(context_length=20)
     wanted = open_clip_cosines(load_model(here / "net"), tokenizer, here / "cat.png")
-    found = 1 - torch.tensor(json.loads(done.out)["distances"]).square() / 2
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    result = 1 - torch.tensor(json.loads(done.out)["distances"]).square() / 2
+    torch.testing.assert_close(result, wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("words", [49408, 50265])

@@ -40,10 +40,10 @@ def test_every_result_is_as_alone(images: Tensor, method: str, training: bool) -
     alone = [explain(model, triplet, method, check=False).maps for triplet in triplets]
     before = state_of(network)
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(
+        result = list(
             pool.map(lambda n: explain(model, triplets[n % 3], method, check=False).maps, range(24))
         )
-    for number, maps in enumerate(found):
+    for number, maps in enumerate(result):
         assert torch.equal(maps, alone[number % 3])
     torch.testing.assert_close(state_of(network), before, rtol=0, atol=0)
 
@@ -54,9 +54,9 @@ def test_methods_side_by_side(images: Tensor) -> None:
     alone = {method: explain(model, triplet, method).maps for method in METHODS}
     matched = match(model, images[:1], images[1:2]).matrix
     with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda method: explain(model, triplet, method).maps, 3 * METHODS)
+        result = pool.map(lambda method: explain(model, triplet, method).maps, 3 * METHODS)
         matches = pool.map(lambda _: match(model, images[:1], images[1:2]).matrix, range(6))
-        for method, maps in zip(3 * METHODS, found, strict=True):
+        for method, maps in zip(3 * METHODS, result, strict=True):
             assert torch.equal(maps, alone[method])
         assert all(torch.equal(one, matched) for one in matches)
 
@@ -96,5 +96,5 @@ def test_an_error_in_one_thread_holds_up_no_other(images: Tensor) -> None:
             return str(error)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for number, found in enumerate(pool.map(one, range(16))):
-            assert "nowhere" in found if number % 2 else torch.equal(found, alone)
+        for number, result in enumerate(pool.map(one, range(16))):
+            assert "nowhere" in result if number % 2 else torch.equal(result, alone)

@@ -70,10 +70,10 @@ def test_tokens_in_any_usual_order_lie_where_their_patches_are(
     network = Ordered(order)
     model, images = wrapped(network), pair().stacked()[0]
     assert model.default_for(images) == "mix"
-    found = trace(model, images, ["mix"]).maps["mix"]
+    actual = trace(model, images, ["mix"]).maps["mix"]
     with torch.no_grad():
         right = network.mix(network.patch(images).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    assert torch.allclose(found, right, atol=1e-6)
+    assert torch.allclose(actual, right, atol=1e-6)
     # The gradient goes back to the same places: by hand, one for every token.
     result = explain(model, pair(), "decomposition")
     assert result.bypass["mix"] == (pytest.approx(0, abs=0.1) if order is halves else 0)
@@ -83,9 +83,9 @@ def test_tokens_in_any_usual_order_lie_where_their_patches_are(
 def test_orders_are_permutations_and_differ(grid: tuple[int, int]) -> None:
     cells = grid[0] * grid[1]
     orders = list(orders_of(grid))
-    found = {tokens_of(cells, order=order) for order in orders}
-    assert all(sorted(numbers) == list(range(cells)) for numbers in found)
-    assert len(found) == len(orders) or min(grid) < 3
+    result = {tokens_of(cells, order=order) for order in orders}
+    assert all(sorted(numbers) == list(range(cells)) for numbers in result)
+    assert len(result) == len(orders) or min(grid) < 3
     assert tokens_of(4, prefix=2, split=1) == (0, 3, 4, 5)
 
 

@@ -145,10 +145,10 @@ def test_every_image_goes_forward_once_and_backward_once(tiny: TinyNet, images: 
     # Both rows of the default share the pass; the check has 2 images a row and one for both.
     for check, more in ((False, 0), (True, 5)):
         calls.update(forward=0, backward=0)
-        found = explain(model, comparison, check=check)
+        result = explain(model, comparison, check=check)
         assert calls["forward"] == 20 * (1 + more)
         if check:
-            assert sum(row.check.images for row in found.rows) == 20 * more
+            assert sum(row.check.images for row in result.rows) == 20 * more
 
 
 def test_several_layers_at_once_equal_each_alone(tiny: TinyNet, images: Tensor) -> None:
@@ -156,11 +156,11 @@ def test_several_layers_at_once_equal_each_alone(tiny: TinyNet, images: Tensor) 
     direction = torch.randn(6, 10)
     names = ["last", "stem", "body"]
     together = trace(model, images, names)
-    found = together.gradients((together.embeddings * direction).sum())
+    result = together.gradients((together.embeddings * direction).sum())
     for name in names:
         alone = trace(model, images, [name])
         wanted = alone.gradients((alone.embeddings * direction).sum())[name]
-        torch.testing.assert_close(found[name], wanted)
+        torch.testing.assert_close(result[name], wanted)
         torch.testing.assert_close(together.maps[name], alone.maps[name])
 
 

@@ -30,6 +30,7 @@ from simexplain.data.folders import Record
 from simexplain.errors import ImageError, ModelError, OutputError
 from simexplain.evaluation.retrieval import evaluate_retrieval
 from simexplain.losses.attention import last_linear
+from simexplain.training.attention_callback import attention_triplets_of
 from simexplain.training.building import build_model, build_objective
 from simexplain.training.datasource import Source, searchable
 from simexplain.training.limits import RANGES, choices
@@ -48,7 +49,6 @@ from simexplain.training.recording import Listeners
 from simexplain.training.result import TrainResult
 from simexplain.training.run_folder import RunFolder
 from simexplain.training.training import not_improved, train
-from simexplain.training.watching import watched_triplets
 
 MARGIN = 0.2
 """By how much Recall@1 of unseen classes must rise in the end-to-end test; it rises by 0.4."""
@@ -101,9 +101,9 @@ def test_a_run_leaves_what_it_says(plain: Any) -> None:
         "model", "last", "checkpoint", "options", "metrics", "results", "attention", "tensorboard",
     }  # fmt: skip
     assert all(Path(path).exists() for path in plain.files.values())
-    said = json.loads(Path(plain.files["results"]).read_text(encoding="utf-8"))
-    assert said["best_epoch"] == plain.best_epoch
-    assert said["files"] == plain.files
+    record = json.loads(Path(plain.files["results"]).read_text(encoding="utf-8"))
+    assert record["best_epoch"] == plain.best_epoch
+    assert record["files"] == plain.files
     options = json.loads(Path(plain.files["options"]).read_text(encoding="utf-8"))
     assert TrainOptions.from_json(options["options"]) == plain.options
     assert options["pictures"]["train"] == {"pictures": 16, "classes": 4}
@@ -171,17 +171,17 @@ def test_what_rose_and_what_fell_is_told_where_the_chosen_figure_did_not_rise() 
     before = {"epoch": 0, "recall@1": 0.5, "recall@2": 0.6, "recall@4": 0.9, "map_at_r": 0.3}
     after = {"epoch": 1, "recall@1": 0.5, "recall@2": 0.7, "recall@4": 0.8, "map_at_r": 0.35}
 
-    def said(row: dict) -> str:
+    def record(row: dict) -> str:
         result = TrainResult(Path(), TrainOptions(), (before, row), 1, row["recall@1"], {})
         assert not result.improved
         return not_improved(result)
 
-    assert said(after) == (
+    assert record(after) == (
         "Training did not raise Recall@1, by which the epoch was chosen: Recall@2 0.600 to 0.700, "
         "MAP@R 0.300 to 0.350 rose; Recall@4 0.900 to 0.800 fell."
     )
     worse = {**before, "epoch": 1, "recall@1": 0.4}
-    assert said(worse) == (
+    assert record(worse) == (
         "Training did not improve retrieval over the untrained network: Recall@1 0.500 to 0.400 "
         "fell."
     )
@@ -220,12 +220,12 @@ def test_listeners_hear_every_step_and_epoch(data: Path, tmp_path: Path) -> None
     steps: list[tuple[int, int]] = []
     epochs: list[int] = []
     work: set[str] = set()
-    told = Listeners(
+    lines = Listeners(
         lambda done, total, loss: steps.append((done, total)),
         lambda row: epochs.append(row["epoch"]),
         lambda what, done, total: work.add(what),
     )
-    train(data, out=tmp_path / "run", listeners=told, **{**TINY, "batches_per_epoch": 3})
+    train(data, out=tmp_path / "run", listeners=lines, **{**TINY, "batches_per_epoch": 3})
     assert steps == [(n, 6) for n in range(1, 7)]
     assert epochs == [0, 1, 2]
     assert "Checking pictures" in work
@@ -246,7 +246,7 @@ def test_interrupting_keeps_the_last_checkpoint(data: Path, tmp_path: Path) -> N
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no longer finite at step \d.*--clip"):
+    with pytest.raises(ModelError, match=r"stopped being finite at step \d.*--clip"):
         train(data, out=tmp_path / "run", **{**TINY, "lr": 1e30, "head_lr": 1e30, "epochs": 5})
     state = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert all(torch.isfinite(tensor).all() for tensor in state["place"]["sums"].values())
@@ -286,8 +286,8 @@ def test_without_test_pictures_the_last_model_is_kept(data: Path, tmp_path: Path
 def test_all_problems_of_the_data_are_told_before_anything_is_written(tmp_path: Path) -> None:
     data = striped(tmp_path / "data", classes=6)
     (data / "class00/0.png").write_text("no picture", encoding="utf-8")
-    for place in (1, 2, 3):
-        (data / f"class01/{place}.png").unlink()
+    for index in (1, 2, 3):
+        (data / f"class01/{index}.png").unlink()
     with pytest.raises(ImageError) as caught:
         train(data, out=tmp_path / "run", **TINY)
     text = str(caught.value)
@@ -355,8 +355,8 @@ def test_folders_that_cannot_be_are_told_before(data: Path, tmp_path: Path) -> N
         for force in (False, True):
             with pytest.raises(OutputError, match="is a file where a folder must go"):
                 train(data, out=run, force=force, **TINY)
-    for bad, said in (("x" * 300, "too long"), ("a\0b", "null"), ("caf\udce9", "in UTF-8")):
-        with pytest.raises(OutputError, match=f"{said}.*choose another folder") as caught:
+    for bad, record in (("x" * 300, "too long"), ("a\0b", "null"), ("caf\udce9", "in UTF-8")):
+        with pytest.raises(OutputError, match=f"{record}.*choose another folder") as caught:
             train(data, out=tmp_path / bad, **TINY)
         str(caught.value).encode()
     (tmp_path / "file").touch()
@@ -376,8 +376,8 @@ def test_classes_need_no_name_in_utf_8(tmp_path: Path) -> None:
     )
     result = train(data, out=tmp_path / "run", **{**TINY, "epochs": 1, "attention_triplets": 2})
     assert "caf" in result.warnings[0]
-    said = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
-    assert said["warnings"] == list(result.warnings)
+    record = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert record["warnings"] == list(result.warnings)
 
 
 def test_no_thread_is_left(data: Path, tmp_path: Path) -> None:
@@ -488,8 +488,8 @@ def test_every_range_and_choice_is_of_a_setting_and_holds_its_default() -> None:
 
 @pytest.mark.parametrize("bad", [{"margn": 1}, {"margin": "x", "negatives": "none"}])
 def test_wrong_settings_of_a_loss_are_refused(bad: dict[str, Any]) -> None:
-    def build(**said: Any) -> None:
-        options = TrainOptions(**{**TINY, **said})
+    def build(**record: Any) -> None:
+        options = TrainOptions(**{**TINY, **record})
         build_objective(build_model(options), options, classes=4)
 
     with pytest.raises(ModelError):
@@ -520,10 +520,10 @@ def test_learning_rates_follow_their_schedules() -> None:
 
 def test_mining_begins_and_grows_when_it_shall() -> None:
     own = TrainOptions(mining="triplet", mining_start=1, mining_warmup=2)
-    found = [mining_factor(own, step, steps=5) for step in range(20)]
-    assert found[:5] == [0.0] * 5
-    assert found[5:15] == pytest.approx([(n + 1) / 10 for n in range(10)])
-    assert found[15:] == [1.0] * 5
+    result = [mining_factor(own, step, steps=5) for step in range(20)]
+    assert result[:5] == [0.0] * 5
+    assert result[5:15] == pytest.approx([(n + 1) / 10 for n in range(10)])
+    assert result[15:] == [1.0] * 5
 
 
 @pytest.mark.parametrize("avsl", [False, True])
@@ -594,22 +594,22 @@ def test_watched_triplets_are_of_the_roles_they_say_and_always_the_same() -> Non
         for label in "abcd"
         for n in range(4)
     ]
-    found = watched_triplets(records, 3, seed=2)
-    assert found == watched_triplets(records, 3, seed=2)
-    assert found != watched_triplets(records, 3, seed=3)
-    assert len({anchor.label for anchor, _, _ in found}) == 3
-    for anchor, positive, negative in found:
+    result = attention_triplets_of(records, 3, seed=2)
+    assert result == attention_triplets_of(records, 3, seed=2)
+    assert result != attention_triplets_of(records, 3, seed=3)
+    assert len({anchor.label for anchor, _, _ in result}) == 3
+    for anchor, positive, negative in result:
         assert anchor.label == positive.label != negative.label
         assert anchor.path != positive.path
         assert anchor.group != positive.group
-    assert watched_triplets(records[:4], 3, seed=2) == ()
+    assert attention_triplets_of(records[:4], 3, seed=2) == ()
 
 
 def test_searchable_data_have_something_to_find() -> None:
     def split(queries: list[tuple[str, str]], gallery: list[tuple[str, str]] | None) -> DataSplit:
         made = [
             None if part is None
-            else tuple(Record(Path(f"{n}{side}.png"), *told) for n, told in enumerate(part))
+            else tuple(Record(Path(f"{n}{side}.png"), *lines) for n, lines in enumerate(part))
             for side, part in enumerate((queries, gallery))
         ]  # fmt: skip
         return DataSplit((), made[0] or (), made[1])

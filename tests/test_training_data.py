@@ -21,8 +21,8 @@ from simexplain.data.augmenting import AUGMENTATIONS, Augmentation
 from simexplain.data.checking import check_training, check_views
 from simexplain.data.datasets import DataSplit, read_dataset
 from simexplain.data.folders import Record
+from simexplain.data.pillow_warnings import pillow_quiet
 from simexplain.data.preprocessing import Preprocess
-from simexplain.data.quieting import pillow_quiet
 from simexplain.data.sampling import ClassBalanced, Shuffled
 from simexplain.data.training_set import TrainingImages
 from simexplain.errors import ImageError
@@ -43,12 +43,12 @@ def blob(path: Path, size: tuple[int, int] = (80, 60), centre: float = 0.5) -> P
 
 @pytest.fixture
 def records(tmp_path: Path) -> list[Record]:
-    found = []
+    result = []
     for number in range(6):
         size = (80, 60) if number % 2 else (50, 70)
         path = blob(tmp_path / f"{number}.png", size, 0.4 + 0.03 * number)
-        found.append(Record(path, "ab"[number % 2], mask=path))
-    return found
+        result.append(Record(path, "ab"[number % 2], mask=path))
+    return result
 
 
 # ---------------------------------------------------------------- views
@@ -63,9 +63,9 @@ def test_the_mask_moves_with_the_picture(
     still = replace(AUGMENTATIONS[name], erase=0.0, pad=0.0)
     views = TrainingImages(records, still, replace(SMALL, size=size), seed=3)
     away = mirrored = 0.0
-    for place in range(len(records)):
+    for index in range(len(records)):
         for repetition in range(3):
-            sample = views[(0, place, repetition)]
+            sample = views[(0, index, repetition)]
             assert sample["image"].shape == (3, *size)
             assert sample["mask"].shape == size
             seen = torch.from_numpy(views.preprocess.undo(sample["image"])).float().mean(-1) / 255
@@ -103,9 +103,9 @@ def test_erased_views_are_light_ones_with_a_rectangle_gone_half_the_time(
 ) -> None:
     light, erased = (TrainingImages(records, name, SMALL, seed=1) for name in ("light", "erased"))
     gone = 0
-    for place in range(len(records)):
+    for index in range(len(records)):
         for repetition in range(6):
-            whole, cut = (views[(0, place, repetition)]["image"] for views in (light, erased))
+            whole, cut = (views[(0, index, repetition)]["image"] for views in (light, erased))
             changed = (whole != cut).any(0)
             assert bool((cut[:, changed] == 0).all())
             gone += int(changed.any())
@@ -183,8 +183,8 @@ def test_workers_give_what_one_process_gives(records: list[Record], workers: int
 def test_kept_pictures_stay_within_bounds(records: list[Record]) -> None:
     one = 48 * 48 * 4 / 2**20
     views = TrainingImages(records, "light", SMALL, cache_mb=2.5 * one)
-    for place in range(6):
-        views[(0, place, 0)]
+    for index in range(6):
+        views[(0, index, 0)]
     assert sorted(views._kept) == [0, 1]
     for record in records[:2]:
         record.path.unlink()
@@ -197,7 +197,7 @@ def test_labels_are_numbers_of_sorted_classes(records: list[Record]) -> None:
     views = TrainingImages(records[::-1], "none", SMALL)
     assert views.classes == ("a", "b")
     assert views.labels == [1, 0] * 3
-    assert [views[(0, place, 0)]["label"] for place in range(2)] == [1, 0]
+    assert [views[(0, index, 0)]["label"] for index in range(2)] == [1, 0]
     wide = TrainingImages(records, "none", SMALL, classes=("z", "b", "a"))
     assert wide.labels[:2] == [2, 1]
     with pytest.raises(ImageError, match="no label among"):
@@ -218,13 +218,13 @@ def test_batches_hold_so_many_classes_and_pictures() -> None:
         batches = sampler.batches(epoch)
         assert len(batches) == len(sampler) == 4
         for batch in batches:
-            labels = [LABELS[place] for place in batch]
+            labels = [LABELS[index] for index in batch]
             assert len(set(labels)) == 3
             assert all(len(set(labels[at : at + 4])) == 1 for at in (0, 4, 8))
             for label in set(labels) - {"small"}:
-                mine = [place for place in batch if LABELS[place] == label]
+                mine = [index for index in batch if LABELS[index] == label]
                 assert len(set(mine)) == 4, "different pictures where there are enough"
-        drawn = Counter(LABELS[place] for place in chain(*batches))
+        drawn = Counter(LABELS[index] for index in chain(*batches))
         assert set(drawn) == set(LABELS), "every class in every epoch"
         assert max(drawn.values()) - min(drawn.values()) <= 4, "one turn more at most"
 
@@ -240,15 +240,15 @@ def test_an_epoch_is_drawn_again_alike() -> None:
 def test_all_pictures_of_a_class_come_before_one_comes_again() -> None:
     sampler = ClassBalanced(["a"] * 5 + ["b"] * 2, classes=2, each=2, steps=5)
     count = Counter(chain(*sampler.batches(0)))
-    assert {count[place] for place in range(5)} == {2}
-    assert {count[place] for place in (5, 6)} == {5}
+    assert {count[index] for index in range(5)} == {2}
+    assert {count[index] for index in (5, 6)} == {5}
 
 
 def test_many_small_classes_are_all_covered() -> None:
     labels = [str(n) for n in range(50)]
     sampler = ClassBalanced(labels, classes=8, each=4)
     assert len(sampler) == 7
-    drawn = Counter(labels[place] for place in chain(*sampler.batches(0)))
+    drawn = Counter(labels[index] for index in chain(*sampler.batches(0)))
     assert set(drawn) == set(labels)
     assert set(drawn.values()) <= {4, 8}
 
@@ -269,7 +269,7 @@ def test_ranks_together_are_the_whole_batch(sampler: ClassBalanced | Shuffled, w
         assert list(chain(*parts)) == whole
     flat = list(chain(*sampler.indices(2)))
     assert len(set(flat)) == len(flat), "no view twice in an epoch"
-    assert [place for _, place, _ in flat] == list(chain(*sampler.batches(2)))
+    assert [index for _, index, _ in flat] == list(chain(*sampler.batches(2)))
 
 
 def test_shuffled_takes_each_picture_once() -> None:
@@ -376,11 +376,13 @@ def test_what_is_only_odd_is_a_warning(folder: Path) -> None:
     split = read_dataset("folder", folder)
     (folder / "c" / "0.png").write_bytes((folder / "a" / "0.png").read_bytes())
     overlapping = replace(split, queries=(*split.queries, replace(split.queries[1], label="a")))
-    found = " ".join(check_training(overlapping, classes=2, each=4))
-    assert "2 classes with fewer than 4 pictures, which are repeated in a batch: 'a', 'b'." in found
-    assert "1 class both to train on and to test" in found
-    assert "1 test picture without another of the class to be found: 'c/1.png'." in found
-    assert "1 test picture with the same content as one to train on: 'c/0.png'." in found
+    result = " ".join(check_training(overlapping, classes=2, each=4))
+    assert (
+        "2 classes with fewer than 4 pictures, which are repeated in a batch: 'a', 'b'." in result
+    )
+    assert "1 class both to train on and to test" in result
+    assert "1 test picture without another of the class to be found: 'c/1.png'." in result
+    assert "1 test picture with the same content as one to train on: 'c/0.png'." in result
     alone = replace(split, queries=())
     assert "nothing can be evaluated" in check_training(alone, classes=2, each=2)[0]
 
@@ -394,16 +396,16 @@ def test_a_single_picture_is_enough_where_nothing_is_paired(folder: Path) -> Non
 
 
 def test_pictures_that_were_turned_have_masks_in_their_upright_size(tmp_path: Path) -> None:
-    found = []
+    result = []
     for label in "aabb":
-        path = tmp_path / f"{len(found)}.jpg"
-        oriented(noise(32, 48, seed=len(found)), 6, path)
-        mask = tmp_path / f"{len(found)}.png"
+        path = tmp_path / f"{len(result)}.jpg"
+        oriented(noise(32, 48, seed=len(result)), 6, path)
+        mask = tmp_path / f"{len(result)}.png"
         Image.new("L", (48, 32), 255).save(mask)
-        found.append(Record(path, label, mask=mask))
-    split = DataSplit(tuple(found), (), root=tmp_path)
+        result.append(Record(path, label, mask=mask))
+    split = DataSplit(tuple(result), (), root=tmp_path)
     check_training(split, classes=2, each=2)
-    sample = TrainingImages(found, "light", SMALL)[(0, 0, 0)]
+    sample = TrainingImages(result, "light", SMALL)[(0, 0, 0)]
     assert float(sample["mask"].max()) == 1.0
 
 
@@ -459,8 +461,10 @@ def test_elongated_pictures_are_told_beforehand(folder: Path) -> None:
     Image.new("RGB", (5, 900)).save(folder / "d" / "tall.png")
     split = read_dataset("folder", folder)
     check_training(split, classes=2, each=2)  # they can be read
-    said = r"2 pictures too elongated .*: a/long.png of 900x5, d/tall.png of 5x900; crop or remove"
-    with pytest.raises(ImageError, match=said):
+    record = (
+        r"2 pictures too elongated .*: a/long.png of 900x5, d/tall.png of 5x900; crop or remove"
+    )
+    with pytest.raises(ImageError, match=record):
         check_views(split, SMALL, AUGMENTATIONS["none"])
     with pytest.raises(ImageError, match=r"1 picture too elongated .*: d/tall.png of 5x900"):
         check_views(split, SMALL, AUGMENTATIONS["sam"])

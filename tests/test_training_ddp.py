@@ -20,7 +20,7 @@ from cli_runs import environment
 from training_cases import TINY, state_of, striped
 
 from simexplain.errors import ModelError
-from simexplain.losses.everyone import Everyone
+from simexplain.losses.distributed import ProcessGroup
 from simexplain.training.module import share
 from simexplain.training.options import TrainOptions
 from simexplain.training.training import train
@@ -110,9 +110,9 @@ def test_two_processes_train_as_one(
 
 def test_a_script_goes_on_in_all_its_processes(by_two: tuple[Path, str]) -> None:
     """Another run on two devices shares them; one on one device would run in both."""
-    out, said = by_two
-    assert said.count(" ended ") == 2 * len(CASES) > 2, said
-    assert said.count("goes on in 2 processes, got one device; begin it in a script of") == 2
+    out, record = by_two
+    assert record.count(" ended ") == 2 * len(CASES) > 2, record
+    assert record.count("goes on in 2 processes, got one device; begin it in a script of") == 2
     assert not (out / "alone").exists()
 
 
@@ -126,7 +126,7 @@ def state_of_untrained(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def test_the_shares_of_a_batch_are_the_batch() -> None:
     batch = list(range(12))
-    parts = [share(batch, Everyone(rank, 3)) for rank in range(3)]
+    parts = [share(batch, ProcessGroup(rank, 3)) for rank in range(3)]
     assert parts[0] + parts[1] + parts[2] == batch
     with pytest.raises(ModelError, match="3 processes can share evenly"):
         TrainOptions(classes_per_batch=4, images_per_class=2, devices=3)

@@ -48,8 +48,8 @@ def test_settings_of_losses_have_kinds(loss: str, avsl: bool, value: object) -> 
     name = "alpha" if loss == "multi_similarity" else "margin"
     if avsl and loss == "proxy_anchor":
         name = "positive"
-    said = refused(avsl=avsl, loss=loss, loss_options=((name, value),))
-    assert f"{name} of loss '{loss}' to be a finite number, got {value!r}" in said
+    record = refused(avsl=avsl, loss=loss, loss_options=((name, value),))
+    assert f"{name} of loss '{loss}' to be a finite number, got {value!r}" in record
 
 
 def test_other_kinds_of_settings() -> None:
@@ -75,8 +75,8 @@ def test_every_setting_of_every_loss_has_a_kind(table: dict[str, Any]) -> None:
         for setting in signature(factory).parameters.values():
             if setting.kind is setting.KEYWORD_ONLY:
                 chosen = {"avsl": table is DISTANCE_LOSSES, "loss": name}
-                said = refused(**chosen, loss_options=((setting.name, object()),))
-                assert f"{setting.name} of loss '{name}'" in said
+                record = refused(**chosen, loss_options=((setting.name, object()),))
+                assert f"{setting.name} of loss '{name}'" in record
 
 
 @pytest.mark.parametrize(
@@ -153,9 +153,9 @@ def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_settings_in_vain_are_told(given: dict[str, Any], said: str) -> None:
-    told = without_effect(TrainOptions(**given), DataSplit((), ()))
-    assert len(told) == 1
-    assert said in told[0]
+    lines = without_effect(TrainOptions(**given), DataSplit((), ()))
+    assert len(lines) == 1
+    assert said in lines[0]
 
 
 def test_masks_and_groups_in_vain_are_told(tmp_path: Path) -> None:
@@ -195,8 +195,8 @@ def test_a_transformer_is_trained_with_every_kind_of_mining(tmp_path: Path) -> N
 
 def test_sizes_without_a_map_are_told_before_training() -> None:
     for size in ((1, 1), (2, 2)):
-        said = f"maps over the image, got {size[0]}x{size[1]}; choose a larger"
-        with pytest.raises(ModelError, match=said):
+        record = f"maps over the image, got {size[0]}x{size[1]}; choose a larger"
+        with pytest.raises(ModelError, match=record):
             build_model(with_options(TrainOptions(), {**TINY, "size": size}))
 
 
@@ -209,7 +209,7 @@ def test_pictures_that_an_evaluation_left_out_are_told(tmp_path: Path) -> None:
 
     listeners = Listeners(epoch=damage)
     done = train(data, out=tmp_path / "run", **{**TINY, "epochs": 1}, listeners=listeners)
-    told = [text for text in done.warnings if "left out" in text]
-    assert len(told) == 1
-    assert told[0].startswith("1 test picture could not be read in an evaluation")
-    assert "0.png" in told[0]
+    lines = [text for text in done.warnings if "left out" in text]
+    assert len(lines) == 1
+    assert lines[0].startswith("1 test picture could not be read in an evaluation")
+    assert "0.png" in lines[0]

@@ -168,8 +168,8 @@ def test_a_run_can_be_made_longer(data: Path, tmp_path: Path) -> None:
 def test_a_longer_run_whose_learning_rate_jumps_says_so(data: Path, tmp_path: Path) -> None:
     train(data, out=tmp_path / "run", **{**TINY, "epochs": 1}, schedule="cosine")
     longer = train(data, out=tmp_path / "run", resume=True, epochs=2)
-    (said,) = (text for text in longer.warnings if "schedule" in text)
-    assert "after epoch 1 the learning rate goes from 0% to 50% of its start" in said
+    (record,) = (text for text in longer.warnings if "schedule" in text)
+    assert "after epoch 1 the learning rate goes from 0% to 50% of its start" in record
 
 
 def test_what_cannot_be_resumed_is_refused(data: Path, finished: Path, tmp_path: Path) -> None:
@@ -315,9 +315,9 @@ def test_what_a_run_says_of_itself_follows(data: Path, tmp_path: Path) -> None:
     run, more = tmp_path / "run", {k: v for k, v in TINY.items() if k != "epochs"}
     train(data, out=run, source=Source(group="name"), recipe="emoji-triplet", **more, epochs=1)
     train(data, out=run, resume=True, epochs=2)
-    said = json.loads((run / "options.json").read_text(encoding="utf-8"))
-    assert (said["options"]["epochs"], said["recipe"]) == (2, "emoji-triplet")
-    assert said["source"]["group"] == "name"
+    record = json.loads((run / "options.json").read_text(encoding="utf-8"))
+    assert (record["options"]["epochs"], record["recipe"]) == (2, "emoji-triplet")
+    assert record["source"]["group"] == "name"
     with pytest.raises(ModelError, match=r"has done 2 epochs already, and cannot go on to 1"):
         train(data, out=run, resume=True, epochs=1)
-    assert json.loads((run / "options.json").read_text(encoding="utf-8")) == said
+    assert json.loads((run / "options.json").read_text(encoding="utf-8")) == record

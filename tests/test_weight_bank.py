@@ -65,11 +65,11 @@ def test_weights_of_a_forced_triplet_are_those_of_plain_autograd(
     bank = build_bank(model, (pictures[:3], ["x", "x", "y"]), margin=4, triplets=3)
     assert bank.labels == ("x", "x")  # the third is alone in its class
     assert bank.report["left_out"] == 1
-    for place in range(2):
+    for index in range(2):
         plain = plain_weights(
-            model.network, pictures[place], pictures[1 - place], pictures[2], margin=4
+            model.network, pictures[index], pictures[1 - index], pictures[2], margin=4
         )
-        torch.testing.assert_close(bank.weights[place], plain, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(bank.weights[index], plain, rtol=1e-9, atol=1e-12)
     assert bank.weights.abs().max() > 1e-6
 
 
@@ -79,18 +79,18 @@ def test_weights_are_the_mean_over_triplets_with_a_loss(
     """With many draws every pair of a positive and a negative comes about equally often."""
     bank = build_bank(model, (pictures, LABELS), margin=0.0, triplets=6000)
     kept, partial = 0, False
-    for place, label in enumerate(LABELS):
-        near = [n for n in range(7) if LABELS[n] == label and n != place]
+    for index, label in enumerate(LABELS):
+        near = [n for n in range(7) if LABELS[n] == label and n != index]
         far = [n for n in range(7) if LABELS[n] != label]
-        found = [
-            plain_weights(model.network, pictures[place], pictures[p], pictures[n], 0.0)
+        result = [
+            plain_weights(model.network, pictures[index], pictures[p], pictures[n], 0.0)
             for p in near
             for n in far
         ]
-        active = [weights for weights in found if weights is not None]
+        active = [weights for weights in result if weights is not None]
         if not active:
             continue
-        partial = partial or len(active) < len(found)
+        partial = partial or len(active) < len(result)
         plain = torch.stack(active).mean(dim=0)
         error = (bank.weights[kept] - plain).norm() / plain.norm()
         assert error < 0.08
@@ -129,9 +129,9 @@ def test_building_touches_nothing(pictures: Tensor) -> None:
 def test_neighbours_by_hand(model: SimilarityModel, pictures: Tensor) -> None:
     bank = build_bank(model, (pictures, LABELS), margin=1.0)
     rows = torch.randn(4, 10, dtype=torch.float64)
-    found = bank.weights_for(rows, 3)
+    result = bank.weights_for(rows, 3)
     for row, places, distances, weights in zip(
-        rows, found.places, found.distances, found.weights, strict=True
+        rows, result.places, result.distances, result.weights, strict=True
     ):
         away = [float((row / row.norm() - other).norm()) for other in bank.embeddings]
         order = sorted(range(len(away)), key=away.__getitem__)[:3]
@@ -166,16 +166,16 @@ def test_maps_without_a_backward_pass(
     handle = model.network.last.register_forward_hook(lambda *args: maps.append(args[2]))
     rows = model.embed(images).detach()
     handle.remove()
-    for place in range(3):
-        away = (bank.embeddings - rows[place]).norm(dim=1)
+    for index in range(3):
+        away = (bank.embeddings - rows[index]).norm(dim=1)
         alpha = bank.weights[away.topk(2, largest=False).indices].mean(dim=0)
         if channels:
             least = alpha.abs().sort(descending=True).values[channels - 1]
             alpha = torch.where(alpha.abs() >= least, alpha, 0.0)
             assert int((alpha != 0).sum()) == channels
-        plain = sum(weight * grid for weight, grid in zip(alpha, maps[0][place], strict=True))
-        torch.testing.assert_close(result.maps[0, place], plain.detach(), rtol=1e-9, atol=1e-14)
-        torch.testing.assert_close(result.scores[0, place], plain.sum().detach())
+        plain = sum(weight * grid for weight, grid in zip(alpha, maps[0][index], strict=True))
+        torch.testing.assert_close(result.maps[0, index], plain.detach(), rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(result.scores[0, index], plain.sum().detach())
     only_positive = explain(model, comparison, "weight_bank", bank=bank, channels=channels)
     assert torch.equal(only_positive.maps, result.maps.relu())
 
@@ -185,14 +185,14 @@ def test_the_nearest_are_told_and_far_ones_warned_of(
 ) -> None:
     bank = build_bank(model, (pictures, LABELS), margin=1.0)
     own = Comparison.pair(pictures[:1], pictures[1:2])
-    (said,) = explain(model, own, "weight_bank", bank=bank).warnings
-    assert "anchor: a 0.000" in said
+    (record,) = explain(model, own, "weight_bank", bank=bank).warnings
+    assert "anchor: a 0.000" in record
     away = torch.cdist(bank.embeddings, bank.embeddings) + 9 * torch.eye(len(bank))
     assert bank.usual == pytest.approx(float(torch.quantile(away.amin(dim=1), 0.99)), rel=1e-6)
     strange = Comparison.pair(pictures[:1], 9 * torch.rand_like(pictures[:1]).round() - 4)
-    said = explain(model, strange, "weight_bank", bank=bank).warnings[1]
-    assert "nothing like 1 of 2 images: the nearest to the positive" in said
-    assert f"within {bank.usual:.3f}" in said
+    record = explain(model, strange, "weight_bank", bank=bank).warnings[1]
+    assert "nothing like 1 of 2 images: the nearest to the positive" in record
+    assert f"within {bank.usual:.3f}" in record
     many = Comparison.pair(pictures[:3], pictures[3:6])
     assert "0.000 to 0.000 away" in explain(model, many, "weight_bank", bank=bank).warnings[0]
 
@@ -219,7 +219,7 @@ def test_files(model: SimilarityModel, pictures: Tensor, tmp_path: Path) -> None
     from safetensors.torch import save_file
 
     save_file({"weights": bank.weights}, tmp_path / "other")
-    with pytest.raises(OutputError, match="no bank of grad-weights"):
+    with pytest.raises(OutputError, match="a bank of grad-weights"):
         WeightBank.load(tmp_path / "other")
     save_file({"weights": bank.weights}, tmp_path / "old", {"simexplain_bank": '{"schema": 0}'})
     with pytest.raises(OutputError, match="schema 0"):
@@ -286,10 +286,10 @@ def test_the_layer_is_that_of_the_bank_where_none_is_named(
     bank = build_bank(model, (pictures, LABELS), margin=1.0, layer="act")
     comparison = Comparison.pair(pictures[:1], pictures[1:2])
     assert model.default_layer != "act"
-    found = explain(model, comparison, "weight_bank", bank=bank)
-    assert found.layers == ("act",)
+    result = explain(model, comparison, "weight_bank", bank=bank)
+    assert result.layers == ("act",)
     named = explain(model, comparison, "weight_bank", "act", bank=bank)
-    assert torch.equal(found.maps, named.maps)
+    assert torch.equal(result.maps, named.maps)
 
 
 def test_a_bank_is_read_once_for_all_items(
@@ -306,11 +306,11 @@ def test_a_bank_is_read_once_for_all_items(
     scores = evaluate_faithfulness(model, items, recipes, steps=1)
     assert not scores.errors
     assert read == ["x.bank"]
-    found = compare(model, ["a.png", "b.png"], recipes, arch="siamese", steps=1)
+    result = compare(model, ["a.png", "b.png"], recipes, arch="siamese", steps=1)
     assert read == ["x.bank"] * 2
     name = "weight_bank:bank=x.bank,neighbours=1"
-    assert found[name].asked["bank"] == found[name].explanation.options["bank"] == "x.bank"
-    json.dumps(found.to_json())
+    assert result[name].asked["bank"] == result[name].explanation.options["bank"] == "x.bank"
+    json.dumps(result.to_json())
     missing = {"w": ("weight_bank", None, {"bank": "nowhere"})}
     with pytest.raises(OutputError, match="no bank 'nowhere'"):
         compare(model, ["a.png", "b.png"], missing, arch="siamese", steps=1)
@@ -321,8 +321,8 @@ def test_a_bank_is_read_once_for_all_items(
 
 
 def test_what_cannot_make_a_bank(model: SimilarityModel, pictures: Tensor, tmp_path: Path) -> None:
-    for labels, said in (("aaaaaaa", "at least two classes"), ("abcdefg", "with two pictures")):
-        with pytest.raises(ImageError, match=said):
+    for labels, record in (("aaaaaaa", "at least two classes"), ("abcdefg", "with two pictures")):
+        with pytest.raises(ImageError, match=record):
             build_bank(model, (pictures, labels))
     with pytest.raises(ImageError, match="a label for each"):
         build_bank(model, (pictures, "ab"))
@@ -350,32 +350,32 @@ def test_the_command_line(run: Callable[..., Run], fails: Callable[..., str], he
     made = ("bank", NETWORK, "classes", "--out", "b.bank", *FAST)
     done = run(*made, "--margin", "2", "--triplets", "4", "--seed", "3", "--json")
     assert done.code == 0, done.err
-    said = json.loads(done.out)
-    assert said["schema"] == 1
-    assert said["layer"] == "layer4"
-    assert said["channels"] == 512
-    assert {key: said["report"][key] for key in ("images", "classes", "triplets", "seed")} == {
+    record = json.loads(done.out)
+    assert record["schema"] == 1
+    assert record["layer"] == "layer4"
+    assert record["channels"] == 512
+    assert {key: record["report"][key] for key in ("images", "classes", "triplets", "seed")} == {
         "images": 4, "classes": 2, "triplets": 4, "seed": 3,
     }  # fmt: skip
-    assert [Path(name).name for name in said["report"]["skipped"]] == ["bad.png"]
+    assert [Path(name).name for name in record["report"]["skipped"]] == ["bad.png"]
     assert WeightBank.load("b.bank").names == ("x/0.png", "x/1.png", "y/0.png", "y/1.png")
     assert "is there already" in fails(*made)
     again = run(*made, "--force", "--margin", "2")
     assert "4 images of 2 classes" in again.out
     assert "1 pictures cannot be read" in again.err
-    asked = ("explain", NETWORK, "a.png", "b.jpg", "--arch", "siamese", *FAST)
-    assert "simexplain bank" in fails(*asked, "--method", "weight_bank")
+    requested = ("explain", NETWORK, "a.png", "b.jpg", "--arch", "siamese", *FAST)
+    assert "simexplain bank" in fails(*requested, "--method", "weight_bank")
     wanted = ("--method", "weight_bank", "--option", "neighbours=1")
-    assert "no bank 'c'" in fails(*asked, *wanted, "--option", "bank=c")
+    assert "no bank 'c'" in fails(*requested, *wanted, "--option", "bank=c")
     # Both runs draw untrained weights from the same random state.
-    done = run(*asked, *wanted, "--option", "bank=b.bank", "--out", "out")
+    done = run(*requested, *wanted, "--option", "bank=b.bank", "--out", "out")
     assert done.code == 0
     assert "layer layer4, method weight_bank" in done.out
     assert "weights of images in the bank" in done.err
     manifest = json.loads((here / "out" / "explanation.json").read_text())
     assert manifest["options"]["bank"] == "b.bank"
     assert manifest["options"]["neighbours"] == 1
-    small = run(*asked[:-1], "96", *wanted, "--option", "bank=b.bank", "--out", "small")
+    small = run(*requested[:-1], "96", *wanted, "--option", "bank=b.bank", "--out", "small")
     assert small.code == 0, small.err
     assert "made from images of 64x64, these are of 96x96" in small.err
     assert "'nowhere'" in fails(*made[:3], "--out", "c", *FAST, "--layer", "nowhere")

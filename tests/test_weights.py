@@ -83,8 +83,8 @@ def test_identical_images_give_defined_weights() -> None:
 def test_relative_is_zero_where_neither_is_active() -> None:
     a = torch.tensor([[0.6, 0.8, 0.0]])
     p = torch.tensor([[0.8, 0.6, 0.0]])
-    found = similarity_weights(Comparison.pair(a, p), "relative")
-    torch.testing.assert_close(found, torch.tensor([[6 / 7, 6 / 7, 0.0]]))
+    result = similarity_weights(Comparison.pair(a, p), "relative")
+    torch.testing.assert_close(result, torch.tensor([[6 / 7, 6 / 7, 0.0]]))
 
 
 def test_flatness_is_told_where_it_is() -> None:

@@ -25,14 +25,14 @@ def striped(root: Path, *, classes: int = 8, each: int = 4, size: int = 40, seed
         angle = np.pi * ((number * 2) % classes + (number * 2 >= classes)) / classes
         folder = root / f"class{number:02d}"
         folder.mkdir(parents=True, exist_ok=True)
-        for place in range(each):
-            draw = np.random.default_rng((seed, number, place))
+        for index in range(each):
+            draw = np.random.default_rng((seed, number, index))
             turned = np.cos(angle) * places[None] + np.sin(angle) * places[:, None]
             often = draw.uniform(4, 6)
             wave = np.sin(2 * np.pi * (often * turned + draw.random())) > 0
             dark, light = draw.integers(0, 130, 3), draw.integers(126, 256, 3)
             picture = np.where(wave[..., None], light, dark) + draw.normal(0, 20, (size, size, 3))
-            Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / f"{place}.png")
+            Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / f"{index}.png")
     return root
 
 

@@ -1,7 +1,7 @@
 """Makes the pictures of ``docs/attribute.md`` from the bundled demo triplet.
 
 AVSL has to be fitted to pictures first, and three are too few to say anything about nodes. So give
-a folder of pictures, each class in a sub-folder. The report and the caption, which tells what the
+a folder of pictures, each class in a sub-folder. The report and the caption, which names what the
 model was fitted to, are written beside the pictures, and the page includes both::
 
     python docs/scripts/make_attribution.py FOLDER --what "pictures of birds"
@@ -41,19 +41,19 @@ def fitted(given: argparse.Namespace) -> AVSL:
     if given.model is None:
         network = load_model(MODEL)
         return fit(network, given.folder, labelled=not given.unlabelled, nodes=given.nodes)
-    found = load_model(given.model.resolve())
-    if not isinstance(found, AVSL):
-        sys.exit(f"Expected an AVSL model, got {found.name}.")
-    return found
+    model = load_model(given.model.resolve())
+    if not isinstance(model, AVSL):
+        sys.exit(f"Expected an AVSL model, got {model.name}.")
+    return model
 
 
 def caption(model: AVSL, what: str) -> str:
     """What the model was fitted to."""
-    said = model.report
-    classes = f" in {said['classes']} classes" if "classes" in said else ""
+    report = model.report
+    classes = f" in {report['classes']} classes" if "classes" in report else ""
     return (
         f"AVSL over `{MODEL}`, {model.origin}, up to {max(model.widths)} nodes a level. Fitted to "
-        f"{said['images']} {what}{classes}, which are not part of the project."
+        f"{report['images']} {what}{classes}, which are not part of the project."
     )
 
 
@@ -70,10 +70,10 @@ def main() -> None:
     write(result.figure(), "attribution")
     write(result.ranking(), "attribution_ranking")
     text = printed.getvalue().rstrip()
-    # The file's name is no part of what a reader should see.
+    # The reader should not see the file's name.
     text = text.replace(model.name, f"{MODEL} AVSL")
-    told = {"report": f"```text\n{text}\n```", "caption": caption(model, given.what)}
-    for name, content in told.items():
+    snippets = {"report": f"```text\n{text}\n```", "caption": caption(model, given.what)}
+    for name, content in snippets.items():
         (TARGET / f"attribution_{name}.md").write_text(content + "\n", encoding="utf-8")
         print(content)
     for path in sorted(TARGET.glob("attribution*.png")):

@@ -100,11 +100,11 @@ def note_refusal(row: Row) -> None:
 
 
 def judge(row: Row, checks: list[str]) -> None:
-    """Runs some checks on a built network and notes what it says of itself."""
+    """Runs some checks on a built network and notes what it reports."""
     try:
         case = Case(row.net)
     except Exception as error:
-        row.failures["build"] = told(error)
+        row.failures["build"] = as_sentence(error)
         return
     for name in checks:
         attempt(row, name, lambda name=name: CHECKS[name](case))
@@ -115,8 +115,8 @@ def describe(row: Row, case: Case) -> None:
     """Layer, grid and stages as simexplain has them."""
     row.layer = case.layer
     row.grid = "{}x{}".format(*case.sam.maps.shape[-2:])
-    found = [c for c in case.model.layers_for(case.images) if c.stage]
-    row.stages = ", ".join("{}x{}".format(*c.shape[1:]) for c in found)
+    stages = [c for c in case.model.layers_for(case.images) if c.stage]
+    row.stages = ", ".join("{}x{}".format(*c.shape[1:]) for c in stages)
     if row.net.tokens:
         row.notes.append(f"follows {places_followed(case, by_hand=False)} of 16 places")
     row.notes += [text for text in case.sam.warnings if "%" in text]
@@ -129,12 +129,12 @@ def attempt(row: Row, name: str, check: Any) -> None:
             warnings.simplefilter("ignore")
             check()
     except Exception as error:
-        row.failures[name] = told(error)
+        row.failures[name] = as_sentence(error)
         if os.environ.get("COMPAT_TRACE"):
             traceback.print_exc()
 
 
-def told(error: Exception) -> str:
+def as_sentence(error: Exception) -> str:
     """The first line, without pytest's rewriting."""
     kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
     return f"{kind}{str(error).splitlines()[0] if str(error) else 'failed'}"

@@ -127,21 +127,21 @@ def place_of(explanation: Explanation) -> str:
     return on[0] if on else "wall"
 
 
-def table(rows: Sequence[Row], found: Sequence[Explanation]) -> str:
+def table(rows: Sequence[Row], explanations: Sequence[Explanation]) -> str:
     """The numbers of one decision in Markdown; cosines are with the first row's maps.
 
-    All maps of a decision about the scale are the same but for a factor, so its table tells their
+    All maps of a decision about the scale are the same but for a factor, so its table has their
     largest values instead.
     """
-    roles = found[0].roles
+    roles = explanations[0].roles
     heads = ["", "peak of the positive", "lies on", "heat on cat", "heat on cup"]
-    shared = any(explanation.scale == "shared" for explanation in found)
+    shared = any(explanation.scale == "shared" for explanation in explanations)
     heads += [f"{'hottest' if shared else 'cosine'}, {role}" for role in roles]
-    moved = any(explanation.moved is not None for explanation in found)
+    moved = any(explanation.moved is not None for explanation in explanations)
     heads += ["embedding moved"] if moved else []
     lines = [heads, ["---"] * len(heads)]
-    first = [heat_of(found[0], place) for place in range(len(roles))]
-    for row, explanation in zip(rows, found, strict=True):
+    first = [heat_of(explanations[0], place) for place in range(len(roles))]
+    for row, explanation in zip(rows, explanations, strict=True):
         heat = heat_of(explanation, 1)
         shares = [heat[mask_of(name, heat.shape)].sum() / max(heat.sum(), 1e-9) for name in PRINTS]
         peak = explanation.peaks()[1]
@@ -168,7 +168,7 @@ def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     return float((a * b).sum()) / norm if norm else 0.0
 
 
-def strip(rows: Sequence[Row], found: Sequence[Explanation]) -> Figure:
+def strip(rows: Sequence[Row], explanations: Sequence[Explanation]) -> Figure:
     """One line of overlays for each choice."""
     lines = [
         sheet.Row(
@@ -185,9 +185,9 @@ def strip(rows: Sequence[Row], found: Sequence[Explanation]) -> Figure:
             Words(row.label, align="left", lines=2),
             tallest=CELL,
         )
-        for number, (row, explanation) in enumerate(zip(rows, found, strict=True))
+        for number, (row, explanation) in enumerate(zip(rows, explanations, strict=True))
     ]
-    grid = Grid(lines, [CELL] * len(found[0].roles), gap=0.05, between=0.04)
+    grid = Grid(lines, [CELL] * len(explanations[0].roles), gap=0.05, between=0.04)
     return page([grid], title="", least=0).figure
 
 
@@ -258,9 +258,9 @@ def main() -> None:
         for name, rows in DECISIONS.items():
             paths = wide_triplet(Path(folder)) if name == "fit" else TRIPLET
             models = [load_model(MODEL, **row.loading) if row.loading else model for row in rows]
-            found = [explained(m, paths, row) for m, row in zip(models, rows, strict=True)]
-            write(strip(rows, found), name)
-            numbers = table(rows, found)
+            explanations = [explained(m, paths, row) for m, row in zip(models, rows, strict=True)]
+            write(strip(rows, explanations), name)
+            numbers = table(rows, explanations)
             (TARGET / f"{name}.md").write_text(numbers + "\n", encoding="utf-8")
             print(f"{name}\n{numbers}\n")
     for name, value in (("fast", f"{fast_apart(model):.0e}"), ("along", f"{along(signed):.2f}")):

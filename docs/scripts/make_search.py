@@ -77,7 +77,7 @@ def small(result: SearchResult, name: str, width: int) -> None:
     print(name, f"{(TARGET / name).stat().st_size / 1000:.0f} kB")
 
 
-def told(result: SearchResult, name: str) -> None:
+def write_report(result: SearchResult, name: str) -> None:
     """What the command line prints."""
     printed = io.StringIO()
     with redirect_stdout(printed):
@@ -94,13 +94,13 @@ def main() -> None:
         hang(Path())
         model = load_model(MODEL, fit="squash")
         build_index(model, "walls", "walls.index")
-        found = search(model, "query.jpg", "walls.index")
-        told(found, "search_report.md")
-        small(found, "search.jpg", 800)
+        result = search(model, "query.jpg", "walls.index")
+        write_report(result, "search_report.md")
+        small(result, "search.jpg", 800)
         finer = load_model(MODEL, size=(448, 448), fit="squash")
         build_index(finer, "walls", "finer.index")
         region = search(finer, "query.jpg", "finer.index", 3, region=(30, 40, 182, 170))
-        told(region, "search_region_report.md")
+        write_report(region, "search_region_report.md")
         small(region, "search_region.jpg", 600)
         os.chdir(TARGET)
 

@@ -2,8 +2,8 @@
 
 FOLDER holds a folder for each emoji, named by its code point, with ``google.png`` (Noto Emoji) and
 ``noto-v1.png`` (its first version, drawn otherwise) in it, both with an alpha channel. The first is
-looked for in a scene of two, the second is the support. The truth is known, so the report tells
-the intersection over union::
+looked for in a scene of two, the second is the support. The truth is known, so the report has the
+intersection over union::
 
     python docs/scripts/make_segmentation.py FOLDER
 """

@@ -55,7 +55,7 @@ class StandIn:
 
 
 @dataclass(frozen=True)
-class Decomposition:
+class NodeDecomposition:
     """A node with what was put in the place of its unreliable share.
 
     Attributes:
@@ -129,7 +129,7 @@ class Account:
         """The number of a level given by number (also from the end) or by layer.
 
         Raises:
-            ComparisonError: If there is no such level.
+            ComparisonError: If the level does not exist.
         """
         if isinstance(level, str) and level in self.levels:
             return self.levels.index(level)
@@ -142,7 +142,7 @@ class Account:
         """One node of pair ``index``.
 
         Raises:
-            ComparisonError: If there is no such level or node.
+            ComparisonError: If the level or the node does not exist.
         """
         number = self.level(level)
         count = self.nodes[number].shape[1]
@@ -190,21 +190,23 @@ class Account:
         places = [(number, node) for number in levels for node in range(part[number].shape[1])]
         values = torch.cat([part[number][index] for number in levels])
         order = values.argsort(descending=largest, stable=True)[: max(0, n)].tolist()
-        return tuple(self.node(places[place][0], places[place][1], index) for place in order)
+        return tuple(
+            self.node(places[position][0], places[position][1], index) for position in order
+        )
 
-    def decompose(self, level: int | str, node: int, index: int = 0) -> Decomposition:
+    def decompose(self, level: int | str, node: int, index: int = 0) -> NodeDecomposition:
         """A node taken apart into itself and the lower nodes that stand in for it (Eq. 8).
 
-        At the lowest level, and where a node has no edge, there are no stand-ins.
+        At the lowest level, and where a node has no edge, it has no stand-ins.
 
         Raises:
-            ComparisonError: If there is no such level or node.
+            ComparisonError: If the level or the node does not exist.
         """
         whole = self.node(level, node, index)
         inflow = self.pairs.inflows[whole.level][index, node]
         flow = float(inflow * self.pairs.rectified[whole.level][index, node])
         if whole.level == 0:
-            return Decomposition(whole, flow, whole.contribution, ())
+            return NodeDecomposition(whole, flow, whole.contribution, ())
         edges = self.edges[whole.level - 1][:, node]
         doubt = 1 - self.reliabilities[whole.level][index, node]
         parts = inflow * doubt * edges * self.pairs.rectified[whole.level - 1][index]
@@ -214,7 +216,7 @@ class Account:
             for low in order
             if edges[low] > 0
         )
-        return Decomposition(whole, flow, whole.contribution, stand_ins)
+        return NodeDecomposition(whole, flow, whole.contribution, stand_ins)
 
     def table(self, index: int = 0) -> dict[str, list[Any]]:
         """All nodes of pair ``index`` as columns: ``pandas.DataFrame(attribution.table())``."""

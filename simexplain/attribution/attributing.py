@@ -51,7 +51,7 @@ def attribute(
 
     Raises:
         ImageError: If a picture cannot be read.
-        ModelError: If the model is no AVSL model.
+        ModelError: If the model is not an AVSL model.
         ComparisonError: If images or roles do not fit.
     """
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -86,7 +86,7 @@ def _attribute(
     avsl = expected_avsl(model)
     first, second = paired(a, b, one_size=True)
     count = max(len(first), len(second))
-    told = _roles(roles, count)
+    names = _roles(roles, count)
     second = second.expand(count, *second.shape[1:])
     images = torch.cat((first, second))
     features, rows = _run(avsl, images, max_batch)
@@ -115,7 +115,7 @@ def _attribute(
         ),
         images=torch.stack((first.expand_as(second), second), dim=1),
         preprocess=avsl.preprocess,
-        roles=told,
+        roles=names,
         model=avsl.name,
         origin=avsl.origin,
         options=avsl.options.to_json(),
@@ -126,7 +126,7 @@ def _attribute(
 
 
 def _account(model: AVSL, graph: Graph, a: Rows, b: Rows) -> tuple[PairGraph, tuple[Tensor, ...]]:
-    """The graph of the pairs and the edges, as they are to be told.
+    """The graph of the pairs and the edges, as they are reported.
 
     A mean over levels has no stand-ins. The edges and reliabilities that make the graph compute it
     would be taken for something learned; sensitivities are exact as they are.
@@ -134,23 +134,23 @@ def _account(model: AVSL, graph: Graph, a: Rows, b: Rows) -> tuple[PairGraph, tu
     pairs = infer(graph, a, b)
     if model.options.inference != "levels":
         return pairs, graph.edges
-    told = PairGraph(
+    pair = PairGraph(
         nodes=pairs.nodes,
         reliabilities=tuple(torch.ones_like(level) for level in pairs.nodes),
         rectified=pairs.nodes,
         inflows=pairs.sensitivities,
         sensitivities=pairs.sensitivities,
     )
-    return told, tuple(torch.zeros_like(part) for part in graph.edges)
+    return pair, tuple(torch.zeros_like(part) for part in graph.edges)
 
 
 def _roles(roles: Sequence[str] | None, count: int) -> tuple[str, ...]:
-    told = ("",) * count if roles is None else tuple(roles)
-    if len(told) != count or any(role not in ROLES for role in told):
+    names = ("",) * count if roles is None else tuple(roles)
+    if len(names) != count or any(role not in ROLES for role in names):
         raise ComparisonError(
-            f"Expected one role of positive, negative or '' for each of {count} pairs, got {told}."
+            f"Expected one role of positive, negative or '' for each of {count} pairs, got {names}."
         )
-    return told
+    return names
 
 
 def _split(rows: Tensor, splits: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
@@ -172,22 +172,22 @@ def _run(model: AVSL, images: Tensor, max_batch: int | None) -> tuple[list[Tenso
 
 
 def _warnings(model: AVSL, reliabilities: Sequence[Tensor]) -> tuple[str, ...]:
-    said = [*origin_warnings(model, still="the account adds up, but ")]
+    warnings = [*origin_warnings(model, still="the account adds up, but ")]
     inference = model.options.inference
     if inference != "full":
-        said.append(f"This model measures an ablation: {INFERENCES[inference]}.")
+        warnings.append(f"This model measures an ablation: {INFERENCES[inference]}.")
     if len(model.levels) > 1 and int(model.edge_updates) == 0 and inference == "full":
-        said.append("The edges were never set, so no lower node stands in for a higher one.")
+        warnings.append("The edges were never set, so no lower node stands in for a higher one.")
     if alone := [n for n, width in enumerate(model.widths) if width == 1]:
-        said.append(
+        warnings.append(
             f"Level {alone[0]} has one node, whose unit embedding is 1 or -1 for every picture; "
             "fit more nodes or more pictures."
         )
     learned = reliabilities[1:] if inference in ("full", "reliable") else ()
     upper = [level.std() for level in learned if level[0].numel() > 1]
     if upper and float(max(upper)) < _FLAT_BELOW:
-        said.append(
+        warnings.append(
             f"Reliabilities hardly differ (standard deviation {float(max(upper)):.1g}), so which "
             "node is called unreliable means little; train alpha and beta, or fit with labels."
         )
-    return tuple(said)
+    return tuple(warnings)

@@ -35,7 +35,7 @@ def draw_graph(attribution: Attribution, index: int, level: int | str, node: int
     """The figure-7 view; see ``Attribution.figure``.
 
     Raises:
-        ComparisonError: If there is no such pair, level or node.
+        ComparisonError: If the pair, the level or the node does not exist.
     """
     number = attribution.level(level)
     _check(attribution, index)
@@ -44,7 +44,7 @@ def draw_graph(attribution: Attribution, index: int, level: int | str, node: int
     reliable = reliable_nodes(attribution, number, index)
     ends = reliable[:_FRAMED], reliable[-_FRAMED:] if len(reliable) > 2 * _FRAMED else ()
     cards = _Cards(attribution, index)
-    taken = {found.node for found in (*ends[0], *ends[1])}
+    taken = {end.node for end in (*ends[0], *ends[1])}
     branch = None
     if number > 0:
         chosen = _unreliable(attribution, number, index, taken) if node is None else node
@@ -66,8 +66,8 @@ def draw_graph(attribution: Attribution, index: int, level: int | str, node: int
                 )
             )
         ],
-        similar=[cards(found) for found in ends[0]],
-        dissimilar=[cards(found) for found in ends[1]],
+        similar=[cards(end) for end in ends[0]],
+        dissimilar=[cards(end) for end in ends[1]],
         branch=branch,
         title="Which nodes of which level make up the distance?",
         footer=_footer(attribution),
@@ -81,7 +81,7 @@ def draw_ranking(
     """The figure-6 view; see ``Attribution.ranking``.
 
     Raises:
-        ComparisonError: If there is no such pair or level.
+        ComparisonError: If the pair or the level does not exist.
     """
     number = attribution.level(level)
     chosen = list(range(min(len(attribution), 3))) if indices is None else list(indices)
@@ -116,8 +116,8 @@ def draw_ranking(
 
 def reliable_nodes(attribution: Attribution, level: int, index: int) -> tuple[Node, ...]:
     """The most reliable nodes of a level, the most similar first."""
-    found = attribution.top(RELIABLE, index, by="reliability", level=level)
-    return tuple(sorted(found, key=lambda node: (node.value, node.node)))
+    nodes = attribution.top(RELIABLE, index, by="reliability", level=level)
+    return tuple(sorted(nodes, key=lambda node: (node.value, node.node)))
 
 
 class _Cards:
@@ -149,17 +149,17 @@ def _branch(
     attribution: Attribution, cards: _Cards, level: int, node: int, index: int
 ) -> Branch | None:
     """A node with its largest stand-ins; the most unreliable of those is taken apart in turn."""
-    found = attribution.decompose(level, node, index)
-    if not found.stand_ins:
+    parts = attribution.decompose(level, node, index)
+    if not parts.stand_ins:
         return None
-    shown, others = found.stand_ins[:_STAND_INS], found.stand_ins[_STAND_INS:]
+    shown, others = parts.stand_ins[:_STAND_INS], parts.stand_ins[_STAND_INS:]
     below = None
     if level > 1:
         doubtful = min(shown, key=lambda part: part.node.reliability)
         below = _branch(attribution, cards, level - 1, doubtful.node.node, index)
     return Branch(
-        card=cards(found.node),
-        own=found.own,
+        card=cards(parts.node),
+        own=parts.own,
         stand_ins=tuple(Stand(cards(part.node), part.edge, part.part) for part in shown),
         rest=sum(part.part for part in others),
         others=len(others),
@@ -168,7 +168,7 @@ def _branch(
 
 
 def _alone(cards: _Cards, node: Node) -> Branch:
-    """A node that was asked for although nothing stands in for it."""
+    """A requested node that has no stand-ins."""
     return Branch(cards(node), own=node.contribution, stand_ins=(), rest=0.0, others=0)
 
 

@@ -47,7 +47,7 @@ class Attribution(Account, Result):
         pictures: The original pictures of each pair where files were attributed, else empty.
         geometries: Where the images lie in the pictures.
         regions: For each level top, left, bottom and right of what its cells look at, as shares of
-            the image; all of it where nothing is said.
+            the image; all of it by default.
     """
 
     embeddings: tuple[Tensor, ...]

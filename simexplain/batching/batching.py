@@ -22,9 +22,9 @@ from simexplain.batching.distributing import (
 )
 from simexplain.batching.folder import BatchFolder
 from simexplain.batching.identity import check_same, identity_of
-from simexplain.batching.options import Asked, BatchOptions, placed
-from simexplain.batching.planning import Plan, Progress, plan_rows
-from simexplain.batching.result import BatchResult, Work, open_batch
+from simexplain.batching.options import BatchOptions, MapRequest, placed
+from simexplain.batching.planning import BatchPlan, Progress, plan_rows
+from simexplain.batching.result import BatchResult, WorkDone, open_batch
 from simexplain.batching.row_explaining import RowExplainer
 from simexplain.batching.rows import Rows, read_rows
 from simexplain.batching.shards import ShardWriter
@@ -61,9 +61,9 @@ def explain_batch(
     """Explains many comparisons as ``explain`` does one, into a folder.
 
     Every distinct picture is read and goes through the network once, as long as memory allows and
-    the method asks no more of the network than embeddings, layers and gradients of these; maps are
-    the same. Rows are done in shards that are written whole, so that a run can be stopped at any
-    time and resumed. Rows that cannot be explained are in the table with the reason.
+    the method needs no more than embeddings, layers and their gradients; maps are the same. Rows
+    are done in shards that are written whole, so that a run can be stopped at any time and resumed.
+    Rows that cannot be explained are in the table with the reason.
 
     With several devices lightning starts the calling script again for each of them, so that a
     script has to call this below ``if __name__ == "__main__":``; every one of them gets the result.
@@ -73,7 +73,7 @@ def explain_batch(
         rows: A CSV file, or rows; see :func:`~simexplain.batching.rows.read_rows`.
         out: The folder of the batch.
         root: What relative paths are relative to; the folder of the CSV file unless given.
-        method: As for ``explain``; there is no check.
+        method: As for ``explain``, without a check.
         layer: A layer, several to be multiplied, or None for the method's or the model's own.
         upscale: As for ``explain``.
         scale: As for ``explain``.
@@ -102,30 +102,30 @@ def explain_batch(
         folder.check(resume=resume, force=force)
     wrapped = as_similarity_model(model)
     layers = None if layer is None else layer_names(wrapped, layer)
-    asked = Asked(method, layers, upscale, scale, max_batch, options)
+    request = MapRequest(method, layers, upscale, scale, max_batch, options)
     read, base = read_rows(rows, root)
     plan = plan_rows(read, base, wrapped.preprocess, size=how.shard_rows, progress=progress)
     if how.strict:
         _check_strictly(plan)
     if plan.problems and first and skipped is not None:
         skipped(_problems(plan))
-    said = identity_of(wrapped, plan, asked, how)
+    identity = identity_of(wrapped, plan, request, how)
     if resume:
-        check_same(folder.path, folder.read_manifest(), said)
+        check_same(folder.path, folder.read_manifest(), identity)
         if folder.complete:
             return open_batch(out)
     with placed(wrapped, how.accelerator, alone=world == (1, 1)) as device:
         size = how.batch_size or (1 if device == "cpu" else _ON_CARD)
         explainer = RowExplainer(
-            wrapped, plan, asked, memory=round(how.memory * 1e9), batch_size=size
+            wrapped, plan, request, memory=round(how.memory * 1e9), batch_size=size
         )
         with torch.inference_mode(False):
-            example = explainer.prove()
+            example = explainer.check_sharing()
         with folder.held() if first else nullcontext():
             if first and not resume:
                 folder.check(resume=False, force=force)  # one may have been begun meanwhile
                 folder.clear()
-                folder.write_manifest({**said, **_described(example, explainer)})
+                folder.write_manifest({**identity, **_described(example, explainer)})
             work = _worked(explainer, folder, how, world, progress)
     return BatchResult(Path(out), folder.read_manifest(), work)
 
@@ -136,26 +136,26 @@ def _worked(
     how: BatchOptions,
     world: tuple[int, int],
     progress: Progress | None,
-) -> Work:
+) -> WorkDone:
     """Does what is left to do, and merges it once all processes are done."""
     writer = ShardWriter(explainer, folder, how.pictures, how.figures)
     pending = folder.pending(len(explainer.plan.shards))
-    told = None if progress is None else partial(progress, "Explaining")
+    listener = None if progress is None else partial(progress, "Explaining")
     begun = time.monotonic()
     if world == (1, 1):
-        write_alone(writer, pending, told)
+        write_alone(writer, pending, listener)
     else:
         devices, nodes = world
         write_together(
-            writer, pending, told, accelerator=how.accelerator or "auto", devices=devices,
+            writer, pending, listener, accelerator=how.accelerator or "auto", devices=devices,
             nodes=nodes,
         )  # fmt: skip
-    forwards, rows, separate = sums(explainer.forwards, *explainer.asked_for)
+    forwards, rows, separate = sums(explainer.forwards, *explainer.needed_for)
     together()
     if first_process():
         folder.merge(explainer.plan)
     together()
-    return Work(
+    return WorkDone(
         rows=int(rows),
         shared=explainer.shared,
         forwards=int(forwards) if explainer.shared else None,
@@ -165,7 +165,7 @@ def _worked(
 
 
 def _described(example: Explanation, explainer: RowExplainer) -> dict[str, Any]:
-    """What the manifest says of all rows beside that."""
+    """The other entries of the manifest that hold for all rows."""
     return {
         "method": example.method,
         "layers": list(example.layers),
@@ -187,7 +187,7 @@ def _described(example: Explanation, explainer: RowExplainer) -> dict[str, Any]:
     }
 
 
-def _check_strictly(plan: Plan) -> None:
+def _check_strictly(plan: BatchPlan) -> None:
     if not plan.problems:
         return
     lines = [line.rstrip(".") for line in _problems(plan)]
@@ -198,7 +198,7 @@ def _check_strictly(plan: Plan) -> None:
     )
 
 
-def _problems(plan: Plan) -> list[str]:
+def _problems(plan: BatchPlan) -> list[str]:
     """A line for each row that is known not to work."""
     rows = ((number, plan.rows[number], why) for number, why in plan.problems.items())
     return [f"{f'line {row.line}' if row.line else f'row {n}'}: {why}" for n, row, why in rows]

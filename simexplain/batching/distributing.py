@@ -13,24 +13,24 @@ from torch import Tensor, distributed
 
 from simexplain.batching.shards import ShardWriter
 from simexplain.errors import ModelError
-from simexplain.losses.everyone import Everyone
+from simexplain.losses.distributed import ProcessGroup
 
 _PATIENCE = timedelta(days=30)
 """How long a process that is done waits for the others, whose rows may be larger."""
 
-Told = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 
 
 def processes(devices: int | None, nodes: int) -> tuple[int, int]:
-    """Devices on each host and hosts: as asked for, or as ``torchrun`` has started processes.
+    """Devices on each host and hosts: as requested, or as ``torchrun`` has started processes.
 
     Raises:
-        ModelError: If the two disagree, a number is below one, lightning is not there for several
-            processes, or one is asked for in a script that several processes go through.
+        ModelError: If the two disagree, a number is below one, lightning is not installed for
+            several processes, or one device is requested in a script that several processes run.
     """
     if (devices is not None and devices < 1) or nodes < 1:
         raise ModelError(f"Expected at least one device and one node, got {devices} and {nodes}.")
-    found = (devices or 1, nodes)
+    count = (devices or 1, nodes)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         local, world = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
         if devices not in (None, local) or nodes not in (1, world // local):
@@ -38,31 +38,31 @@ def processes(devices: int | None, nodes: int) -> tuple[int, int]:
                 f"Expected {local} devices on each of {world // local} nodes, as torchrun started "
                 f"processes, got {devices} on {nodes}; leave --devices and --nodes away."
             )
-        found = (local, world // local)
-    elif found == (1, 1) and Everyone.present().world > 1:
+        count = (local, world // local)
+    elif count == (1, 1) and ProcessGroup.present().world > 1:
         raise ModelError(
-            f"Expected a batch on as many devices as an earlier run of this script, which goes on "
-            f"in {Everyone.present().world} processes, got one device; begin it in a script of its "
-            "own."
+            "Expected a batch on as many devices as an earlier run of this script, which goes on"
+            f" in {ProcessGroup.present().world} processes, got one device; begin it in a script of"
+            " its own."
         )
-    if found != (1, 1) and find_spec("lightning") is None:
+    if count != (1, 1) and find_spec("lightning") is None:
         raise ModelError(
             "Expected lightning for several processes, which is not installed; run pip install "
             "'simexplain[train]'."
         )
-    return found
+    return count
 
 
-def share(shards: Sequence[int], everyone: Everyone) -> list[int]:
+def share(shards: Sequence[int], processes: ProcessGroup) -> list[int]:
     """The shards of one process: neighbours, since they share pictures."""
-    size, more = divmod(len(shards), everyone.world)
-    start = everyone.rank * size + min(everyone.rank, more)
-    return list(shards[start : start + size + (everyone.rank < more)])
+    size, more = divmod(len(shards), processes.world)
+    start = processes.rank * size + min(processes.rank, more)
+    return list(shards[start : start + size + (processes.rank < more)])
 
 
-def write_alone(writer: ShardWriter, shards: Sequence[int], told: Told | None) -> None:
+def write_alone(writer: ShardWriter, shards: Sequence[int], progress: Progress | None) -> None:
     """Writes shards in this process."""
-    listen = _begun(writer, shards, told)
+    listen = _begun(writer, shards, progress)
     with torch.inference_mode(False), torch.enable_grad():
         for shard in shards:
             writer.write(shard, listen)
@@ -71,13 +71,13 @@ def write_alone(writer: ShardWriter, shards: Sequence[int], told: Told | None) -
 def write_together(
     writer: ShardWriter,
     shards: Sequence[int],
-    told: Told | None,
+    progress: Progress | None,
     *,
     accelerator: str,
     devices: int,
     nodes: int,
 ) -> None:
-    """Writes shards in several processes; those that the first of them says.
+    """Writes shards in several processes, as the first one decides.
 
     Raises:
         KeyboardInterrupt: On Ctrl-C; finished shards stand.
@@ -86,7 +86,7 @@ def write_together(
     from lightning.pytorch.strategies import DDPStrategy
     from torch.utils.data import DataLoader
 
-    from simexplain.training.fitting_loop import as_before
+    from simexplain.training.fitting_loop import restored_globals
 
     class Prediction(LightningModule):  # type: ignore[misc]
         """Every batch is the number of a shard; the prediction is on disk."""
@@ -95,9 +95,9 @@ def write_together(
 
         def predict_dataloader(self) -> Any:
             strategy = self.trainer.strategy
-            everyone = Everyone(strategy.global_rank, strategy.world_size)
-            own = share(strategy.broadcast(list(shards)), everyone)
-            self.listen = _begun(writer, own, told)
+            processes = ProcessGroup(strategy.global_rank, strategy.world_size)
+            own = share(strategy.broadcast(list(shards)), processes)
+            self.listen = _begun(writer, own, progress)
             numbers: Any = own
             return DataLoader(numbers, batch_size=None)
 
@@ -107,7 +107,7 @@ def write_together(
                 writer.write(int(shard), self.listen)
             return torch.tensor(int(shard))
 
-    with as_before():
+    with restored_globals():
         trainer = Trainer(
             accelerator=accelerator, devices=devices, num_nodes=nodes,
             strategy=DDPStrategy(timeout=_PATIENCE), use_distributed_sampler=False,
@@ -124,20 +124,22 @@ def write_together(
 
 def together() -> None:
     """Waits until all processes are here."""
-    if Everyone.present().world > 1:
+    if ProcessGroup.present().world > 1:
         distributed.barrier()
 
 
 def sums(*own: float) -> list[float]:
     """The sums of numbers over all processes."""
-    if Everyone.present().world == 1:
+    if ProcessGroup.present().world == 1:
         return list(own)
-    found: list[Any] = [None] * Everyone.present().world
-    distributed.all_gather_object(found, own)
-    return [sum(column) for column in zip(*found, strict=True)]
+    gathered: list[Any] = [None] * ProcessGroup.present().world
+    distributed.all_gather_object(gathered, own)
+    return [sum(column) for column in zip(*gathered, strict=True)]
 
 
-def _begun(writer: ShardWriter, shards: Sequence[int], told: Told | None) -> Callable[[int], None]:
+def _begun(
+    writer: ShardWriter, shards: Sequence[int], progress: Progress | None
+) -> Callable[[int], None]:
     """Tells the explainer which rows will come; gives what is called after each row."""
     parts = writer.explainer.plan.shards
     rows = [row for shard in shards for row in parts[shard]]
@@ -147,7 +149,7 @@ def _begun(writer: ShardWriter, shards: Sequence[int], told: Told | None) -> Cal
     def listen(_: int) -> None:
         nonlocal done
         done += 1
-        if told is not None:
-            told(done, len(rows))
+        if progress is not None:
+            progress(done, len(rows))
 
     return listen

@@ -1,4 +1,4 @@
-"""The folder of a batch: shards written whole or not at all, and going on where a run stopped."""
+"""The folder of a batch: shards written atomically, and resumed where a run stopped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from simexplain.batching.planning import Plan
+from simexplain.batching.planning import BatchPlan
 from simexplain.batching.table import Record, failed, parquet_of, table_of
 from simexplain.errors import DAMAGED, OutputError, first_line
 from simexplain.publishing import locked
@@ -44,7 +44,7 @@ def is_maps_file(name: str) -> bool:
 
 
 def part_name(shard: int) -> str:
-    """The file with the rows of a shard while others are not done; it tells that the shard is."""
+    """The file with the rows of a finished shard, while others are still to do."""
     return f"{PARTS}/shard_{shard:05d}.parquet"
 
 
@@ -76,7 +76,7 @@ class BatchFolder:
         there = [name for name in (MANIFEST, RESULTS, *_OURS) if self._taken(name)]
         if resume and MANIFEST not in there:
             raise OutputError(
-                f"Expected a batch to resume in '{self.path}', but there is no {MANIFEST}; leave "
+                f"Expected a batch to resume in '{self.path}', but it has no {MANIFEST}; leave "
                 "--resume away to begin one."
             )
         if there and not (resume or force):
@@ -147,16 +147,16 @@ class BatchFolder:
             own.rmdir()
 
     def write(self, name: str, content: bytes) -> Path:
-        """A file, whole or not at all.
+        """Writes a file atomically.
 
         Raises:
             OutputError: If it cannot be written.
         """
         return self._files.write(name, content)
 
-    def write_manifest(self, said: Mapping[str, Any]) -> None:
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """What the batch is; while it is there, the batch can be resumed."""
-        self._files.write_json(MANIFEST, said)
+        self._files.write_json(MANIFEST, manifest)
 
     def read_manifest(self) -> dict[str, Any]:
         """What the batch is.
@@ -168,8 +168,8 @@ class BatchFolder:
         if not path.is_file():
             raise OutputError(f"'{self.path}' holds no batch: {MANIFEST} is missing.")
         try:
-            said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            schema = said["schema"]
+            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            schema = manifest["schema"]
         except (OSError, *DAMAGED) as error:
             raise OutputError(
                 f"'{path}' is damaged ({first_line(error)}); make it again."
@@ -179,7 +179,7 @@ class BatchFolder:
                 f"'{path}' was written in schema {schema}, but this version reads schema {SCHEMA}; "
                 "use a matching version of simexplain."
             )
-        return said
+        return manifest
 
     def pending(self, shards: int) -> list[int]:
         """The shards that are not done; none where the results are whole."""
@@ -220,7 +220,7 @@ class BatchFolder:
             self.write(maps_name(shard), save(dict(tensors)))
         self.write(part_name(shard), parquet_of(table_of(records)))
 
-    def merge(self, plan: Plan) -> None:
+    def merge(self, plan: BatchPlan) -> None:
         """Makes one table of all shards and the rows that could not be tried, in their order.
 
         Raises:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from simexplain.batching.options import Asked, BatchOptions
-from simexplain.batching.planning import Plan
+from simexplain.batching.options import BatchOptions, MapRequest
+from simexplain.batching.planning import BatchPlan
 from simexplain.errors import ModelError, OutputError
 from simexplain.methods.rows import Methods
 from simexplain.methods.weight_bank import probe_of
@@ -25,19 +25,19 @@ _OTHER = 1e-3
 
 
 def identity_of(
-    model: SimilarityModel, plan: Plan, asked: Asked, how: BatchOptions
+    model: SimilarityModel, plan: BatchPlan, request: MapRequest, how: BatchOptions
 ) -> dict[str, Any]:
     """What may not change between a batch and its resumption, in plain JSON values."""
     settings = {
-        "method": _named(asked.method),
-        "layer": list(asked.layer or ()),
-        "upscale": asked.upscale,
-        "scale": asked.scale,
+        "method": _named(request.method),
+        "layer": list(request.layer or ()),
+        "upscale": request.upscale,
+        "scale": request.scale,
         **{name: getattr(how, name) for name in ("shard_rows", "pictures", "figures")},
-        **{f"option {name}": value for name, value in asked.options.items()},
+        **{f"option {name}": value for name, value in request.options.items()},
     }
     probe = probe_of(model, model.preprocess.size)[:_PROBED].tolist()
-    said = {
+    record = {
         "schema": SCHEMA,
         "settings": settings,
         "model": {
@@ -51,12 +51,12 @@ def identity_of(
             [str(path), *stamp] for path, stamp in zip(plan.pictures, plan.stamps, strict=True)
         ],
     }  # fmt: skip
-    found: dict[str, Any] = json.loads(json.dumps(said, default=str))
-    return found
+    identity: dict[str, Any] = json.loads(json.dumps(record, default=str))
+    return identity
 
 
 def _named(method: Methods) -> str:
-    """What is asked in a word, the same for the same methods."""
+    """A method as one string, equal for equal methods."""
     if method is None or isinstance(method, str):
         return method or "the default"
     if isinstance(method, Sequence):

@@ -1,4 +1,4 @@
-"""What is asked of every row of a batch, and how the batch is made."""
+"""What is computed for every row of a batch, and how the batch is made."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is asked of every row; the fields are those of ``explain``."""
+class MapRequest:
+    """What is computed for every row; the fields are those of ``explain``."""
 
     method: Methods = None
     layer: Sequence[str] | None = None
@@ -46,7 +46,7 @@ class BatchOptions:
         pictures: Draw a heatmap over every picture.
         figures: Draw a figure of every row.
         strict: Refuse to begin while any row is known not to work.
-        devices: Processes on each host, each with a device; None is one, or as ``torchrun`` says.
+        devices: Processes on each host, each with a device; None is one, or as set by ``torchrun``.
         nodes: Hosts, which need to see one folder.
         accelerator: ``auto``, ``cpu``, ``gpu`` or ``mps``; None leaves the model where it is.
 
@@ -79,9 +79,9 @@ class BatchOptions:
 
 @contextmanager
 def placed(model: SimilarityModel, accelerator: str | None, *, alone: bool) -> Iterator[str]:
-    """The model on the device that was asked for, and afterwards where it was; the device's kind.
+    """Moves the model to the requested device, and back afterwards; yields the device's kind.
 
-    Where there are several processes, lightning says which device is whose.
+    Where there are several processes, lightning assigns the devices.
     """
     reference = next(model.parameters(), None)
     before = reference.device if reference is not None else torch.device("cpu")

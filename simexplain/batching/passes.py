@@ -1,7 +1,7 @@
 """One forward pass, kept: what its layers gave, and how to pull gradients back through it again.
 
-The graph is cut at every layer that is asked for, so that each part of it hangs on the layers right
-below and gradients along different ways are never counted twice.
+The graph is cut at every requested layer, so that each part of it depends on the layers right below
+and gradients along different ways are never counted twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from simexplain.errors import ModelError
-from simexplain.networks import first_tensor, split_call, undisturbed, with_first
+from simexplain.networks import first_tensor, preserve_state, split_call, with_first
 from simexplain.tracing import Traceable, listening
 
 
@@ -60,7 +60,7 @@ def cut_pass(model: Traceable, images: Tensor, layers: Sequence[str]) -> Pass:
     order: list[_Cut] = []
     kept = _Kept(model.network)
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(model.network))
+        stack.enter_context(preserve_state(model.network))
         stack.enter_context(torch.no_grad())
         stack.enter_context(saved_tensors_hooks(kept, lambda tensor: tensor))
         for layer in layers:
@@ -85,7 +85,7 @@ def gathered(uses: Sequence[Use], number: int | None) -> Tensor:
     """What layer ``number`` (None: the embedding) gave for some pictures ``(M,...)``, no graph."""
     with torch.no_grad():
         values = [(run.rows if number is None else run.made[number]) for run, _ in uses]
-        parts = [value[place : place + 1] for value, (_, place) in zip(values, uses, strict=True)]
+        parts = [value[index : index + 1] for value, (_, index) in zip(values, uses, strict=True)]
         return torch.cat(parts)
 
 
@@ -102,7 +102,7 @@ def pulled(uses: Sequence[Use], number: int | None, slopes: Tensor) -> list[Tens
     """
     first = uses[0][0]
     count = len(first.leaves) if number is None else number
-    found = [
+    gradients = [
         torch.zeros((len(uses), *leaf.shape[1:]), dtype=leaf.dtype, device=leaf.device)
         for leaf in first.leaves[:count]
     ]
@@ -111,28 +111,28 @@ def pulled(uses: Sequence[Use], number: int | None, slopes: Tensor) -> list[Tens
         if not value.requires_grad:
             continue
         seed = torch.zeros_like(value)
-        for place, member in members.items():
-            seed[place] = slopes[member]
+        for index, member in members.items():
+            seed[index] = slopes[member]
         grads = torch.autograd.grad(
             value, run.leaves[:count], seed, retain_graph=True, allow_unused=True
         )
-        for target, grad in zip(found, grads, strict=True):
-            for place, member in members.items():
+        for target, grad in zip(gradients, grads, strict=True):
+            for index, member in members.items():
                 if grad is not None:
-                    target[member] = grad[place]
-    return found
+                    target[member] = grad[index]
+    return gradients
 
 
 def _rounds(uses: Sequence[Use]) -> list[tuple[Pass, dict[int, int]]]:
     """Backward passes in each of which a picture of a pass has one use: place to member."""
     rounds: list[tuple[Pass, dict[int, int]]] = []
-    for member, (run, place) in enumerate(uses):
+    for member, (run, index) in enumerate(uses):
         for other, members in rounds:
-            if other is run and place not in members:
-                members[place] = member
+            if other is run and index not in members:
+                members[index] = member
                 break
         else:
-            rounds.append((run, {place: member}))
+            rounds.append((run, {index: member}))
     return rounds
 
 

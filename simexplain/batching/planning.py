@@ -21,7 +21,7 @@ Stamp = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """What is to be done, the same in every process and after every interruption.
 
     Attributes:
@@ -46,15 +46,15 @@ class Plan:
 
     @property
     def shards(self) -> tuple[tuple[int, ...], ...]:
-        """The rows of each shard; a shard is done whole or not at all."""
+        """The rows of each shard; a shard is written atomically."""
         starts = range(0, len(self.order), self.size)
         return tuple(self.order[start : start + self.size] for start in starts)
 
     @property
     def digest(self) -> str:
         """The same for the same rows of the same pictures by name."""
-        told = [(row.id, row.anchor, row.positives, row.negatives) for row in self.rows]
-        return hashlib.sha256(json.dumps(told).encode("utf-8", "surrogatepass")).hexdigest()
+        content = [(row.id, row.anchor, row.positives, row.negatives) for row in self.rows]
+        return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()
 
     def path(self, written: str) -> Path:
         """Where a picture of a row is."""
@@ -68,11 +68,11 @@ def plan_rows(
     *,
     size: int,
     progress: Progress | None = None,
-) -> Plan:
-    """Finds the distinct pictures, looks at each for a moment, and orders the rows.
+) -> BatchPlan:
+    """Finds the distinct pictures, reads the header of each, and orders the rows.
 
     The same file under several names is one picture. A look reads the head of a file only: that it
-    is cut off is found out when it is read.
+    is cut off is checked when it is read.
 
     Args:
         rows: All rows, also those with problems.
@@ -106,7 +106,7 @@ def plan_rows(
         for path, written in zip(good[number], rows[number].paths, strict=True):
             if places.setdefault(path, len(places)) == len(pictures):
                 pictures.append(root / written)
-    return Plan(
+    return BatchPlan(
         rows=tuple(rows),
         root=root,
         order=tuple(order),
@@ -134,14 +134,14 @@ def _real(path: Path) -> Path:
 def stamp_of(path: Path) -> Stamp:
     """Size and time of the last change; zeros for a file that is not there."""
     try:
-        found = path.stat()
+        stat = path.stat()
     except (OSError, ValueError):
         return (0, 0)
-    return (found.st_size, found.st_mtime_ns)
+    return (stat.st_size, stat.st_mtime_ns)
 
 
 def problem_of(path: Path, preprocess: Preprocess) -> str:
-    """Why a picture cannot be used, as far as the head of its file tells; empty if it can."""
+    """Why a picture cannot be used, judged by the header of its file; empty if it can."""
     try:
         with opened_picture(path) as opened:
             width, height = opened.size
@@ -171,16 +171,16 @@ def nearest_first(rows: Mapping[int, Sequence[Path]]) -> list[int]:
         for path in dict.fromkeys(paths):
             users.setdefault(path, []).append(number)
     seen: set[int] = set()
-    found = []
+    ordered = []
     for start in rows:
         waiting = deque([start] if start not in seen else [])
         seen.add(start)
         while waiting:
             number = waiting.popleft()
-            found.append(number)
+            ordered.append(number)
             for path in rows[number]:
                 # A picture leads to its rows once: its list is empty afterwards.
                 fresh = [other for other in users.pop(path, ()) if other not in seen]
                 seen.update(fresh)
                 waiting.extend(fresh)
-    return found
+    return ordered

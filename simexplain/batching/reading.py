@@ -19,7 +19,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Seen:
-    """What a row tells of a picture beside its maps.
+    """What a row has of a picture beside its maps.
 
     Attributes:
         geometry: Where the network's view lies in it.
@@ -86,10 +86,10 @@ class Reader:
         Raises:
             ImageError: If none can be read.
         """
-        found: dict[int, Tensor] = {}
+        tensors: dict[int, Tensor] = {}
         for number in numbers:
             with suppress(ImageError):  # which is in ``broken`` now
-                found[number] = self.tensor(number, size)
-        if not found:
+                tensors[number] = self.tensor(number, size)
+        if not tensors:
             raise ImageError(self.broken[numbers[0]])
-        return list(found), torch.stack(list(found.values()))
+        return list(tensors), torch.stack(list(tensors.values()))

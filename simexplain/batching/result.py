@@ -33,7 +33,7 @@ _SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkDone:
     """What a run did, which is less than the batch where it was resumed.
 
     Attributes:
@@ -54,17 +54,17 @@ class Work:
 
 @dataclass(frozen=True)
 class BatchResult(Kept):
-    """A batch on disk, whose table and maps are read when asked for.
+    """A batch on disk, whose table and maps are read on demand.
 
     Attributes:
         folder: Where it is.
-        manifest: What was asked of it: settings, model, layers, versions.
+        manifest: How it was made: settings, model, layers, versions.
         work: What the run that just ended did; None for a batch that was opened.
     """
 
     folder: Path
     manifest: Mapping[str, Any] = field(repr=False)
-    work: Work | None = None
+    work: WorkDone | None = None
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -99,7 +99,7 @@ class BatchResult(Kept):
             row: Its number, counted from 0, or its id.
 
         Raises:
-            ComparisonError: If there is no such row.
+            ComparisonError: If the row does not exist.
         """
         number = row
         if isinstance(row, str):
@@ -108,8 +108,8 @@ class BatchResult(Kept):
             raise ComparisonError(
                 f"Expected the number of a row, 0 to {len(self) - 1}, or its id, got {row!r}."
             )
-        found: dict[str, Any] = self.table.slice(number, 1).to_pylist()[0]
-        return found
+        entry: dict[str, Any] = self.table.slice(number, 1).to_pylist()[0]
+        return entry
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -120,7 +120,7 @@ class BatchResult(Kept):
         """The raw maps of a row ``(K,h,w)``: anchor, positives, negatives.
 
         Raises:
-            ComparisonError: If there is no such row, or it was not explained.
+            ComparisonError: If the row does not exist, or was not explained.
             OutputError: If the maps cannot be read.
         """
         return self._tensors(self._good(row), ("maps",))["maps"]
@@ -129,12 +129,12 @@ class BatchResult(Kept):
         """The explanation of a row as ``explain`` gives it; its pictures are read again.
 
         Raises:
-            ComparisonError: If there is no such row, or it was not explained.
+            ComparisonError: If the row does not exist, or was not explained.
             OutputError: If a picture has changed since, or the maps cannot be read.
             ImageError: If a picture cannot be read.
         """
-        record, said = self._good(row), self.manifest
-        shapes = said.get("maps") or [said]  # which older versions did not write
+        record, manifest = self._good(row), self.manifest
+        shapes = manifest.get("maps") or [manifest]  # which older versions did not write
         names = _stored_names(shapes)
         pictures = [f"{PICTURE}/{number}" for number in record["pictures"]]
         stored = self._tensors(record, (*TENSORS, *names), pictures)
@@ -144,22 +144,26 @@ class BatchResult(Kept):
         arrays["images"] = images.numpy()
         kept = ("embeddings", "images", "distances", "moved", "unexplained")
         base = {
-            **{key: said[key] for key in _SHARED if key in said},
+            **{key: manifest[key] for key in _SHARED if key in manifest},
             **{name: name if name in arrays else None for name in kept},
-            "model": said["model"]["name"],
-            "preprocess": said["model"]["preprocess"],
+            "model": manifest["model"]["name"],
+            "preprocess": manifest["model"]["preprocess"],
             "positives": len(record["positives"]),
             "warnings": list(record["warnings"]),
         }
         rows = [{**base, **_row(shapes[0], arrays, "")}]
         rows += [
-            {**base, **_row(shape, arrays, f"row{number}_"), "warnings": list(told["warnings"])}
-            for number, (shape, told) in enumerate(
+            {
+                **base,
+                **_row(shape, arrays, f"row{number}_"),
+                "warnings": list(row_record["warnings"]),
+            }
+            for number, (shape, row_record) in enumerate(
                 zip(shapes[1:], record.get("others") or (), strict=True), start=2
             )
         ]
-        found = decoded(Explanation, {**rows[0], "others": rows[1:]}, arrays)
-        return found.placed(pictures=originals, geometries=geometries)
+        batch = decoded(Explanation, {**rows[0], "others": rows[1:]}, arrays)
+        return batch.placed(pictures=originals, geometries=geometries)
 
     def _views(self, record: Mapping[str, Any]) -> tuple[Tensor, tuple[Any, ...], tuple[Any, ...]]:
         """The pictures of a row as the network saw them, themselves, and where the views lie."""
@@ -173,8 +177,8 @@ class BatchResult(Kept):
                 )
             pictures.append(read_picture(path))
         height, width = self.manifest["view"]
-        said = {**self.manifest["model"]["preprocess"], "size": [height, width]}
-        views, geometries = prepared(Preprocess.from_json(said), pictures)
+        manifest = {**self.manifest["model"]["preprocess"], "size": [height, width]}
+        views, geometries = prepared(Preprocess.from_json(manifest), pictures)
         places: tuple[Geometry, ...] = tuple(geometries)
         return views[None], tuple(pictures), places
 
@@ -267,12 +271,12 @@ def open_batch(folder: str | Path) -> BatchResult:
     """Opens what :func:`~simexplain.batching.batching.explain_batch` wrote.
 
     Raises:
-        OutputError: If there is no batch, a damaged one, or one that is not done.
+        OutputError: If the folder has no batch, a damaged one, or one that is not finished.
         ModelError: If pyarrow is not installed.
     """
     check_extra()
-    found = BatchFolder(Path(folder))
-    said = found.read_manifest()
-    if not found.complete:
+    batch = BatchFolder(Path(folder))
+    manifest = batch.read_manifest()
+    if not batch.complete:
         raise OutputError(f"The batch in '{folder}' is not done; go on with it (--resume).")
-    return BatchResult(Path(folder), said)
+    return BatchResult(Path(folder), manifest)

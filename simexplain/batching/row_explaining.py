@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simexplain.batching.keeping import Keep, uses_of
-from simexplain.batching.options import Asked
+from simexplain.batching.cache import LookaheadCache, use_schedule
+from simexplain.batching.cached_model import CachedModel, CacheMissError, blank, cached_avsl
+from simexplain.batching.options import MapRequest
 from simexplain.batching.passes import Pass, Use, cut_pass
-from simexplain.batching.planning import Plan
+from simexplain.batching.planning import BatchPlan
 from simexplain.batching.reading import Reader, Size
-from simexplain.batching.recalling import Recalled, UnansweredError, blank, recalled_avsl
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ImageError, ModelError
 from simexplain.explaining_tensors import explain_view
@@ -21,7 +21,7 @@ from simexplain.explanation import Explanation
 from simexplain.methods import MethodLike, takes_layers
 from simexplain.methods.avsl_maps import AVSLMaps
 from simexplain.methods.raw_vectors import RawVectors
-from simexplain.methods.rows import Methods, asked_of
+from simexplain.methods.rows import Methods, request_of
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_runs import features_and_rows
 from simexplain.models.base import SimilarityModel
@@ -35,16 +35,16 @@ class RowExplainer:
     """Explains the rows of a plan.
 
     Attributes:
-        shared: Whether pictures are embedded once for all their rows. Found out by
-            :meth:`prove`: methods that perturb pixels, for instance, need the network for each row.
+        shared: Whether pictures are embedded once for all their rows. Set by :meth:`check_sharing`:
+            methods that perturb pixels, for instance, need the network for each row.
         forwards: Pictures that went through the network so far for rows of a shared run.
     """
 
     def __init__(
         self,
         model: SimilarityModel,
-        plan: Plan,
-        asked: Asked,
+        plan: BatchPlan,
+        request: MapRequest,
         *,
         memory: int,
         batch_size: int = 1,
@@ -54,41 +54,41 @@ class RowExplainer:
         Args:
             model: The model.
             plan: The rows.
-            asked: What is asked of them.
+            request: What is computed for them.
             memory: Bytes to keep of pictures between rows.
             batch_size: Pictures in one forward pass, unless the model takes one number only.
         """
-        self.model, self.plan, self.asked = model, plan, asked
+        self.model, self.plan, self.request = model, plan, request
         self.batch_size = model.pass_size(batch_size, batch_size)
         self.shared = False
         self.forwards = 0
         self.own: Size = model.preprocess.size
-        height, width = (max(1, round(side * asked.upscale)) for side in self.own)
+        height, width = (max(1, round(side * request.upscale)) for side in self.own)
         self.view: Size = (height, width)
         self.reader = Reader(plan.pictures, model.preprocess, self.view)
         self._chosen: tuple[MethodLike, ...] = ()
         self._layers: tuple[str, ...] = ()
         self._images: tuple[int, ...] = ()
         self._uses: dict[int, dict[int, list[int]]] = {}
-        self._keep: Keep[Any] = Keep(memory, self._uses_of)
+        self._keep: LookaheadCache[Any] = LookaheadCache(memory, self._uses_of)
         self._places: dict[int, int] = {}
         self._proven: tuple[int, Explanation] | None = None
         self._remembering: SimilarityModel = model
 
     def begin(self, rows: Sequence[int]) -> None:
-        """Tells which rows will be asked for, in which order."""
+        """Announces which rows will be requested, in which order."""
         images = [self.plan.images[row] for row in rows]
-        self._places = {row: place for place, row in enumerate(rows)}
-        self._uses = {size: dict(uses_of(images, size)) for size in {1, self.batch_size}}
+        self._places = {row: index for index, row in enumerate(rows)}
+        self._uses = {size: dict(use_schedule(images, size)) for size in {1, self.batch_size}}
 
     @property
-    def asked_for(self) -> tuple[int, int]:
-        """Rows asked for, and pictures that they would send through the network one by one."""
-        times = 1 if self.asked.upscale == 1 else 2
+    def needed_for(self) -> tuple[int, int]:
+        """Requested rows, and pictures that they would send through the network without sharing."""
+        times = 1 if self.request.upscale == 1 else 2
         rows = self._places
         return len(rows), times * sum(len(self.plan.images[row]) for row in rows)
 
-    def prove(self) -> Explanation:
+    def check_sharing(self) -> Explanation:
         """Explains the first row that can be, and finds out whether pictures can be shared.
 
         Where the same row comes out otherwise from memory, or cannot, every row is explained by the
@@ -102,7 +102,7 @@ class RowExplainer:
         reason = next(iter(self.plan.problems.values()), "there is none")
         for row in _spread(self.plan.order):
             try:
-                found = self._plain(row, self.asked.method, self.asked.options)
+                explanation = self._plain(row, self.request.method, self.request.options)
                 break
             except ImageError as error:
                 reason = str(error)
@@ -116,15 +116,15 @@ class RowExplainer:
             raise ComparisonError(
                 f"None of {len(self.plan.rows)} rows can be explained, the first because: {reason}"
             )
-        asked = self.asked
-        chosen = asked_of(self.model, asked.method, asked.layer, asked.options)
-        self._chosen = tuple(method for _, method in chosen)[: len(found.rows)]
-        self._layers = tuple(dict.fromkeys(name for row in found.rows for name in row.layers))
-        self.shared = self._can_share() and self._agrees(row, found)
+        request = self.request
+        chosen = request_of(self.model, request.method, request.layer, request.options)
+        self._chosen = tuple(method for _, method in chosen)[: len(explanation.rows)]
+        self._layers = tuple(dict.fromkeys(name for row in explanation.rows for name in row.layers))
+        self.shared = self._can_share() and self._agrees(row, explanation)
         self.forwards = 0
         if not self.shared:
-            self._proven = (row, found)
-        return found
+            self._proven = (row, explanation)
+        return explanation
 
     def explain(self, row: int) -> Explanation:
         """The explanation of a row; its ``images`` and ``pictures`` are left out where shared.
@@ -140,37 +140,37 @@ class RowExplainer:
             if self.shared:
                 try:
                     return self._recalled(row)
-                except UnansweredError:
+                except CacheMissError:
                     pass
             return self._plain(row, self._chosen, {})
         finally:
             self._keep.release()
 
-    def pictured(self, row: int, found: Explanation) -> Explanation:
+    def pictured(self, row: int, explanation: Explanation) -> Explanation:
         """The same with its pictures, for drawing."""
         images = self.plan.images[row]
         pictures = tuple(self.reader.picture(image) for image in images)
         views = torch.stack([self.reader.tensor(image, self.view) for image in images])
-        return found.placed(pictures=pictures, images=views[None])
+        return explanation.placed(pictures=pictures, images=views[None])
 
     def _can_share(self) -> bool:
         (first, *others) = self._chosen
         if isinstance(first, AVSLMaps) and isinstance(self.model, AVSL) and not others:
-            self._remembering = recalled_avsl(self.model, self._levels)
+            self._remembering = cached_avsl(self.model, self._levels)
             return True
-        self._remembering = Recalled(self.model, self._layers, self._passes)
+        self._remembering = CachedModel(self.model, self._layers, self._passes)
         return all(takes_layers(method) for method in self._chosen)
 
     def _agrees(self, row: int, plain: Explanation) -> bool:
         """Whether a row comes out from memory as it does from the network."""
         try:
-            found = self._recalled(row)
+            shared = self._recalled(row)
         except (ModelError, RuntimeError):
             return False
         finally:
             self._keep.release()
-        pairs = [(found.embeddings, plain.embeddings), (found.distances, plain.distances)]
-        for one, other in zip(found.rows, plain.rows, strict=True):
+        pairs = [(shared.embeddings, plain.embeddings), (shared.distances, plain.distances)]
+        for one, other in zip(shared.rows, plain.rows, strict=True):
             pairs += [(one.maps, other.maps), (one.scores, other.scores)]
         return all(
             a.shape == b.shape and bool((a - b).abs().max() <= _CLOSE * b.abs().max())
@@ -181,19 +181,21 @@ class RowExplainer:
         images = self.plan.images[row]
         own = self._comparison(row, torch.stack([self._tensor(i, self.own) for i in images])[None])
         view = own
-        if self.asked.upscale != 1:
+        if self.request.upscale != 1:
             large = torch.stack([self._tensor(image, self.view) for image in images])
             view = self._comparison(row, large[None])
-        found = self._explained(self.model, own, view, method, options)
-        return self._told(images, found)
+        explanation = self._explained(self.model, own, view, method, options)
+        return self._with_notes(images, explanation)
 
     def _recalled(self, row: int) -> Explanation:
         self._images = images = self.plan.images[row]
         own = self._comparison(row, blank(self.own, len(images)))
         view = own
-        if self.asked.upscale != 1:
+        if self.request.upscale != 1:
             view = self._comparison(row, blank(self.view, len(images)))
-        return self._told(images, self._explained(self._remembering, own, view, self._chosen, {}))
+        return self._with_notes(
+            images, self._explained(self._remembering, own, view, self._chosen, {})
+        )
 
     def _explained(
         self,
@@ -203,19 +205,19 @@ class RowExplainer:
         method: Methods,
         options: dict[str, Any],
     ) -> Explanation:
-        asked = self.asked
-        # What is remembered needs no bound, and is asked for all pictures of a row at a time.
-        bound = asked.max_batch if model is self.model else None
+        request = self.request
+        # What is cached needs no bound, and is requested for all pictures of a row at a time.
+        bound = request.max_batch if model is self.model else None
         return explain_view(
-            model, own, view, method, asked.layer, upscale=asked.upscale, scale=asked.scale,
+            model, own, view, method, request.layer, upscale=request.upscale, scale=request.scale,
             max_batch=bound, **options,
         )  # fmt: skip
 
-    def _told(self, images: Sequence[int], found: Explanation) -> Explanation:
+    def _with_notes(self, images: Sequence[int], explanation: Explanation) -> Explanation:
         """With where the maps lie in the pictures, and all that the user should know."""
         seen = [self.reader.seen[image] for image in images]
         notes = self.model.preprocess.notes + tuple(note for one in seen for note in one.notes)
-        return found.placed(notes, geometries=tuple(one.geometry for one in seen))
+        return explanation.placed(notes, geometries=tuple(one.geometry for one in seen))
 
     def _comparison(self, row: int, stack: Tensor) -> Comparison:
         cut = 1 + len(self.plan.rows[row].positives)
@@ -226,8 +228,8 @@ class RowExplainer:
             tensor = self.reader.tensor(image, size)
             return tensor, tensor.nbytes
 
-        found: Tensor = self._keep.take(("tensor", size, 1, image), read)
-        return found
+        kept: Tensor = self._keep.take(("tensor", size, 1, image), read)
+        return kept
 
     def _passes(self, size: Size, raw: bool) -> list[Use]:
         """Kept passes over the pictures of the present row, for images of one size."""
@@ -238,8 +240,8 @@ class RowExplainer:
             made = cut_pass(source, images, layers)
             return made, made.bytes
 
-        found = [self._grouped(image, size, raw, run) for image in self._images]
-        return [(made, place) for made, place in found]
+        groups = [self._grouped(image, size, raw, run) for image in self._images]
+        return [(made, index) for made, index in groups]
 
     def _levels(self, size: Size) -> list[Tensor]:
         """The feature maps of every level of AVSL for the pictures of the present row."""
@@ -250,8 +252,8 @@ class RowExplainer:
             maps = features_and_rows(avsl, images, None)[0]
             return maps, sum(level.nbytes for level in maps)
 
-        found = [self._grouped(image, size, False, run) for image in self._images]
-        levels = zip(*([level[place] for level in maps] for maps, place in found), strict=True)
+        groups = [self._grouped(image, size, False, run) for image in self._images]
+        levels = zip(*([level[index] for level in maps] for maps, index in groups), strict=True)
         return [torch.stack(level) for level in levels]
 
     def _grouped(
@@ -269,7 +271,7 @@ class RowExplainer:
             readable, images = self.reader.readable(numbers, size)
             self.forwards += len(readable)
             made, cost = run(images)
-            return (made, {number: place for place, number in enumerate(readable)}), cost
+            return (made, {number: index for index, number in enumerate(readable)}), cost
 
         made, places = self._keep.take(("pass", size, self.batch_size, group, raw), make)
         if image not in places:

@@ -64,7 +64,7 @@ def read_rows(source: Rows, root: str | Path | None = None) -> tuple[list[BatchR
         folder, absolute.
 
     Raises:
-        ComparisonError: If there is no row, or the file or its header cannot be used.
+        ComparisonError: If the file has no row, or it or its header cannot be used.
     """
     if isinstance(source, (str, Path)):
         rows = list(_from_csv(Path(source)))
@@ -131,7 +131,7 @@ def _from_csv(source: Path) -> Iterable[BatchRow]:
         raise ComparisonError(missing(source, reason)) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise ComparisonError(
-            f"'{source}' is no CSV file in UTF-8 ({error}); save it as one."
+            f"'{source}' is not a CSV file in UTF-8 ({error}); save it as one."
         ) from error
 
 
@@ -177,10 +177,10 @@ def _from_cells(header: list[str], cells: list[str], line: int) -> BatchRow:
 
 def _several(named: Mapping[str, str], role: str) -> tuple[str, ...]:
     """The paths of one role: of the cell that may hold several, then of the numbered columns."""
-    found = [part.strip() for part in named.get(f"{role}s", "").split(";")]
+    paths = [part.strip() for part in named.get(f"{role}s", "").split(";")]
     numbered = [name for name in named if re.fullmatch(rf"{role}\d*", name)]
-    found += [named[name].strip() for name in sorted(numbered, key=_number)]
-    return tuple(path for path in found if path)
+    paths += [named[name].strip() for name in sorted(numbered, key=_number)]
+    return tuple(path for path in paths if path)
 
 
 def _number(name: str) -> int:

@@ -41,14 +41,14 @@ class ShardWriter:
     pictures: bool = False
     figures: bool = False
 
-    def write(self, shard: int, told: Listener | None = None) -> None:
+    def write(self, shard: int, listener: Listener | None = None) -> None:
         """Explains the rows of a shard and writes all that came of it.
 
-        A row that cannot be explained becomes a record that says why.
+        A row that cannot be explained becomes a record with the reason.
 
         Args:
             shard: Its number.
-            told: Called after each row with the rows of the shard that are done.
+            listener: Called after each row with the rows of the shard that are done.
 
         Raises:
             OutputError: If a file cannot be written.
@@ -57,18 +57,20 @@ class ShardWriter:
         records: list[Record] = []
         tensors: dict[str, Tensor] = {}
         for done, row in enumerate(plan.shards[shard], start=1):
-            found = self._explained(row)
-            if isinstance(found, str):
-                records.append(failed(row, plan.rows[row], found))
+            explanation = self._explained(row)
+            if isinstance(explanation, str):
+                records.append(failed(row, plan.rows[row], explanation))
             else:
                 key = str(row)
                 file, images = maps_name(shard), plan.images[row]
-                records.append(explained(row, plan.rows[row], images, found, (file, key)))
-                tensors |= {f"{key}/{name}": value for name, value in tensors_of(found).items()}
-                for image, embedding in zip(images, found.embeddings[0], strict=True):
+                records.append(explained(row, plan.rows[row], images, explanation, (file, key)))
+                tensors |= {
+                    f"{key}/{name}": value for name, value in tensors_of(explanation).items()
+                }
+                for image, embedding in zip(images, explanation.embeddings[0], strict=True):
                     tensors.setdefault(f"{PICTURE}/{image}", embedding.detach().cpu().clone())
-            if told is not None:
-                told(done)
+            if listener is not None:
+                listener(done)
         self.folder.write_shard(shard, records, tensors)
 
     def _explained(self, row: int) -> Explanation | str:
@@ -92,23 +94,23 @@ class ShardWriter:
             return f"The network failed ({first_line(error)})."
 
     def _tried(self, row: int) -> Explanation:
-        found = self.explainer.explain(row)
+        explanation = self.explainer.explain(row)
         if self.pictures or self.figures:
-            self._draw(row, self.explainer.pictured(row, found))
-        return found
+            self._draw(row, self.explainer.pictured(row, explanation))
+        return explanation
 
-    def _draw(self, row: int, found: Explanation) -> None:
+    def _draw(self, row: int, explanation: Explanation) -> None:
         if self.figures:
-            self.folder.write(f"{FIGURES}/{row:06d}.png", content_of(found.figure()))
-        for place, role in enumerate(found.roles if self.pictures else ()):
-            drawn = content_of(found.heated(place))
-            self.folder.write(f"{HEATMAPS}/{row:06d}_{place}_{role}.png", drawn)
+            self.folder.write(f"{FIGURES}/{row:06d}.png", content_of(explanation.figure()))
+        for index, role in enumerate(explanation.roles if self.pictures else ()):
+            drawn = content_of(explanation.heated(index))
+            self.folder.write(f"{HEATMAPS}/{row:06d}_{index}_{role}.png", drawn)
 
 
-def tensors_of(found: Explanation) -> dict[str, Tensor]:
-    """Everything of an explanation of one row that is no plain value, on the CPU."""
-    named = {name: getattr(found, name) for name in TENSORS} | _layers_of(found, "")
-    for number, row in enumerate(found.others, start=2):
+def tensors_of(explanation: Explanation) -> dict[str, Tensor]:
+    """The tensors of an explanation of one row, on the CPU."""
+    named = {name: getattr(explanation, name) for name in TENSORS} | _layers_of(explanation, "")
+    for number, row in enumerate(explanation.others, start=2):
         named |= {f"row{number}_{name}": getattr(row, name) for name in OF_ROWS}
         named |= _layers_of(row, f"row{number}_")
     # A copy of its own each: safetensors refuses tensors that share memory.

@@ -91,7 +91,11 @@ def named(number: int, row: BatchRow) -> Record:
 
 
 def explained(
-    number: int, row: BatchRow, pictures: Sequence[int], found: Explanation, maps: tuple[str, str]
+    number: int,
+    row: BatchRow,
+    pictures: Sequence[int],
+    explanation: Explanation,
+    maps: tuple[str, str],
 ) -> Record:
     """A row that was explained.
 
@@ -99,19 +103,19 @@ def explained(
         number: Of the row.
         row: The row.
         pictures: The numbers of its pictures in the batch.
-        found: Its explanation.
+        explanation: Its explanation.
         maps: The file of its maps, and its key in there.
     """
-    condition = found.condition()
+    condition = explanation.condition()
     return {
         **named(number, row),
         "status": OK,
-        "distances": found.distances[0].tolist(),
+        "distances": explanation.distances[0].tolist(),
         "condition": condition.text,
         "holds": condition.holds,
         "margin": condition.margin,
-        "peaks": _points(found),
-        "scores": found.scores[0].tolist(),
+        "peaks": _points(explanation),
+        "scores": explanation.scores[0].tolist(),
         "others": [
             {
                 "method": other.method,
@@ -120,11 +124,13 @@ def explained(
                 "overlaps": list(agreement.overlaps),
                 "warnings": list(other.warnings),
             }
-            for other, agreement in zip(found.others, found.agreement(), strict=True)
+            for other, agreement in zip(explanation.others, explanation.agreement(), strict=True)
         ],
-        "moved": None if found.moved is None else found.moved[0].tolist(),
-        "unexplained": None if found.unexplained is None else found.unexplained[0].tolist(),
-        "warnings": list(found.warnings),
+        "moved": None if explanation.moved is None else explanation.moved[0].tolist(),
+        "unexplained": None
+        if explanation.unexplained is None
+        else explanation.unexplained[0].tolist(),
+        "warnings": list(explanation.warnings),
         "pictures": list(pictures),
         "maps_file": maps[0],
         "maps_key": maps[1],

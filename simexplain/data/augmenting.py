@@ -107,13 +107,13 @@ class Augmentation:
             The network's input ``(3,H,W)``, normalised, and the mask ``(H,W)`` in [0, 1], NaN
             where there is none.
         """
-        place, late = _steps(self, prepare.size)
+        index, late = _steps(self, prepare.size)
         with _seeded(seeds):
             if mask is None:
-                view = place(tv_tensors.Image(image))
+                view = index(tv_tensors.Image(image))
                 plane = torch.full(prepare.size, torch.nan)
             else:
-                view, moved = place(tv_tensors.Image(image), tv_tensors.Mask(mask))
+                view, moved = index(tv_tensors.Image(image), tv_tensors.Mask(mask))
                 plane = moved.as_subclass(Tensor).float() / 255
             mean, std = (torch.tensor(v).view(3, 1, 1) for v in (prepare.mean, prepare.std))
             tensor = (view.as_subclass(Tensor).float() / 255 - mean) / std

@@ -73,7 +73,7 @@ def bands_of(name: str, values: NDArray[Any]) -> tuple[NDArray[np.float32], tupl
     """As :func:`read_bands`, of an array in memory, which is left as it is.
 
     Raises:
-        ImageError: If it is no such array.
+        ImageError: If it is not such an array.
     """
     return _in_range(name, bands_last(name, values))
 
@@ -113,7 +113,7 @@ def as_rgb(bands: NDArray[np.float32], shown: tuple[int, ...] = ()) -> NDArray[n
     three bands in [0, 1] are taken as they are; all others are stretched between percentiles.
     """
     count = bands.shape[2]
-    chosen = list(shown) or [min(place, count - 1) for place in range(3)]
+    chosen = list(shown) or [min(index, count - 1) for index in range(3)]
     picked = bands[..., chosen].astype(np.float64)
     plain = count in (1, 3) and float(picked.min()) >= 0 and float(picked.max()) <= 1
     if not plain and count in (1, 3) and float(np.abs(picked - picked.clip(0, 1)).max()) < 0.01:
@@ -141,7 +141,7 @@ def _read(path: Path) -> NDArray[Any]:
             f"'{path}' is a TIFF of many bands, which needs tifffile: "
             "pip install 'simexplain[tiff]'; or save it as .npy."
         ) from error
-    log = logging.getLogger("tifffile")  # damage is told by the error, not by its log
+    log = logging.getLogger("tifffile")  # damage is reported by the error, not by its log
     quiet, log.disabled = log.disabled, True
     try:
         with tifffile.TiffFile(path) as file:

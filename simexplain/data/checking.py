@@ -19,8 +19,8 @@ from simexplain.data.dataset_split import DataSplit, everything, few, relative
 from simexplain.data.folders import Record
 from simexplain.data.images import opened_picture, read_picture
 from simexplain.data.mask_files import mask_of
+from simexplain.data.pillow_warnings import pillow_quiet
 from simexplain.data.preprocessing import Preprocess
-from simexplain.data.quieting import pillow_quiet
 from simexplain.errors import ImageError
 
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
@@ -39,7 +39,8 @@ def check_training(
     """Finds all that would spoil a training run or its evaluation.
 
     Args:
-        split: The data set; read it with ``strict=False`` to have its own problems told here too.
+        split: The data set; read it with ``strict=False`` to have its own problems reported here
+            too.
         classes: Different classes in a batch.
         each: Pictures of each. Where it is 1 a class may have a single picture.
         deep: Open every picture and mask; else only look whether the files are there.
@@ -57,8 +58,8 @@ def check_training(
         r.path.resolve() for r in (*split.queries, *(split.gallery or ()))
     }
     if shared:
-        told = few([relative(path, split.root.resolve()) for path in sorted(shared)])
-        problems.append(f"{_count(len(shared), 'picture')} both to train on and to test: {told}")
+        listed = few([relative(path, split.root.resolve()) for path in sorted(shared)])
+        problems.append(f"{_count(len(shared), 'picture')} both to train on and to test: {listed}")
     looks = _looks(everything(split), deep, progress)
     problems += _broken(split, looks)
     odd += _odd_files(split, looks)
@@ -101,10 +102,10 @@ def check_views(
             (path, size) for path, size in zip(paths, pool.map(why, paths), strict=True) if size
         ]
     if sizes:
-        told = few([f"{relative(path, split.root)} of {size}" for path, size in sizes], quote="")
+        listed = few([f"{relative(path, split.root)} of {size}" for path, size in sizes], quote="")
         raise ImageError(
             f"'{split.name}' cannot be trained on, {_count(len(sizes), 'picture')} too elongated "
-            f"for the network's view: {told}; crop or remove them."
+            f"for the network's view: {listed}; crop or remove them."
         )
 
 
@@ -144,10 +145,10 @@ def _odd_classes(split: DataSplit, each: int) -> list[str]:
             f"test is not zero-shot: {few(both)}."
         )
     if not split.queries:
-        odd.append("There are no test pictures, so that nothing can be evaluated.")
-    found = Counter(r.label for r in (split.queries if split.gallery is None else split.gallery))
+        odd.append("No test pictures were given, so nothing can be evaluated.")
+    counts = Counter(r.label for r in (split.queries if split.gallery is None else split.gallery))
     least = 2 if split.gallery is None else 1
-    lost = [relative(r.path, split.root) for r in split.queries if found[r.label] < least]
+    lost = [relative(r.path, split.root) for r in split.queries if counts[r.label] < least]
     if lost:
         odd.append(
             f"{_count(len(lost), 'test picture')} without another of the class to be found: "
@@ -171,14 +172,14 @@ def _looks(
 ) -> dict[Path, _Look]:
     """Each file once, several at a time: Pillow decodes outside of Python's lock."""
     once = {record.path: record for record in records}
-    found: dict[Path, _Look] = {}
+    known: dict[Path, _Look] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         looks = pool.map(_deep if deep else _shallow, once.values())
         for path, look in zip(once, looks, strict=True):
-            found[path] = look
+            known[path] = look
             if progress is not None:
-                progress(len(found), len(once))
-    return found
+                progress(len(known), len(once))
+    return known
 
 
 def _shallow(record: Record) -> _Look:
@@ -222,14 +223,14 @@ def _decoded(path: Path, content: bytes) -> tuple[int, int]:
                 opened.draft("RGB", (width // _EIGHTH, height // _EIGHTH))
                 opened.load()
                 return (width, height) if turned else (height, width)
-    except Exception:  # whatever it is, read_picture knows how to say it
+    except Exception:  # read_picture reports whatever it is
         pass
     image = read_picture(path).image
     return image.height, image.width
 
 
 def _reason(error: ImageError, path: Path | None) -> str:
-    """What an error says of a file, without its name and what to do."""
+    """The reason in an error about a file, without the file's name and the advice."""
     text = str(error).replace(f"'{path}' ", "", 1)
     if "size of its picture" in text:
         return text.partition(" picture, ")[2].rstrip(".").replace(", got", " expected,")
@@ -240,12 +241,12 @@ def _broken(split: DataSplit, looks: dict[Path, _Look]) -> list[str]:
     problems = []
     wrong = [(path, look.wrong) for path, look in looks.items() if look.wrong]
     if wrong:
-        told = few([f"{relative(path, split.root)} {why}" for path, why in wrong], quote="")
-        problems.append(f"{_count(len(wrong), 'picture')} that cannot be read: {told}")
+        listed = few([f"{relative(path, split.root)} {why}" for path, why in wrong], quote="")
+        problems.append(f"{_count(len(wrong), 'picture')} that cannot be read: {listed}")
     masks = [(path, look.mask_wrong) for path, look in looks.items() if look.mask_wrong]
     if masks:
-        told = few([f"{relative(path, split.root)}: {why}" for path, why in masks], quote="")
-        problems.append(f"{_count(len(masks), 'picture')} whose mask does not fit: {told}")
+        listed = few([f"{relative(path, split.root)}: {why}" for path, why in masks], quote="")
+        problems.append(f"{_count(len(masks), 'picture')} whose mask does not fit: {listed}")
     return problems
 
 
@@ -254,9 +255,9 @@ def _odd_files(split: DataSplit, looks: dict[Path, _Look]) -> list[str]:
     if any(record.mask for record in split.train):
         bare = [r.path for r in split.train if looks[r.path].unmasked]
         if bare:
-            told = few([relative(path, split.root) for path in bare])
+            listed = few([relative(path, split.root) for path in bare])
             odd.append(
-                f"{len(bare)} of {_count(len(split.train), 'picture')} have no mask: {told}."
+                f"{len(bare)} of {_count(len(split.train), 'picture')} have no mask: {listed}."
             )
     trained = {looks[r.path].digest for r in split.train} - {b""}
     own = {record.path for record in split.train}

@@ -38,7 +38,7 @@ def read_folder(root: Path, reading: Reading) -> DataSplit:
     Without ``test``, ``val`` takes its place; with both, ``val`` is left for the user's own use.
 
     Raises:
-        ImageError: If there is no picture, or none in a class folder.
+        ImageError: If it has no picture, or none in a class folder.
     """
     parts = [name for name in ("train", *HELD_OUT, "query", "gallery") if _has_classes(root / name)]
     searched = [name for name in HELD_OUT if name in parts][:1]
@@ -48,18 +48,18 @@ def read_folder(root: Path, reading: Reading) -> DataSplit:
         records, loose, empty = _labelled(root, root, reading)
         train, queries = zero_shot(records, reading.train_share)
         name = root.resolve().name
-        split = DataSplit(train, queries, None, name, root, loose, empty, told=False)
+        split = DataSplit(train, queries, None, name, root, loose, empty, has_split=False)
         return masked(grouped(split, reading), reading)
     wanted = [name for name in ("train", *searched) if name in parts]
-    found = {name: _labelled(root / name, root, reading) for name in wanted}
+    labelled = {name: _labelled(root / name, root, reading) for name in wanted}
     split = DataSplit(
-        train=found["train"][0] if "train" in found else (),
-        queries=found[searched[0]][0],
-        gallery=found["gallery"][0] if "gallery" in found else None,
+        train=labelled["train"][0] if "train" in labelled else (),
+        queries=labelled[searched[0]][0],
+        gallery=labelled["gallery"][0] if "gallery" in labelled else None,
         name=root.resolve().name,
         root=root,
-        problems=tuple(problem for part in found.values() for problem in part[1]),
-        empty=tuple(name for part in found.values() for name in part[2]),
+        problems=tuple(problem for part in labelled.values() for problem in part[1]),
+        empty=tuple(name for part in labelled.values() for name in part[2]),
     )
     return masked(grouped(split, reading), reading)
 
@@ -67,7 +67,7 @@ def read_folder(root: Path, reading: Reading) -> DataSplit:
 def _has_classes(folder: Path) -> bool:
     """Whether a folder has folders of pictures, so that it is a part and not a class.
 
-    Pictures beside these belong to no class, which is told where they are read.
+    Pictures beside these belong to no class, which is reported when they are read.
     """
     try:
         inside = [child for child in folder.iterdir() if not child.name.startswith(".")]
@@ -84,7 +84,7 @@ def _labelled(
     folder: Path, root: Path, reading: Reading
 ) -> tuple[tuple[Record, ...], tuple[str, ...], tuple[str, ...]]:
     """Pictures with their classes, what is wrong, and class folders without a picture."""
-    # Masks may lie beside the class folders, and are no class.
+    # Masks may lie beside the class folders; they are not a class.
     masks = None if reading.masks in (None, ALPHA) else Path(str(reading.masks)).resolve()
     inside = [record.path.relative_to(folder) for record in pictures_in(folder, labelled=False)]
     if masks is not None:
@@ -146,7 +146,9 @@ def _lines(path: Path) -> tuple[list[str], list[tuple[int, Mapping[str | None, o
     except OSError as error:
         raise ImageError(f"'{path}' cannot be read ({error.strerror or error}).") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ImageError(f"'{path}' is no CSV file in UTF-8 ({error}); save it as one.") from error
+        raise ImageError(
+            f"'{path}' is not a CSV file in UTF-8 ({error}); save it as one."
+        ) from error
     if not {"path", "label"} <= set(header) or len(set(header)) < len(header):
         raise ImageError(
             f"Expected '{path}' to begin with a header of the columns path, label and, if wanted, "
@@ -201,11 +203,11 @@ def _mismatches(rows: Sequence[_Row], folder: Path) -> list[str]:
     return [f"{len(twice)} listed repeatedly: {few(twice)}"] if twice else []
 
 
-def _parted(path: Path, rows: Sequence[_Row], told: bool, reading: Reading) -> DataSplit:
+def _parted(path: Path, rows: Sequence[_Row], has_split: bool, reading: Reading) -> DataSplit:
     parts = {name: tuple(row.record for row in rows if row.part == name) for name in SPLITS}
-    if not told:
+    if not has_split:
         train, queries = zero_shot(parts["train"], reading.train_share)
-        return DataSplit(train, queries, None, path.stem, path.parent, told=False)
+        return DataSplit(train, queries, None, path.stem, path.parent, has_split=False)
     gallery = parts["gallery"] or None
     if gallery and parts["test"]:
         raise ImageError(

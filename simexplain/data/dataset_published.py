@@ -19,7 +19,7 @@ MARKET_FOLDER = "Market-1501-v15.09.15"
 # 0002_c1s1_000451_03.jpg of Market-1501, 0001_c1_1.png of CUHK03-NP.
 _PERSON = re.compile(r"^(?P<person>-1|\d+)_c(?P<camera>\d+)(?=[s_.])")
 JUNK = "-1"
-"""The label of boxes that show nobody rightly, in Market-1501."""
+"""The label of bad detections in Market-1501."""
 
 
 def is_distractor(label: str | None) -> bool:
@@ -44,8 +44,9 @@ def read_cub(root: Path, reading: Reading) -> DataSplit:
 def read_cars(root: Path, reading: Reading) -> DataSplit:
     """Cars196: the first 98 models train, the others are searched among themselves.
 
-    The reader of pytorch-metric-learning knows the layout with class folders (``anno_train.csv``,
-    ``names.csv``, ``car_data/car_data/train``), not Stanford's ``cars_annos.mat``.
+    The reader of pytorch-metric-learning supports the layout with class folders
+    (``anno_train.csv``, ``names.csv``, ``car_data/car_data/train``), not Stanford's
+    ``cars_annos.mat``.
 
     Raises:
         ImageError: If pytorch-metric-learning is missing or the folder lies otherwise.
@@ -127,10 +128,10 @@ def _by_folders(
 
 def _complete(split: DataSplit, listed: int, source: str) -> DataSplit:
     """pytorch-metric-learning leaves lines out whose numbers differ between the lists."""
-    found = len(split.train) + len(split.queries)
-    if found == listed:
+    count = len(split.train) + len(split.queries)
+    if count == listed:
         return split
-    problem = f"{source} lists {listed} pictures, but only {found} of them have a class"
+    problem = f"{source} lists {listed} pictures, but only {count} of them have a class"
     return DataSplit(
         split.train, split.queries, None, split.name, split.root, (*split.problems, problem)
     )

@@ -27,11 +27,11 @@ class DataSplit:
         queries: Pictures to search with.
         gallery: Pictures to search in; None if the queries are searched among themselves.
         name: What to call it.
-        root: The folder that paths are told relative to.
+        root: The folder that paths are reported relative to.
         problems: What does not fit in the files that describe it, for ``check_training``.
         empty: Class folders without a picture.
-        told: Whether the data set says itself what trains and what tests; else the share of the
-            classes decides.
+        has_split: Whether the data set defines its own split into training and test; else the share
+            of the classes decides.
         junk: Pictures of the gallery that count neither for nor against a query: bad boxes of
             persons in Market-1501. They are in no other part.
     """
@@ -43,7 +43,7 @@ class DataSplit:
     root: Path = Path()
     problems: tuple[str, ...] = ()
     empty: tuple[str, ...] = ()
-    told: bool = True
+    has_split: bool = True
     junk: tuple[Record, ...] = ()
 
     @property
@@ -80,7 +80,7 @@ class Reading:
         self.grouping()
         if self.masks not in (None, ALPHA) and not Path(str(self.masks)).is_dir():
             raise ImageError(
-                f"Expected masks to be a folder or '{ALPHA}', but '{self.masks}' is no folder."
+                f"Expected masks to be a folder or '{ALPHA}', but '{self.masks}' is not a folder."
             )
 
     def grouping(self) -> Callable[[str], str | None]:
@@ -93,7 +93,7 @@ class Reading:
             rule = re.compile(self.group)
         except re.error as error:
             raise ImageError(
-                f"'{self.group}' is no regular expression ({error}); correct the rule of groups."
+                f"'{self.group}' is not a regular expression ({error}); correct the rule of groups."
             ) from error
         if rule.groups != 1:
             raise ImageError(
@@ -101,11 +101,11 @@ class Reading:
                 f"in parentheses, got '{self.group}' with {rule.groups}."
             )
 
-        def found(path: str) -> str | None:
+        def group(path: str) -> str | None:
             match = rule.search(path)
             return match.group(1) if match else None
 
-        return found
+        return group
 
 
 def zero_shot(
@@ -181,15 +181,15 @@ def relative(path: Path, root: Path) -> str:
 def few(names: Sequence[object], quote: str = "'") -> str:
     """The first few of many names, and how many more there are."""
     more = len(names) - _FEW
-    # "and 1 more" is no shorter than the name itself.
+    # "and 1 more" is not shorter than the name itself.
     shown = names if more <= 1 else names[:_FEW]
     text = ", ".join(f"{quote}{name}{quote}" for name in shown)
     return text if more <= 1 else f"{text} and {more} more"
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and is_picture(path)]
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and is_picture(path)]
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
 
 
 def _each(split: DataSplit, change: Callable[[Iterable[Record]], tuple[Record, ...]]) -> DataSplit:

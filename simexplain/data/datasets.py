@@ -96,16 +96,17 @@ def read_dataset(
         kind: A name in ``DATASETS``.
         root: Its folder, or the CSV file.
         train_share: Of the sorted classes, the first of which train, in (0, 1); where the data set
-            says nothing itself (``folder``, ``csv``).
+            has no split of its own (``folder``, ``csv``).
         group: For ``folder`` and ``csv``: ``name`` for the file name without its ending, or a
             regular expression with one group, searched in the relative path.
         masks: A folder with a mask of the same relative path for each picture that has one, or
             ``alpha`` for the pictures' own alpha channels.
         strict: Raise what does not match; else it is kept in ``problems``, so that
-            ``check_training`` tells it along with all else.
+            ``check_training`` reports it along with everything else.
 
     Raises:
-        ImageError: If there is no such kind or folder, or its files do not match: all at once.
+        ImageError: If the kind or folder does not exist, or its files do not match: all problems at
+            once.
     """
     if kind not in DATASETS:
         hint = meant(kind, DATASETS) or "."
@@ -136,10 +137,10 @@ def _missing(split: DataSplit) -> list[str]:
     files = [record.path for record in records if not record.path.is_file()]
     masks = [record.mask for record in records if record.mask and record.mask != record.path]
     masks = [mask for mask in masks if not mask.is_file()]
-    told = (("picture", files), ("mask", masks))
+    kinds = (("picture", files), ("mask", masks))
     return [
         f"{len(paths)} {what}{'s' * (len(paths) > 1)} not there: "
         f"{few([relative(path, split.root) for path in paths])}"
-        for what, paths in told
+        for what, paths in kinds
         if paths
     ]

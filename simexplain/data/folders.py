@@ -28,11 +28,11 @@ class Record:
 
     Attributes:
         path: Where it is.
-        label: Its class, or None where there are no labels.
+        label: Its class, or None without labels.
         group: What it was taken with or comes from (a camera, a vendor), where that is known:
             retrieval can leave a query's own group out.
         mask: A picture of the same size, white where the object is, or ``path`` itself where its
-            own alpha channel says so.
+            alpha channel is the mask.
         camera: Which camera took it, where that is known, as re-identification wants it.
     """
 
@@ -53,7 +53,8 @@ def pictures_in(folder: str | Path, *, labelled: bool) -> list[Record]:
             are then an error, since they would have no label.
 
     Raises:
-        ImageError: If there is no such folder, no picture in it, or no classes where asked for.
+        ImageError: If the folder does not exist, has no picture, or no classes where they are
+            required.
     """
     if not str(folder):
         raise ImageError("Expected a folder of pictures, got an empty name; give its path.")
@@ -62,11 +63,11 @@ def pictures_in(folder: str | Path, *, labelled: bool) -> list[Record]:
         raise ImageError(
             missing(root, f"Expected a folder of pictures, but '{root}' is none; check the path.")
         )
-    found = _below(root)
-    own = _written(found)
-    paths = sorted(path for path in found if is_picture(path) and path not in own)
+    files = _below(root)
+    own = _written(files)
+    paths = sorted(path for path in files if is_picture(path) and path not in own)
     # Arrays beside pictures are rather embeddings or masks.
-    paths = paths or sorted(path for path in found if path.suffix.lower() in ARRAYS)
+    paths = paths or sorted(path for path in files if path.suffix.lower() in ARRAYS)
     inside = [path for path in paths if path.is_file() and not _hidden(path, root)]
     seen = [path.relative_to(root) for path in inside]
     if not seen:
@@ -94,18 +95,18 @@ def left_out_of(folder: str | Path) -> str:
         ImageError: If the folder cannot be read.
     """
     root = Path(folder)
-    found = [path for path in _below(root) if path.is_file() and not _hidden(path, root)]
-    own = _written(found)
+    files = [path for path in _below(root) if path.is_file() and not _hidden(path, root)]
+    own = _written(files)
     results = {path.parent for path in own}
-    pictures = {path for path in found if path not in own and is_picture(path)}
+    pictures = {path for path in files if path not in own and is_picture(path)}
     parts = []
     if own:
         written = f"{len(own)} pictures" if len(own) > 1 else "1 picture"
-        places = _few([f"'{place}'" for place in sorted(map(str, results))])
+        places = _few([f"'{index}'" for index in sorted(map(str, results))])
         parts.append(f"{written} that simexplain wrote as results, in {places}")
     others = Counter(
         path.suffix.lower() or "no ending"
-        for path in {*found} - pictures - own
+        for path in {*files} - pictures - own
         if path.suffix not in ARRAYS and not results & {*path.parents}
     )
     if others:
@@ -138,9 +139,9 @@ def _below(root: Path) -> list[Path]:
         raise ImageError(f"'{root}' cannot be read ({error.strerror or error}).") from error
 
 
-def _written(found: Sequence[Path]) -> set[Path]:
+def _written(files: Sequence[Path]) -> set[Path]:
     """Which pictures simexplain wrote as part of a result."""
-    manifests = [path for path in found if path.suffix == ".json"]
+    manifests = [path for path in files if path.suffix == ".json"]
     return {picture for path in manifests for picture in written_pictures(path)}
 
 
@@ -202,15 +203,15 @@ class Batches:
         with ThreadPoolExecutor(_READERS) as pool:
             waiting = [pool.map(self._read, part) for part in islice(parts, 2)]
             while waiting:
-                found = [item for item in waiting.pop(0) if item is not None]
+                items = [item for item in waiting.pop(0) if item is not None]
                 waiting += [pool.map(self._read, part) for part in islice(parts, 1)]
-                if found:
-                    yield [place for place, _ in found], torch.stack([image for _, image in found])
+                if items:
+                    yield [index for index, _ in items], torch.stack([image for _, image in items])
 
-    def _read(self, place: int) -> tuple[int, Tensor] | None:
-        path = self.records[place].path
+    def _read(self, index: int) -> tuple[int, Tensor] | None:
+        path = self.records[index].path
         try:
-            return place, self.preprocess(read_picture(path).pixels)[0]
+            return index, self.preprocess(read_picture(path).pixels)[0]
         except ImageError as error:
             self.broken[path] = str(error)
             return None

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from simexplain.data.bands import as_rgb, bands_last, bands_of, check_no_pipe, is_banded, read_bands
-from simexplain.data.quieting import pillow_quiet
+from simexplain.data.pillow_warnings import pillow_quiet
 from simexplain.errors import ImageError, missing
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def read_pictures(sources: Sequence[PictureSource | Tensor]) -> list[Picture]:
         ImageError: As for :func:`read_picture`; also if one of them is a tensor.
     """
     named: list[Any] = list(sources)
-    return [_picture(one, f"image {place + 1}") for place, one in enumerate(named)]
+    return [_picture(one, f"image {index + 1}") for index, one in enumerate(named)]
 
 
 def read_picture(path: PictureSource, name: str = "image 1") -> Picture:
@@ -83,8 +83,8 @@ def read_picture(path: PictureSource, name: str = "image 1") -> Picture:
         name: What to call a picture without a path.
 
     Raises:
-        ImageError: If the file is missing, not a picture, cut off or too large, or what was given
-            is no picture.
+        ImageError: If the file is missing, not a picture, cut off or too large, or the source is
+            not a picture.
     """
     return _picture(path, name)
 
@@ -186,7 +186,7 @@ def _of_array(name: str, values: NDArray[Any]) -> Picture:
 
 
 def _whole_numbers(pixels: NDArray[Any]) -> bool:
-    """Whether floats are 8-bit values by another type, of which 2 and more are no overshoot."""
+    """Whether floats are 8-bit values of another type, where 2 and more are not overshoot."""
     return bool(pixels.max() >= 2 and (pixels == np.round(pixels)).all())
 
 
@@ -236,7 +236,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 def _formats() -> list[str]:
     """Everything that Pillow reads by itself.
 
-    EPS would be handed to another program, of the others it knows the header alone.
+    EPS would be handed to another program, of the others it reads the header alone.
     """
     Image.init()
     return [name for name in Image.OPEN if name not in _NOT_READ]
@@ -275,6 +275,6 @@ def _to_8_bits(image: Image.Image, hidden: int | None) -> tuple[Image.Image, str
     low = float(seen.min(initial=0.0))
     high = float(seen.max(initial=1.0 if image.mode == "F" else 255.0))
     values = ((values - low) / (high - low)).clip(0, 1)
-    said = f"has deep grey values; {low:g} to {high:g} became 8 bits."
+    note = f"has deep grey values; {low:g} to {high:g} became 8 bits."
     grey = np.where(transparent, 255, np.round(values * 255))
-    return Image.fromarray(grey.astype(np.uint8)), said
+    return Image.fromarray(grey.astype(np.uint8)), note

@@ -111,12 +111,14 @@ class Geometry:
 
     def from_original(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """A mask of the picture ``(H0,W0)`` as the view sees it ``(H,W)``; False where padded."""
-        found = []
-        for place, scale in enumerate(self.scale):
-            pixels = (np.arange(self.size[place]) + 0.5 + self.offset[place]) / scale
-            found.append(np.floor(pixels).astype(int))
-        inside = [(n >= 0) & (n < most) for n, most in zip(found, self.original, strict=True)]
-        rows, columns = (n.clip(0, most - 1) for n, most in zip(found, self.original, strict=True))
+        per_axis = []
+        for index, scale in enumerate(self.scale):
+            pixels = (np.arange(self.size[index]) + 0.5 + self.offset[index]) / scale
+            per_axis.append(np.floor(pixels).astype(int))
+        inside = [(n >= 0) & (n < most) for n, most in zip(per_axis, self.original, strict=True)]
+        rows, columns = (
+            n.clip(0, most - 1) for n, most in zip(per_axis, self.original, strict=True)
+        )
         return np.asarray(mask[np.ix_(rows, columns)] & np.outer(*inside))
 
     def to_json(self) -> dict[str, Any]:
@@ -199,8 +201,8 @@ class Preprocess:
     def for_channels(self, channels: int) -> Preprocess:
         """The same for a network of another number of channels.
 
-        Mean and std of grey are the mean of those of the colours; of other bands, whose range
-        nobody knows, 0 and 1, which leaves them as they are.
+        Mean and std of grey are the mean of those of the colours; of other bands, whose range is
+        unknown, 0 and 1, which leaves them as they are.
         """
         if channels == self.channels:
             return self
@@ -361,7 +363,7 @@ def _check_values(prepare: Preprocess) -> None:
 
 
 ROUND = 0.95
-"""How much less may be seen along one side than along the other before it is worth saying."""
+"""How much less may be seen along one side than along the other without a note."""
 
 _NAMED = 3
 
@@ -415,4 +417,4 @@ def _centred(resized: int, size: int, *, down: bool) -> int:
 
 
 IMAGENET = Preprocess(crop_fraction=0.875)
-"""What is assumed where neither the checkpoint nor the architecture says anything."""
+"""The default where neither the checkpoint nor the architecture has a value."""

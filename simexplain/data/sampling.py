@@ -49,14 +49,14 @@ class _Batches(ABC):
         A picture that comes more than once in an epoch is another time another draw.
         """
         before: Counter[int] = Counter()
-        found = []
+        batches = []
         for batch in self.whole(epoch):
-            told = []
-            for place in batch:
-                told.append((epoch, place, before[place]))
-                before[place] += 1
-            found.append(self._own(told))
-        return found
+            numbered = []
+            for index in batch:
+                numbered.append((epoch, index, before[index]))
+                before[index] += 1
+            batches.append(self._own(numbered))
+        return batches
 
     def _own(self, batch: list[_T]) -> list[_T]:
         part = len(batch) // self.world
@@ -86,8 +86,8 @@ class ClassBalanced(_Batches):
         classes: P, different classes in a batch.
         each: K, pictures of each.
         seed: Of all draws, together with the epoch.
-        steps: Batches in an epoch; None for as many as it takes to use as many pictures as there
-            are, and each class at least once.
+        steps: Batches in an epoch; None for the number that draws as many pictures as the data set
+            has, and each class at least once.
         rank: The number of this process...
         world: ...of how many.
 
@@ -142,19 +142,19 @@ class ClassBalanced(_Batches):
         classes = _Deck(range(len(decks)), draw)
         return [
             [
-                place
+                index
                 for number in classes.deal(self.classes)
-                for place in decks[number].deal(self.each)
+                for index in decks[number].deal(self.each)
             ]
             for _ in range(len(self))
         ]
 
     @cached_property
     def _places(self) -> dict[Hashable, list[int]]:
-        found: dict[Hashable, list[int]] = {}
-        for place, label in enumerate(self.labels):
-            found.setdefault(label, []).append(place)
-        return found
+        members: dict[Hashable, list[int]] = {}
+        for index, label in enumerate(self.labels):
+            members.setdefault(label, []).append(index)
+        return members
 
 
 @dataclass(frozen=True)
@@ -214,12 +214,12 @@ class _Deck:
         self.left: list[int] = []
 
     def deal(self, count: int) -> list[int]:
-        """The next cards; no card twice as long as there are others."""
+        """The next cards; no card twice while others are left."""
         hand: list[int] = []
         while len(hand) < count:
             if not self.left:
                 order = self.draw.permutation(len(self.cards))
-                self.left = [self.cards[place] for place in order]
+                self.left = [self.cards[index] for index in order]
                 # Cards in the hand come last in the new deck, or a hand could hold them twice.
                 held = set(hand)
                 self.left.sort(key=held.__contains__)

@@ -26,7 +26,7 @@ class Sample(TypedDict):
     Attributes:
         image: The network's input ``(3,H,W)``.
         label: The number of its class.
-        mask: ``(H,W)`` in [0, 1], where the object is; NaN where there is no mask.
+        mask: ``(H,W)`` in [0, 1], where the object is; NaN without a mask.
         place: Of the picture among the records.
     """
 
@@ -69,7 +69,7 @@ class TrainingImages(Dataset[Sample]):
             classes: All labels in the order of their numbers, if not those of the records.
 
         Raises:
-            ImageError: If a record has no label, or there is no such augmentation.
+            ImageError: If a record has no label, or the augmentation does not exist.
         """
         if isinstance(augmentation, str):
             if augmentation not in AUGMENTATIONS:
@@ -103,26 +103,26 @@ class TrainingImages(Dataset[Sample]):
         Raises:
             ImageError: If the picture or its mask cannot be read.
         """
-        epoch, place, repetition = index
-        image, mask = self._fixed(place)
-        seeds = (self.seed % 2**63, epoch, place, repetition)
+        epoch, position, repetition = index
+        image, mask = self._fixed(position)
+        seeds = (self.seed % 2**63, epoch, position, repetition)
         tensor, plane = self.augmentation.drawn(image, mask, self.preprocess, seeds)
-        return {"image": tensor, "label": self.labels[place], "mask": plane, "place": place}
+        return {"image": tensor, "label": self.labels[position], "mask": plane, "place": position}
 
-    def _fixed(self, place: int) -> tuple[Tensor, Tensor | None]:
-        if place in self._kept:
-            return self._kept[place]
-        record = self.records[place]
+    def _fixed(self, index: int) -> tuple[Tensor, Tensor | None]:
+        if index in self._kept:
+            return self._kept[index]
+        record = self.records[index]
         picture = read_picture(record.path).image
         mask = mask_of(record, (picture.height, picture.width))
-        found = self.augmentation.fixed(picture, mask, self.preprocess)
-        size = sum(tensor.numel() for tensor in found if tensor is not None)
+        view = self.augmentation.fixed(picture, mask, self.preprocess)
+        size = sum(tensor.numel() for tensor in view if tensor is not None)
         worker = get_worker_info()
         bound = self.cache_mb * _MB / (worker.num_workers if worker else 1)
         if self._bytes + size <= bound:
-            self._kept[place] = found
+            self._kept[index] = view
             self._bytes += size
-        return found
+        return view
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the kept pictures, which another process reads itself."""

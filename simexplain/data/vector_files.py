@@ -33,8 +33,8 @@ def read_vectors(path: str | Path) -> dict[str, Tensor]:
             missing(path, f"There is no file '{path}' with a vector; check the path.")
         )
     try:
-        found = _arrays(path)
-        vectors = dict(pair for name, array in found.items() for pair in _rows(name, array))
+        arrays = _arrays(path)
+        vectors = dict(pair for name, array in arrays.items() for pair in _rows(name, array))
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ComparisonError(
             f"'{path}' does not hold vectors of numbers ({error}); write (E,) or (N,E) as "

@@ -17,7 +17,14 @@ from simexplain.errors import ComparisonError, SimexplainError, first_line
 from simexplain.evaluation.comparison_result import ComparedMethod, MethodComparison
 from simexplain.evaluation.faithfulness import PERTURBATIONS
 from simexplain.evaluation.items import Item
-from simexplain.evaluation.measuring import Asked, asked, controlled, means, measured, timed
+from simexplain.evaluation.measuring import (
+    LoadedItem,
+    controlled,
+    load_item,
+    means,
+    measured,
+    timed,
+)
 from simexplain.evaluation.recipes import Recipe, Recipes, ready, recipes_of, settled
 from simexplain.explaining import Images, explain
 from simexplain.explaining_tensors import check_images, embeddings_of, explain_tensors
@@ -99,7 +106,7 @@ def compare(
             "negative": negative, "positives": positives,
         }  # fmt: skip
         files: Any = (tuple(images), None if masks is None else tuple(masks))
-        question = asked(wrapped, Item(files[0], masks=files[1], **roles))
+        question = load_item(wrapped, Item(files[0], masks=files[1], **roles))
     in_pass: dict[str, Any] = {"max_batch": max_batch, "check": False}
 
     def explained(recipe: Recipe) -> Explanation:
@@ -107,10 +114,12 @@ def compare(
         if question.pictures and options.get("upscale", 1) != 1:
             # Then the pictures' own finer detail is shown.
             return explain(wrapped, files[0], method, layer, **roles, **in_pass, **options)
-        found = explain_tensors(wrapped, question.comparison, method, layer, **in_pass, **options)
+        explanation = explain_tensors(
+            wrapped, question.comparison, method, layer, **in_pass, **options
+        )
         if not question.pictures:
-            return found
-        return replace(found, pictures=question.pictures, geometries=question.geometries)
+            return explanation
+        return replace(explanation, pictures=question.pictures, geometries=question.geometries)
 
     notes: tuple[str, ...] = ()
     if question.pictures:
@@ -120,7 +129,7 @@ def compare(
     return run.compared(recipes, explained, notes, progress, estimate)
 
 
-def _of_tensors(comparison: Comparison, masks: Any) -> Asked:
+def _of_tensors(comparison: Comparison, masks: Any) -> LoadedItem:
     """One comparison of preprocessed images with its masks."""
     check_images(comparison)
     if comparison.batch != 1:
@@ -128,7 +137,7 @@ def _of_tensors(comparison: Comparison, masks: Any) -> Asked:
             f"Expected one comparison, got {comparison.batch}; compare them one by one, or many at "
             "once with evaluate_faithfulness."
         )
-    return Asked(comparison, _masks(masks, comparison))
+    return LoadedItem(comparison, _masks(masks, comparison))
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,7 @@ class _Run:
     """What is the same for all methods."""
 
     model: SimilarityModel
-    question: Asked
+    question: LoadedItem
     perturb: str
     steps: int
     baseline: str
@@ -166,13 +175,13 @@ class _Run:
         reasons = {name: ready(recipe) for name, recipe in recipes.items()}
         self._warm_up()
         start = time.perf_counter()
-        found: list[ComparedMethod] = []
+        methods: list[ComparedMethod] = []
         skipped: dict[str, SimexplainError] = {}
         for done, (name, recipe) in enumerate(recipes.items()):
             try:
                 if reasons[name]:
                     raise ComparisonError(reasons[name])
-                found.append(self._one(name, recipe, explained, found))
+                methods.append(self._one(name, recipe, explained, methods))
             except torch.OutOfMemoryError:
                 raise
             except SimexplainError as error:
@@ -181,14 +190,14 @@ class _Run:
                 skipped[name] = SimexplainError(f"{type(error).__name__}: {first_line(error)}.")
             if progress is not None:
                 progress(done + 1, len(recipes))
-            if estimate is not None and (left := len(recipes) - done - 1) and len(found) == 1:
-                estimate((found[0].seconds + found[0].measuring) * left)
+            if estimate is not None and (left := len(recipes) - done - 1) and len(methods) == 1:
+                estimate((methods[0].seconds + methods[0].measuring) * left)
                 estimate = None
-        if not found:
+        if not methods:
             raise next(iter(skipped.values()))
         return MethodComparison(
-            methods=tuple(found),
-            random=self._random(found[0].explanation),
+            methods=tuple(methods),
+            random=self._random(methods[0].explanation),
             chance=self.question.chances(self.tolerance),
             skipped={name: str(error) for name, error in skipped.items()},
             masks=self.question.masks,
@@ -201,7 +210,7 @@ class _Run:
         return {"perturb": self.perturb, "steps": self.steps, "baseline": self.baseline}
 
     def _warm_up(self) -> None:
-        """The dry run that finds layers and the first pass are no method's cost.
+        """Runs the survey of layers and a first pass, which are not part of any method's cost.
 
         Raises:
             ModelError: If the model gives no embeddings of these images.
@@ -273,4 +282,4 @@ def _masks(masks: Sequence[Tensor | None] | None, comparison: Comparison) -> dic
             f"Expected a boolean mask of shape {size} or None for each of {comparison.count} "
             f"images, got {', '.join(shapes)}."
         )
-    return {place: mask.cpu() for place, mask in enumerate(given) if mask is not None}
+    return {index: mask.cpu() for index, mask in enumerate(given) if mask is not None}

@@ -53,21 +53,21 @@ def draw_methods(result: MethodComparison, style: str) -> Figure:
     """The figure of a comparison; see ``MethodComparison.figure``.
 
     Raises:
-        ComparisonError: If there is no such style.
+        ComparisonError: If the style does not exist.
     """
     if style not in RENDERERS:
         raise ComparisonError(f"Expected style to be one of {', '.join(RENDERERS)}, got '{style}'.")
     first = result.first
     height, widths = _sizes(first, len(result.methods))
-    pictures = [_picture(first, place, height) for place in range(len(widths))]
-    tops = [_top(result, place, picture) for place, picture in enumerate(pictures)]
+    pictures = [_picture(first, index, height) for index in range(len(widths))]
+    tops = [_top(result, index, picture) for index, picture in enumerate(pictures)]
     columns = [_NAMES, *widths, *[_SCORE] * (len(result.metrics) + 2)]
     empty: list[Cell | None] = [None] * (len(columns) - len(tops) - 1)
     rows = [Row([_scale(result), *tops, *empty], tallest=height)]
     for method in result.methods:
         drawn = [
-            _overlay(method.explanation, place, picture, style)
-            for place, picture in enumerate(pictures)
+            _overlay(method.explanation, index, picture, style)
+            for index, picture in enumerate(pictures)
         ]
         cells = [_label(method), *drawn, *_scores(method, result)]
         rows.append(Row(cells, tallest=height, rule=True))
@@ -85,7 +85,7 @@ def draw_methods(result: MethodComparison, style: str) -> Figure:
 
 def _sizes(first: Explanation, methods: int) -> tuple[float, list[float]]:
     """Rows as high as the page allows, columns as wide as each picture is in such a row."""
-    sizes = [first.on_picture(place)[0].shape[:2] for place in range(len(first.roles))]
+    sizes = [first.on_picture(index)[0].shape[:2] for index in range(len(first.roles))]
     aspects = [min(max(width / height, 0.4), 2.5) for height, width in sizes]
     height = min(1.9, max(0.95, _TALLEST / (methods + 1) - _GAP))
     height = max(0.95, min(height, _WIDEST / sum(aspects)))
@@ -97,40 +97,40 @@ def _sizes(first: Explanation, methods: int) -> tuple[float, list[float]]:
     return height, widths
 
 
-def _picture(explanation: Explanation, place: int, height: float) -> Thumbnail:
+def _picture(explanation: Explanation, index: int, height: float) -> Thumbnail:
     """A picture at twice the size on the page."""
     if not explanation.pictures:
-        return Thumbnail(explanation.preprocess.undo(explanation.images[0, place]))
-    image = explanation.pictures[place].image
+        return Thumbnail(explanation.preprocess.undo(explanation.images[0, index]))
+    image = explanation.pictures[index].image
     longest = max(1, round(2 * DOTS * height * max(image.size) / image.height))
-    return Thumbnail(shrunk(image, longest), explanation.geometries[place])
+    return Thumbnail(shrunk(image, longest), explanation.geometries[index])
 
 
-def _top(result: MethodComparison, place: int, picture: Thumbnail) -> Cell:
+def _top(result: MethodComparison, index: int, picture: Thumbnail) -> Cell:
     """An image as it is, framed in the colour of its role, its mask outlined."""
     first, mask = result.first, None
-    ink = ROLE_COLOURS[first.roles[place]]
-    above = [Words(first.roles[place], ink, 9, "bold")]
-    if place:
-        above.append(Words(f"d = {float(first.distances[0, place - 1]):.3f}", ink))
+    ink = ROLE_COLOURS[first.roles[index]]
+    above = [Words(first.roles[index], ink, 9, "bold")]
+    if index:
+        above.append(Words(f"d = {float(first.distances[0, index - 1]):.3f}", ink))
     if first.pictures:
-        name = printable(Path(first.pictures[place].path).name)
+        name = printable(Path(first.pictures[index].path).name)
         above.append(Words(name, FAINT, 7.5))
-    if place in result.masks:
+    if index in result.masks:
         size = picture.pixels.shape[1::-1]
-        whole = result.masks[place].numpy().astype(np.float32)
+        whole = result.masks[index].numpy().astype(np.float32)
         mask = cv2.resize(whole, size, interpolation=cv2.INTER_AREA)
     return Cell(picture.pixels, tuple(above), frame=ink, seen=picture.seen, mask=mask)
 
 
-def _overlay(explanation: Explanation, place: int, picture: Thumbnail, style: str) -> Cell:
+def _overlay(explanation: Explanation, index: int, picture: Thumbnail, style: str) -> Cell:
     """A method's heat on a picture, with a cross at its maximum; views may differ in size."""
     if explanation.pictures:
-        picture = Thumbnail(picture.pixels, explanation.geometries[place])
+        picture = Thumbnail(picture.pixels, explanation.geometries[index])
     else:
-        picture = Thumbnail(explanation.preprocess.undo(explanation.images[0, place]))
-    heat: NDArray[np.float32] = picture.heat(heat_of(explanation, 0)[place])
-    peak = explanation.view_peaks()[place]
+        picture = Thumbnail(explanation.preprocess.undo(explanation.images[0, index]))
+    heat: NDArray[np.float32] = picture.heat(heat_of(explanation, 0)[index])
+    peak = explanation.view_peaks()[index]
     return Cell(
         RENDERERS[style](picture.pixels, heat), peak=peak and picture.view_spot(*peak),
         seen=picture.seen,
@@ -148,7 +148,7 @@ def _scale(result: MethodComparison) -> Cell:
 
 
 def _label(method: ComparedMethod) -> Cell:
-    """The method's name, what was asked of it, and its layers."""
+    """The method's name, its given options, and its layers."""
     explanation = method.explanation
     name, _, _ = method.name.partition(":")
     name = name.partition("@")[0] if explanation.method in method.name else method.name
@@ -187,7 +187,7 @@ def _scores(method: ComparedMethod, result: MethodComparison) -> list[Cell]:
 
 
 def _random(result: MethodComparison, images: int) -> list[Cell | None]:
-    """The row of the map that knows nothing."""
+    """The row of the random map."""
     chance = f"by chance pointing {result.chance['pointing']:.3f}" if result.chance else ""
     words = (
         Words("a random map reaches", FAINT, 8.5, align="left"),

@@ -1,4 +1,4 @@
-"""Several methods on one comparison, side by side: what was found, as text, figure and files."""
+"""Several methods on one comparison, side by side, as text, figure and files."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ComparedMethod:
-    """What one method found and reached on the comparison.
+    """The explanation and scores of one method on the comparison.
 
     Attributes:
-        name: As it was asked for.
-        asked: The options that were asked for; all of them are in ``explanation.options``.
+        name: As it was given.
+        asked: The options that were given; all of them are in ``explanation.options``.
         explanation: Its maps and warnings, with the pictures where files were compared.
         scores: ``deletion``, ``insertion``, ``gain`` and, with masks, ``pointing`` and ``energy``:
             one number an image, NaN where undefined; one for all where they are masked together.
@@ -57,8 +57,7 @@ class MethodComparison(Result):
     """Methods side by side on one comparison; a notebook shows the figure by itself.
 
     Attributes:
-        methods: In the order in which they were asked for; the first is what others are compared
-            with under ``agreement``.
+        methods: In the given order; the others are compared with the first under ``agreement``.
         random: What a random map reaches in the same scores: what a method must beat.
         chance: With masks, what a random point (``pointing``) and a flat map (``energy``) reach.
         skipped: Methods that do not apply here, each with the reason.
@@ -85,7 +84,7 @@ class MethodComparison(Result):
 
     @property
     def first(self) -> Explanation:
-        """The first method's explanation, which tells all that does not depend on the method."""
+        """The first method's explanation, for all that does not depend on the method."""
         return self.methods[0].explanation
 
     @property
@@ -96,8 +95,8 @@ class MethodComparison(Result):
     def best(self, metric: str) -> str:
         """The method with the best mean of a score; empty where none has a value."""
         sign = -1 if metric == "deletion" else 1
-        found = {m.name: sign * m.means[metric] for m in self.methods}
-        known = {name: value for name, value in found.items() if value == value}
+        signed = {m.name: sign * m.means[metric] for m in self.methods}
+        known = {name: value for name, value in signed.items() if value == value}
         return max(known, key=lambda name: known[name]) if known else ""
 
     def table(self) -> list[Row]:
@@ -137,21 +136,21 @@ class MethodComparison(Result):
 
     def remarks(self) -> list[str]:
         """Sentences that a reader of the table needs: undefined images, skipped methods."""
-        said = [
+        lines = [
             f"Seconds are for explaining and for measuring; all of it took {cost(self.seconds)} s."
         ]
-        said = said if self.seconds else []
-        said += [self.left_out()] if self.undefined() else []
-        said += [f"Skipped {name}: {reason}" for name, reason in self.skipped.items()]
-        return said
+        lines = lines if self.seconds else []
+        lines += [self.left_out()] if self.undefined() else []
+        lines += [f"Skipped {name}: {reason}" for name, reason in self.skipped.items()]
+        return lines
 
     def undefined(self) -> list[str]:
         """Images whose normalised areas are not defined, the same for all methods."""
         values = self.methods[0].scores["deletion"]
         names = self.first.roles if len(values) == len(self.first.roles) else ("all",)
         return [
-            f"{role} (image {place + 1})"
-            for place, (role, value) in enumerate(zip(names, values, strict=True))
+            f"{role} (image {index + 1})"
+            for index, (role, value) in enumerate(zip(names, values, strict=True))
             if value != value
         ]
 
@@ -169,7 +168,7 @@ class MethodComparison(Result):
             style: A name in ``RENDERERS``.
 
         Raises:
-            ComparisonError: If there is no such style.
+            ComparisonError: If the style does not exist.
         """
         return self._draw(style)
 
@@ -186,7 +185,7 @@ class MethodComparison(Result):
     def more_arrays(self) -> Arrays:
         """The maps ``(K,h,w)`` of each method as ``maps_N``, and the ``views`` of the first."""
         maps = [method.explanation.maps[0].cpu().numpy() for method in self.methods]
-        named = {f"maps_{place}": own for place, own in enumerate(maps)}
+        named = {f"maps_{index}": own for index, own in enumerate(maps)}
         return {"views": self.first.views[0], **named}
 
     def to_store(self) -> MethodComparison:
@@ -195,8 +194,8 @@ class MethodComparison(Result):
             return self
         places = self.first.geometries
         masks = {
-            place: torch.from_numpy(places[place].from_original(mask.numpy()))
-            for place, mask in self.masks.items()
+            index: torch.from_numpy(places[index].from_original(mask.numpy()))
+            for index, mask in self.masks.items()
         }
         return replace(self, masks=masks)
 
@@ -215,7 +214,7 @@ class MethodComparison(Result):
             ],
             "distances": first.distances[0],
             "condition": first.condition(),
-            "methods": [_told(place, method) for place, method in enumerate(self.methods)],
+            "methods": [_method_json(index, method) for index, method in enumerate(self.methods)],
             "random": self.random,
             "chance": self.chance,
             "skipped": [{"name": n, "reason": reason} for n, reason in self.skipped.items()],
@@ -227,7 +226,7 @@ class MethodComparison(Result):
         }  # fmt: skip
 
 
-def _told(place: int, method: ComparedMethod) -> dict[str, Any]:
+def _method_json(index: int, method: ComparedMethod) -> dict[str, Any]:
     explanation = method.explanation
     return {
         "name": method.name,
@@ -243,5 +242,5 @@ def _told(place: int, method: ComparedMethod) -> dict[str, Any]:
         "measuring": method.measuring,
         "warnings": explanation.warnings,
         "per_image": method.scores,
-        "maps": f"maps_{place}",
+        "maps": f"maps_{index}",
     }

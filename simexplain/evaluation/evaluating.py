@@ -18,9 +18,9 @@ from simexplain.evaluation.items import Item
 from simexplain.evaluation.measuring import (
     CONTROLS,
     METRICS,
-    Asked,
-    asked,
+    LoadedItem,
     controlled,
+    load_item,
     means,
     measured,
     timed,
@@ -43,9 +43,9 @@ class _Tally:
     forwards: list[float] = field(default_factory=list)
     measuring: list[float] = field(default_factory=list)
 
-    def add(self, found: Mapping[str, float]) -> None:
+    def add(self, scores: Mapping[str, float]) -> None:
         for name, values in self.values.items():
-            values.append(found.get(name, float("nan")))
+            values.append(scores.get(name, float("nan")))
 
     def summed(self, *, level: float, seed: int) -> MethodScores:
         """Means with intervals; a control costs nothing."""
@@ -166,7 +166,7 @@ class _Run:
     def measure(self, number: int, item: Item) -> None:
         """All methods on one item; what cannot be measured is noted."""
         try:
-            question = asked(self.model, item)
+            question = load_item(self.model, item)
         except SimexplainError as error:
             self.errors[f"item {number}"] = error
             for tally in self.tallies.values():
@@ -175,23 +175,23 @@ class _Run:
         self._count_chance(question)
         sample: Explanation | None = None
         for name, recipe in self.methods.items():
-            found: dict[str, float] = {}
+            scores: dict[str, float] = {}
             try:
                 explanation, seconds, forwards = self._explained(item, recipe)
-                found = self._scored(question, explanation, name)
+                scores = self._scored(question, explanation, name)
             except SimexplainError as error:
                 self.errors[f"item {number}, {name}"] = error
             else:
                 sample = explanation
                 self.tallies[name].seconds.append(seconds)
                 self.tallies[name].forwards.append(forwards)
-            self.tallies[name].add(found)
+            self.tallies[name].add(scores)
         for name in self.controls:
-            found = {}
+            scores = {}
             if sample is not None:
                 control = controlled(sample, name, self.seed + number)
-                found = self._scored(question, control, _bracketed(name))
-            self.tallies[_bracketed(name)].add(found)
+                scores = self._scored(question, control, _bracketed(name))
+            self.tallies[_bracketed(name)].add(scores)
 
     def _explained(self, item: Item, recipe: Recipe) -> tuple[Explanation, float, int]:
         method, layer, options = recipe
@@ -203,17 +203,19 @@ class _Run:
             ),
         )  # fmt: skip
 
-    def _scored(self, question: Asked, explanation: Explanation, name: str) -> dict[str, float]:
+    def _scored(
+        self, question: LoadedItem, explanation: Explanation, name: str
+    ) -> dict[str, float]:
         """Every metric of one item, as the mean over its images; notes what it took."""
         start = time.perf_counter()
-        found = measured(
+        scores = measured(
             self.model, question, explanation, self.curves, tolerance=self.tolerance,
             max_batch=self.max_batch,
         )  # fmt: skip
         self.tallies[name].measuring.append(time.perf_counter() - start)
-        return means(found)
+        return means(scores)
 
-    def _count_chance(self, question: Asked) -> None:
+    def _count_chance(self, question: LoadedItem) -> None:
         levels = question.chances(self.tolerance)
         if levels:
             self.hits.append(levels["pointing"])
@@ -221,16 +223,16 @@ class _Run:
 
 
 def _settled(recipe: Recipe) -> Recipe:
-    """The recipe with its files read once; where its options do not fit, every item says so."""
+    """The recipe with its files read once; where its options do not fit, every item reports it."""
     try:
         return settled(recipe)
     except (SimexplainError, TypeError):
         return recipe
 
 
-def _name(place: int, source: PictureSource) -> str:
+def _name(index: int, source: PictureSource) -> str:
     """The path of a picture; one from memory has none."""
-    return str(source) if isinstance(source, (str, Path)) else f"image {place + 1}"
+    return str(source) if isinstance(source, (str, Path)) else f"image {index + 1}"
 
 
 def _bracketed(name: str) -> str:

@@ -48,7 +48,7 @@ def draw_evaluation(result: Evaluation) -> Figure:
         for metric in metrics
     ]
     chosen = "   ·   ".join(f"{key} {value}" for key, value in result.settings.items())
-    notes = [f"Dotted: of fewer than {FEW} comparisons, which says next to nothing."]
+    notes = [f"Dotted: of fewer than {FEW} comparisons, too few to mean much."]
     return page(
         [Grid([Row([None, *charts])], [label, *[_PANEL] * len(metrics)], gap=0.2)],
         title="Faithfulness of methods",

@@ -90,12 +90,12 @@ def faithfulness(
     rows = embeddings_of(wrapped, comparison, max_batch)
     directions = margin_directions(comparison.like(rows))
     gaps = (least * directions.norm(dim=2) * rows.norm(dim=2)).tolist()
-    found = []
+    curves = []
     for index, scores in enumerate(_scores(wrapped, comparison, directions, perturb, max_batch)):
         parts = [(stack[index], heat[index])]
         if perturb == "single":
             parts = list(zip(stack[index], heat[index], strict=True))
-        found.append(
+        curves.append(
             [
                 tuple(curve(score, *part, least=gap, **options) for curve in (deletion, insertion))
                 for score, part, gap in zip(scores, parts, gaps[index], strict=False)
@@ -103,7 +103,7 @@ def faithfulness(
         )
     roles = comparison.roles if perturb == "single" else ("all",)
     settings = {"perturb": perturb, "steps": steps, "baseline": baseline, "least": least}
-    return _collected(found, roles, settings)
+    return _collected(curves, roles, settings)
 
 
 def _scores(
@@ -140,10 +140,10 @@ def _margin(model: SimilarityModel, comparison: Comparison, max_batch: int | Non
 
 
 def _collected(
-    found: list[list[tuple[Curve, ...]]], roles: tuple[str, ...], settings: dict[str, Any]
+    all_curves: list[list[tuple[Curve, ...]]], roles: tuple[str, ...], settings: dict[str, Any]
 ) -> FaithfulnessScores:
     def each(number: int, name: str) -> Tensor:
-        rows = [[getattr(curves[number], name) for curves in row] for row in found]
+        rows = [[getattr(curves[number], name) for curves in row] for row in all_curves]
         return torch.tensor(rows, dtype=torch.float64)
 
     return FaithfulnessScores(

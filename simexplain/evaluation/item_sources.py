@@ -45,10 +45,10 @@ def read_comparisons(path: str | Path) -> list[Item]:
     Columns ``anchor``, ``positives``, ``negatives`` and, if wanted, ``anchor_mask``,
     ``positive_masks``, ``negative_masks``; several files in a cell are separated by ``;``, and in a
     list of masks an empty place means none. Paths are relative to the CSV file. A pair has one
-    positive or one negative; whether the files can be read is found out when they are needed.
+    positive or one negative; whether the files can be read is checked when they are needed.
 
     Raises:
-        ComparisonError: If the file, its header or a line cannot be used; says which.
+        ComparisonError: If the file, its header or a line cannot be used; names it.
     """
     source = Path(path)
     try:
@@ -63,7 +63,7 @@ def read_comparisons(path: str | Path) -> list[Item]:
         raise ComparisonError(missing(source, reason)) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise ComparisonError(
-            f"'{source}' is no CSV file in UTF-8 ({error}); save it as one."
+            f"'{source}' is not a CSV file in UTF-8 ({error}); save it as one."
         ) from error
     if not items:
         raise ComparisonError(f"Expected at least one comparison in '{source}', found none.")
@@ -103,18 +103,18 @@ def sample_comparisons(
         )
     draws = random.Random(seed)
     draws.shuffle(anchors)
-    found: dict[tuple[Path, ...], None] = {}
+    comparisons: dict[tuple[Path, ...], None] = {}
     missed = 0  # draws in a row that were known already
     for number in range(_TRIES * count):
         paths = _drawn(classes, *anchors[number % len(anchors)], *SAMPLED[arch], draws)
-        missed = missed + 1 if paths is None or paths in found else 0
+        missed = missed + 1 if paths is None or paths in comparisons else 0
         if paths is not None:
-            found.setdefault(paths)
-        if len(found) == count or missed > _MISSED * (len(found) + len(anchors)):
+            comparisons.setdefault(paths)
+        if len(comparisons) == count or missed > _MISSED * (len(comparisons) + len(anchors)):
             break
-    if not found:
+    if not comparisons:
         raise ComparisonError(f"Expected enough pictures of other classes in '{folder}'.")
-    return [_masked(paths, arch, masks) for paths in found]
+    return [_masked(paths, arch, masks) for paths in comparisons]
 
 
 def _drawn(
@@ -156,7 +156,7 @@ def _masked(paths: tuple[Path, ...], arch: str, masks: Mapping[Path, Path]) -> I
 
 @lru_cache(maxsize=4096)
 def _cut_out(path: Path) -> bool:
-    """Whether parts of a picture are transparent; one that cannot be read is told of later."""
+    """Whether parts of a picture are transparent; one that cannot be read is reported later."""
     try:
         with opened_picture(path) as opened:
             if "A" not in opened.getbands() and "transparency" not in opened.info:
@@ -214,8 +214,8 @@ def _cells(source: Path, line: int, column: str, files: str | None, masks: str |
             f"Expected as many masks as {column} in line {line} of '{source}', got {len(given)} "
             f"for {len(paths)}; leave a place between ; empty where there is none."
         )
-    found = [source.parent / part if part else None for part in given]
-    return _Cells(paths, found or [None] * len(paths))
+    cells = [source.parent / part if part else None for part in given]
+    return _Cells(paths, cells or [None] * len(paths))
 
 
 def _texts(row: Mapping[str, str | list[str] | None]) -> Iterator[bool]:

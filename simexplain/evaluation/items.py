@@ -50,7 +50,7 @@ class Item:
 
 
 def read_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
-    """A mask ``(H,W)``, boolean: opaque, or light where there is no alpha channel (above half).
+    """A mask ``(H,W)``, boolean: opaque, or light (above half) without an alpha channel.
 
     Args:
         path: The file; turned upright as the picture is.

@@ -54,7 +54,7 @@ def controlled(sample: Explanation, control: str, seed: int) -> Explanation:
 
 
 @dataclass(frozen=True)
-class Asked:
+class LoadedItem:
     """One comparison as tensors: what all methods are measured on.
 
     Attributes:
@@ -69,21 +69,21 @@ class Asked:
     pictures: tuple[Picture, ...] = ()
     geometries: tuple[Geometry, ...] = ()
 
-    def mask(self, place: int) -> Tensor:
+    def mask(self, index: int) -> Tensor:
         """The mask of an image, in the part that the network saw."""
-        return self.seen(place, self.masks[place])
+        return self.seen(index, self.masks[index])
 
-    def seen(self, place: int, picture: Tensor) -> Tensor:
+    def seen(self, index: int, picture: Tensor) -> Tensor:
         """The part of a picture ``(H0,W0)`` that the network saw."""
         if not self.geometries:
             return picture
-        left, top, right, bottom = self.geometries[place].box
+        left, top, right, bottom = self.geometries[index].box
         rows = slice(math.floor(top), math.ceil(bottom))
         return picture[rows, math.floor(left) : math.ceil(right)]
 
     def chances(self, tolerance: float) -> dict[str, float]:
         """What random points (``pointing``) and flat maps (``energy``) reach; {} without masks."""
-        masks = [self.mask(place)[None] for place in self.masks]
+        masks = [self.mask(index)[None] for index in self.masks]
         if not masks:
             return {}
         hits = torch.cat([chance(mask, tolerance) for mask in masks])
@@ -91,7 +91,7 @@ class Asked:
         return {"pointing": mean_valid(hits), "energy": mean_valid(areas)}
 
 
-def asked(model: SimilarityModel, item: Item) -> Asked:
+def load_item(model: SimilarityModel, item: Item) -> LoadedItem:
     """Reads the pictures and masks of an item.
 
     Raises:
@@ -105,16 +105,16 @@ def asked(model: SimilarityModel, item: Item) -> Asked:
     views, geometries = prepared(model.preprocess, pictures)
     comparison = Comparison(views[:1], views[None, 1 : 1 + near], views[None, 1 + near :])
     masks = {
-        place: read_mask(path, (picture.image.height, picture.image.width))
-        for place, (path, picture) in enumerate(zip(item.masks or (), pictures, strict=False))
+        index: read_mask(path, (picture.image.height, picture.image.width))
+        for index, (path, picture) in enumerate(zip(item.masks or (), pictures, strict=False))
         if path is not None
     }
-    return Asked(comparison, masks, tuple(pictures), tuple(geometries))
+    return LoadedItem(comparison, masks, tuple(pictures), tuple(geometries))
 
 
 def measured(
     model: SimilarityModel,
-    question: Asked,
+    question: LoadedItem,
     explanation: Explanation,
     curves: Mapping[str, Any],
     *,
@@ -136,24 +136,24 @@ def measured(
         ``energy``, NaN for images without one.
     """
     scores = faithfulness(model, question.comparison, explanation, max_batch=max_batch, **curves)
-    found = {name: tuple(getattr(scores, name)[0].tolist()) for name in _AREAS}
+    areas = {name: tuple(getattr(scores, name)[0].tolist()) for name in _AREAS}
     if not question.masks:
-        return found
+        return areas
     hits = [math.nan] * question.comparison.count
     shares = list(hits)
-    for place in question.masks:
-        heat = torch.from_numpy(explanation.on_picture(place, raw=True)[1])
-        pair = question.seen(place, heat)[None], question.mask(place)[None]
-        hits[place] = float(pointing(*pair, tolerance))
-        shares[place] = float(energy(*pair))
-    return {**found, "pointing": tuple(hits), "energy": tuple(shares)}
+    for index in question.masks:
+        heat = torch.from_numpy(explanation.on_picture(index, raw=True)[1])
+        pair = question.seen(index, heat)[None], question.mask(index)[None]
+        hits[index] = float(pointing(*pair, tolerance))
+        shares[index] = float(energy(*pair))
+    return {**areas, "pointing": tuple(hits), "energy": tuple(shares)}
 
 
-def means(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def means(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """The mean over images of each metric; NaN where none has a value."""
     return {
         name: mean_valid(torch.tensor(values, dtype=torch.float64))
-        for name, values in found.items()
+        for name, values in scores.items()
     }
 
 

@@ -33,18 +33,18 @@ def recipes_of(methods: Recipes) -> dict[str, Recipe]:
         ComparisonError: If a method or an option is unknown, or there is none or one given twice.
     """
     if isinstance(methods, Mapping):
-        found = dict(methods)
-        for method, _, options in found.values():
+        recipes = dict(methods)
+        for method, _, options in recipes.values():
             if isinstance(method, str):
                 _check_options(method, options)
     else:
         texts = quick_methods() if methods is None else tuple(methods)
-        found = {text: recipe_from(text) for text in texts}
-        if len(found) != len(texts):
+        recipes = {text: recipe_from(text) for text in texts}
+        if len(recipes) != len(texts):
             raise ComparisonError(f"Expected every method once, got {', '.join(texts)}.")
-    if not found:
+    if not recipes:
         raise ComparisonError("Expected at least one method, got none.")
-    return found
+    return recipes
 
 
 def recipe_from(text: str) -> Recipe:

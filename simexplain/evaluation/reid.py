@@ -18,7 +18,7 @@ from simexplain.evaluation.retrieval import Embedded, Progress, embedded
 from simexplain.metrics.ranking import PAIRS, Mask, Ranking, rank, same
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
-from simexplain.networks import undisturbed
+from simexplain.networks import preserve_state
 
 RANKS = (1, 5, 10)
 """The ranks of the CMC that papers report."""
@@ -50,7 +50,7 @@ def evaluate_reid(
         progress: Called with what is done, how far it is, and how far it goes.
 
     Raises:
-        ImageError: If there are no queries or no gallery, or none of them can be read.
+        ImageError: If queries or gallery are empty, or none of them can be read.
         ModelError: If an embedding is not finite.
         ComparisonError: If a person or a camera is missing, a rank is below 1, or no query has a
             relevant picture.
@@ -59,11 +59,11 @@ def evaluate_reid(
     _check(data.queries, gallery, ranks, data.problems)
     base = as_similarity_model(model)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    asked = embedded(base, data.queries, what="Embedding queries", **options)
-    sought = embedded(base, gallery, what="Embedding gallery", **options)
+    queries = embedded(base, data.queries, what="Embedding queries", **options)
+    embedded_gallery = embedded(base, gallery, what="Embedding gallery", **options)
     junk = len(data.junk) + len(data.gallery or ()) - len(gallery)
     return ranked_reid(
-        base, asked, sought, ranks=ranks, junk=junk, name=data.name, progress=progress
+        base, queries, embedded_gallery, ranks=ranks, junk=junk, name=data.name, progress=progress
     )
 
 
@@ -97,7 +97,7 @@ def ranked_reid(
     base = as_similarity_model(model)
     _check(queries.records, gallery.records, ranks)
     relevant, ignored = masks_of(queries.records, gallery.records)
-    with undisturbed(base):
+    with preserve_state(base):
         ranking = rank(
             base.distance, queries.rows, gallery.rows, relevant, ignored, block=block,
             progress=None if progress is None else lambda *now: progress("Ranking", *now),
@@ -129,9 +129,9 @@ def masks_of(queries: Sequence[Record], gallery: Sequence[Record]) -> tuple[Mask
     def numbered(records: Sequence[Record], *, camera: bool) -> Tensor:
         keys = [(r.label, r.camera if camera else None) for r in records]
         # A negative number is the same as nothing.
-        nobody = [r.label == JUNK or is_distractor(r.label) for r in records]
+        excluded = [r.label == JUNK or is_distractor(r.label) for r in records]
         places = [numbers.setdefault(key, len(numbers)) for key in keys]
-        return torch.tensor([-1 if no else n for n, no in zip(places, nobody, strict=True)])
+        return torch.tensor([-1 if no else n for n, no in zip(places, excluded, strict=True)])
 
     persons = same(numbered(queries, camera=False), numbered(gallery, camera=False))
     seen = same(numbered(queries, camera=True), numbered(gallery, camera=True))
@@ -149,27 +149,27 @@ def _failures(
 ) -> tuple[Failure, ...]:
     """Every query whose first candidate is a wrong one, the worst first."""
     failed = (ranking.first > 1).nonzero().flatten().tolist()
-    found = []
+    failures = []
     for start in range(0, len(failed), size):
         places = failed[start : start + size]
         distances = model.distance(queries.rows[places], gallery.rows).cpu()
-        for place, row in zip(places, distances, strict=True):
-            own = slice(place, place + 1)
+        for index, row in zip(places, distances, strict=True):
+            own = slice(index, index + 1)
             relevant, ignored = (mask(own)[0] for mask in masks)
             right = int(row.masked_fill(~relevant | ignored, torch.inf).argmin())
-            wrong = int(ranking.nearest[place])
-            found.append(
+            wrong = int(ranking.nearest[index])
+            failures.append(
                 Failure(
-                    query=queries.records[place],
+                    query=queries.records[index],
                     wrong=gallery.records[wrong],
                     right=gallery.records[right],
-                    first=int(ranking.first[place]),
-                    average_precision=float(ranking.average_precision[place]),
+                    first=int(ranking.first[index]),
+                    average_precision=float(ranking.average_precision[index]),
                     distances=(float(row[wrong]), float(row[right])),
                 )
             )
     return tuple(
-        sorted(found, key=lambda one: (one.average_precision, -one.first, str(one.query.path)))
+        sorted(failures, key=lambda one: (one.average_precision, -one.first, str(one.query.path)))
     )
 
 

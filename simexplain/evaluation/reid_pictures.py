@@ -1,4 +1,4 @@
-"""Failures of re-identification as pictures: who was asked for, who came, who was meant."""
+"""Failures of re-identification as pictures: the query, the wrong person, the right one."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simexplain.data.dataset_published import JUNK, is_distractor
 from simexplain.data.folders import Record
-from simexplain.evaluation.results import Measured
+from simexplain.evaluation.results import ScoreResult
 from simexplain.evaluation.tables import aligned, number
 from simexplain.metrics.ranking import Ranking, mean_defined
 from simexplain.renaming import takes_old_names, with_old_names
@@ -31,7 +31,7 @@ FAILURE_COLUMNS = (
 
 @dataclass(frozen=True)
 class Failure:
-    """A query whose first candidate is somebody else: a triplet to be explained.
+    """A query whose first candidate is another person: a triplet to be explained.
 
     Attributes:
         query: The query.
@@ -67,7 +67,7 @@ class Failure:
 
 @takes_old_names
 @dataclass(frozen=True)
-class Reidentification(Measured):
+class Reidentification(ScoreResult):
     """How well persons are found before other cameras.
 
     Means are over the queries with a relevant picture; see ``skipped`` for the others.
@@ -78,7 +78,7 @@ class Reidentification(Measured):
         gallery: The gallery, in the order of ``ranking.nearest``; junk may be among it.
         ranks: Ranks of the CMC.
         junk: Pictures of junk, all ignored, in the gallery or left out before.
-        failures: Queries whose first candidate is somebody else, the worst first.
+        failures: Queries whose first candidate is another person, worst first.
         errors: Pictures that could not be read, with the reason.
         settings: How it was measured.
     """
@@ -147,14 +147,14 @@ class Reidentification(Measured):
     def table(self) -> list[Row]:
         """One row a query: who it is, where the person first stands, what came first."""
         ranking, rows = self.ranking, []
-        for place, record in enumerate(self.queries):
+        for index, record in enumerate(self.queries):
             row: Row = {"query": str(record.path), "person": str(record.label)}
             row["camera"] = str(record.camera)
             for name in ("candidates", "relevant", "first"):
-                row[name] = int(getattr(ranking, name)[place])
+                row[name] = int(getattr(ranking, name)[index])
             for name in ("average_precision", "trapezoid_precision"):
-                row[name] = float(getattr(ranking, name)[place])
-            nearest = int(ranking.nearest[place])
+                row[name] = float(getattr(ranking, name)[index])
+            nearest = int(ranking.nearest[index])
             near = self.gallery[nearest] if nearest >= 0 else None
             row["nearest"] = "" if near is None else str(near.path)
             row["nearest_person"] = "" if near is None else str(near.label)
@@ -200,7 +200,7 @@ class Reidentification(Measured):
 
     def summary(self, **options: Any) -> dict[str, Any]:
         """The CMC, each camera, and the worst failures."""
-        said = {
+        record = {
             "rank": self.rank,
             "map": self.map,
             "map_trapezoid": self.map_trapezoid,
@@ -217,4 +217,4 @@ class Reidentification(Measured):
             "errors": self.errors,
             "settings": self.settings,
         }
-        return {"kind": "reid", **with_old_names(said, "left_out", "broken")}
+        return {"kind": "reid", **with_old_names(record, "left_out", "broken")}

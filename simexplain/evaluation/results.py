@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Measured(Result):
+class ScoreResult(Result):
     """Numbers, which can be kept in one JSON file as well."""
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:  # type: ignore[override]
@@ -47,7 +47,7 @@ class Measured(Result):
         """Reads what :meth:`save` wrote, a folder or a file; no code in it is ever run.
 
         Raises:
-            OutputError: If there is no such result or a damaged one.
+            OutputError: If the folder has no such result, or a damaged one.
         """
         path = Path(folder)
         alone = path.name if path.suffix == ".json" and not path.is_dir() else ""
@@ -57,13 +57,14 @@ class Measured(Result):
 
 
 @dataclass(frozen=True)
-class FaithfulnessScores(Measured):
+class FaithfulnessScores(ScoreResult):
     """Areas of deletion and insertion curves of ``B`` comparisons.
 
     Attributes:
         roles: Of the images in the columns; only ``all`` where they were masked together.
-        deletion: ``(B,C)`` float64, areas normalised as :class:`~simexplain.metrics.curves.Curve`
-            says; lower is better, NaN where covering costs next to nothing or even helps.
+        deletion: ``(B,C)`` float64, areas normalised as in
+            :class:`~simexplain.metrics.curves.Curve`; lower is better, NaN where covering costs
+            next to nothing or even helps.
         insertion: ``(B,C)``; higher is better, NaN likewise.
         raw_deletion: ``(B,C)``, in units of the score, always defined.
         raw_insertion: ``(B,C)``.
@@ -97,16 +98,16 @@ class FaithfulnessScores(Measured):
         return [
             {
                 "comparison": index,
-                "image": place,
+                "image": position,
                 "role": role,
-                "deletion": float(self.deletion[index, place]),
-                "insertion": float(self.insertion[index, place]),
-                "gain": float(self.gain[index, place]),
-                "whole": float(self.whole[index, place]),
-                "empty": float(self.empty[index, place]),
+                "deletion": float(self.deletion[index, position]),
+                "insertion": float(self.insertion[index, position]),
+                "gain": float(self.gain[index, position]),
+                "whole": float(self.whole[index, position]),
+                "empty": float(self.empty[index, position]),
             }
             for index in range(len(self.deletion))
-            for place, role in enumerate(self.roles)
+            for position, role in enumerate(self.roles)
         ]
 
     def summary(self, **options: Any) -> dict[str, Any]:
@@ -135,7 +136,7 @@ class MethodScores:
 
 @takes_old_names
 @dataclass(frozen=True)
-class Evaluation(Measured):
+class Evaluation(ScoreResult):
     """Methods side by side on the same items.
 
     Attributes:
@@ -159,7 +160,7 @@ class Evaluation(Measured):
         """By how much one method's mean exceeds another's on the items where both have a value.
 
         Raises:
-            ComparisonError: If there is no such method or metric.
+            ComparisonError: If the method or the metric does not exist.
         """
         for name in (one, other):
             if name not in self.methods or metric not in self.methods[name].values:
@@ -183,12 +184,12 @@ class Evaluation(Measured):
     @property
     def skipped(self) -> dict[str, str]:
         """Methods that gave no number on any item, with the reason on the first."""
-        found: dict[str, str] = {}
+        reasons: dict[str, str] = {}
         for where, reason in self.errors.items():
             name = where.partition(", ")[2]
             if name in self.methods and not self.methods[name].intervals["gain"].count:
-                found.setdefault(name, reason)
-        return found
+                reasons.setdefault(name, reason)
+        return reasons
 
     def figure(self) -> Figure:
         """Means with their intervals as dots, one panel a metric, controls and chance in grey."""
@@ -200,13 +201,13 @@ class Evaluation(Measured):
         skipped, lines = self.skipped, [head]
         for name, scores in self.methods.items():
             if name not in skipped:
-                found = [ranged(scores.intervals[metric], metric) for metric in self.metrics]
+                cells = [ranged(scores.intervals[metric], metric) for metric in self.metrics]
                 passed = f"{scores.forwards:g}" if scores.forwards else ""
                 spent = (
                     passed,
                     *(cost(s) if s else "" for s in (scores.seconds, scores.measuring)),
                 )
-                lines.append((name, *found, *spent))
+                lines.append((name, *cells, *spent))
         if any(value == value for value in self.chance.values()):
             levels = [
                 number(self.chance[name], name) if name in self.chance else ""
@@ -217,16 +218,16 @@ class Evaluation(Measured):
 
     def remarks(self) -> list[str]:
         """Sentences that a reader of the table needs: what its seconds are, intervals of few."""
-        said = []
+        lines = []
         if self.seconds:
             each = "Seconds for one explanation, and for measuring it, are medians"
-            said.append(f"{each}; all of it took {cost(self.seconds)} s.")
+            lines.append(f"{each}; all of it took {cost(self.seconds)} s.")
         if self.few:
-            said.append(
+            lines.append(
                 f"Intervals marked ? are of fewer than {FEW} comparisons and say next to nothing; "
                 "measure more of them."
             )
-        return said
+        return lines
 
     @property
     def few(self) -> bool:
@@ -259,22 +260,22 @@ class Evaluation(Measured):
         """A line for each item and method, and the figure."""
         columns = ("item", "anchor", "method", *self.metrics)
         rows = [
-            dict(zip(columns, (place, paths[0], name, *found), strict=True))
-            for place, paths in enumerate(self.items)
+            dict(zip(columns, (index, paths[0], name, *files), strict=True))
+            for index, paths in enumerate(self.items)
             for name, scores in self.methods.items()
-            for found in ([scores.values[metric][place] for metric in self.metrics],)
+            for files in ([scores.values[metric][index] for metric in self.metrics],)
         ]
         return {"values": ("values.csv", lambda: Table(rows, columns)), **self._figures()}
 
     def summary(self, **options: Any) -> dict[str, Any]:
         """All fields, and what a reader of them needs."""
-        said = {**vars(self), "skipped": self.skipped, "notes": self.remarks()}
-        return {"kind": "evaluation", **with_old_names(said, "broken")}
+        fields = {**vars(self), "skipped": self.skipped, "notes": self.remarks()}
+        return {"kind": "evaluation", **with_old_names(fields, "broken")}
 
 
 @takes_old_names
 @dataclass(frozen=True)
-class SanityScores(Measured):
+class SanityScores(ScoreResult):
     """How alike maps stay while the network forgets, from the last layer on.
 
     Attributes:

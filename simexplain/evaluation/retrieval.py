@@ -16,7 +16,7 @@ from simexplain.errors import ComparisonError, ImageError, ModelError
 from simexplain.evaluation.retrieval_result import Retrieval
 from simexplain.metrics.ranking import rank, same
 from simexplain.models.embedder import as_similarity_model
-from simexplain.networks import undisturbed
+from simexplain.networks import preserve_state
 from simexplain.tracing import embed_alike
 
 RECALLS = (1, 2, 4, 8)
@@ -59,7 +59,7 @@ def embedded(
         what: What the progress is called.
 
     Raises:
-        ImageError: If there are no pictures, or none can be read.
+        ImageError: If no picture is given or none can be read.
         ModelError: If an embedding is not finite; names the picture.
     """
     base = as_similarity_model(model)
@@ -67,16 +67,16 @@ def embedded(
         raise ImageError("Expected at least one picture to embed, got none.")
     batches = Batches(records, base.preprocess, base.batch_size or batch_size)
     rows, places = [], []
-    with undisturbed(base):
+    with preserve_state(base):
         for part, images in batches:
-            found = embed_alike(base, images, batch_size)
-            bad = (~found.isfinite().all(dim=1)).nonzero().flatten().tolist()
+            embeddings = embed_alike(base, images, batch_size)
+            bad = (~embeddings.isfinite().all(dim=1)).nonzero().flatten().tolist()
             if bad:
                 raise ModelError(
                     f"Expected finite embeddings, but the one of '{records[part[bad[0]]].path}' "
                     "is not; check the model."
                 )
-            rows.append(found)
+            rows.append(embeddings)
             places += part
             if progress is not None:
                 progress(what, len(places) + len(batches.broken), len(records))
@@ -115,7 +115,7 @@ def evaluate_retrieval(
         progress: Called with what is done, how far it is, and how far it goes.
 
     Raises:
-        ImageError: If there are no queries or no gallery, or none of them can be read.
+        ImageError: If queries or gallery are empty, or none of them can be read.
         ModelError: If an embedding is not finite.
         ComparisonError: If a label or a group is missing, a K is below 1, or no query has a
             relevant picture in the gallery.
@@ -123,11 +123,13 @@ def evaluate_retrieval(
     _check(queries, gallery, ranks, grouped)
     base = as_similarity_model(model)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    asked = embedded(base, queries, what="Embedding queries", **options)
-    sought = None
+    embedded_queries = embedded(base, queries, what="Embedding queries", **options)
+    searched = None
     if gallery is not None:
-        sought = embedded(base, gallery, what="Embedding gallery", **options)
-    return ranked_retrieval(base, asked, sought, ranks=ranks, grouped=grouped, progress=progress)
+        searched = embedded(base, gallery, what="Embedding gallery", **options)
+    return ranked_retrieval(
+        base, embedded_queries, searched, ranks=ranks, grouped=grouped, progress=progress
+    )
 
 
 @torch.no_grad()
@@ -156,30 +158,30 @@ def ranked_retrieval(
         ComparisonError: As for :func:`evaluate_retrieval`.
     """
     base = as_similarity_model(model)
-    sought = queries if gallery is None else gallery
+    searched = queries if gallery is None else gallery
     _check(queries.records, None if gallery is None else gallery.records, ranks, grouped)
-    files = same(*_numbered(_file, queries.records, sought.records))
-    groups = same(*_numbered(lambda record: record.group, queries.records, sought.records))
-    with undisturbed(base):
+    files = same(*_numbered(_file, queries.records, searched.records))
+    groups = same(*_numbered(lambda record: record.group, queries.records, searched.records))
+    with preserve_state(base):
         ranking = rank(
             base.distance,
             queries.rows,
-            sought.rows,
-            same(*_numbered(lambda record: record.label, queries.records, sought.records)),
+            searched.rows,
+            same(*_numbered(lambda record: record.label, queries.records, searched.records)),
             (lambda part: files(part) | groups(part)) if grouped else files,
             block=block,
             progress=_named(progress),
         )
     if not ranking.answerable.any():
         raise ComparisonError(_unanswerable(queries, gallery, grouped))
-    broken = {str(path): reason for path, reason in {**queries.broken, **sought.broken}.items()}
+    broken = {str(path): reason for path, reason in {**queries.broken, **searched.broken}.items()}
     settings = {
         "model": base.name, "gallery": "queries" if gallery is None else "separate",
         "own file": "ignored", "own group": "ignored" if grouped else "counted",
         "ties": "relevant last",
     }  # fmt: skip
     wanted = tuple(sorted(set(ranks)))
-    return Retrieval(ranking, queries.records, sought.records, wanted, broken, settings)
+    return Retrieval(ranking, queries.records, searched.records, wanted, broken, settings)
 
 
 def _check(
@@ -210,11 +212,11 @@ def _numbered(
 ) -> tuple[Tensor, Tensor]:
     """Equal numbers for equal keys, -1 for None: ``(Q,)`` and ``(G,)``."""
     numbers: dict[Hashable, int] = {None: -1}
-    found = [
+    numbered = [
         [numbers.setdefault(key(record), len(numbers)) for record in records]
         for records in ((queries,) if queries is gallery else (queries, gallery))
     ]
-    return torch.tensor(found[0]), torch.tensor(found[-1])
+    return torch.tensor(numbered[0]), torch.tensor(numbered[-1])
 
 
 def _named(progress: Progress | None) -> Callable[[int, int], None] | None:

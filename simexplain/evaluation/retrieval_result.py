@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from simexplain.data.folders import Record
-from simexplain.evaluation.results import Measured
+from simexplain.evaluation.results import ScoreResult
 from simexplain.evaluation.tables import aligned, number
 from simexplain.metrics.ranking import Ranking, mean_defined
 from simexplain.renaming import takes_old_names, with_old_names
@@ -33,7 +33,7 @@ class ClassRetrieval:
         r_precision: R-precision.
         average_precision: mAP.
         taken_for: The other class that most often stands first where its own does not; ties go to
-            the name that sorts first, None where there is no such class.
+            the name that sorts first, None without such a class.
     """
 
     label: str
@@ -47,7 +47,7 @@ class ClassRetrieval:
 
 @takes_old_names
 @dataclass(frozen=True)
-class Retrieval(Measured):
+class Retrieval(ScoreResult):
     """How well images of a query's class are found.
 
     Means are over the queries with a relevant image; see ``skipped`` for the others.
@@ -100,11 +100,11 @@ class Retrieval(Measured):
         Classes whose queries all had nothing to find come last.
         """
         places: dict[str, list[int]] = {}
-        for place, record in enumerate(self.queries):
-            places.setdefault(str(record.label), []).append(place)
+        for index, record in enumerate(self.queries):
+            places.setdefault(str(record.label), []).append(index)
         recalls = {k: self.ranking.recall(k) for k in self.ranks}
-        found = [self._of(label, own, recalls) for label, own in places.items()]
-        return tuple(sorted(found, key=self._badness))
+        scores = [self._of(label, own, recalls) for label, own in places.items()]
+        return tuple(sorted(scores, key=self._badness))
 
     def _badness(self, one: ClassRetrieval) -> tuple[bool, float, float, str]:
         if not one.queries:
@@ -113,7 +113,7 @@ class Retrieval(Measured):
 
     def _of(self, label: str, places: list[int], recalls: dict[int, Tensor]) -> ClassRetrieval:
         ranking = self.ranking
-        answerable = [place for place in places if ranking.relevant[place]]
+        answerable = [index for index in places if ranking.relevant[index]]
         nearest = [self.gallery[row].label for row in ranking.nearest[answerable].tolist()]
         mistaken = Counter(str(other) for other in nearest if other != label)
         return ClassRetrieval(
@@ -143,14 +143,14 @@ class Retrieval(Measured):
     def table(self) -> list[Row]:
         """One row a query: what it is, where the first relevant image stands, what came first."""
         ranking, rows = self.ranking, []
-        for place, record in enumerate(self.queries):
+        for index, record in enumerate(self.queries):
             row: Row = {"query": str(record.path), "class": str(record.label)}
             row["group"] = record.group or ""
             for name in ("candidates", "relevant", "first"):
-                row[name] = int(getattr(ranking, name)[place])
+                row[name] = int(getattr(ranking, name)[index])
             for name in _AVERAGES:
-                row[name] = float(getattr(ranking, name)[place])
-            nearest = int(ranking.nearest[place])
+                row[name] = float(getattr(ranking, name)[index])
+            nearest = int(ranking.nearest[index])
             near = self.gallery[nearest] if nearest >= 0 else None
             row["nearest"] = "" if near is None else str(near.path)
             row["nearest_class"] = "" if near is None else str(near.label)
@@ -201,7 +201,7 @@ class Retrieval(Measured):
     def summary(self, **options: Any) -> dict[str, Any]:
         """Means over queries and over classes, and each class."""
         by_class = {name: self.class_mean(name) for name in _AVERAGES}
-        said = {
+        record = {
             "recall": self.recall,
             **{name: getattr(self, name) for name in _AVERAGES},
             "queries": len(self.queries) - self.skipped,
@@ -224,4 +224,4 @@ class Retrieval(Measured):
             "errors": self.errors,
             "settings": self.settings,
         }
-        return {"kind": "retrieval", **with_old_names(said, "left_out", "broken")}
+        return {"kind": "retrieval", **with_old_names(record, "left_out", "broken")}

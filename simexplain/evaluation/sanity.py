@@ -62,7 +62,7 @@ def sanity_check(
         wrapped, comparison, method, layer, max_batch=max_batch, check=False, **options
     )
     used = own.layers if layer is None and takes_layers(method) else layer
-    found: list[Tensor] = []
+    similarities: list[Tensor] = []
     errors: dict[str, str] = {}
     for depth in chosen:
         maps = None
@@ -73,8 +73,8 @@ def sanity_check(
                 ).maps
             except ModelError as error:  # such as an embedding that is zero now
                 errors[str(depth)] = str(error)
-        found.append(_alike(own.maps, maps))
-    values = torch.stack(found)
+        similarities.append(_alike(own.maps, maps))
+    values = torch.stack(similarities)
     return SanityScores(
         depths=chosen,
         layers=tuple(names[depth - 1] if depth else "" for depth in chosen),
@@ -102,7 +102,9 @@ def _alike(own: Tensor, maps: Tensor | None) -> Tensor:
     if maps is None or not bool(maps.isfinite().all()):
         return values
     for index in range(batch):
-        for place in range(count):
+        for position in range(count):
             for number, measure in enumerate(AGREEMENTS.values()):
-                values[index, place, number] = measure(own[index, place], maps[index, place])
+                values[index, position, number] = measure(
+                    own[index, position], maps[index, position]
+                )
     return values

@@ -20,11 +20,11 @@ def number(value: float, name: str = "") -> str:
 
 def ranged(interval: Interval, name: str = "") -> str:
     """A mean with the ends of its interval, where there is one; marked if of few values."""
-    said = number(interval.mean, name)
+    text = number(interval.mean, name)
     if math.isnan(interval.low):
-        return said
+        return text
     ends = f"{number(interval.low, name)}, {number(interval.high, name)}"
-    return f"{said} {'?' if interval.few else ''}[{ends}]"
+    return f"{text} {'?' if interval.few else ''}[{ends}]"
 
 
 def cost(seconds: float) -> str:
@@ -39,8 +39,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     )

@@ -104,7 +104,7 @@ def build_bank(
     budget = chosen.max_cache if layer == default else 0
     passes = _Passes(base, pictures, layer, budget, progress or _silent)
     units, places = passes.embedded()
-    labels = [pictures.labels[place] for place in places]
+    labels = [pictures.labels[index] for index in places]
     directions, active = _directions(units, labels, chosen)
     if not bool(active.any()):
         raise ImageError(
@@ -116,8 +116,8 @@ def build_bank(
     return WeightBank(
         embeddings=units[used].cpu(),
         weights=weights[used].cpu(),
-        labels=tuple(labels[place] for place in used),
-        names=tuple(pictures.names[places[place]] for place in used),
+        labels=tuple(labels[index] for index in used),
+        names=tuple(pictures.names[places[index]] for index in used),
         model=base.name,
         layer=layer,
         size=pictures.size,
@@ -147,7 +147,7 @@ class _Pictures:
             return
         wanted = set(places)
         for own, images in self.batches:
-            kept = [number for number, place in enumerate(own) if place in wanted]
+            kept = [number for number, index in enumerate(own) if index in wanted]
             if kept:
                 yield [own[number] for number in kept], images[kept]
 
@@ -209,30 +209,30 @@ class _Passes:
                 f"Expected at least three pictures that can be read, two of them of one class, got "
                 f"{len(order)}."
             )
-        found = torch.cat(rows)
-        if bool((~found.isfinite()).any() or (found == 0).all(dim=1).any()):
+        embeddings = torch.cat(rows)
+        if bool((~embeddings.isfinite()).any() or (embeddings == 0).all(dim=1).any()):
             raise ModelError("An embedding is zero or not finite; look for NaN or dead weights.")
-        return found, order
+        return embeddings, order
 
     def weighed(self, directions: Tensor, places: Sequence[int]) -> Tensor:
         """Channel weights ``(M,C)`` of the scores ``direction . unit row``."""
-        row_of = {place: row for row, place in enumerate(places)}
-        found: dict[int, Tensor] = {}
+        row_of = {index: row for row, index in enumerate(places)}
+        weights: dict[int, Tensor] = {}
         for own, traced in self._traces(places):
-            aims = directions[[row_of[place] for place in own]]
+            aims = directions[[row_of[index] for index in own]]
             with torch.enable_grad():
                 units = unit_rows(traced.embeddings)
                 score = (units * aims.to(units)).sum() * _HALF_SCALE
             gradient = traced.gradients(score)[self.layer].to(directions) / _HALF_SCALE
-            found.update(zip(own, channel_weights(gradient), strict=True))
-            self.progress(_WEIGH, len(found), len(places))
-        return torch.stack([found[place] for place in places])
+            weights.update(zip(own, channel_weights(gradient), strict=True))
+            self.progress(_WEIGH, len(weights), len(places))
+        return torch.stack([weights[index] for index in places])
 
     def _traces(self, places: Sequence[int]) -> Iterator[tuple[list[int], Trace]]:
-        known = {place for own, _ in self._kept for place in own}
+        known = {index for own, _ in self._kept for index in own}
         while self._kept:
             yield self._kept.pop(0)
-        rest = [place for place in places if place not in known]
+        rest = [index for index in places if index not in known]
         for own, images in self.pictures.over(rest) if rest else ():
             yield own, trace(self.model, images, (self.layer,))
 
@@ -244,7 +244,7 @@ def _directions(
     generator = torch.Generator().manual_seed(options.seed)
     order = sorted(range(len(labels)), key=labels.__getitem__)
     places = torch.tensor(order)
-    spans = _spans([labels[place] for place in order])
+    spans = _spans([labels[index] for index in order])
     if len(spans) < 2 or all(high - low < 2 for low, high in spans):
         raise ImageError(
             f"Expected at least two classes, one of them with two pictures, got {len(spans)} "

@@ -87,7 +87,7 @@ def trained_head(
 
 
 def _start(inputs: Tensor, width: int, generator: torch.Generator) -> Tensor:
-    """The principal directions, then random mixtures of them where more are asked for."""
+    """The principal directions, then random mixtures of them where more are needed."""
     first = pca_head(inputs, width).weight
     if len(first) == width:
         return first.clone()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from simexplain.data.folders import Batches
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import at_least_single, undisturbed
+from simexplain.networks import at_least_single, preserve_state
 from simexplain.tracing import trace
 
 Progress = Callable[[str, int, int], None]
@@ -48,7 +48,7 @@ class FeaturePasses:
             self.progress(what, done, total)
 
     def _maps(self) -> Iterator[tuple[list[int], list[Tensor]]]:
-        kept = {place for places, _ in self._kept for place in places}
+        kept = {index for places, _ in self._kept for index in places}
         yield from list(self._kept)
         if self._complete:
             return
@@ -66,6 +66,6 @@ class FeaturePasses:
         self._complete = filling
 
     def _run(self, images: Tensor) -> list[Tensor]:
-        with torch.no_grad(), undisturbed(self.model.network):
-            found = trace(self.model, images, self.levels, differentiable=True).maps.values()
-        return [at_least_single(level) for level in found]
+        with torch.no_grad(), preserve_state(self.model.network):
+            maps = trace(self.model, images, self.levels, differentiable=True).maps.values()
+        return [at_least_single(level) for level in maps]

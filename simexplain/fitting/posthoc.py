@@ -31,7 +31,7 @@ from simexplain.networks import full_precision
 _UNLABELLED_STEEPNESS, _UNLABELLED_SHIFT = 0.5, 2.0
 
 FEW_A_CLASS = 3
-"""Pictures of a class, on average, from which on one head can be told from another."""
+"""Pictures of a class, on average, from which on heads differ reliably."""
 
 
 @dataclass(frozen=True)
@@ -181,19 +181,19 @@ def too_few(images: int, classes: int, nodes: int) -> tuple[str, ...]:
         classes: Of them, or 0 without labels.
         nodes: Of the largest head.
     """
-    said = []
+    problems = []
     if images < nodes:
-        said.append(
+        problems.append(
             f"{images} pictures are fewer than the {nodes} nodes of a level, so they do not "
             "determine its head and single nodes mean little; fit on more pictures, or with at "
             f"most {images} nodes."
         )
     if classes and images < FEW_A_CLASS * classes:
-        said.append(
+        problems.append(
             f"{images} pictures of {classes} classes are fewer than {FEW_A_CLASS} a class, too few "
             "to choose a head by; fit on more pictures."
         )
-    return tuple(said)
+    return tuple(problems)
 
 
 @typed
@@ -212,8 +212,8 @@ def fit(
     (cross-entropy over cosines with one proxy per class), edges are the mean over all images
     (Eq. 3, the value that Eq. 4 approaches), and alpha and beta are trained by the overall
     distance. Without labels heads are the principal components, and alpha and beta follow from the
-    spread of the certainties, with a mean reliability of about 0.88. ``model.origin`` says which it
-    is, and so does every result.
+    spread of the certainties, with a mean reliability of about 0.88. ``model.origin`` and every
+    result record which it is.
 
     Args:
         model: Any network or similarity model.
@@ -258,11 +258,11 @@ def _silent(what: str, done: int, total: int) -> None:
 
 def _pooled(passes: FeaturePasses, pooling: str) -> tuple[list[Tensor], list[int]]:
     """Pooled features per level ``(M,C)`` and the places of their pictures."""
-    found: list[list[Tensor]] = [[] for _ in passes.levels]
+    rows: list[list[Tensor]] = [[] for _ in passes.levels]
     order: list[int] = []
     for places, maps in passes("Reading features"):
         order += places
-        for level, grid in zip(found, maps, strict=True):
+        for level, grid in zip(rows, maps, strict=True):
             level.append(pooled(grid, pooling))
     if len(order) < 2:
         reasons = list(passes.batches.broken.values())
@@ -270,7 +270,7 @@ def _pooled(passes: FeaturePasses, pooling: str) -> tuple[list[Tensor], list[int
             f"Expected at least two pictures that can be read, got {len(order)}"
             f"{': ' + reasons[0] if reasons else '.'}"
         )
-    return [torch.cat(level) for level in found], order
+    return [torch.cat(level) for level in rows], order
 
 
 def _labels(
@@ -283,9 +283,9 @@ def _labels(
     """
     if not labelled:
         return None
-    said = [records[place].label for place in places]
-    names = {label: n for n, label in enumerate(sorted({label for label in said if label}))}
-    numbers = torch.tensor([names.get(label or "", -1) for label in said])
+    labels = [records[index].label for index in places]
+    names = {label: n for n, label in enumerate(sorted({label for label in labels if label}))}
+    numbers = torch.tensor([names.get(label or "", -1) for label in labels])
     counts = torch.bincount(numbers.clamp_min(0), minlength=max(1, len(names)))
     if len(names) < 2 or bool((numbers < 0).any()) or int(counts.max()) < 2:
         lost = f", and {len(broken)} pictures cannot be read" if broken else ""

@@ -63,7 +63,7 @@ def trained_reliability(
     generator: torch.Generator,
     learning_rate: float = 0.03,
 ) -> Graph:
-    """Learns alpha and beta alone, from the overall distance, as Eq. 10 asks.
+    """Learns alpha and beta alone, from the overall distance, as in Eq. 10.
 
     Alpha is kept from becoming negative, which the paper leaves open: reliable shall mean focused.
     Left free, half of a top level's nodes turned it round without finding more images.
@@ -125,9 +125,9 @@ def _balanced(labels: Tensor, generator: torch.Generator) -> Tensor:
         single = classes[counts == 1]
         order = torch.randperm(len(single), generator=generator)[: _CLASSES - 1]
         drawn = torch.cat((drawn, single[order]))
-    found = []
+    picked = []
     for label in drawn:
         members = (labels == label).nonzero().flatten()
         order = torch.randperm(len(members), generator=generator)[:_EACH]
-        found.append(members[order])
-    return torch.cat(found)
+        picked.append(members[order])
+    return torch.cat(picked)

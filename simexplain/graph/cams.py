@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 POOLINGS = ("avg", "max", "avg+max")
-"""Global pooling before a head: the text says "global pooling", the published code adds both."""
+"""Global pooling before a head: the text has "global pooling", the published code adds both."""
 
 
 def linearised(features: Tensor, pooling: str) -> Tensor:
@@ -22,8 +22,8 @@ def linearised(features: Tensor, pooling: str) -> Tensor:
     if pooling == "avg":
         return features
     flat = features.flatten(2)
-    top, place = flat.max(dim=2, keepdim=True)
-    peaks = torch.zeros_like(flat).scatter(2, place, top * flat.shape[2]).view_as(features)
+    top, index = flat.max(dim=2, keepdim=True)
+    peaks = torch.zeros_like(flat).scatter(2, index, top * flat.shape[2]).view_as(features)
     return peaks if pooling == "max" else features + peaks
 
 

@@ -105,13 +105,13 @@ class Fit:
 
     def _mixture(self, level: int, weights: Tensor) -> tuple[Form, ...]:
         """``weights . T`` of a level, as forms of the nodes of all lower levels."""
-        found = []
+        mixture = []
         for lower in reversed(range(level)):
             weights = self._edges[lower] @ weights
             trust = 1 - self._doubts[lower] if lower else 1.0
-            found.append(Form(lower, (weights * trust).unsqueeze(0), nodes=True))
+            mixture.append(Form(lower, (weights * trust).unsqueeze(0), nodes=True))
             weights = weights * self._doubts[lower]
-        return tuple(found)
+        return tuple(mixture)
 
 
 def _power_means(certainties: Tensor, degree: int) -> Tensor:

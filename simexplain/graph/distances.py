@@ -24,7 +24,7 @@ EXPANSIONS = ((1, 1), (2, 2), (3, 4))
 
 
 @dataclass(frozen=True)
-class Plan:
+class DistancePlan:
     """How distances are to be computed.
 
     Attributes:
@@ -45,7 +45,9 @@ class Plan:
     expansion: Expansion | None = None
 
 
-def planned(graph: Graph, q: Rows, g: Rows | None = None, accuracy: float | None = None) -> Plan:
+def planned(
+    graph: Graph, q: Rows, g: Rows | None = None, accuracy: float | None = None
+) -> DistancePlan:
     """What :func:`distances` does with the same arguments.
 
     Args:
@@ -60,7 +62,7 @@ def planned(graph: Graph, q: Rows, g: Rows | None = None, accuracy: float | None
     gallery = q if g is None else g
     if accuracy is None:
         wanted = torch.is_grad_enabled() and _requires_grad(graph, q, gallery)
-        return Plan("broadcast" if wanted else "exact")
+        return DistancePlan("broadcast" if wanted else "exact")
     if not accuracy > 0:
         raise ModelError(
             f"Expected an accuracy above 0, got {accuracy}; give None for exact distances."
@@ -68,11 +70,13 @@ def planned(graph: Graph, q: Rows, g: Rows | None = None, accuracy: float | None
     tried: list[float] = []
     if len(q) * len(gallery) >= WORTH_EXPANDING:
         for degree, rank in EXPANSIONS:
-            found = Expansion.build(graph, q, g, degree, rank)
-            if found.error <= accuracy:
-                return Plan("expansion", found.error, degree, rank, tuple(tried), found)
-            tried.append(found.error)
-    return Plan("exact", tried=tuple(tried))
+            expansion = Expansion.build(graph, q, g, degree, rank)
+            if expansion.error <= accuracy:
+                return DistancePlan(
+                    "expansion", expansion.error, degree, rank, tuple(tried), expansion
+                )
+            tried.append(expansion.error)
+    return DistancePlan("exact", tried=tuple(tried))
 
 
 def distances(
@@ -87,9 +91,9 @@ def distances(
 
     Without an accuracy: differentiable where gradients are enabled and any input requires them
     (large sets in parts that are computed again on the way back), else exact in tiles. With one:
-    the cheapest expansion whose error on sampled pairs is no larger, exact distances where none
-    is; outside of autograd. The pairs sampled are few among all, so that the largest error of all
-    pairs is somewhat larger than the one measured, up to about twice.
+    the cheapest expansion whose error on sampled pairs is no larger, exact distances if none is;
+    outside of autograd. The pairs sampled are few among all, so that the largest error of all pairs
+    is somewhat larger than the one measured, up to about twice.
 
     Args:
         graph: The graph.

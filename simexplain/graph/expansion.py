@@ -93,7 +93,7 @@ class Expansion:
         )
         first, second, scales = _scaled(q, gallery)
         main, couplings = Fit(graph, (first, second), scales, fit, degree).forms(rank)
-        found = cls(
+        expansion = cls(
             first,
             second,
             tuple(form.to(like) for form in main),
@@ -103,7 +103,7 @@ class Expansion:
             ),
             0.0,
         )
-        return replace(found, error=found._measured(graph, q, gallery, check))
+        return replace(expansion, error=expansion._measured(graph, q, gallery, check))
 
     @torch.no_grad()
     def rows(self, queries: slice, gallery: slice = slice(None)) -> Tensor:

@@ -21,7 +21,7 @@ LEAST_SHORTLIST = 32
 
 
 class Index(Protocol):
-    """What is asked of an index over ``Surrogate.vectors(gallery)``; those of faiss have it."""
+    """The interface of an index over ``Surrogate.vectors(gallery)``, as faiss has it."""
 
     def search(self, vectors: Any, n: int, /) -> tuple[Any, Any]:
         """Squared distances and rows ``(Q,n)`` for float32 vectors ``(Q,F)``; -1 for none."""
@@ -71,7 +71,7 @@ def neighbours(
         shortlist: How many are computed exactly before anything is proven, at least ``k``. None
             for ``2 * k`` and no fewer than 32.
         index: An index over ``Surrogate.build(graph, g).vectors(g)``, exact or approximate.
-        exclude_self: Whether row ``i`` of the gallery is no neighbour of query ``i``.
+        exclude_self: Whether row ``i`` of the gallery is not a neighbour of query ``i``.
         block: Queries at a time.
         tile: Pairs at a time where distances are exact; None for a choice by device.
 
@@ -102,7 +102,7 @@ def neighbours(
 
 
 def _nothing(q: Rows, k: int) -> Neighbours:
-    """The result where nothing is asked."""
+    """The result without queries."""
     like = q.embeddings[0]
     return Neighbours(
         like.new_empty(len(q), k),
@@ -145,13 +145,13 @@ class _Search:
         exact = self._pairs.listed(queries, rows.clamp_min(0))
         exact = torch.where(valid, self._levelled(rows.clamp_min(0), exact), torch.inf)
         order = exact.argsort(dim=1, stable=True)[:, : self._k]
-        found = (exact.gather(1, order), rows.gather(1, order))
-        margins = bounds - found[0][:, -1]
+        candidates = (exact.gather(1, order), rows.gather(1, order))
+        margins = bounds - candidates[0][:, -1]
         counts = valid.sum(dim=1)
         open_ = (~(margins > 0)).nonzero().squeeze(1)
         if len(open_):
-            self._prove(queries, open_, (rows, exact), (*found, margins, counts))
-        return (*found, margins, counts)
+            self._prove(queries, open_, (rows, exact), (*candidates, margins, counts))
+        return (*candidates, margins, counts)
 
     def _shortlist(self, queries: slice) -> tuple[Tensor, Tensor]:
         """The nearest by surrogate ``(B,S)`` and a lower bound on all other distances ``(B,)``."""
@@ -171,12 +171,12 @@ class _Search:
         return rows[:, :-1], torch.where(values[:, -1].isinf(), torch.inf, least)
 
     def _looked_up(self, queries: slice) -> tuple[Tensor, Tensor]:
-        """The list of the index ``(B,S)``, -1 for what is no use; it bounds nothing."""
+        """The list of the index ``(B,S)``, -1 for unused entries; it gives no bound."""
         assert self._index is not None
         vectors = self._surrogate.vectors(self._q[queries])
-        asked = vectors.to("cpu", torch.float32).contiguous().numpy()
-        found = self._index.search(asked, self._size + self._others_only)[1]
-        rows = torch.as_tensor(found, dtype=torch.long).to(vectors.device)
+        query_rows = vectors.to("cpu", torch.float32).contiguous().numpy()
+        candidates = self._index.search(query_rows, self._size + self._others_only)[1]
+        rows = torch.as_tensor(candidates, dtype=torch.long).to(vectors.device)
         useful = (rows >= 0) & (rows < len(self._g))
         if self._others_only:
             useful &= rows != torch.arange(queries.start, queries.stop, device=rows.device)[:, None]
@@ -199,9 +199,9 @@ class _Search:
         if self._kinds is None:
             return exact
         kinds, order = self._kinds[rows].sort(dim=1, stable=True)
-        place = torch.arange(kinds.shape[1], device=kinds.device).expand_as(kinds)
+        index = torch.arange(kinds.shape[1], device=kinds.device).expand_as(kinds)
         again = torch.nn.functional.pad(kinds[:, 1:] == kinds[:, :-1], (1, 0))
-        first = torch.where(again, 0, place).cummax(dim=1).values
+        first = torch.where(again, 0, index).cummax(dim=1).values
         return exact.scatter(1, order, exact.gather(1, order.gather(1, first)))
 
     def _without_self(self, values: Tensor, queries: slice) -> None:
@@ -221,10 +221,10 @@ class _Search:
         bounds = self._surrogate.lower_bounds(block, self._g)
         if self._others_only:
             bounds.scatter_(1, (open_ + queries.start).unsqueeze(1), torch.inf)
-        for place, row in enumerate(open_.tolist()):
+        for index, row in enumerate(open_.tolist()):
             rows, exact = (part[row] for part in listed)
             rows, exact = rows[rows >= 0], exact[rows >= 0]
-            bound = bounds[place]
+            bound = bounds[index]
             bound[rows] = torch.inf
             near = (bound <= distances[row, -1]) & bound.isfinite()
             extra = near.nonzero().squeeze(1)

@@ -152,11 +152,13 @@ class Surrogate:
 
         All factors are non-negative, so that their least values multiply.
         """
-        found = [torch.ones_like(rows.embeddings[-1])]
+        candidates = [torch.ones_like(rows.embeddings[-1])]
         for level in reversed(range(1, len(self.weights))):
             doubt = self._ends(level, rows)[1]
-            found.append((found[-1] * doubt) @ self.graph.edges[level - 1].T * (1 - self.unit))
-        return tuple(reversed(found))
+            candidates.append(
+                (candidates[-1] * doubt) @ self.graph.edges[level - 1].T * (1 - self.unit)
+            )
+        return tuple(reversed(candidates))
 
     def _ends(self, level: int, rows: Rows) -> tuple[Tensor, Tensor]:
         """The least ``p`` and the least ``1 - p`` of each node over the whole gallery ``(M,r)``.

@@ -88,8 +88,8 @@ class ExactPairs:
             rows = slice(queries.start + top, min(queries.start + top + height, queries.stop))
             for left in range(0, candidates.shape[1], width):
                 chosen = candidates[top : top + height, left : left + width]
-                found = self._infer(rows, chosen, chosen.shape[1])
-                out[top : top + height, left : left + width] = found
+                distances = self._infer(rows, chosen, chosen.shape[1])
+                out[top : top + height, left : left + width] = distances
         return out
 
     def _infer(self, queries: slice, gallery: slice | Tensor, columns: int) -> Tensor:

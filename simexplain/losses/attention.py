@@ -85,9 +85,9 @@ def attention_maps(
     activations, weights = traced.maps, weights.detach()
     closed = len(layers) == 1 and cam in (None, "grad_cam")
     for head in _candidates(network) if closed else ():
-        found = linear_maps(activations[layers[0]][which], head, rows[which], weights)
-        if found is not None:
-            return found.relu()
+        attention = linear_maps(activations[layers[0]][which], head, rows[which], weights)
+        if attention is not None:
+            return attention.relu()
     through = torch.is_grad_enabled()
     with torch.enable_grad():  # the score needs a graph even where the maps shall have none
         score = (rows[which] * weights).sum()

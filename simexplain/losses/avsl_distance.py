@@ -9,7 +9,7 @@ from torch import Tensor
 from simexplain.arguments import typed
 from simexplain.graph.distances import distances
 from simexplain.losses.metric_learning import metric_learning
-from simexplain.losses.roots import rooted
+from simexplain.losses.safe_sqrt import safe_sqrt
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import DISTANCES
 
@@ -42,7 +42,7 @@ class AVSLDistance(_BaseDistance):  # type: ignore[misc]
         rows = model(images)                # in training mode this updates the edges
         (level(rows, labels) + overall(rows, labels)).backward()
 
-    Gradients are separated as Eq. 10 asks: a level's distance trains network and head, the overall
+    Gradients are separated as in Eq. 10: a level's distance trains network and head, the overall
     distance alpha and beta alone.
     """
 
@@ -82,7 +82,7 @@ class AVSLDistance(_BaseDistance):  # type: ignore[misc]
         """Distances ``(B,)`` of pairs of rows."""
         return self.compute_mat(query_emb, ref_emb).diagonal()
 
-    def _as_asked(self, found: Tensor) -> Tensor:
+    def _as_asked(self, distances: Tensor) -> Tensor:
         if self.root:
-            found = rooted(found)
-        return 1 - found / 2 if self.is_inverted else found
+            distances = safe_sqrt(distances)
+        return 1 - distances / 2 if self.is_inverted else distances

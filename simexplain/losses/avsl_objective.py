@@ -16,7 +16,7 @@ from simexplain.graph.distances import distances
 from simexplain.losses.distance_losses import DISTANCE_LOSSES
 from simexplain.losses.objective import Batch, Term
 from simexplain.losses.proxies import Proxies
-from simexplain.losses.proxy_anchor import LossOnDistances, Measured
+from simexplain.losses.proxy_anchor import DistanceBatch, LossOnDistances
 from simexplain.losses.settings import check_settings
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_options import AVSLOptions, avsl_options
@@ -62,7 +62,7 @@ class AVSLLoss(Term):
 
     The levels' losses train the network, the heads and the proxies; the overall loss trains alpha
     and beta alone: embeddings, certainties, proxies and edges are constants for it. With an
-    inference that has neither (``top`` and ``levels``, or one level) there is no overall loss.
+    inference that has neither (``top`` and ``levels``, or one level) the overall loss is left out.
 
     In training mode each step updates the edges once (Eq. 4) by the correlations of all processes,
     before distances are taken. ``model(images)`` does that too: call the objective instead of it.
@@ -137,7 +137,7 @@ class AVSLLoss(Term):
         """``J`` of a batch.
 
         Raises:
-            ModelError: If the model is no AVSL model, or not of the shape this was built for.
+            ModelError: If the model is not an AVSL model of the shape this was built for.
         """
         model = self._expected(batch.model)
         # Half precision has too few digits for sums of hundreds of small squares.
@@ -185,7 +185,7 @@ class AVSLLoss(Term):
     def _update(self, model: AVSL, batch: Batch) -> None:
         traced = batch.traced.maps
         maps = [at_least_single(traced[level].detach()) for level in model.levels]
-        model.update_edges(maps, across=batch.everyone.mean)
+        model.update_edges(maps, across=batch.processes.mean)
         model.update_scales(at_least_single(batch.embeddings.detach()))
 
     def _others(self, model: AVSL, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,16 +195,18 @@ class AVSLLoss(Term):
         columns = self.proxies.columns(labels)
         return self.proxies.rows(columns, model.unpacked(rows)), columns
 
-    def _measured(self, found: Tensor, nodes: int, batch: Batch, columns: Tensor) -> Measured:
+    def _measured(
+        self, distances: Tensor, nodes: int, batch: Batch, columns: Tensor
+    ) -> DistanceBatch:
         attract_only = self.proxies is not None and self.proxies.attract_only
-        return Measured(found, batch.labels, columns, nodes, batch.generator, attract_only)
+        return DistanceBatch(distances, batch.labels, columns, nodes, batch.generator, attract_only)
 
     def _level_losses(
         self, model: AVSL, rows: Tensor, others: Tensor, batch: Batch, columns: Tensor
     ) -> dict[str, Tensor]:
-        found = model.level_distances(rows, others)
+        distances = model.level_distances(rows, others)
         return {
-            f"level_{number}": loss(self._measured(found[number], width, batch, columns))
+            f"level_{number}": loss(self._measured(distances[number], width, batch, columns))
             for number, (loss, width) in enumerate(zip(self.levels, self.widths, strict=True))
         }
 
@@ -215,8 +217,8 @@ class AVSLLoss(Term):
         assert self.overall is not None
         q = model.unpacked(rows.detach())
         g = q if others is rows else model.unpacked(others.detach())
-        found = distances(model.graph(), q, g)
-        loss: Tensor = self.overall(self._measured(found, self.widths[-1], batch, columns))
+        values = distances(model.graph(), q, g)
+        loss: Tensor = self.overall(self._measured(values, self.widths[-1], batch, columns))
         return loss
 
 

@@ -16,10 +16,10 @@ from simexplain.losses.objective import Batch, Term
 class ClassHead(nn.Module):
     """A linear classifier on the embedding: ``scale * W f + b``, one score for each class.
 
-    The paper (section 4.1) adds "a classification module" and says no more. Here it sits on the
-    embedding that the metric loss compares, as in the identification branch of CASN (Zheng et al.
-    2019): any network has an embedding, and the score of a class is ``w . f`` like that of Eq. 2,
-    so that both kinds of maps come from the same code and differ in the weight vector alone.
+    The paper (section 4.1) adds "a classification module" without further detail. Here it sits on
+    the embedding that the metric loss compares, as in the identification branch of CASN (Zheng et
+    al. 2019): any network has an embedding, and the score of a class is ``w . f`` like that of Eq.
+    2, so that both kinds of maps come from the same code and differ in the weight vector alone.
 
     Embeddings have unit length, so scores are scaled. Biases start where every class has the
     probability ``1 / classes``; they would take thousands of small steps to get there.

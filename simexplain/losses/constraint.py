@@ -54,8 +54,8 @@ class AttentionMaskLoss(Term):
     these images is the loss; images without a mask do not count.
 
     An image whose mask leaves no pixel allowed, or allows all, has a constant share and teaches
-    nothing. The share does not change with the scale of a map, so that weak attention is no way
-    out; a map that is zero everywhere has the share 0.
+    nothing. The share does not change with the scale of a map, so that weak attention does not
+    lower the loss; a map that is zero everywhere has the share 0.
     """
 
     @typed
@@ -109,8 +109,8 @@ class AttentionMaskLoss(Term):
         )
         allowed, known = self._allowed(batch, own.which, maps)
         shares = wrong_energy(maps, allowed) * known
-        found = own.together(batch, torch.stack((shares, known), dim=1))
-        return found[:, 0].sum() / found[:, 1].detach().sum().clamp_min(1)
+        shares_known = own.together(batch, torch.stack((shares, known), dim=1))
+        return shares_known[:, 0].sum() / shares_known[:, 1].detach().sum().clamp_min(1)
 
     def _allowed(self, batch: Batch, which: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Where evidence may be ``(m,H,W)``, and which images have a mask at all ``(m,)``."""

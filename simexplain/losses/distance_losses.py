@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from simexplain.errors import ModelError
-from simexplain.losses.drawing import drawn_from
 from simexplain.losses.metric_learning import metric_learning, triplet_miner
-from simexplain.losses.proxy_anchor import LossOnDistances, Measured, ProxyAnchor
-from simexplain.losses.roots import rooted
+from simexplain.losses.proxy_anchor import DistanceBatch, LossOnDistances, ProxyAnchor
+from simexplain.losses.rng import seeded_by
+from simexplain.losses.safe_sqrt import safe_sqrt
 
 
 class PairLoss(LossOnDistances):
@@ -22,7 +22,7 @@ class PairLoss(LossOnDistances):
     def __init__(
         self,
         loss: Any,
-        sampler: Callable[[Measured, Tensor], Any] | None = None,
+        sampler: Callable[[DistanceBatch, Tensor], Any] | None = None,
         *,
         root: bool = False,
         settings: dict[str, Any] | None = None,
@@ -57,12 +57,12 @@ class PairLoss(LossOnDistances):
         self.loss, self.sampler, self.root = loss, sampler, root
         self.settings = dict(settings or {}) | {"root": root}
 
-    def forward(self, measured: Measured) -> Tensor:
+    def forward(self, measured: DistanceBatch) -> Tensor:
         """The loss of the rows with each other."""
-        given = rooted(measured.distances) if self.root else measured.distances
-        with drawn_from(measured.generator):
-            found = None if self.sampler is None else self.sampler(measured, given.detach())
-            loss: Tensor = self.loss(given, measured.labels, found)
+        given = safe_sqrt(measured.distances) if self.root else measured.distances
+        with seeded_by(measured.generator):
+            tuples = None if self.sampler is None else self.sampler(measured, given.detach())
+            loss: Tensor = self.loss(given, measured.labels, tuples)
         return loss
 
 
@@ -81,21 +81,23 @@ class DistanceWeighted:
     cutoff: float = 0.5
     reach: float = 1.4
 
-    def __call__(self, measured: Measured, given: Tensor) -> Any:
+    def __call__(self, measured: DistanceBatch, given: Tensor) -> Any:
         """Anchors, positives and negatives."""
         weights = self.weights(measured, given)
         draw = metric_learning("utils.loss_and_miner_utils").get_random_triplet_indices
         return draw(measured.labels, weights=weights)
 
-    def weights(self, measured: Measured, given: Tensor) -> Tensor:
+    def weights(self, measured: DistanceBatch, given: Tensor) -> Tensor:
         """How likely each negative is for each anchor ``(N,N)``; rows sum to one, or to zero."""
         apart = measured.distances.detach().clamp_min(self.cutoff**2)
         n = measured.nodes
         log = (2 - n) / 2 * apart.log() - (n - 3) / 2 * (1 - apart / 4).log()
         usable = (measured.labels[:, None] != measured.columns[None]) & (given < self.reach)
         log = log.masked_fill(~(usable & log.isfinite()), -torch.inf)
-        found = torch.exp(log - log.amax(dim=1, keepdim=True))
-        return found.nan_to_num(0.0) / found.nan_to_num(0.0).sum(dim=1, keepdim=True).clamp_min(1)
+        likelihood = torch.exp(log - log.amax(dim=1, keepdim=True))
+        return likelihood.nan_to_num(0.0) / likelihood.nan_to_num(0.0).sum(
+            dim=1, keepdim=True
+        ).clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Hardest:
 
     cutoff: float = 0.5
 
-    def __call__(self, measured: Measured, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, measured: DistanceBatch, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Anchors, positives and negatives."""
         same = measured.labels[:, None] == measured.columns[None]
         own = torch.eye(len(same), dtype=torch.bool, device=same.device)
@@ -133,12 +135,12 @@ class Mined:
         miner.distance = GivenDistances(similarities=bool(miner.distance.is_inverted))
         self.miner = miner
 
-    def __call__(self, measured: Measured, given: Tensor) -> Any:
+    def __call__(self, measured: DistanceBatch, given: Tensor) -> Any:
         """Indices as the miner gives them."""
         return self.miner(given, measured.labels)
 
 
-SAMPLERS: dict[str, Callable[..., Callable[[Measured, Tensor], Any]]] = {
+SAMPLERS: dict[str, Callable[..., Callable[[DistanceBatch, Tensor], Any]]] = {
     "distance": DistanceWeighted,
     "hard": Hardest,
 }
@@ -157,8 +159,8 @@ def margin(
     """The margin loss (Wu et al. 2017) on distances.
 
     The AVSL paper names the factors 1.2 and 0.2 the other way round; its code has the margin 0.2
-    and the boundary 1.2. It puts them to the squared distance of a level, as Eq. 10 says, while Wu
-    et al. mean the Euclidean distance, which ``root`` gives.
+    and the boundary 1.2. It puts them to the squared distance of a level, as in Eq. 10, while Wu et
+    al. mean the Euclidean distance, which ``root`` gives.
 
     Args:
         classes: How many there are, for a boundary of each; needed where they are learned.

@@ -1,4 +1,4 @@
-"""The identity loss of re-identification: who it is, asked of every part of the embedding."""
+"""The identity loss of re-identification: every part of the embedding classifies the person."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PartIdentityLoss(nn.Module):
         self.bias = nn.Parameter(torch.zeros(parts, classes))
 
     def scores(self, embeddings: Tensor) -> Tensor:
-        """What each part says: ``(N,P,C)`` of unit rows ``(N,E)``."""
+        """Logits of each part: ``(N,P,C)`` of unit rows ``(N,E)``."""
         rows = (self.scale * embeddings).reshape(len(embeddings), self.parts, -1)
         return torch.einsum("npe,pce->npc", rows, self.weight) + self.bias
 

@@ -13,7 +13,7 @@ def similarity_model(model: nn.Module) -> SimilarityModel:
     """Any network as a similarity model; one that is one already stays as it is.
 
     Raises:
-        ModelError: If it is no network, or one in DDP, whose averaging would be left out.
+        ModelError: If it is not a network, or one in DDP, whose averaging would be left out.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ModelError(
@@ -28,7 +28,8 @@ def check_batch(images: Tensor, labels: Tensor, masks: Tensor | None, seed: int)
     """Refuses what cannot be a batch.
 
     Raises:
-        ModelError: If something is no tensor, has another shape, or the seed is no whole number.
+        ModelError: If something is not a tensor or has another shape, or the seed is not an
+            integer.
     """
     for name, value in (("images", images), ("labels", labels), ("masks", masks)):
         if not isinstance(value, Tensor) and not (name == "masks" and value is None):

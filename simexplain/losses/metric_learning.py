@@ -1,4 +1,4 @@
-"""pytorch-metric-learning, an optional extra: asked for where it is needed."""
+"""pytorch-metric-learning, an optional extra, imported where it is needed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def triplet_miner(negatives: str, margin: float) -> Any:
     """A miner of triplets with all positives; semihard negatives are those of Schroff et al. 2015.
 
     Raises:
-        ModelError: If there are no such negatives, or the package is not installed.
+        ModelError: If the kind of negatives does not exist, or the package is not installed.
     """
     if negatives not in NEGATIVES:
         raise ModelError(

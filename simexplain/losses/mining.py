@@ -35,7 +35,7 @@ ZERO = "zero"
 
 @dataclass(frozen=True)
 class MiningOptions:
-    """How similarity mining is done; the defaults are the paper's where it says something.
+    """How similarity mining is done; the defaults are the paper's where it states one.
 
     Attributes:
         arch: ``siamese`` (Eq. 4), ``triplet`` (Eq. 3) or ``quadruplet`` (Eq. 5).
@@ -95,7 +95,7 @@ def mining_options(options: MiningOptions, changes: Mapping[str, Any]) -> Mining
     """Options with some of them replaced.
 
     Raises:
-        ComparisonError: If there is no such option, or its value cannot be used.
+        ComparisonError: If the option does not exist, or its value cannot be used.
     """
     known = [field.name for field in fields(MiningOptions)]
     if unknown := [name for name in changes if name not in known]:
@@ -113,7 +113,7 @@ class MiningTerm(Term):
         """Takes options, or changes to the default ones by name.
 
         Raises:
-            ComparisonError: If there is no such option, or its value cannot be used.
+            ComparisonError: If the option does not exist, or its value cannot be used.
         """
         super().__init__()
         self.options = mining_options(options or MiningOptions(), changes)

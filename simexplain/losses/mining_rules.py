@@ -1,4 +1,4 @@
-"""Equations 3, 4 and 5: what is asked of the embeddings of images whose attention is hidden."""
+"""Equations 3, 4 and 5: the loss of the embeddings of images whose attention is hidden."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
-from simexplain.losses.roots import rooted
+from simexplain.losses.safe_sqrt import safe_sqrt
 
 HELD_MARGIN = 0.2
 """By how much a masked negative shall stay farther than the positive under the rule ``held``."""
@@ -21,7 +21,7 @@ MINING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 """Readings of Eq. 3 from the distances of masked positives and negatives to the masked anchor.
 
-``absolute``: the masked triplet shall be undecided, as the text says. ``printed``: the difference
+``absolute``: the masked triplet shall be undecided, as in the text. ``printed``: the difference
 as it stands, whose minimum is a triplet that still holds. ``held``: the same with an end, a hinge
 on the order with a margin. ``reversed``: a hinge on the reversed order."""
 
@@ -42,7 +42,7 @@ def mining_loss(masked: Comparison, rule: str = "absolute") -> Tensor:
         The mean over comparisons, a scalar.
 
     Raises:
-        ComparisonError: If there is no such rule.
+        ComparisonError: If the rule does not exist.
     """
     if rule not in MINING:
         raise ComparisonError(f"Expected mining to be one of {', '.join(MINING)}, got {rule!r}.")
@@ -58,4 +58,4 @@ def mining_loss(masked: Comparison, rule: str = "absolute") -> Tensor:
 
 def _distances(anchor: Tensor, others: Tensor) -> Tensor:
     """Euclidean ``(B,n)``, with a defined gradient where two rows are the same."""
-    return rooted((anchor.unsqueeze(1) - others).square().sum(dim=2))
+    return safe_sqrt((anchor.unsqueeze(1) - others).square().sum(dim=2))

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from simexplain.arguments import typed
 from simexplain.errors import ModelError
-from simexplain.losses.drawing import drawn_from
-from simexplain.losses.everyone import Everyone
+from simexplain.losses.distributed import ProcessGroup
 from simexplain.losses.inputs import check_batch, similarity_model
+from simexplain.losses.rng import seeded_by
 from simexplain.losses.settings import check_kind
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
@@ -32,7 +32,7 @@ class Batch:
     Attributes:
         model: The model in training.
         images: Its own preprocessed images ``(M,3,H,W)``.
-        traced: The pass of these images, opened at the layers that the terms asked for.
+        traced: The pass of these images, traced at the layers that the terms need.
         embeddings: Rows of all processes ``(N,E)``, in the graph.
         labels: Class numbers of all processes ``(N,)``.
         masks: Where the object is, ``(M,H,W)`` in [0, 1]; NaN where an image has no mask. None
@@ -47,7 +47,7 @@ class Batch:
     embeddings: Tensor
     labels: Tensor
     masks: Tensor | None
-    everyone: Everyone
+    processes: ProcessGroup
     generator: torch.Generator
 
     @classmethod
@@ -60,14 +60,14 @@ class Batch:
             embeddings=traced.embeddings,
             labels=torch.arange(len(images), device=images.device),
             masks=None,
-            everyone=Everyone(),
+            processes=ProcessGroup(),
             generator=torch.Generator().manual_seed(0),
         )
 
     @property
     def start(self) -> int:
         """Where the images of this process start among those of all."""
-        return self.everyone.rank * len(self.images)
+        return self.processes.rank * len(self.images)
 
     @property
     def units(self) -> Tensor:
@@ -105,7 +105,7 @@ class Term(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class Losses:
-    """What an objective found for one batch.
+    """The losses of an objective for one batch.
 
     Attributes:
         total: The weighted sum, to call ``backward`` on.
@@ -153,7 +153,7 @@ class Objective(nn.Module):
             terms: For each name, which must be an identifier, a weight and a term.
 
         Raises:
-            ModelError: If there is no term, a name cannot be used, or a weight is not a finite
+            ModelError: If no term is given, a name cannot be used, or a weight is not a finite
                 number.
         """
         super().__init__()
@@ -252,19 +252,19 @@ def run_batch(
     """The one forward pass, in the model's present modes, and what all processes know of it.
 
     Raises:
-        ModelError: If labels or masks do not fit the images, or are no tensors.
+        ModelError: If labels or masks do not fit the images, or are not tensors.
     """
     check_batch(images, labels, masks, seed)
-    everyone = Everyone.present()
+    processes = ProcessGroup.present()
     traced = trace(model, images, layers, differentiable=True)
     return Batch(
         model=model,
         images=images,
         traced=traced,
-        embeddings=everyone.gathered(traced.embeddings),
-        labels=everyone.gathered(labels),
+        embeddings=processes.gathered(traced.embeddings),
+        labels=processes.gathered(labels),
         masks=masks,
-        everyone=everyone,
+        processes=processes,
         generator=torch.Generator().manual_seed(seed),
     )
 
@@ -290,15 +290,15 @@ class MetricLoss(Term):
         """The loss on the rows of all processes.
 
         Raises:
-            ModelError: If the model is AVSL, whose rows are no unit vectors.
+            ModelError: If the model is AVSL, whose rows are not unit vectors.
         """
         if isinstance(batch.model, AVSL):
             raise ModelError(
                 "Expected AVSLLoss for an AVSL model, got a loss on plain embeddings; its rows "
                 "hold several levels and their certainties."
             )
-        with drawn_from(batch.generator):
-            found = None
+        with seeded_by(batch.generator):
+            tuples = None
             if self.miner is not None:
-                found = self.miner(batch.embeddings.detach(), batch.labels)
-            return self.loss(batch.embeddings, batch.labels, found)
+                tuples = self.miner(batch.embeddings.detach(), batch.labels)
+            return self.loss(batch.embeddings, batch.labels, tuples)

@@ -32,14 +32,14 @@ class Own:
         each = len(batch.images)
         orders = tuple(
             ((places >= rank * each) & (places < (rank + 1) * each)).nonzero().flatten()
-            for rank in range(batch.everyone.world)
+            for rank in range(batch.processes.world)
         )
-        order = orders[batch.everyone.rank]
+        order = orders[batch.processes.rank]
         return cls(places[order] - batch.start, order, orders)
 
     def together(self, batch: Batch, rows: Tensor) -> Tensor:
         """Rows of this process's images ``(m,E)`` as those of all comparisons ``(T*K,E)``."""
-        gathered = batch.everyone.gathered(rows, [len(order) for order in self.orders])
+        gathered = batch.processes.gathered(rows, [len(order) for order in self.orders])
         return gathered[torch.cat(self.orders).argsort()]
 
 

@@ -49,8 +49,8 @@ def parameter_groups(
     if unknown := [name for name in given if name not in GROUPS]:
         raise ModelError(f"Expected groups of {', '.join(GROUPS)}, got {unknown[0]!r}.")
     groups = []
-    for name, found in _grouped(objective, as_similarity_model(model)).items():
-        trained = [parameter for parameter in found if parameter.requires_grad]
+    for name, parameters in _grouped(objective, as_similarity_model(model)).items():
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
         if trained:
             rate = given.get(name, learning_rate)
             own = {"name": name, "params": trained, "lr": rate, "weight_decay": weight_decay}

@@ -19,7 +19,7 @@ BEYOND = {
 
 
 class Proxies(nn.Module):
-    """One learned point per class and level, compared as if it were an image.
+    """One learned point per class and level, compared like an image.
 
     Attributes:
         levels: Per level ``(C,r)``; brought to unit length in use.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Measured:
+class DistanceBatch:
     """Distances of a batch.
 
     Attributes:
@@ -43,7 +43,7 @@ class LossOnDistances(nn.Module, ABC):
     settings: dict[str, Any]
 
     @abstractmethod
-    def forward(self, measured: Measured) -> Tensor:
+    def forward(self, measured: DistanceBatch) -> Tensor:
         """The loss, a scalar."""
 
 
@@ -71,7 +71,7 @@ class ProxyAnchor(LossOnDistances):
         self.alpha, self.positive, self.negative = alpha, positive, negative
         self.settings = {"alpha": alpha, "positive": positive, "negative": negative}
 
-    def forward(self, measured: Measured) -> Tensor:
+    def forward(self, measured: DistanceBatch) -> Tensor:
         """The loss of images (rows) and proxies (columns)."""
         same = measured.labels[:, None] == measured.columns[None]
         pull = _log_one_plus(self.alpha * (measured.distances - self.positive), same)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simexplain.arguments import typed
 from simexplain.errors import ComparisonError, ModelError
-from simexplain.losses.roots import rooted
+from simexplain.losses.safe_sqrt import safe_sqrt
 from simexplain.networks import at_least_single
 
 
@@ -80,15 +80,15 @@ def completed(
 class QuadrupletLoss(nn.Module):
     """``relu(d(a,p) - d(a,n1) + m1) + relu(d(a,p) - d(n1,n2) + m2)`` (Chen et al. 2017, Eq. 5).
 
-    The first part is the triplet loss. The second asks that images of one class be nearer to each
-    other than images of two other classes, whatever the anchor; its margin is the smaller one.
-    The paper compares squares of a learned metric and sets the margins from the batch; here ``d``
-    is the Euclidean distance of the rows as they come, and the margins are constants.
+    The first part is the triplet loss. The second pulls images of one class nearer to each other
+    than images of two other classes, whatever the anchor; its margin is the smaller one. The paper
+    compares squares of a learned metric and sets the margins from the batch; here ``d`` is the
+    Euclidean distance of the rows as they come, and the margins are constants.
 
     Each part is the mean over the quadruplets that violate it, which is how
-    pytorch-metric-learning averages its triplet loss. With two classes in the batch there is no
-    second negative and the first part stands alone; with one class, or no two images of a class,
-    the loss is 0.
+    pytorch-metric-learning averages its triplet loss. A batch with two classes has no second
+    negative, and the first part stands alone; with one class, or no two images of a class, the loss
+    is 0.
 
     Use it as ``MetricLoss(QuadrupletLoss())``, with or without a miner.
     """
@@ -132,17 +132,17 @@ class QuadrupletLoss(nn.Module):
         Raises:
             ComparisonError: If the indices are neither.
         """
-        found = self._found(embeddings, labels, indices)
-        own = self._distances(embeddings, found.anchors, found.positives)
-        apart = self._distances(embeddings, found.anchors, found.negatives)
+        quadruplets = self._quadruplets(embeddings, labels, indices)
+        own = self._distances(embeddings, quadruplets.anchors, quadruplets.positives)
+        apart = self._distances(embeddings, quadruplets.anchors, quadruplets.negatives)
         loss = _violated(own - apart + self.margin)
-        if found.others is not None:
-            across = self._distances(embeddings, found.negatives, found.others)
+        if quadruplets.others is not None:
+            across = self._distances(embeddings, quadruplets.negatives, quadruplets.others)
             loss = loss + _violated(own - across + self.margin2)
         # Without a quadruplet the loss must still be part of the graph.
         return loss + 0 * embeddings.sum()
 
-    def _found(
+    def _quadruplets(
         self, embeddings: Tensor, labels: Tensor, indices: Quadruplets | Sequence[Tensor] | None
     ) -> Quadruplets:
         if indices is None:
@@ -158,7 +158,7 @@ class QuadrupletLoss(nn.Module):
 
     def _distances(self, rows: Tensor, one: Tensor, other: Tensor) -> Tensor:
         squares = (rows[one] - rows[other]).square().sum(dim=1)
-        return squares if self.squared else rooted(squares)
+        return squares if self.squared else safe_sqrt(squares)
 
 
 def _apart(rows: Tensor) -> Tensor:

@@ -70,14 +70,14 @@ def disjoint_tuples(
     positives, negatives = SHAPES[arch]
     distances = torch.cdist(embeddings.detach().float(), embeddings.detach().float())
     order = torch.randperm(len(labels), generator=generator).tolist()
-    found = _partition(distances.tolist(), labels.tolist(), order, negatives)
-    if not found:
+    tuples = _partition(distances.tolist(), labels.tolist(), order, negatives)
+    if not tuples:
         raise ComparisonError(
             f"Expected a batch with a {arch} in it (two images of a class"
             f"{' and one of another' if negatives else ''}), got {len(labels)} images of "
             f"{len(set(labels.tolist()))} classes; sample several images of several classes."
         )
-    places = torch.tensor(found, device=embeddings.device)
+    places = torch.tensor(tuples, device=embeddings.device)
     if share < 1:
         places = places[_hardest(distances, places, share)]
     return Tuples(places, positives)
@@ -92,27 +92,27 @@ def _partition(
         return pairs
     pairs = pairs[: len(order) // (2 + negatives)]
     free = set(order).difference(*pairs)
-    found: list[list[int]] = []
+    tuples: list[list[int]] = []
     for anchor, positive in pairs:
-        others = [place for place in free if labels[place] != labels[anchor]]
+        others = [index for index in free if labels[index] != labels[anchor]]
         if len(others) < negatives:
             continue
-        others.sort(key=lambda place: (distances[anchor][place], place))
-        found.append([anchor, positive, *others[:negatives]])
-        free -= set(found[-1])
-    return found
+        others.sort(key=lambda index: (distances[anchor][index], index))
+        tuples.append([anchor, positive, *others[:negatives]])
+        free -= set(tuples[-1])
+    return tuples
 
 
 def _pairs(labels: list[int], order: list[int]) -> list[list[int]]:
     """Disjoint pairs of one class each."""
     waiting: dict[int, int] = {}
     pairs = []
-    for place in order:
-        other = waiting.pop(labels[place], None)
+    for index in order:
+        other = waiting.pop(labels[index], None)
         if other is None:
-            waiting[labels[place]] = place
+            waiting[labels[index]] = index
         else:
-            pairs.append([other, place])
+            pairs.append([other, index])
     return pairs
 
 

@@ -27,7 +27,7 @@ from simexplain.matching.factors import (
 from simexplain.matching.result import Matching
 from simexplain.methods.jacobians import Progress
 from simexplain.methods.position_parts import MOST_STEPS, PositionParts, position_parts
-from simexplain.methods.unexplained import unexplained_warning
+from simexplain.methods.unexplained import unexplained_share_warning
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
@@ -56,7 +56,7 @@ def match(
     Each image's vector is a sum over the positions of a layer (``position_parts``), so the score of
     two images is a sum over pairs of positions. It is exact, with biases spread evenly over the
     positions, wherever the network above the layer is linear, and but for an integration error,
-    which is told, where it is not. The model is left as it was.
+    which is reported, where it is not. The model is left as it was.
 
     Args:
         model: A similarity model, whose ``preprocess`` is used, or any ``nn.Module`` that returns
@@ -74,7 +74,7 @@ def match(
         steps: Points of the quadrature where the network above the layer is not linear.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
         progress: Called with how much of the work is done and how much there is. Without it, a
-            Python warning tells of work that will take longer than 20 seconds.
+            Python warning announces work that will take longer than 20 seconds.
 
     Raises:
         ImageError: If a picture cannot be read.
@@ -126,13 +126,13 @@ def _match(
         layer = wrapped.default_for(first)
     layer = layer_name(wrapped.network, layer)
     waited = progress or Patience(lambda text: warnings.warn(text, stacklevel=4))
-    found = [
+    all_parts = [
         position_parts(wrapped, side, layer, steps=steps, max_batch=max_batch, progress=waited)
         for side in (first, second)
     ]
     result = matching_from(
-        factors_of(found[0]),
-        factors_of(found[1]),
+        factors_of(all_parts[0]),
+        factors_of(all_parts[1]),
         images=(first, second),
         preprocess=wrapped.preprocess,
         score=score,
@@ -140,9 +140,9 @@ def _match(
         layer=layer,
         model=wrapped.name,
     )
-    more = _integration(found, result, layer)
+    more = _integration(all_parts, result, layer)
     if first.shape[1:] == second.shape[1:]:
-        rows = torch.cat([unit_rows(parts.vectors) for parts in found])
+        rows = torch.cat([unit_rows(parts.vectors) for parts in all_parts])
         more += wrapped.cautions((layer,), torch.cat((first, second)), rows)
     else:
         more += wrapped.cautions((layer,), first)
@@ -196,7 +196,7 @@ def matching_from(
         )
     expanded = [side.detach().expand(count, *side.shape[1:]) for side in images]
     share = unexplained_of(a, b, score=score, values=values)
-    said = "Style zhu leaves biases out: the matrix adds up to the score but for the residual."
+    note = "Style zhu leaves biases out: the matrix adds up to the score but for the residual."
     return Matching(
         matrix=matrix,
         score=values,
@@ -206,8 +206,8 @@ def matching_from(
         model=model,
         images=(expanded[0], expanded[1]),
         preprocess=preprocess,
-        warnings=((said,) if style == "zhu" else ())
-        + unexplained_warning(float(share.max()), layer),
+        warnings=((note,) if style == "zhu" else ())
+        + unexplained_share_warning(float(share.max()), layer),
         versions=versions(),
         unexplained=share,
     )
@@ -263,10 +263,10 @@ def _check_vectors(vectors: Tensor, side: str, *, unit: bool) -> None:
             )
 
 
-def _integration(found: list[PositionParts], result: Matching, layer: str) -> tuple[str, ...]:
+def _integration(all_parts: list[PositionParts], result: Matching, layer: str) -> tuple[str, ...]:
     """What to know where Jacobians were averaged."""
-    steps = max(parts.steps for parts in found)
-    worst = max(float(parts.residual.max()) for parts in found)
+    steps = max(parts.steps for parts in all_parts)
+    worst = max(float(parts.residual.max()) for parts in all_parts)
     if steps == 0:
         return ()
     missing = float(result.residual.abs().max())

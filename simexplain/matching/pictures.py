@@ -38,11 +38,11 @@ def draw_matching(
     """The figure of one pair; see ``Matching.figure``.
 
     Raises:
-        ComparisonError: If there is no such pair, or the network did not see a point.
+        ComparisonError: If the pair does not exist, or the network did not see a point.
     """
     if lines < 0:
         raise ComparisonError(f"Expected a number of lines from 0, got {lines}.")
-    sides = [_Side(matching, place, index) for place in range(2)]
+    sides = [_Side(matching, position, index) for position in range(2)]
     if points is None:
         points = matching.default_points(index)
     chosen = matching.top(lines, index, mutual=True, by="specific")
@@ -121,17 +121,17 @@ def _row(
 class _Side:
     """One image of a pair as it is drawn: the whole picture, reduced, or the network's view."""
 
-    def __init__(self, matching: Matching, place: int, index: int) -> None:
-        self.frame = matching.frame(SIDES[place], index)
-        self.caption = ("first image", "second image")[place]
+    def __init__(self, matching: Matching, position: int, index: int) -> None:
+        self.frame = matching.frame(SIDES[position], index)
+        self.caption = ("first image", "second image")[position]
         self.whole = bool(matching.pictures)
         if self.whole:
-            picture = matching.pictures[index][place]
+            picture = matching.pictures[index][position]
             self.caption = printable(Path(picture.path).name)
-            geometry = matching.geometries[index][place]
+            geometry = matching.geometries[index][position]
             self.picture = Thumbnail(shrunk(picture.image), geometry)
         else:
-            self.picture = Thumbnail(matching.preprocess.undo(matching.images[place][index]))
+            self.picture = Thumbnail(matching.preprocess.undo(matching.images[position][index]))
 
     def heat(self, values: Tensor) -> NDArray[np.float32]:
         """A map ``(h,w)`` over the picture, divided by its largest absolute value."""

@@ -27,7 +27,7 @@ class PositionPair:
         share: The value over the score; 0 where the score is 0.
         specific: The part of the value that is particular to the two, see
             ``Matching.interaction``.
-        mutual: Whether each is the best answer to the other in the ranking asked for.
+        mutual: Whether each is the best answer to the other in the chosen ranking.
     """
 
     a: Point
@@ -96,12 +96,12 @@ class Frame:
         """
         across, down = self.in_view(x, y)
         sides = []
-        for axis, place in enumerate((down, across)):
+        for axis, index in enumerate((down, across)):
             start, end = self._span(axis)
             reach = (end - start) / self.grid[axis]
-            if not start - reach <= place <= end + reach:
+            if not start - reach <= index <= end + reach:
                 raise ComparisonError(self._unseen(x, y))
-            where = torch.tensor([place], dtype=like.dtype, device=like.device)
+            where = torch.tensor([index], dtype=like.dtype, device=like.device)
             sides.append(tents(where, self.grid[axis], start, end)[0])
         return sides[0][:, None] * sides[1][None, :]
 
@@ -109,7 +109,7 @@ class Frame:
         (top, bottom), (left, right) = self._span(0), self._span(1)
         (left, top), (right, bottom) = self._own(left, top), self._own(right, bottom)
         return (
-            f"Expected a point of {self.name} that the layer looks at, x from {left:.1f} to "
+            f"Expected a point of {self.name} that the layer sees, x from {left:.1f} to "
             f"{right:.1f} and y from {top:.1f} to {bottom:.1f}, got ({x:g}, {y:g}); name an "
             "earlier layer, which sees the whole."
         )

@@ -65,9 +65,9 @@ def strongest(matrix: Tensor, n: int, *, sign: int, mutual: bool, by: str) -> li
     else:
         places = flat.topk(min(max(n, 0), flat.numel())).indices
     order = flat[places].argsort(descending=True, stable=True)[: max(n, 0)]
-    found = []
-    for place in places[order].tolist():
-        row, column = divmod(place, ranked.shape[1])
+    pairs = []
+    for index in places[order].tolist():
+        row, column = divmod(index, ranked.shape[1])
         each_other = int(best_column[row]) == column and int(best_row[column]) == row
-        found.append(Entry(row, column, each_other))
-    return found
+        pairs.append(Entry(row, column, each_other))
+    return pairs

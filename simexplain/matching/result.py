@@ -107,7 +107,8 @@ class Matching(Result):
             index: Which pair.
 
         Raises:
-            ComparisonError: If there is no such pair or side, or the network did not see the point.
+            ComparisonError: If the pair or side does not exist, or the network did not see the
+                point.
         """
         return self._shown(self._row(x, y, side, index)[None])[0]
 
@@ -131,12 +132,12 @@ class Matching(Result):
         if side == "b":
             values, special = values.T, special.T
         row = weights @ values
-        place = int((row * self.sign).argmax())
-        other = self.frame(SIDES[1 - SIDES.index(side)], index).centre(place)
+        position = int((row * self.sign).argmax())
+        other = self.frame(SIDES[1 - SIDES.index(side)], index).centre(position)
         a, b = ((x, y), other) if side == "a" else (other, (x, y))
         # Whether the position that the point lies in is in turn the best one for its answer.
-        mutual = int((values[:, place] * self.sign).argmax()) == int(weights.argmax())
-        numbers = float(row[place]), float((weights @ special)[place])
+        mutual = int((values[:, position] * self.sign).argmax()) == int(weights.argmax())
+        numbers = float(row[position]), float((weights @ special)[position])
         return self._pair(a, b, *numbers, mutual, index)
 
     def interaction(self) -> Tensor:
@@ -163,7 +164,7 @@ class Matching(Result):
                 mutual pairs that add less than an average pair are left out).
 
         Raises:
-            ComparisonError: If there is no such pair of images or ranking.
+            ComparisonError: If the pair of images or the ranking does not exist.
         """
         values = self._flat(index)
         special = centred(values)
@@ -189,7 +190,7 @@ class Matching(Result):
         """Where the positions of one image lie.
 
         Raises:
-            ComparisonError: If there is no such pair or side.
+            ComparisonError: If the pair or the side does not exist.
         """
         if side not in SIDES:
             raise ComparisonError(f"Expected side to be one of {', '.join(SIDES)}, got '{side}'.")
@@ -197,15 +198,15 @@ class Matching(Result):
             raise ComparisonError(
                 f"Expected a pair below {len(self)}, got {index}; counting starts at 0."
             )
-        place = SIDES.index(side)
-        image = self.images[place]
-        axes = self.matrix.shape[1 + 2 * place : 3 + 2 * place]
+        position = SIDES.index(side)
+        image = self.images[position]
+        axes = self.matrix.shape[1 + 2 * position : 3 + 2 * position]
         return Frame(
-            name=f"'{self.pictures[index][place].path}'" if self.pictures else f"image {side}",
+            name=f"'{self.pictures[index][position].path}'" if self.pictures else f"image {side}",
             view=(int(image.shape[-2]), int(image.shape[-1])),
             grid=(int(axes[0]), int(axes[1])),
-            geometry=self.geometries[index][place] if self.geometries else None,
-            region=self.regions[place],
+            geometry=self.geometries[index][position] if self.geometries else None,
+            region=self.regions[position],
         )
 
     def figure(
@@ -220,7 +221,7 @@ class Matching(Result):
             lines: How many mutual pairs to connect, ranked by what is particular to them.
 
         Raises:
-            ComparisonError: If there is no such pair, or the network did not see a point.
+            ComparisonError: If the pair does not exist, or the network did not see a point.
         """
         return self._draw(index, points, lines)
 
@@ -278,7 +279,7 @@ class Matching(Result):
             "score": {"name": self.score_name, "value": self.score[index]},
             "residual": self.residual[index],
             "unexplained": None if self.unexplained is None else self.unexplained[index],
-            "images": [self._image(index, place) for place in range(2)],
+            "images": [self._image(index, position) for position in range(2)],
             "points": [
                 {"at": at, "best": _rounded(own.b), "value": own.value, "share": own.share}
                 for at, own in zip(shown, answers, strict=True)
@@ -289,10 +290,10 @@ class Matching(Result):
             ],
         }
 
-    def _image(self, index: int, place: int) -> dict[str, Any]:
-        frame = self.frame(SIDES[place], index)
+    def _image(self, index: int, position: int) -> dict[str, Any]:
+        frame = self.frame(SIDES[position], index)
         return {
-            "path": self.pictures[index][place].path if self.pictures else None,
+            "path": self.pictures[index][position].path if self.pictures else None,
             "grid": frame.grid,
             "region": frame.region,
             "seen": _rounded(frame.box),
@@ -301,15 +302,15 @@ class Matching(Result):
 
     def default_points(self, index: int = 0) -> list[Point]:
         """Where the strongest mutual pairs lie in the first image, a few that are well apart."""
-        found: list[PositionPair] = []
+        pairs: list[PositionPair] = []
         left, top, right, bottom = self.frame("a", index).box
         apart = _APART * max(right - left, bottom - top)
         for pair in self.top(_SEARCHED, index, mutual=True, by="specific"):
-            if len(found) == _POINTS:
+            if len(pairs) == _POINTS:
                 break
-            if all(np.hypot(pair.a[0] - o.a[0], pair.a[1] - o.a[1]) >= apart for o in found):
-                found.append(pair)
-        return [pair.a for pair in found]
+            if all(np.hypot(pair.a[0] - o.a[0], pair.a[1] - o.a[1]) >= apart for o in pairs):
+                pairs.append(pair)
+        return [pair.a for pair in pairs]
 
     def _row(self, x: float, y: float, side: str, index: int) -> Tensor:
         weights = self.frame(side, index).weights(x, y, self.matrix)

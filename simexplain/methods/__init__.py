@@ -125,7 +125,7 @@ def option_from(default: Any, option: str, text: str) -> Any:
         text: What was written.
 
     Raises:
-        ComparisonError: If it is no such value.
+        ComparisonError: If it is not such a value.
     """
     if isinstance(default, bool):
         if text.lower() in _TRUTH:

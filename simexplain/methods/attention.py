@@ -115,17 +115,17 @@ class _Reading:
         """One call, counted from the first (0) or the last (-1).
 
         Raises:
-            ModelError: If there is no such call or it is not over tokens.
+            ModelError: If the call does not exist or is not over tokens.
         """
         if not -len(self.blocks) <= number < len(self.blocks):
             raise ModelError(
                 f"{self.model} attends {len(self.blocks)} times, so block is from "
                 f"{-len(self.blocks)} to {len(self.blocks) - 1}, got {number}."
             )
-        found = self.blocks[number]
-        if found is None:
+        one_block = self.blocks[number]
+        if one_block is None:
             raise _not_over_tokens(self.model, self.trace, number)
-        return found
+        return one_block
 
     def chain(self, end: int = -1) -> list[_Block]:
         """All calls up to one, of which each hands its tokens to the next.
@@ -133,9 +133,9 @@ class _Reading:
         Raises:
             ModelError: If some are not over the same tokens.
         """
-        found = [self.block(index) for index in range(range(len(self.blocks))[end] + 1)]
-        *blocks, last = found
-        first = found[0]
+        below = [self.block(index) for index in range(range(len(self.blocks))[end] + 1)]
+        *blocks, last = below
+        first = below[0]
         # The last may be a pooling: probes that attend to all tokens, or to the patches alone.
         fits = last.tokens == first.tokens or (
             last.tokens[1] in (first.tokens[1], first.cells.numel())
@@ -149,22 +149,22 @@ class _Reading:
                 "blocks; use method attention or grad_eclip."
             )
         if not fits or any(one.tokens != first.tokens or not one.square for one in blocks):
-            counts = dict.fromkeys(block.tokens for block in found)
+            counts = dict.fromkeys(block.tokens for block in below)
             shapes = ", ".join(f"{queries}x{keys}" for queries, keys in counts)
             raise ModelError(
                 f"The number of tokens changes between the blocks of {self.model} ({shapes}), so "
                 "relevance cannot be carried through them; use method attention or grad_eclip."
             )
-        if not all(self.trace.reached(self.probe, range(len(found)))):
+        if not all(self.trace.reached(self.probe, range(len(below)))):
             raise ModelError(UNREACHED)
-        steps = range(len(found) - 1)
+        steps = range(len(below) - 1)
         if not all(self.trace.feeds(index, index + 1) for index in steps):
             raise ModelError(
                 f"The attention blocks of {self.model} do not follow one upon the other, so "
                 "relevance cannot be carried through them; use method attention or grad_eclip "
                 "with block= for each way."
             )
-        return found
+        return below
 
     def warnings(self, number: int) -> tuple[str, ...]:
         """What to know about a map from one call alone."""
@@ -249,22 +249,22 @@ def _read(
 def _blocks(
     model: SimilarityModel, trace: AttentionTrace, images: Tensor
 ) -> tuple[_Block | None, ...]:
-    found = []
+    blocks = []
     for call in trace.calls:
         counts = {tuple(part.weights.shape[-2:]) for part in call}
         tokens = (int(call[0].weights.shape[-2]), int(call[0].weights.shape[-1]))
         cells, region = None, WHOLE
         if len(counts) == 1 and not _is_windowed(call, trace.sizes):
             cells, region = token_places(model, tokens[1], call[0].grids, images)
-        found.append(None if cells is None else _Block(call, trace.sizes, cells, tokens, region))
-    if not found:
+        blocks.append(None if cells is None else _Block(call, trace.sizes, cells, tokens, region))
+    if not blocks:
         raise ModelError(
             f"{model.name} has no attention that could be recorded, so methods for transformers "
             f"have nothing to read; {_FOR_CNNS}."
         )
-    if not any(found):
+    if not any(blocks):
         raise _not_over_tokens(model.name, trace, -1)
-    return tuple(found)
+    return tuple(blocks)
 
 
 def _is_windowed(call: Sequence[Attention], sizes: Sequence[int]) -> bool:
@@ -353,7 +353,7 @@ def _check_score(score: str) -> None:
 
 
 class _OnAttention(Method):
-    """What methods that read attention share: they have one layer, which nobody names."""
+    """What methods that read attention share: they have one layer, which is not named."""
 
     uses_layers: ClassVar[bool] = False
 
@@ -432,8 +432,8 @@ class AttentionRelevance(_OnAttention):
     max(0, ds/dA * A)`` (Eq. 5 and 6), where ``s`` is the score of the image: its similarity to the
     positives minus that to the negatives, all others held. An attention pooling at the end is cross
     attention, ``A- (I + (R - I) / row sums)`` (Eq. 8 to 10). The map is the row of the class token
-    (mean over the patches, or over the probes); of patches the identity is left out, since it says
-    no more than that a patch is itself.
+    (mean over the patches, or over the probes); of patches the identity is left out, since it only
+    maps each patch to itself.
 
     Attributes:
         score: ``cosine``, ``dot`` or ``held``, see ``SCORES``.

@@ -78,7 +78,7 @@ class AVSLMaps(Method):
         """The layers of the levels, the lowest first.
 
         Raises:
-            ModelError: If the model is no AVSL model.
+            ModelError: If the model is not an AVSL model.
             ComparisonError: If it has no such level.
         """
         levels = expected_avsl(model, "for method 'avsl'").levels
@@ -98,7 +98,7 @@ class AVSLMaps(Method):
         ``weights`` the directions ``(B,K,E)`` whose product with an embedding row is its score.
 
         Raises:
-            ModelError: If the model is no AVSL model, or an embedding is not finite.
+            ModelError: If the model is not an AVSL model, or an embedding is not finite.
             ComparisonError: If it has no such level.
         """
         avsl, wanted = expected_avsl(model, "for method 'avsl'"), self._wanted(model)
@@ -152,14 +152,14 @@ class AVSLMaps(Method):
         pairs = infer(model.graph().detached(), anchor, others)
         near, far = images.positives.shape[1], images.negatives.shape[1]
         signs = rows.new_tensor([1 / max(1, near)] * near + [-1 / max(1, far)] * far)
-        towards, found = EVIDENCE[self.evidence], []
+        towards, pulls = EVIDENCE[self.evidence], []
         for a, b, sensitivity in zip(
             anchor.embeddings, others.embeddings, pairs.sensitivities, strict=True
         ):
             share = sensitivity * signs.view(1, -1, 1)
             own = (share * towards(a.expand_as(b), b)).sum(dim=1, keepdim=True)
-            found.append(torch.cat((own, share * towards(b, a.expand_as(b))), dim=1))
-        return found
+            pulls.append(torch.cat((own, share * towards(b, a.expand_as(b))), dim=1))
+        return pulls
 
 
 def _summed(levels: Sequence[Tensor], regions: Sequence[Region]) -> Tensor:

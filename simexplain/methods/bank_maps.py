@@ -23,7 +23,7 @@ from simexplain.tracing import trace
 
 
 class BankName(str):
-    """The name of a bank, which is what a result tells of it, with the bank itself."""
+    """The name of a bank, which results report, with the bank itself."""
 
     bank: WeightBank
 
@@ -43,7 +43,7 @@ class BankMaps(Method):
     """Grad-CAM with the weights of similar images (Chen et al. 2020, arXiv 2001.06538).
 
     ``relu(sum over k of alpha_k A_k)``, where ``alpha`` is the mean of the grad-weights of the
-    nearest images in a :class:`WeightBank`. Each image is mapped by itself: the map tells what set
+    nearest images in a :class:`WeightBank`. Each image is mapped by itself: the map shows what set
     its neighbours apart from other classes when the bank was made, not what this comparison does.
 
     Built from the paper's abstract and the SAM paper's account of it; the rest is ours.
@@ -56,7 +56,7 @@ class BankMaps(Method):
         keep_negative: Leave out the final ReLU.
     """
 
-    bank: BankName  # without a default, which tells that one has to be given
+    bank: BankName  # without a default, since one has to be given
     neighbours: int = 2
     channels: int = 0
     keep_negative: bool = False
@@ -72,8 +72,8 @@ class BankMaps(Method):
         """Reads the bank, if it is given by its file.
 
         Raises:
-            ComparisonError: If there is no bank or an option is out of range.
-            OutputError: If the file is no bank.
+            ComparisonError: If no bank is given or an option is out of range.
+            OutputError: If the file is not a bank.
         """
         if bank is None or bank == "":
             raise ComparisonError(
@@ -128,8 +128,8 @@ class BankMaps(Method):
                     f"The bank '{bank}' has weights for {bank.weights.shape[1]} channels of layer "
                     f"'{layer}', got {grids.shape[1]}; make a bank for this model."
                 )
-            found = bank.weights_for(embeddings, self.neighbours)
-            weights = self._kept(found.weights)
+            neighbours = bank.weights_for(embeddings, self.neighbours)
+            weights = self._kept(neighbours.weights)
             signed = weighted(weights, grids)
             maps = images.restacked(signed if self.keep_negative else signed.relu())
             return AttentionMaps(
@@ -138,7 +138,7 @@ class BankMaps(Method):
                 weights=images.restacked(weights),
                 scores=images.restacked(signed.sum(dim=(1, 2))),
                 embeddings=rows,
-                warnings=_warnings(bank, found, images),
+                warnings=_warnings(bank, neighbours, images),
             ).detached()
 
     def _kept(self, weights: Tensor) -> Tensor:
@@ -150,48 +150,52 @@ class BankMaps(Method):
 
 
 def _fitting_layer(bank: WeightBank, model: SimilarityModel, layers: Sequence[str]) -> str:
-    """The layer of the bank, if it is the one that was asked for."""
+    """The layer of the bank, if it is the requested one."""
     if tuple(layers) == (bank.layer,):
         return bank.layer
     for layer in layers:
-        find_layer(model.network, split_call(layer)[0])  # which says so where there is none
+        find_layer(model.network, split_call(layer)[0])  # which raises where there is none
     raise ModelError(
         f"The bank '{bank}' was made at layer {bank.layer}, got {' x '.join(layers)}; leave "
         "the layer away or make a bank at that layer."
     )
 
 
-def _warnings(bank: WeightBank, found: BankWeights, images: Comparison) -> tuple[str, ...]:
+def _warnings(bank: WeightBank, neighbours: BankWeights, images: Comparison) -> tuple[str, ...]:
     """Whose weights the maps are made of, and whether they are close enough to mean anything."""
-    nearest = found.distances[:, 0].tolist()
+    nearest = neighbours.distances[:, 0].tolist()
     if images.batch == 1:
-        told = "; ".join(
+        nearest_text = "; ".join(
             f"{role}: {', '.join(_neighbours(bank, *one))}"
-            for role, *one in zip(images.roles, found.places, found.distances, strict=True)
+            for role, *one in zip(
+                images.roles, neighbours.places, neighbours.distances, strict=True
+            )
         )
     else:
-        told = f"the nearest are {min(nearest):.3f} to {max(nearest):.3f} away"
-    said = [f"Maps have the weights of images in the bank, not of this comparison ({told})."]
-    if far := [place for place, distance in enumerate(nearest) if distance > bank.usual]:
-        worst = max(far, key=lambda place: nearest[place])
-        comparison, place = divmod(worst, images.count)
-        said.append(
+        nearest_text = f"the nearest are {min(nearest):.3f} to {max(nearest):.3f} away"
+    warnings = [
+        f"Maps have the weights of images in the bank, not of this comparison ({nearest_text})."
+    ]
+    if far := [position for position, distance in enumerate(nearest) if distance > bank.usual]:
+        worst = max(far, key=lambda position: nearest[position])
+        comparison, position = divmod(worst, images.count)
+        warnings.append(
             f"The bank has nothing like {len(far)} of {len(nearest)} images: the nearest to the "
-            f"{images.roles[place]} (image {place + 1} of comparison {comparison + 1}) is "
+            f"{images.roles[position]} (image {position + 1} of comparison {comparison + 1}) is "
             f"{nearest[worst]:.3f} away, while 99% of the bank's own images have another within "
             f"{bank.usual:.3f}; such a map explains something else."
         )
     height, width = images.image_size
     if (height, width) != bank.size:
-        said.append(
+        warnings.append(
             f"The bank was made from images of {bank.size[0]}x{bank.size[1]}, these are of "
             f"{height}x{width}, so its neighbours and weights may fit less well."
         )
-    return tuple(said)
+    return tuple(warnings)
 
 
 def _neighbours(bank: WeightBank, places: Tensor, distances: Tensor) -> list[str]:
     return [
-        f"{bank.names[place] or bank.labels[place]} {distance:.3f}"
-        for place, distance in zip(places.tolist(), distances.tolist(), strict=True)
+        f"{bank.names[position] or bank.labels[position]} {distance:.3f}"
+        for position, distance in zip(places.tolist(), distances.tolist(), strict=True)
     ][:3]

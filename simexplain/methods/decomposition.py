@@ -15,7 +15,7 @@ from simexplain.methods.layer_maps import fuse
 from simexplain.methods.method import AttentionMaps, Method, check_embeddings
 from simexplain.methods.position_parts import EXACT, MOST_STEPS, parts_of
 from simexplain.methods.raw_vectors import trace_vectors
-from simexplain.methods.unexplained import unexplained_share, unexplained_warning
+from simexplain.methods.unexplained import unexplained_share, unexplained_share_warning
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import unit_rows
 
@@ -29,9 +29,9 @@ class Decomposition(Method):
 
     Each image's score is its cosine to the positives minus that to the negatives, the others held.
     The map of an image at one layer is what each position adds to that score, by
-    ``position_parts``. Biases and all else that no position gives are spread evenly over the map,
-    so that a map sums to its score; for tails that are not linear but for an integration error,
-    which a warning tells.
+    ``position_parts``. Biases and everything else that no position gives are spread evenly over the
+    map, so that a map sums to its score; for tails that are not linear, up to an integration error,
+    which a warning reports.
 
     Attributes:
         steps: Points of the quadrature for tails that are not linear.
@@ -60,7 +60,7 @@ class Decomposition(Method):
         units = images.restacked(unit_rows(traced.vectors))
         check_embeddings(units, images.roles)
         directions = margin_directions(images.like(units))
-        found, worst, shares = {}, 0.0, []
+        layer_maps, worst, shares = {}, 0.0, []
         for layer in layers:
             done = parts_of(
                 traced, layer, directions=directions.flatten(0, 1).unsqueeze(0), steps=self.steps
@@ -68,18 +68,20 @@ class Decomposition(Method):
             rest = done.rest[:, 0, None, None] / done.parts[0, 0].numel()
             maps = images.restacked((done.parts[:, 0] + rest) / done.lengths[:, None, None])
             shares.append(unexplained_share(done.vectors[:, 0], done.parts.sum(dim=(1, 2, 3))))
-            found[layer] = maps if self.keep_negative else maps.relu()
+            layer_maps[layer] = maps if self.keep_negative else maps.relu()
             if done.steps:
                 worst = max(worst, float(done.residual.max()))
         share = images.restacked(torch.stack(shares).amax(dim=0))
         return AttentionMaps(
-            maps=fuse(list(found.values()), model.apart(list(found), images.stacked()[:, 0])),
-            layer_maps=found,
+            maps=fuse(
+                list(layer_maps.values()), model.apart(list(layer_maps), images.stacked()[:, 0])
+            ),
+            layer_maps=layer_maps,
             weights=directions,
             scores=(units * directions).sum(dim=2),
             embeddings=units,
             warnings=self._warnings(worst)
-            + unexplained_warning(float(share.max()), " x ".join(layers)),
+            + unexplained_share_warning(float(share.max()), " x ".join(layers)),
             unexplained=share,
         ).detached()
 

@@ -1,4 +1,4 @@
-"""In which direction each image's embedding moves what is asked: the score of other methods."""
+"""The direction in which each image's embedding changes the comparison: other methods' score."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ _APART = 1e-3
 class Focus(Method):
     """Position by position: more like the images on its own side than like those on the other?
 
-    1. At the coarsest layer every position ``p`` with features ``A_p`` is asked by itself. With
+    1. At the coarsest layer every position ``p`` with features ``A_p`` is compared by itself. With
        ``d`` the mean of the unit embeddings that support the image minus those that oppose it
        (``rivals_of``), and ``alpha`` the gradient of ``d . v`` there, averaged over positions, its
        evidence is ``c_p = |d| cos(alpha, A_p)``; for average pooling alone ``d . A_p / |A_p|``.
@@ -44,17 +44,18 @@ class Focus(Method):
     2. The gradient of ``sum_p softplus(contrast c_p) |A_p|`` carries that to finer layers
        (LayerCAM): one backward pass, in which each position counts by the sigmoid of its evidence.
     3. The maps of the finer layers are multiplied with each other, with ``sigmoid(contrast c)``
-       and with ``1 + matching m``, where ``m`` says how much better a position finds its like in
-       the supporting images than in the opposing ones (``Rivals.matched``), scaled to one.
+       and with ``1 + matching m``, where ``m`` is how much better a position finds its like in the
+       supporting images than in the opposing ones (``Rivals.matched``), scaled to one.
     4. A Gaussian moves maxima from contours into the regions they surround, and decides where the
        map has its peak: smoothed and raised to the power ``peak``, it is low all around.
-    5. Below the peak the product itself says more: ``detail (product^2 + like^2)^(sharpness/2)``,
+    5. Below the peak the product itself is more informative: ``detail (product^2 +
+    like^2)^(sharpness/2)``,
        where ``like`` is the cosine with the supporting images as Grad-CAM shows it at the coarsest
        layer, times LayerCAM at the next; it is zero where an image supports itself.
 
     One forward pass serves all images; gradients go down to the finest of the layers. Where the
-    coarsest map has too few positions to be asked one by one, a second pass shows the network
-    larger images. How it was found and what it reaches is told in the documentation ("Focus").
+    coarsest map has too few positions to be compared one by one, a second pass shows the network
+    larger images. The documentation ("Focus") has its derivation and results.
 
     Attributes:
         contrast: Steepness of softplus and sigmoid, per unit of cosine.
@@ -82,11 +83,11 @@ class Focus(Method):
         least_zero = all(0 <= v < math.inf for v in (self.matching, self.detail))
         sensible = 0 <= self.smoothing <= 0.5 and 1 <= self.positions <= 64
         if not (positive and least_zero and sensible):
-            told = ", ".join(f"{name} {value}" for name, value in asdict(self).items())
+            values = ", ".join(f"{name} {value}" for name, value in asdict(self).items())
             raise ComparisonError(
                 "Expected contrast, sharpness and peak above 0, matching and detail of at least 0, "
                 "all finite, smoothing between 0 and 0.5 and positions between 1 and 64, got "
-                f"{told}."
+                f"{values}."
             )
 
     def layers_for(self, model: SimilarityModel, images: Tensor) -> tuple[str, ...] | None:
@@ -144,7 +145,7 @@ class Focus(Method):
             try:
                 again = trace_vectors(model, larger, layers, max_batch=max_batch, middle=False)
                 regions = model.regions(layers, larger)
-                found = self.attend(again.trace, images, regions)
+                followed = self.attend(again.trace, images, regions)
             except (ModelError, RuntimeError):  # it takes images of its own size alone
                 return self.attend(traced, images, model.apart(layers, flat))
             own = images.restacked(unit_rows(at_least_single(traced.embeddings.detach())))
@@ -152,7 +153,7 @@ class Focus(Method):
                 f"Focus saw the images enlarged by {factor:.3g}, since at their own size the "
                 f"coarsest of its maps has only {rows}x{columns} positions."
             )
-            return replace(found, embeddings=own, warnings=(*found.warnings, note))
+            return replace(followed, embeddings=own, warnings=(*followed.warnings, note))
         return self.attend(traced, images, model.apart(layers, flat))
 
     def attend(
@@ -177,7 +178,7 @@ class Focus(Method):
         sizes = {layer: maps.shape[-2:].numel() for layer, maps in traced.maps.items()}
         order = sorted(layers, key=lambda layer: (sizes[layer], -layers.index(layer)))
         parts = [places[layer] for layer in order]
-        cells, found = _evidence(
+        cells, evidence = _evidence(
             traced, order, directions.flatten(0, 1), rivals.unopposed, self.contrast
         )
         like = torch.zeros_like(cells)
@@ -186,11 +187,11 @@ class Focus(Method):
         with torch.no_grad():
             middle = at_least_single(traced.maps[order[min(1, len(order) - 1)]])
             matched = rivals.matched(images.restacked(middle)).flatten(0, 1)
-            cams = [found[layer] for layer in order[1:] or order]
+            cams = [evidence[layer] for layer in order[1:] or order]
             joined = self._joined(cams, cells, matched, like, parts)
         return AttentionMaps(
             maps=images.restacked(joined),
-            layer_maps={layer: images.restacked(found[layer]) for layer in layers},
+            layer_maps={layer: images.restacked(evidence[layer]) for layer in layers},
             weights=directions,
             scores=(units * directions).sum(dim=2),
             embeddings=units,
@@ -205,7 +206,7 @@ class Focus(Method):
         like: Tensor,
         parts: Sequence[Region],
     ) -> Tensor:
-        """One map ``(M,h,w)`` from those of the layers and what was asked of the positions.
+        """One map ``(M,h,w)`` from those of the layers and the scores of the positions.
 
         ``parts`` tell where in it each layer lies, the coarsest first.
         """
@@ -215,8 +216,8 @@ class Focus(Method):
         first, *finer = (
             at_grid(unit_scaled(cam), grid, part) for cam, part in zip(cams, own_parts, strict=True)
         )
-        told = torch.sigmoid(self.contrast * at_grid(cells, grid, top))
-        own = first * told * (1 + self.matching * unit_scaled(at_grid(matched, grid, middle)))
+        gate = torch.sigmoid(self.contrast * at_grid(cells, grid, top))
+        own = first * gate * (1 + self.matching * unit_scaled(at_grid(matched, grid, middle)))
         product = math.prod(finer, start=own)
         blurred = math.prod((unit_scaled(self._smoothed(cam)) for cam in finer), start=own)
         smooth = unit_scaled(self._smoothed(unit_scaled(blurred)))

@@ -86,15 +86,15 @@ def find_norms(tape: Tape, images: int) -> tuple[Norm, ...]:
         tape: What was recorded above a layer.
         images: How many images went through it.
     """
-    found = []
+    norms = []
     for number, call in enumerate(tape.calls):
         made = _whole(call) if call.name in _WHOLE else _divided(tape, call)
         if made is None:
             continue
         divisor, held, values = made
         length = None if values is None else _per_image(values, images)
-        found.append(Norm(number, divisor, held, length))
-    return tuple(found)
+        norms.append(Norm(number, divisor, held, length))
+    return tuple(norms)
 
 
 def holding(tape: Tape, norms: Sequence[Norm], freed: Sequence[int]) -> Holding:
@@ -122,7 +122,7 @@ def freed_norms(tape: Tape, norms: Sequence[Norm], rows: Tensor) -> tuple[int, .
         rows: The vectors ``(m,E)`` that the network gave.
     """
     assert tape.result is not None
-    last, found, held = last_norms(tape, norms), [], {}
+    last, freed, held = last_norms(tape, norms), [], {}
     for norm in reversed(norms):
         if norm.call not in last or norm.length is None:
             break
@@ -133,8 +133,8 @@ def freed_norms(tape: Tape, norms: Sequence[Norm], rows: Tensor) -> tuple[int, .
         env = tape.replay({id(call.outputs[0]): longer}, held, first=norm.call + 1)
         if not _parallel(env.get(id(tape.result), tape.result).detach(), rows):
             break
-        found.append(norm.call)
-    return tuple(found)
+        freed.append(norm.call)
+    return tuple(freed)
 
 
 def last_norms(tape: Tape, norms: Sequence[Norm]) -> set[int]:
@@ -143,7 +143,7 @@ def last_norms(tape: Tape, norms: Sequence[Norm]) -> set[int]:
     by_call = {norm.call: norm for norm in norms}
     wanted = {tape.number_of(tape.result)}  # values that the result is made of
     bent: set[int] = set()  # those that something not affine is made of
-    found: set[int] = set()
+    last: set[int] = set()
     for number in range(len(tape.calls) - 1, -1, -1):
         call = tape.calls[number]
         if not wanted.intersection(call.values):
@@ -153,7 +153,7 @@ def last_norms(tape: Tape, norms: Sequence[Norm]) -> set[int]:
         norm = by_call.get(number)
         if norm is not None:
             if straight:
-                found.add(number)
+                last.add(number)
             if norm.divisor is not None:
                 del inputs[norm.divisor[1]]  # held
         elif not _affine(call):
@@ -161,7 +161,7 @@ def last_norms(tape: Tape, norms: Sequence[Norm]) -> set[int]:
         wanted.update(inputs.values())
         if not straight:
             bent.update(inputs.values())
-    return found
+    return last
 
 
 def _affine(call: Call) -> bool:
@@ -183,7 +183,7 @@ def _parallel(a: Tensor, b: Tensor) -> bool:
 
 
 def _per_image(values: Tensor, images: int) -> Tensor | None:
-    """One number for each image ``(m,)``, if the divisors are no more than that."""
+    """One number for each image ``(m,)``, if the divisors are just that."""
     if values.dim() == 0 or len(values) != images:
         return None
     flat = values.detach().reshape(images, -1)
@@ -191,7 +191,7 @@ def _per_image(values: Tensor, images: int) -> Tensor | None:
 
 
 def _undone(norm: Norm) -> Held:
-    """Runs a normalisation as if it were not there."""
+    """Skips a normalisation."""
 
     def run(call: Call, flat: Sequence[Any]) -> Any:
         assert norm.length is not None
@@ -206,27 +206,27 @@ def _divided(tape: Tape, call: Call) -> tuple[tuple[int, int], Held, Tensor] | N
     if call.name not in ("div", "mul") or not {0, 1} <= call.inputs.keys():
         return None
     sides = [(0, 1)] if call.name == "div" else [(0, 1), (1, 0)]
-    for place, divisor in sides:
+    for position, divisor in sides:
         sign = -1 if call.name == "div" else 1
-        if not call.unchanged(divisor) or not _scales(tape, call, place, divisor, sign):
+        if not call.unchanged(divisor) or not _scales(tape, call, position, divisor, sign):
             continue
         value: Tensor = call.flat[divisor].detach()
 
         def run(call: Call, flat: Sequence[Any], at: int = divisor, kept: Tensor = value) -> Any:
             return call.run([kept if n == at else one for n, one in enumerate(flat)])
 
-        return (place, divisor), run, value if sign < 0 else value.reciprocal()
+        return (position, divisor), run, value if sign < 0 else value.reciprocal()
     return None
 
 
-def _scales(tape: Tape, call: Call, place: int, divisor: int, sign: int) -> bool:
+def _scales(tape: Tape, call: Call, position: int, divisor: int, sign: int) -> bool:
     makers = {value: made for made in tape.calls for value in made.values}
     for root in _ancestors(call.inputs[divisor], makers):
         degrees = _Degrees(root, makers)
         below = degrees.of(call.inputs[divisor])
         if below is None or below[0] == 0 or not below[1]:
             continue
-        above = degrees.of(call.inputs[place])
+        above = degrees.of(call.inputs[position])
         if above is not None and above[0] + sign * below[0] == 0:
             return True
     return False
@@ -234,14 +234,14 @@ def _scales(tape: Tape, call: Call, place: int, divisor: int, sign: int) -> bool
 
 def _ancestors(value: int, makers: Mapping[int, Call]) -> list[int]:
     """Values that one is made of, the nearest first."""
-    found: list[int] = []
+    ancestors: list[int] = []
     front = [value]
-    while front and len(found) < _FAR:
+    while front and len(ancestors) < _FAR:
         made = makers.get(front.pop(0))
-        new = [] if made is None else [n for n in made.inputs.values() if n not in found]
-        found += new
+        new = [] if made is None else [n for n in made.inputs.values() if n not in ancestors]
+        ancestors += new
         front += new
-    return found
+    return ancestors
 
 
 class _Degrees:
@@ -398,9 +398,9 @@ def _grouped(
     along = (1, -1, *[1] * (tensor.dim() - 2))
 
     def run(new: Tensor) -> Tensor:
-        found = plain(new.reshape(len(new), groups, -1)).reshape(new.shape)
-        found = found if weight is None else found * weight.view(along)
-        return found if bias is None else found + bias.view(along)
+        output = plain(new.reshape(len(new), groups, -1)).reshape(new.shape)
+        output = output if weight is None else output * weight.view(along)
+        return output if bias is None else output + bias.view(along)
 
     return run
 
@@ -412,9 +412,9 @@ def _centred(
     inverse = (tensor.var(axes, correction=0, keepdim=True) + eps).rsqrt()
 
     def run(new: Tensor) -> Tensor:
-        found = (new - new.mean(axes, keepdim=True)) * inverse
-        found = found if weight is None else found * weight
-        return found if bias is None else found + bias
+        output = (new - new.mean(axes, keepdim=True)) * inverse
+        output = output if weight is None else output * weight
+        return output if bias is None else output + bias
 
     return run
 

@@ -80,7 +80,7 @@ class JacobianProducts:
 
     def _by_directions(self, rows: Tensor, point: Tensor, grid: Tensor, tick: Ticker) -> Tensor:
         """Rows of ``J``, a few at a time, each multiplied with the change at every position."""
-        found: list[Tensor] = []
+        products: list[Tensor] = []
         for some in self._some(self.width):
             if self.directions is None:
                 planes = rows.new_zeros((len(some), *rows.shape))
@@ -88,9 +88,9 @@ class JacobianProducts:
             else:
                 planes = self.directions[some.start : some.stop]
             gradients = self._gradients(rows, point, planes)
-            found += [(self._grid(g).to(grid.dtype) * grid).sum(dim=1) for g in gradients]
+            products += [(self._grid(g).to(grid.dtype) * grid).sum(dim=1) for g in gradients]
             tick()
-        return torch.stack(found, dim=1)
+        return torch.stack(products, dim=1)
 
     def _by_positions(self, rows: Tensor, point: Tensor, change: Tensor, tick: Ticker) -> Tensor:
         """``J`` times the change at one position after the other.
@@ -102,12 +102,12 @@ class JacobianProducts:
         with torch.enable_grad():
             back = self._gradients(rows, point, lever, create_graph=True)[0]
         marks, (height, width) = self._marks(change)
-        found: list[Tensor] = []
+        products: list[Tensor] = []
         for some in self._some(height * width):
-            planes = torch.stack([change * (marks == place) for place in some]).to(back.dtype)
-            found += self._gradients(back, lever, planes)
+            planes = torch.stack([change * (marks == position) for position in some]).to(back.dtype)
+            products += self._gradients(back, lever, planes)
             tick()
-        return torch.stack(found, dim=2).reshape(*rows.shape, height, width)
+        return torch.stack(products, dim=2).reshape(*rows.shape, height, width)
 
     def _marks(self, output: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """For every number of the layer's output its position, or -1 where it lies on none."""
@@ -136,13 +136,13 @@ class JacobianProducts:
             raise ModelError(self.trace.diagnose(self.layer))
 
         def gradient(plane: Tensor, *, batched: bool = False) -> Tensor:
-            (found,) = torch.autograd.grad(
+            (slope,) = torch.autograd.grad(
                 values, point, plane, retain_graph=True, create_graph=create_graph,
                 is_grads_batched=batched, allow_unused=True,
             )  # fmt: skip
-            if found is None:
+            if slope is None:
                 raise ModelError(self.trace.diagnose(self.layer))
-            return found
+            return slope
 
         if planes.shape == values.shape:
             return [gradient(planes)]

@@ -17,7 +17,7 @@ DEFAULT = ("sam", "focus")
 """Made where no method is named: similarity attention as published, and where the match is."""
 
 LEAST_SIDE = 4
-"""Positions along the shorter side of the coarsest map from which on each is asked by itself."""
+"""Positions along the shorter side of the coarsest map from which on each is compared by itself."""
 
 _LAYERS = 3
 
@@ -50,7 +50,7 @@ SMALL = Kind(
     "a last map of fewer than 4 positions a side",
     DEFAULT,
     "the same, of images enlarged until the last map has 4 positions along its shorter side",
-    "positions as large as half of the picture cannot be asked by themselves; with 4 a side and "
+    "positions as large as half of the picture cannot be compared by themselves; with 4 a side and "
     "more, enlarging no longer pays everywhere",
 )
 GRID = Kind(
@@ -87,8 +87,9 @@ def rows_for(model: SimilarityModel, *, direction: bool, chosen: bool) -> tuple[
     Args:
         model: The model.
         direction: Images are scored along a direction, which has no dimensions that two embeddings
-            could share, so that similarity attention says nothing.
-        chosen: A layer or an option was named, of similarity attention as far as anybody knows.
+            could share, so that similarity attention is undefined.
+        chosen: A layer or an option was named, of similarity attention unless another method is
+            named.
     """
     if isinstance(model, AVSL):
         return NODES.rows

@@ -51,7 +51,7 @@ def layer_cams(
     Raises:
         ModelError: If there is not one formula for each layer.
     """
-    found = {}
+    cams = {}
     scale = scale.repeat_interleave(frames) if frames > 1 else scale
     for layer, name in _formulas(activations, cam).items():
         kind = torch.promote_types(gradients[layer].dtype, scale.dtype)
@@ -63,8 +63,8 @@ def layer_cams(
         raw = CAMS[name](own, gradient * scale.view(-1, 1, 1, 1).to(gradient))
         if frames > 1:
             raw = raw.reshape(-1, frames * raw.shape[1], raw.shape[2])
-        found[layer] = raw if keep_negative else raw.relu()
-    return found
+        cams[layer] = raw if keep_negative else raw.relu()
+    return cams
 
 
 def _formulas(maps: Mapping[str, Tensor], cam: Cams) -> dict[str, str]:

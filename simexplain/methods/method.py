@@ -18,7 +18,7 @@ from simexplain.models.moving import WHOLE, Region
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """What a method found for ``B`` comparisons of ``K`` images.
+    """The maps of a method for ``B`` comparisons of ``K`` images.
 
     Attributes:
         maps: The map of each image ``(B,K,h,w)``; the product over layers where there are several.
@@ -32,7 +32,7 @@ class AttentionMaps:
         warnings: What a user must know before trusting the maps.
         unexplained: The share ``(B,K)``, in [0, 1], of each image's score that its positions do not
             account for; None where a method does not take the score apart.
-        region: Where in the images the maps lie, where the method alone knows that.
+        region: Where in the images the maps lie, where only the method can tell.
     """
 
     maps: Tensor
@@ -121,8 +121,8 @@ def check_embeddings(rows: Tensor, roles: Sequence[str]) -> None:
         (zero, "is the zero vector", "a blank picture or dead weights give that"),
     ):
         if bool(bad.any()):
-            comparison, place = (int(i) for i in bad.nonzero()[0])
+            comparison, position = (int(i) for i in bad.nonzero()[0])
             raise ModelError(
-                f"The embedding of the {roles[place]} (image {place + 1} of comparison "
+                f"The embedding of the {roles[position]} (image {position + 1} of comparison "
                 f"{comparison + 1}) {what}, so its similarity is undefined; {advice}."
             )

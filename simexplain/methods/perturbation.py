@@ -76,9 +76,9 @@ class Occlusion(_Windows):
                 question.images, fills, question.directions, strict=True
             )
         ]
-        found = torch.stack(maps)
-        size = found.abs().amax(dim=(1, 2))
-        return question.answer(found if self.keep_negative else found.relu(), size=size)
+        drops = torch.stack(maps)
+        size = drops.abs().amax(dim=(1, 2))
+        return question.answer(drops if self.keep_negative else drops.relu(), size=size)
 
     def passes(self, images: Comparison) -> int:
         """How often each image passes through the network."""

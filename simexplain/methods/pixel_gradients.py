@@ -99,10 +99,10 @@ class InputXGradient(PixelMethod):
         def attribute(scores: Scores, part: Tensor, directions: Tensor, _: slice) -> Tensor:
             from captum.attr import InputXGradient as Captum
 
-            found = Captum(scores).attribute(
+            attributions = Captum(scores).attribute(
                 part.requires_grad_(), additional_forward_args=directions
             )
-            return unscaled(found)
+            return unscaled(attributions)
 
         maps = _map(_in_parts(question, max_batch, attribute), self.keep_negative)
         return question.answer(maps, size=question.slack)
@@ -164,7 +164,7 @@ class IntegratedGradients(PixelMethod):
     """Gradients along the line from a baseline (Sundararajan et al. 2017, arXiv 1703.01365).
 
     ``(x - b) * integral of ds/dx at b + t (x - b)`` over ``t`` from 0 to 1, by Gauss-Legendre. Its
-    sum is the score of the image minus that of the baseline; a warning says where it is not.
+    sum is the score of the image minus that of the baseline; a warning reports where it is not.
 
     Attributes:
         steps: Points of the integral.
@@ -186,24 +186,24 @@ class IntegratedGradients(PixelMethod):
         """The integral for every image, with a warning where it does not add up."""
         baselines = filled(question.model, question.images, self.baseline)
 
-        def attribute(scores: Scores, part: Tensor, directions: Tensor, place: slice) -> Tensor:
+        def attribute(scores: Scores, part: Tensor, directions: Tensor, position: slice) -> Tensor:
             from captum.attr import IntegratedGradients as Captum
 
-            found = Captum(scores).attribute(
+            attributions = Captum(scores).attribute(
                 part,
-                baselines=baselines[place],
+                baselines=baselines[position],
                 additional_forward_args=directions,
                 n_steps=self.steps,
                 internal_batch_size=max(question.size, len(part)),
             )
-            return unscaled(found)
+            return unscaled(attributions)
 
-        found = _in_parts(question, max_batch, attribute)
+        attributions = _in_parts(question, max_batch, attribute)
         below = scores_of(question.model, baselines, question.directions, max_batch)
-        sums = found.sum(dim=(1, 2, 3)).to(question.scores)
+        sums = attributions.sum(dim=(1, 2, 3)).to(question.scores)
         warnings = self._warnings(question.comparison, sums, question.scores - below)
-        size = found.abs().sum(dim=(1, 2, 3))
-        return question.answer(_map(found, self.keep_negative), warnings, size=size)
+        size = attributions.abs().sum(dim=(1, 2, 3))
+        return question.answer(_map(attributions, self.keep_negative), warnings, size=size)
 
     def passes(self, images: Comparison) -> int:
         """How often each image passes through the network."""
@@ -216,10 +216,10 @@ class IntegratedGradients(PixelMethod):
         if not bad:
             return ()
         worst = max(bad, key=lambda index: float(delta[index]))
-        comparison, place = divmod(worst, images.count)
+        comparison, position = divmod(worst, images.count)
         return (
             f"The maps of {len(bad)} of {len(sums)} images do not add up to their scores; the "
-            f"furthest off is the {images.roles[place]} (image {place + 1} of comparison "
+            f"furthest off is the {images.roles[position]} (image {position + 1} of comparison "
             f"{comparison + 1}), whose map adds up to {float(sums[worst]):.3g} where the score "
             f"differs from that of the baseline by {float(differences[worst]):.3g}; use more "
             f"steps than {self.steps}, or occlusion where that changes nothing, since a part of "
@@ -231,10 +231,10 @@ def _gradient(scores: Scores, part: Tensor, directions: Tensor, _: slice) -> Ten
     """The gradient of each image's own score ``(m,3,H,W)``."""
     from captum.attr import Saliency as Captum
 
-    found = Captum(scores).attribute(
+    attributions = Captum(scores).attribute(
         part.requires_grad_(), abs=False, additional_forward_args=directions
     )
-    return unscaled(found)
+    return unscaled(attributions)
 
 
 def _in_parts(
@@ -246,14 +246,14 @@ def _in_parts(
     """What ``attribute`` finds for every image ``(M,3,H,W)``, as many at once as may be."""
     images = question.images if images is None else images
     size = question.model.pass_size(len(images), max_batch)
-    found = []
+    attributions = []
     with differentiable_scores(question.model) as scores:
         for start in range(0, len(images), size):
-            place = slice(start, start + size)
-            # A copy: captum asks for gradients of the very tensor it is given.
-            part = images[place].detach().clone()
-            found.append(attribute(scores, part, question.directions[place], place))
-    return torch.cat(found)
+            position = slice(start, start + size)
+            # A copy: captum takes gradients of the very tensor it is given.
+            part = images[position].detach().clone()
+            attributions.append(attribute(scores, part, question.directions[position], position))
+    return torch.cat(attributions)
 
 
 def _map(attributions: Tensor, keep_negative: bool) -> Tensor:

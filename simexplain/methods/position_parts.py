@@ -13,7 +13,7 @@ from simexplain.methods.jacobians import JacobianProducts, Progress, Ticker
 from simexplain.methods.raw_vectors import VectorTrace, trace_vectors
 from simexplain.methods.short_tails import ShortTail
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import lengths_of, undisturbed
+from simexplain.networks import lengths_of, preserve_state
 from simexplain.tracing import trace
 
 EXACT = 1e-5
@@ -153,14 +153,14 @@ class _Tail:
         start = first.outputs[self.layer][0].detach()
         places, weights = np.polynomial.legendre.leggauss(steps)
         parts = self.rows.detach().new_zeros(())
-        for place, weight in zip((places + 1) / 2, weights / 2, strict=True):
-            between = (start + place * (point - start)).requires_grad_()
+        for position, weight in zip((places + 1) / 2, weights / 2, strict=True):
+            between = (start + position * (point - start)).requires_grad_()
             if self.short is None:
                 rows = self._rerun(between, last=True)
-                found = self.products(rows, between, point - start, tick)
+                product = self.products(rows, between, point - start, tick)
             else:
-                found = self._briefly(self.short, between, point - start, tick, last=True)
-            parts = parts + float(weight) * found
+                product = self._briefly(self.short, between, point - start, tick, last=True)
+            parts = parts + float(weight) * product
         # Not the vector of the blank image: what passes by the layer still comes from the image.
         return self._found(parts, start, steps)
 
@@ -168,7 +168,7 @@ class _Tail:
         self, short: ShortTail, output: Tensor, change: Tensor, tick: Ticker, *, last: bool
     ) -> Tensor:
         """``J change`` by the part of the tail that vectors read."""
-        with undisturbed(self.whole.model.network):
+        with preserve_state(self.whole.model.network):
             rows, point, change = short.run(output, change, last=last)
         with torch.enable_grad():
             rows = rows[: len(self.rows)]

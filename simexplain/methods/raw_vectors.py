@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from simexplain.methods.held_norms import Holding, Norm, find_norms, freed_norms, holding
 from simexplain.methods.short_tails import ShortTail, short_tail
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import undisturbed, unit_rows
+from simexplain.networks import preserve_state, unit_rows
 from simexplain.tapes import Tape
 from simexplain.tracing import Trace, rerun, trace
 
@@ -108,7 +108,7 @@ class VectorTrace:
                 act, as the network does, on what they get.
         """
         if self._tails and layer in self._tails[chunk].sources:
-            with undisturbed(self.model.network):
+            with preserve_state(self.model.network):
                 return self._tails[chunk].run(layer, output, last=last)
         return rerun(self.model, self._chunk(chunk, len(output)), layer, output)
 
@@ -117,7 +117,7 @@ class VectorTrace:
         if not self._tails or layer not in self._tails[chunk].sources:
             return None
         tail = self._tails[chunk]
-        with undisturbed(self.model.network):
+        with preserve_state(self.model.network):
             return short_tail(tail.tape, tail.sources[layer], tail.norms, tail.freed)
 
     def _chunk(self, chunk: int, count: int) -> Tensor:
@@ -156,14 +156,14 @@ class Tail:
             for source in self.sources.values()
             if self.tape.is_source(source)
         }
-        found = self.tape.replay(leaves, self.hold.every)
-        return {name: found[id(source)] for name, source in self.sources.items()}, self._result(
-            found
+        replayed = self.tape.replay(leaves, self.hold.every)
+        return {name: replayed[id(source)] for name, source in self.sources.items()}, self._result(
+            replayed
         )
 
-    def _result(self, found: Mapping[int, Tensor]) -> Tensor:
+    def _result(self, replayed: Mapping[int, Tensor]) -> Tensor:
         assert self.tape.result is not None
-        return found.get(id(self.tape.result), self.tape.result)
+        return replayed.get(id(self.tape.result), self.tape.result)
 
 
 def trace_vectors(
@@ -199,15 +199,15 @@ def trace_vectors(
     ):
         return plain
     norms = _common(traced)
-    with undisturbed(model.network):
+    with preserve_state(model.network):
         return _held(plain, norms, middle=middle)
 
 
 def _common(traced: Trace) -> list[tuple[Norm, ...]]:
     """The normalisations of each chunk; none where chunks differ in them."""
-    found = [find_norms(tape, n) for tape, n in zip(traced.tapes, traced.counts, strict=True)]
-    calls = [[norm.call for norm in norms] for norms in found]
-    return found if all(one == calls[0] for one in calls) else [() for _ in found]
+    listed = [find_norms(tape, n) for tape, n in zip(traced.tapes, traced.counts, strict=True)]
+    calls = [[norm.call for norm in norms] for norms in listed]
+    return listed if all(one == calls[0] for one in calls) else [() for _ in listed]
 
 
 def _held(plain: VectorTrace, norms: Sequence[tuple[Norm, ...]], *, middle: bool) -> VectorTrace:
@@ -218,21 +218,21 @@ def _held(plain: VectorTrace, norms: Sequence[tuple[Norm, ...]], *, middle: bool
         # One answer for all images, so that it does not depend on how they were batched.
         freed = set.intersection(
             *(
-                set(freed_norms(tape, found, rows.detach()))
-                for tape, found, rows in zip(traced.tapes, norms, results, strict=True)
+                set(freed_norms(tape, own_norms, rows.detach()))
+                for tape, own_norms, rows in zip(traced.tapes, norms, results, strict=True)
             )
         )
     if not middle:
-        norms = [tuple(norm for norm in found if norm.call in freed) for found in norms]
+        norms = [tuple(norm for norm in own_norms if norm.call in freed) for own_norms in norms]
     tails = tuple(
         Tail(
             tape,
             {layer: traced.outputs[layer][chunk] for layer in traced.outputs},
-            found,
+            own_norms,
             tuple(sorted(freed)),
-            holding(tape, found, sorted(freed)),
+            holding(tape, own_norms, sorted(freed)),
         )
-        for chunk, (tape, found) in enumerate(zip(traced.tapes, norms, strict=True))
+        for chunk, (tape, own_norms) in enumerate(zip(traced.tapes, norms, strict=True))
     )
     if not norms[0]:
         return replace(plain, _tails=tails)
@@ -243,7 +243,7 @@ def _held(plain: VectorTrace, norms: Sequence[tuple[Norm, ...]], *, middle: bool
         for row, old in zip(rows, results, strict=True)
     ):
         return plain
-    outputs = {layer: tuple(found[layer] for found, _ in again) for layer in traced.outputs}
+    outputs = {layer: tuple(own_norms[layer] for own_norms, _ in again) for layer in traced.outputs}
     with torch.enable_grad():
         embeddings = torch.cat(rows)[: len(plain.images)]
     held = replace(traced, embeddings=embeddings, outputs=outputs)

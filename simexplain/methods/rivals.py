@@ -20,12 +20,12 @@ class Rivals:
     A region of the anchor or of a positive counts as evidence as far as it is more like the images
     on its own side than like the negatives. A region of a negative counts as far as it is its own
     and not the anchor's, which is what keeps the two apart; so do both images of a dissimilar pair.
-    Where nobody speaks against, in a comparison without negatives, a region is measured against the
+    In a comparison without negatives, a region is measured against the
     rest of its own image.
 
     Attributes:
         supporting: The images a region should be like; the image itself where it is to differ.
-        opposing: The images it should not be like; empty where nobody speaks against.
+        opposing: The images it should not be like; empty without negatives.
         places: Which member of the comparison each of the images is. Given vectors are members
             that support and oppose as a whole, but have no regions to be like.
     """
@@ -69,17 +69,17 @@ class Rivals:
             ``(B,K,h,w)``, at least 0.
         """
         cells = F.normalize(maps, dim=2).flatten(3)
-        found = []
-        image = {place: number for number, place in enumerate(self.places)}
+        matches = []
+        image = {position: number for number, position in enumerate(self.places)}
         for own, members in enumerate(zip(self.supporting, self.opposing, strict=True)):
             near, far = (tuple(image[p] for p in side if p in image) for side in members)
             if not near:
-                found.append(torch.zeros_like(cells[:, own, 0]))
+                matches.append(torch.zeros_like(cells[:, own, 0]))
                 continue
             found_near = _best(cells, own, near)
             against = _best(cells, own, far) if far else found_near.mean(dim=1, keepdim=True)
-            found.append((found_near - against).relu())
-        return torch.stack(found, dim=1).view(*maps.shape[:2], *maps.shape[-2:])
+            matches.append((found_near - against).relu())
+        return torch.stack(matches, dim=1).view(*maps.shape[:2], *maps.shape[-2:])
 
 
 def rivals_of(images: Comparison) -> Rivals:
@@ -87,11 +87,11 @@ def rivals_of(images: Comparison) -> Rivals:
     count = images.positives.shape[1]
     near = tuple(range(1, 1 + count))
     far = tuple(range(1 + count, 1 + count + images.negatives.shape[1]))
-    supporting = (near or (0,), *((0,) for _ in near), *((place,) for place in far))
+    supporting = (near or (0,), *((0,) for _ in near), *((position,) for position in far))
     opposing = (far, *(far for _ in near), *((0,) for _ in far))
     return Rivals(
-        supporting=tuple(supporting[place] for place in images.places),
-        opposing=tuple(opposing[place] for place in images.places),
+        supporting=tuple(supporting[position] for position in images.places),
+        opposing=tuple(opposing[position] for position in images.places),
         places=images.places,
     )
 

@@ -1,4 +1,4 @@
-"""Which methods are asked, with which layers, and what they find: one row of maps for each."""
+"""Which methods run, with which layers, and their maps: one row for each."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ from simexplain.networks import layer_name
 Layers = str | nn.Module | Sequence[str | nn.Module] | None
 """Layers by name or as modules of the network."""
 Methods = str | MethodLike | Sequence[str | MethodLike] | None
-"""A name in ``METHODS`` or an object, several to make rows, or None for what
-:func:`~simexplain.methods.kinds.rows_for` says."""
+"""A name in ``METHODS`` or an object, several to make rows, or None for the default rows of the
+kind of network."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method and what it found.
+    """One method and its maps.
 
     Attributes:
         name: Its name in ``METHODS``, or its class's.
         method: The method.
         layers: Its layers.
-        found: Its maps.
+        maps: Its maps.
     """
 
     name: str
     method: MethodLike
     layers: tuple[str, ...]
-    found: AttentionMaps
+    maps: AttentionMaps
 
 
 def rows_of(
@@ -63,7 +63,7 @@ def rows_of(
     """Asks one or several methods; similarity attention and focus share a forward pass.
 
     Where no method is named and the second of the default cannot be used with a model, the first
-    one says so in its warnings.
+    one has a warning about it.
 
     Args:
         model: The model.
@@ -77,19 +77,19 @@ def rows_of(
         ComparisonError: If a method or an option does not exist.
         ModelError: If the model or a layer cannot be used.
     """
-    chosen = asked_of(model, method, layer, options, direction=not view.unit)
+    chosen = request_of(model, method, layer, options, direction=not view.unit)
     try:
-        return _found(model, view, chosen, layer, max_batch)
+        return _rows_of(model, view, chosen, layer, max_batch)
     except ModelError as error:
         if method is not None or len(chosen) == 1:
             raise
-        (first,) = _found(model, view, chosen[:1], layer, max_batch)
+        (first,) = _rows_of(model, view, chosen[:1], layer, max_batch)
         note = f"Only similarity attention is shown, since focus cannot be used here: {error}"
-        found = replace(first.found, warnings=(*first.found.warnings, note))
-        return [replace(first, found=found)]
+        maps = replace(first.maps, warnings=(*first.maps.warnings, note))
+        return [replace(first, maps=maps)]
 
 
-def asked_of(
+def request_of(
     model: SimilarityModel,
     method: Methods,
     layer: Layers,
@@ -166,7 +166,7 @@ def _made(named: Sequence[str | MethodLike], options: dict[str, Any]) -> list[Me
     ]
 
 
-def _found(
+def _rows_of(
     model: SimilarityModel,
     view: Comparison,
     chosen: Sequence[tuple[str | MethodLike, MethodLike]],
@@ -189,10 +189,10 @@ def _found(
     rows = []
     for (name, method), own in zip(chosen, layers, strict=True):
         if shared and isinstance(method, SimilarityAttention | Focus):
-            found = shared.pop(0)
+            maps = shared.pop(0)
         else:
-            found = method(model, view, own, max_batch=max_batch)
-        rows.append(Row(name if isinstance(name, str) else _name(method), method, own, found))
+            maps = method(model, view, own, max_batch=max_batch)
+        rows.append(Row(name if isinstance(name, str) else _name(method), method, own, maps))
     return rows
 
 
@@ -229,7 +229,7 @@ def layer_names(
     """The names of layers that are given by name or as modules of the network.
 
     Raises:
-        ModelError: If a module is no part of the network.
+        ModelError: If a module is not part of the network.
     """
     several = (layer,) if isinstance(layer, (str, nn.Module)) else layer
     return tuple(layer_name(model.network, one) for one in several)

@@ -18,7 +18,7 @@ from simexplain.methods.method import AttentionMaps, Method, check_embeddings
 from simexplain.metrics.fills import FILLS
 from simexplain.models.base import SimilarityModel
 from simexplain.models.blackbox import pixel_methods
-from simexplain.networks import at_least_single, undisturbed
+from simexplain.networks import at_least_single, preserve_state
 from simexplain.tracing import trace
 
 PIXELS = "pixels"
@@ -71,13 +71,13 @@ def check_range(what: str, value: float, low: float, high: float) -> None:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of every image: how its pixels move its score ``s = d . f(x)``.
+    """The score of every image, ``s = d . f(x)``, as a function of its pixels.
 
     The direction ``d`` is that of the margin (similarity to the positives minus similarity to the
     negatives) and held constant, so a higher score of any image raises the margin.
 
     Attributes:
-        model: The model that is asked.
+        model: The model to explain.
         comparison: The images with their roles.
         images: The images, flat ``(M,3,H,W)`` with ``M = B * K``, detached; at least float32.
         directions: A direction for each image ``(M,E)``.
@@ -108,8 +108,8 @@ class Question:
             maps: One for each image.
             warnings: What to know of them.
             size: How large the changes of the score are that each map is made of ``(M,)``. Where
-                they are no larger than rounding (:func:`floor_of`), the map is noise and becomes
-                zero, so that it has no peak.
+                they are within rounding (:func:`floor_of`), the map is noise and becomes zero, so
+                that it has no peak.
         """
         if size is not None:
             seen = size.to(maps) > floor_of(self.directions).to(maps)
@@ -127,7 +127,7 @@ class Question:
 
 @dataclass(frozen=True)
 class PixelMethod(Method):
-    """A method that asks how a score moves with the pixels.
+    """A method that measures how a score changes with the pixels.
 
     Attributes:
         needs_gradient: Whether it needs the gradient of the pixels, or embeddings alone.
@@ -185,7 +185,7 @@ def slack_of(directions: Tensor, units: Tensor) -> Tensor:
 
 
 def ask(model: SimilarityModel, images: Comparison, max_batch: int | None) -> Question:
-    """Embeds all images once and says in which direction each should move.
+    """Embeds all images once and returns the direction in which each should move.
 
     Args:
         model: The model; nothing of it is changed.
@@ -243,7 +243,7 @@ def differentiable_scores(model: SimilarityModel) -> Iterator[Callable[[Tensor, 
         return (rows * directions).sum(dim=1) * _HALF_SCALE
 
     try:
-        with undisturbed(model.network), torch.enable_grad():
+        with preserve_state(model.network), torch.enable_grad():
             yield scores
     except RuntimeError as error:
         # Parameters may have a gradient where the images, detached somewhere inside, have none.

@@ -69,8 +69,8 @@ class ShortTail:
         assert self.tape.result is not None
         point, moved = self.front.run(output, change, last=last)
         held = self.hold.last if last else self.hold.every
-        found = self.tape.replay({id(self.point): point.requires_grad_()}, held)
-        return found[id(self.tape.result)], point, moved
+        values = self.tape.replay({id(self.point): point.requires_grad_()}, held)
+        return values[id(self.tape.result)], point, moved
 
 
 class Front:
@@ -148,14 +148,14 @@ class Front:
         held = self.hold.last if last else self.hold.every
 
         def ends(given: Tensor) -> Tensor:
-            found = {id(self.source): given}
+            values = {id(self.source): given}
             for number in self.calls:
                 call = self.tape.calls[number]
-                flat = [found.get(id(value), value) for value in call.flat]
+                flat = [values.get(id(value), value) for value in call.flat]
                 run = held.get(number)
-                found[id(call.outputs[0])] = call.run(flat) if run is None else run(call, flat)
+                values[id(call.outputs[0])] = call.run(flat) if run is None else run(call, flat)
             parts = [
-                found[id(end)].transpose(0, 1) if exchanged else found[id(end)]
+                values[id(end)].transpose(0, 1) if exchanged else values[id(end)]
                 for end, exchanged in self.ends
             ]
             return torch.cat(parts, dim=-1)
@@ -181,16 +181,16 @@ def short_tail(
     hold = holding(tape, norms, freed)
     try:
         front = Front(tape, source, hold)
-        found = _Shortening(tape, source, front, len(tape.result)).tail(norms, freed)
-        if found is None:
+        values = _Shortening(tape, source, front, len(tape.result)).tail(norms, freed)
+        if values is None:
             return None
         # Elsewhere than where it was recorded: which tokens are read must not depend on them.
         half = source.detach() / 2
-        again = found.run(half, half, last=False)[0].detach()
+        again = values.run(half, half, last=False)[0].detach()
         whole = tape.replay({id(source): half}, hold.every)
     except (RuntimeError, ValueError, IndexError, KeyError, TypeError):
         return None
-    return found if _alike(again, whole[id(tape.result)].detach()) else None
+    return values if _alike(again, whole[id(tape.result)].detach()) else None
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class _Shortening:
         self.old, self.source, self.front, self.images = tape, source, front, images
         self.new = Tape()
         self.read = self._supports()
-        self.found: dict[int, Tensor] = {}  # by the id of what was recorded
+        self.values: dict[int, Tensor] = {}  # by the id of what was recorded
         self.short: dict[int, _Cut] = {}  # those of them that are short
 
     def tail(self, norms: Sequence[Norm], freed: Sequence[int]) -> ShortTail | None:
@@ -227,11 +227,11 @@ class _Shortening:
         with torch.enable_grad(), tape:
             parts = torch.split(point.clone(), self.front.widths(), dim=-1)
             for (end, exchanged), part in zip(self.front.ends, parts, strict=True):
-                self.found[id(end)] = part.transpose(0, 1) if exchanged else part
+                self.values[id(end)] = part.transpose(0, 1) if exchanged else part
         reached = set()
         for number, call in enumerate(old.calls):
             outside = number not in self.front.calls
-            if outside and any(id(value) in self.found for value in call.flat):
+            if outside and any(id(value) in self.values for value in call.flat):
                 reached.add(number)
                 self._again(call)
         assert old.result is not None
@@ -242,9 +242,11 @@ class _Shortening:
         work = _work([old.calls[number] for number in (*self.front.calls, *reached)])
         if not work or 2 * _work(tape.calls) > work or len(before) != len(after):
             return None
-        place = dict(zip(before, (norm.call for norm in after), strict=True))
-        hold = holding(tape, after, [place[call] for call in freed if call in place])
-        if {place[call] for call in self.front.hold.last if call in place} != hold.last.keys():
+        position = dict(zip(before, (norm.call for norm in after), strict=True))
+        hold = holding(tape, after, [position[call] for call in freed if call in position])
+        if {
+            position[call] for call in self.front.hold.last if call in position
+        } != hold.last.keys():
             return None
         return ShortTail(self.front, tape, point, hold)
 
@@ -291,7 +293,7 @@ class _Shortening:
                     for new, one in zip(given, cuts, strict=True)
                 ]
         for output, new, one in zip(call.outputs, given, cuts, strict=False):
-            self.found[id(output)] = new
+            self.values[id(output)] = new
             self.short.pop(id(output), None)
             if one is not None:
                 self.short[id(output)] = one
@@ -340,8 +342,8 @@ class _Shortening:
 
     def _at_hand(self, value: Tensor) -> Tensor:
         """What stands for a recorded tensor now."""
-        if id(value) in self.found:
-            return self.found[id(value)]
+        if id(value) in self.values:
+            return self.values[id(value)]
         return value if value.grad_fn is None else value.detach()
 
     def _whole(self, value: Tensor) -> Tensor:

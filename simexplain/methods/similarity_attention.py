@@ -122,44 +122,44 @@ class SimilarityAttention(Method):
             )
 
     def _live_weights(self, embeddings: Comparison, weights: Tensor) -> Tensor:
-        """Weights for every image ``(B,K,E)``, with a graph to that image alone if asked for."""
+        """Weights for every image ``(B,K,E)``, optionally with a graph to that image alone."""
         count = embeddings.count
         if not self.through_weights:
             return weights.detach().unsqueeze(1).expand(-1, count, -1)
         rows = embeddings.stacked()
         own = []
-        for place in range(count):
+        for position in range(count):
             alone = rows.detach().clone()
-            alone[:, place] = rows[:, place]
+            alone[:, position] = rows[:, position]
             own.append(scaled_weights(embeddings.like(alone), self.weights)[0])
         return torch.stack(own, dim=1)
 
     def _warnings(
         self, embeddings: Comparison, weights: Tensor, log_scale: Tensor
     ) -> tuple[str, ...]:
-        found = []
+        warnings = []
         flat = flat_factors(embeddings, self.weights)
         if flat and not embeddings.negatives.shape[1]:
-            found.append(
+            warnings.append(
                 f"The weights hardly tell the dimensions apart (the factor of the {flat[0]}, flat "
                 f"below {FLAT_BELOW}), so the maps show where anything is rather than what is "
                 "alike; weights='relative' repairs that."
             )
         elif self.weights == "paper" and embeddings.negatives.shape[1]:
             acts = f"; the factor of the {flat[0]}, so it hardly acts" if flat else ""
-            found.append(
+            warnings.append(
                 "The published weights have no sign, so dimensions on which a negative is strong "
                 f"pull the maps towards it{acts}; weights='signed' keeps only what sets the anchor "
                 "apart."
             )
         if bool((weights.amax(dim=1) <= 0).any()):
-            found.append(
+            warnings.append(
                 "All weights of a comparison are zero (are two images identical?), so its maps are "
                 "empty."
             )
         if bool((log_scale <= _SMALLEST_LOG).any()):
-            found.append(
+            warnings.append(
                 f"A product of {embeddings.members - 1} factors is too small for its number type; "
                 "the maps of that comparison are scaled up by a constant."
             )
-        return tuple(found)
+        return tuple(warnings)

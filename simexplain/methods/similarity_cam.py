@@ -16,7 +16,7 @@ from simexplain.methods.layer_maps import Cams, check_cams, fuse, layer_cams
 from simexplain.methods.method import AttentionMaps, Method, check_embeddings
 from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.methods.scoring import floor_of, slack_of
-from simexplain.methods.unexplained import unexplained_share, unexplained_warning
+from simexplain.methods.unexplained import unexplained_share, unexplained_share_warning
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import lengths_of, unit_rows
 from simexplain.tracing import Trace, trace
@@ -26,7 +26,7 @@ SCORES = {
     "dot": "of the vectors before normalisation",
     "held": "cosine with the lengths of the vectors held constant",
 }
-"""The similarities that can be asked for."""
+"""The available similarities."""
 
 _CANCELS_BELOW = 1e-3
 
@@ -41,8 +41,8 @@ class SimilarityCAM(Method):
 
     The cosine does not change when all features grow alike, so its gradient is orthogonal to the
     vector. With average pooling, a linear tail without bias and no final ReLU its map sums to zero
-    however similar the images are, and a map scaled to its own maximum says nothing about how
-    much. ``held`` is free of that: its map then sums to the cosine.
+    however similar the images are, and a map scaled to its own maximum does not show how much.
+    ``held`` is free of that: its map then sums to the cosine.
 
     Attributes:
         score: ``cosine``, ``dot`` or ``held``, see ``SCORES``.
@@ -95,13 +95,13 @@ class SimilarityCAM(Method):
                 keep_negative=True,
                 frames=model.frames,
             )
-            found = {
+            layer_maps = {
                 layer: images.restacked(maps if self.keep_negative else maps.relu())
                 for layer, maps in self._above_rounding(signed, flat, units.flatten(0, 1)).items()
             }
         return AttentionMaps(
-            maps=fuse(list(found.values()), model.apart(list(found), flat_images)),
-            layer_maps=found,
+            maps=fuse(list(layer_maps.values()), model.apart(list(layer_maps), flat_images)),
+            layer_maps=layer_maps,
             weights=directions,
             scores=images.restacked(scores.detach()),
             embeddings=units,
@@ -130,7 +130,7 @@ class SimilarityCAM(Method):
 
     def _warnings(self, signed: dict[str, Tensor], share: Tensor | None) -> tuple[str, ...]:
         if share is not None:
-            return unexplained_warning(float(share.max()), " x ".join(signed))
+            return unexplained_share_warning(float(share.max()), " x ".join(signed))
         cancelled = [
             layer
             for layer, maps in signed.items()

@@ -20,7 +20,8 @@ def token_places(
 ) -> tuple[Tensor | None, Region]:
     """The token of each cell ``(h,w)``, or None, and the part of the image where the cells lie.
 
-    The survey of the network knows; where it has no layer of so many tokens, their number does.
+    Taken from the survey of the network; where it has no layer of so many tokens, from their
+    number.
 
     Args:
         model: The model.
@@ -38,7 +39,7 @@ def _usual(cells: Tensor | None, layouts: Sequence[Layout]) -> tuple[Tensor | No
 
     Args:
         cells: Row by row ``(h,w)``, as their number suggests; where no layer is known.
-        layouts: What the survey found of layers with as many tokens.
+        layouts: The layouts of the survey for layers with as many tokens.
     """
     if not layouts:
         return cells, WHOLE
@@ -73,5 +74,5 @@ def token_cells(
     if grids:
         return None
     numbers = torch.arange(count, dtype=torch.float32).view(1, count, 1)
-    found = to_grid(numbers, pixels, model.hints)
-    return None if found is None else found[0, 0].long()
+    cells = to_grid(numbers, pixels, model.hints)
+    return None if cells is None else cells[0, 0].long()

@@ -10,7 +10,7 @@ from simexplain.models.surveyed import RELEVANT
 
 LARGE = 0.5
 """Above this share less than half of a score comes from positions, so that a map of it is mostly an
-even spread of what is not in the image; a warning says so."""
+even spread of what is not in the image; a warning reports it."""
 
 
 def unexplained_share(scores: Tensor, explained: Tensor) -> Tensor:
@@ -27,8 +27,8 @@ def unexplained_share(scores: Tensor, explained: Tensor) -> Tensor:
     """
     rest = (scores - explained).abs().double()
     whole = explained.abs().double() + rest
-    found: Tensor = (rest / whole.clamp_min(1e-300)).to(scores.dtype)
-    return found
+    share: Tensor = (rest / whole.clamp_min(1e-300)).to(scores.dtype)
+    return share
 
 
 def bypass_warning(bypass: Mapping[str, float]) -> tuple[str, ...]:
@@ -41,7 +41,7 @@ def bypass_warning(bypass: Mapping[str, float]) -> tuple[str, ...]:
     )
 
 
-def unexplained_warning(share: float, layer: str) -> tuple[str, ...]:
+def unexplained_share_warning(share: float, layer: str) -> tuple[str, ...]:
     """What to say of the largest share, if it is large."""
     if not share > LARGE:
         return ()

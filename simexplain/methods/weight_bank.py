@@ -129,7 +129,7 @@ class WeightBank:
         """Refuses a model that the bank was not made with, by its name and a noise image.
 
         Raises:
-            ModelError: If it is another model; says which one is expected.
+            ModelError: If it is another model; names the expected one.
         """
         advice = "make a bank for this model with simexplain bank (build_bank)."
         if model.name != self.model:
@@ -151,7 +151,7 @@ class WeightBank:
             )
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Writes one safetensors file, whole or not at all: tensors, and the rest as JSON.
+        """Writes one safetensors file atomically: tensors, and the rest as JSON.
 
         Raises:
             OutputError: If the file is there already (without ``force``) or cannot be written.
@@ -163,7 +163,7 @@ class WeightBank:
             raise OutputError(
                 f"'{path}' is there already; choose another file or say --force (force=True)."
             )
-        said = {
+        metadata = {
             "schema": SCHEMA, "labels": self.labels, "names": self.names, "model": self.model,
             "layer": self.layer, "size": self.size, "usual": self.usual,
             "report": dict(self.report),
@@ -175,7 +175,7 @@ class WeightBank:
             ) as made:
                 draft = Path(made) / "draft"
                 # Written here: save_file makes files that only their owner may read.
-                draft.write_bytes(save(tensors, metadata={FORMAT_KEY: json.dumps(said)}))
+                draft.write_bytes(save(tensors, metadata={FORMAT_KEY: json.dumps(metadata)}))
                 draft.replace(path)
         except OSError as error:
             raise OutputError(f"'{path}' cannot be written ({cause_of(error)}).") from error
@@ -185,7 +185,8 @@ class WeightBank:
         """Reads what :meth:`save` wrote; no code in it is ever run.
 
         Raises:
-            OutputError: If there is no such file, or it is damaged, no bank or of another version.
+            OutputError: If the file does not exist, is damaged, is not a bank or is of another
+                version.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -195,24 +196,26 @@ class WeightBank:
             with safe_open(path, framework="pt") as file:
                 content = (file.metadata() or {}).get(FORMAT_KEY)
                 if content is None:
-                    raise OutputError(f"'{path}' is no bank of grad-weights; see simexplain bank.")
-                said = json.loads(content)
-                if said["schema"] != SCHEMA:
                     raise OutputError(
-                        f"'{path}' was written in schema {said['schema']}, but this version reads "
-                        f"schema {SCHEMA}; make the bank again."
+                        f"Expected a bank of grad-weights, got '{path}'; see simexplain bank."
+                    )
+                metadata = json.loads(content)
+                if metadata["schema"] != SCHEMA:
+                    raise OutputError(
+                        f"'{path}' was written in schema {metadata['schema']}, but this version"
+                        f" reads schema {SCHEMA}; make the bank again."
                     )
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
-            height, width = said["size"]
+            height, width = metadata["size"]
             return cls(
                 **tensors,
-                labels=tuple(said["labels"]),
-                names=tuple(said["names"]),
-                model=said["model"],
-                layer=said["layer"],
+                labels=tuple(metadata["labels"]),
+                names=tuple(metadata["names"]),
+                model=metadata["model"],
+                layer=metadata["layer"],
                 size=(height, width),
-                usual=float(said["usual"]),
-                report=said["report"],
+                usual=float(metadata["usual"]),
+                report=metadata["report"],
                 source=str(path),
             )
         except (OSError, SafetensorError, *DAMAGED) as error:

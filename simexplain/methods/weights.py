@@ -13,7 +13,7 @@ from simexplain.comparison import Comparison, roles
 from simexplain.errors import ComparisonError
 
 FLAT_BELOW = 0.05
-"""A factor whose coefficient of variation is smaller hardly tells dimensions apart."""
+"""A factor whose coefficient of variation is smaller hardly separates dimensions."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def flat_factors(embeddings: Comparison, rule: str = "paper") -> list[str]:
         One phrase for each factor whose coefficient of variation (standard deviation over mean,
         over the dimensions) is below :data:`FLAT_BELOW` in any comparison of the batch.
     """
-    found = []
+    factors = []
     others = roles(embeddings.positives.shape[1], embeddings.negatives.shape[1])[1:]
     for number, (role, factor) in enumerate(
         zip(others, _factors(embeddings, weight_rule(rule)), strict=True), start=1
@@ -126,8 +126,8 @@ def flat_factors(embeddings: Comparison, rule: str = "paper") -> list[str]:
         variation = factor.std(dim=1, correction=0) / mean.clamp_min(1e-30)
         flat = (mean > 0) & (variation < FLAT_BELOW)
         if bool(flat.any()):
-            found.append(f"{role} in place {number} varies by {float(variation[flat].min()):.3f}")
-    return found
+            factors.append(f"{role} in place {number} varies by {float(variation[flat].min()):.3f}")
+    return factors
 
 
 def _factors(embeddings: Comparison, rule: WeightRule) -> list[Tensor]:

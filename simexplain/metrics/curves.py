@@ -34,8 +34,8 @@ class Curve:
         raw: The scores ``(T,)``, float64.
         normalised: ``(raw - empty) / (whole - empty)``, ``(T,)``: 1 is the score of the whole image
             and 0 that of the fully deleted one; values beyond both can occur. NaN where the whole
-            image does not score higher than the deleted one by ``least``, since there is then
-            nothing to lose and the quotient tells of what happens between the two alone.
+            image does not score higher than the deleted one by ``least``, since then there is
+            nothing to lose, and the quotient would only reflect what happens between the two.
         area: Under ``normalised`` by the trapezoid rule, which equals
             ``(raw_area - empty) / (whole - empty)``; low is good for deletion, high for insertion.
         raw_area: Under ``raw``, always defined.
@@ -119,7 +119,7 @@ def baseline_of(images: Tensor, baseline: str | Tensor) -> Tensor:
     """What takes the place of deleted pixels: a tensor of the shape of ``images`` ``(...,3,H,W)``.
 
     Raises:
-        ComparisonError: If there is no such baseline or the tensor does not fit the images.
+        ComparisonError: If the baseline does not exist or the tensor does not fit the images.
     """
     if isinstance(baseline, Tensor):
         try:

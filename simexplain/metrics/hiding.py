@@ -50,7 +50,8 @@ def elsewhere(masks: Tensor) -> Tensor:
 def hidden(images: Tensor, masks: Tensor, veil: Tensor | None = None) -> Tensor:
     """Images ``(...,C,H,W)`` blurred beyond recognition where masks ``(...,H,W)`` are true.
 
-    The border between what is hidden and what is not is soft, so that it is no edge to be seen.
+    The border between what is hidden and what is not is soft, so that it does not add a visible
+    edge.
 
     Args:
         images: The images.

@@ -12,7 +12,7 @@ from torch import Tensor
 from simexplain.errors import ComparisonError
 
 FEW = 10
-"""Values from which on an interval says something."""
+"""Values from which on an interval is meaningful."""
 
 _AT_ONCE = 2**22
 
@@ -30,7 +30,7 @@ class Interval:
         high: Upper end; likewise.
         count: How many values were valid.
         level: The confidence level.
-        few: Whether it is of fewer than ``FEW`` values, so that the interval says next to nothing.
+        few: Whether it is of fewer than ``FEW`` values, too few for the interval to mean much.
     """
 
     mean: float

@@ -93,8 +93,8 @@ def signed_heat(
     """
     heat = placed(values[None, None].float(), size, region)[0, 0]
     top = heat.abs().max()
-    found: NDArray[np.float32] = (heat / top if bool(top > 0) else heat).cpu().numpy()
-    return found
+    drawn: NDArray[np.float32] = (heat / top if bool(top > 0) else heat).cpu().numpy()
+    return drawn
 
 
 def peak_of(heatmap: Tensor) -> tuple[int, int] | None:

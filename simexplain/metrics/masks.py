@@ -1,7 +1,7 @@
 """Heatmaps against what is known: masks of objects, and points that belong together.
 
-A map without positive heat misses: it scores 0, so that a method gains nothing by empty maps. A
-mask without a pixel asks nothing: its score is NaN, and means leave it out.
+A map without positive heat misses: it scores 0, so that a method gains nothing by empty maps. An
+empty mask has no score: it is NaN, and means leave it out.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def iou(heatmaps: Tensor, masks: Tensor, threshold: float) -> Tensor:
 def best_iou(heatmaps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """The highest IoU over all positive thresholds, and where it is reached.
 
-    It tells how well a map could separate the object if someone told the threshold; the best one
-    is found exactly, among the values of the map.
+    How well a map could separate the object with the best threshold; which is searched exactly,
+    among the values of the map.
 
     Args:
         heatmaps: ``(M,h,w)``, upsampled bilinearly to the masks.
@@ -104,9 +104,9 @@ def best_iou(heatmaps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     last = torch.ones_like(heat, dtype=torch.bool)
     last[:, :-1] = heat[:, :-1] > heat[:, 1:]
     reached = torch.where(last & (heat > 0), inside.to(heat) / union, 0.0)
-    best, place = reached.max(dim=1)
+    best, index = reached.max(dim=1)
     top = heat[:, 0]
-    share = heat.gather(1, place[:, None])[:, 0] / torch.where(top > 0, top, torch.nan)
+    share = heat.gather(1, index[:, None])[:, 0] / torch.where(top > 0, top, torch.nan)
     return _valid(best, masks), _valid(share, masks)
 
 
@@ -203,9 +203,9 @@ def correspondences(
             f"Expected one heatmap (h,w) for each of {len(start)} points, got {tuple(drawn.shape)}."
         )
     heat = grown(drawn, size).cpu()
-    found = _peaks(heat).flip(1) + 0.5
+    peaks = _peaks(heat).flip(1) + 0.5
     empty = heat.amax(dim=(1, 2)) <= 0
-    distances = (found - expected).norm(dim=1).masked_fill(empty, torch.inf)
+    distances = (peaks - expected).norm(dim=1).masked_fill(empty, torch.inf)
     limit = torch.tensor([size[1], size[0]], dtype=torch.float64)
     outside = ((expected < 0) | (expected > limit)).any(dim=1) | ~expected.isfinite().all(dim=1)
     height, width = size_a or size
@@ -216,7 +216,7 @@ def correspondences(
     )
     random = _near(expected, size, tolerance).masked_fill(outside, torch.nan)
     return CorrespondenceScores(
-        mean_valid(hits), mean_valid(random), mean_valid(lazy), hits, distances, found, expected
+        mean_valid(hits), mean_valid(random), mean_valid(lazy), hits, distances, peaks, expected
     )
 
 
@@ -260,12 +260,12 @@ def _peaks(heat: Tensor) -> Tensor:
     return torch.stack((flat // heat.shape[2], flat % heat.shape[2]), dim=1)
 
 
-def _reach(mask: Tensor, place: Tensor) -> Tensor:
+def _reach(mask: Tensor, index: Tensor) -> Tensor:
     """How far a place ``(2,)`` (row, column) is from the mask's nearest pixel; else infinite."""
     inside = mask.nonzero().double()
     if not len(inside):
         return torch.full((), torch.inf, dtype=torch.float64, device=mask.device)
-    return (inside - place).square().sum(dim=1).amin().sqrt()
+    return (inside - index).square().sum(dim=1).amin().sqrt()
 
 
 def _fitted(heatmaps: Tensor, masks: Tensor) -> Tensor:

@@ -48,14 +48,14 @@ def randomised(
         The names of the forgotten layers.
 
     Raises:
-        ModelError: If there is no such layer, or there are not so many.
+        ModelError: If the layer does not exist, or the network has fewer layers.
     """
     names = tuple(layers) if layers is not None else randomisable(network)
     modules: dict[str, nn.Module] = dict(network.named_modules())
     unknown = [name for name in names if name not in modules]
     if unknown or not 0 <= how_far <= len(names):
         what = f"has no layer '{unknown[0]}'" if unknown else f"has {len(names)} layers to forget"
-        raise ModelError(f"The network {what}; randomisable lists them (asked for {how_far}).")
+        raise ModelError(f"The network {what}; randomisable lists them (got {how_far}).")
     chosen = [modules[name] for name in names[:how_far]]
     kept = [
         (holder, dict(holder), _copies(holder))

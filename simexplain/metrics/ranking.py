@@ -1,7 +1,7 @@
 """Retrieval and re-identification as one ranking with two masks: what is relevant, what ignored.
 
 Nothing is sorted: where the relevant images stand follows from counting, for each of them, what is
-no farther. Of equal distances the relevant image comes last, so that an embedding that maps
+at most as far. Of equal distances the relevant image comes last, so that an embedding that maps
 everything to one point finds nothing, and the order of the gallery plays no part.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from simexplain.errors import ComparisonError
 
 PAIRS = 2**21
-"""Pairs of queries and gallery at a time, unless said otherwise; with some 50 bytes each."""
+"""Pairs of queries and gallery at a time, by default; some 50 bytes each."""
 
 Mask = Callable[[slice], Tensor]
 """For some of the queries, both ends given, which of the gallery: ``(B,G)`` bool."""
@@ -67,8 +67,8 @@ class Ranking:
         """
         if k < 1:
             raise ComparisonError(f"Expected a K of at least 1, got {k}; ask for Recall@1 or more.")
-        found = ((self.first > 0) & (self.first <= k)).double()
-        return found.masked_fill(~self.answerable, torch.nan)
+        hits = ((self.first > 0) & (self.first <= k)).double()
+        return hits.masked_fill(~self.answerable, torch.nan)
 
     @classmethod
     def empty(cls, queries: int) -> Ranking:
@@ -77,10 +77,10 @@ class Ranking:
         types = {f.name: torch.long if f.name in counts else torch.double for f in fields(cls)}
         return cls(**{name: torch.empty(queries, dtype=kind) for name, kind in types.items()})
 
-    def fill(self, part: slice, found: Ranking) -> None:
+    def fill(self, part: slice, ranking: Ranking) -> None:
         """Writes the ranking of some of the queries, in place."""
         for field in fields(self):
-            getattr(self, field.name)[part] = getattr(found, field.name)
+            getattr(self, field.name)[part] = getattr(ranking, field.name)
 
 
 @torch.no_grad()
@@ -137,8 +137,8 @@ def ranked(distances: Tensor, relevant: Tensor, ignored: Tensor | None = None) -
 def _positions(distances: Tensor, hits: Tensor, misses: Tensor, most: int) -> Tensor:
     """Places from 1 on of the relevant images ``(Q,max(1,most))``, ascending; the rest is filling.
 
-    The place of the j-th nearest relevant image is j and the number of misses that are no farther.
-    Each miss is counted at the first relevant image that does not lie before it.
+    The place of the j-th nearest relevant image is j and the number of misses that are at most as
+    far. Each miss is counted at the first relevant image that does not lie before it.
     """
     wanted = distances.masked_fill(~hits, torch.inf)
     near = wanted.topk(max(1, most), dim=1, largest=False).values.contiguous()
@@ -201,8 +201,8 @@ def rank(
         progress: Called with the queries done and all of them after each block.
 
     Raises:
-        ComparisonError: If there are no queries or no gallery, the block is below 1, or rows or
-            distances are not finite.
+        ComparisonError: If queries or gallery are empty, the block is below 1, or rows or distances
+            are not finite.
     """
     if not len(queries) or not len(gallery):
         raise ComparisonError(
@@ -220,9 +220,11 @@ def rank(
     result = Ranking.empty(len(queries))
     for start in range(0, len(queries), size):
         part = slice(start, min(start + size, len(queries)))
-        found = distance(queries[part], kinds if several else gallery)
-        masks = [mask(part).to(found.device) for mask in (relevant, ignored) if mask is not None]
-        result.fill(part, ranked(found[:, places] if several else found, *masks))
+        distances = distance(queries[part], kinds if several else gallery)
+        masks = [
+            mask(part).to(distances.device) for mask in (relevant, ignored) if mask is not None
+        ]
+        result.fill(part, ranked(distances[:, places] if several else distances, *masks))
         if progress is not None:
             progress(part.stop, len(queries))
     return result

@@ -58,7 +58,7 @@ def infidelity(
             f"{tuple(heatmaps.shape)}."
         )
     side = max(1, round(patch * min(size)))
-    found = []
+    values = []
     for image, own in zip(images.detach(), heat, strict=True):
         generator = torch.Generator().manual_seed(seed)
         ground = baseline_of(image, baseline)
@@ -74,8 +74,8 @@ def infidelity(
             max_examples_per_batch=max_batch,
             normalize=scaled,
         )
-        found.append(value.detach().cpu().double())
-    return torch.cat(found)
+        values.append(value.detach().cpu().double())
+    return torch.cat(values)
 
 
 def _punched(
@@ -124,15 +124,15 @@ def sensitivity(
             maps = explainer(given[0] if many else given).detach()
         return (maps,) if many else maps  # which captum takes apart as it gave it
 
-    found = []
+    values = []
     for image in images.detach():
         noisy = _noise(radius, torch.Generator().manual_seed(seed))
         value = metrics.sensitivity_max(
             explained, image[None], perturb_func=noisy, n_perturb_samples=samples,
             max_examples_per_batch=max_batch,
         )  # fmt: skip
-        found.append(value.detach().cpu().double())
-    return torch.cat(found)
+        values.append(value.detach().cpu().double())
+    return torch.cat(values)
 
 
 def _noise(radius: float, generator: torch.Generator) -> Callable[[Tensor], Tensor]:

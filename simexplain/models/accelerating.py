@@ -16,7 +16,7 @@ from simexplain.models.avsl_files import avsl_from, avsl_tensors, split_state
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import Embedder
 from simexplain.models.exported import ExportedNetwork
-from simexplain.networks import undisturbed
+from simexplain.networks import preserve_state
 from simexplain.surveying import survey
 
 _TOLERANCE = 1e-3
@@ -97,7 +97,7 @@ def _fold(network: nn.Module, convolution: str, norm: str) -> None:
 
 
 def _check(model: SimilarityModel, fast: SimilarityModel, example: Tensor) -> None:
-    with torch.no_grad(), undisturbed(model.network), undisturbed(fast.network):
+    with torch.no_grad(), preserve_state(model.network), preserve_state(fast.network):
         apart = float((model.embed(example) - fast.embed(example)).abs().max())
     if not apart <= _TOLERANCE:
         raise ModelError(

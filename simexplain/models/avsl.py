@@ -39,7 +39,7 @@ class AVSL(SimilarityModel):
     Every level has a linear head that gives ``r`` nodes; a node of a pair is the squared
     difference of one dimension of its unit embeddings. Nodes whose CAMs are not focused are
     corrected from the level below along edges, so the distance is a sum of nodes of all levels,
-    each with a known weight; ``attribute`` tells them.
+    each with a known weight; ``attribute`` reports them.
 
     An embedding is one row ``(2 * sum of r)``: the unit embeddings of all levels from the lowest,
     then the certainties of all levels. Only :meth:`distance` and its relatives look inside.
@@ -88,16 +88,16 @@ class AVSL(SimilarityModel):
         self.preprocess, self.batch_size = self.base.preprocess, self.base.batch_size
         self.largest_batch = self.base.largest_batch
         self.backbone = self.base.backbone
-        found = found_levels(self.base, levels, size)
-        self.levels = tuple(layer.name for layer in found)
-        self.widths = checked_widths(nodes, len(found))
+        layers = found_levels(self.base, levels, size)
+        self.levels = tuple(layer.name for layer in layers)
+        self.widths = checked_widths(nodes, len(layers))
         self.name = f"{self.base.name} AVSL"
         self.origin, self.report = origin, dict(report or {})
         if origin not in ORIGINS:
             raise ModelError(f"Expected origin to be one of {', '.join(ORIGINS)}, got {origin!r}.")
         self.heads = nn.ModuleList(
             new_head(layer.shape[0], width, bias=self.options.bias)
-            for layer, width in zip(found, self.widths, strict=True)
+            for layer, width in zip(layers, self.widths, strict=True)
         )
         self.alphas = nn.ParameterList(torch.ones(width) for width in self.widths[1:])
         self.betas = nn.ParameterList(torch.zeros(width) for width in self.widths[1:])

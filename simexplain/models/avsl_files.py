@@ -33,7 +33,7 @@ def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 
 def avsl_from(
-    base: SimilarityModel, said: Mapping[str, Any], state: dict[str, Tensor], source: str
+    base: SimilarityModel, metadata: Mapping[str, Any], state: dict[str, Tensor], source: str
 ) -> AVSL:
     """The counterpart of :func:`avsl_tensors` and ``AVSL.to_json``.
 
@@ -43,11 +43,11 @@ def avsl_from(
     with torch.random.fork_rng(devices=[]):
         model = AVSL(
             base,
-            levels=said["levels"],
-            nodes=said["nodes"],
-            preset=AVSLOptions.from_json(said["options"]),
-            origin=said["origin"],
-            report=said["report"],
+            levels=metadata["levels"],
+            nodes=metadata["nodes"],
+            preset=AVSLOptions.from_json(metadata["options"]),
+            origin=metadata["origin"],
+            report=metadata["report"],
         )
     own = {key: value for key, value in model.state_dict().items() if key.startswith(_BASE)}
     load_fitting(model, {**own, **state}, source)

@@ -26,7 +26,7 @@ ORIGINS = {
     "unlabelled": "PCA heads and edges from images alone, without labels",
     "trained": "network and heads trained together",
 }
-"""How the heads, edges and reliabilities of a model came to be; told with every result."""
+"""How the heads, edges and reliabilities of a model were made; recorded in every result."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def avsl_options(preset: str | AVSLOptions) -> AVSLOptions:
     """The options of a preset by name; options are passed through.
 
     Raises:
-        ModelError: If there is no such preset.
+        ModelError: If the preset does not exist.
     """
     if isinstance(preset, AVSLOptions):
         return preset

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from simexplain.errors import ModelError
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_options import ORIGINS
-from simexplain.networks import undisturbed
+from simexplain.networks import preserve_state
 
 
 def expected_avsl(model: nn.Module, purpose: str = "to attribute a distance") -> AVSL:
@@ -19,7 +19,7 @@ def expected_avsl(model: nn.Module, purpose: str = "to attribute a distance") ->
         purpose: What it is needed for, for the error.
 
     Raises:
-        ModelError: If it is no AVSL model.
+        ModelError: If it is not an AVSL model.
     """
     if not isinstance(model, AVSL):
         name = getattr(model, "name", type(model).__name__)
@@ -34,14 +34,14 @@ def features_and_rows(
     model: AVSL, images: Tensor, max_batch: int | None
 ) -> tuple[list[Tensor], Tensor]:
     """Feature maps per level ``(M,C,h,w)`` and embedding rows ``(M,E)``, without any graph."""
-    found, rows = [], []
-    with torch.no_grad(), undisturbed(model.network):
+    features, rows = [], []
+    with torch.no_grad(), preserve_state(model.network):
         for part in torch.split(images, model.pass_size(len(images), max_batch)):
             # A network may normalise its input in place.
             maps = [grid.detach() for grid in model.feature_maps(part.clone())]
-            found.append(maps)
+            features.append(maps)
             rows.append(model.rows(maps))
-    return [torch.cat(level) for level in zip(*found, strict=True)], torch.cat(rows)
+    return [torch.cat(level) for level in zip(*features, strict=True)], torch.cat(rows)
 
 
 def origin_warnings(model: AVSL, still: str = "") -> tuple[str, ...]:

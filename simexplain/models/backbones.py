@@ -180,13 +180,13 @@ def _from_torchvision(
     classifier, last = linear[-1]
     head = nn.Linear(last.in_features, outputs) if outputs else nn.Identity()
     network.set_submodule(classifier, head)
-    said = weights.transforms()
+    preset = weights.transforms()
     preprocess = Preprocess(
-        size=(said.crop_size[0], said.crop_size[0]),
-        crop_fraction=said.crop_size[0] / said.resize_size[0],
-        interpolation=said.interpolation.value,
-        mean=tuple(said.mean),
-        std=tuple(said.std),
+        size=(preset.crop_size[0], preset.crop_size[0]),
+        crop_fraction=preset.crop_size[0] / preset.resize_size[0],
+        interpolation=preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
         source="torchvision's transforms",
     )
     return Backbone(network, preprocess, classifier, f"torchvision:{name}")

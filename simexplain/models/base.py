@@ -77,7 +77,7 @@ class SimilarityModel(nn.Module, ABC):
     def vectors(self, images: Tensor) -> Tensor:
         """Embeddings ``(M,E)`` before they are brought to unit length, where the model does that.
 
-        A model whose rows are no unit vectors gives its rows.
+        A model whose rows are not unit vectors gives its rows.
         """
         return self.embed(images)
 
@@ -218,8 +218,8 @@ class SimilarityModel(nn.Module, ABC):
 
         Layers that look at different parts are joined on the whole image.
         """
-        found = set(self.regions(layers, images))
-        return found.pop() if len(found) == 1 else WHOLE
+        regions = set(self.regions(layers, images))
+        return regions.pop() if len(regions) == 1 else WHOLE
 
     def regions(self, layers: Sequence[str], images: Tensor) -> tuple[Region, ...]:
         """Where in images ``(M,C,H,W)`` the own map of each of these layers lies."""
@@ -233,11 +233,11 @@ class SimilarityModel(nn.Module, ABC):
         survey is made for it.
         """
         known = len(layers) > 1 and self.is_surveyed(images)
-        found = self.regions(layers, images) if known else ()
-        return found if len(set(found)) > 1 else (WHOLE,) * len(layers)
+        regions = self.regions(layers, images) if known else ()
+        return regions if len(set(regions)) > 1 else (WHOLE,) * len(layers)
 
     def token_layouts(self, count: int, images: Tensor) -> tuple[Layout, ...]:
-        """How so many tokens of images ``(M,C,H,W)`` lie over them, as far as the survey knows."""
+        """How so many tokens of images ``(M,C,H,W)`` lie over them, according to the survey."""
         surveyed = self._surveyed_for(images)
         return () if surveyed is None else surveyed.token_layouts(count)
 
@@ -272,7 +272,7 @@ class SimilarityModel(nn.Module, ABC):
 
     @property
     def hints(self) -> GridHints:
-        """What the network says about its token grid."""
+        """Hints of the network about its token grid."""
         if self._hints is None:
             self._hints = grid_hints(self.network)
         return self._hints
@@ -286,12 +286,12 @@ class SimilarityModel(nn.Module, ABC):
         known = (shape for shape in self._surveyed if shape[1:] == tuple(image_size))
         shape = next(known, (channels_of(self.network), *image_size))
         if shape not in self._surveyed and output.dim() == 4 and is_convolutional(self.network):
-            grid = to_grid(output, image_size, self.hints)  # whose shape says enough
+            grid = to_grid(output, image_size, self.hints)  # whose shape is enough
         else:
             grid = self._survey_of(shape).grid(layer, output)
         if grid is None or grid.shape[2] * grid.shape[3] < 2:
             raise ModelError(
-                f"Layer '{layer}' gives {tuple(output.shape)}, which is no map over an image of "
+                f"Layer '{layer}' gives {tuple(output.shape)}, which is not a map over an image of "
                 f"{image_size[0]}x{image_size[1]}; `simexplain layers` lists the layers that are."
             )
         return grid

@@ -4,7 +4,7 @@ Whether a file may be loaded without being trusted:
 
 * TorchScript: no. An archive is a program that runs while it is loaded (``__setstate__``), and its
   language can write and map files (``aten::save``, ``aten::from_file``). PyTorch's security policy
-  says to treat it as executable code (pytorch/pytorch#152336). It needs ``trust_pickle``.
+  treats it as executable code (pytorch/pytorch#152336). It needs ``trust_pickle``.
 * ONNX: yes. A graph of fixed operators without access to files; custom operators would have to be
   registered by hand, which is not done here.
 """
@@ -38,7 +38,7 @@ _TYPES = {
 
 
 class BlackBox(SimilarityModel):
-    """A program from images to embeddings into which nobody can look.
+    """A program from images to embeddings without visible layers.
 
     Attributes:
         differentiable: Whether its embeddings have gradients with respect to the pixels.
@@ -118,7 +118,7 @@ def pixel_methods(differentiable: bool) -> tuple[str, ...]:
 class _Sealed(nn.Module):
     """A module around a program: its parts can be moved and switched, but not found by name.
 
-    Hooks in TorchScript never fire, so no layer may be offered; ``sealed`` says so.
+    Hooks in TorchScript never fire, so no layer may be offered; ``sealed`` reports it.
     """
 
     def __init__(self, program: Callable[[Tensor], Any], sealed: str) -> None:
@@ -181,9 +181,9 @@ class OnnxProgram:
         shape = list(inputs[0].shape) if inputs else []
         # Three or fewer columns are rather the colours of a graph with channels last.
         if len(inputs) != 1 or len(shape) != 4 or (_fixed(shape[3]) or 224) <= 3:
-            told = ", ".join(str(tuple(one.shape)) for one in inputs) or "nothing"
+            shapes = ", ".join(str(tuple(one.shape)) for one in inputs) or "nothing"
             raise ModelError(
-                f"Expected '{path}' to take one batch of images (M,C,H,W), but it takes {told}."
+                f"Expected '{path}' to take one batch of images (M,C,H,W), but it takes {shapes}."
             )
         if inputs[0].type not in _TYPES:
             raise ModelError(
@@ -204,14 +204,14 @@ class OnnxProgram:
         """
         array = images.detach().to("cpu", self._dtype).contiguous().numpy()
         try:
-            found = self._session.run(None, {self._input: array})
+            outputs = self._session.run(None, {self._input: array})
         except Exception as error:  # onnxruntime has a dozen classes of its own
             fixed = f", its size is {self.size[0]}x{self.size[1]}" if self.size else ""
             raise ModelError(
                 f"'{self._path}' does not take images of shape {tuple(images.shape)}{fixed} "
                 f"({first_line(error)})."
             ) from error
-        tensors = tuple(torch.from_numpy(one).to(images.device) for one in found)
+        tensors = tuple(torch.from_numpy(one).to(images.device) for one in outputs)
         return tensors[0] if len(tensors) == 1 else tensors
 
 
@@ -228,7 +228,7 @@ def load_blackbox(
 
     Args:
         path: The file.
-        kind: ``torchscript`` or ``onnx``, as ``kind_of`` tells.
+        kind: ``torchscript`` or ``onnx``, as returned by ``kind_of``.
         distance: As for ``as_similarity_model``.
         trust: Run a TorchScript program, which may do to files what the user may.
         output: Which of several outputs is the embedding.
@@ -270,7 +270,7 @@ def _scripted(path: Path, trust: bool) -> nn.Module:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that TorchScript is deprecated is no news to us
+            warnings.simplefilter("ignore")  # we are aware that TorchScript is deprecated
             file = io.BytesIO(path.read_bytes())
             program: nn.Module = torch.jit.load(file, map_location="cpu")  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError, OSError, EOFError) as error:

@@ -24,7 +24,7 @@ def kind_of(path: Path) -> str:
     """What a model file is: safetensors, onnx, exported, torchscript or torch.
 
     Raises:
-        ModelError: If there is no such file.
+        ModelError: If the file does not exist.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -53,7 +53,7 @@ def kind_of(path: Path) -> str:
 
 
 def read_torch(path: Path, *, trust_pickle: bool) -> Any:
-    """Reads a file of ``torch.save``: tensors and plain values only, unless told otherwise.
+    """Reads a file of ``torch.save``: by default tensors and plain values only.
 
     Raises:
         ModelError: If it is damaged, or holds objects whose loading could run code.
@@ -106,7 +106,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"'{path}' is no intact safetensors file ({error}).") from error
+        raise ModelError(f"'{path}' is not an intact safetensors file ({error}).") from error
     return tensors
 
 

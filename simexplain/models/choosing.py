@@ -95,13 +95,13 @@ class Maps:
         self._known: dict[object, Layout | None] = {}
         self._exact: dict[tuple[Grid, Region], Region] = {}
         self._latest: dict[tuple[str, int], Layout] = {}
-        self.found: list[Map] = []
+        self.candidates: list[Map] = []
         for run in survey.runs:
             layout = self._remembered(run)
             if layout is None:
                 self._doubt(run)
             else:
-                self.found.append(Map(run, layout))
+                self.candidates.append(Map(run, layout))
 
     def _remembered(self, run: LayerRun) -> Layout | None:
         if run.same not in self._known:
@@ -160,7 +160,7 @@ class Maps:
     def _proposed(
         self, run: LayerRun, known: Layout | None
     ) -> Iterator[tuple[int, Layout, NDArray[np.float64]]]:
-        """Layouts in tiers, the likeliest first; what the graph says comes first of all."""
+        """Layouts in tiers, the likeliest first; those derived from the graph come first."""
         changes = {kind: each.double().cpu().numpy() for kind, each in run.responses.items()}
         if known is not None and known.kind in changes:
             flat = changes[known.kind].reshape(PARTS, -1)[:, known.places.numpy()]
@@ -246,14 +246,14 @@ class Maps:
 
     def _halved(self) -> dict[Grid, Region]:
         """The known grids and their halves, rounded down and up."""
-        found: dict[Grid, Region] = dict(self.grids)
+        grids: dict[Grid, Region] = dict(self.grids)
         for (rows, columns), region in self.grids.items():
             for times in (2, 4, 8):
                 for up in (0, times - 1):
                     grid = ((rows + up) // times, (columns + up) // times)
                     if grid[0] * grid[1] > 1:
-                        found.setdefault(grid, region)
-        return found
+                        grids.setdefault(grid, region)
+        return grids
 
     def _fits(self, grid: Grid) -> bool:
         """Whether ``(h,w)`` has the shape of the image and is not finer than its pixels."""
@@ -302,9 +302,9 @@ def usable_layers(
         compare: The same from pictures that never change, for choices.
 
     Raises:
-        ModelError: If there is none; says why.
+        ModelError: If there is none; the error has the reason.
     """
-    usable = [found for found in maps if found.cells > 1 and _feeds(found)]
+    usable = [candidate for candidate in maps if candidate.cells > 1 and _feeds(candidate)]
     if not usable or survey.embedding.numel() == 1:
         raise ModelError(_why_none(survey, maps))
     candidates = _without_last_pooling(usable, size)
@@ -331,44 +331,46 @@ def _without_last_pooling(usable: Sequence[Map], size: tuple[int, int]) -> Seque
     usable = [one for one in usable if not _is_picture(one, size)] or usable
     outside = [one for one in usable if not _INSIDE.search(f".{one.run.name}")] or usable
     pools = {one.run.same for one in outside if isinstance(one.run.module, _POOLING)}
-    rest = [place for place, one in enumerate(outside) if one.run.same not in pools]
+    rest = [position for position, one in enumerate(outside) if one.run.same not in pools]
     if not rest:
         return outside
-    last = max([place for place in rest if outside[place].run.main] or rest)
+    last = max([position for position in rest if outside[position].run.main] or rest)
     # What parts into ways of its own resolution starts from a pooled map as from any other.
-    parted = any(outside[place].cells < outside[last].cells for place in rest if place > last)
+    parted = any(
+        outside[position].cells < outside[last].cells for position in rest if position > last
+    )
     return [
         one
-        for place, one in enumerate(outside)
-        if not isinstance(one.run.module, _POOLING) or place < last or parted
+        for position, one in enumerate(outside)
+        if not isinstance(one.run.module, _POOLING) or position < last or parted
     ]
 
 
 def _layer(
-    found: Map,
+    candidate: Map,
     size: tuple[int, int],
     measure: Callable[[str], float],
     *,
     default: bool,
     stage: bool,
 ) -> Layer:
-    (height, width), (h, w) = size, found.layout.grid
-    top, left, bottom, right = found.layout.region
+    (height, width), (h, w) = size, candidate.layout.grid
+    top, left, bottom, right = candidate.layout.region
     return Layer(
-        found.run.name,
-        type(found.run.module).__name__,
-        (int(found.run.output.shape[found.layout.channels]), h, w),
+        candidate.run.name,
+        type(candidate.run.module).__name__,
+        (int(candidate.run.output.shape[candidate.layout.channels]), h, w),
         (height * (bottom - top) / h, width * (right - left) / w),
         default=default,
         stage=stage,
-        region=found.layout.region,
-        measure=None if found.run.main and not found.layout.beside else measure,
+        region=candidate.layout.region,
+        measure=None if candidate.run.main and not candidate.layout.beside else measure,
     )
 
 
-def _feeds(found: Map) -> bool:
-    gradient = found.run.gradient
-    grid = None if gradient is None else found.layout(gradient)
+def _feeds(candidate: Map) -> bool:
+    gradient = candidate.run.gradient
+    grid = None if gradient is None else candidate.layout(gradient)
     return grid is not None and bool(grid.ne(0).any())
 
 
@@ -384,8 +386,8 @@ def _default(survey: Survey, candidates: Sequence[Map], measure: Callable[[str],
     # What a layer is called with may be what everything passes, though no layer returned it.
     for number in reversed(range(len(later))):
         source = later[number].run.source
-        if source is not None and (found := _deepest(source, later[number:])):
-            return found
+        if source is not None and (deepest := _deepest(source, later[number:])):
+            return deepest
     last_main = main[-1]
     if not last_main.layout.beside:
         return last_main
@@ -423,12 +425,12 @@ def _stages(default: Map, candidates: Sequence[Map]) -> list[Map]:
     if not any(one.run.main for one in candidates):
         return [default]  # others may lie beside it, where joining them means nothing
     main = [one for one in candidates if one.run.main and not _inside_coarser(one, candidates)]
-    found = [default]
+    stages = [default]
     for one in reversed(main):
-        if one.cells > found[0].cells:
-            found.insert(0, one)
-    if len(found) > 1:
-        return found[-STAGES:]
+        if one.cells > stages[0].cells:
+            stages.insert(0, one)
+    if len(stages) > 1:
+        return stages[-STAGES:]
     same = [
         one
         for one in main or candidates
@@ -438,7 +440,7 @@ def _stages(default: Map, candidates: Sequence[Map]) -> list[Map]:
     numbered = numbered or [one for one in same if one.run.name[-1].isdigit()]  # as torchvision's
     numbered.append(default)
     chosen = {round((len(numbered) - 1) * (n + 1) / STAGES) for n in range(STAGES)}
-    return [numbered[place] for place in sorted(chosen)]
+    return [numbered[position] for position in sorted(chosen)]
 
 
 def _inside_coarser(one: Map, candidates: Sequence[Map]) -> bool:
@@ -561,5 +563,5 @@ def depth(survey: Survey, name: str) -> tuple[int, int]:
     names = {run.name.partition("@")[0] for run in survey.runs}
     inside = {name.rpartition(".")[0] for name in names}
     leaves = [run.name.partition("@")[0] not in inside for run in survey.runs]
-    place = next(place for place, run in enumerate(survey.runs) if run.name == name)
-    return sum(leaves[: place + 1]), sum(leaves)
+    position = next(position for position, run in enumerate(survey.runs) if run.name == name)
+    return sum(leaves[: position + 1]), sum(leaves)

@@ -64,8 +64,8 @@ class Embedder(SimilarityModel):
 
     def layers_for(self, images: Tensor) -> tuple[Layer, ...]:
         """As for every model; marks the layers that a file beside the model names."""
-        found = super().layers_for(images)
-        return found if self.layer_table is None else self.layer_table.marked(found)
+        layers = super().layers_for(images)
+        return layers if self.layer_table is None else self.layer_table.marked(layers)
 
     def embed(self, images: Tensor) -> Tensor:
         """Unit rows ``(M,E)``; a zero vector stays zero. Half precision becomes float32.
@@ -115,7 +115,7 @@ class Embedder(SimilarityModel):
         """Unit rows ``(T,E)`` of texts, by ``text`` or the text tower of the network.
 
         Raises:
-            ModelError: If there is no text tower, or a text is blank or too long for it.
+            ModelError: If the model has no text tower, or a text is blank or too long for it.
         """
         return unit_rows(at_least_single(text_vectors(self.module, self.text, texts)))
 
@@ -195,7 +195,7 @@ def _check_inputs(module: nn.Module) -> None:
     """Refuses a module whose forward wants more than one input.
 
     Raises:
-        ModelError: If so; says what takes such a module.
+        ModelError: If so; names what takes such a module.
     """
     if any(hasattr(module, name) for name in ("encode_image", "get_image_features")):
         return  # a CLIP-like network, whose image tower can be called by itself

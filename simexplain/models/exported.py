@@ -20,7 +20,7 @@ from simexplain.models.embedder import Embedder, as_similarity_model
 from simexplain.models.vetting import vetted
 
 _USUAL_SIDE = 224
-# Up to here torch neither checks nor relies on a lower limit: it is how 0 and 1 are told apart.
+# Up to here torch neither checks nor relies on a lower limit, which only separates 0 from 1.
 _UNCHECKED = 2
 
 
@@ -132,7 +132,7 @@ class ExportedNetwork(nn.Module):
         super().__init__()
         for name, child in network.named_children():
             self.add_module(name, child)
-        # Not a submodule: its children are listed above, under the names the user knows.
+        # Not a submodule: its children are listed above, under the user's names.
         object.__setattr__(self, "_program", network)
         self._call = call
 
@@ -159,8 +159,8 @@ class ExportedNetwork(nn.Module):
                 f"got {count}; pass max_batch={limits.largest}."
             )
         values = list(self._call.values)
-        for place, image in zip(self._call.places, images, strict=True):
-            values[place] = image
+        for position, image in zip(self._call.places, images, strict=True):
+            values[position] = image
         arguments, options = pytree.tree_unflatten(values, self._call.spec)
         return self._program(*arguments, **options)  # type: ignore[operator]
 

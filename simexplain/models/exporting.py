@@ -17,7 +17,7 @@ from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import Embedder, picked
 from simexplain.models.pairs import PairModel
 from simexplain.models.vetting import refused_part
-from simexplain.networks import at_least_single, undisturbed
+from simexplain.networks import at_least_single, preserve_state
 
 _TOLERANCE = 1e-4
 
@@ -31,7 +31,8 @@ def exported_bytes(model: Embedder) -> bytes:
         model: Any model of PyTorch modules; a copy of its network is exported.
 
     Raises:
-        ModelError: If it cannot be exported, or its program gives other vectors; says why.
+        ModelError: If it cannot be exported, or its program gives other vectors; the error has the
+            reason.
     """
     with _said(model.module):
         twin = _twin(model)
@@ -60,7 +61,7 @@ def _said(module: nn.Module) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except Exception as error:  # torch.export raises as many kinds of errors as there are networks
+    except Exception as error:  # torch.export raises many kinds of errors
         raise ModelError(
             f"{type(module).__name__} cannot be written as an exported program ({_reason(error)}); "
             "say backbone= if timm or torchvision builds it, rewrite that part without control "
@@ -70,7 +71,7 @@ def _said(module: nn.Module) -> Iterator[None]:
 
 def _exported(twin: nn.Module, examples: tuple[Tensor, ...]) -> bytes:
     shapes = tuple({0: torch.export.Dim.AUTO} for _ in examples)
-    with _quiet(), torch.no_grad(), undisturbed(twin):
+    with _quiet(), torch.no_grad(), preserve_state(twin):
         program = torch.export.export(twin, examples, dynamic_shapes=shapes)
         wanted, got = twin(*examples), program.module()(*examples)
     content = io.BytesIO()

@@ -67,7 +67,7 @@ class HubModel:
 
 @dataclass(frozen=True)
 class Request:
-    """What a caller says about a model of a hub.
+    """What a caller states about a model of a hub.
 
     Attributes:
         name: What to call it.
@@ -157,7 +157,7 @@ def need(module: str) -> Any:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Hugging Face's library reaches for nothing inside, whatever the environment says."""
+    """Keeps Hugging Face's library offline inside the block, whatever the environment."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -248,7 +248,7 @@ def _cached(bare: str, wanted: list[str]) -> Path | None:
 
 
 def _fetched(bare: str, prefix: str, wanted: list[str]) -> Path:
-    """Downloads into the hub's cache; says so once.
+    """Downloads into the hub's cache; announces it once.
 
     Raises:
         ModelError: If the hub cannot be reached or does not have it.
@@ -339,7 +339,7 @@ def _built(
     odd = [str(key) for key in info.get("mismatched_keys", ())]
     if odd:
         raise ModelError(
-            f"'{folder}' holds weights of another shape than its config.json says ({odd[0]}); "
+            f"'{folder}' holds weights of another shape than in its config.json ({odd[0]}); "
             "save it again."
         )
     return network, sorted(map(str, info.get("missing_keys", ())))
@@ -424,7 +424,7 @@ def _sentence_transformers(folder: Path, request: Request) -> HubModel:
             network = package.SentenceTransformer(
                 str(folder), device="cpu", local_files_only=True, trust_remote_code=False
             )
-    except Exception as error:  # as many kinds as there are modules
+    except Exception as error:  # modules raise many kinds
         raise ModelError(
             f"'{folder}' cannot be loaded with sentence-transformers ({_why(error)})."
         ) from error
@@ -582,7 +582,7 @@ def _weights_file(path: Path) -> Path:
 
 
 def _why(error: Exception) -> str:
-    """What an error says, on one line; of long lists the beginning."""
+    """The text of an error, on one line; of long lists the beginning."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= 200 else f"{text[:197]}..."
 

@@ -134,10 +134,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class GridHints:
-    """What a network says of its own token grid; timm's transformers say all of it.
+    """What a network declares about its token grid; timm's transformers declare all of it.
 
     Attributes:
-        patch_embed: The module that knows the grid of an image size, or None.
+        patch_embed: The module that computes the grid of an image size, or None.
         prefix_tokens: Class, distillation and register tokens before the patches, or None.
         channels_last: True where four-dimensional outputs are ``(M,h,w,C)``.
     """
@@ -179,9 +179,9 @@ def to_grid(output: Tensor, image_size: tuple[int, int], hints: GridHints) -> Te
             return output.permute(0, 3, 1, 2)
         return output if last_is_map or _is_odd_map(output, hints) else None
     if output.dim() == 3:
-        found = _token_grid(output.shape[1], image_size, hints)
-        if found is not None:
-            prefix, (height, width) = found
+        layout = _token_grid(output.shape[1], image_size, hints)
+        if layout is not None:
+            prefix, (height, width) = layout
             return output[:, prefix:].transpose(1, 2).reshape(len(output), -1, height, width)
     return None
 

@@ -52,7 +52,7 @@ _MOST_CHANNELS = 1024
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a caller says about a file; see :func:`load_model`."""
+    """What a caller states about a file; see :func:`load_model`."""
 
     backbone: str | None
     keep_head: bool
@@ -65,7 +65,7 @@ class _Wanted:
 @dataclass(frozen=True)
 @typed
 class Pixels:
-    """How pictures become input, where a model does not know or knows it wrongly; None: as it is.
+    """How pictures become input, where a model does not declare it correctly; None: as it is.
 
     Attributes:
         mean: Subtracted from channels in [0, 1]; one number serves all channels.
@@ -99,7 +99,7 @@ def load_model(
 ) -> SimilarityModel:
     """Loads a model to explain. Nothing in a file is ever run unless ``trust_pickle``.
 
-    A file or folder never leads to the network; a name may, once, and says so.
+    A file or folder never leads to the network; a name may, once, and announces it.
 
     Args:
         source: ``timm:NAME``, ``torchvision:NAME``, ``hf:ORG/NAME`` (transformers),
@@ -110,7 +110,7 @@ def load_model(
             without layers: TorchScript (with ``trust_pickle``) or .onnx.
         weights: For a name: a file of weights, or ``random``. None is the zoo's pretrained ones.
         backbone: For a file of weights: the network it belongs to, ``timm:NAME``.
-        keep_head: The last linear layer in the file makes the embedding and is no classifier.
+        keep_head: The last linear layer in the file makes the embedding and is not a classifier.
         trust_pickle: Load pickled modules and TorchScript, which can run any code in the file.
         size: ``(height, width)`` of the input where it is not the network's own.
         fit: ``crop``, ``squash`` or ``pad`` in place of the network's own way.
@@ -122,7 +122,7 @@ def load_model(
             may also lie in a JSON file beside the model file, see ``docs/models.md``.
 
     Raises:
-        ModelError: If the source cannot be used; says why and what to do.
+        ModelError: If the source cannot be used; the error has the reason and what to do.
     """
     check_output(output)
     name = str(source)
@@ -176,10 +176,10 @@ def load_pair_model(
         ModelError: If a model cannot be used, or the only one embeds single images.
     """
     if second is not None:
-        said: dict[str, Any] = {"fit": fit, "pixels": pixels, "trust_pickle": trust_pickle}
+        common: dict[str, Any] = {"fit": fit, "pixels": pixels, "trust_pickle": trust_pickle}
         return as_pair_model(
-            load_model(source, size=size, **said, **options),
-            load_model(second, size=second_size or size, **said, **options),
+            load_model(source, size=size, **common, **options),
+            load_model(second, size=second_size or size, **common, **options),
         )
     path = Path(source)
     both: tuple[SimilarityModel, SimilarityModel]
@@ -242,16 +242,16 @@ def _from_folder(
     return _hub_embedder(load_folder(folder, request), wanted.distance)
 
 
-def _hub_embedder(found: HubModel, distance: str | None) -> SimilarityModel:
+def _hub_embedder(hub: HubModel, distance: str | None) -> SimilarityModel:
     model = as_similarity_model(
-        found.network,
-        output=found.output,
-        preprocess=found.preprocess,
-        name=found.name,
+        hub.network,
+        output=hub.output,
+        preprocess=hub.preprocess,
+        name=hub.name,
         distance=distance or "euclidean",
     )
     if isinstance(model, Embedder):
-        model.processor = found.processor
+        model.processor = hub.processor
     return model
 
 
@@ -359,11 +359,11 @@ def _from_checkpoint(
 
 
 def _preprocess_from(values: dict[str, Any]) -> Preprocess:
-    found = Preprocess.from_json(values)
-    if len(found.mean) != 3:  # all networks of the zoos take colours
-        raise ImageError(f"Expected mean and std of three channels, got {len(found.mean)}.")
-    notes = tuple(printable(note) for note in found.notes)
-    return replace(found, source=printable(found.source), notes=notes)
+    preprocess = Preprocess.from_json(values)
+    if len(preprocess.mean) != 3:  # all networks of the zoos take colours
+        raise ImageError(f"Expected mean and std of three channels, got {len(preprocess.mean)}.")
+    notes = tuple(printable(note) for note in preprocess.notes)
+    return replace(preprocess, source=printable(preprocess.source), notes=notes)
 
 
 def _from_state(state: dict[str, Tensor], path: Path, wanted: _Wanted) -> SimilarityModel:
@@ -398,7 +398,7 @@ def _adjusted(
         raise ModelError(f"Expected fit to be one of {', '.join(FITS)}, got '{fit}'.")
     own = model.preprocess
     if fit is not None and fit != own.fit:
-        # Someone who asks for all of the picture wants no margin cut off either.
+        # Whoever wants all of the picture does not want a margin cut off either.
         own = replace(own, fit=fit, crop_fraction=own.crop_fraction if fit == "crop" else 1.0)
     model.preprocess = _with_pixels(replace(own, size=size or own.size), pixels)
     model.eval()
@@ -406,7 +406,7 @@ def _adjusted(
 
 
 def _with_pixels(own: Preprocess, pixels: Pixels) -> Preprocess:
-    """The preprocessing with what the caller says of normalisation, interpolation and channels."""
+    """The preprocessing with the caller's normalisation, interpolation and channels."""
     channels = pixels.channels or max(len(pixels.mean or ()), len(pixels.std or ()), len(own.mean))
     if channels > _MOST_CHANNELS:
         raise ModelError(f"Expected at most {_MOST_CHANNELS} channels, got {channels}.")

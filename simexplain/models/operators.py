@@ -135,5 +135,5 @@ def _overloads(namespace: str, name: str) -> list[str]:
         import torchvision.ops  # noqa: F401  registers them
     operator: Any = getattr(getattr(torch.ops, namespace), name, None)
     names: list[str] = [] if operator is None else operator.overloads()
-    # ``data`` is that of packed sequences, whose lengths nobody checks.
+    # ``data`` is that of packed sequences, whose lengths are not checked.
     return [each for each in names if not each.endswith("out") and each != "data"]

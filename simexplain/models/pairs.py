@@ -17,14 +17,14 @@ from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import Embedder, as_similarity_model
 from simexplain.models.layers import Layer
 from simexplain.models.preparing import assumed_preprocess
-from simexplain.networks import at_least_single, undisturbed
+from simexplain.networks import at_least_single, preserve_state
 from simexplain.tracing import trace
 
 
 @final
 @dataclass(frozen=True)
 class PairModel:
-    """A model that looks at two images at once; see :func:`as_pair_model`.
+    """A model that takes two images at once; see :func:`as_pair_model`.
 
     Attributes:
         first: The tower of the anchor (query, template), or the whole module where ``joint``.
@@ -53,7 +53,7 @@ class PairModel:
         with ExitStack() as stack:
             for part in parts:
                 if part is not None:
-                    stack.enter_context(undisturbed(part))
+                    stack.enter_context(preserve_state(part))
             yield
 
     def score(self, first: Tensor, second: Tensor) -> Tensor:
@@ -172,10 +172,10 @@ class _OneSide(SimilarityModel):
         """``(score, 1)`` for each image ``(M,2)``."""
         if self.kept is None:
             images = images.to(self.other.device, self.other.dtype)
-            found = self._score(self.pair.joint, images, self.other)
+            score = self._score(self.pair.joint, images, self.other)
         else:
-            found = self._score(self.pair.head, self.tower.vectors(images), self.kept)
-        return torch.stack((found, torch.ones_like(found)), dim=1)
+            score = self._score(self.pair.head, self.tower.vectors(images), self.kept)
+        return torch.stack((score, torch.ones_like(score)), dim=1)
 
     def _score(self, module: Any, own: Tensor, other: Tensor) -> Tensor:
         held = other.expand(len(own), *other.shape[1:]).clone()  # it may be changed in place

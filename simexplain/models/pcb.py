@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ModelError
-from simexplain.networks import undisturbed
+from simexplain.networks import preserve_state
 from simexplain.tracing import listening
 
 PARTS = 6
@@ -44,8 +44,8 @@ class Reduction(nn.Linear):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Vectors ``(n,width)`` of stripes ``(n,channels)``."""
-        found: Tensor = self.norm(super().forward(rows))
-        return found
+        reduced: Tensor = self.norm(super().forward(rows))
+        return reduced
 
 
 class PCB(nn.Module):
@@ -185,7 +185,7 @@ def _inside(module: nn.Module) -> bool:
 def _maps(base: nn.Module, name: str) -> Tensor:
     """The last map of one blank image."""
     try:
-        with undisturbed(base):
+        with preserve_state(base):
             maps = base(next(base.parameters()).new_zeros(1, 3, *_TRIED))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise _unfit(name, "it does not take other sizes or strides") from error

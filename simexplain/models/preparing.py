@@ -1,4 +1,4 @@
-"""How pictures are prepared for a module whose caller says nothing about it."""
+"""How pictures are prepared for a module by default."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def assumed_preprocess(module: nn.Module) -> Preprocess:
-    """What the network's package knows of its preprocessing, else ImageNet's values with a note.
+    """The preprocessing of the network's package, else ImageNet's values with a note.
 
     A network of one or of many channels gets them by ``Preprocess.for_channels``.
     """
@@ -52,7 +52,7 @@ def _of_colours(module: nn.Module) -> Preprocess:
 
 
 def declared_size(network: nn.Module) -> tuple[int, int] | None:
-    """``(height, width)`` of the images that a network says it was built for, or None.
+    """``(height, width)`` of the images that a network declares it was built for, or None.
 
     Read from ``image_size``, ``config.image_size`` (Hugging Face) or ``patch_embed.img_size``
     (timm), of the network itself or of the first part that has one.
@@ -89,8 +89,8 @@ def usual_processor(config: Any) -> Any:
     kinds = dict(IMAGE_PROCESSOR_MAPPING_NAMES)
     words = str(getattr(config, "model_type", "")).split("_")
     for count in range(len(words), 0, -1):
-        found = kinds.get("_".join(words[:count]))
-        names = found if isinstance(found, dict) else {"torchvision": found}
+        known = kinds.get("_".join(words[:count]))
+        names = known if isinstance(known, dict) else {"torchvision": known}
         for name in (names.get("torchvision"), names.get("pil")):
             if isinstance(name, str) and name != "TimmWrapperImageProcessor":
                 return getattr(transformers, name)()

@@ -14,7 +14,7 @@ from PIL import Image
 from simexplain.data.preprocessing import Preprocess
 
 _GREY_LEVELS = 2.0
-"""How far a processor's pixels may lie from ours before a note says so, of 255 levels."""
+"""How far a processor's pixels may lie from ours without a note, of 255 levels."""
 
 _RESAMPLE = {0: "nearest-exact", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 """Pillow's numbers of filters."""

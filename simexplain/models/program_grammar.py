@@ -42,7 +42,7 @@ class UnvettedError(ValueError):
     """Something that a program needs not hold.
 
     Attributes:
-        what: What was found, to follow "holds".
+        what: The item, to follow "holds".
         advice: What to do about it.
     """
 

@@ -213,7 +213,7 @@ def _class_token(network: nn.Module, tower: nn.Module, result: Any, tokens: Tens
 
 
 def _prefix(tower: nn.Module) -> int:
-    """How many tokens of the last layer are no patches."""
+    """How many tokens of the last layer are not patches."""
     if _kind(tower) == "dinov3_convnext":
         return 1  # it puts the pooled vector before its cells
     names = {name.rpartition(".")[2] for name, _ in tower.named_parameters()}

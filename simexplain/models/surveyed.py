@@ -1,4 +1,4 @@
-"""What one survey of a model found for images of one shape, remembered with the model."""
+"""The survey of a model for images of one shape, remembered with the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from simexplain.errors import ModelError, SimexplainError, first_line
 from simexplain.models.choosing import Maps, depth, usable_layers
 from simexplain.models.layers import GridHints, Layer, Layout
 from simexplain.models.moving import WHOLE, Moved, Region, moved
-from simexplain.networks import split_call, undisturbed
+from simexplain.networks import preserve_state, split_call
 from simexplain.surveying import Survey, survey, swapped
 from simexplain.tracing import Trace, Traceable, embed_alike
 
@@ -33,7 +33,7 @@ class Surveyable(Traceable, Protocol):
 
     @property
     def hints(self) -> GridHints:
-        """What the network says about its token grid."""
+        """Hints of the network about its token grid."""
 
     def parameters(self, recurse: bool = True) -> Any:
         """Those of the network."""
@@ -64,18 +64,18 @@ class Surveyed:
         self._shares: dict[tuple[str, bool], float] = {}
         self._at_hand: AtHand | None = None
         pictures = self._pictures()
-        found = _surveyed(model, pictures)
-        looked = Maps(found, pictures, model.hints)
-        maps = looked.found
-        self._embedding = found.embedding
-        self._moving = {run.name for run in found.runs if run.moves}
+        survey = _surveyed(model, pictures)
+        looked = Maps(survey, pictures, model.hints)
+        maps = looked.candidates
+        self._embedding = survey.embedding
+        self._moving = {run.name for run in survey.runs if run.moves}
         self._layouts: dict[str, Layout] = {one.run.name: one.layout for one in maps}
         self._error = ""
         self._layers: tuple[Layer, ...] = ()
         self._on_default: tuple[str, ...] = ()
         try:
-            self._layers = usable_layers(found, maps, shape[1:], self.bypass, self._of_noise)
-            self._on_default = (*self._early(found), *self._doubted(found, looked))
+            self._layers = usable_layers(survey, maps, shape[1:], self.bypass, self._of_noise)
+            self._on_default = (*self._early(survey), *self._doubted(survey, looked))
         except ModelError as error:
             self._error = self._constant(pictures) or str(error)
 
@@ -168,9 +168,9 @@ class Surveyed:
             own, rest = torch.split(source.detach(), [1, size - 1], dim=axis)
             cells = traced.outputs[layer][other // size].detach().narrow(axis, other % size, 1)
             mixed = torch.cat((layout.cells_of(own, cells), rest), dim=axis)
-            with undisturbed(self.model.network):
-                found = tape.replay({id(source): mixed})[id(tape.result)].detach()
-            self._shares[layer, True] = _share(rows[0], rows[other], finish(found)[0])
+            with preserve_state(self.model.network):
+                result = tape.replay({id(source): mixed})[id(tape.result)].detach()
+            self._shares[layer, True] = _share(rows[0], rows[other], finish(result)[0])
 
     def bypass(self, layer: str) -> float:
         """The share of the embedding that reaches it past the cells of a layer.
@@ -207,13 +207,13 @@ class Surveyed:
 
     def cautions(self, layers: Sequence[str]) -> tuple[str, ...]:
         """Sentences on layers that part of the embedding bypasses, and on early ones."""
-        used, found = self.known(layers), [_MOVES.format(x) for x in layers if x in self._moving]
+        used, notes = self.known(layers), [_MOVES.format(x) for x in layers if x in self._moving]
         worst = max(used, key=lambda layer: layer.bypass, default=None)
         if worst is not None and worst.bypass > RELEVANT:
-            found.append(self._bypassed(worst))
+            notes.append(self._bypassed(worst))
         if any(layer.default for layer in used):
-            found += self._on_default
-        return tuple(found)
+            notes += self._on_default
+        return tuple(notes)
 
     def _bypassed(self, layer: Layer) -> str:
         layout = self._layouts[layer.name]
@@ -229,8 +229,8 @@ class Surveyed:
     def _default(self) -> str:
         return next(layer.name for layer in self._layers if layer.default)
 
-    def _doubted(self, found: Survey, looked: Maps) -> list[str]:
-        names = [run.name for run in found.runs]
+    def _doubted(self, survey: Survey, looked: Maps) -> list[str]:
+        names = [run.name for run in survey.runs]
         later = names[names.index(self._default) + 1 :]
         doubted = [(name, grid) for name, grid in looked.doubted.items() if name in later]
         if not doubted:
@@ -242,9 +242,9 @@ class Surveyed:
             "was not taken for a map."
         ]
 
-    def _early(self, found: Survey) -> list[str]:
+    def _early(self, survey: Survey) -> list[str]:
         name = self._default
-        done, total = depth(found, name)
+        done, total = depth(survey, name)
         names = [layer.name for layer in self._layers]
         later = len(names) - 1 - names.index(name)
         if done > _SHALLOW * total or (total < _DEEP and later < _LATER):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simexplain.errors import ModelError, first_line
-from simexplain.networks import undisturbed
+from simexplain.networks import preserve_state
 
 TextEncoder = Callable[[Sequence[str]], Tensor]
 """From texts to vectors ``(T,E)``, of any length, in the space of the image embeddings."""
@@ -28,14 +28,14 @@ def text_vectors(network: nn.Module, encode: TextEncoder | None, texts: Sequence
         texts: One or more, none of them blank.
 
     Raises:
-        ModelError: If there is no text tower, or a text is blank or too long for it.
+        ModelError: If the model has no text tower, or a text is blank or too long for it.
     """
     if isinstance(texts, str):
         texts = [texts]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ModelError(f"Expected one or more texts that are not blank, got {list(texts)!r}.")
     encode = encode or text_encoder(network)
-    with torch.no_grad(), undisturbed(network):
+    with torch.no_grad(), preserve_state(network):
         vectors = encode(list(texts))
     if not isinstance(vectors, Tensor) or vectors.dim() != 2 or len(vectors) != len(texts):
         shape = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
@@ -55,7 +55,7 @@ def text_encoder(network: nn.Module, tokenizer: Any = None) -> TextEncoder:
             loaded from, without the internet, or takes CLIP's own word list.
 
     Raises:
-        ModelError: If there is no text tower, or no tokenizer is found for it.
+        ModelError: If the model has no text tower, or no tokenizer is found for it.
     """
     for module in network.modules():
         if callable(getattr(module, "get_text_features", None)):
@@ -79,8 +79,8 @@ def _by_transformers(module: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     for text, ids in zip(texts, plain, strict=True):
         if nothing.issuperset(ids):
             raise ModelError(
-                f"The tokenizer knows nothing of the text '{text[:40]}'; save the one that belongs "
-                f"to {type(module).__name__} in the model's folder, or {_HOW}."
+                f"The tokenizer has no tokens for the text '{text[:40]}'; save the one that belongs"
+                f" to {type(module).__name__} in the model's folder, or {_HOW}."
             )
     tokens = tokenizer(
         texts,
@@ -89,8 +89,8 @@ def _by_transformers(module: Any, tokenizer: Any, texts: list[str]) -> Tensor:
         return_tensors="pt",
     )
     device = next(module.parameters()).device
-    found = module.get_text_features(**{name: value.to(device) for name, value in tokens.items()})
-    vectors: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+    output = module.get_text_features(**{name: value.to(device) for name, value in tokens.items()})
+    vectors: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return vectors
 
 
@@ -143,7 +143,7 @@ def _clip_tokenizer(module: Any) -> Any:
         ) from error
     if words != _CLIP_WORDS:
         raise ModelError(
-            f"{type(module).__name__} knows {words} tokens, where CLIP's word list has "
+            f"{type(module).__name__} has {words} tokens, where CLIP's word list has "
             f"{_CLIP_WORDS}, so its tokenizer has to be named: text=text_encoder(model, TOKENIZER)."
         )
     length = _of_text_tower(module, "context_length", 77)
@@ -153,6 +153,6 @@ def _clip_tokenizer(module: Any) -> Any:
 def _of_text_tower(module: Any, name: str, usual: int) -> int:
     """A number of a text tower; CoCa has it in its tower alone."""
     for part in (module, getattr(module, "text", None)):
-        if isinstance(found := getattr(part, name, None), int):
-            return found
+        if isinstance(width := getattr(part, name, None), int):
+            return width
     return usual

@@ -1,8 +1,8 @@
 """An exported program (.pt2) read with suspicion and written anew from what was understood.
 
-``torch.export.load`` imports modules, walks attributes, evaluates text and unpickles, all as the
-file says. So it never sees a file of unknown origin: it gets an archive that holds the tensors and
-a description rebuilt by :mod:`simexplain.models.program_grammar`, and nothing else.
+``torch.export.load`` imports modules, walks attributes, evaluates text and unpickles, all under the
+control of the file. So it never sees a file of unknown origin: it gets an archive that holds the
+tensors and a description rebuilt by :mod:`simexplain.models.program_grammar`, and nothing else.
 """
 
 from __future__ import annotations
@@ -119,20 +119,20 @@ def _entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
     root = "" if old else (infos[0].filename.partition("/")[0] if infos else "")
     if not old and not (_ROOT.fullmatch(root) and root.strip(".")):
         raise UnvettedError(f"the folder {shown(root)}")
-    found: dict[str, zipfile.ZipInfo] = {}
+    entries: dict[str, zipfile.ZipInfo] = {}
     for info in infos:
         first, _, inner = ("", "", info.filename) if old else info.filename.partition("/")
         good = (_OLD if old else _ENTRY).fullmatch(inner)
         if first != root or not good or ".." in inner or "//" in inner:
             raise UnvettedError(f"the entry {shown(inner or info.filename)}")
-        if inner in found:
+        if inner in entries:
             raise UnvettedError(f"the entry {inner} twice")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise UnvettedError(f"the compressed or encrypted entry {inner}")
-        found[inner] = info
+        entries[inner] = info
     if sum(info.file_size for info in infos) > size:
         raise UnvettedError("entries that are larger than the file")
-    return found
+    return entries
 
 
 def _read(archive: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo], name: str) -> bytes:

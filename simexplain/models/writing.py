@@ -57,7 +57,7 @@ def save_model(
         model: A network, or a similarity model made from one.
         path: Where to; written atomically. A folder must be new or empty.
         backbone: ``timm:NAME`` or ``torchvision:NAME``; timm's networks know their own.
-        preprocess: Where the network was trained on something else than its zoo says.
+        preprocess: Where the network was trained on other input than its zoo declares.
         distance: What ``model.distance`` shall be.
 
     Raises:

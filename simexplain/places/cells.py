@@ -113,29 +113,29 @@ class Cells:
         return top, left, bottom, right
 
 
-def cells_of(place: Place, images: int) -> Cells | None:
+def cells_of(position: Place, images: int) -> Cells | None:
     """The grid that the numbers of a tensor make; None where they make none.
 
     Args:
-        place: Where they lie.
+        position: Where they lie.
         images: How many images the tensor was computed from.
     """
-    kind = _kind(place, images)
+    kind = _kind(position, images)
     if kind is None:
         return None
-    sides = [side for side, letter in zip(place.shape, kind, strict=True) if letter not in "NC"]
+    sides = [side for side, letter in zip(position.shape, kind, strict=True) if letter not in "NC"]
     count = int(np.prod(sides))
-    if straight := _straight(place):
-        lines = [_line(span, cells) for span, cells in zip(place.both, straight, strict=True)]
-        return Cells(kind, straight, count, (), lines[0], lines[1], place.sure)
-    rows, columns = (_flat(span, kind, sides) for span in place.both)
+    if straight := _straight(position):
+        lines = [_line(span, cells) for span, cells in zip(position.both, straight, strict=True)]
+        return Cells(kind, straight, count, (), lines[0], lines[1], position.sure)
+    rows, columns = (_flat(span, kind, sides) for span in position.both)
     known = np.flatnonzero(~np.isnan(rows.centre) & ~np.isnan(columns.centre))
     best: tuple[NDArray[np.int64], tuple[int, int]] | None = None
     sequence = len(sides) == 1
     for some in _alternatives(known, rows, columns, several=sequence):
-        found = _gridded(some, rows, columns, twice=sequence)
-        if found is not None and (best is None or len(found[0]) > len(best[0])):
-            best = found
+        laid = _gridded(some, rows, columns, twice=sequence)
+        if laid is not None and (best is None or len(laid[0]) > len(best[0])):
+            best = laid
     if best is None:
         return None
     tokens, grid = best
@@ -143,13 +143,13 @@ def cells_of(place: Place, images: int) -> Cells | None:
     kept = (span.each(lambda array: array[tokens]) for span in (rows, columns))
     lines = [_line(span, cells) for span, cells in zip(kept, grid, strict=True)]
     listed = () if ordered else tuple(int(token) for token in tokens)
-    return Cells(kind, grid, count, listed, lines[0], lines[1], place.sure)
+    return Cells(kind, grid, count, listed, lines[0], lines[1], position.sure)
 
 
-def _straight(place: Place) -> tuple[int, int] | None:
+def _straight(position: Place) -> tuple[int, int] | None:
     """The grid of a map whose rows and columns are axes of their own, one after the other."""
     sides, axes = [], []
-    for span in place.both:
+    for span in position.both:
         marks = span.centre.ravel()
         steps = np.diff(marks)
         if len(marks) < 2 or max(span.centre.shape) < len(marks) or np.isnan(marks).any():
@@ -161,15 +161,15 @@ def _straight(place: Place) -> tuple[int, int] | None:
     return (sides[0], sides[1]) if axes[0] < axes[1] else None
 
 
-def _kind(place: Place, images: int) -> str | None:
+def _kind(position: Place, images: int) -> str | None:
     """What each axis is; None where images or channels have no axis of their own."""
-    axes = len(place.shape)
+    axes = len(position.shape)
     if axes not in (3, 4, 5):
         return None
-    still = [axis for axis in range(axes) if not place.varies(axis)]
-    batch = next((axis for axis in still if place.shape[axis] == images), None)
+    still = [axis for axis in range(axes) if not position.varies(axis)]
+    batch = next((axis for axis in still if position.shape[axis] == images), None)
     rest = [axis for axis in still if axis != batch]
-    wide = [axis for axis in rest if place.shape[axis] > 1]
+    wide = [axis for axis in rest if position.shape[axis] > 1]
     if batch is None or len(wide) > 1 or not rest:
         return None
     channels = wide[0] if wide else rest[0]

@@ -45,10 +45,10 @@ class Paths:
             if vertex[0] in self._ends or any(after in reaching for after in _next(vertex)):
                 reaching.add(vertex)
         ordered = [vertex for vertex in reversed(self._order) if vertex in reaching]
-        number = {vertex: place for place, vertex in enumerate(ordered)}
+        number = {vertex: position for position, vertex in enumerate(ordered)}
         passed, far = set(), 0
-        for place, vertex in enumerate(ordered):
-            if far <= place:
+        for position, vertex in enumerate(ordered):
+            if far <= position:
                 passed.add(vertex)
             beyond = [number[after] for after in _next(vertex) if after in number]
             far = max([far, *beyond, len(ordered) if vertex[0] in self._ends else 0])
@@ -56,22 +56,24 @@ class Paths:
 
     def places(self) -> dict[Vertex, Place]:
         """Where the numbers of tensors lie in the picture, for all that local operations made."""
-        found: dict[Vertex, Place] = {}
+        known: dict[Vertex, Place] = {}
         for vertex in self._order:
             node, number = vertex
             if node is self._root:
-                found[vertex] = Place.of_image(_shape(vertex))
+                known[vertex] = Place.of_image(_shape(vertex))
                 continue
             before = [None if after[0] is None else after for after in node.next_functions]
-            given = {place: found[after] for place, after in enumerate(before) if after in found}
+            given = {
+                position: known[after] for position, after in enumerate(before) if after in known
+            }
             if given:
                 shapes = tuple(None if after is None else _shape(after) for after in before)
                 step = Step(node, number, _shape(vertex), given, shapes)
                 # What nodes keep differs between versions of torch; unknown places need a proof.
                 with suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-                    if (place := placed(step)) is not None:
-                        found[vertex] = place
-        return found
+                    if (position := placed(step)) is not None:
+                        known[vertex] = position
+        return known
 
 
 def _next(vertex: Vertex) -> list[Vertex]:

@@ -74,7 +74,7 @@ def placed(step: Step) -> Place | None:
         return _attended(step)
     if rule := _RULES.get(kind):
         return rule(step)
-    if len(step.given) == 1 and step.place.shape == step.shape:  # somebody's own function
+    if len(step.given) == 1 and step.place.shape == step.shape:  # a custom function
         return replace(step.place, sure=False)
     return None
 
@@ -94,15 +94,15 @@ def _two(values: Sequence[int], count: int) -> list[int]:
 
 
 def _reduced(step: Step) -> Place | None:
-    place, axes = step.place, len(step.place.shape)
+    position, axes = step.place, len(step.place.shape)
     dims = getattr(step.node, "_saved_dim", None)
     if dims is None:
         return None
     dims = (dims,) if isinstance(dims, int) else tuple(dims)
     away = [_axis(dim, axes) for dim in dims] or list(range(axes))
-    kept = [1 if axis in away else side for axis, side in enumerate(place.shape)]
-    found = place.reduced(away, kept)
-    return found if found is None or len(step.shape) == axes else found.viewed(step.shape)
+    kept = [1 if axis in away else side for axis, side in enumerate(position.shape)]
+    result = position.reduced(away, kept)
+    return result if result is None or len(step.shape) == axes else result.viewed(step.shape)
 
 
 def _viewed(step: Step) -> Place | None:
@@ -130,8 +130,8 @@ def _taken(step: Step, axis: int, which: Whole | int) -> Place:
     def taken(array: Array) -> Array:
         if array.shape[axis] == 1 and isinstance(which, np.ndarray):
             return array
-        found: Array = array.take(0 if array.shape[axis] == 1 else which, axis)
-        return found
+        result: Array = array.take(0 if array.shape[axis] == 1 else which, axis)
+        return result
 
     return step.place.each(taken, step.shape)
 
@@ -178,18 +178,18 @@ def _rolled(step: Step) -> Place | None:
 
 
 def _index(tensor: Any) -> Whole:
-    found: Whole = tensor.detach().cpu().numpy()
-    return found
+    result: Whole = tensor.detach().cpu().numpy()
+    return result
 
 
 def _indexed(step: Step) -> Place | None:
     """Numbers by an index, which may have been computed from the image."""
     indices = [None if index is None else _index(index) for index in step.node._saved_indices]
-    place = step.place.dense([axis for axis, index in enumerate(indices) if index is not None])
-    if place is None:
+    position = step.place.dense([axis for axis, index in enumerate(indices) if index is not None])
+    if position is None:
         return None
     at = tuple(slice(None) if index is None else index for index in indices)
-    return replace(place.each(lambda array: array[at], step.shape), sure=False)
+    return replace(position.each(lambda array: array[at], step.shape), sure=False)
 
 
 def _chosen(step: Step) -> Place:
@@ -203,8 +203,8 @@ def _collected(step: Step) -> Place | None:
     for number in still:
         if index.shape[number] > 1 and bool((index == index.take([0], number)).all()):
             index = index.take([0], number)
-    place = step.place.dense([n for n in range(index.ndim) if n == axis or index.shape[n] > 1])
-    if place is None:
+    position = step.place.dense([n for n in range(index.ndim) if n == axis or index.shape[n] > 1])
+    if position is None:
         return None
 
     def collected(array: Array) -> Array:
@@ -217,7 +217,7 @@ def _collected(step: Step) -> Place | None:
         ]
         return np.take_along_axis(array[tuple(cut)], np.broadcast_to(index, wide), axis)
 
-    return replace(place.each(collected, step.shape), sure=False)
+    return replace(position.each(collected, step.shape), sure=False)
 
 
 def _chained(step: Step) -> Place | None:
@@ -250,14 +250,14 @@ def _stacked(step: Step) -> Place | None:
 def _repeated(step: Step) -> Place:
     repeats = [int(times) for times in step.node._saved_repeats]
     missing = len(repeats) - len(step.place.shape)
-    place = combined([step.place], [1] * missing + [*step.place.shape])
+    position = combined([step.place], [1] * missing + [*step.place.shape])
 
     def repeated(array: Array) -> Array:
         return np.tile(
             array, [t if side > 1 else 1 for t, side in zip(repeats, array.shape, strict=True)]
         )
 
-    return place.each(repeated, step.shape)
+    return position.each(repeated, step.shape)
 
 
 def _windows(count: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[Any, Any]:
@@ -271,26 +271,28 @@ def _spread(low: Array | Whole, high: Array | Whole) -> Whole:
     """Numbers of windows from one to another, all as long as the longest."""
     first, last = low.astype(np.int64), high.astype(np.int64)
     reach = np.arange(max(1, int((last - first).max(initial=0)) + 1))
-    found: Whole = np.minimum(first[:, None] + reach, np.maximum(first, last)[:, None])
-    return found
+    result: Whole = np.minimum(first[:, None] + reach, np.maximum(first, last)[:, None])
+    return result
 
 
 def _convolved(step: Step) -> Place | None:
     if 0 not in step.given:
         return None
-    node, place = step.node, step.given[0]
+    node, position = step.node, step.given[0]
     weight = node._saved_weight.shape
     sides = len(weight) - 2
     stride, padding, dilation = (
         _two(values, sides)
         for values in (node._saved_stride, node._saved_padding, node._saved_dilation)
     )
-    mixed = place
-    if place.varies(1) and not (node._saved_groups == place.shape[1] == step.shape[1]):
-        found = place.reduced([1], [1 if n == 1 else side for n, side in enumerate(place.shape)])
-        if found is None:
+    mixed = position
+    if position.varies(1) and not (node._saved_groups == position.shape[1] == step.shape[1]):
+        result = position.reduced(
+            [1], [1 if n == 1 else side for n, side in enumerate(position.shape)]
+        )
+        if result is None:
             return None
-        mixed = found
+        mixed = result
     for axis, kernel, s, p, d in zip(
         range(-sides, 0), weight[2:], stride, padding, dilation, strict=True
     ):
@@ -307,7 +309,7 @@ def _convolved(step: Step) -> Place | None:
 
 
 def _pooled(step: Step) -> Place:
-    node, place = step.node, step.place
+    node, position = step.node, step.place
     sides = len(node._saved_kernel_size)
     sides = max(sides, 2)
     kernel = _two(node._saved_kernel_size, sides)
@@ -316,42 +318,42 @@ def _pooled(step: Step) -> Place:
     dilation = _two(getattr(node, "_saved_dilation", (1,)), sides)
     for axis, k, s, p, d in zip(range(-sides, 0), kernel, stride, padding, dilation, strict=True):
         middle, taps = _windows(step.shape[axis], k, s, p, d)
-        place = place.windowed(axis + len(step.shape), middle, taps)
-    return place
+        position = position.windowed(axis + len(step.shape), middle, taps)
+    return position
 
 
 def _adaptive(step: Step) -> Place:
-    place, axes = step.place, len(step.shape)
+    position, axes = step.place, len(step.shape)
     for axis in (axes - 2, axes - 1):
-        count, size = step.shape[axis], place.shape[axis]
+        count, size = step.shape[axis], position.shape[axis]
         first = np.arange(count) * size // count
         last = -(-(np.arange(count) + 1) * size // count) - 1
-        place = place.windowed(axis, (first + last) / 2, _spread(first, last))
-    return place
+        position = position.windowed(axis, (first + last) / 2, _spread(first, last))
+    return position
 
 
 def _resized(step: Step) -> Place:
-    place, axes = step.place, len(step.shape)
+    position, axes = step.place, len(step.shape)
     for axis in (axes - 2, axes - 1):
-        count, size = step.shape[axis], place.shape[axis]
+        count, size = step.shape[axis], position.shape[axis]
         if getattr(step.node, "_saved_align_corners", False):
             middle = np.arange(count) * (size - 1) / max(count - 1, 1)
         else:
             middle = (np.arange(count) + 0.5) * size / count - 0.5
         low, high = (how(middle).clip(0, size - 1) for how in (np.floor, np.ceil))
-        place = place.windowed(axis, middle, _spread(low, high))
-    return place
+        position = position.windowed(axis, middle, _spread(low, high))
+    return position
 
 
 def _padded(step: Step) -> Place:
-    place = step.place
+    position = step.place
     pad = getattr(step.node, "_saved_pad", None) or step.node._saved_padding
     pad = [_signed(side) for side in pad]
     for number in range(len(pad) // 2):
         axis = len(step.shape) - 1 - number
         middle = np.arange(step.shape[axis]) - pad[2 * number]
-        place = place.windowed(axis, middle.astype(np.float64), middle[:, None])
-    return place
+        position = position.windowed(axis, middle.astype(np.float64), middle[:, None])
+    return position
 
 
 def _unfolded(step: Step) -> Place:
@@ -370,8 +372,8 @@ def _unfolded(step: Step) -> Place:
 
 def _columns(step: Step) -> Place | None:
     """Patches ``(N,C*k*k,L)`` of a map; numbers of one patch get the place of its middle."""
-    node, place = step.node, step.place
-    sides = place.shape[-2:]
+    node, position = step.node, step.place
+    sides = position.shape[-2:]
     counts, lists = [], []
     for values in zip(
         sides,
@@ -384,37 +386,37 @@ def _columns(step: Step) -> Place | None:
         side, kernel, stride, padding, dilation = values
         counts.append((side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
         lists.append(_windows(counts[-1], kernel, stride, padding, dilation))
-    axes = len(place.shape)
-    shape = [*place.shape[:-2], *counts]
+    axes = len(position.shape)
+    shape = [*position.shape[:-2], *counts]
     for axis, (middle, taps) in zip((axes - 2, axes - 1), lists, strict=True):
-        place = place.windowed(axis, middle, taps)
-    if place.varies(axes - 3):
+        position = position.windowed(axis, middle, taps)
+    if position.varies(axes - 3):
         return None
-    place = replace(place, shape=tuple(shape))
-    found = place.viewed([*shape[:-2], counts[0] * counts[1]])
-    return None if found is None else replace(found, shape=step.shape)
+    position = replace(position, shape=tuple(shape))
+    result = position.viewed([*shape[:-2], counts[0] * counts[1]])
+    return None if result is None else replace(result, shape=step.shape)
 
 
 def _shuffled(step: Step) -> Place:
     """Channels laid out as finer cells."""
-    place, axes = step.place, len(step.shape)
+    position, axes = step.place, len(step.shape)
     times = step.node._saved_upscale_factor
-    if place.varies(axes - 3):
-        place = place.spans(lambda span: span.reduced([axes - 3]), place.shape)
+    if position.varies(axes - 3):
+        position = position.spans(lambda span: span.reduced([axes - 3]), position.shape)
     for axis in (axes - 2, axes - 1):
         finer = np.arange(step.shape[axis])
-        place = place.windowed(axis, (finer + 0.5) / times - 0.5, finer[:, None] // times)
-    return replace(place, shape=step.shape)
+        position = position.windowed(axis, (finer + 0.5) / times - 0.5, finer[:, None] // times)
+    return replace(position, shape=step.shape)
 
 
 def _unshuffled(step: Step) -> Place:
-    place, axes = step.place, len(step.shape)
+    position, axes = step.place, len(step.shape)
     times = step.node._saved_downscale_factor
     for axis in (axes - 2, axes - 1):
-        place = place.windowed(axis, *_windows(step.shape[axis], times, times, 0, 1))
-    if place.varies(axes - 3):
-        place = place.spans(lambda span: span.reduced([axes - 3]), place.shape)
-    return replace(place, shape=step.shape)
+        position = position.windowed(axis, *_windows(step.shape[axis], times, times, 0, 1))
+    if position.varies(axes - 3):
+        position = position.spans(lambda span: span.reduced([axes - 3]), position.shape)
+    return replace(position, shape=step.shape)
 
 
 def _multiplied(step: Step) -> Place | None:
@@ -424,22 +426,22 @@ def _multiplied(step: Step) -> Place | None:
     matrix do, which no image need bear out.
     """
     first = 1 if step.kind in ("Addmm", "Baddbmm") else 0
-    found = []
-    for number, place in step.given.items():
-        axes = len(place.shape)
+    factors = []
+    for number, position in step.given.items():
+        axes = len(position.shape)
         if number == first:
-            kept = (*place.shape[:-1], 1)
-            found.append(place.reduced([axes - 1], kept))
+            kept = (*position.shape[:-1], 1)
+            factors.append(position.reduced([axes - 1], kept))
         elif number == first + 1:
-            kept = (*place.shape[:-2], 1, place.shape[-1])
-            found.append(place.reduced([axes - 2], kept))
-    left = [replace(place, shape=step.shape) for place in found if place is not None]
+            kept = (*position.shape[:-2], 1, position.shape[-1])
+            factors.append(position.reduced([axes - 2], kept))
+    left = [replace(position, shape=step.shape) for position in factors if position is not None]
     if not left:
         return None
-    wide = [place for place in left if place.cells > 1]
+    wide = [position for position in left if position.cells > 1]
     if len(wide) > 1:
         return replace(wide[0], sure=False)
-    return replace((wide or left)[0], sure=(wide or left)[0].sure and len(found) == 1)
+    return replace((wide or left)[0], sure=(wide or left)[0].sure and len(factors) == 1)
 
 
 def _attended(step: Step) -> Place | None:
@@ -448,10 +450,10 @@ def _attended(step: Step) -> Place | None:
     if query is None or step.number:
         return None
     if query.varies(len(query.shape) - 1):
-        found = query.reduced([len(query.shape) - 1], (*query.shape[:-1], 1))
-        if found is None:
+        result = query.reduced([len(query.shape) - 1], (*query.shape[:-1], 1))
+        if result is None:
             return None
-        query = found
+        query = result
     return replace(query, shape=step.shape, sure=False)
 
 
@@ -459,7 +461,7 @@ def _picked(step: Step) -> Place:
     """Numbers of one tensor here and of another there, by what may depend on the image."""
     both = [step.given[number] for number in (0, 1) if number in step.given]
     condition = step.node._saved_condition
-    places = [combined([place], step.shape) for place in both]
+    places = [combined([position], step.shape) for position in both]
     if len(both) < 2 or not places[0].contradicts(places[1]) or not places[1].cells:
         return combined(both, step.shape)
     which = _index(condition.reshape((1,) * (len(step.shape) - condition.dim()) + condition.shape))
@@ -493,7 +495,7 @@ def _strided(step: Step) -> Place | None:
 
 
 def _copied(step: Step) -> Place | None:
-    """A tensor part of which was overwritten; the graph's own backward step says which part."""
+    """A tensor part of which was overwritten; the graph's own backward step has which part."""
     if len(step.node.next_functions) < 2 or set(step.given) == {0}:
         return combined([step.given[0]], step.shape) if 0 in step.given else None
     count = int(np.prod(step.shape))
@@ -505,19 +507,19 @@ def _copied(step: Step) -> Place | None:
     parts = []
     for number, seen in enumerate(step.node(codes)):
         if number in step.given and seen is not None:
-            place = step.given[number].dense(range(len(seen.shape)))
-            if place is None:
+            position = step.given[number].dense(range(len(seen.shape)))
+            if position is None:
                 return None
-            parts.append((place, _index(seen.round().long()).ravel() - 1))
+            parts.append((position, _index(seen.round().long()).ravel() - 1))
     for name in ("rows", "columns"):
         arrays = [np.full(count, empty) for empty in (np.nan, np.inf, -np.inf)]
-        for place, there in reversed(parts):  # the first is what was there before
-            span: Span = getattr(place, name)
+        for position, there in reversed(parts):  # the first is what was there before
+            span: Span = getattr(position, name)
             for array, own in zip(arrays, (span.centre, span.low, span.high), strict=True):
                 array[there[there >= 0]] = own.ravel()[there >= 0]
         centre, low, high = (array.reshape(step.shape) for array in arrays)
         spans.append(Span(centre, low, high, span.padded))
-    sure = all(place.sure for place, _ in parts)
+    sure = all(position.sure for position, _ in parts)
     return Place(step.shape, spans[0], spans[1], sure).viewed(step.shape)
 
 

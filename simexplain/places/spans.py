@@ -30,7 +30,7 @@ class Span:
     Each array has as many axes as the tensor; those along which nothing changes have length 1.
 
     Attributes:
-        centre: The middle of what a number looks at; NaN for one without a place.
+        centre: The middle of what a number sees; NaN for one without a place.
         low: Where begins what it sees; infinite where it sees nothing.
         high: Where that ends; minus infinity where it sees nothing.
         padded: Whether the first looks beyond an edge that was padded.
@@ -84,7 +84,7 @@ class Span:
 
     @property
     def varied(self) -> bool:
-        """Whether it tells places apart at all."""
+        """Whether it separates places at all."""
         return self.centre.size > 1
 
 
@@ -102,8 +102,8 @@ def _gathered(
     taken = values.take(np.clip(taps, 0, size - 1), axis)
     shape = [1] * taken.ndim
     shape[axis : axis + 2] = taps.shape
-    found: Array = np.where(valid.reshape(shape), taken, fill)
-    return found
+    result: Array = np.where(valid.reshape(shape), taken, fill)
+    return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +162,8 @@ class Place:
             axes: Which get length 1.
             shape: Of the result, with the same number of axes.
         """
-        found = self.spans(lambda span: span.reduced(axes), shape)
-        for before, after in ((self.rows, found.rows), (self.columns, found.columns)):
+        result = self.spans(lambda span: span.reduced(axes), shape)
+        for before, after in ((self.rows, result.rows), (self.columns, result.columns)):
             if before.varied and not after.varied:
                 return None
         for axis in axes:
@@ -171,7 +171,7 @@ class Place:
             ways = [replace(way, shape=tuple(shape)) for way in self._ways(axis)]
             if len(ways) > 1 and combined(ways, shape, steps=1.0).is_torn:
                 return self.torn(shape)
-        return found
+        return result
 
     def _ways(self, axis: int) -> list[Place]:
         """Of numbers along an axis one for each way of lying, a move of all of them left out.
@@ -296,8 +296,8 @@ class Place:
 
 
 def _rounded(array: Array) -> Array:
-    found: Array = np.round(array / _SAME) * _SAME
-    return found
+    result: Array = np.round(array / _SAME) * _SAME
+    return result
 
 
 def combined(places: Sequence[Place], shape: Sequence[int], steps: float = 1.5) -> Place:
@@ -307,24 +307,24 @@ def combined(places: Sequence[Place], shape: Sequence[int], steps: float = 1.5) 
     for :meth:`Place.contradicts`.
     """
     shape = tuple(shape)
-    wide = [_broadcast(place, shape) for place in places]
-    first = next((place for place in wide if place.is_torn), wide[0])
+    wide = [_broadcast(position, shape) for position in places]
+    first = next((position for position in wide if position.is_torn), wide[0])
     if len(wide) == 1 or first.is_torn:
         return first
-    sure = [place for place in wide if place.sure]
+    sure = [position for position in wide if position.sure]
     base = (sure or wide)[0]
     if not _alike(wide):
-        most = max(place.cells for place in wide)
-        grids = [place for place in wide if place.cells == most] if most > 1 else wide
-        sure = [place for place in grids if place.sure]
-        base = min(sure or grids, key=lambda place: place.field)
+        most = max(position.cells for position in wide)
+        grids = [position for position in wide if position.cells == most] if most > 1 else wide
+        sure = [position for position in grids if position.sure]
+        base = min(sure or grids, key=lambda position: position.field)
         against = [each for each in grids if most > 1 and base.contradicts(each, steps)]
         if base.sure and any(each.sure for each in against):
             return base.torn(shape)
         base = replace(base, sure=base.sure and not against)
     spans = []
     for name in ("rows", "columns"):
-        own, others = getattr(base, name), [getattr(place, name) for place in sure]
+        own, others = getattr(base, name), [getattr(position, name) for position in sure]
         low = _joined(np.minimum, own.low, [each.low for each in others])
         high = _joined(np.maximum, own.high, [each.high for each in others])
         spans.append(Span(own.centre, low, high, any(each.padded for each in [own, *others])))
@@ -339,11 +339,11 @@ def _joined(how: np.ufunc, own: Array, others: Sequence[Array]) -> Array:
     return own
 
 
-def _broadcast(place: Place, shape: Shape) -> Place:
-    missing = len(shape) - len(place.shape)
+def _broadcast(position: Place, shape: Shape) -> Place:
+    missing = len(shape) - len(position.shape)
     if not missing:
-        return place if place.shape == shape else replace(place, shape=shape)
-    return place.each(lambda array: array.reshape((1,) * missing + array.shape), shape)
+        return position if position.shape == shape else replace(position, shape=shape)
+    return position.each(lambda array: array.reshape((1,) * missing + array.shape), shape)
 
 
 def joined_along(
@@ -394,8 +394,8 @@ def _alike(places: Sequence[Place]) -> bool:
             own.centre.shape == its.centre.shape
             and np.allclose(own.centre, its.centre, atol=_SAME, equal_nan=True)
         )
-        for place in places[1:]
-        for own, its in ((first.rows, place.rows), (first.columns, place.columns))
+        for position in places[1:]
+        for own, its in ((first.rows, position.rows), (first.columns, position.columns))
     )
 
 
@@ -432,11 +432,11 @@ def _viewed(array: Array, before: Shape, after: Shape, groups: Sequence[Group]) 
         varied = any(side > 1 for side in array.shape[own])
         grown += before[own] if varied else array.shape[own]
         made += after[new] if varied else [1] * len(after[new])
-    found = np.broadcast_to(array, grown).reshape(made)
-    for axis in range(found.ndim):
-        first = found.take([0], axis)
-        if found.shape[axis] > 1 and bool(
-            ((found == first) | (np.isnan(found) & np.isnan(first))).all()
+    result = np.broadcast_to(array, grown).reshape(made)
+    for axis in range(result.ndim):
+        first = result.take([0], axis)
+        if result.shape[axis] > 1 and bool(
+            ((result == first) | (np.isnan(result) & np.isnan(first))).all()
         ):
-            found = first
-    return found
+            result = first
+    return result

@@ -138,8 +138,8 @@ def attribution_graph(
         _level(sheet, levels[index], rank if len(levels) > 1 else "one level", top, heights[index])
         places += _placed(bands[index], sizes, top)
         top += heights[index] + _GAP
-    for place in places:
-        _draw(sheet, place, sizes)
+    for position in places:
+        _draw(sheet, position, sizes)
     _edges(sheet, start, places)
     return sheet.foot(lines)
 
@@ -257,8 +257,8 @@ def _placed(rows: Sequence[_Row], sizes: _Sizes, top: float) -> list[_Placed]:
     return places
 
 
-def _draw(sheet: Sheet, place: _Placed, sizes: _Sizes) -> None:
-    frame, start, top, width, height = place
+def _draw(sheet: Sheet, position: _Placed, sizes: _Sizes) -> None:
+    frame, start, top, width, height = position
     x, right = start + _PAD, start + width - _PAD
     colour, _ = _COLOURS[frame.kind]
     dotted = frame.kind in ("similar", "dissimilar")

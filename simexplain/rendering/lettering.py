@@ -87,20 +87,20 @@ def wrapped(
         lines: The number of lines at most, of which the last one is shortened; None for all of the
             text, in which long words are parted too.
     """
-    found: list[str] = []
+    values: list[str] = []
     for paragraph in printable(text, keep="\n").split("\n"):
         line = ""
         for word in paragraph.split(" "):
             for part in _parts(word, most, size, weight) if lines is None else [word]:
                 joined = f"{line} {part}" if line else part
                 if line and breadth(joined, size, weight) > most:
-                    found.append(line)
+                    values.append(line)
                     joined = part
                 line = joined
-        found.append(line)
-    if lines is not None and len(found) > lines:
-        found = [*found[: lines - 1], " ".join(found[lines - 1 :])]
-    return [shortened(line, most, size, weight) for line in found]
+        values.append(line)
+    if lines is not None and len(values) > lines:
+        values = [*values[: lines - 1], " ".join(values[lines - 1 :])]
+    return [shortened(line, most, size, weight) for line in values]
 
 
 def _parts(word: str, most: float, size: float, weight: str) -> list[str]:

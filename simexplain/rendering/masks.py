@@ -1,4 +1,4 @@
-"""Masks on pictures: laid over them, cut out of them, and what a cut was told, in colours."""
+"""Masks on pictures: laid over them, cut out of them, and the marks given to a cut, in colours."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def cut_out(picture: Pixels, mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
 
 def marked(picture: Pixels, marks: Pixels) -> Pixels:
-    """What a cut was told, in :data:`MARK_COLOURS` over the picture in grey."""
+    """The marks given to a cut, in :data:`MARK_COLOURS` over the picture in grey."""
     grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     colours = np.array(MARK_COLOURS, dtype=np.float32)[marks]
     mixed: Pixels = (0.4 * grey + 0.6 * colours).round().clip(0, 255).astype(np.uint8)

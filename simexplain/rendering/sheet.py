@@ -311,8 +311,8 @@ class Sheet:
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:
         """Axes whose upper left corner is at ``(x, y)``."""
         low = self.height - y - height
-        place = (x / self.width, low / self.height, width / self.width, height / self.height)
-        return self.figure.add_axes(place, zorder=4)
+        position = (x / self.width, low / self.height, width / self.width, height / self.height)
+        return self.figure.add_axes(position, zorder=4)
 
     def picture(self, pixels: Pixels, x: float, y: float, width: float, height: float) -> Axes:
         """A picture as large as fits into a place, in its middle."""

@@ -50,7 +50,7 @@ def encoded(made: Any, arrays: Arrays | None, path: str = "") -> dict[str, Any]:
         arrays: Where tensors and arrays are put, by name; None writes them as lists.
         path: How their names start.
     """
-    found = {}
+    values = {}
     kind: Any = type(made)
     for name, hint in _hints(kind).items():
         if _holds(hint, Picture):
@@ -59,23 +59,23 @@ def encoded(made: Any, arrays: Arrays | None, path: str = "") -> dict[str, Any]:
         if mark == PIXELS:
             small = arrays is not None and made.preprocess.channels == 3
             mark, value = (PIXELS, _each(made.preprocess.undo, value)) if small else (None, value)
-        found[name] = _plain(value, arrays, _joined(path, name if mark is None else mark))
-    return found
+        values[name] = _plain(value, arrays, _joined(path, name if mark is None else mark))
+    return values
 
 
-def decoded(of: type[Made], said: Mapping[str, Any], arrays: Arrays) -> Made:
+def decoded(of: type[Made], record: Mapping[str, Any], arrays: Arrays) -> Made:
     """The counterpart of :func:`encoded`; what is missing has its default, other keys are ignored.
 
     Raises:
-        ValueError: If a value is not what the hint of its field says; or another of ``DAMAGED``.
+        ValueError: If a value does not match the hint of its field; or another of ``DAMAGED``.
     """
     kind: Any = of
     hints = _hints(kind)
-    said = renamed(said, hints)
+    record = renamed(record, hints)
     made = {
-        name: _decoded(said[name], hint, arrays)
+        name: _decoded(record[name], hint, arrays)
         for name, hint in hints.items()
-        if name in said and not _holds(hint, Picture)
+        if name in record and not _holds(hint, Picture)
     }
     if "options" in hints and isinstance(made["options"], Mapping):
         made["options"] = renamed(made["options"], _RENAMED)
@@ -93,7 +93,7 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _mark(hint: Any) -> str | None:
-    """What ``Annotated`` says of a field or of what is in its tuple."""
+    """The ``Annotated`` metadata of a field or of the items of its tuple."""
     if get_origin(hint) is Annotated:
         return str(hint.__metadata__[0])
     return _mark(get_args(hint)[0]) if get_origin(hint) is tuple else None

@@ -19,7 +19,7 @@ from PIL import Image
 
 from simexplain.errors import OutputError
 from simexplain.printing import json_text, printable
-from simexplain.publishing import KINDS, SCHEMA, Kind, numbered, published, read_back
+from simexplain.publishing import KINDS, SCHEMA, Kind, atomic_directory, numbered, read_back
 from simexplain.results.codec import Arrays, decoded, encoded, plain
 from simexplain.results.upgrades import UPGRADES
 
@@ -58,7 +58,7 @@ class Result(ABC):
 
     @abstractmethod
     def summary(self, **options: Any) -> dict[str, Any]:
-        """What the JSON says of it; keys may be added in later versions, never changed."""
+        """Its JSON record; later versions may add keys, never change them."""
 
     def captions(self) -> Sequence[str]:
         """What each of its figures shows, in a line; none for a result that is shown as text."""
@@ -107,9 +107,9 @@ class Result(ABC):
             files: Where its files are, by kind.
             **options: Those of saving, where the type has any.
         """
-        said = {"schema": SCHEMA, **self.summary(**options)}
-        said["files"] = files or said.get("files", {})
-        return {key: plain(value) for key, value in said.items()}
+        record = {"schema": SCHEMA, **self.summary(**options)}
+        record["files"] = files or record.get("files", {})
+        return {key: plain(value) for key, value in record.items()}
 
     def save(self, folder: str | Path, *, force: bool = False) -> dict[str, str]:
         """Writes its figures, arrays and manifest atomically.
@@ -147,14 +147,14 @@ class Result(ABC):
         }
         names |= {key: name for key, (name, _) in made.items()}
         files = {key: str(folder / name) for key, name in names.items()}
-        with published(folder, list(names.values()), kind, force=force) as draft:
-            said = self.to_json(files, **options)
+        with atomic_directory(folder, list(names.values()), kind, force=force) as draft:
+            record = self.to_json(files, **options)
             for name, make in made.values():
                 (draft / name).write_bytes(content_of(make()))
-            said, arrays = _kept(self, kind, said)
+            record, arrays = _kept(self, kind, record)
             if kind.arrays:
                 np.savez_compressed(draft / kind.arrays, **arrays)  # type: ignore[arg-type]
-            (draft / kind.manifest).write_text(json_text(said) + "\n", encoding="utf-8")
+            (draft / kind.manifest).write_text(json_text(record) + "\n", encoding="utf-8")
         return files
 
     @classmethod
@@ -205,7 +205,7 @@ class Kept(Result):
         """Cannot be done twice.
 
         Raises:
-            OutputError: Always; says where it is.
+            OutputError: Always; the error states where it is.
         """
         raise OutputError(f"Its files are in '{self.folder}' already; copy that folder.")
 
@@ -233,24 +233,24 @@ def content_of(made: Any) -> bytes:
     return png_of(made)
 
 
-def _kept(result: Result, kind: Kind, said: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
+def _kept(result: Result, kind: Kind, metadata: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
     """The manifest and the arrays: fields that neither has as they are stand under ``fields``."""
     arrays: Arrays = {}
     record = encoded(result.to_store(), arrays if kind.arrays else None)
-    known = {**said, **{name: name for name in arrays}}
+    known = {**metadata, **{name: name for name in arrays}}
     rest = {key: value for key, value in record.items() if known.get(key, known) != value}
     if kind.arrays:
-        return said, {**arrays, **result.more_arrays(), _FIELDS: np.array(json.dumps(rest))}
-    return ({**said, _FIELDS: rest} if rest else said), {}
+        return metadata, {**arrays, **result.more_arrays(), _FIELDS: np.array(json.dumps(rest))}
+    return ({**metadata, _FIELDS: rest} if rest else metadata), {}
 
 
-def _restored(made: type[Made], said: dict[str, Any], arrays: Arrays) -> Made:
+def _restored(made: type[Made], metadata: dict[str, Any], arrays: Arrays) -> Made:
     """The result with this manifest and these arrays, today's or those of an earlier version."""
     if _FIELDS in arrays:
         rest = json.loads(str(arrays.pop(_FIELDS)))
     else:
-        rest = said.get(_FIELDS, {})
+        rest = metadata.get(_FIELDS, {})
         if not rest and made.__name__ in UPGRADES:
-            rest = UPGRADES[made.__name__](said, arrays)
-    record = {**said, **{name: name for name in arrays}, **rest}
+            rest = UPGRADES[made.__name__](metadata, arrays)
+    record = {**metadata, **{name: name for name in arrays}, **rest}
     return decoded(made, record, arrays).from_store()

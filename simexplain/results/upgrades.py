@@ -11,15 +11,15 @@ import numpy as np
 
 from simexplain.errors import OutputError
 
-Said = Mapping[str, Any]
+Metadata = Mapping[str, Any]
 Arrays = dict[str, Any]
 
 _GRAPH = ("nodes", "reliabilities", "rectified", "inflows", "sensitivities")
 _MAPS = ("query_maps", "hit_maps", "contrast_maps", "coverage")
 
 
-def _attribution(said: Said, arrays: Arrays) -> dict[str, Any]:
-    levels = said["levels"]
+def _attribution(metadata: Metadata, arrays: Arrays) -> dict[str, Any]:
+    levels = metadata["levels"]
 
     def each(name: str, count: int = len(levels)) -> list[str]:
         return [f"{name}_{number}" for number in range(count)]
@@ -34,41 +34,43 @@ def _attribution(said: Said, arrays: Arrays) -> dict[str, Any]:
         "features": each("features"),
         "heads": [list(head) for head in zip(each("weight"), biases, strict=True)],
         "images": "views",
-        "roles": [pair["images"][1]["role"] for pair in said["pairs"]],
+        "roles": [pair["images"][1]["role"] for pair in metadata["pairs"]],
     }
 
 
-def _comparison(said: Said, arrays: Arrays) -> dict[str, Any]:
+def _comparison(metadata: Metadata, arrays: Arrays) -> dict[str, Any]:
     methods = []
-    for place, one in enumerate(said["methods"]):
-        start = f"method_{place}_"
-        arrays[f"{start}maps"] = arrays[f"maps_{place}"][None]
+    for position, one in enumerate(metadata["methods"]):
+        start = f"method_{position}_"
+        arrays[f"{start}maps"] = arrays[f"maps_{position}"][None]
         arrays.setdefault(f"{start}views", arrays["views"][None])
         arrays.setdefault(f"{start}layer_0", arrays[f"{start}maps"])
-        own = json.loads(str(arrays[f"method_{place}"]))
+        own = json.loads(str(arrays[f"method_{position}"]))
         same = ("name", "asked", "agreement", "forwards", "seconds", "measuring")
         kept = {name: one[name] for name in same if name in one}
         explained = _explanation(own, arrays, start)
         methods.append({**kept, "scores": one["per_image"], "explanation": explained})
-    places = range(len(said["images"]))
+    places = range(len(metadata["images"]))
     return {
         "methods": methods,
-        "skipped": {one["name"]: one["reason"] for one in said["skipped"]},
-        "masks": {place: f"mask_{place}" for place in places if f"mask_{place}" in arrays},
-        "notes": said["warnings"],
+        "skipped": {one["name"]: one["reason"] for one in metadata["skipped"]},
+        "masks": {
+            position: f"mask_{position}" for position in places if f"mask_{position}" in arrays
+        },
+        "notes": metadata["warnings"],
     }
 
 
-def _explanation(said: Said, arrays: Arrays, start: str = "") -> dict[str, Any]:
+def _explanation(metadata: Metadata, arrays: Arrays, start: str = "") -> dict[str, Any]:
     """Those of an explanation whose arrays have names that start so."""
-    whole = said["comparisons"][0]
+    whole = metadata["comparisons"][0]
     places = [image.get("geometry") for image in whole["images"]]
     members = whole.get("members") or [image["role"] for image in whole["images"]]
     near = [role.partition(" ")[0] in ("positive", "direction") for role in members]
-    rows = said.get("rows") or [said]
+    rows = metadata.get("rows") or [metadata]
     own = {
-        **{name: said[name] for name in ("model", "versions", "preprocess", "scale")},
-        **_row({**said, "warnings": rows[0]["warnings"]}, arrays, start),
+        **{name: metadata[name] for name in ("model", "versions", "preprocess", "scale")},
+        **_row({**metadata, "warnings": rows[0]["warnings"]}, arrays, start),
         "embeddings": f"{start}embeddings",
         "distances": f"{start}distances",
         "positives": sum(near),
@@ -85,36 +87,36 @@ def _explanation(said: Said, arrays: Arrays, start: str = "") -> dict[str, Any]:
     return {**own, "others": others}
 
 
-def _row(said: Said, arrays: Arrays, mark: str) -> dict[str, Any]:
+def _row(metadata: Metadata, arrays: Arrays, mark: str) -> dict[str, Any]:
     """What differs from row to row of an explanation."""
     plain = ("method", "layers", "options", "warnings", "region", "bypass", "layer_regions")
-    layers = enumerate(said["layers"])
+    layers = enumerate(metadata["layers"])
     return {
         **{name: f"{mark}{name}" for name in ("maps", "weights", "scores")},
         "unexplained": _there(f"{mark}unexplained", arrays),
         "layer_maps": {layer: f"{mark}layer_{number}" for number, layer in layers},
-        "check": _check([one.get("check") for one in said["comparisons"]]),
-        **{name: said[name] for name in plain if name in said},
+        "check": _check([one.get("check") for one in metadata["comparisons"]]),
+        **{name: metadata[name] for name in plain if name in metadata},
     }
 
 
-def _check(said: Sequence[Said | None]) -> dict[str, Any] | None:
+def _check(metadata: Sequence[Metadata | None]) -> dict[str, Any] | None:
     """The check of all comparisons from that of each."""
-    found = [one for one in said if one is not None]
-    if len(found) < len(said):
+    present = [one for one in metadata if one is not None]
+    if len(present) < len(metadata):
         return None
     names = ("falls", "controls", "moved", "spread")
-    return {**found[0], **{name: [one.get(name) for one in found] for name in names}}
+    return {**present[0], **{name: [one.get(name) for one in present] for name in names}}
 
 
-def _matching(said: Said, arrays: Arrays) -> dict[str, Any]:
-    places = [[image["geometry"] for image in pair["images"]] for pair in said["matchings"]]
-    shares = [pair.get("unexplained") for pair in said["matchings"]]
+def _matching(metadata: Metadata, arrays: Arrays) -> dict[str, Any]:
+    places = [[image["geometry"] for image in pair["images"]] for pair in metadata["matchings"]]
+    shares = [pair.get("unexplained") for pair in metadata["matchings"]]
     if None not in shares:
         arrays["unexplained"] = np.array(shares, dtype=np.float32)
-    regions = [image["region"] for image in said["images"] if "region" in image]
+    regions = [image["region"] for image in metadata["images"] if "region" in image]
     return {
-        "score_name": said["score"]["name"],
+        "score_name": metadata["score"]["name"],
         "images": ["views_a", "views_b"],
         "geometries": [pair for pair in places if all(pair)],
         "unexplained": _there("unexplained", arrays),
@@ -122,39 +124,39 @@ def _matching(said: Said, arrays: Arrays) -> dict[str, Any]:
     }
 
 
-def _pair(said: Said, arrays: Arrays) -> dict[str, Any]:
+def _pair(metadata: Metadata, arrays: Arrays) -> dict[str, Any]:
     sides = ("first", "second")
-    return {side: _explanation(said[side], arrays, f"{side}_") for side in sides}
+    return {side: _explanation(metadata[side], arrays, f"{side}_") for side in sides}
 
 
-def _search(said: Said, arrays: Arrays) -> dict[str, Any]:
-    levels, told = ("levels", "level_gaps"), ("seen", "levels", "level_gaps")
-    pictures = said["pictures"]
+def _search(metadata: Metadata, arrays: Arrays) -> dict[str, Any]:
+    levels, elsewhere = ("levels", "level_gaps"), ("seen", "levels", "level_gaps")
+    pictures = metadata["pictures"]
     return {
         **{name: _there(name, arrays) for name in _MAPS},
         "hits": [
             {
-                **{name: value for name, value in hit.items() if name not in told},
+                **{name: value for name, value in hit.items() if name not in elsewhere},
                 **{k: [[one["layer"], one["adds"]] for one in hit[k]] for k in levels},
             }
-            for hit in said["hits"]
+            for hit in metadata["hits"]
         ],
-        "distance_name": said["distance"],
+        "distance_name": metadata["distance"],
         "pictures": {one["path"]: f"picture_{n}" for n, one in enumerate(pictures)},
         "geometries": {one["path"]: one["geometry"] for one in pictures},
     }
 
 
-def _segmentation(said: Said, arrays: Arrays) -> dict[str, Any]:
-    width, height = said["test"]["size"]
+def _segmentation(metadata: Metadata, arrays: Arrays) -> dict[str, Any]:
+    width, height = metadata["test"]["size"]
     bits = np.unpackbits(arrays["mask"], count=width * height)
     arrays["mask"] = bits.reshape(height, width).astype(bool)
     for name in arrays:
         if arrays[name].dtype == np.float16:
             arrays[name] = arrays[name].astype(np.float32)
-    named = [(name, role) for role in ("support", "other") for name in said[f"{role}s"]]
+    named = [(name, role) for role in ("support", "other") for name in metadata[f"{role}s"]]
     return {
-        "name": said["test"]["path"] or "",
+        "name": metadata["test"]["path"] or "",
         "marks": _there("marks", arrays),
         "images": [
             {"name": name or "", "role": role, "picture": f"image_{n}", "heat": f"heat_{n}"}
@@ -163,7 +165,7 @@ def _segmentation(said: Said, arrays: Arrays) -> dict[str, Any]:
     }
 
 
-def _refused(said: Said, arrays: Arrays) -> dict[str, Any]:
+def _refused(metadata: Metadata, arrays: Arrays) -> dict[str, Any]:
     """Of what version 0.1.0 wrote without a way to read it.
 
     Raises:
@@ -179,8 +181,8 @@ def _there(name: str, arrays: Arrays) -> str | None:
     return name if name in arrays else None
 
 
-def _training(said: Said, arrays: Arrays) -> dict[str, Any]:
-    return {"rows": said["epochs"], "folder": str(Path(said["files"]["results"]).parent)}
+def _training(metadata: Metadata, arrays: Arrays) -> dict[str, Any]:
+    return {"rows": metadata["epochs"], "folder": str(Path(metadata["files"]["results"]).parent)}
 
 
 UPGRADES = {

@@ -1,1 +1,1 @@
-"""Index and search: find the images nearest to one, and say why each was found."""
+"""Index and search: find the images nearest to one, and explain why each was found."""

@@ -11,7 +11,7 @@ from simexplain.models.avsl import AVSL
 from simexplain.models.base import DISTANCES, SimilarityModel
 from simexplain.networks import unit_rows
 from simexplain.searching.index_gallery import GalleryIndex
-from simexplain.searching.search_query import Asked, Ranked, labels_of
+from simexplain.searching.search_query import Ranked, SearchQuery, labels_of
 
 FALSE_ALARMS = 0.05
 """How often the nearest of a gallery that holds nothing like the query may be called close."""
@@ -30,7 +30,7 @@ _SAMPLE, _DEAR = 1000, 200
 
 @torch.no_grad()
 def close_limit(
-    model: SimilarityModel, gallery: GalleryIndex, asked: Asked, ranking: Ranked
+    model: SimilarityModel, gallery: GalleryIndex, query: SearchQuery, ranking: Ranked
 ) -> float | None:
     """The distance up to which a hit is a close match; None in a gallery of one picture.
 
@@ -45,20 +45,20 @@ def close_limit(
     Args:
         model: Whose distance counts.
         gallery: Of which at most 1,000 pictures are compared, spread evenly.
-        asked: The query.
+        query: The query.
         ranking: The gallery, ranked by it.
     """
     if ranking.searched < 2 or len(gallery) < 2:
         return None
-    if asked.region is not None:
+    if query.region is not None:
         return _limit(ranking.distances.double(), None, ranking.searched)
     name = gallery.distance_name
     count = min(len(gallery), _SAMPLE if name else _DEAR)
-    places = torch.linspace(0, len(gallery) - 1, count, dtype=torch.float64).round().long()
-    distances = _between(model, gallery.embeddings[places], name)
+    indices = torch.linspace(0, len(gallery) - 1, count, dtype=torch.float64).round().long()
+    distances = _between(model, gallery.embeddings[indices], name)
     above = torch.triu_indices(count, count, 1)
     limit = _limit(
-        distances[above[0], above[1]], _to_others(distances, gallery, places), ranking.searched
+        distances[above[0], above[1]], _to_others(distances, gallery, indices), ranking.searched
     )
     # Cosine distances, whichever function of them the model takes.
     return float({"euclidean": (2 * limit) ** 0.5, "squared": 2 * limit}.get(name, limit))
@@ -75,11 +75,11 @@ def _between(model: SimilarityModel, rows: Tensor, name: str) -> Tensor:
     return model.distance(rows, rows).double().cpu()
 
 
-def _to_others(distances: Tensor, gallery: GalleryIndex, places: Tensor) -> Tensor | None:
+def _to_others(distances: Tensor, gallery: GalleryIndex, indices: Tensor) -> Tensor | None:
     """Of each picture, the distance to the nearest of another class; None without classes."""
     labels = labels_of(gallery)
     numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-    classes = torch.tensor([numbers[labels[place]] for place in places.tolist()])
+    classes = torch.tensor([numbers[labels[index]] for index in indices.tolist()])
     if labels[0] is None or bool((classes == classes[0]).all()):
         return None
     same = classes.unsqueeze(0) == classes.unsqueeze(1)

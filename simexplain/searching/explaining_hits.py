@@ -12,8 +12,8 @@ from simexplain.graph.inference import infer
 from simexplain.matching.factors import Factors, unexplained_of
 from simexplain.models.avsl import AVSL
 from simexplain.networks import unit_rows
-from simexplain.searching.agreement import Agreement, along, contrasts, towards
 from simexplain.searching.index_gallery import GalleryIndex
+from simexplain.searching.marginals import Marginals, contrasts, gallery_marginal, query_marginal
 from simexplain.searching.regions import similarities
 
 _BLOCK = 64
@@ -30,7 +30,7 @@ class HitMaps:
         similarity: The cosine that they add up to ``(K,)``; for a region that of the best position.
         residual: The largest difference of the sum of a map from it ``(K,)``.
         contrast: What each position of the query adds to the distance to the rival less that to
-            the hit ``(K,h,w)``; zeros where there is no rival.
+            the hit ``(K,h,w)``; zeros without a rival.
         gap_residual: What is missing of that difference in the sum ``(K,)``.
         unexplained: The share of the similarity that no position accounts for ``(K,)``; zero for a
             region, which is made of positions.
@@ -68,23 +68,23 @@ def hit_maps(
     count = len(rivals)
     own = unit_rows(query.vectors.float())[0]
     units = unit_rows(rows.float())
-    maps, cosines = along(query, units), units @ own
+    maps, cosines = query_marginal(query, units), units @ own
     if not name:
         distances, name = 1 - cosines, "cosine"
-    found = Agreement(maps[:count], towards(images, own), cosines[:count])
+    sums = Marginals(maps[:count], gallery_marginal(images, own), cosines[:count])
     other = torch.tensor([at if rival is None else rival for at, rival in enumerate(rivals)])
     contrast, missing = contrasts(
-        found.query, maps[other], distances[:count], distances[other], name
+        sums.query, maps[other], distances[:count], distances[other], name
     )
     return HitMaps(
-        query=found.query,
-        hits=found.images,
-        similarity=found.cosines,
-        residual=found.residual,
+        query=sums.query,
+        hits=sums.images,
+        similarity=sums.cosines,
+        residual=sums.residual,
         contrast=contrast,
         gap_residual=missing,
         unexplained=unexplained_of(
-            query, images, score="cosine", values=found.cosines.to(query.vectors)
+            query, images, score="cosine", values=sums.cosines.to(query.vectors)
         ),
     )
 
@@ -120,7 +120,7 @@ def region_maps(
     )
     # `along` divides by the length of the whole vector; here it is that of the region's.
     summed = weighted.parts.sum(dim=(2, 3))
-    maps = along(Factors(weighted.parts, weighted.rest, summed), unit_rows(chosen))
+    maps = query_marginal(Factors(weighted.parts, weighted.rest, summed), unit_rows(chosen))
     other = torch.tensor([at if rival is None else rival for at, rival in enumerate(rivals)])
     contrast = maps[:count] - maps[other]
     gaps = best.values[:count] - best.values[other]
@@ -146,11 +146,11 @@ def region_ranking(index: GalleryIndex, region: Tensor) -> tuple[Tensor, Tensor]
     Returns:
         Distances ``(G,)``, one minus the largest cosine, ascending, and places ``(G,)``.
     """
-    found = []
+    parts = []
     for start in range(0, len(index), _BLOCK):
         block = index.factors(range(start, min(start + _BLOCK, len(index))))
-        found.append(similarities(block, region).flatten(1).amax(dim=1))
-    distances = 1 - torch.cat(found)
+        parts.append(similarities(block, region).flatten(1).amax(dim=1))
+    distances = 1 - torch.cat(parts)
     order = distances.argsort(stable=True)
     return distances[order], order
 

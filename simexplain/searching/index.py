@@ -17,7 +17,7 @@ from simexplain.models.embedder import as_similarity_model
 from simexplain.networks import full_precision
 from simexplain.searching.index_embedding import (
     PARTS,
-    Keeping,
+    IndexSpec,
     common_basis,
     keeping_for,
     run_rows,
@@ -27,8 +27,8 @@ from simexplain.searching.index_file import is_written_here
 from simexplain.searching.index_gallery import Changes, GalleryIndex, open_index
 from simexplain.searching.index_publishing import publish
 from simexplain.searching.index_reading import Pictures, Stat, absolute, pictures_of
-from simexplain.searching.index_update import Plan, Way, planned, without
-from simexplain.searching.index_work import Work, alone
+from simexplain.searching.index_update import IndexConfig, UpdatePlan, planned, without
+from simexplain.searching.index_work import IndexWork, alone
 
 __all__ = [
     "Changes",
@@ -71,7 +71,7 @@ def build_index(
 
     Work that was killed goes on where it was when the same is called again, and gives the same
     file as if it had never stopped. Pictures that cannot be read are listed and left out. The file
-    is written whole or not at all.
+    is written atomically.
 
     Args:
         model: A similarity model, or any ``nn.Module`` that returns an embedding.
@@ -90,9 +90,9 @@ def build_index(
         progress: Called with what is done, how far it is, and how far it goes.
 
     Raises:
-        ImageError: If there are no pictures, or none can be read.
+        ImageError: If no picture is given, or none can be read.
         ModelError: If the model or the layer cannot be used.
-        OutputError: If the file is there already, is no index and so not replaced, is being
+        OutputError: If the file exists already, is not an index and so not replaced, is being
             written by another process, or cannot be written.
     """
     path = Path(path)
@@ -104,7 +104,7 @@ def build_index(
     keeping = keeping_for(base, layer, steps=steps, basis=basis)
     if width is not None and keeping.kind != PARTS:
         raise ModelError(f"There is nothing to project on {width} dimensions: {keeping.reason}")
-    way = Way.of(base, keeping, width)
+    way = IndexConfig.of(base, keeping, width)
     plan = planned(paths, root, None, drop=True)
     with alone(path):
         _check(path, batch_size, width, steps, force=force)  # once more: another may have ended
@@ -137,7 +137,7 @@ def update_index(
         progress: Called with what is done, how far it is, and how far it goes.
 
     Raises:
-        ImageError: If there are no pictures, or none can be read.
+        ImageError: If no picture is given, or none can be read.
         ModelError: If it is another model.
         ComparisonError: If no picture of the index is in the source, which seems another gallery,
             or the source is a folder inside the one that was indexed.
@@ -154,7 +154,7 @@ def update_index(
         plan = planned(paths, root, old, drop=drop, progress=progress)
         if drop:
             _check_same_gallery(plan, old, source)
-        return _made(base, Way.again(old), plan, path, batch_size, progress)
+        return _made(base, IndexConfig.again(old), plan, path, batch_size, progress)
 
 
 @typed
@@ -173,21 +173,21 @@ def remove_from_index(
     """
     path = Path(path)
     with alone(path):
-        old, way = open_index(path), Way.again(open_index(path))
+        old, way = open_index(path), IndexConfig.again(open_index(path))
         plan = without(old, absolute([pictures] if isinstance(pictures, (str, Path)) else pictures))
-        return publish(way, plan, Work(path, way.key), path)
+        return publish(way, plan, IndexWork(path, way.key), path)
 
 
 def _made(
     model: SimilarityModel,
-    way: Way,
-    plan: Plan,
+    way: IndexConfig,
+    plan: UpdatePlan,
     path: Path,
     batch_size: int,
     progress: Progress | None,
 ) -> GalleryIndex:
     """Embeds what is to be done, part by part, and publishes the index."""
-    work = Work(path, way.key)
+    work = IndexWork(path, way.key)
     todo = plan.todo(work)
     if todo:
         way = replace(way, keeping=with_tail(way.keeping, model))
@@ -196,21 +196,21 @@ def _made(
     total = len(plan.paths) - len(plan.kept)
     size = model.batch_size or batch_size
     pictures = Pictures([Record(Path(p)) for p in todo], model.preprocess, size)
-    told = 0
-    for places, images in pictures:
-        end = (places[0] // size + 1) * size
-        bad = _failed(pictures, plan, todo[told:end])
-        columns = run_rows(way.keeping, model, images, size) | pictures.facts(places)
+    reported = 0
+    for indices, images in pictures:
+        end = (indices[0] // size + 1) * size
+        bad = _failed(pictures, plan, todo[reported:end])
+        columns = run_rows(way.keeping, model, images, size) | pictures.facts(indices)
         fine = columns["embeddings"].isfinite().all(dim=1)
-        for place in (places[n] for n in (~fine).nonzero().flatten().tolist()):
-            why = f"The embedding of '{todo[place]}' is not finite; check the model."
-            bad[todo[place]] = (plan.stats[todo[place]], why)
-        kept = [todo[place] for place, good in zip(places, fine.tolist(), strict=True) if good]
+        for index in (indices[n] for n in (~fine).nonzero().flatten().tolist()):
+            why = f"The embedding of '{todo[index]}' is not finite; check the model."
+            bad[todo[index]] = (plan.stats[todo[index]], why)
+        kept = [todo[index] for index, good in zip(indices, fine.tolist(), strict=True) if good]
         work.add(_some(columns, fine), {p: plan.stats[p] for p in kept}, bad)
-        told = end
+        reported = end
         if progress is not None:
             progress("Embedding pictures", total - max(0, len(todo) - end), total)
-    if bad := _failed(pictures, plan, todo[told:]):
+    if bad := _failed(pictures, plan, todo[reported:]):
         work.add({}, {}, bad)
     return publish(way, plan, work, path)
 
@@ -219,7 +219,9 @@ def _some(columns: Mapping[str, Tensor], rows: Tensor) -> Mapping[str, Tensor]:
     return columns if bool(rows.all()) else {name: part[rows] for name, part in columns.items()}
 
 
-def _failed(pictures: Pictures, plan: Plan, paths: Sequence[str]) -> dict[str, tuple[Stat, str]]:
+def _failed(
+    pictures: Pictures, plan: UpdatePlan, paths: Sequence[str]
+) -> dict[str, tuple[Stat, str]]:
     """Those of some pictures that could not be read."""
     broken = {str(path): why for path, why in pictures.broken.items()}
     return {p: (plan.stats[p], broken[p]) for p in paths if p in broken}
@@ -227,12 +229,12 @@ def _failed(pictures: Pictures, plan: Plan, paths: Sequence[str]) -> dict[str, t
 
 def _with_basis(
     model: SimilarityModel,
-    way: Way,
-    plan: Plan,
-    work: Work,
+    way: IndexConfig,
+    plan: UpdatePlan,
+    work: IndexWork,
     batch_size: int,
     progress: Progress | None,
-) -> Keeping:
+) -> IndexSpec:
     """The keeping with a common basis: the one chosen when the work began, else from a sample."""
     assert way.width is not None
     known = work.basis()
@@ -254,11 +256,11 @@ def _with_basis(
     return keeping
 
 
-def _check_same_gallery(plan: Plan, old: GalleryIndex, source: Source) -> None:
+def _check_same_gallery(plan: UpdatePlan, old: GalleryIndex, source: Source) -> None:
     """Refuses to take everything else out because a part of the gallery was given.
 
     Raises:
-        ComparisonError: If so; says what to do.
+        ComparisonError: If so; the error states what to do.
     """
     advice = "add them with --add (drop=False), or index anew with --force."
     if plan.alien:
@@ -282,8 +284,8 @@ def _check(path: Path, batch_size: int, width: int | None, steps: int, *, force:
         )
     if path.exists() and not (path.is_file() and is_written_here(path)):
         raise OutputError(
-            f"'{path}' is no index of a gallery, so it is not replaced; choose another file, or "
-            "remove it first."
+            f"'{path}' is not an index of a gallery, so it is not replaced; choose another file, or"
+            " remove it first."
         )
     limits = (("batch_size", batch_size, 1), ("width", width, 1), ("steps", steps, 0))
     for name, number, least in limits:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from simexplain.errors import OutputError
-from simexplain.searching.index_embedding import LEVELS, PARTS, Keeping
+from simexplain.searching.index_embedding import LEVELS, PARTS, IndexSpec
 
 _DIMENSIONS = {
     PARTS: {"parts": 4, "rest": 2, "scales": 1, "lengths": 1, "residuals": 1},
@@ -17,7 +17,7 @@ _DIMENSIONS = {
 }
 
 
-def check_columns(keeping: Keeping, tensors: Mapping[str, Tensor], count: int) -> None:
+def check_columns(keeping: IndexSpec, tensors: Mapping[str, Tensor], count: int) -> None:
     """Whether a file has all columns for as many pictures, of the right kind.
 
     Raises:
@@ -39,10 +39,10 @@ def root_of(path: Path, recorded: str, relative: str, given: str | Path | None) 
         path: The index.
         recorded: Where it was, absolute.
         relative: The same as seen from the index; may be empty.
-        given: What the caller says, which counts before anything else.
+        given: What the caller states, which takes precedence.
 
     Raises:
-        OutputError: If that is no folder.
+        OutputError: If that is not a folder.
     """
     if given is not None:
         if not Path(given).is_dir():

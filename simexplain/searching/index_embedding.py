@@ -15,7 +15,7 @@ from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_runs import features_and_rows
 from simexplain.models.base import SimilarityModel
 from simexplain.models.moving import WHOLE, Region
-from simexplain.networks import at_least_single, undisturbed, unit_rows
+from simexplain.networks import at_least_single, preserve_state, unit_rows
 from simexplain.searching.index_tails import UniformTail, uniform_tail
 from simexplain.tracing import chunks_of, trace
 
@@ -27,7 +27,7 @@ _TOP = 14
 
 
 @dataclass(frozen=True)
-class Keeping:
+class IndexSpec:
     """How pictures become rows of an index.
 
     Attributes:
@@ -60,9 +60,9 @@ class Keeping:
         return {k: value for k, value in vars(self).items() if k not in ("basis", "tail")}
 
     @classmethod
-    def of_json(cls, said: Mapping[str, Any], basis: Tensor | None) -> Keeping:
+    def of_json(cls, metadata: Mapping[str, Any], basis: Tensor | None) -> IndexSpec:
         """The counterpart of :meth:`to_json`; older indexes say less."""
-        return cls(**{**said, "region": tuple(said.get("region", WHOLE))}, basis=basis)
+        return cls(**{**metadata, "region": tuple(metadata.get("region", WHOLE))}, basis=basis)
 
     def __call__(self, model: SimilarityModel, images: Tensor) -> dict[str, Tensor]:
         """Columns of an index for preprocessed images ``(M,3,H,W)``, on the CPU.
@@ -74,36 +74,38 @@ class Keeping:
             assert isinstance(model, AVSL)
             features, rows = features_and_rows(model, images, len(images))
             halves = [_halved(grid.detach()) for grid in features]
-            found = {f"level_{number}": half for number, (half, _) in enumerate(halves)}
-            found["level_scales"] = torch.stack([scale for _, scale in halves], dim=1)
-            return {"embeddings": _plain(rows), **found}
+            levels = {f"level_{number}": half for number, (half, _) in enumerate(halves)}
+            levels["level_scales"] = torch.stack([scale for _, scale in halves], dim=1)
+            return {"embeddings": _plain(rows), **levels}
         if self.kind == NOTHING:
             return {"embeddings": _plain(trace(model, images, ()).embeddings)}
         return self._of_parts(self.parts(model, images))
 
     def parts(self, model: SimilarityModel, images: Tensor) -> PositionParts:
         """What every position adds to the vectors of images ``(M,3,H,W)``; see the function."""
-        found = None if self.tail is None else self.tail.parts(model, images)
-        if found is not None:
-            return found
+        image_parts = None if self.tail is None else self.tail.parts(model, images)
+        if image_parts is not None:
+            return image_parts
         return position_parts(model, images, self.layer, steps=self.steps, max_batch=len(images))
 
-    def _of_parts(self, found: PositionParts) -> dict[str, Tensor]:
-        vectors, parts = found.vectors, found.parts.detach()
+    def _of_parts(self, position_parts: PositionParts) -> dict[str, Tensor]:
+        vectors, parts = position_parts.vectors, position_parts.parts.detach()
         if self.basis is not None:
             parts = torch.einsum("ed,mehw->mdhw", self.basis.to(parts), parts)
-        both = torch.cat((parts.flatten(1), found.rest.detach()), dim=1)
+        both = torch.cat((parts.flatten(1), position_parts.rest.detach()), dim=1)
         half, scales = _halved(both)
         wide = parts[0].numel()
         rows = unit_rows(vectors) if self.normalised else vectors
-        lengths = found.lengths if self.normalised else torch.ones_like(found.lengths)
+        lengths = (
+            position_parts.lengths if self.normalised else torch.ones_like(position_parts.lengths)
+        )
         return {
             "embeddings": _plain(rows),
             "parts": half[:, :wide].reshape(parts.shape),
             "rest": half[:, wide:],
             "scales": scales,
             "lengths": _plain(lengths),
-            "residuals": _plain(found.residual),
+            "residuals": _plain(position_parts.residual),
         }
 
 
@@ -113,7 +115,7 @@ def keeping_for(
     *,
     steps: int = 0,
     basis: bool = True,
-) -> Keeping:
+) -> IndexSpec:
     """Finds out, on one image of noise, what can be kept for a model.
 
     Args:
@@ -132,32 +134,35 @@ def keeping_for(
                 "Expected no layer for an AVSL model, whose index keeps the maps of its levels "
                 f"({', '.join(model.levels)}), got '{layer}'; leave it away."
             )
-        none = Keeping(NOTHING, reason="it was made without a basis.")
-        return Keeping(LEVELS) if basis else none
+        none = IndexSpec(NOTHING, reason="it was made without a basis.")
+        return IndexSpec(LEVELS) if basis else none
     if not basis:
-        return Keeping(NOTHING, reason="it was made without a basis (--no-basis).")
+        return IndexSpec(NOTHING, reason="it was made without a basis (--no-basis).")
     try:
         chosen = layer or model.default_layer
         image = model.example()
-        found = position_parts(model, image, chosen, steps=1)
+        parts = position_parts(model, image, chosen, steps=1)
     except ModelError as error:
         if layer is not None:
             raise
-        return Keeping(NOTHING, reason=str(error))
-    if found.steps and not steps:
-        return Keeping(
+        return IndexSpec(NOTHING, reason=str(error))
+    if parts.steps and not steps:
+        return IndexSpec(
             NOTHING,
-            reason=f"The network above layer '{chosen}' is not linear, so its embedding is no sum "
-            "over positions; simexplain index --jacobians 16 (steps=16) keeps an approximate one.",
+            reason=(
+                f"The network above layer '{chosen}' is not linear, so its embedding is not a sum"
+                " over positions; simexplain index --jacobians 16 (steps=16) keeps an approximate"
+                " one."
+            ),
         )
-    normalised = _normalised(model, image, found.vectors)
+    normalised = _normalised(model, image, parts.vectors)
     if normalised is None:
         why = "The model's embeddings are neither its vectors nor those at unit length."
-        return Keeping(NOTHING, reason=why)
-    return surveyed_keeping(Keeping(PARTS, chosen, steps or 16, normalised), model)
+        return IndexSpec(NOTHING, reason=why)
+    return surveyed_keeping(IndexSpec(PARTS, chosen, steps or 16, normalised), model)
 
 
-def surveyed_keeping(keeping: Keeping, model: SimilarityModel) -> Keeping:
+def surveyed_keeping(keeping: IndexSpec, model: SimilarityModel) -> IndexSpec:
     """The same with where its layer looks, and what share of the embedding bypasses it."""
     layers, image = (keeping.layer,), model.example()
     return replace(
@@ -167,15 +172,15 @@ def surveyed_keeping(keeping: Keeping, model: SimilarityModel) -> Keeping:
     )
 
 
-def with_tail(keeping: Keeping, model: SimilarityModel) -> Keeping:
+def with_tail(keeping: IndexSpec, model: SimilarityModel) -> IndexSpec:
     """The same made quick, where the network above the layer is a matrix."""
     if keeping.kind != PARTS:
         return keeping
     image = model.example()
-    found = position_parts(model, image, keeping.layer, steps=1)
-    if found.steps:
+    parts = position_parts(model, image, keeping.layer, steps=1)
+    if parts.steps:
         return keeping
-    return replace(keeping, tail=uniform_tail(model, keeping.layer, image, found.rest[0]))
+    return replace(keeping, tail=uniform_tail(model, keeping.layer, image, parts.rest[0]))
 
 
 def _normalised(model: SimilarityModel, image: Tensor, vectors: Tensor) -> bool | None:
@@ -188,8 +193,8 @@ def _normalised(model: SimilarityModel, image: Tensor, vectors: Tensor) -> bool 
 
 
 def common_basis(
-    keeping: Keeping, model: SimilarityModel, images: Iterable[Tensor], width: int
-) -> Keeping:
+    keeping: IndexSpec, model: SimilarityModel, images: Iterable[Tensor], width: int
+) -> IndexSpec:
     """The same with the basis of ``width`` columns that holds most of what these images' parts are.
 
     The principal axes of all positions' vectors, not centred: the squared length lost is least.
@@ -208,7 +213,7 @@ def common_basis(
         rows = parts.transpose(0, 1).flatten(1)
         total = rows @ rows.T if total is None else total + rows @ rows.T
     if total is None:
-        return keeping  # no picture can be read, which will be told
+        return keeping  # no picture can be read, which is reported later
     values, axes = torch.linalg.eigh(total)
     # The sign of an axis is arbitrary; this makes it a matter of the numbers alone.
     axes = axes.flip(1)[:, :width]
@@ -218,7 +223,7 @@ def common_basis(
 
 
 def run_rows(
-    keeping: Keeping, model: SimilarityModel, images: Tensor, batch_size: int
+    keeping: IndexSpec, model: SimilarityModel, images: Tensor, batch_size: int
 ) -> dict[str, Tensor]:
     """Columns for a batch; the model is left as it was.
 
@@ -226,7 +231,7 @@ def run_rows(
     groups are of one size (see ``pass_size``), and the last one is filled up.
     """
     size = model.pass_size(batch_size, batch_size)
-    with undisturbed(model):
+    with preserve_state(model):
         groups = [keeping(model, chunk) for chunk in chunks_of(images, size, fixed=True)]
     return {name: torch.cat([g[name] for g in groups])[: len(images)] for name in groups[0]}
 

@@ -52,16 +52,16 @@ class Column:
         return torch.Size(self.shape).numel() * self.kind.itemsize
 
 
-def write_columns(path: Path, said: Mapping[str, Any], columns: Mapping[str, Column]) -> None:
+def write_columns(path: Path, metadata: Mapping[str, Any], columns: Mapping[str, Column]) -> None:
     """Writes a safetensors file; never more of a column than one piece is in memory.
 
     Raises:
         OSError: If the disk is full or the like.
-        ValueError: If the pieces of a column are not as many numbers as its shape says.
+        ValueError: If the pieces of a column are not as many numbers as in its shape.
     """
     # Wide numbers first, so that every tensor starts at a multiple of its item's size.
     order = sorted(columns, key=lambda name: (-columns[name].kind.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {FORMAT_KEY: json.dumps(said, sort_keys=True)}}
+    header: dict[str, Any] = {"__metadata__": {FORMAT_KEY: json.dumps(metadata, sort_keys=True)}}
     start = 0
     for name in order:
         column = columns[name]
@@ -91,12 +91,13 @@ def is_written_here(path: Path) -> bool:
 
 
 def read_columns(path: Path, what: str = "index") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a file says and its tensors, mapped into memory: read when they are used.
+    """The metadata of a file and its tensors, mapped into memory: read when they are used.
 
     No code in the file is ever run.
 
     Raises:
-        OutputError: If there is no such file, or it is damaged, none of ours or of another version.
+        OutputError: If the file does not exist, is damaged, is not one of ours or is of another
+            version.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -106,25 +107,27 @@ def read_columns(path: Path, what: str = "index") -> tuple[dict[str, Any], dict[
         with safe_open(path, framework="pt") as file:
             content = (file.metadata() or {}).get(FORMAT_KEY)
             if content is None:
-                raise OutputError(f"'{path}' is no {what} of a gallery; see simexplain index.")
-            said = json.loads(content)
-            if said["schema"] != SCHEMA:
                 raise OutputError(
-                    f"'{path}' was written in schema {said['schema']}, but this version reads "
+                    f"Expected the {what} of a gallery, got '{path}'; see simexplain index."
+                )
+            metadata = json.loads(content)
+            if metadata["schema"] != SCHEMA:
+                raise OutputError(
+                    f"'{path}' was written in schema {metadata['schema']}, but this version reads "
                     f"schema {SCHEMA}; make the {what} again."
                 )
-            return said, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, *DAMAGED) as error:
         if isinstance(error, OutputError):
             raise
         raise OutputError(
-            f"'{path}' is no {what} of a gallery, or a damaged one ({first_line(error)}); make it "
-            "again with simexplain index."
+            f"Expected the {what} of a gallery, got '{path}', damaged ({first_line(error)}); make"
+            " it again with simexplain index."
         ) from error
 
 
 @dataclass(frozen=True)
-class Rows:
+class SourceRows:
     """Consecutive rows of some tensors, wherever those are: in an index or in a part of one.
 
     Attributes:
@@ -136,7 +139,7 @@ class Rows:
     places: tuple[int, ...]
 
 
-def gathered(name: str, sources: Sequence[Rows]) -> Column:
+def gathered(name: str, sources: Sequence[SourceRows]) -> Column:
     """A column with rows from several places, copied in blocks.
 
     Args:

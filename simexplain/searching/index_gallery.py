@@ -20,7 +20,7 @@ from simexplain.matching.factors import Factors
 from simexplain.models.embedder import as_similarity_model
 from simexplain.renaming import takes_old_names
 from simexplain.searching.index_checking import check_columns, root_of
-from simexplain.searching.index_embedding import LEVELS, PARTS, Keeping, doubled
+from simexplain.searching.index_embedding import LEVELS, PARTS, IndexSpec, doubled
 from simexplain.searching.index_file import read_columns, unpacked_texts
 from simexplain.searching.index_models import Identity
 from simexplain.searching.index_neighbours import nearest
@@ -65,7 +65,7 @@ class GalleryIndex:
         errors: Pictures that could not be read, each with the reason.
         changes: What was done, where this index was just made or updated.
         tensors: All columns, as they lie in the file.
-        said: What the file says of itself, as plain JSON.
+        metadata: The metadata of the file, as plain JSON.
     """
 
     path: Path
@@ -74,11 +74,11 @@ class GalleryIndex:
     embeddings: Tensor
     sizes: Tensor
     identity: Identity
-    keeping: Keeping
+    keeping: IndexSpec
     distance_name: str
     errors: Mapping[str, str]
     tensors: Mapping[str, Tensor] = field(repr=False)
-    said: Mapping[str, Any] = field(repr=False)
+    metadata: Mapping[str, Any] = field(repr=False)
     changes: Changes | None = None
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ class GalleryIndex:
 
     @property
     def without_basis(self) -> str:
-        """Why there are no factors, as a sentence; empty where there are."""
+        """Why factors are missing, as a sentence; empty if they are there."""
         if self.has_basis:
             return ""
         if self.has_levels:
@@ -152,8 +152,8 @@ class GalleryIndex:
 
         Links and other spellings of a path lead to the same file.
         """
-        if (place := self._places.get(absolute([picture])[0])) is not None:
-            return place
+        if (index := self._places.get(absolute([picture])[0])) is not None:
+            return index
         now = Stat.of(Path(picture))
         alike = (self.tensors["stats"] == torch.tensor([now.changed, now.size])).all(dim=1)
         with suppress(OSError, ValueError):
@@ -177,7 +177,7 @@ class GalleryIndex:
 
         Raises:
             ComparisonError: If the index has no such place.
-            ModelError: If nothing is kept; says why.
+            ModelError: If nothing is kept; the error has the reason.
         """
         if not self.has_basis:
             raise ModelError(f"'{self.path}' keeps no basis for explanations: {self.without_basis}")
@@ -240,13 +240,13 @@ class GalleryIndex:
         Reads all weights of the model once and runs it on one image.
 
         Raises:
-            ModelError: If it is another one; says in what.
+            ModelError: If it is another one; the error has the difference.
         """
         self.identity.check(as_similarity_model(model), str(self.path))
 
-    def _rows(self, places: Places) -> list[int]:
-        rows = [int(place) for place in places]
-        wrong = [place for place in rows if not 0 <= place < len(self)]
+    def _rows(self, indices: Places) -> list[int]:
+        rows = [int(index) for index in indices]
+        wrong = [index for index in rows if not 0 <= index < len(self)]
         if wrong:
             raise ComparisonError(
                 f"Expected places between 0 and {len(self) - 1} of '{self.path}', got {wrong[0]}."
@@ -264,31 +264,32 @@ def open_index(path: str | Path, *, root: str | Path | None = None) -> GalleryIn
             or where they are as seen from the file, if only both were moved together.
 
     Raises:
-        OutputError: If there is no such file, or it is damaged, no index or of another version.
+        OutputError: If the file does not exist, is damaged, is not an index or is of another
+            version.
     """
     path = Path(path)
-    said, tensors = read_columns(path)
+    metadata, tensors = read_columns(path)
     try:
         names = unpacked_texts(tensors)
-        keeping = Keeping.of_json(said["keeping"], tensors.get("basis"))
+        keeping = IndexSpec.of_json(metadata["keeping"], tensors.get("basis"))
         check_columns(keeping, tensors, len(names))
         return GalleryIndex(
             path=path,
-            root=root_of(path, said["root"], said["root_from_here"], root),
+            root=root_of(path, metadata["root"], metadata["root_from_here"], root),
             paths=names,
             embeddings=tensors["embeddings"],
             sizes=tensors["sizes"],
             identity=Identity(
-                said["model"],
-                said["weights"],
-                Preprocess.from_json(said["preprocess"]),
+                metadata["model"],
+                metadata["weights"],
+                Preprocess.from_json(metadata["preprocess"]),
                 tensors["probe"],
             ),
             keeping=keeping,
-            distance_name=said["distance"],
+            distance_name=metadata["distance"],
             errors=json.loads(bytes(tensors["broken"].tolist())),
             tensors=tensors,
-            said=said,
+            metadata=metadata,
         )
     except OutputError:
         raise

@@ -49,7 +49,7 @@ class Identity:
             where: The index, for the error.
 
         Raises:
-            ModelError: If weights, preprocessing or answers differ; says which.
+            ModelError: If weights, preprocessing or outputs differ; names which.
         """
         advice = "give that model, or index the gallery again with this one (--force)."
         theirs, ours = _steps(model.preprocess), _steps(self.preprocess)
@@ -85,23 +85,23 @@ class Identity:
 def weights_of(model: SimilarityModel) -> str:
     """A digest of all parameters and buffers, their names, types and shapes.
 
-    Programs without named tensors have those of their parameters, or none at all; they are told
-    apart by their answer to a fixed image.
+    Programs without named tensors have those of their parameters, or none at all; they are
+    distinguished by their output for a fixed image.
     """
-    found = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     tensors = dict(model.state_dict())
     if not tensors:  # black boxes name none
         tensors = {str(number): tensor for number, tensor in enumerate(model.parameters())}
     for name, tensor in sorted(tensors.items()):
         if not isinstance(tensor, Tensor):
             continue
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         plain = tensor.detach().cpu().contiguous()
-        found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     if isinstance(model, AVSL):
         graph = {key: value for key, value in model.to_json().items() if key != "report"}
-        found.update(json.dumps(graph, sort_keys=True).encode())
-    return found.hexdigest()
+        digest.update(json.dumps(graph, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _answer(model: SimilarityModel) -> Tensor:
@@ -111,7 +111,7 @@ def _answer(model: SimilarityModel) -> Tensor:
 
 
 def _steps(preprocess: Preprocess) -> dict[str, Any]:
-    """What changes the tensor, without what is only told."""
+    """The fields that change the tensor, without those that only describe it."""
     return {k: v for k, v in vars(preprocess).items() if k not in ("source", "notes")}
 
 

@@ -44,7 +44,7 @@ def nearest(
         gallery: ``(G,E)``, float32, perhaps mapped into memory.
         query: ``(Q,E)``.
         k: From 1 to ``G``.
-        name: A name in ``DISTANCES``, where no model says otherwise.
+        name: A name in ``DISTANCES``, unless a model has its own.
         model: Whose distance counts; needed where the name is empty.
 
     Returns:
@@ -69,8 +69,8 @@ def nearest(
     query = query.detach().cpu()
     if isinstance(wrapped, AVSL):
         reference = next(wrapped.heads.parameters())
-        found = wrapped.neighbours(query.to(reference), gallery.to(reference), k)
-        return found.distances.cpu(), found.indices.cpu()
+        neighbours = wrapped.neighbours(query.to(reference), gallery.to(reference), k)
+        return neighbours.distances.cpu(), neighbours.indices.cpu()
     name = name if wrapped is None else distance_name_of(wrapped, gallery.shape[1])
     if name:
         return _by_faiss(gallery, query.float(), k, name)
@@ -95,21 +95,21 @@ def _by_faiss(gallery: Tensor, query: Tensor, k: int, name: str) -> tuple[Tensor
     lengths = torch.linalg.vector_norm(query, dim=1).maximum(longest)
     slack = 4 * (gallery.shape[1] + 8) * _ROUNDING * lengths.double().square()
     distances = torch.empty(len(query), k)
-    places = torch.empty(len(query), k, dtype=torch.long)
+    indices = torch.empty(len(query), k, dtype=torch.long)
     open_, size = torch.arange(len(query)), min(len(gallery), 2 * k + _SPARE)
     while len(open_):
         proposed, listed = faiss.knn(vectors[open_.numpy()], rows, size, metric=metric)
         last = torch.from_numpy(proposed)[:, -1].double()
         bounds = (1 - last if inner else last) - slack[open_]
         proven = []
-        for row, found, bound in zip(open_.tolist(), listed, bounds, strict=True):
-            some = torch.from_numpy(found).sort().values
+        for row, candidates, bound in zip(open_.tolist(), listed, bounds, strict=True):
+            some = torch.from_numpy(candidates).sort().values
             exact = _PRECISE[inner](query[row].double(), gallery[some].double())
             order = exact.argsort(stable=True)[:k]
-            distances[row], places[row] = _NAMED[name](exact[order]), some[order]
+            distances[row], indices[row] = _NAMED[name](exact[order]), some[order]
             proven.append(size == len(gallery) or bool(exact[order[-1]] < bound))
         open_, size = open_[~torch.tensor(proven)], min(len(gallery), 4 * size)
-    return distances, places
+    return distances, indices
 
 
 _PRECISE: dict[bool, Distance] = {
@@ -129,15 +129,15 @@ _NAMED: dict[str, Callable[[Tensor], Tensor]] = {
 def _by_blocks(gallery: Tensor, query: Tensor, k: int, distance: Distance) -> tuple[Tensor, Tensor]:
     """Any distance: all of them, a block of the gallery at a time."""
     step = max(1, _PAIRS // max(1, len(query)))
-    best, places = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.long)
+    best, indices = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.long)
     for start in range(0, len(gallery), step):
         block = gallery[start : start + step].to(query)
         here = distance(query, block).cpu()
         rows = torch.arange(start, start + len(block)).expand(len(query), -1)
-        best, places = torch.cat((best.to(here), here), dim=1), torch.cat((places, rows), dim=1)
+        best, indices = torch.cat((best.to(here), here), dim=1), torch.cat((indices, rows), dim=1)
         order = best.argsort(dim=1, stable=True)[:, :k]
-        best, places = best.gather(1, order), places.gather(1, order)
-    return best, places
+        best, indices = best.gather(1, order), indices.gather(1, order)
+    return best, indices
 
 
 def _faiss() -> Any:

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from simexplain.errors import ImageError
 from simexplain.explanation import versions
-from simexplain.searching.index_file import SCHEMA, Column, Rows, gathered, packed_texts
+from simexplain.searching.index_file import SCHEMA, Column, SourceRows, gathered, packed_texts
 from simexplain.searching.index_gallery import Changes, GalleryIndex, open_index
-from simexplain.searching.index_update import Plan, Way, relative_to
-from simexplain.searching.index_work import Part, Work
+from simexplain.searching.index_update import IndexConfig, UpdatePlan, relative_to
+from simexplain.searching.index_work import IndexWork, Part
 
 _SHARED = ("basis", "probe", "texts", "text_ends", "broken", "stats")
 """Columns that are not one row for each picture, or are written anew."""
 
 
-def publish(way: Way, plan: Plan, work: Work, path: Path) -> GalleryIndex:
+def publish(way: IndexConfig, plan: UpdatePlan, work: IndexWork, path: Path) -> GalleryIndex:
     """Puts the finished pieces together and the file into place.
 
     An index that would be the same as before is left alone.
@@ -33,12 +33,14 @@ def publish(way: Way, plan: Plan, work: Work, path: Path) -> GalleryIndex:
         ImageError: If no picture is left.
         OutputError: If the file cannot be written.
     """
-    found = {p: (part, row) for part in work.parts for row, p in enumerate(part.pictures)
+    part_rows = {p: (part, row) for part in work.parts for row, p in enumerate(part.pictures)
              if part.pictures[p] == plan.stats.get(p)}  # fmt: skip
     failed = {p: why for part in work.parts for p, (_, why) in part.broken.items()}
-    order = [p for p in plan.paths if p in plan.kept or p in found]
+    order = [p for p in plan.paths if p in plan.kept or p in part_rows]
     broken = dict(plan.broken) | {
-        relative_to(p, plan.root): failed[p] for p in plan.paths if p in failed and p not in found
+        relative_to(p, plan.root): failed[p]
+        for p in plan.paths
+        if p in failed and p not in part_rows
     }
     if not order:
         work.remove()
@@ -52,27 +54,32 @@ def publish(way: Way, plan: Plan, work: Work, path: Path) -> GalleryIndex:
         removed=len(plan.known.keys() - set(order)),
         kept=len(order) - len(fresh),
     )
-    said = {**way.to_json(), "schema": SCHEMA, "versions": versions(), **_whereabouts(plan, path)}
-    columns = _columns(way, plan, order, found, broken)
-    if not fresh and plan.old is not None and _unchanged(plan.old, said, order, plan, columns):
+    metadata = {
+        **way.to_json(),
+        "schema": SCHEMA,
+        "versions": versions(),
+        **_whereabouts(plan, path),
+    }
+    columns = _columns(way, plan, order, part_rows, broken)
+    if not fresh and plan.old is not None and _unchanged(plan.old, metadata, order, plan, columns):
         work.remove()
         return replace(plan.old, changes=changes)
-    work.publish(said, columns, path)
+    work.publish(metadata, columns, path)
     return replace(open_index(path, root=plan.root), changes=changes)
 
 
 def _columns(
-    way: Way,
-    plan: Plan,
+    way: IndexConfig,
+    plan: UpdatePlan,
     order: Sequence[str],
-    found: Mapping[str, tuple[Part, int]],
+    part_rows: Mapping[str, tuple[Part, int]],
     broken: Mapping[str, str],
 ) -> dict[str, Column]:
     """Every column of the new file."""
     old = plan.old
 
     def origin(path: str) -> int:
-        return -1 if path in plan.kept else id(found[path][0])
+        return -1 if path in plan.kept else id(part_rows[path][0])
 
     sources = []
     for _, group in groupby(order, key=origin):
@@ -80,11 +87,11 @@ def _columns(
         if some[0] in plan.kept:
             assert old is not None
             tensors: Callable[[], Mapping[str, Tensor]] = lambda: old.tensors  # noqa: E731
-            places = tuple(plan.kept[p] for p in some)
+            indices = tuple(plan.kept[p] for p in some)
         else:
-            tensors = found[some[0]][0].tensors
-            places = tuple(found[p][1] for p in some)
-        sources.append(Rows(tensors, places))
+            tensors = part_rows[some[0]][0].tensors
+            indices = tuple(part_rows[p][1] for p in some)
+        sources.append(SourceRows(tensors, indices))
     names = [name for name in sources[0].tensors() if name not in _SHARED]
     columns = {name: gathered(name, sources) for name in names}
     stats = [[plan.stats[p].changed, plan.stats[p].size] for p in order]
@@ -101,15 +108,15 @@ def _columns(
 
 def _unchanged(
     old: GalleryIndex,
-    said: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     order: Sequence[str],
-    plan: Plan,
+    plan: UpdatePlan,
     columns: Mapping[str, Column],
 ) -> bool:
     """Whether the new file would say what the old one does."""
     if [plan.kept[p] for p in order] != list(range(len(old))):
         return False
-    if said["root"] != old.said["root"]:
+    if metadata["root"] != old.metadata["root"]:
         return False
     return all(
         torch.equal(next(columns[name].pieces()), old.tensors[name])
@@ -117,7 +124,7 @@ def _unchanged(
     )
 
 
-def _whereabouts(plan: Plan, path: Path) -> dict[str, str]:
+def _whereabouts(plan: UpdatePlan, path: Path) -> dict[str, str]:
     """The folder of the pictures, absolute and as seen from the file."""
     try:
         relative = os.path.relpath(plan.root, path.absolute().parent)

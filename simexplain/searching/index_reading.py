@@ -1,4 +1,4 @@
-"""Pictures of a gallery as batches, with what tells later whether one of them has changed."""
+"""Pictures of a gallery as batches, with what shows later whether one has changed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ DIGEST = 16
 
 @dataclass(frozen=True)
 class Stat:
-    """What the file system says of a picture.
+    """Size and time of change of a picture's file.
 
     Attributes:
-        changed: When it was last changed, in nanoseconds; -1 where there is no such file.
+        changed: When it was last changed, in nanoseconds; -1 for a missing file.
         size: In bytes.
     """
 
@@ -32,12 +32,12 @@ class Stat:
 
     @classmethod
     def of(cls, path: str | Path) -> Stat:
-        """Looks."""
+        """Stats a file."""
         try:
-            found = Path(path).stat()
+            stat = Path(path).stat()
         except OSError:
             return cls(-1, -1)
-        return cls(found.st_mtime_ns, found.st_size)
+        return cls(stat.st_mtime_ns, stat.st_size)
 
 
 def digest_of(path: str | Path) -> bytes:
@@ -46,11 +46,11 @@ def digest_of(path: str | Path) -> bytes:
     Raises:
         OSError: If it cannot be read.
     """
-    found = hashlib.blake2b(digest_size=DIGEST)
+    digest = hashlib.blake2b(digest_size=DIGEST)
     with Path(path).open("rb") as file:
         while block := file.read(2**20):
-            found.update(block)
-    return found.digest()
+            digest.update(block)
+    return digest.digest()
 
 
 class Pictures(Batches):
@@ -66,25 +66,25 @@ class Pictures(Batches):
         self.sizes: dict[int, tuple[int, int]] = {}
         self.digests: dict[int, bytes] = {}
 
-    def _read(self, place: int) -> tuple[int, Tensor] | None:
-        path = self.records[place].path
+    def _read(self, index: int) -> tuple[int, Tensor] | None:
+        path = self.records[index].path
         try:
             tensor, geometry = self.preprocess(read_picture(path).pixels)
-            self.digests[place] = digest_of(path)
+            self.digests[index] = digest_of(path)
         except ImageError as error:
             self.broken[path] = str(error)
             return None
         except OSError as error:
             self.broken[path] = f"'{path}' cannot be read ({error.strerror or error})."
             return None
-        self.sizes[place] = geometry.original
-        return place, tensor
+        self.sizes[index] = geometry.original
+        return index, tensor
 
-    def facts(self, places: Sequence[int]) -> dict[str, Tensor]:
+    def facts(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Columns ``sizes`` and ``digests`` of pictures that were read."""
         return {
-            "sizes": torch.tensor([self.sizes[n] for n in places], dtype=torch.int32),
-            "digests": torch.tensor([list(self.digests[n]) for n in places], dtype=torch.uint8),
+            "sizes": torch.tensor([self.sizes[n] for n in indices], dtype=torch.int32),
+            "digests": torch.tensor([list(self.digests[n]) for n in indices], dtype=torch.uint8),
         }
 
 
@@ -95,7 +95,7 @@ def pictures_of(source: str | Path | Sequence[Record | str | Path]) -> tuple[lis
         source: A folder, searched with all below, or pictures.
 
     Raises:
-        ImageError: If there is no such folder or no picture.
+        ImageError: If the folder does not exist or has no picture.
     """
     if isinstance(source, (str, Path)):
         records: Sequence[Record | str | Path] = pictures_in(source, labelled=False)

@@ -35,7 +35,7 @@ def _unexplained(index: GalleryIndex) -> float:
 
 def seen_of(index: GalleryIndex) -> dict[str, Any]:
     """The share of its pictures that the network saw: the mean, the least, and of which that is."""
-    shares = [index.geometry(place).seen for place in range(len(index))]
+    shares = [index.geometry(position).seen for position in range(len(index))]
     least = min(shares)
     return {
         "mean": round(sum(shares) / len(shares), 4),
@@ -59,7 +59,7 @@ def report_of(index: GalleryIndex) -> dict[str, Any]:
             "region": list(index.keeping.region),
             "bypass": index.keeping.bypass,
         }
-    said = {
+    report = {
         "schema": 1,
         "file": str(index.path),
         "root": str(index.root),
@@ -74,6 +74,6 @@ def report_of(index: GalleryIndex) -> dict[str, Any]:
         "seen": seen_of(index),
         "changes": None if index.changes is None else asdict(index.changes),
         "errors": [{"path": path, "reason": why} for path, why in index.errors.items()],
-        "versions": index.said["versions"],
+        "versions": index.metadata["versions"],
     }
-    return with_old_names(said, "broken")
+    return with_old_names(report, "broken")

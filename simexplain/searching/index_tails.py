@@ -39,14 +39,14 @@ class UniformTail:
         traced = trace_vectors(model, images, (self.layer,)).trace
         vectors = at_least_single(traced.embeddings.detach())
         grid = at_least_single(traced.maps[self.layer].detach())
-        found = PositionParts(
+        split = PositionParts(
             parts=torch.einsum("ec,mchw->mehw", self.weight.to(grid), grid),
             rest=self.rest.to(vectors).expand_as(vectors),
             vectors=vectors,
             lengths=lengths_of(vectors),
             steps=0,
         )
-        return found if bool((found.residual <= EXACT).all()) else None
+        return split if bool((split.residual <= EXACT).all()) else None
 
 
 def uniform_tail(
@@ -69,12 +69,12 @@ def uniform_tail(
         planes = torch.eye(count, device=output.device, dtype=traced.embeddings.dtype)
         planes = planes[start : start + _AT_ONCE].unsqueeze(1)
         try:
-            (found,) = torch.autograd.grad(
+            (gradient,) = torch.autograd.grad(
                 traced.embeddings, output, planes, retain_graph=True, is_grads_batched=True
             )
         except RuntimeError:  # an operator that takes one gradient at a time
             return None
-        grid = at_least_single(traced.to_grid(layer, found.flatten(0, 1)))
+        grid = at_least_single(traced.to_grid(layer, gradient.flatten(0, 1)))
         mean = grid.mean(dim=(2, 3))
         if bool((grid - mean[:, :, None, None]).abs().amax() > EXACT * grid.abs().amax()):
             return None

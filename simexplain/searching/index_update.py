@@ -14,19 +14,19 @@ from torch import Tensor
 
 from simexplain.errors import ImageError
 from simexplain.models.base import SimilarityModel
-from simexplain.searching.index_embedding import Keeping
+from simexplain.searching.index_embedding import IndexSpec
 from simexplain.searching.index_file import SCHEMA
 from simexplain.searching.index_gallery import GalleryIndex
 from simexplain.searching.index_models import Identity
 from simexplain.searching.index_neighbours import distance_name_of
 from simexplain.searching.index_reading import Stat, absolute, digest_of
-from simexplain.searching.index_work import Work
+from simexplain.searching.index_work import IndexWork
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Way:
+class IndexConfig:
     """How the rows of an index come to be.
 
     Attributes:
@@ -37,32 +37,32 @@ class Way:
     """
 
     identity: Identity
-    keeping: Keeping
+    keeping: IndexSpec
     distance: str
     width: int | None = None
 
     @classmethod
-    def of(cls, model: SimilarityModel, keeping: Keeping, width: int | None) -> Way:
+    def of(cls, model: SimilarityModel, keeping: IndexSpec, width: int | None) -> IndexConfig:
         """For a new index."""
         identity = Identity.of(model)
         return cls(identity, keeping, distance_name_of(model, len(identity.probe)), width)
 
     @classmethod
-    def again(cls, old: GalleryIndex) -> Way:
+    def again(cls, old: GalleryIndex) -> IndexConfig:
         """As an index was made."""
         return cls(old.identity, old.keeping, old.distance_name)
 
     @property
     def key(self) -> str:
         """Equal for rows that may stand in one index."""
-        said = {**self.to_json(), "width": self.width, "schema": SCHEMA}
-        found = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16)
+        settings = {**self.to_json(), "width": self.width, "schema": SCHEMA}
+        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
         if self.keeping.basis is not None:
-            found.update(self.keeping.basis.contiguous().numpy().tobytes())
-        return found.hexdigest()
+            digest.update(self.keeping.basis.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """What an index says of itself, without tensors."""
+        """The metadata of an index, without tensors."""
         return {
             "model": self.identity.name,
             "weights": self.identity.weights,
@@ -73,13 +73,13 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Plan:
+class UpdatePlan:
     """Which pictures an index shall have, and from where.
 
     Attributes:
         root: The folder they are in.
         paths: Absolute, in the order of the index.
-        stats: What the file system says of each now.
+        stats: The file system's present entry of each.
         old: The index that is brought up to date, if any.
         kept: Places in the old index of pictures that have not changed.
         known: Places in the old index of all pictures, by the path that they have now.
@@ -99,7 +99,7 @@ class Plan:
         """Whether an old index has none of the pictures."""
         return self.old is not None and not self.known.keys() & set(self.paths)
 
-    def todo(self, work: Work) -> list[str]:
+    def todo(self, work: IndexWork) -> list[str]:
         """Pictures that are neither kept nor done already, in order."""
         done = {
             path: stat
@@ -119,7 +119,7 @@ def planned(
     *,
     drop: bool,
     progress: Progress | None = None,
-) -> Plan:
+) -> UpdatePlan:
     """Compares a gallery with its index.
 
     Args:
@@ -130,7 +130,7 @@ def planned(
         progress: Called while files are read to see whether their content has changed.
     """
     if old is None:
-        return Plan(root, tuple(paths), {path: Stat.of(path) for path in paths})
+        return UpdatePlan(root, tuple(paths), {path: Stat.of(path) for path in paths})
     before = absolute([old.root])[0]
     known = _located(old, before)
     if drop and not known.keys() & set(paths):
@@ -144,20 +144,20 @@ def planned(
     seen = _stats_of(old)
     stats, kept = {}, {}
     for done, path in enumerate(order):
-        place = known.get(path)
+        index = known.get(path)
         stats[path] = Stat.of(path)
-        if place is None:
+        if index is None:
             continue
         if not drop and path not in given:
-            stats[path], kept[path] = seen[place], place
-        elif _same(path, stats[path], seen[place], old.tensors["digests"][place]):
-            kept[path] = place
+            stats[path], kept[path] = seen[index], index
+        elif _same(path, stats[path], seen[index], old.tensors["digests"][index]):
+            kept[path] = index
         if progress is not None:
             progress("Comparing pictures", done + 1, len(order))
-    return Plan(root, tuple(order), stats, old, kept, known, broken)
+    return UpdatePlan(root, tuple(order), stats, old, kept, known, broken)
 
 
-def without(old: GalleryIndex, paths: Sequence[str]) -> Plan:
+def without(old: GalleryIndex, paths: Sequence[str]) -> UpdatePlan:
     """An index without some of its pictures; folders stand for all below them.
 
     Raises:
@@ -171,20 +171,20 @@ def without(old: GalleryIndex, paths: Sequence[str]) -> Plan:
         if not below:
             raise ImageError(f"'{path}' is not in the index '{old.path}', nor anything below it.")
         gone |= below
-    left = {path: place for path, place in known.items() if path not in gone}
+    left = {path: index for path, index in known.items() if path not in gone}
     if not left:
         raise ImageError(
             f"Expected to leave a picture in the index '{old.path}', but that would take out all "
             f"{len(old)}; delete the file instead."
         )
     seen = _stats_of(old)
-    stats = {path: seen[place] for path, place in left.items()}
+    stats = {path: seen[index] for path, index in left.items()}
     broken = {
         name: why
         for name, why in old.errors.items()
         if not any(_below(str(Path(root, name)), path) for path in paths)
     }
-    return Plan(root, tuple(left), stats, old, left, known, broken)
+    return UpdatePlan(root, tuple(left), stats, old, left, known, broken)
 
 
 def _below(name: str, path: str) -> bool:

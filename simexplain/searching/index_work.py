@@ -49,15 +49,15 @@ class Part:
         return read_columns(self.path, "part of an index")[1]
 
 
-class Work:
+class IndexWork:
     """The folder with the parts of an index that is being made; beside it and hidden.
 
-    Every part tells what it was made with, so that parts of another model or other options are
-    never taken for ours, whoever else may write here.
+    Every part records what it was made with, so that parts of another model or other options are
+    never taken for ours, even if others write here.
     """
 
     def __init__(self, index: Path, key: str) -> None:
-        """Looks at what is there; nothing is written yet.
+        """Reads what is there; nothing is written yet.
 
         Args:
             index: The file that is to be made.
@@ -77,32 +77,34 @@ class Work:
         """Writes a part; when this returns, it will be there after a kill."""
         path = self.path / f"{self._next:08d}.safetensors"
         self._next += 1
-        said = {
+        metadata = {
             "schema": SCHEMA,
             "key": self.key,
             "stats": [[stat.changed, stat.size] for stat in pictures.values()],
             "broken": [[name, s.changed, s.size, why] for name, (s, why) in broken.items()],
         }
         kept = dict(columns) | packed_texts(list(pictures))
-        self._write(path, said, {name: Column.of(tensor) for name, tensor in kept.items()})
+        self._write(path, metadata, {name: Column.of(tensor) for name, tensor in kept.items()})
         self.parts.append(Part(path, dict(pictures), dict(broken)))
 
     def basis(self) -> tuple[Tensor, float] | None:
         """The basis that was chosen when the work began, and the share that it holds."""
         with contextlib.suppress(OutputError, *DAMAGED):
-            said, tensors = read_columns(self.path / _BASIS)
-            if said["key"] == self.key:
-                return tensors["basis"].clone(), float(said["held"])
+            metadata, tensors = read_columns(self.path / _BASIS)
+            if metadata["key"] == self.key:
+                return tensors["basis"].clone(), float(metadata["held"])
         return None
 
     def keep_basis(self, basis: Tensor, held: float) -> None:
         """Writes it, so that work resumed has the same."""
-        said = {"schema": SCHEMA, "key": self.key, "held": held}
-        self._write(self.path / _BASIS, said, {"basis": Column.of(basis)})
+        metadata = {"schema": SCHEMA, "key": self.key, "held": held}
+        self._write(self.path / _BASIS, metadata, {"basis": Column.of(basis)})
 
-    def publish(self, said: Mapping[str, object], columns: Mapping[str, Column], to: Path) -> None:
+    def publish(
+        self, metadata: Mapping[str, object], columns: Mapping[str, Column], to: Path
+    ) -> None:
         """Writes the index and puts it into place; then what it was made of is removed."""
-        self._write(to, said, columns)
+        self._write(to, metadata, columns)
         self.remove()
 
     def remove(self) -> None:
@@ -112,12 +114,14 @@ class Work:
         with contextlib.suppress(OSError):
             self.path.rmdir()
 
-    def _write(self, path: Path, said: Mapping[str, object], columns: Mapping[str, Column]) -> None:
-        """A file, whole or not at all: the draft lies on the same disk."""
+    def _write(
+        self, path: Path, metadata: Mapping[str, object], columns: Mapping[str, Column]
+    ) -> None:
+        """Writes a file atomically: the draft lies on the same disk."""
         draft = self.path / _DRAFT
         try:
             self.path.mkdir(exist_ok=True)
-            write_columns(draft, dict(said), columns)
+            write_columns(draft, dict(metadata), columns)
             with draft.open("rb+") as file:
                 os.fsync(file.fileno())
             draft.replace(path)
@@ -135,11 +139,13 @@ class Work:
     def _read(self, path: Path) -> Part | None:
         """A part, or None for one of another index or a damaged one."""
         with contextlib.suppress(OutputError, *DAMAGED):
-            said, tensors = read_columns(path, "part of an index")
-            if said["key"] == self.key:
+            metadata, tensors = read_columns(path, "part of an index")
+            if metadata["key"] == self.key:
                 names = unpacked_texts(tensors)
-                pictures = dict(zip(names, (Stat(*pair) for pair in said["stats"]), strict=True))
-                broken = {name: (Stat(at, size), why) for name, at, size, why in said["broken"]}
+                pictures = dict(
+                    zip(names, (Stat(*pair) for pair in metadata["stats"]), strict=True)
+                )
+                broken = {name: (Stat(at, size), why) for name, at, size, why in metadata["broken"]}
                 return Part(path, pictures, broken)
         return None
 
@@ -165,7 +171,7 @@ def alone(index: Path) -> Iterator[None]:
 
 
 def _locked(index: Path) -> BinaryIO | None:
-    """The lock of an index, taken; None where there are no locks."""
+    """The lock of an index, taken; None without locks."""
     lock = work_folder(index) / _LOCK
     try:
         lock.parent.mkdir(exist_ok=True)

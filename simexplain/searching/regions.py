@@ -126,7 +126,7 @@ class Region:
         covered = rows @ seen @ columns.T
         if not bool(covered.any()):
             raise ComparisonError(
-                "Expected a region that the layer looks at, which sees a part of the picture "
+                "Expected a region within what the layer sees, which is a part of the picture "
                 "alone, but none of it lies there; make the index of an earlier layer with --layer."
             )
         return covered
@@ -135,8 +135,8 @@ class Region:
 def _mark(seen: Tensor, mask: NDArray[np.bool_], geometry: Geometry) -> None:
     """Marks where a part lies that is too small to hold the centre of a pixel of the view."""
     rows, columns = np.nonzero(mask)
-    places = np.stack((rows, columns), axis=1) + 0.5
-    at = np.floor(places * geometry.scale - np.asarray(geometry.offset)).astype(int)
+    indices = np.stack((rows, columns), axis=1) + 0.5
+    at = np.floor(indices * geometry.scale - np.asarray(geometry.offset)).astype(int)
     rows, columns = at[((at >= 0) & (at < geometry.size)).all(axis=1)].T
     seen[rows, columns] = 1.0
 
@@ -174,8 +174,8 @@ def similarities(images: Factors, unit: Tensor) -> Tensor:
     along = torch.matmul(unit, parts)
     lengths = parts.square().sum(dim=1).sqrt()
     # A position that adds nothing is like nothing.
-    found = torch.where(lengths > 0, along / lengths.clamp_min(1e-30), torch.zeros_like(along))
-    return found.reshape(len(images), *images.parts.shape[2:])
+    cosines = torch.where(lengths > 0, along / lengths.clamp_min(1e-30), torch.zeros_like(along))
+    return cosines.reshape(len(images), *images.parts.shape[2:])
 
 
 def best_box(similarity: Tensor, geometry: Geometry, layer: Span = WHOLE) -> Box:

@@ -1,4 +1,4 @@
-"""The verb: find the pictures nearest to one, and say why each was found."""
+"""The verb: find the pictures nearest to one, and explain why each was found."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from simexplain.searching.index_gallery import GalleryIndex, open_index
 from simexplain.searching.index_neighbours import distance_name_of
 from simexplain.searching.regions import Box, Region
 from simexplain.searching.search_hits import HitsFound, hits_of
-from simexplain.searching.search_query import Asked, ask, rank_gallery
+from simexplain.searching.search_query import SearchQuery, prepare_query, rank_gallery
 from simexplain.searching.search_result import SearchResult
 from simexplain.searching.search_thumbnails import Album
 
@@ -48,14 +48,14 @@ def search(
     max_batch: int | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
-    """Finds the nearest pictures of a gallery and says why each was found.
+    """Finds the nearest pictures of a gallery and explains why each was found.
 
     The network runs on the query alone; what explains the hits comes from the index. For each hit
     there is a map over both pictures of where they agree, which sums to their cosine, and one over
     the query of what sets the hit apart from the next picture down of another class, which sums to
     the difference of their distances. Classes are folders, where the whole gallery is in folders;
-    else that picture is simply the next one. The query's own file is never a hit. Each hit says
-    whether it is a close match, which the nearest picture need not be; see :func:`close_limit`.
+    else that picture is simply the next one. The query's own file is never a hit. Each hit has a
+    flag for a close match, which the nearest picture need not be; see :func:`close_limit`.
 
     With a region, pictures are ranked by that part of the query alone: by the largest cosine
     between the sum of what the region's positions add and what one position of the picture adds.
@@ -76,7 +76,7 @@ def search(
     Raises:
         ImageError: If the query, the mask or the folder cannot be read.
         OutputError: If the index is missing or damaged.
-        ModelError: If it is of another model, or a region is asked of one without a basis.
+        ModelError: If it is of another model, or a region is given for one without a basis.
         ComparisonError: If ``k`` or the region does not fit.
     """
     if region is not None and mask is not None:
@@ -93,15 +93,17 @@ def search(
             f"does not keep: {gallery.without_basis}"
         )
     own = gallery.place_of(query) if isinstance(query, (str, Path)) else None
-    asked = ask(base, gallery, views, geometry, wanted)
-    ranking = rank_gallery(base, gallery, asked, k, own=own)
+    request = prepare_query(base, gallery, views, geometry, wanted)
+    ranking = rank_gallery(base, gallery, request, k, own=own)
     gallery = _measured_by(base, gallery)
-    limit = close_limit(base, gallery, asked, ranking)
-    found = hits_of(base, gallery, asked, ranking, limit)
-    result = _result(base, gallery, picture, wanted, asked, found, geometry)
-    told = base.preprocess.notes + picture.notes + notes
+    limit = close_limit(base, gallery, request, ranking)
+    hits = hits_of(base, gallery, request, ranking, limit)
+    result = _result(base, gallery, picture, wanted, request, hits, geometry)
+    all_notes = base.preprocess.notes + picture.notes + notes
     searched = str(index) if isinstance(index, (str, Path)) else str(gallery.path)
-    return replace(result, index=searched, close_limit=limit, warnings=(*told, *result.warnings))
+    return replace(
+        result, index=searched, close_limit=limit, warnings=(*all_notes, *result.warnings)
+    )
 
 
 def _gallery(
@@ -127,15 +129,15 @@ def _gallery(
         # The file goes with its folder; what is mapped from it must not.
         kept = {name: tensor.clone() for name, tensor in made.tensors.items()}
     made = replace(made, tensors=kept, embeddings=kept["embeddings"], sizes=kept["sizes"])
-    said: tuple[str, ...] = (
+    warnings: tuple[str, ...] = (
         f"'{index}' was indexed for this search alone; simexplain index keeps an index, and "
         "searching that does not run the network on the gallery.",
     )
     if left_out := left_out_of(index):
-        said += (left_out,)
+        warnings += (left_out,)
     if made.errors:
-        said += (f"{len(made.errors)} pictures of '{index}' cannot be read and were left out.",)
-    return made, said
+        warnings += (f"{len(made.errors)} pictures of '{index}' cannot be read and were left out.",)
+    return made, warnings
 
 
 def _measured_by(model: SimilarityModel, gallery: GalleryIndex) -> GalleryIndex:
@@ -163,30 +165,30 @@ def _result(
     gallery: GalleryIndex,
     picture: Picture,
     wanted: Region | None,
-    asked: Asked,
-    found: HitsFound,
+    query: SearchQuery,
+    hits: HitsFound,
     geometry: Geometry,
 ) -> SearchResult:
     """Everything together, with thumbnails of all pictures that a figure shows."""
     album = Album(gallery)
     album.add_query(picture, geometry)
-    for place in found.shown:
-        album.add(place)
-    maps = found.maps
+    for index in hits.shown:
+        album.add(index)
+    maps = hits.maps
     return SearchResult(
         query=picture.path,
-        hits=found.hits,
+        hits=hits.hits,
         query_maps=None if maps is None else maps.query,
         hit_maps=None if maps is None else maps.hits,
         contrast_maps=None if maps is None else maps.contrast,
         region=None if wanted is None else wanted.box,
-        coverage=asked.coverage,
+        coverage=query.coverage,
         model=model.name,
         layer=gallery.layer,
         distance_name=gallery.distance_name if wanted is None else "cosine of a region",
         index="",
-        gallery=found.searched,
-        warnings=(*found.warnings, *album.warnings),
+        gallery=hits.searched,
+        warnings=(*hits.warnings, *album.warnings),
         versions=versions(),
         pictures=album.pictures,
         geometries=album.geometries,

@@ -1,4 +1,4 @@
-"""From a ranking to hits that say why they were found."""
+"""From a ranking to hits with the reasons why they were found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from simexplain.data.preprocessing import Geometry
 from simexplain.matching.factors import Factors, pair_matrix
 from simexplain.matching.points import Frame, PositionPair
 from simexplain.matching.ranking import centred, strongest
-from simexplain.methods.unexplained import bypass_warning, unexplained_warning
+from simexplain.methods.unexplained import bypass_warning, unexplained_share_warning
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.models.moving import Region
@@ -21,13 +21,13 @@ from simexplain.searching.closeness import ROUNDING
 from simexplain.searching.explaining_hits import HitMaps, hit_maps, level_parts, region_maps
 from simexplain.searching.index_gallery import GalleryIndex
 from simexplain.searching.regions import best_box
-from simexplain.searching.search_query import Asked, Ranked
+from simexplain.searching.search_query import Ranked, SearchQuery
 from simexplain.searching.search_result import Hit, Rival
 
 _PAIRS = 5
 _FAR_OFF, _LEAST = 0.05, 0.1
 _BY_LEVEL = (
-    "An AVSL distance is no cosine, so hits are explained by what each level adds to it; "
+    "An AVSL distance is not a cosine, so hits are explained by what each level adds to it; "
     "simexplain attribute shows the nodes and where they look."
 )
 _OWN_DISTANCE = (
@@ -57,45 +57,45 @@ class HitsFound:
 def hits_of(
     model: SimilarityModel,
     gallery: GalleryIndex,
-    asked: Asked,
+    query: SearchQuery,
     ranking: Ranked,
     limit: float | None,
 ) -> HitsFound:
-    """Says for the first pictures of a ranking why they were found, from the index alone.
+    """Explains why the first pictures of a ranking were found, from the index alone.
 
     Args:
         model: Whose distance counts.
         gallery: The index.
-        asked: The query.
+        query: The query.
         ranking: The gallery, ranked by it.
         limit: The distance up to which a hit is a close match, or None; see ``close_limit``.
     """
     count = len(ranking.rivals)
     order = list(dict.fromkeys([*range(count), *(r for r in ranking.rivals if r is not None)]))
-    places = [int(place) for place in ranking.places[order]]
+    indices = [int(index) for index in ranking.places[order]]
     at = {position: number for number, position in enumerate(order)}
     rivals = [None if rival is None else at[rival] for rival in ranking.rivals]
     hits = [_plain(gallery, ranking, position, limit) for position in range(count)]
     distances = ranking.distances[order]
     maps: HitMaps | None = None
     warnings: tuple[str, ...] = ()
-    if asked.factors is not None:
+    if query.factors is not None:
         # All of a rival is needed where its best position counts, else its embedding alone.
-        needed = places if asked.region is not None else places[:count]
+        needed = indices if query.region is not None else indices[:count]
         images = gallery.factors(needed)
-        maps = _maps(gallery, asked, images, places, rivals, distances)
-        hits = _explained(gallery, asked, hits, maps, images, places)
-        if asked.region is None and not gallery.distance_name:
+        maps = _maps(gallery, query, images, indices, rivals, distances)
+        hits = _explained(gallery, query, hits, maps, images, indices)
+        if query.region is None and not gallery.distance_name:
             warnings = (_OWN_DISTANCE,)
-        warnings += unexplained_warning(float(maps.unexplained.max()), gallery.layer)
+        warnings += unexplained_share_warning(float(maps.unexplained.max()), gallery.layer)
         warnings += _missing(maps) + bypass_warning(gallery.bypass)
     elif isinstance(model, AVSL):
-        hits = _by_level(model, gallery, asked.row, hits, places, rivals)
+        hits = _by_level(model, gallery, query.row, hits, indices, rivals)
         warnings = (_BY_LEVEL,)
     else:
-        hits = _with_cosines(gallery, asked, hits, places)
+        hits = _with_cosines(gallery, query, hits, indices)
         warnings = (f"Hits are listed without reasons: {gallery.without_basis}",)
-    return HitsFound(tuple(hits), maps, tuple(places), ranking.searched, warnings)
+    return HitsFound(tuple(hits), maps, tuple(indices), ranking.searched, warnings)
 
 
 def _missing(maps: HitMaps) -> tuple[str, ...]:
@@ -111,10 +111,10 @@ def _missing(maps: HitMaps) -> tuple[str, ...]:
 
 
 def _with_cosines(
-    gallery: GalleryIndex, asked: Asked, hits: Sequence[Hit], places: Sequence[int]
+    gallery: GalleryIndex, query: SearchQuery, hits: Sequence[Hit], indices: Sequence[int]
 ) -> list[Hit]:
-    rows = gallery.embeddings[torch.tensor(places[: len(hits)])].float()
-    cosines = unit_rows(rows) @ unit_rows(asked.row.float())[0]
+    rows = gallery.embeddings[torch.tensor(indices[: len(hits)])].float()
+    cosines = unit_rows(rows) @ unit_rows(query.row.float())[0]
     return [replace(hit, similarity=float(one)) for hit, one in zip(hits, cosines, strict=True)]
 
 
@@ -122,49 +122,49 @@ def _plain(gallery: GalleryIndex, ranking: Ranked, position: int, limit: float |
     """A hit and its rival, as the ranking has them."""
 
     def known(where: int) -> tuple[str, int, float, str | None]:
-        place = int(ranking.places[where])
+        index = int(ranking.places[where])
         distance = float(ranking.distances[where])
-        return str(gallery.file(place)), where + 1, distance, ranking.labels[where]
+        return str(gallery.file(index)), where + 1, distance, ranking.labels[where]
 
     hit, rival = Hit(*known(position)), ranking.rivals[position]
     if limit is not None:
         hit = replace(hit, close=hit.distance <= limit + ROUNDING)
     if rival is None:
         return hit
-    found = Rival(*known(rival))
-    return replace(hit, rival=found, gap=found.distance - hit.distance)
+    runner_up = Rival(*known(rival))
+    return replace(hit, rival=runner_up, gap=runner_up.distance - hit.distance)
 
 
 def _maps(
     gallery: GalleryIndex,
-    asked: Asked,
+    query: SearchQuery,
     images: Factors,
-    places: Sequence[int],
+    indices: Sequence[int],
     rivals: Sequence[int | None],
     distances: Tensor,
 ) -> HitMaps:
-    assert asked.factors is not None
-    if asked.region is not None:
-        assert asked.coverage is not None
-        return region_maps(asked.factors, asked.coverage, asked.region, images, rivals)
-    rows = gallery.embeddings[torch.tensor(places)]
-    return hit_maps(asked.factors, images, rows, rivals, distances, gallery.distance_name)
+    assert query.factors is not None
+    if query.region is not None:
+        assert query.coverage is not None
+        return region_maps(query.factors, query.coverage, query.region, images, rivals)
+    rows = gallery.embeddings[torch.tensor(indices)]
+    return hit_maps(query.factors, images, rows, rivals, distances, gallery.distance_name)
 
 
 def _explained(
     gallery: GalleryIndex,
-    asked: Asked,
+    query: SearchQuery,
     hits: Sequence[Hit],
     maps: HitMaps,
     images: Factors,
-    places: Sequence[int],
+    indices: Sequence[int],
 ) -> list[Hit]:
-    assert asked.factors is not None
+    assert query.factors is not None
     region = gallery.keeping.region
-    own = _frame(asked.geometry, asked.factors, region)
-    found = []
+    own = _frame(query.geometry, query.factors, region)
+    explained = []
     for number, hit in enumerate(hits):
-        geometry = gallery.geometry(places[number])
+        geometry = gallery.geometry(indices[number])
         there = _frame(geometry, images, region)
         hit = replace(
             hit,
@@ -175,14 +175,14 @@ def _explained(
             query_peak=own.centre(int(maps.query[number].argmax())),
             gap_residual=None if hit.rival is None else float(maps.gap_residual[number]),
         )
-        if asked.region is not None:
-            found.append(replace(hit, box=best_box(maps.hits[number], geometry, region)))
+        if query.region is not None:
+            explained.append(replace(hit, box=best_box(maps.hits[number], geometry, region)))
             continue
         one = Factors(
             *(t[number : number + 1] for t in (images.parts, images.rest, images.vectors))
         )
-        found.append(replace(hit, pairs=_pairs(asked.factors, one, own, there)))
-    return found
+        explained.append(replace(hit, pairs=_pairs(query.factors, one, own, there)))
+    return explained
 
 
 def _frame(geometry: Geometry, factors: Factors, region: Region) -> Frame:
@@ -213,21 +213,21 @@ def _by_level(
     gallery: GalleryIndex,
     row: Tensor,
     hits: Sequence[Hit],
-    places: Sequence[int],
+    indices: Sequence[int],
     rivals: Sequence[int | None],
 ) -> list[Hit]:
     """What each level of an AVSL model adds to the distances, and to those of the rivals."""
-    parts = level_parts(model, row, gallery.embeddings[torch.tensor(places)])
-    found = []
+    parts = level_parts(model, row, gallery.embeddings[torch.tensor(indices)])
+    by_level = []
     for number, (hit, rival) in enumerate(zip(hits, rivals, strict=True)):
         own = parts[number]
         levels = tuple(zip(model.levels, own.tolist(), strict=True))
         if rival is None:
-            found.append(replace(hit, levels=levels))
+            by_level.append(replace(hit, levels=levels))
             continue
         gaps = parts[rival] - own
         missing = (hit.gap or 0.0) - float(gaps.sum())
-        found.append(
+        by_level.append(
             replace(
                 hit,
                 levels=levels,
@@ -235,4 +235,4 @@ def _by_level(
                 gap_residual=missing,
             )
         )
-    return found
+    return by_level

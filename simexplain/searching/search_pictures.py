@@ -145,20 +145,20 @@ def _classes(result: SearchResult) -> bool:
 def _legend(result: SearchResult, lines: int) -> str:
     if result.query_maps is None:
         return "Bars: what each level adds to the distance." if result.hits[0].levels else ""
-    said = []
+    parts = []
     if result.region is None:
-        said.append("Warm places add to the similarity of query and hit, blue ones take from it.")
+        parts.append("Warm places add to the similarity of query and hit, blue ones take from it.")
         if lines:
-            said.append("Equal numbers: places that are each other's best match.")
-        said.append("Hits of a row share one scale.")
+            parts.append("Equal numbers: places that are each other's best match.")
+        parts.append("Hits of a row share one scale.")
     else:
-        said.append("Box in a hit: where the region was found.")
+        parts.append("Box in a hit: where the region was found.")
     further = _NEXT[0] if _classes(result) else _NEXT[1]
-    said.append(
+    parts.append(
         f"Last row: warm speaks for the hit, blue for the {further}; it sums to the difference "
         "of their distances."
     )
-    return " ".join(said)
+    return " ".join(parts)
 
 
 def _column(result: SearchResult, query: _Picture, hit: Hit, number: int, lines: int) -> HitColumn:

@@ -13,10 +13,10 @@ from simexplain.matching.factors import Factors
 from simexplain.matching.matching import factors_of
 from simexplain.methods.position_parts import position_parts
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import undisturbed, unit_rows
-from simexplain.searching.agreement import rival_places
+from simexplain.networks import preserve_state, unit_rows
 from simexplain.searching.explaining_hits import region_ranking
 from simexplain.searching.index_gallery import GalleryIndex
+from simexplain.searching.marginals import rival_places
 from simexplain.searching.regions import Region, region_vector
 from simexplain.tracing import trace
 
@@ -28,7 +28,7 @@ _DEEPER = 4
 
 
 @dataclass(frozen=True)
-class Asked:
+class SearchQuery:
     """What the network made of a query.
 
     Attributes:
@@ -65,13 +65,13 @@ class Ranked:
     searched: int
 
 
-def ask(
+def prepare_query(
     model: SimilarityModel,
     gallery: GalleryIndex,
     views: Tensor,
     geometry: Geometry,
     wanted: Region | None,
-) -> Asked:
+) -> SearchQuery:
     """Runs the network on one preprocessed query ``(1,3,H,W)``; the model is left as it was.
 
     Raises:
@@ -79,20 +79,20 @@ def ask(
         ComparisonError: If the network saw nothing of the region.
     """
     if not gallery.has_basis:
-        with undisturbed(model):
+        with preserve_state(model):
             row = trace(model, views, ()).embeddings.detach().float().cpu()
-        return Asked(_checked(row), None, geometry)
+        return SearchQuery(_checked(row), None, geometry)
     keeping = gallery.keeping
     with torch.enable_grad():
-        found = factors_of(position_parts(model, views, keeping.layer, steps=keeping.steps))
-    factors = Factors(found.parts.cpu(), found.rest.cpu(), found.vectors.cpu())
+        own_factors = factors_of(position_parts(model, views, keeping.layer, steps=keeping.steps))
+    factors = Factors(own_factors.parts.cpu(), own_factors.rest.cpu(), own_factors.vectors.cpu())
     vectors = _checked(factors.vectors.float())
     row = unit_rows(vectors) if keeping.normalised else vectors
     if wanted is None:
-        return Asked(row, factors, geometry)
+        return SearchQuery(row, factors, geometry)
     height, width = factors.parts.shape[2:]
     coverage = wanted.coverage(geometry, (height, width), keeping.region)
-    return Asked(row, factors, geometry, coverage, region_vector(factors, coverage))
+    return SearchQuery(row, factors, geometry, coverage, region_vector(factors, coverage))
 
 
 def _checked(rows: Tensor) -> Tensor:
@@ -105,14 +105,19 @@ def _checked(rows: Tensor) -> Tensor:
 
 
 def rank_gallery(
-    model: SimilarityModel, gallery: GalleryIndex, asked: Asked, k: int | None, *, own: int | None
+    model: SimilarityModel,
+    gallery: GalleryIndex,
+    query: SearchQuery,
+    k: int | None,
+    *,
+    own: int | None,
 ) -> Ranked:
     """The ``k`` nearest pictures, and as many after them as it takes to find their rivals.
 
     Args:
         model: Whose distance counts.
         gallery: The index.
-        asked: The query.
+        query: The query.
         k: How many hits.
         k: How many hits; ``USUAL`` or all there are unless given.
         own: The query's own place in the index, which is left out.
@@ -133,31 +138,31 @@ def rank_gallery(
             f"Expected k between 1 and the {most} pictures of the gallery{beside}, got {k}."
         )
     classes = labels_of(gallery)
-    if asked.region is not None:
-        ranking = region_ranking(gallery, asked.region)
+    if query.region is not None:
+        ranking = region_ranking(gallery, query.region)
         return _without(own, *ranking, classes, k, most)
     depth = min(most, _DEEPER * k + 1)
     while True:
         deep = min(len(gallery), depth + 1)
-        distances, places = gallery.neighbours(asked.row, deep, model=model)
-        found = _without(own, distances[0], places[0], classes, k, most)
-        if depth == most or None not in found.rivals:
-            return found
+        distances, indices = gallery.neighbours(query.row, deep, model=model)
+        ranked = _without(own, distances[0], indices[0], classes, k, most)
+        if depth == most or None not in ranked.rivals:
+            return ranked
         depth = min(most, _DEEPER * depth)
 
 
 def _without(
     own: int | None,
     distances: Tensor,
-    places: Tensor,
+    indices: Tensor,
     classes: tuple[str | None, ...],
     k: int,
     searched: int,
 ) -> Ranked:
-    kept = places != (-1 if own is None else own)
-    places, distances = places[kept], distances[kept]
-    labels = tuple(classes[place] for place in places.tolist())
-    return Ranked(places, distances, labels, tuple(rival_places(labels, k)), searched)
+    kept = indices != (-1 if own is None else own)
+    indices, distances = indices[kept], distances[kept]
+    labels = tuple(classes[index] for index in indices.tolist())
+    return Ranked(indices, distances, labels, tuple(rival_places(labels, k)), searched)
 
 
 def labels_of(gallery: GalleryIndex) -> tuple[str | None, ...]:

@@ -49,7 +49,7 @@ class Hit:
             best position.
         label: Its class: the folder that it is in, where the whole gallery is in folders.
         similarity: The cosine of query and hit, which the maps add up to; of a region, that of its
-            best position. None for AVSL, whose distance is no cosine.
+            best position. None for AVSL, whose distance is not a cosine.
         residual: By how much at most the sum of a map misses it.
         unexplained: The share of it, in [0, 1], that no position of the two pictures accounts for.
         peak: Where the hit agrees most with the query, ``(x, y)`` in pixels of its picture.
@@ -97,7 +97,7 @@ class SearchResult(Result):
         hit_maps: ``(K,h,w)``: what each position of a hit adds to it; for a region, the cosine of
             each position with it.
         contrast_maps: ``(K,h,w)``, signed: which positions of the query put the hit before its
-            rival; it sums to ``Hit.gap``. Zeros where there is no rival.
+            rival; it sums to ``Hit.gap``. Zeros without a rival.
         region: The box that was searched for, or that of the mask; None for the whole picture.
         coverage: Which share of each position's cell it covers ``(h,w)``.
         model: Name of the model.
@@ -113,8 +113,8 @@ class SearchResult(Result):
             between the gallery's own pictures; None where it is one picture.
         layer_region: Top, left, bottom and right of where the positions of the layer lie in the
             network's view, as shares of it.
-        bypass: For the layer the share of the embedding that bypasses it, 0 to 1; empty where there
-            is no layer. Measured on two pictures of noise.
+        bypass: For the layer the share of the embedding that bypasses it, 0 to 1; empty without a
+            layer. Measured on two pictures of noise.
     """
 
     query: str
@@ -190,7 +190,7 @@ class SearchResult(Result):
             "seen": self._seen(self.query),
             "layer_region": self.layer_region,
             "bypass": self.bypass,
-            "hits": [{**_told(hit), "seen": self._seen(hit.path)} for hit in self.hits],
+            "hits": [{**_hit_json(hit), "seen": self._seen(hit.path)} for hit in self.hits],
             "warnings": self.warnings,
             "versions": self.versions,
             "pictures": [
@@ -205,10 +205,10 @@ class SearchResult(Result):
         return None if geometry is None else round(geometry.seen, 4)
 
 
-def _told(hit: Hit) -> dict[str, Any]:
-    said = dict(vars(hit))
+def _hit_json(hit: Hit) -> dict[str, Any]:
+    record = dict(vars(hit))
     for name in ("peak", "query_peak", "box"):
-        said[name] = said[name] and [round(value, 1) for value in said[name]]
+        record[name] = record[name] and [round(value, 1) for value in record[name]]
     for name in ("levels", "level_gaps"):
-        said[name] = [{"layer": layer, "adds": value} for layer, value in said[name]]
-    return said
+        record[name] = [{"layer": layer, "adds": value} for layer, value in record[name]]
+    return record

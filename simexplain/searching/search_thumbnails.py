@@ -32,9 +32,9 @@ class Album:
         self.pictures[picture.path] = shrunk(picture.image, SIDE)
         self.geometries[picture.path] = geometry
 
-    def add(self, place: int) -> None:
+    def add(self, index: int) -> None:
         """A picture of the gallery; a grey one, and a warning, where it is gone or has changed."""
-        path, geometry = str(self.gallery.file(place)), self.gallery.geometry(place)
+        path, geometry = str(self.gallery.file(index)), self.gallery.geometry(index)
         if path in self.pictures:
             return
         self.geometries[path] = geometry
@@ -45,7 +45,7 @@ class Album:
                 return
             why = "has another size than when it was indexed; bring the index up to date"
         except ImageError:
-            why = "cannot be read where it was indexed; --root says where the pictures are now"
+            why = "cannot be read where it was indexed; give their folder with --root"
         self.warnings.append(f"'{path}' {why}. The figure leaves it grey.")
         height, width = geometry.original
         self.pictures[path] = shrunk(Image.new("RGB", (width, height), (_MISSING,) * 3), SIDE)

@@ -72,7 +72,7 @@ def attend(
     Args:
         model: The model.
         test: A preprocessed image ``(3,H,W)``.
-        supports: ``(S,3,H,W)``, images of the class sought: positives.
+        supports: ``(S,3,H,W)``, images of the class to find: positives.
         others: ``(N,3,H,W)``, images of other classes: negatives; None or empty for none.
         method: A name in ``METHODS`` or an object.
         layer: As for ``explain``.
@@ -91,32 +91,32 @@ def attend(
     negatives = supports[:0] if others is None else others
     _check(test, supports, negatives)
     comparison = _comparison(test, supports, negatives, together=aggregate == "together")
-    place = 0 if anchor == "test" else 1
-    if place:
+    index = 0 if anchor == "test" else 1
+    if index:
         # The first positive and the anchor change places.
         comparison = replace(
             comparison, anchor=comparison.positives[:, 0], positives=comparison.anchor.unsqueeze(1)
         )
     shape = SHAPES.get(method, {}) if isinstance(method, str) else {}
     options = {**shape, **options}
-    found = explain_tensors(
+    explanation = explain_tensors(
         model, comparison, method, layer, upscale=upscale, max_batch=max_batch, check=False,
         **options,
     )  # fmt: skip
     size = int(test.shape[-2]), int(test.shape[-1])
-    heatmaps = grown(found.heatmaps.cpu(), size)  # upscaled maps are larger
-    heat = heatmaps[:, place].mean(dim=0)
+    heatmaps = grown(explanation.heatmaps.cpu(), size)  # upscaled maps are larger
+    heat = heatmaps[:, index].mean(dim=0)
     top = heat.max()
     count = len(supports)
     if aggregate == "together":
         own, far = heatmaps[0, 1 : 1 + count], heatmaps[0, 1 + count :]
     else:
-        own, far = heatmaps[:count, 1 - place], heatmaps[: len(negatives), -1]
+        own, far = heatmaps[:count, 1 - index], heatmaps[: len(negatives), -1]
     return Attention(
         heat=heat / top if float(top) > 0 else heat,
         supports=own,
         others=far if len(negatives) else heatmaps[:0, 0],
-        explanation=found,
+        explanation=explanation,
     )
 
 
@@ -146,7 +146,7 @@ def _check_choices(aggregate: str, anchor: str) -> None:
 
 
 def check_tensors(*images: object) -> None:
-    """Refuses what is no tensor.
+    """Raises unless every image is a tensor.
 
     Raises:
         ComparisonError: If so.

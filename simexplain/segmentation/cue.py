@@ -1,4 +1,4 @@
-"""From a heatmap to what a cut is told, and from there to a mask: one table of ways."""
+"""From a heatmap to the marks of a cut, and from there to a mask: one table of ways."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def default_cue(method: object) -> Cue:
 
 @dataclass(frozen=True)
 class Refined:
-    """A mask and what the cut was told.
+    """A mask and the marks given to the cut.
 
     Attributes:
         mask: ``(H,W)``.

@@ -53,7 +53,7 @@ class Appearance:
             size: Height and width of the picture.
 
         Raises:
-            ImageError: If there is no mask, it cannot be read or has another size.
+            ImageError: If the mask is missing, cannot be read or has another size.
         """
         if self.mask is None:
             raise ImageError(f"Expected a mask of '{self.path}', but there is none.")
@@ -77,7 +77,7 @@ class SegmentationData:
 
     Attributes:
         name: What to call it.
-        tests: What can be asked for, with masks.
+        tests: The pictures to segment, with masks.
         supports: What can be shown as a support; None for the tests themselves.
     """
 
@@ -117,7 +117,7 @@ class Episode:
 def draw_episodes(
     data: SegmentationData, count: int = 1000, *, ways: int = 1, shots: int = 1, seed: int = 0
 ) -> list[Episode]:
-    """Episodes in which every class is asked for as often, as far as there are pictures for it.
+    """Episodes in which every class is the target equally often, as far as its pictures allow.
 
     A support shows the way's class, is not the test picture and, where there are enough of those,
     shows none of the other ways' classes. With two ways the test picture has both classes.
@@ -148,31 +148,31 @@ def draw_episodes(
     for own in candidates.values():
         draws.shuffle(own)
     labels = sorted(candidates)
-    found = []
+    episodes = []
     for number in range(count):
         own = candidates[labels[number % len(labels)]]
         truths = own[number // len(labels) % len(own)]
-        found.append(Episode(truths, _supports(truths, pool, shown, shots, draws)))
-    return found
+        episodes.append(Episode(truths, _supports(truths, pool, shown, shots, draws)))
+    return episodes
 
 
 def _candidates(
     tests: Sequence[Appearance], ways: int, pool: Mapping[str, Sequence[Path]], shots: int
 ) -> dict[str, list[tuple[Appearance, ...]]]:
-    """What can be asked for, by the first class."""
+    """Candidates for the test picture, by the first class."""
     together: dict[Path, list[Appearance]] = defaultdict(list)
     for one in tests:
         if len([path for path in pool.get(one.label, ()) if path != one.path]) >= shots:
             together[one.path].append(one)
-    found: dict[str, list[tuple[Appearance, ...]]] = defaultdict(list)
+    candidates: dict[str, list[tuple[Appearance, ...]]] = defaultdict(list)
     for own in together.values():
         for first in own:
             if ways == 1:
-                found[first.label].append((first,))
+                candidates[first.label].append((first,))
             else:
                 others = [other for other in own if other.label != first.label]
-                found[first.label] += [(first, other) for other in others]
-    return {label: own for label, own in found.items() if own}
+                candidates[first.label] += [(first, other) for other in others]
+    return {label: own for label, own in candidates.items() if own}
 
 
 def _supports(
@@ -182,13 +182,13 @@ def _supports(
     shots: int,
     draws: random.Random,
 ) -> tuple[tuple[Path, ...], ...]:
-    found = []
+    supports = []
     for truth in truths:
         rivals = [shown[other.label] for other in truths if other is not truth]
         own = [path for path in pool[truth.label] if path != truth.path]
         pure = [path for path in own if not any(path in rival for rival in rivals)]
-        found.append(tuple(draws.sample(pure if len(pure) >= shots else own, shots)))
-    return tuple(found)
+        supports.append(tuple(draws.sample(pure if len(pure) >= shots else own, shots)))
+    return tuple(supports)
 
 
 def _nothing(data: SegmentationData, ways: int, shots: int) -> str:
@@ -218,11 +218,11 @@ def read_masked(
         root: The CSV file or the folder.
         masks: For folders: a folder with a mask of the same relative path for each picture, or
             ``alpha``. A picture without a mask can only be a support.
-        part: A name in :data:`PARTS`: the classes or pictures asked for.
+        part: A name in :data:`PARTS`: the classes or pictures to segment.
 
     Raises:
-        ImageError: If the data do not fit together, there is no such part, or no picture in it has
-            a mask.
+        ImageError: If the data do not fit together, the part does not exist, or no picture in it
+            has a mask.
     """
     if part not in PARTS:
         raise ImageError(f"Expected a part ({', '.join(PARTS)}), got '{part}'.")

@@ -50,9 +50,9 @@ def evaluate_segmentation(
 
     One way: a test picture and supports of one class; a pair for each shot. Two ways: the test
     picture has two classes, each with its supports, and the other's are its negatives; a triplet
-    for each shot. ``mean_iou`` and ``binary_iou`` are told in :class:`SegmentationScores`. Pixels
-    that the data set leaves out (VOC's 255) are not counted. Episodes whose files cannot be read
-    are listed and left out.
+    for each shot. ``mean_iou`` and ``binary_iou`` are defined in :class:`SegmentationScores`.
+    Pixels that the data set leaves out (VOC's 255) are not counted. Episodes whose files cannot be
+    read are listed and left out.
 
     Args:
         model: A similarity model, or any ``nn.Module`` that returns an embedding.
@@ -66,7 +66,7 @@ def evaluate_segmentation(
         **given: For ``segment``: method, layer, refine, cue, cut, aggregate, view, options.
 
     Raises:
-        ComparisonError: If options do not fit, or there are no episodes to draw.
+        ComparisonError: If options do not fit, or no episodes can be drawn.
         ImageError: If no episode can be read.
         ModelError: If the model or a layer cannot be used.
     """
@@ -80,16 +80,16 @@ def evaluate_segmentation(
     broken: dict[str, str] = {}
     scores, last = [], None
     for fold, own in zip(folds, drawn, strict=True):
-        found = []
+        scored = []
         for number, episode in enumerate(own, start=1):
             try:
                 score, last = _measured(base, episode, overlaps, given)
-                found.append(score)
+                scored.append(score)
             except ImageError as error:
                 broken[f"{fold.name}, {episode.test}"] = str(error)
             if progress is not None:
                 progress(fold.name, number, len(own))
-        scores.append(FoldScore(fold.name, tuple(found)))
+        scores.append(FoldScore(fold.name, tuple(scored)))
     if last is None:
         raise ImageError(
             f"None of {sum(map(len, drawn))} episodes can be read, the first because: "
@@ -106,13 +106,13 @@ def evaluate_segmentation(
 def _measured(
     model: nn.Module, episode: Episode, overlaps: str, given: dict[str, Any]
 ) -> tuple[EpisodeScore, Segmentation]:
-    found = []
+    results = []
     for way, supports in enumerate(episode.supports):
         others = [path for n, own in enumerate(episode.supports) if n != way for path in own]
-        found.append(segment(model, episode.test, supports, others, **given))
-    masks = [one.mask for one in found]
+        results.append(segment(model, episode.test, supports, others, **given))
+    masks = [one.mask for one in results]
     if overlaps == "hotter":
-        masks = divided(masks, [one.heat for one in found])
+        masks = divided(masks, [one.heat for one in results])
     size = masks[0].shape[0], masks[0].shape[1]
     truths = [truth.truth(size) for truth in episode.truths]
     counts = tuple(
@@ -121,7 +121,7 @@ def _measured(
     valid = np.logical_and.reduce([valid for _, valid in truths])
     wanted = np.logical_or.reduce([truth for truth, _ in truths])
     together = overlap(np.logical_or.reduce(masks), wanted, valid)
-    return _score(episode, counts, together), found[-1]
+    return _score(episode, counts, together), results[-1]
 
 
 def _score(episode: Episode, counts: tuple[Overlap, ...], together: Overlap) -> EpisodeScore:
@@ -143,4 +143,4 @@ def divided(masks: Sequence[Mask], heats: Sequence[Heat]) -> list[Mask]:
     """
     claims = np.where(np.stack(masks), np.stack(heats).astype(np.float64), -1.0)
     winner = claims.argmax(axis=0)
-    return [mask & (winner == place) for place, mask in enumerate(masks)]
+    return [mask & (winner == index) for index, mask in enumerate(masks)]

@@ -72,11 +72,11 @@ class GrabCut:
         if inside.all() or not inside.any():
             whole = np.full(marks.shape, bool(inside.any()))
             return np.asarray((whole | (marks == OBJECT)) & (marks != BACKGROUND))
-        found = _alone(lambda: _cut(small, own, self.iterations, self.seed))
-        if found.shape == marks.shape:
-            return found
+        cut = _alone(lambda: _cut(small, own, self.iterations, self.seed))
+        if cut.shape == marks.shape:
+            return cut
         height, width = marks.shape
-        grown = cv2.resize(found.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+        grown = cv2.resize(cut.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
         return np.asarray(((grown > 0.5) | (marks == OBJECT)) & (marks != BACKGROUND))
 
     def _reduced(self, picture: Pixels, marks: Pixels) -> tuple[Pixels, Pixels]:
@@ -100,12 +100,12 @@ def _cut(picture: Pixels, marks: Pixels, iterations: int, seed: int) -> Mask:
 
 def _alone(work: Callable[[], Result]) -> Result:
     """The work in a thread of its own, with whatever it raises."""
-    found: list[Result] = []
+    results: list[Result] = []
     failed: list[BaseException] = []
 
     def run() -> None:
         try:
-            found.append(work())
+            results.append(work())
         except BaseException as error:
             failed.append(error)
 
@@ -114,7 +114,7 @@ def _alone(work: Callable[[], Result]) -> Result:
     thread.join()
     if failed:
         raise failed[0]
-    return found[0]
+    return results[0]
 
 
 def framed(shape: tuple[int, int], box: tuple[int, int, int, int]) -> Pixels:

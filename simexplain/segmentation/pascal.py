@@ -33,7 +33,7 @@ def fold_classes(fold: int, part: str = "test") -> tuple[str, ...]:
     """The classes of a fold, ``5 fold + 1`` to ``5 fold + 5``, or with ``train`` all others.
 
     Raises:
-        ImageError: If there is no such fold or part.
+        ImageError: If the fold or the part does not exist.
     """
     if fold not in range(FOLDS) or part not in PARTS:
         raise ImageError(
@@ -80,16 +80,16 @@ def read_pascal(root: str | Path, fold: int, part: str = "test") -> Segmentation
     listed = _listed(base, voc, fold, part)
     if listed is None:
         listed = list(reader.scanned(reader.names(part)))
-    found = tuple(
+    appearances = tuple(
         Appearance(reader.picture(name), CLASSES[value - 1], reader.mask(name), value)
         for name, value in listed
         if CLASSES[value - 1] in classes
     )
-    if not found:
+    if not appearances:
         raise ImageError(
             f"Expected pictures of {', '.join(classes)} in '{voc}', found none in its {part} lists."
         )
-    return SegmentationData(f"PASCAL-5i fold {fold} ({part})", found)
+    return SegmentationData(f"PASCAL-5i fold {fold} ({part})", appearances)
 
 
 class _Reader:
@@ -118,9 +118,9 @@ class _Reader:
 
     def mask(self, name: str) -> Path:
         places = [self.voc / "SegmentationClassAug", self.voc / "SegmentationClass"]
-        for place in places:
-            if (place / f"{name}.png").is_file():
-                return place / f"{name}.png"
+        for index in places:
+            if (index / f"{name}.png").is_file():
+                return index / f"{name}.png"
         if self.sbd is not None and (self.sbd / "cls" / f"{name}.mat").is_file():
             return self.sbd / "cls" / f"{name}.mat"
         return places[-1] / f"{name}.png"
@@ -145,27 +145,27 @@ def _listed(base: Path, voc: Path, fold: int, part: str) -> list[tuple[str, int]
     """Pictures and values from the community's lists, if they are there."""
     kind = "val" if part == "test" else "trn"
     folds = [fold] if part == "test" else [other for other in range(FOLDS) if other != fold]
-    place = _first(_around(base, voc), _SPLITS, f"{kind}/fold{folds[0]}.txt")
-    if place is None:
+    index = _first(_around(base, voc), _SPLITS, f"{kind}/fold{folds[0]}.txt")
+    if index is None:
         return None
-    found = []
+    names = []
     for number in folds:
-        source = place / kind / f"fold{number}.txt"
+        source = index / kind / f"fold{number}.txt"
         for line in _lines(source):
             name, mark, value = line.partition("__")
             if not mark or not value.isdigit():
                 raise ImageError(
                     f"Expected lines such as 2007_000033__01 in '{source}', got '{line}'."
                 )
-            found.append((name, _checked(int(value), source)))
-    return found
+            names.append((name, _checked(int(value), source)))
+    return names
 
 
 def _voc(root: Path) -> Path | None:
-    for place in _PLACES:
-        found = root / place
-        if (found / "JPEGImages").is_dir() and (found / _SETS).is_dir():
-            return found
+    for index in _PLACES:
+        folder = root / index
+        if (folder / "JPEGImages").is_dir() and (folder / _SETS).is_dir():
+            return folder
     return None
 
 
@@ -175,10 +175,10 @@ def _around(base: Path, voc: Path) -> list[Path]:
 
 def _first(places: Iterable[Path], names: Iterable[str], inside: str) -> Path | None:
     known = tuple(names)
-    for place in places:
+    for index in places:
         for name in known:
-            if (place / name / inside).exists():
-                return place / name
+            if (index / name / inside).exists():
+                return index / name
     return None
 
 

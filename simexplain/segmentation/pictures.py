@@ -33,7 +33,7 @@ def draw_segmentation(result: Segmentation) -> Figure:
     ]
     if result.marks is not None:
         marks = cv2.resize(result.marks, size, interpolation=cv2.INTER_NEAREST)
-        cells.append(_cell("what the cut is told", _thresholds(result), marked(picture, marks)))
+        cells.append(_cell("marks for the cut", _thresholds(result), marked(picture, marks)))
     share = f"{result.share:.1%} of the picture"
     cells.append(_cell("result", share, shrunk(result.overlay())))
     grids = [Grid([Row(cells, tallest=_TALLEST)], [_CELL] * len(cells))]

@@ -24,7 +24,7 @@ ROLES = ("support", "other")
 
 @dataclass(frozen=True)
 class SupportImage:
-    """An image that tells what to look for, or what not to.
+    """An image of what to look for, or of what not to.
 
     Attributes:
         name: Its file; empty for tensors.
@@ -47,7 +47,7 @@ class Segmentation(Result):
     Attributes:
         mask: ``(H,W)`` boolean, at the picture's own resolution.
         heat: ``(H,W)`` float32 in [0, 1], the attention map that it was made from.
-        marks: ``(H,W)`` uint8, what GrabCut was told: 0 background, 1 object, 2 probably
+        marks: ``(H,W)`` uint8, the marks given to GrabCut: 0 background, 1 object, 2 probably
             background, 3 probably object; None where nothing was cut.
         picture: RGB ``(H,W,3)``.
         name: The test image's file; empty for a tensor.
@@ -115,7 +115,7 @@ class Segmentation(Result):
         return whole[top:bottom, left:right]
 
     def figure(self) -> Figure:
-        """Test image, attention map, what the cut was told, result; below them the supports."""
+        """Test image, attention map, marks for the cut, result; below them the supports."""
         return self._draw()
 
     def to_store(self) -> Segmentation:
@@ -153,9 +153,9 @@ class Segmentation(Result):
         }
 
     def summary(self, **options: Any) -> dict[str, Any]:
-        """What was found where, and how."""
+        """The result in a few lines."""
         height, width = self.mask.shape
-        said = {
+        record = {
             **{name: getattr(self, name) for name in ("refine", "method", "model")},
             "layers": self.layers,
             "bypass": self.bypass,
@@ -170,4 +170,4 @@ class Segmentation(Result):
             "warnings": self.warnings,
             "versions": self.versions,
         }
-        return with_old_names(said, "by")
+        return with_old_names(record, "by")

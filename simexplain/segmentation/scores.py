@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simexplain.evaluation.results import Measured
+from simexplain.evaluation.results import ScoreResult
 from simexplain.evaluation.tables import aligned, number
 from simexplain.renaming import takes_old_names, with_old_names
 from simexplain.results.result import Attachments, Row, Table
@@ -101,11 +101,11 @@ class FoldScore:
     @property
     def per_class(self) -> dict[str, float]:
         """IoU in [0, 1] of each class, from the pixels of all its episodes together."""
-        found: dict[str, Overlap] = {}
+        overlaps: dict[str, Overlap] = {}
         for episode in self.episodes:
             for label, counts in zip(episode.labels, episode.classes, strict=True):
-                found[label] = found.get(label, Overlap()) + counts
-        return {label: found[label].iou for label in sorted(found)}
+                overlaps[label] = overlaps.get(label, Overlap()) + counts
+        return {label: overlaps[label].iou for label in sorted(overlaps)}
 
     @property
     def mean_iou(self) -> float:
@@ -114,13 +114,13 @@ class FoldScore:
 
     @property
     def binary_iou(self) -> float:
-        """Mean of foreground and background, classes not told apart (Rakelly et al. 2018)."""
+        """Mean of foreground and background, whatever the class (Rakelly et al. 2018)."""
         return sum((one.foreground for one in self.episodes), Overlap()).binary_iou
 
 
 @takes_old_names
 @dataclass(frozen=True)
-class SegmentationScores(Measured):
+class SegmentationScores(ScoreResult):
     """How well one- or few-shot segmentation finds the classes of a data set.
 
     Attributes:
@@ -187,7 +187,7 @@ class SegmentationScores(Measured):
 
     def summary(self, **options: Any) -> dict[str, Any]:
         """The means, of each fold and class as well."""
-        said = {
+        record = {
             "binary_iou": self.binary_iou,
             "mean_iou": self.mean_iou,
             "per_class": self.per_class,
@@ -204,7 +204,7 @@ class SegmentationScores(Measured):
             "errors": self.errors,
             "settings": self.settings,
         }
-        return {"kind": "segmentation", **with_old_names(said, "broken")}
+        return {"kind": "segmentation", **with_old_names(record, "broken")}
 
 
 def _ratio(part: int, whole: int) -> float:

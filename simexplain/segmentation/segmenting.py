@@ -30,7 +30,7 @@ from simexplain.segmentation.grabcut import GrabCut, Mask, Pixels
 from simexplain.segmentation.result import ROLES, Segmentation, SupportImage
 
 METHOD = DEFAULT[-1]
-"""The row of ``explain`` that says where the match is.
+"""The row of ``explain`` that shows where the match is.
 
 It segmented best where it was measured (``docs/segmentation-results.md``).
 """
@@ -65,9 +65,9 @@ def segment(
 ) -> Segmentation:
     """Segments a test image, as in section 4.3 of the similarity-attention paper.
 
-    The attention map of the test image, compared with images that show the class sought
-    (``supports``) and with images of another class (``others``), is the cue for GrabCut. No mask
-    of a support is needed. The model is left as it was, and so are random generators.
+    The attention map of the test image, compared with images that show the class to find
+    (``supports``) and with images of another class (``others``), is the cue for GrabCut. No mask of
+    a support is needed. The model is left as it was, and so are random generators.
 
     Args:
         model: A similarity model, whose ``preprocess`` is used, or any ``nn.Module`` that returns
@@ -141,7 +141,7 @@ class Making:
 
     def finished(
         self,
-        found: Attention,
+        attention: Attention,
         picture: Pixels,
         heat: Heat,
         seen: Mask,
@@ -152,7 +152,7 @@ class Making:
     ) -> Segmentation:
         """A segmentation from the attention map ``(H,W)`` on the picture ``(H,W,3)``."""
         refined = mask_of(picture, heat, self.cue, by=self.refine, seen=seen, cut=self.cut)
-        explained = found.explanation
+        explained = attention.explanation
         warnings = (*notes, *_once(explained.warnings), *((refined.note,) if refined.note else ()))
         return Segmentation(
             mask=refined.mask,
@@ -184,13 +184,13 @@ def _segment_tensors(
     if masks is not None:
         check_tensors(supports, masks)
         shown = hidden(supports, masks)
-    found = made.attend(test, shown, others)
-    heat: Heat = found.heat.numpy().astype(np.float32)
+    attention = made.attend(test, shown, others)
+    heat: Heat = attention.heat.numpy().astype(np.float32)
     undo = made.model.preprocess.undo
-    images = beside(found, undo(shown), others_of(made.model, others))
+    images = beside(attention, undo(shown), others_of(made.model, others))
     seen = np.ones(heat.shape, dtype=bool)
     return made.finished(
-        found, undo(test), heat, seen, images, {"support_masks": masks is not None}
+        attention, undo(test), heat, seen, images, {"support_masks": masks is not None}
     )
 
 
@@ -213,17 +213,17 @@ def _segment_pictures(
     near, far = views[1:cut_at], views[cut_at:]
     if masks is not None:
         near = hidden(near, _masks(masks, pictures[1:cut_at], geometries[1:cut_at]))
-    found = made.attend(views[0], near, far)
+    attention = made.attend(views[0], near, far)
     images = beside(
-        found,
+        attention,
         prepare.undo(near),
         prepare.undo(far) if len(far) else None,
         [picture.path for picture in pictures[1:]],
     )
     result = made.finished(
-        found,
+        attention,
         np.asarray(pictures[0].image),
-        geometries[0].to_original(found.heat.numpy().astype(np.float32)),
+        geometries[0].to_original(attention.heat.numpy().astype(np.float32)),
         seen_by(geometries[0]),
         images,
         {"view": view, "support_masks": masks is not None},
@@ -251,7 +251,7 @@ def hidden(supports: Tensor, masks: Tensor) -> Tensor:
 
 
 def beside(
-    found: Attention,
+    attention: Attention,
     supports: Pixels,
     others: Pixels | None,
     names: Sequence[str] = (),
@@ -259,7 +259,7 @@ def beside(
     """Supports ``(S,h,w,3)`` and others ``(N,h,w,3)`` with their own attention maps."""
     images: list[SupportImage] = []
     for role, pictures, heats in zip(
-        ROLES, (supports, others), (found.supports, found.others), strict=True
+        ROLES, (supports, others), (attention.supports, attention.others), strict=True
     ):
         for picture, heat in zip(() if pictures is None else pictures, heats, strict=True):
             name = names[len(images)] if names else ""
@@ -296,7 +296,7 @@ def seen_by(geometry: Geometry) -> Mask:
 def _masks(
     paths: Sequence[str | Path], pictures: Sequence[Picture], geometries: Sequence[Geometry]
 ) -> torch.Tensor:
-    found = []
+    attention = []
     for path, picture, geometry in zip(paths, pictures, geometries, strict=True):
         mask = read_mask(path, (picture.image.height, picture.image.width)).numpy()
         seen = geometry.from_original(mask)
@@ -304,8 +304,8 @@ def _masks(
             raise ComparisonError(
                 f"The network sees nothing of what the mask '{path}' marks; choose view='whole'."
             )
-        found.append(torch.from_numpy(seen))
-    return torch.stack(found)
+        attention.append(torch.from_numpy(seen))
+    return torch.stack(attention)
 
 
 def _check(

@@ -161,7 +161,7 @@ def check_present(options: TrainOptions) -> None:
     """Refuses devices that this host does not have, before lightning does.
 
     Raises:
-        ModelError: If there are fewer than asked for, or none.
+        ModelError: If there are fewer than requested, or none.
     """
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     apple = int(torch.backends.mps.is_available())

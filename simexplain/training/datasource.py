@@ -40,9 +40,9 @@ class Source:
         return {**asdict(self), "masks": masks}
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Source:
+    def from_json(cls, values: Mapping[str, Any]) -> Source:
         """The counterpart of :meth:`to_json`."""
-        return cls(**said)
+        return cls(**values)
 
     def read(self, root: str | Path) -> DataSplit:
         """The data set; what does not match in it is kept for ``check_training``."""
@@ -60,7 +60,7 @@ def read_data(
     Args:
         data: What ``train`` was given.
         source: How to read it; None for as the run was begun with, else the usual way.
-        begun: What the checkpoint to go on with says of that.
+        begun: The values in the checkpoint to resume.
     """
     if isinstance(data, DataSplit):
         return data, None
@@ -83,7 +83,7 @@ def check_apart(folder: Path, data: str | Path | DataSplit, split: DataSplit) ->
             "draws for a class; choose a folder outside."
         )
     files = (path for r in everything(split) for path in (r.path, r.mask) if path is not None)
-    # A NUL is in no name; check_training tells of it.
+    # Names never contain a NUL; check_training reports it.
     parents = [path for path in {file.parent for file in files} if "\0" not in str(path)]
     kept = [own / name for name in FOLDERS]
     inside = [p for p in sorted(parents) if any(p.resolve().is_relative_to(k) for k in kept)]
@@ -113,8 +113,8 @@ def fingerprint(split: DataSplit, progress: Callable[[int, int], None] | None = 
     for part, records in parts_of(split).items():
         for record in records:
             own = "" if record.mask is None else _content(record.mask, known)
-            told = (part, relative(record.path, split.root), record.label, record.group)
-            digest.update(repr((*told, _content(record.path, known), own)).encode())
+            facts = (part, relative(record.path, split.root), record.label, record.group)
+            digest.update(repr((*facts, _content(record.path, known), own)).encode())
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -122,7 +122,7 @@ def fingerprint(split: DataSplit, progress: Callable[[int, int], None] | None = 
 
 
 def _content(path: Path, known: dict[Path, str]) -> str:
-    """A digest of a file; empty where it cannot be read, which ``check_training`` tells."""
+    """A digest of a file; empty where it cannot be read, which ``check_training`` reports."""
     if path not in known:
         try:
             known[path] = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
@@ -145,8 +145,8 @@ def counts_of(split: DataSplit) -> dict[str, Any]:
 def searchable(split: DataSplit, *, grouped: bool) -> bool:
     """Whether any query has a picture of its class to be found, so that retrieval is defined."""
     if split.gallery is None:
-        found = Counter((r.label, r.group if grouped else r.path) for r in split.queries)
-        kinds = Counter(label for label, _ in found)
+        counts = Counter((r.label, r.group if grouped else r.path) for r in split.queries)
+        kinds = Counter(label for label, _ in counts)
         return any(count > 1 for count in kinds.values())
     there = {(r.label, r.group if grouped else r.path) for r in split.gallery}
     groups: dict[str | None, set[object]] = {}

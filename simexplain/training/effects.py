@@ -1,4 +1,4 @@
-"""What a run has to say of itself: settings in vain, and pictures that were left out."""
+"""Warnings of a run: options without effect, and pictures that were left out."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainOptions], bool]], ...] =
 
 
 def without_effect(options: TrainOptions, split: DataSplit) -> tuple[str, ...]:
-    """What was given in vain, a sentence each.
+    """Options without effect, a sentence each.
 
     A setting counts as given where it is not the default. Masks and groups count where the
     pictures have them.
@@ -45,7 +45,7 @@ def without_effect(options: TrainOptions, split: DataSplit) -> tuple[str, ...]:
         split: The pictures.
     """
     usual = {field.name: field.default for field in fields(TrainOptions)}
-    told = [
+    lines = [
         f"{name}={getattr(options, name)} has no effect {where}."
         for names, where, used in NEEDS
         if not used(options)
@@ -53,11 +53,11 @@ def without_effect(options: TrainOptions, split: DataSplit) -> tuple[str, ...]:
         if getattr(options, name) != usual[name]
     ]
     if not options.mask_weight and any(record.mask for record in split.train):
-        told.append("The masks of the pictures have no effect without --mask-weight.")
+        lines.append("The masks of the pictures have no effect without --mask-weight.")
     judged = (*split.queries, *(split.gallery or ()))
     if not options.grouped and any(record.group for record in judged):
-        told.append("The groups of the pictures have no effect without --grouped.")
-    return tuple(told)
+        lines.append("The groups of the pictures have no effect without --grouped.")
+    return tuple(lines)
 
 
 def left_out(broken: Mapping[str, str]) -> tuple[str, ...]:

@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch import Trainer
 
 from simexplain.errors import ModelError
-from simexplain.losses.everyone import Everyone
+from simexplain.losses.distributed import ProcessGroup
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import undisturbed
+from simexplain.networks import preserve_state
 from simexplain.training.building import check_present
 from simexplain.training.module import TrainingModule
 from simexplain.training.options import TrainOptions
@@ -29,17 +29,17 @@ _LOGS = ("lightning.pytorch", "lightning.fabric", "lightning_fabric", "pytorch_l
 def run_epochs(module: TrainingModule, options: TrainOptions) -> None:
     """Trains what is left of the epochs; several devices share every batch.
 
-    Modes and random state of the caller, Python's warnings and what Ctrl-C does are as before. What
-    lightning says of several processes in the environment stays: they go through the rest of the
-    script together, and the next run on several devices finds them by it.
+    Modes and random state of the caller, Python's warnings and what Ctrl-C does are as before.
+    Lightning's environment variables for several processes stay: these run the rest of the script
+    together, and the next run on several devices finds them by the variables.
 
     Raises:
         KeyboardInterrupt: On Ctrl-C, after the devices were given back.
     """
-    left = options.epochs - module.place.epoch
+    left = options.epochs - module.progress.epoch
     if left < 1:
         return
-    with as_before():
+    with restored_globals():
         trainer = Trainer(max_epochs=left, **trainer_options(module.model, options))
         try:
             trainer.fit(module)
@@ -54,25 +54,24 @@ def check_devices(options: TrainOptions) -> None:
 
     Raises:
         ModelError: If half precision would run on a CPU, where lightning takes bf16 for it, or one
-            device is asked for in a script that several processes go through.
+            device is requested in a script that several processes run.
     """
-    if options.devices * options.nodes == 1 and Everyone.present().world > 1:
+    if options.devices * options.nodes == 1 and ProcessGroup.present().world > 1:
         raise ModelError(
-            f"Expected a run on as many devices as an earlier one of this script, which goes on in "
-            f"{Everyone.present().world} processes, got one device; begin it in a script of its "
-            "own."
+            "Expected a run on as many devices as an earlier one of this script, which goes on in"
+            f" {ProcessGroup.present().world} processes, got one device; begin it in a script of"
+            " its own."
         )
     check_present(options)
     card = torch.cuda.is_available() or torch.backends.mps.is_available()
     if options.precision == "16" and options.accelerator == "auto" and not card:
         raise ModelError(
-            "Expected precision 32 or bf16 on a CPU, got 16, and there is no GPU; say --precision "
-            "bf16."
+            "Expected precision 32 or bf16 on a CPU, got 16 without a GPU; say --precision bf16."
         )
 
 
 def trainer_options(model: SimilarityModel, options: TrainOptions) -> dict[str, Any]:
-    """What lightning's ``Trainer`` is told, beside the number of epochs."""
+    """The arguments of lightning's ``Trainer``, beside the number of epochs."""
     strategy = "auto"
     if options.devices * options.nodes > 1:
         strategy = "ddp_find_unused_parameters_true" if has_idle(model) else "ddp"
@@ -95,7 +94,7 @@ def trainer_options(model: SimilarityModel, options: TrainOptions) -> dict[str, 
 def has_idle(model: SimilarityModel) -> bool:
     """Whether some parameters have no part in the embedding, so that they get no gradient.
 
-    Layers above the highest level of an AVSL model are an example. DDP has to be told.
+    Layers above the highest level of an AVSL model are an example. DDP needs the flag.
     """
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if isinstance(model, AVSL):
@@ -103,14 +102,14 @@ def has_idle(model: SimilarityModel) -> bool:
         if reliability and model.options.inference not in ("full", "reliable"):
             return True
         own = [parameter for parameter in own if id(parameter) not in reliability]
-    with torch.enable_grad(), undisturbed(model):
+    with torch.enable_grad(), preserve_state(model):
         rows = model.embed(model.example())
-        found = torch.autograd.grad(rows.sum(), own, allow_unused=True)
-    return any(gradient is None for gradient in found)
+        gradients = torch.autograd.grad(rows.sum(), own, allow_unused=True)
+    return any(gradient is None for gradient in gradients)
 
 
 @contextmanager
-def as_before() -> Iterator[None]:
+def restored_globals() -> Iterator[None]:
     """Silences lightning, and puts back what it and training change."""
     loggers = [logging.getLogger(name) for name in _LOGS]
     levels = [logger.level for logger in loggers]

@@ -136,13 +136,13 @@ def check_terms(options: Any) -> None:
     arch = dict(options.mining_options).get("arch", options.mining)
     if arch != options.mining:
         raise ModelError(
-            f"Expected mining over {options.mining}s, as --mining says, got the mining option "
+            f"Expected mining over {options.mining}s, as set by --mining, got the mining option "
             f"arch={arch!r}; leave the option away."
         )
 
 
 def mining_of(options: Any) -> MiningOptions:
-    """The options of mining, over triplets where nothing is said.
+    """The options of mining, over triplets by default.
 
     Raises:
         ModelError: If one is unknown or cannot be used.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from simexplain.errors import ModelError
-from simexplain.losses.everyone import Everyone
+from simexplain.losses.distributed import ProcessGroup
 from simexplain.losses.objective import Objective
 from simexplain.models.base import SimilarityModel
 from simexplain.training.optimising import (
@@ -22,14 +22,14 @@ from simexplain.training.optimising import (
     set_rates,
 )
 from simexplain.training.options import TrainOptions
-from simexplain.training.place import Place, step_seed
+from simexplain.training.train_state import TrainState, step_seed
 
 Batches = Callable[[int], Sequence[Sequence[Any]]]
 """All batches of an epoch, as indices of the training set; always as many."""
 
 
 class Recording(Protocol):
-    """What a module tells of its run; all three may take their time."""
+    """Callbacks of a module during a run; all three may take their time."""
 
     def begun(self, module: TrainingModule) -> None:
         """Before the first step."""
@@ -38,7 +38,7 @@ class Recording(Protocol):
         """After every step."""
 
     def epoch_over(self, module: TrainingModule) -> None:
-        """After the last step of an epoch; the place has turned."""
+        """After the last step of an epoch; the state has moved to the next one."""
 
 
 class TrainingModule(LightningModule):  # type: ignore[misc]
@@ -46,14 +46,14 @@ class TrainingModule(LightningModule):  # type: ignore[misc]
 
     Give the trainer ``use_distributed_sampler=False`` and ``reload_dataloaders_every_n_epochs=1``:
     batches come whole from ``batches`` and are shared by the processes in the order of ranks, and
-    the first loader begins where :attr:`place` says. Nothing is drawn but from the seed, the epoch
-    and the step, so that a run that goes on from a place is the run that never stopped.
+    the first loader begins at ``progress``. Nothing is drawn but from the seed, the epoch and the
+    step, so that a resumed run equals one that never stopped.
 
     Attributes:
         model: What is trained.
         objective: On what.
         options: How.
-        place: Where the run is.
+        progress: The state of the run.
         record: Told of what happens.
         steps: Of an epoch.
         latest: The losses of the last step by name, means over all processes.
@@ -82,7 +82,7 @@ class TrainingModule(LightningModule):  # type: ignore[misc]
         """
         super().__init__()
         self.model, self.objective, self.options = model, objective, options
-        self.place, self.record = Place(), record
+        self.progress, self.record = TrainState(), record
         self.latest: dict[str, Tensor] = {}
         self.means: dict[str, float] = {}
         self._resumed: dict[str, Any] | None = None
@@ -90,16 +90,16 @@ class TrainingModule(LightningModule):  # type: ignore[misc]
         self.steps = len(batches(0))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimiser; learning rates are set at every step, so there is no scheduler."""
+        """The optimiser; learning rates are set at every step, without a scheduler."""
         return optimiser_for(self.model, self.objective, self.options)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """What is left of the present epoch, this process's share of every batch."""
-        everyone = Everyone.present()
-        rest = self._batches(self.place.epoch)[self.place.batch :]
+        processes = ProcessGroup.present()
+        rest = self._batches(self.progress.epoch)[self.progress.batch :]
         return DataLoader(
             self._data,
-            batch_sampler=[share(batch, everyone) for batch in rest],
+            batch_sampler=[share(batch, processes) for batch in rest],
             num_workers=self.options.workers,
             # Workers' seeds are drawn even where none is used; not from the caller's state.
             generator=torch.Generator().manual_seed(0),
@@ -108,8 +108,8 @@ class TrainingModule(LightningModule):  # type: ignore[misc]
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Learning rates and seed of this step, modes of the layers."""
         optimiser = self.optimizers(use_pl_optimizer=False)
-        set_rates(optimiser, self.options, self.place.step, self.steps)
-        torch.manual_seed(step_seed(self.options.seed, self.place.step, self.global_rank))
+        set_rates(optimiser, self.options, self.progress.step, self.steps)
+        torch.manual_seed(step_seed(self.options.seed, self.progress.step, self.global_rank))
         set_training(self.model, freeze_bn=self.options.freeze_bn)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -119,7 +119,7 @@ class TrainingModule(LightningModule):  # type: ignore[misc]
             batch["image"],
             batch["label"],
             masks=batch.get("mask"),
-            seed=step_seed(self.options.seed, self.place.step),
+            seed=step_seed(self.options.seed, self.progress.step),
         )
         total: Tensor = losses.total
         self.latest = {"loss": total.detach(), **losses.parts, **self._inner_parts()}
@@ -135,7 +135,7 @@ class TrainingModule(LightningModule):  # type: ignore[misc]
 
     def _present(self) -> Objective:
         """The terms that count at this step, with their weights at it."""
-        factor = mining_factor(self.options, self.place.step, self.steps)
+        factor = mining_factor(self.options, self.progress.step, self.steps)
         weights = {
             name: weight * (factor if name in ("mining", "bce_mining") else 1.0)
             for name, weight in self.objective.weights.items()
@@ -154,7 +154,7 @@ class TrainingModule(LightningModule):  # type: ignore[misc]
         clip_groups(optimizer, self.options.clip)
 
     def on_train_start(self) -> None:
-        """Goes on where the state says, if there is one, and tells the record."""
+        """Resumes from the state, if there is one, and starts the record."""
         if self._resumed is not None:
             self.optimizers(use_pl_optimizer=False).load_state_dict(self._resumed["optimiser"])
             self.trainer.precision_plugin.load_state_dict(self._resumed["precision"])
@@ -163,20 +163,20 @@ class TrainingModule(LightningModule):  # type: ignore[misc]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Counts the step."""
-        everyone = Everyone.present()
-        self.latest = {name: everyone.mean(value) for name, value in self.latest.items()}
+        processes = ProcessGroup.present()
+        self.latest = {name: processes.mean(value) for name, value in self.latest.items()}
         if not bool(self.latest["loss"].isfinite()):
             raise ModelError(
-                f"The loss is no longer finite at step {self.place.step + 1}; begin anew with "
+                f"The loss stopped being finite at step {self.progress.step + 1}; begin anew with "
                 "smaller learning rates (--lr, --head-lr, --proxy-lr) or with --clip."
             )
-        self.place.count(self.latest)
+        self.progress.count(self.latest)
         self._tell("stepped")
 
     def on_train_epoch_end(self) -> None:
         """Turns to the next epoch."""
-        self.means = self.place.means()
-        self.place.turn()
+        self.means = self.progress.means()
+        self.progress.turn()
         self._tell("epoch_over")
 
     def _tell(self, what: str) -> None:
@@ -193,21 +193,21 @@ class TrainingModule(LightningModule):  # type: ignore[misc]
             "objective": self.objective.state_dict(),
             "optimiser": self.optimizers(use_pl_optimizer=False).state_dict(),
             "precision": self.trainer.precision_plugin.state_dict(),
-            "place": self.place.to_state(),
+            "place": self.progress.to_state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from :meth:`state`; call it before the trainer starts."""
         self.model.load_state_dict(state["model"])
         self.objective.load_state_dict(state["objective"])
-        self.place = Place.from_state(state["place"])
+        self.progress = TrainState.from_state(state["place"])
         self._resumed = state
 
 
-def share(batch: Sequence[Any], everyone: Everyone) -> list[Any]:
+def share(batch: Sequence[Any], processes: ProcessGroup) -> list[Any]:
     """The part of a batch that one process computes; those of all ranks in order are the batch."""
-    each = len(batch) // everyone.world
-    return list(batch[everyone.rank * each : (everyone.rank + 1) * each])
+    each = len(batch) // processes.world
+    return list(batch[processes.rank * each : (processes.rank + 1) * each])
 
 
 def set_training(model: nn.Module, *, freeze_bn: bool) -> None:

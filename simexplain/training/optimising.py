@@ -40,7 +40,7 @@ def optimiser_for(
     for group in groups:
         group["base"] = group["lr"]
         if group["name"] == "reliability":
-            group["weight_decay"] = 0.0  # alpha of 0 is no simpler than any other
+            group["weight_decay"] = 0.0  # alpha of 0 is not simpler than any other
     return OPTIMISERS[options.optimiser](groups, options)
 
 

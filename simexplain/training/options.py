@@ -15,7 +15,7 @@ from simexplain.renaming import renamed, takes_old_names
 from simexplain.training.limits import avsl_losses, check_terms, check_types, check_values
 
 USUAL_CLASSES = 16
-"""Classes in a batch where nothing is said and there are as many."""
+"""The default number of classes in a batch, if the data set has as many."""
 
 
 @takes_old_names
@@ -67,7 +67,8 @@ class TrainOptions:
         epochs: Passes over the training set.
         classes_per_batch: Classes in a batch; 0 for 16, or all where there are fewer...
         images_per_class: ...and images of each.
-        batches_per_epoch: Batches in an epoch; 0 for as many as use as many images as there are.
+        batches_per_epoch: Batches in an epoch; 0 for the number that draws as many images as the
+        data set has.
         augmentation: A name in ``AUGMENTATIONS``.
         precision: ``32``, ``bf16`` or ``16`` mixed.
         freeze_bn: Batch norm normalises with the statistics it came with; its scale and shift are
@@ -157,10 +158,10 @@ class TrainOptions:
             raise ModelError(f"Expected a positive size in pixels, got {self.size}.")
         if self.classes_per_batch == 1:
             raise ModelError("Expected at least two classes in a batch, got 1.")
-        everyone = self.devices * self.nodes
-        if self.batch_size % everyone:
+        world = self.devices * self.nodes
+        if self.batch_size % world:
             raise ModelError(
-                f"Expected a batch that {everyone} processes can share evenly, got "
+                f"Expected a batch that {world} processes can share evenly, got "
                 f"{self.classes_per_batch} classes x {self.images_per_class}; change "
                 "--classes-per-batch, --images-per-class or --devices."
             )
@@ -201,27 +202,27 @@ class TrainOptions:
         return {name: _plain(value) for name, value in asdict(self).items()}
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> TrainOptions:
+    def from_json(cls, values: Mapping[str, Any]) -> TrainOptions:
         """The counterpart of :meth:`to_json`.
 
         Raises:
             ModelError: If a setting is unknown or its value cannot be used.
         """
-        return with_options(cls(), said)
+        return with_options(cls(), values)
 
 
-def with_options(options: TrainOptions, said: Mapping[str, Any]) -> TrainOptions:
+def with_options(options: TrainOptions, values: Mapping[str, Any]) -> TrainOptions:
     """The options with some of them replaced; lists, mappings and numpy's numbers become plain.
 
     Raises:
         ModelError: If a setting is unknown or its value cannot be used.
     """
     known = [field.name for field in fields(TrainOptions)]
-    said = renamed(said, known)
-    unknown = [name for name in said if name not in known]
+    values = renamed(values, known)
+    unknown = [name for name in values if name not in known]
     if unknown:
         raise ModelError(f"Training has the options {', '.join(known)}, got '{unknown[0]}'.")
-    return replace(options, **{name: _tuples(value) for name, value in said.items()})
+    return replace(options, **{name: _tuples(value) for name, value in values.items()})
 
 
 def titled(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: rows, models, checkpoints, maps, and what it tells."""
+"""What a run writes while it trains: rows, models, checkpoints, maps, and its callbacks."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from simexplain.evaluation.retrieval import evaluate_retrieval
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.models.writing import save_model
+from simexplain.training.attention_callback import attention_picture
 from simexplain.training.module import TrainingModule
 from simexplain.training.options import TrainOptions, best_column
 from simexplain.training.run_folder import ATTENTION, LAST, MODEL, OPTIONS, TENSORBOARD, RunFolder
-from simexplain.training.watching import attention_picture
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Listeners:
-    """Whom a run tells how it goes; each may be None.
+    """Optional progress callbacks.
 
     Attributes:
         step: Called after every step with the steps done, those of the whole run, and the loss.
@@ -49,9 +49,9 @@ class Recorder:
         split: The data, for the evaluation.
         options: Of the run.
         watched: The triplets whose maps are drawn.
-        known: What else every checkpoint says, plain values.
-        about: What ``options.json`` says.
-        listeners: Whom it tells.
+        known: Further plain values of every checkpoint.
+        about: The content of ``options.json``.
+        listeners: The progress callbacks.
         writer: Of TensorBoard, once the run has begun and where it is installed.
         broken: Pictures that an evaluation left out, with the reason.
     """
@@ -69,14 +69,14 @@ class Recorder:
 
     def begun(self, module: TrainingModule) -> None:
         """Before the first step: the folder, and the untrained network's row."""
-        fresh = not module.place.rows
+        fresh = not module.progress.rows
         if fresh:
             # The first thing that is written is what --resume takes, in place of an earlier run's:
-            # a run that is stopped before is no run, and leaves the earlier one as it was.
+            # a run that is stopped before this leaves the earlier one as it was.
             self.keep(module)
             self.folder.clear()
         self.folder.write_json(OPTIONS, self.about)
-        self.writer = _tensorboard(self.folder, module.place.step)
+        self.writer = _tensorboard(self.folder, module.progress.step)
         if fresh:
             row: Row = {"epoch": 0, "step": 0, "seconds": 0.0}
             row |= self.measured(module.model)
@@ -86,30 +86,30 @@ class Recorder:
 
     def stepped(self, module: TrainingModule) -> None:
         """After a step within an epoch."""
-        place, every = module.place, self.options.checkpoint_every
+        progress, every = module.progress, self.options.checkpoint_every
         loss = float(module.latest["loss"])
         if self.listeners.step is not None:
-            self.listeners.step(place.step, module.steps * self.options.epochs, loss)
+            self.listeners.step(progress.step, module.steps * self.options.epochs, loss)
         if self.writer is not None:
             values = {f"train/{name}": float(value) for name, value in module.latest.items()}
-            self._log({**values, **_rates(module)}, place.step)
+            self._log({**values, **_rates(module)}, progress.step)
         # The last step of an epoch is kept with what is measured after it.
-        if every and place.step % every == 0 and place.batch < module.steps:
+        if every and progress.step % every == 0 and progress.batch < module.steps:
             self.keep(module)
 
     def epoch_over(self, module: TrainingModule) -> None:
-        """After the last step of an epoch, which the place has turned already."""
-        place = module.place
+        """After the last step of an epoch; the state has moved to the next one already."""
+        progress = module.progress
         row: Row = {
-            "epoch": place.epoch,
-            "step": place.step,
+            "epoch": progress.epoch,
+            "step": progress.step,
             "seconds": round(time.monotonic() - self._begun, 3),
             **{f"loss/{name}".replace("loss/loss", "loss"): v for name, v in module.means.items()},
             **_rates(module),
         }
-        if place.epoch % self.options.eval_every == 0 or place.epoch == self.options.epochs:
+        if progress.epoch % self.options.eval_every == 0 or progress.epoch == self.options.epochs:
             row |= self.measured(module.model)
-            self._draw(module.model, place.epoch)
+            self._draw(module.model, progress.epoch)
             self._improve(module, self.score(row))
         self._save(module, LAST)
         self._note(module, row)
@@ -119,7 +119,7 @@ class Recorder:
         """Recall@K and MAP@R on the held-out pictures; nothing where there are none."""
         if not self.split.queries:
             return {}
-        found = evaluate_retrieval(
+        retrieval = evaluate_retrieval(
             model,
             self.split.queries,
             self.split.gallery,
@@ -128,9 +128,9 @@ class Recorder:
             batch_size=max(32, self.options.batch_size),
             progress=self.listeners.work,
         )
-        self.broken |= found.errors
-        recalls = {f"recall@{k}": value for k, value in found.recall.items()}
-        return {**recalls, "map_at_r": found.map_at_r}
+        self.broken |= retrieval.errors
+        recalls = {f"recall@{k}": value for k, value in retrieval.recall.items()}
+        return {**recalls, "map_at_r": retrieval.map_at_r}
 
     def score(self, row: Row) -> float:
         """What the best model is chosen by; without held-out pictures it is the last one."""
@@ -152,15 +152,15 @@ class Recorder:
             self.writer = None
 
     def _improve(self, module: TrainingModule, reached: float) -> None:
-        place = module.place
-        if place.best is None or reached > place.best:
-            place.best, place.best_epoch = reached, place.epoch
+        progress = module.progress
+        if progress.best is None or reached > progress.best:
+            progress.best, progress.best_epoch = reached, progress.epoch
             self._save(module, MODEL)
 
     def _save(self, module: TrainingModule, name: str) -> None:
         model = module.model
         if isinstance(model, AVSL):
-            model.report = {"epochs": module.place.epoch, "steps": module.place.step}
+            model.report = {"epochs": module.progress.epoch, "steps": module.progress.step}
         save_model(model, self.folder.path / name)
 
     def _draw(self, model: SimilarityModel, epoch: int) -> None:
@@ -170,12 +170,12 @@ class Recorder:
             self.folder.write(f"{ATTENTION}/epoch_{epoch:03d}.png", picture)
 
     def _note(self, module: TrainingModule, row: Row) -> None:
-        """A row, kept before it is told: whoever listens may end the run."""
-        module.place.rows.append(row)
-        self.folder.write_rows(module.place.rows)
+        """Keeps a row before it is announced: a callback may end the run."""
+        module.progress.rows.append(row)
+        self.folder.write_rows(module.progress.rows)
         if self.writer is not None:
             measured = {f"test/{n}": v for n, v in row.items() if n.startswith(("recall", "map"))}
-            self._log(measured, module.place.step)
+            self._log(measured, module.progress.step)
         self.keep(module)
         if self.listeners.epoch is not None:
             self.listeners.epoch(row)

@@ -59,12 +59,12 @@ class TrainResult(Kept):
     @classmethod
     def read(cls, folder: Path, alone: str = "") -> TrainResult:
         """The run in a folder, wherever that is now."""
-        found = super().read(folder, alone)
+        result = super().read(folder, alone)
         files = {
-            what: str(folder / Path(path).relative_to(found.folder))
-            for what, path in found.files.items()
+            what: str(folder / Path(path).relative_to(result.folder))
+            for what, path in result.files.items()
         }
-        return replace(found, folder=folder, files=files)
+        return replace(result, folder=folder, files=files)
 
     def summary(self, **options: Any) -> dict[str, Any]:
         """What was measured, and how."""

@@ -68,8 +68,8 @@ def begun_source(out: Path) -> Source:
         OutputError: If there is none to be resumed.
     """
     check_folder(out, resume=True, force=False)
-    said = RunFolder(out).read_checkpoint()["source"]
-    return Source.from_json(said) if said else Source()
+    source = RunFolder(out).read_checkpoint()["source"]
+    return Source.from_json(source) if source else Source()
 
 
 def check_same(
@@ -79,7 +79,7 @@ def check_same(
 
     Raises:
         OutputError: If it was begun with other pictures or masks.
-        ModelError: If it has more epochs behind it than asked for.
+        ModelError: If it has more epochs behind it than requested.
     """
     if state["data"] != known["data"]:
         what = data.name if isinstance(data, DataSplit) else data

@@ -19,7 +19,7 @@ from simexplain.models.checkpoints import read_torch
 from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 from simexplain.training.options import TrainOptions
-from simexplain.training.place import Place
+from simexplain.training.train_state import TrainState
 
 MODEL, LAST = "model.pt", "last.pt"
 OPTIONS, RESULTS, METRICS = "options.json", "results.json", "metrics.csv"
@@ -40,7 +40,7 @@ _STATE: dict[str, type | tuple[type, ...]] = {
 
 
 def first_process() -> bool:
-    """Whether this is the process that writes and tells; lightning starts the others itself."""
+    """Whether this process writes and reports; lightning starts the others itself."""
     ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
     return all(os.environ.get(rank, "0") == "0" for rank in ranks)
 
@@ -73,7 +73,7 @@ def check_folder(folder: Path, *, resume: bool, force: bool) -> None:
         raise OutputError(f"'{folder}' cannot be written ({why}); choose another folder.") from None
     if resume and not able:
         raise OutputError(
-            f"Expected a run to resume in '{folder}', but there is no {CHECKPOINT}; leave "
+            f"Expected a run to resume in '{folder}', but it has no {CHECKPOINT}; leave "
             "--resume away to begin one."
         )
     if there and not resume and not force:
@@ -106,7 +106,7 @@ def _taken(path: Path) -> bool:
 
 
 class RunFolder:
-    """Writes the files of a run, each whole or not at all.
+    """Writes the files of a run, each atomically.
 
     Attributes:
         path: The folder.
@@ -143,7 +143,7 @@ class RunFolder:
                     draft.unlink(missing_ok=True)
 
     def write(self, name: str, content: bytes) -> Path:
-        """A file, whole or not at all, on the disk when this returns.
+        """Writes a file atomically; it is on the disk when this returns.
 
         Raises:
             OutputError: If it cannot be written.
@@ -163,9 +163,9 @@ class RunFolder:
             draft.unlink(missing_ok=True)
         return path
 
-    def write_json(self, name: str, said: Mapping[str, Any]) -> Path:
+    def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
         """A JSON file; what is not UTF-8 in names of files becomes an escape of JSON's."""
-        text = json_text(said)
+        text = json_text(content)
         return self.write(name, text.encode())
 
     def write_rows(self, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -206,10 +206,10 @@ class RunFolder:
 
     def damaged(self, error: Exception) -> OutputError:
         """What to say of a checkpoint that cannot be used."""
-        said = first_line(error).rstrip(".:")
+        reason = first_line(error).rstrip(".:")
         return OutputError(
-            f"The checkpoint '{self.path / CHECKPOINT}' is damaged ({said}); say --force to begin "
-            "anew."
+            f"The checkpoint '{self.path / CHECKPOINT}' is damaged ({reason}); say --force to begin"
+            " anew."
         )
 
     def files(self) -> dict[str, str]:
@@ -239,4 +239,4 @@ def _check_state(state: Mapping[str, Any]) -> None:
         if not isinstance(state[name], kind):
             raise ValueError(f"its {name} is a {type(state[name]).__name__}")
     TrainOptions.from_json(state["options"])
-    Place.from_state(state["place"])
+    TrainState.from_state(state["place"])

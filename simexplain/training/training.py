@@ -31,10 +31,10 @@ from simexplain.training.datasource import (
 )
 from simexplain.training.effects import left_out, without_effect
 from simexplain.training.options import TrainOptions, best_column, titled
-from simexplain.training.place import Place
 from simexplain.training.result import TrainResult
 from simexplain.training.resuming import check_same, go_on, jumps, resolved
 from simexplain.training.run_folder import RESULTS, RunFolder, check_folder, first_process
+from simexplain.training.train_state import TrainState
 
 if TYPE_CHECKING:
     from simexplain.training.module import TrainingModule
@@ -66,7 +66,7 @@ def train(
     script has to call this below ``if __name__ == "__main__":``; every one of them gets the result.
 
     Args:
-        data: A folder or a file, read as ``source`` says, or a data set that was read before.
+        data: A folder or a file, read according to ``source``, or a data set that was read before.
         out: The folder of the run.
         source: How ``data`` is read; unless given as a folder of class folders, or as the run to
             resume was begun.
@@ -173,10 +173,10 @@ def prepared(
     Raises:
         ModelError: If the network or the objective cannot be built.
     """
+    from simexplain.training.attention_callback import attention_triplets_of
     from simexplain.training.building import build_model, build_objective
     from simexplain.training.module import TrainingModule
     from simexplain.training.recording import Listeners, Recorder
-    from simexplain.training.watching import watched_triplets
 
     model = build_model(options)
     check_savable(model)
@@ -196,7 +196,7 @@ def prepared(
         folder,
         split,
         options,
-        watched_triplets(split.queries, options.attention_triplets, options.seed),
+        attention_triplets_of(split.queries, options.attention_triplets, options.seed),
         known,
         {**known, **described(split, options)},
         listeners or Listeners(),
@@ -231,28 +231,28 @@ def not_improved(result: TrainResult) -> str:
     moved: dict[str, list[str]] = {"rose": [], "fell": []}
     for name, value in after.items():
         if value != before[name]:
-            said = f"{titled(name)} {before[name]:.3f} to {value:.3f}"
-            moved["rose" if value > before[name] else "fell"].append(said)
+            change = f"{titled(name)} {before[name]:.3f} to {value:.3f}"
+            moved["rose" if value > before[name] else "fell"].append(change)
     changes = [f"{', '.join(names)} {what}" for what, names in moved.items() if names]
-    told = f": {'; '.join(changes)}" if changes else ""
+    details = f": {'; '.join(changes)}" if changes else ""
     if not moved["rose"]:
-        return f"Training did not improve retrieval over the untrained network{told}."
+        return f"Training did not improve retrieval over the untrained network{details}."
     chosen = titled(best_column(result.options))
-    return f"Training did not raise {chosen}, by which the epoch was chosen{told}."
+    return f"Training did not raise {chosen}, by which the epoch was chosen{details}."
 
 
 def _finished(
     folder: RunFolder, options: TrainOptions, warnings: tuple[str, ...], *, write: bool
 ) -> TrainResult:
     """The result, from what the first of all processes has written."""
-    place = Place.from_state(folder.read_checkpoint()["place"])
+    progress = TrainState.from_state(folder.read_checkpoint()["place"])
     files = folder.files() | {"results": str(folder.path / RESULTS)}
     result = TrainResult(
         folder=folder.path,
         options=options,
-        rows=tuple(place.rows),
-        best_epoch=place.best_epoch,
-        best=place.best or 0.0,
+        rows=tuple(progress.rows),
+        best_epoch=progress.best_epoch,
+        best=progress.best or 0.0,
         files=files,
         warnings=warnings,
     )

@@ -93,8 +93,8 @@ def check_default(case: Case) -> None:
     net, layer = case.net, case.layer
     grid = tuple(case.sam.maps.shape[-2:])
     if layer in net.or_warned and layer not in case.right:
-        told = [text for text in case.sam.warnings if SHARE.search(text)]
-        assert told, f"'{layer}' is bypassed, and no warning names the share: {case.sam.warnings}"
+        lines = [text for text in case.sam.warnings if SHARE.search(text)]
+        assert lines, f"'{layer}' is bypassed, and no warning names the share: {case.sam.warnings}"
     else:
         allowed = case.right | set(net.also)
         assert layer in allowed, f"default '{layer}' {grid}, right: {', '.join(net.default)}"
@@ -104,24 +104,24 @@ def check_default(case: Case) -> None:
 def check_stages(case: Case) -> None:
     """Stages are ends of blocks: grids as written, in order, the last one that of the default."""
     net = case.net
-    found = [c.shape[1:] for c in case.model.layers_for(case.images) if c.stage]
+    result = [c.shape[1:] for c in case.model.layers_for(case.images) if c.stage]
     names = [c.name for c in case.model.layers_for(case.images) if c.stage]
-    said = ", ".join(f"{name} {h}x{w}" for name, (h, w) in zip(names, found, strict=True))
-    assert found, "no stages"
-    assert len(found) <= 4, f"{len(found)} stages: {said}"
+    record = ", ".join(f"{name} {h}x{w}" for name, (h, w) in zip(names, result, strict=True))
+    assert result, "no stages"
+    assert len(result) <= 4, f"{len(result)} stages: {record}"
     if case.layer not in case.right:
-        raise AssertionError(f"the default is wrong, and stages end in it: {said}")
-    assert tuple(found[-1]) == net.grid, f"stages do not end in the default: {said}"
+        raise AssertionError(f"the default is wrong, and stages end in it: {record}")
+    assert tuple(result[-1]) == net.grid, f"stages do not end in the default: {record}"
     if net.stages == DEPTH:
-        assert all(tuple(grid) == net.grid for grid in found), f"not one resolution: {said}"
-        assert len(found) >= 2, f"one stage for several blocks: {said}"
+        assert all(tuple(grid) == net.grid for grid in result), f"not one resolution: {record}"
+        assert len(result) >= 2, f"one stage for several blocks: {record}"
         return
-    cells = [h * w for h, w in found]
-    assert all(a > b for a, b in itertools.pairwise(cells)), f"not falling: {said}"
+    cells = [h * w for h, w in result]
+    assert all(a > b for a, b in itertools.pairwise(cells)), f"not falling: {record}"
     if net.stages is not None:
         wanted = tuple(net.stages)
-        last = tuple(map(tuple, found[-len(wanted) :]))
-        assert last == wanted, f"{said}; right: {wanted}"
+        last = tuple(map(tuple, result[-len(wanted) :]))
+        assert last == wanted, f"{record}; right: {wanted}"
 
 
 def check_maps(case: Case) -> None:
@@ -131,12 +131,12 @@ def check_maps(case: Case) -> None:
     result = explain(case.model, case.pair, layer=layer)
     assert tuple(result.maps.shape[-2:]) == case.grid_of(layer), tuple(result.maps.shape)
     weight = result.weights[0]
-    for place in range(2):
-        image = case.images[place : place + 1]
-        direction = weight if weight.dim() == 1 else weight[place]
+    for index in range(2):
+        image = case.images[index : index + 1]
+        direction = weight if weight.dim() == 1 else weight[index]
         own = plain_map(net, case.module, layer, case.grid_of(layer), image, direction)
-        gap = float((result.maps[0, place] - own).abs().max() / own.max().clamp(min=1e-12))
-        assert gap < net.tolerance, f"map {place + 1} at '{layer}' is {gap:.1e} of its maximum off"
+        gap = float((result.maps[0, index] - own).abs().max() / own.max().clamp(min=1e-12))
+        assert gap < net.tolerance, f"map {index + 1} at '{layer}' is {gap:.1e} of its maximum off"
     if float(result.maps.max()) <= 0:
         assert any("empty" in text for text in result.warnings), "empty maps without a warning"
 
@@ -150,10 +150,10 @@ def check_exact(case: Case) -> None:
         raise AssertionError(f"decomposition misses {gap:.1e} of its score: {parts.warnings}")
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
-        found = match(case.model, case.images[:1], case.images[1:2], layer=case.layer, steps=STEPS)
-    gap = float(found.residual.abs().max()) / max(0.1, float(found.score.abs().max()))
-    if gap > case.net.exact and not any(SHARE.search(text) for text in found.warnings):
-        raise AssertionError(f"match misses {gap:.1e} of its score: {found.warnings}")
+        result = match(case.model, case.images[:1], case.images[1:2], layer=case.layer, steps=STEPS)
+    gap = float(result.residual.abs().max()) / max(0.1, float(result.score.abs().max()))
+    if gap > case.net.exact and not any(SHARE.search(text) for text in result.warnings):
+        raise AssertionError(f"match misses {gap:.1e} of its score: {result.warnings}")
 
 
 def check_plain(case: Case) -> None:
@@ -198,9 +198,11 @@ def check_places(case: Case) -> None:
     if not case.net.tokens:
         return
     own = places_followed(case, by_hand=True)
-    found = places_followed(case, by_hand=False)
+    result = places_followed(case, by_hand=False)
     least = min(ENOUGH, own - 1)
-    assert found >= least, f"the map of '{case.layer}' follows {found} of 16 places (right: {own})"
+    assert result >= least, (
+        f"the map of '{case.layer}' follows {result} of 16 places (right: {own})"
+    )
 
 
 METHODS: tuple[tuple[str, dict[str, Any]], ...] = (

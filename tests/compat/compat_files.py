@@ -88,23 +88,28 @@ def started(*arguments: str) -> None:
     assert not code, heard.getvalue().strip()
 
 
-def compare(case: Case, found: Explanation) -> None:
+def compare(case: Case, result: Explanation) -> None:
     """The maps of a loaded explanation against plain autograd."""
     net = case.net
-    layer = found.layers[0]
+    layer = result.layers[0]
     if net.output is not None:
         layer = layer.removeprefix("network").removeprefix(".")  # '' is the whole network
     assert layer in case.right | set(net.also), f"default '{layer}' from the file"
-    assert tuple(found.maps.shape[-2:]) == case.grid_of(layer)
-    weights = found.weights[0].expand(2, -1)  # one for both images, or one each
+    assert tuple(result.maps.shape[-2:]) == case.grid_of(layer)
+    weights = result.weights[0].expand(2, -1)  # one for both images, or one each
     own = torch.stack(
         [
             plain_map(
-                net, case.module, layer, case.grid_of(layer), found.images[0, n : n + 1], weights[n]
+                net,
+                case.module,
+                layer,
+                case.grid_of(layer),
+                result.images[0, n : n + 1],
+                weights[n],
             )
             for n in range(2)
         ]
     )
-    gap = float((found.maps[0] - own).abs().max() / own.max().clamp(min=1e-12))
+    gap = float((result.maps[0] - own).abs().max() / own.max().clamp(min=1e-12))
     # The score of two noisy pictures cancels nearly, so that rounding in batches of two shows.
     assert gap < 2e-2, f"maps from the file are {gap:.1e} of their maximum off"

@@ -94,8 +94,8 @@ class Queries(nn.Module):
         tokens = self.trunk(images).flatten(2).transpose(1, 2)
         rows = []
         for query, read, norm in zip(self.queries, self.reads, self.norms, strict=True):
-            found, _ = read(query.expand(len(images), -1, -1), tokens, tokens)
-            rows.append(norm(found))
+            result, _ = read(query.expand(len(images), -1, -1), tokens, tokens)
+            rows.append(norm(result))
         return F.normalize(self.fc(torch.cat(rows, 1).transpose(1, 2)).flatten(1), dim=1)
 
 

@@ -49,18 +49,18 @@ def hf(name: str, *, model: dict[str, Any] | None = None, **config: Any) -> Call
 
 
 def class_token(answer: Any) -> Tensor:
-    found: Tensor = answer.last_hidden_state[:, 0]
-    return found
+    result: Tensor = answer.last_hidden_state[:, 0]
+    return result
 
 
 def patch_mean(answer: Any) -> Tensor:
-    found: Tensor = answer.last_hidden_state.mean(1)
-    return found
+    result: Tensor = answer.last_hidden_state.mean(1)
+    return result
 
 
 def map_mean(answer: Any) -> Tensor:
-    found: Tensor = answer.last_hidden_state.mean((2, 3))
-    return found
+    result: Tensor = answer.last_hidden_state.mean((2, 3))
+    return result
 
 
 class PatchesIn(nn.Module):
@@ -76,10 +76,10 @@ class PatchesIn(nn.Module):
         cut = images.view(m, c, h, p, w, p).permute(0, 2, 4, 3, 5, 1).reshape(m, h * w, p * p * c)
         shapes = torch.tensor([[h, w]] * m)
         mask = torch.ones(m, h * w, dtype=torch.long)
-        found: Tensor = self.network(
+        result: Tensor = self.network(
             cut, pixel_attention_mask=mask, spatial_shapes=shapes
         ).pooler_output
-        return found
+        return result
 
 
 def siglip2() -> nn.Module:

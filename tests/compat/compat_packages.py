@@ -42,9 +42,11 @@ def timm_siglip() -> nn.Module:
         "vit_base_patch16_siglip_224", pretrained=False, num_classes=0, img_size=64, depth=3,
         embed_dim=48, num_heads=3,
     )  # fmt: skip
-    found = TimmModel("vit_tiny_patch16_224", 48, image_size=64, pool="", proj="", pretrained=False)
-    found.trunk = small
-    return found
+    result = TimmModel(
+        "vit_tiny_patch16_224", 48, image_size=64, pool="", proj="", pretrained=False
+    )
+    result.trunk = small
+    return result
 
 
 class Features(nn.Module):
@@ -55,10 +57,10 @@ class Features(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        found: Tensor = self.network({"pixel_values": images, "modality": "image"})[
+        result: Tensor = self.network({"pixel_values": images, "modality": "image"})[
             "sentence_embedding"
         ]
-        return found
+        return result
 
 
 def sentence_clip() -> nn.Module:

@@ -93,8 +93,8 @@ def vector(net: Net, module: nn.Module, images: Tensor) -> Tensor:
         answer = answer[net.output]
     elif isinstance(net.output, str):
         answer = answer[net.output] if isinstance(answer, dict) else getattr(answer, net.output)
-    found: Tensor = answer.flatten(1)
-    return found if found.dtype == torch.float64 else found.float()
+    result: Tensor = answer.flatten(1)
+    return result if result.dtype == torch.float64 else result.float()
 
 
 def outputs(net: Net, module: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -104,9 +104,9 @@ def outputs(net: Net, module: nn.Module, images: Tensor) -> dict[str, Tensor]:
     for name, part in module.named_modules():
 
         def keep(_m: nn.Module, _a: Any, output: Any, name: str = name) -> None:
-            found = first(output)
-            if found is not None:
-                calls.append((name, found.detach().clone()))
+            result = first(output)
+            if result is not None:
+                calls.append((name, result.detach().clone()))
 
         handles.append(part.register_forward_hook(keep))
     try:
@@ -115,11 +115,11 @@ def outputs(net: Net, module: nn.Module, images: Tensor) -> dict[str, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    found: dict[str, list[Tensor]] = {}
+    result: dict[str, list[Tensor]] = {}
     for name, tensor in calls:
-        found.setdefault(name, []).append(tensor)
-    flat = {name: runs[0] for name, runs in found.items() if len(runs) == 1}
-    for name, runs in found.items():
+        result.setdefault(name, []).append(tensor)
+    flat = {name: runs[0] for name, runs in result.items() if len(runs) == 1}
+    for name, runs in result.items():
         if len(runs) > 1:
             flat.update({f"{name}@{n}": run for n, run in enumerate(runs)})
     return flat
@@ -157,13 +157,13 @@ def same_maps(net: Net, module: nn.Module, images: Tensor) -> set[str]:
     """The hand-written defaults and every other name of the very same map."""
     everything = outputs(net, module, images)
     wanted = [as_grid(net, everything[name], net.grid) for name in net.default]
-    found = set(net.default)
+    result = set(net.default)
     for name, output in everything.items():
         grid = as_grid(net, output, net.grid)
         for right in wanted:
             if grid is not None and right is not None and grid.shape == right.shape:
-                found |= {name} if torch.equal(grid, right) else set()
-    return found
+                result |= {name} if torch.equal(grid, right) else set()
+    return result
 
 
 def plain_map(
@@ -211,13 +211,13 @@ def changed(net: Net, image: Tensor) -> tuple[Tensor, list[tuple[int, int, int, 
             top, left = row * height // LATTICE, column * width // LATTICE
             bottom, right = (row + 1) * height // LATTICE, (column + 1) * width // LATTICE
             inset = ((bottom - top) // 4, (right - left) // 4)
-            place = (top + inset[0], bottom - inset[0], left + inset[1], right - inset[1])
+            index = (top + inset[0], bottom - inset[0], left + inset[1], right - inset[1])
             new = image.clone()
-            new[:, place[0] : place[1], place[2] : place[3]] = other[
-                :, place[0] : place[1], place[2] : place[3]
+            new[:, index[0] : index[1], index[2] : index[3]] = other[
+                :, index[0] : index[1], index[2] : index[3]
             ]
             changes.append(new)
-            places.append(place)
+            places.append(index)
     return torch.stack(changes), places
 
 

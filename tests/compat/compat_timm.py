@@ -33,14 +33,14 @@ def timm_class(module: str, kind: str, **options: Any) -> Callable[[], nn.Module
     def build() -> nn.Module:
         from importlib import import_module
 
-        found = import_module(f"timm.models.{module}")
+        result = import_module(f"timm.models.{module}")
         named = {
-            key: getattr(found, value.removeprefix("@"))
+            key: getattr(result, value.removeprefix("@"))
             if isinstance(value, str) and value.startswith("@")
             else value
             for key, value in options.items()
         }
-        return getattr(found, kind)(num_classes=0, **named)
+        return getattr(result, kind)(num_classes=0, **named)
 
     return build
 

@@ -120,8 +120,8 @@ class Weighing(nn.Module):
         self.attn = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        found, weights = self.attn(x, x, x)
-        return weights, x + found
+        result, weights = self.attn(x, x, x)
+        return weights, x + result
 
 
 class Latents(nn.Module):
@@ -380,8 +380,8 @@ class Filter(nn.Module):
         self.mix = nn.Conv2d(WIDTH, WIDTH, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        found = torch.fft.rfft2(x) * torch.view_as_complex(self.weight)
-        return x + self.mix(torch.fft.irfft2(found, s=x.shape[2:])).relu()
+        result = torch.fft.rfft2(x) * torch.view_as_complex(self.weight)
+        return x + self.mix(torch.fft.irfft2(result, s=x.shape[2:])).relu()
 
 
 def first_and_mean(tokens: Tensor) -> Tensor:

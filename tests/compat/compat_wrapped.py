@@ -26,20 +26,20 @@ def converted(
 
 
 def compiled(network: nn.Module) -> nn.Module:
-    found: nn.Module = torch.compile(network, backend="eager")
-    return found
+    result: nn.Module = torch.compile(network, backend="eager")
+    return result
 
 
 def quantised(network: nn.Module) -> nn.Module:
     from torch.ao.quantization import quantize_dynamic
 
-    found: nn.Module = quantize_dynamic(network, {nn.Linear}, dtype=torch.qint8)
-    return found
+    result: nn.Module = quantize_dynamic(network, {nn.Linear}, dtype=torch.qint8)
+    return result
 
 
 def traced(network: nn.Module) -> nn.Module:
-    found: nn.Module = torch.jit.trace(network, torch.rand(2, 3, 64, 96))
-    return found
+    result: nn.Module = torch.jit.trace(network, torch.rand(2, 3, 64, 96))
+    return result
 
 
 def checkpointed(network: nn.Module) -> nn.Module:

@@ -31,18 +31,18 @@ def known(name: str, check: str) -> list[pytest.MarkDecorator]:
 
 
 def rows() -> list[object]:
-    found: list[object] = []
+    result: list[object] = []
     for net in NETS:
         marks = [] if net.quick else [pytest.mark.compat]
         if reason := missing(net):
             marks.append(pytest.mark.skip(reason=reason))
-        found += [
+        result += [
             pytest.param(
                 net, check, id=f"{net.name}-{check}", marks=[*marks, *known(net.name, check)]
             )
             for check in checks_of(net)
         ]
-    return found
+    return result
 
 
 @pytest.mark.parametrize(("net", "check"), rows())

@@ -1,4 +1,4 @@
-"""Where two images agree and what tells one hit from another, from their factors alone."""
+"""Where two images agree and what separates one hit from another, from their factors alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simexplain.networks import lengths_of, unit_rows
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Marginals:
     """What each position adds to the cosine of a query with each of ``K`` images.
 
     Attributes:
@@ -34,7 +34,7 @@ class Agreement:
         return (sums - self.cosines).abs().amax(dim=0)
 
 
-def agreement(query: Factors, images: Factors) -> Agreement:
+def marginals(query: Factors, images: Factors) -> Marginals:
     """The marginals of the exact decomposition of the cosine, without its matrix.
 
     With ``t_p`` for what position ``p`` of the query adds to its vector ``v`` and an even share of
@@ -56,14 +56,14 @@ def agreement(query: Factors, images: Factors) -> Agreement:
         )
     own = unit_rows(query.vectors.float())
     units = unit_rows(images.vectors.float())
-    return Agreement(
-        query=along(query, units),
-        images=towards(images, own[0]),
+    return Marginals(
+        query=query_marginal(query, units),
+        images=gallery_marginal(images, own[0]),
         cosines=units @ own[0],
     )
 
 
-def along(query: Factors, units: Tensor) -> Tensor:
+def query_marginal(query: Factors, units: Tensor) -> Tensor:
     """What each position of one image adds to its unit vector along directions.
 
     Args:
@@ -78,11 +78,11 @@ def along(query: Factors, units: Tensor) -> Tensor:
     length = torch.where(length > 0, length, torch.inf)
     maps: Tensor = (units / length) @ query.parts[0].float().flatten(1)
     shared = (units / length) @ query.rest[0].float() / (height * width)
-    found: Tensor = (maps + shared[:, None]).reshape(-1, height, width)
-    return found
+    values: Tensor = (maps + shared[:, None]).reshape(-1, height, width)
+    return values
 
 
-def towards(images: Factors, unit: Tensor) -> Tensor:
+def gallery_marginal(images: Factors, unit: Tensor) -> Tensor:
     """What each position of ``K`` images adds to their unit vectors along one.
 
     Args:
@@ -98,8 +98,8 @@ def towards(images: Factors, unit: Tensor) -> Tensor:
     parts = images.parts.float().flatten(2)
     maps: Tensor = torch.matmul(unit, parts)
     shared = images.rest.float() @ unit / (height * width)
-    found: Tensor = ((maps + shared[:, None]) / lengths[:, None]).reshape(count, height, width)
-    return found
+    values: Tensor = ((maps + shared[:, None]) / lengths[:, None]).reshape(count, height, width)
+    return values
 
 
 def contrasts(
@@ -113,7 +113,7 @@ def contrasts(
     ``euclidean``, since ``d'^2 - d^2 = (d' - d)(d' + d)``. So the maps add up for all of them.
 
     Args:
-        query_maps: Of the nearer images ``(K,h,w)``, from :func:`agreement`.
+        query_maps: Of the nearer images ``(K,h,w)``, from :func:`marginals`.
         rivals: Of the images further down ``(K,h,w)``.
         distances: Of the query to the nearer images ``(K,)``.
         further: Of the query to the others ``(K,)``.
@@ -150,13 +150,13 @@ def rival_places(labels: Sequence[str | None], hits: int) -> list[int | None]:
     Args:
         labels: Of a ranking, the best first; None for an image without a class, which differs from
             every other.
-        hits: How many of the first are asked about.
+        hits: How many of the first to consider.
 
     Returns:
-        Places in the ranking, None where no image of another class follows.
+        Positions in the ranking, None where no image of another class follows.
     """
-    found: list[int | None] = []
-    for place, own in enumerate(labels[:hits]):
-        later = range(place + 1, len(labels))
-        found.append(next((n for n in later if own is None or labels[n] != own), None))
-    return found
+    values: list[int | None] = []
+    for index, own in enumerate(labels[:hits]):
+        later = range(index + 1, len(labels))
+        values.append(next((n for n in later if own is None or labels[n] != own), None))
+    return values

@@ -1,4 +1,4 @@
-"""Several processes that train together see one batch: what each computed, gathered for all."""
+"""Gathers rows over the processes of a training run, which share one batch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, distributed
 
 
 @dataclass(frozen=True)
-class Everyone:
-    """The processes of a training run; one alone if there are no others.
+class ProcessGroup:
+    """The processes of a training run; this one alone without others.
 
     Attributes:
         rank: The number of this process.
@@ -22,7 +22,7 @@ class Everyone:
     world: int = 1
 
     @classmethod
-    def present(cls) -> Everyone:
+    def present(cls) -> ProcessGroup:
         """The process group that is running now, or this process alone."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return cls()
@@ -65,7 +65,7 @@ class Everyone:
 
 
 class _Gathered(torch.autograd.Function):
-    """Rows of all processes; what each of them thinks of mine comes back added up."""
+    """Rows of all processes. The backward pass all-reduces the gradients."""
 
     @staticmethod
     def forward(_: object, own: Tensor) -> tuple[Tensor, ...]:

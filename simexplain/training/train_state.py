@@ -1,4 +1,4 @@
-"""Where a run is: everything from which it goes on exactly as if it had never stopped."""
+"""The state of a run: everything needed to resume it exactly."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 @dataclass
-class Place:
+class TrainState:
     """The progress of a run; the only state beside tensors of model, objective and optimiser.
 
     Attributes:
-        epoch: Epochs that are over.
-        batch: Batches of the present epoch that are over.
+        epoch: Finished epochs.
+        batch: Finished batches of the current epoch.
         step: Steps taken in all.
-        sums: Of the losses of the present epoch by name, in double precision.
+        sums: Of the losses of the current epoch by name, in double precision.
         rows: What was measured after each epoch, plain JSON values.
         best: The best score so far, or None.
         best_epoch: Its epoch; 0 for none.
@@ -45,7 +45,7 @@ class Place:
         return {name: float(value) / max(1, self.batch) for name, value in self.sums.items()}
 
     def turn(self) -> None:
-        """The epoch is over."""
+        """Ends the epoch."""
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
 
     def to_state(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Place:
         return {**vars(self), "sums": sums, "rows": [dict(row) for row in self.rows]}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Place:
+    def from_state(cls, state: Mapping[str, Any]) -> TrainState:
         """The counterpart of :meth:`to_state`.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What is kept of pictures between rows, within a bound of memory."""
+"""A cache of pictures between rows, within a bound of memory."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ Value = TypeVar("Value")
 NEVER = float("inf")
 
 
-class Keep(Generic[Value]):
-    """Keeps values until their last use, and where memory is short those that are needed soonest.
+class LookaheadCache(Generic[Value]):
+    """Keeps values until their last use; where memory is short, those that are needed soonest.
 
-    All uses are known beforehand, so what goes is what is needed last, which is the best any rule
-    can do (Belady 1966). What the present row needs is never dropped.
+    All uses are known beforehand, so the value needed last is evicted, which is optimal (Belady
+    1966). What the current row needs is never evicted.
 
     Attributes:
-        limit: Bytes to keep at most, beside those of the present row.
+        limit: Bytes to keep at most, beside those of the current row.
         bytes: Bytes kept now.
-        now: The place of the present row in the schedule.
+        now: The position of the current row in the schedule.
     """
 
     def __init__(self, limit: int, uses: Callable[[Hashable], Sequence[int]]) -> None:
@@ -27,7 +27,7 @@ class Keep(Generic[Value]):
 
         Args:
             limit: Bytes to keep at most.
-            uses: The places in the schedule at which a key is needed, ascending.
+            uses: The positions in the schedule at which a key is needed, ascending.
         """
         self.limit = limit
         self.bytes = 0
@@ -50,7 +50,7 @@ class Keep(Generic[Value]):
         return self._kept[key][0]
 
     def release(self) -> None:
-        """The present row is done."""
+        """Ends the current row."""
         for key in self._held:
             if self._next(key) == NEVER:
                 self._drop(key)
@@ -70,19 +70,19 @@ class Keep(Generic[Value]):
 
     def _next(self, key: Hashable) -> float:
         uses = self._uses(key)
-        place = bisect_right(uses, self.now)
-        return uses[place] if place < len(uses) else NEVER
+        index = bisect_right(uses, self.now)
+        return uses[index] if index < len(uses) else NEVER
 
 
-def uses_of(rows: Sequence[Sequence[int]], batch_size: int) -> Mapping[int, list[int]]:
-    """For each group of ``batch_size`` pictures the places of the rows that need one of it.
+def use_schedule(rows: Sequence[Sequence[int]], batch_size: int) -> Mapping[int, list[int]]:
+    """For each group of ``batch_size`` pictures the positions of the rows that need one of it.
 
     Args:
         rows: The pictures of each row in the order of the schedule.
         batch_size: Pictures in a group.
     """
-    found: dict[int, list[int]] = {}
-    for place, images in enumerate(rows):
+    schedule: dict[int, list[int]] = {}
+    for index, images in enumerate(rows):
         for group in {image // batch_size for image in images}:
-            found.setdefault(group, []).append(place)
-    return found
+            schedule.setdefault(group, []).append(index)
+    return schedule

@@ -1,9 +1,9 @@
-"""A model that remembers: it answers for pictures it has seen without running its network again.
+"""A model with a cache: it answers for pictures it has seen without running its network again.
 
 Methods see an ordinary model. Its layers give what the network gave for the pictures, and gradients
 go back through the graphs of the passes that were kept, so that maps are those of the network
 itself. What a method does beyond that (perturb pixels, replace a layer's output) cannot be answered
-from memory and raises :class:`UnansweredError`.
+from memory and raises :class:`CacheMissError`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Recall = Callable[[tuple[int, int], bool], Sequence[Use]]
 """From the size of images and whether vectors are wanted before normalisation to kept passes."""
 
 
-class UnansweredError(ModelError):
-    """A method asked what only the network itself can answer."""
+class CacheMissError(ModelError):
+    """A method needs an answer that is not in the cache and that only the network can give."""
 
 
 def blank(size: tuple[int, int], count: int) -> Tensor:
@@ -42,7 +42,7 @@ def _is_blank(images: Tensor) -> bool:
     return bool(images[:, 0, 0, 0].isnan().all())
 
 
-class Recalled(SimilarityModel):
+class CachedModel(SimilarityModel):
     """Answers for :func:`blank` images what the base model gave for the pictures they stand for.
 
     Attributes:
@@ -118,7 +118,7 @@ class Recalled(SimilarityModel):
             return self._asked(images, raw=raw)
         uses = self._recall((int(images.shape[-2]), int(images.shape[-1])), raw)
         if len(uses) != len(images):
-            raise UnansweredError(f"Expected {len(uses)} images, got {len(images)}.")
+            raise CacheMissError(f"Expected {len(uses)} images, got {len(images)}.")
         order = uses[0][0].layers
         calls: dict[str, int] = {}
         given: list[Tensor] = []
@@ -132,7 +132,7 @@ class Recalled(SimilarityModel):
     def _asked(self, images: Tensor, *, raw: bool) -> Tensor:
         """The base model's answer, which is the same for the noise that models are known by."""
         if raw or torch.is_grad_enabled():
-            raise UnansweredError("These images have not been seen.")
+            raise CacheMissError("These images have not been seen.")
         if self._answered is None or not torch.equal(self._answered[0], images):
             self._answered = (images.clone(), self.base.embed(images).detach())
         return self._answered[1].clone()
@@ -142,11 +142,11 @@ class Recalled(SimilarityModel):
         name, call = split_call(layer)
         module = self._slots.get_submodule(name)
         for _ in range(calls.get(name, 0), call or 0):
-            module(torch.zeros(1))  # the calls that nobody asked for
+            module(torch.zeros(1))  # calls before the requested one
         calls[name] = (call or 0) + 1
         given: Tensor = module(value)
         if given.shape != value.shape or not torch.equal(given, value):
-            raise UnansweredError(f"The output of layer '{layer}' was replaced.")
+            raise CacheMissError(f"The output of layer '{layer}' was replaced.")
         return given
 
 
@@ -189,7 +189,7 @@ class _Linked(torch.autograd.Function):
         return (None, None, *ctx.pull(slopes))
 
 
-def recalled_avsl(base: AVSL, levels: Callable[[tuple[int, int]], list[Tensor]]) -> AVSL:
+def cached_avsl(base: AVSL, levels: Callable[[tuple[int, int]], list[Tensor]]) -> AVSL:
     """An AVSL model that shares everything with ``base`` but remembers the maps of its levels.
 
     Args:

@@ -21,7 +21,7 @@ _CELL = 1.7
 _ROLES = ("anchor", "positive", "negative")
 
 
-def watched_triplets(
+def attention_triplets_of(
     queries: Sequence[Record], count: int, seed: int
 ) -> tuple[tuple[Record, Record, Record], ...]:
     """Triplets of pictures drawn once for a run: anchors of different classes where there are.
@@ -42,8 +42,8 @@ def watched_triplets(
     if len(classes) < 2 or not able:
         return ()
     draw = np.random.default_rng(seed)
-    found = []
-    order = [able[place] for place in draw.permutation(len(able))]
+    triplets = []
+    order = [able[index] for index in draw.permutation(len(able))]
     for label in order[:count]:
         own = classes[label]
         anchor = own[int(draw.integers(len(own)))]
@@ -51,14 +51,14 @@ def watched_triplets(
         apart = [r for r in others if r.group is None or r.group != anchor.group] or others
         far = [name for name in sorted(classes) if name != label]
         negatives = classes[far[int(draw.integers(len(far)))]]
-        found.append(
+        triplets.append(
             (
                 anchor,
                 apart[int(draw.integers(len(apart)))],
                 negatives[int(draw.integers(len(negatives)))],
             )
         )
-    return tuple(found)
+    return tuple(triplets)
 
 
 def attention_picture(
@@ -68,7 +68,7 @@ def attention_picture(
     title: str,
     method: dict[str, Any] | None = None,
 ) -> bytes:
-    """A PNG with a row for each triplet: three pictures, and what the model looks at in them.
+    """A PNG with a row for each triplet: three pictures, and the model's attention in them.
 
     The model is left as it was. Triplets whose pictures cannot be read are left out.
 
@@ -103,9 +103,9 @@ def _method(model: SimilarityModel) -> dict[str, Any]:
 def _row(explained: Explanation, *, roles: bool) -> Row:
     """Every picture beside itself with its heat; the verdict over them."""
     cells: list[Cell | None] = []
-    for place, role in enumerate(_ROLES):
-        view = explained.preprocess.undo(explained.images[0, place])
-        heat = explained.heatmaps_at(0)[place].cpu().numpy()
+    for index, role in enumerate(_ROLES):
+        view = explained.preprocess.undo(explained.images[0, index])
+        heat = explained.heatmaps_at(0)[index].cpu().numpy()
         title = (Words(role, ROLE_COLOURS[role], 9, "bold", "left"),) if roles else ()
         cells += [Cell(view, title), Cell(overlay(view, heat)), None]
     ink = VERDICTS[explained.condition(0).holds]

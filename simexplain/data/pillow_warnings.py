@@ -1,4 +1,4 @@
-"""Pillow without its warnings, in any number of threads, and Python's warnings as before."""
+"""Silences Pillow's warnings, in any number of threads, and leaves Python's filters as before."""
 
 from __future__ import annotations
 

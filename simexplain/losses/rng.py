@@ -1,4 +1,4 @@
-"""Chance in a training step comes from its own generator, whatever library draws."""
+"""Seeds the global random state of a training step from the step's own generator."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 
 @contextmanager
-def drawn_from(generator: torch.Generator) -> Iterator[None]:
-    """Inside the block PyTorch's global random state is seeded by the generator; then as before.
+def seeded_by(generator: torch.Generator) -> Iterator[None]:
+    """Seeds PyTorch's global random state by a generator inside the block, and restores it.
 
     The miners of pytorch-metric-learning draw from the global state. It differs between processes,
     which would then not compute the same loss, and between a run and its resumption.
