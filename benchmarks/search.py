@@ -32,7 +32,7 @@ from simexplain.searching.explaining_hits import HitMaps, hit_maps
 from simexplain.searching.index_gallery import GalleryIndex
 from simexplain.searching.marginals import marginals
 from simexplain.searching.regions import Region, best_box, similarities
-from simexplain.searching.search_query import LoadedItem, ask
+from simexplain.searching.search_query import SearchQuery, prepare_query
 
 SETTINGS = {"same": compose_same, "category": compose_category}
 NETWORKS = {"EfficientNet-Lite0": "timm:tf_efficientnet_lite0"}
@@ -115,12 +115,12 @@ class Searching:
         result["the whole frame as box"] = Answer((), frame)
         return result
 
-    def _asked(self, query: Query) -> LoadedItem:
+    def _asked(self, query: Query) -> SearchQuery:
         views, (geometry,) = prepared(self.index.preprocess, [Picture("", query.scene.picture)])
         size = (query.scene.picture.height, query.scene.picture.width)
         box = tuple(float(value) for value in query.scene.pieces[0].box)
         region = Region.of_box((box[0], box[1], box[2], box[3]), size)
-        return ask(self.model, self.index, views, geometry, region)
+        return prepare_query(self.model, self.index, views, geometry, region)
 
     def _cut_out(self, query: Query) -> Tensor:
         x, y, width, height = query.scene.pieces[0].box
@@ -180,7 +180,7 @@ def cost(source: str, scenes: Sequence[CrowdedScene], rounds: int) -> Cost:
         searching = Searching(model, scenes, Path(folder))
     index = searching.index
     views, (geometry,) = prepared(index.preprocess, [Picture("", scenes[0].picture)])
-    requested = ask(model, index, views, geometry, None)
+    requested = prepare_query(model, index, views, geometry, None)
     assert requested.factors is not None
     distances, places = index.neighbours(requested.row, HITS + 1)
     rows, rivals = places[0].tolist(), list(range(1, HITS + 1))

@@ -342,7 +342,7 @@ def test_fused_attention_in_the_open(name: str) -> None:
     with torch.no_grad(), recorder:
         result = F.scaled_dot_product_attention(q, k, v, **options)
     torch.testing.assert_close(result.detach(), wanted)
-    (call,) = recorder.found
+    (call,) = recorder.recorded
     values = v.repeat_interleave(4 // heads, dim=1)
     torch.testing.assert_close((call.weights @ values).detach(), wanted)
     assert result.requires_grad

@@ -673,7 +673,7 @@ def test_a_batch_that_another_run_has_ended_is_left_as_it_is(table: Path, tmp_pa
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RowExplainer, "prove", proven)
+        patch.setattr(RowExplainer, "check_sharing", proven)
         explain_batch(tiny_model(), table, out, how=how, resume=True)
     explain_batch(tiny_model(), table, tmp_path / "whole", how=how)
     assert contents(out) == contents(tmp_path / "whole")

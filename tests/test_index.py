@@ -805,15 +805,15 @@ def test_command_interrupted_says_how_to_go_on(
     for number in range(4):
         noise(40, 40, seed=number).save(here / "pictures" / f"{number}.png")
     record = ("index", NET[0], "pictures", "--out", "i", "--batch-size", 1, *NET[1:])
-    add = index_work.Work.add
+    add = index_work.IndexWork.add
 
-    def struck(self: index_work.Work, *arguments: object) -> None:
+    def struck(self: index_work.IndexWork, *arguments: object) -> None:
         if self.parts:
             raise KeyboardInterrupt
         add(self, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(index_work.Work, "add", struck)
+        patched.setattr(index_work.IndexWork, "add", struck)
         lines = run(*record)
     assert (lines.code, lines.out) == (130, "")
     assert lines.err == "Error: Interrupted; the same command goes on where it was.\n"
