@@ -206,7 +206,7 @@ def explain_against(
         scale: ``image`` draws every map to its own maximum, ``shared`` to that of its comparison.
         pooling: As for :func:`explain`.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
-        check: Hide what each map marks, and as much elsewhere, and ask the model again.
+        check: Hide what each map marks, and as much elsewhere, and run the model again.
         **options: Passed to a method given by name, such as ``weights="relative"``.
 
     Raises:
