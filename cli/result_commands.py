@@ -27,7 +27,7 @@ class Made:
         result: The result.
         report: Prints it for a person, and returns what to warn of.
         saving: Options of saving it.
-        more: What the JSON says beside it.
+        more: Further keys of its JSON.
     """
 
     result: Result

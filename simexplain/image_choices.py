@@ -20,7 +20,7 @@ _CUTTING = {"__getitem__", "narrow", "select", "roll", "repeat_interleave"}
 
 
 class ImageChoices(TorchFunctionMode):
-    """Looks, while it is entered, for numbers that Python, or a cut, takes from an image.
+    """Detects, inside the block, numbers that Python, or a cut, takes from an image.
 
     No graph of autograd shows these: a network that cuts out what is around its image's brightest
     pixel has a graph like one that always cuts there.

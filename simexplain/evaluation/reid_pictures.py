@@ -38,7 +38,7 @@ def draw_failures(result: Reidentification, most: int) -> Figure:
         for at in range(0, len(blocks), across)
     ]
     shown = f"{len(failures)} of {count} queries" if count > len(failures) else f"{count} queries"
-    title = f"Found somebody else first: {shown}, the worst first"
+    title = f"Another person ranked first: {shown}, worst first"
     if not failures:
         title = "Every query found its person first"
     widths = ([_SIDE] * 3 + [_BETWEEN]) * across
