@@ -58,7 +58,7 @@ def test_a_batch_from_the_command_line(
     lines = done.out.splitlines()
     assert lines[0].endswith("method sam")
     assert lines[1] == f"{len(ROWS) + 1} rows, {len(ROWS)} explained, 1 failed"
-    assert f"{len(NAMES)} pictures went through the network; one by one it were 28" in lines
+    assert f"{len(NAMES)} pictures went through the network; 28 without sharing" in lines
     assert lines[-3:] == [
         "results: out/results.parquet",
         "manifest: out/batch.json",

@@ -69,7 +69,7 @@ def test_the_first_lines_of_a_table(run: Callable[..., Run], here: Path) -> None
 def test_errors_are_one_line_and_nothing_is_written(fails: Callable[..., str], here: Path) -> None:
     assert "cannot be read" in fails(*START, "none.csv", *FAST)
     assert "got no 'anchor'" in fails(*START, table(here, "a,b", header="x,y"), *FAST)
-    assert "no CSV" in fails(*START, "a.png", *FAST)
+    assert "not a CSV" in fails(*START, "a.png", *FAST)
     (here / "flat").mkdir()
     noise(8, 8).save(here / "flat" / "a.png")
     assert "sub-folders" in fails(*START, "flat", *FAST)

@@ -86,7 +86,7 @@ def test_it_tells_a_person_and_finds_a_new_folder(run: Callable[..., Run]) -> No
     for number in (1, 2):
         done = run("segment", *QUICK)
         assert done.code == 0, done.err
-        assert "1 of the class sought" in done.out
+        assert "1 of the class to find" in done.out
         assert f"mask: segmentation-{number}/mask.png" in done.out
     done = run("segment", NETWORK, "a.png", "b.jpg", *FAST, "--out", "segmentation-1")
     assert done.code == 1

@@ -433,7 +433,7 @@ def test_comparisons_are_read_from_a_table(tmp_path: Path) -> None:
         (["a;b,c,d"], "anchor,positives,negatives", "2 anchors"),
         (["a,b,c,d"], "anchor,positives,negatives", "more cells"),
         (["a,b;c,d,m"], "anchor,positives,negatives,positive_masks", "1 for 2"),
-        (['a,"b'], "anchor,positives,negatives", "no CSV"),
+        (['a,"b'], "anchor,positives,negatives", "not a CSV"),
     ],
 )
 def test_tables_that_are_wrong_are_refused_with_the_line(

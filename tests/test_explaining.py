@@ -335,7 +335,7 @@ def test_upscaling_a_network_of_fixed_size_is_a_clear_error(triplet: Comparison)
             assert images.shape[-1] == 32, "only 32 pixels wide"
             return super().forward(images)
 
-    with pytest.raises(ModelError, match=r"48x64, which upscale=2 asks for.*only 32 pixels wide"):
+    with pytest.raises(ModelError, match=r"48x64, which upscale=2 calls for.*only 32 pixels wide"):
         explain(Fixed().eval(), triplet, upscale=2)
 
 

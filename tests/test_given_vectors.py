@@ -118,8 +118,8 @@ def test_what_does_not_fit_is_one_sentence(tiny: TinyNet, images: Tensor, vector
             explain(tiny, Comparison.pair(images[:1], bad))
     with pytest.raises(ComparisonError, match="a label for each of 1 given vectors, got 2"):
         explain(tiny, Comparison.pair(images[:1], vectors[0]), labels=["a", "b"])
-    with pytest.raises(ComparisonError, match="Expected a Comparison"):
-        explain(tiny, list(images[:2]))
+    with pytest.raises(ComparisonError, match="Labels name given vectors"):
+        explain(tiny, list(images[:2]), labels=["a"])
     with pytest.raises(ComparisonError, match="images of one size"):
         explain(tiny, Comparison.pair(images[:1], images[1:2, :, :12]))
 

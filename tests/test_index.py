@@ -784,7 +784,7 @@ def test_command_refuses_in_one_line(
     (here / "pictures").mkdir()
     shutil.copy(here / "a.png", here / "pictures" / "a.png")
     assert run("index", NET[0], "pictures", "--out", "i", *NET[1:]).code == 0
-    assert "not an index" in fails("index", NET[0], "pictures", "--out", "text.jpg")
+    assert "index of a gallery" in fails("index", NET[0], "pictures", "--out", "text.jpg")
     assert "There is no index" in fails("index", NET[0], "pictures", "--out", "j", "--add")
     assert "is none" in fails("index", NET[0], "nowhere", "--out", "j")
     assert "is a folder" in fails("index", NET[0], "pictures", "--out", "pictures")

@@ -150,7 +150,7 @@ def test_match(side: str, paths: list[Path], tmp_path: Path) -> None:
     for index, wanted in enumerate((first, second)):
         drawn = _Side(result, index, 0)
         assert near(middle(drawn.heat(result.marginals()[index][0])), wanted)
-    with pytest.raises(ComparisonError, match="that the layer sees, x from"):
+    with pytest.raises(ComparisonError, match="what the layer sees, x from"):
         result.at(*unseen)
     result.save(tmp_path / "out")
     again = Matching.load(tmp_path / "out")
@@ -192,7 +192,7 @@ def test_search(side: str, paths: list[Path], tmp_path: Path) -> None:
         left, top, wide, high = hit.box
         assert near((left + wide / 2, top + high / 2), places[int(Path(hit.path).stem)][0])
     x, y = places[0][1]
-    with pytest.raises(ComparisonError, match="that the layer sees"):
+    with pytest.raises(ComparisonError, match="what the layer sees"):
         search(model, query, index, region=(x - 6, y - 6, 12, 12))
     result.save(tmp_path / "out")
     again = SearchResult.load(tmp_path / "out")

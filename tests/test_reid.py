@@ -356,7 +356,7 @@ def test_what_the_command_prints(run: Callable[..., Run], here: Path) -> None:
         "(3 of distractors, 3 more of junk ignored)"
     )
     assert lines[2].split()[:2] == ["all", "0.000"]
-    assert lines[5] == "8 queries found somebody else first; the worst, explained:"
+    assert lines[5] == "8 queries found another person first; the worst, explained:"
     words = lines[6].split()
     assert words[:3] == ["simexplain", "explain", NETWORK]
     explained = run(*words[1:], "--out", "why")

@@ -212,7 +212,7 @@ def test_coca_says_its_words_in_its_text_tower(words: int) -> None:
     network = CoCa(16, multimodal, text, vision).eval()
     model = as_similarity_model(network)
     if words != 49408:
-        with pytest.raises(ModelError, match="knows 50265 tokens"):
+        with pytest.raises(ModelError, match="has 50265 tokens"):
             model.embed_text(TEXTS)
         return
     tokens = open_clip.SimpleTokenizer(context_length=19)(TEXTS)

@@ -87,7 +87,7 @@ def test_every_setting_of_every_loss_has_a_kind(table: dict[str, Any]) -> None:
         (("share", "x"), "share to be a finite number, got 'x'"),
         (("foo", 1), "options of mining among arch, weights"),
         (("share", 2), "share and masked_scale in (0, 1]"),
-        (("arch", "siamese"), "mining over triplets, as --mining says"),
+        (("arch", "siamese"), "mining over triplets, as set by --mining"),
     ],
 )
 def test_options_of_mining_are_checked(option: tuple[str, Any], said: str) -> None:

@@ -95,12 +95,12 @@ def _row(metadata: Metadata, arrays: Arrays, mark: str) -> dict[str, Any]:
         **{name: f"{mark}{name}" for name in ("maps", "weights", "scores")},
         "unexplained": _there(f"{mark}unexplained", arrays),
         "layer_maps": {layer: f"{mark}layer_{number}" for number, layer in layers},
-        "check": _check([one.get("check") for one in metadata["comparisons"]]),
+        "check": upgraded_check([one.get("check") for one in metadata["comparisons"]]),
         **{name: metadata[name] for name in plain if name in metadata},
     }
 
 
-def _check(metadata: Sequence[Metadata | None]) -> dict[str, Any] | None:
+def upgraded_check(metadata: Sequence[Metadata | None]) -> dict[str, Any] | None:
     """The check of all comparisons from that of each."""
     present = [one for one in metadata if one is not None]
     if len(present) < len(metadata):
