@@ -150,7 +150,7 @@ def test_match(side: str, paths: list[Path], tmp_path: Path) -> None:
     for index, wanted in enumerate((first, second)):
         drawn = _Side(result, index, 0)
         assert near(middle(drawn.heat(result.marginals()[index][0])), wanted)
-    with pytest.raises(ComparisonError, match="what the layer sees, x from"):
+    with pytest.raises(ComparisonError, match="that the layer sees, x from"):
         result.at(*unseen)
     result.save(tmp_path / "out")
     again = Matching.load(tmp_path / "out")
