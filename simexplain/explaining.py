@@ -15,7 +15,7 @@ from simexplain.arguments import typed
 from simexplain.comparison import Comparison, positives_of
 from simexplain.data.folders import Batches, pictures_in, read_item
 from simexplain.data.images import Picture, PictureSource, read_pictures
-from simexplain.data.preprocessing import Geometry, Preprocess, prepared
+from simexplain.data.preprocessing import Geometry, Preprocess, notes_of, prepared
 from simexplain.errors import ComparisonError, ImageError
 from simexplain.explaining_tensors import (
     check_pair,
@@ -274,7 +274,7 @@ def _placed(
 ) -> Explanation:
     """A result on the pictures that were read, with what is to be known of them."""
     return result.placed(
-        model.preprocess.notes + tuple(note for picture in pictures for note in picture.notes),
+        notes_of(model.preprocess, pictures),
         pictures=tuple(map(model.preprocess.drawn, pictures)),
         geometries=tuple(geometries),
     )

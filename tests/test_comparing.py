@@ -30,7 +30,6 @@ from simexplain.evaluation.faithfulness import faithfulness
 from simexplain.evaluation.item_sources import read_comparisons, sample_comparisons
 from simexplain.evaluation.items import Item
 from simexplain.evaluation.recipes import quick_methods, recipe_from
-from simexplain.evaluation.saving import save_evaluation
 from simexplain.models.blackbox import BlackBox
 from simexplain.publishing import KINDS
 from simexplain.rendering.sheet import png_of
@@ -528,7 +527,7 @@ def test_an_evaluation_is_drawn_and_saved(tmp_path: Path) -> None:
     Image.open(io.BytesIO(png_of(figure))).verify()
     assert "[" in str(result)
     assert "no$layer$" not in str(result)
-    files = save_evaluation(result, tmp_path / "out", force=False)
+    files = result.write(tmp_path / "out", force=False)
     assert {Path(path).name for path in files.values()} == set(KINDS["Evaluation"].names)
     lines = Path(files["values"]).read_text(encoding="utf-8").splitlines()
     assert lines[0] == "item,anchor,method,deletion,insertion,gain,pointing,energy"
@@ -540,4 +539,4 @@ def test_an_evaluation_is_drawn_and_saved(tmp_path: Path) -> None:
     assert record["files"] == files
     assert list(record["skipped"]) == ["no$layer$"]
     with pytest.raises(OutputError, match="there already"):
-        save_evaluation(result, tmp_path / "out", force=False)
+        result.write(tmp_path / "out", force=False)

@@ -24,7 +24,6 @@ from simexplain.errors import ComparisonError, ImageError, OutputError
 from simexplain.evaluation.reid import masks_of, ranked_reid
 from simexplain.evaluation.reid_result import FAILURE_COLUMNS, Reidentification
 from simexplain.evaluation.retrieval import Embedded
-from simexplain.evaluation.saving import save_reid
 from simexplain.publishing import KINDS
 
 SMALL = ("--untrained", "--size", "64x32", "--fit", "squash")
@@ -292,9 +291,9 @@ def test_pictures_from_python(tmp_path: Path) -> None:
     assert [Path(path).name for path in result.errors] == ["0007_c1s1_000001_00.jpg"]
     assert list(dict.fromkeys(done)) == ["Embedding queries", "Embedding gallery", "Ranking"]
     assert [parameter.grad for parameter in model.parameters() if parameter.grad is not None] == []
-    files = save_reid(result, tmp_path / "out", force=False)
+    files = result.write(tmp_path / "out", force=False)
     with pytest.raises(OutputError, match="already"):
-        save_reid(result, tmp_path / "out", force=False)
+        result.write(tmp_path / "out", force=False)
     rows = table(files["queries"])
     assert len(rows) == 8
     failed = table(files["failures"])
@@ -305,7 +304,7 @@ def test_pictures_from_python(tmp_path: Path) -> None:
 
 def test_no_failures_leave_no_figure(tmp_path: Path) -> None:
     result = on_a_line([("0001", "1")], [("0001", "2", 0.1)])
-    files = save_reid(result, tmp_path / "scores", force=False)
+    files = result.write(tmp_path / "scores", force=False)
     assert set(files) == {"results", "queries", "failures", "arrays"}
     lines = (tmp_path / "scores" / "failures.csv").read_text(encoding="utf-8").splitlines()
     assert lines == [",".join(FAILURE_COLUMNS)]

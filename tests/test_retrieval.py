@@ -20,7 +20,6 @@ from simexplain import as_similarity_model, evaluate_retrieval
 from simexplain.data.folders import Record, pictures_in
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError
 from simexplain.evaluation.retrieval import Embedded, embedded, ranked_retrieval
-from simexplain.evaluation.saving import save_retrieval
 from simexplain.metrics.ranking import Ranking, rank, ranked, same
 from simexplain.models.base import DISTANCES
 from simexplain.publishing import KINDS
@@ -406,7 +405,7 @@ def test_saved_whole_or_not_at_all(tmp_path: Path) -> None:
     records = pictures(tmp_path / "data", {"a": 3, "b": 1, "c": 2})
     result = evaluate_retrieval(TinyNet().eval(), records)
     folder = tmp_path / "scores"
-    files = save_retrieval(result, folder, force=False)
+    files = result.write(folder, force=False)
     assert {path.name for path in folder.iterdir()} == set(KINDS["Retrieval"].names)
     printed = json.loads((folder / "retrieval.json").read_text(encoding="utf-8"))
     assert printed == {**result.to_json(files), "digests": printed["digests"]}
@@ -419,6 +418,6 @@ def test_saved_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [row["class"] for row in classes] == [one.label for one in result.classes]
     assert float(classes[0]["recall_at_1"]) == result.classes[0].recall[1]
     with pytest.raises(OutputError, match="force"):
-        save_retrieval(result, folder, force=False)
-    save_retrieval(result, folder, force=True)
+        result.write(folder, force=False)
+    result.write(folder, force=True)
     assert result.save(tmp_path / "alone.json").exists()

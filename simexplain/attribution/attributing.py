@@ -12,7 +12,7 @@ from simexplain.arguments import typed
 from simexplain.attribution.result import Attribution
 from simexplain.comparison import paired
 from simexplain.data.images import PictureSource, read_pictures
-from simexplain.data.preprocessing import prepared
+from simexplain.data.preprocessing import notes_of, prepared
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explanation import versions
 from simexplain.graph.inference import Graph, PairGraph, Rows, infer
@@ -65,12 +65,11 @@ def attribute(
     pictures = read_pictures((a, *others))
     views, geometries = prepared(avsl.preprocess, pictures)
     result = _attribute(avsl, views[0], views[1:], roles, max_batch)
-    notes = avsl.preprocess.notes + tuple(n for picture in pictures for n in picture.notes)
     return replace(
         result,
         pictures=tuple((pictures[0], other) for other in pictures[1:]),
         geometries=tuple((geometries[0], other) for other in geometries[1:]),
-        warnings=notes + result.warnings,
+        warnings=notes_of(avsl.preprocess, pictures) + result.warnings,
     )
 
 

@@ -392,6 +392,11 @@ def hardly_seen(named: Iterable[tuple[str, Geometry]]) -> str:
     )
 
 
+def notes_of(prepare: Preprocess, pictures: Iterable[Picture]) -> tuple[str, ...]:
+    """What a user should know about how the model and these pictures were read."""
+    return prepare.notes + tuple(note for picture in pictures for note in picture.notes)
+
+
 def prepared(prepare: Preprocess, pictures: Sequence[Picture]) -> tuple[Tensor, list[Geometry]]:
     """Several pictures as one batch ``(M,C,H,W)``, and where each view lies in its picture.
 

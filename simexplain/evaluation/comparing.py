@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from simexplain.arguments import typed
 from simexplain.comparison import Comparison, arch_of
+from simexplain.data.preprocessing import notes_of
 from simexplain.errors import ComparisonError, SimexplainError, first_line
 from simexplain.evaluation.comparison_result import ComparedMethod, MethodComparison
 from simexplain.evaluation.faithfulness import PERTURBATIONS
@@ -123,8 +124,7 @@ def compare(
 
     notes: tuple[str, ...] = ()
     if question.pictures:
-        notes = wrapped.preprocess.notes
-        notes += tuple(note for picture in question.pictures for note in picture.notes)
+        notes = notes_of(wrapped.preprocess, question.pictures)
     run = _Run(wrapped, question, perturb, steps, baseline, tolerance, max_batch, seed)
     return run.compared(recipes, explained, notes, progress, estimate)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from simexplain.arguments import typed
 from simexplain.comparison import paired
 from simexplain.data.images import PictureSource, read_pictures
-from simexplain.data.preprocessing import Preprocess, prepared
+from simexplain.data.preprocessing import Preprocess, notes_of, prepared
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explanation import versions
 from simexplain.matching.factors import (
@@ -91,12 +91,11 @@ def match(
     pictures = read_pictures((a, b))
     views, (first, second) = prepared(wrapped.preprocess, pictures)
     result = _match(wrapped, views[:1], views[1:], layer, **chosen)
-    notes = wrapped.preprocess.notes + tuple(n for picture in pictures for n in picture.notes)
     return replace(
         result,
         pictures=((pictures[0], pictures[1]),),
         geometries=((first, second),),
-        warnings=notes + result.warnings,
+        warnings=notes_of(wrapped.preprocess, pictures) + result.warnings,
     )
 
 

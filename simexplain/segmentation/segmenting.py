@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from simexplain.arguments import typed
 from simexplain.data.images import Picture, PictureSource, read_pictures
-from simexplain.data.preprocessing import Geometry, Preprocess, prepared
+from simexplain.data.preprocessing import Geometry, Preprocess, notes_of, prepared
 from simexplain.errors import ComparisonError
 from simexplain.evaluation.items import read_mask
 from simexplain.explanation import versions
@@ -228,7 +228,7 @@ def _segment_pictures(
         images,
         {"view": view, "support_masks": masks is not None},
         name=pictures[0].path,
-        notes=own.notes + tuple(n for picture in pictures for n in picture.notes),
+        notes=notes_of(own, pictures),
     )
     return replace(result, geometries=tuple(geometries))
 
