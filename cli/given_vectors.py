@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from simexplain.data.vector_files import read_vectors
+from simexplain.data.arrays import read_vectors
 from simexplain.errors import ComparisonError
 from simexplain.explaining import centroid, explain_against
 

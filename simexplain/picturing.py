@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from simexplain.checking import PROVES
 from simexplain.comparison import roles
-from simexplain.data.thumbnails import Thumbnail, shrunk
+from simexplain.data.preprocessing import Thumbnail, shrunk
 from simexplain.errors import ComparisonError
 from simexplain.explanation import ROOTED, Explanation, GivenVector, heat_of, on_pixels
 from simexplain.methods import PIXELS

@@ -25,9 +25,9 @@ from simexplain import Comparison, Preprocess, SimilarityModel, as_similarity_mo
 from simexplain.arguments import fits, typed
 from simexplain.batching.options import BatchOptions
 from simexplain.batching.rows import read_rows
+from simexplain.data.arrays import read_vectors
 from simexplain.data.datasets import read_dataset
 from simexplain.data.images import read_picture
-from simexplain.data.vector_files import read_vectors
 from simexplain.errors import NetworkError, SimexplainError
 from simexplain.evaluation.item_sources import read_comparisons, sample_comparisons
 from simexplain.fitting.bank import BankOptions

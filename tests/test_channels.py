@@ -24,7 +24,7 @@ from simexplain import (
     match,
     search,
 )
-from simexplain.data.bands import as_rgb
+from simexplain.data.arrays import as_rgb
 from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import prepared
 from simexplain.errors import ImageError

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simexplain import Comparison, Explanation, as_similarity_model, explain, explain_against
-from simexplain.data.vector_files import read_vectors
+from simexplain.data.arrays import read_vectors
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explaining import centroid
 from simexplain.methods import METHODS

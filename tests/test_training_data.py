@@ -17,14 +17,18 @@ from pictures import noise, oriented
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from simexplain.data.augmenting import AUGMENTATIONS, Augmentation
 from simexplain.data.checking import check_training, check_views
 from simexplain.data.datasets import DataSplit, read_dataset
 from simexplain.data.folders import Record
-from simexplain.data.pillow_warnings import pillow_quiet
+from simexplain.data.images import pillow_quiet
 from simexplain.data.preprocessing import Preprocess
-from simexplain.data.sampling import ClassBalanced, Shuffled
-from simexplain.data.training_set import TrainingImages
+from simexplain.data.training_set import (
+    AUGMENTATIONS,
+    Augmentation,
+    ClassBalanced,
+    Shuffled,
+    TrainingImages,
+)
 from simexplain.errors import ImageError
 
 SMALL = Preprocess(size=(48, 48), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))

@@ -11,7 +11,7 @@ import numpy as np
 
 from simexplain.attribution.account import Node
 from simexplain.attribution.result import Attribution
-from simexplain.data.thumbnails import shrunk
+from simexplain.data.preprocessing import shrunk
 from simexplain.errors import ComparisonError
 from simexplain.models.avsl_options import ORIGINS
 from simexplain.printing import printable

@@ -14,13 +14,11 @@ from pathlib import Path
 from PIL import Image
 
 from simexplain.arguments import typed
-from simexplain.data.augmenting import Augmentation
 from simexplain.data.dataset_split import DataSplit, everything, few, relative
-from simexplain.data.folders import Record
-from simexplain.data.images import opened_picture, read_picture
-from simexplain.data.mask_files import mask_of
-from simexplain.data.pillow_warnings import pillow_quiet
+from simexplain.data.folders import Record, mask_of
+from simexplain.data.images import opened_picture, pillow_quiet, read_picture
 from simexplain.data.preprocessing import Preprocess
+from simexplain.data.training_set import Augmentation
 from simexplain.errors import ImageError
 
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)

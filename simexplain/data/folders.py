@@ -1,4 +1,4 @@
-"""Folders of pictures: which there are, their labels, and tensors of them in batches."""
+"""Folders of pictures: which there are, their labels and masks, and tensors of them in batches."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from simexplain.data.bands import ARRAYS
-from simexplain.data.images import Picture, PictureSource, is_picture, read_pages, read_picture
+from simexplain.data.arrays import ARRAYS
+from simexplain.data.images import (
+    Picture,
+    PictureSource,
+    is_picture,
+    opened_picture,
+    read_pages,
+    read_picture,
+)
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ImageError, missing
 from simexplain.publishing import written_pictures
@@ -215,3 +225,45 @@ class Batches:
         except ImageError as error:
             self.broken[path] = str(error)
             return None
+
+
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def mask_of(record: Record, size: tuple[int, int]) -> NDArray[np.uint8] | None:
+    """The mask of a picture ``(H,W)``, 255 where the object is; None where it has none.
+
+    A file with an alpha channel is its alpha channel, another its brightness; both are turned
+    upright as pictures are. A picture that is to be its own mask but has no alpha channel has none.
+
+    Args:
+        record: The picture.
+        size: Its height and width.
+
+    Raises:
+        ImageError: If the file cannot be read or has another size than the picture.
+    """
+    if record.mask is None:
+        return None
+    values = _alpha(record.mask)
+    if values is None:
+        if record.mask == record.path:
+            return None
+        values = np.array(read_picture(record.mask).image.convert("L"))
+    if values.shape != size:
+        raise ImageError(
+            f"Expected the mask '{record.mask}' in the size of its picture, {size[1]}x{size[0]}, "
+            f"got {values.shape[1]}x{values.shape[0]}."
+        )
+    return values
+
+
+def _alpha(path: Path) -> NDArray[np.uint8] | None:
+    try:
+        with opened_picture(path) as opened:
+            if "A" not in opened.getbands() and "transparency" not in opened.info:
+                return None
+            upright = ImageOps.exif_transpose(opened) or opened
+            return np.array(upright.convert("RGBA").getchannel("A"))
+    except _DAMAGE as error:
+        raise ImageError(f"The mask '{path}' cannot be read ({error}); check the file.") from error

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import struct
+import threading
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +18,68 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from simexplain.data.bands import as_rgb, bands_last, bands_of, check_no_pipe, is_banded, read_bands
-from simexplain.data.pillow_warnings import pillow_quiet
+from simexplain.data.arrays import (
+    as_rgb,
+    bands_last,
+    bands_of,
+    check_no_pipe,
+    is_banded,
+    read_bands,
+)
 from simexplain.errors import ImageError, missing
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_RULE = ("ignore", None, Warning, re.compile(r"PIL(\.|$)"), 0)
+_LOCK = threading.Lock()
+_inside = 0
+_changed: list[list[Any]] = []
+
+
+@contextmanager
+def pillow_quiet() -> Iterator[None]:
+    """Silences warnings that Pillow gives, of damaged metadata for example.
+
+    ``warnings.catch_warnings`` saves and restores the filters of the whole process: where two
+    threads do so at a time, the last to leave may restore what the other had set, for good. Here
+    one rule, of Pillow's modules alone, is put in by the first thread that comes and taken out by
+    the last that leaves, of every list of filters that was in use meanwhile.
+    """
+    global _inside
+    with _LOCK:
+        _inside += 1
+        _put_in()
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _inside -= 1
+            if not _inside:
+                _take_out()
+
+
+def _put_in() -> None:
+    present: list[Any] = _filters()
+    if _RULE in present:
+        return
+    # Nothing but a rule is added, and what is ignored is never remembered by Python, so that
+    # its caches of earlier decisions need no renewal.
+    present.insert(0, _RULE)
+    if not any(known is present for known in _changed):
+        _changed.append(present)
+
+
+def _take_out() -> None:
+    for filters in (*_changed, _filters()):  # a caller's own catch_warnings copies the list
+        while _RULE in filters:
+            filters.remove(_RULE)
+    _changed.clear()
+
+
+def _filters() -> list[Any]:
+    return warnings.filters  # type: ignore[return-value]
+
 
 Taken = TypeVar("Taken")
 

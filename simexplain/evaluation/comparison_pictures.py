@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from simexplain.data.thumbnails import Thumbnail, shrunk
+from simexplain.data.preprocessing import Thumbnail, shrunk
 from simexplain.errors import ComparisonError
 from simexplain.evaluation.tables import cost, number
 from simexplain.explanation import heat_of

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from simexplain.arguments import typed
-from simexplain.data.dataset_published import JUNK, is_distractor
 from simexplain.data.dataset_split import DataSplit
+from simexplain.data.datasets import JUNK, is_distractor
 from simexplain.data.folders import Record
 from simexplain.errors import ComparisonError, ImageError
 from simexplain.evaluation.reid_result import Failure, Reidentification

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from simexplain.data.images import read_picture
-from simexplain.data.thumbnails import shrunk
+from simexplain.data.preprocessing import shrunk
 from simexplain.printing import printable
 from simexplain.rendering.sheet import FAINT, ROLE_COLOURS, Cell, Grid, Row, Words, page
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from simexplain.data.dataset_published import JUNK, is_distractor
+from simexplain.data.datasets import JUNK, is_distractor
 from simexplain.data.folders import Record
 from simexplain.evaluation.results import ScoreResult
 from simexplain.evaluation.tables import aligned, number

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simexplain.data.thumbnails import Thumbnail, shrunk
+from simexplain.data.preprocessing import Thumbnail, shrunk
 from simexplain.errors import ComparisonError
 from simexplain.matching.factors import SCORES
 from simexplain.matching.points import Point

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from simexplain.data.folders import Record
-from simexplain.data.mask_files import mask_of
+from simexplain.data.folders import Record, mask_of
 from simexplain.data.preprocessing import Geometry
 from simexplain.errors import ComparisonError
 from simexplain.matching.factors import Factors

@@ -15,7 +15,7 @@ from simexplain.matching.ranking import centred, strongest
 from simexplain.methods.unexplained import bypass_warning, unexplained_share_warning
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
-from simexplain.models.moving import Region
+from simexplain.models.moving import Region as Span
 from simexplain.networks import unit_rows
 from simexplain.searching.closeness import ROUNDING
 from simexplain.searching.explaining_hits import HitMaps, hit_maps, level_parts, region_maps
@@ -185,7 +185,7 @@ def _explained(
     return explained
 
 
-def _frame(geometry: Geometry, factors: Factors, region: Region) -> Frame:
+def _frame(geometry: Geometry, factors: Factors, region: Span) -> Frame:
     height, width = factors.parts.shape[2:]
     return Frame("", geometry.size, (int(height), int(width)), geometry, region)
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simexplain.data.thumbnails import Thumbnail
+from simexplain.data.preprocessing import Thumbnail
 from simexplain.errors import ComparisonError
 from simexplain.matching.points import Point
 from simexplain.metrics.maps import placed

@@ -7,8 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from simexplain.data.images import Picture, read_picture
-from simexplain.data.preprocessing import Geometry
-from simexplain.data.thumbnails import shrunk
+from simexplain.data.preprocessing import Geometry, shrunk
 from simexplain.errors import ImageError
 from simexplain.searching.index_gallery import GalleryIndex
 

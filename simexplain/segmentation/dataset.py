@@ -15,9 +15,8 @@ from PIL import Image
 
 from simexplain.arguments import typed
 from simexplain.data.datasets import read_dataset
-from simexplain.data.folders import Record
+from simexplain.data.folders import Record, mask_of
 from simexplain.data.images import opened_picture
-from simexplain.data.mask_files import mask_of
 from simexplain.errors import ComparisonError, ImageError
 
 VOID = 255

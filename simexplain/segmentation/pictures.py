@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from simexplain.data.thumbnails import shrunk
+from simexplain.data.preprocessing import shrunk
 from simexplain.printing import printable
 from simexplain.rendering.masks import MARK_COLOURS, marked
 from simexplain.rendering.overlay import Pixels, overlay

@@ -45,7 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 def choices() -> dict[str, tuple[str, ...]]:
     """The names that each setting may have, those of other tables as well."""
-    from simexplain.data.augmenting import AUGMENTATIONS
+    from simexplain.data.training_set import AUGMENTATIONS
     from simexplain.losses.avsl_objective import ABLATIONS
     from simexplain.losses.metric_losses import LOSSES
     from simexplain.losses.tuples import SHAPES

@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from simexplain.arguments import typed
-from simexplain.data.augmenting import AUGMENTATIONS
 from simexplain.data.checking import check_training, check_views
 from simexplain.data.dataset_split import DataSplit
-from simexplain.data.sampling import ClassBalanced
-from simexplain.data.training_set import TrainingImages
+from simexplain.data.training_set import AUGMENTATIONS, ClassBalanced, TrainingImages
 from simexplain.errors import ImageError, ModelError, OutputError
 from simexplain.explanation import versions
 from simexplain.models.writing import check_savable
