@@ -28,11 +28,9 @@ from torch.nn import functional as F
 from simexplain import SimilarityModel, build_index, load_model, match
 from simexplain.data.images import Picture
 from simexplain.data.preprocessing import prepared
-from simexplain.searching.explaining_hits import HitMaps, hit_maps
+from simexplain.searching.hit_maps import HitMaps, hit_maps, marginals
 from simexplain.searching.index_gallery import GalleryIndex
-from simexplain.searching.marginals import marginals
-from simexplain.searching.regions import Region, best_box, similarities
-from simexplain.searching.search_query import SearchQuery, prepare_query
+from simexplain.searching.query import Region, SearchQuery, best_box, prepare_query, similarities
 
 SETTINGS = {"same": compose_same, "category": compose_category}
 NETWORKS = {"EfficientNet-Lite0": "timm:tf_efficientnet_lite0"}

@@ -17,8 +17,8 @@ from simexplain.searching.index import (
     remove_from_index,
     update_index,
 )
-from simexplain.searching.index_report import report_of
-from simexplain.searching.index_work import work_folder
+from simexplain.searching.index_file import work_folder
+from simexplain.searching.index_gallery import report_of
 
 from .console import echo, echo_lines
 from .options import (

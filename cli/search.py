@@ -28,7 +28,7 @@ from .result_commands import Made, makes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from simexplain.searching.regions import Box
+    from simexplain.searching.query import Box
     from simexplain.searching.search_result import Hit, SearchResult
 
 _FOLDER = "search"

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import simexplain.searching.index_work as index_work
+import simexplain.searching.index_file as index_work
 from simexplain import (
     Preprocess,
     as_similarity_model,
@@ -37,9 +37,9 @@ from simexplain.data.images import read_picture
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError, SimexplainError
 from simexplain.methods.position_parts import position_parts
 from simexplain.models.base import DISTANCES, SimilarityModel
+from simexplain.searching.index_file import alone, work_folder
 from simexplain.searching.index_gallery import GalleryIndex
-from simexplain.searching.index_neighbours import nearest
-from simexplain.searching.index_work import alone, work_folder
+from simexplain.searching.index_models import nearest
 
 SIZE = (24, 32)
 PREPARE = Preprocess(size=SIZE, fit="squash")

@@ -30,7 +30,7 @@ from simexplain import (
     search,
 )
 from simexplain.methods.position_parts import position_parts
-from simexplain.searching.index_report import report_of
+from simexplain.searching.index_gallery import report_of
 
 
 class Wrapped(nn.Module):

@@ -35,7 +35,7 @@ from simexplain.errors import ComparisonError
 from simexplain.matching.pictures import _Side
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
-from simexplain.searching.index_report import report_of
+from simexplain.searching.index_gallery import report_of
 from simexplain.searching.search_pictures import _Picture
 
 HIGH, WIDE = 80, 120

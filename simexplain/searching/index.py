@@ -18,17 +18,18 @@ from simexplain.networks import full_precision
 from simexplain.searching.index_embedding import (
     PARTS,
     IndexSpec,
+    Pictures,
+    Stat,
+    absolute,
     common_basis,
     keeping_for,
+    pictures_of,
     run_rows,
     with_tail,
 )
-from simexplain.searching.index_file import is_written_here
+from simexplain.searching.index_file import IndexWork, alone, is_written_here
 from simexplain.searching.index_gallery import Changes, GalleryIndex, open_index
-from simexplain.searching.index_publishing import publish
-from simexplain.searching.index_reading import Pictures, Stat, absolute, pictures_of
-from simexplain.searching.index_update import IndexConfig, UpdatePlan, planned, without
-from simexplain.searching.index_work import IndexWork, alone
+from simexplain.searching.index_update import IndexConfig, UpdatePlan, planned, publish, without
 
 __all__ = [
     "Changes",

@@ -2,22 +2,201 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from simexplain.errors import ModelError
+from simexplain.data.folders import Batches, Record, pictures_in
+from simexplain.data.images import read_picture
+from simexplain.errors import ImageError, ModelError
 from simexplain.methods.position_parts import EXACT, PositionParts, position_parts
+from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_runs import features_and_rows
 from simexplain.models.base import SimilarityModel
 from simexplain.models.moving import WHOLE, Region
-from simexplain.networks import at_least_single, preserve_state, unit_rows
-from simexplain.searching.index_tails import UniformTail, uniform_tail
+from simexplain.networks import at_least_single, lengths_of, preserve_state, unit_rows
 from simexplain.tracing import chunks_of, trace
+
+DIGEST = 16
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Size and time of change of a picture's file.
+
+    Attributes:
+        changed: When it was last changed, in nanoseconds; -1 for a missing file.
+        size: In bytes.
+    """
+
+    changed: int
+    size: int
+
+    @classmethod
+    def of(cls, path: str | Path) -> Stat:
+        """Stats a file."""
+        try:
+            stat = Path(path).stat()
+        except OSError:
+            return cls(-1, -1)
+        return cls(stat.st_mtime_ns, stat.st_size)
+
+
+def digest_of(path: str | Path) -> bytes:
+    """A digest of the content of a file, 16 bytes.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=DIGEST)
+    with Path(path).open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.digest()
+
+
+class Pictures(Batches):
+    """Batches of pictures that note the size and the digest of every picture on the way.
+
+    Attributes:
+        sizes: ``(height, width)`` of each picture read, by its place in the records.
+        digests: 16 bytes each.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sizes: dict[int, tuple[int, int]] = {}
+        self.digests: dict[int, bytes] = {}
+
+    def _read(self, index: int) -> tuple[int, Tensor] | None:
+        path = self.records[index].path
+        try:
+            tensor, geometry = self.preprocess(read_picture(path).pixels)
+            self.digests[index] = digest_of(path)
+        except ImageError as error:
+            self.broken[path] = str(error)
+            return None
+        except OSError as error:
+            self.broken[path] = f"'{path}' cannot be read ({error.strerror or error})."
+            return None
+        self.sizes[index] = geometry.original
+        return index, tensor
+
+    def facts(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Columns ``sizes`` and ``digests`` of pictures that were read."""
+        return {
+            "sizes": torch.tensor([self.sizes[n] for n in indices], dtype=torch.int32),
+            "digests": torch.tensor([list(self.digests[n]) for n in indices], dtype=torch.uint8),
+        }
+
+
+def pictures_of(source: str | Path | Sequence[Record | str | Path]) -> tuple[list[str], str]:
+    """The absolute paths of a gallery, each once, and the folder that they are all in.
+
+    Args:
+        source: A folder, searched with all below, or pictures.
+
+    Raises:
+        ImageError: If the folder does not exist or has no picture.
+    """
+    if isinstance(source, (str, Path)):
+        records: Sequence[Record | str | Path] = pictures_in(source, labelled=False)
+        root = absolute([source])[0]
+    else:
+        records, root = source, ""
+    paths = absolute([record.path if isinstance(record, Record) else record for record in records])
+    if not paths:
+        raise ImageError("Expected at least one picture to index, got none.")
+    if not root:
+        folders = [str(Path(path).parent) for path in paths]
+        try:
+            root = os.path.commonpath(folders)
+        except ValueError:  # on different drives
+            root = folders[0]
+    return paths, root
+
+
+def absolute(paths: Sequence[str | Path]) -> list[str]:
+    """Absolute paths, each once; links stay links."""
+    return list(dict.fromkeys(os.path.normpath(Path(path).absolute()) for path in paths))
+
+
+_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class UniformTail:
+    """The part of a model above a layer, if that is ``v = W mean(A) + b`` (average pooling).
+
+    Parts then are ``W A_p / (h w)`` for any image: no backward pass, and no second forward pass to
+    see what is left without the layer. For a convolutional network that is a third of the time
+    that ``position_parts`` takes. Whether it is so is not taken on trust: parts and rest of every
+    image must add up to its vector.
+
+    Attributes:
+        layer: The layer.
+        weight: ``W / (h w)``, ``(E,C)``.
+        rest: ``b``, ``(E,)``.
+    """
+
+    layer: str
+    weight: Tensor
+    rest: Tensor
+
+    def parts(self, model: SimilarityModel, images: Tensor) -> PositionParts | None:
+        """The parts of preprocessed images ``(M,3,H,W)``; None where they do not add up."""
+        traced = trace_vectors(model, images, (self.layer,)).trace
+        vectors = at_least_single(traced.embeddings.detach())
+        grid = at_least_single(traced.maps[self.layer].detach())
+        split = PositionParts(
+            parts=torch.einsum("ec,mchw->mehw", self.weight.to(grid), grid),
+            rest=self.rest.to(vectors).expand_as(vectors),
+            vectors=vectors,
+            lengths=lengths_of(vectors),
+            steps=0,
+        )
+        return split if bool((split.residual <= EXACT).all()) else None
+
+
+def uniform_tail(
+    model: SimilarityModel, layer: str, image: Tensor, rest: Tensor
+) -> UniformTail | None:
+    """Finds the matrix of such a tail by its Jacobian on one image; None for any other tail.
+
+    Args:
+        model: The model.
+        layer: The layer.
+        image: ``(1,3,H,W)``, as the model wants it.
+        rest: What the layer does not give ``(E,)``.
+    """
+    if model.batch_size is not None:
+        return None  # which may be written out in the network above the layer
+    traced = trace_vectors(model, image, (layer,)).trace
+    output = traced.outputs[layer][0]
+    count, rows = traced.embeddings.shape[1], []
+    for start in range(0, count, _AT_ONCE):
+        planes = torch.eye(count, device=output.device, dtype=traced.embeddings.dtype)
+        planes = planes[start : start + _AT_ONCE].unsqueeze(1)
+        try:
+            (gradient,) = torch.autograd.grad(
+                traced.embeddings, output, planes, retain_graph=True, is_grads_batched=True
+            )
+        except RuntimeError:  # an operator that takes one gradient at a time
+            return None
+        grid = at_least_single(traced.to_grid(layer, gradient.flatten(0, 1)))
+        mean = grid.mean(dim=(2, 3))
+        if bool((grid - mean[:, :, None, None]).abs().amax() > EXACT * grid.abs().amax()):
+            return None
+        rows.append(mean)
+    return UniformTail(layer, torch.cat(rows), rest.detach())
+
 
 PARTS, LEVELS, NOTHING = "parts", "levels", "nothing"
 """What is kept beside the embeddings: parts of the vectors, maps of AVSL's levels, or nothing."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,53 @@ from simexplain.data.preprocessing import Geometry, Preprocess
 from simexplain.errors import DAMAGED, ComparisonError, ModelError, OutputError, first_line
 from simexplain.matching.factors import Factors
 from simexplain.models.embedder import as_similarity_model
-from simexplain.renaming import takes_old_names
-from simexplain.searching.index_checking import check_columns, root_of
-from simexplain.searching.index_embedding import LEVELS, PARTS, IndexSpec, doubled
+from simexplain.renaming import takes_old_names, with_old_names
+from simexplain.searching.index_embedding import LEVELS, PARTS, IndexSpec, Stat, absolute, doubled
 from simexplain.searching.index_file import read_columns, unpacked_texts
-from simexplain.searching.index_models import Identity
-from simexplain.searching.index_neighbours import nearest
-from simexplain.searching.index_reading import Stat, absolute
+from simexplain.searching.index_models import Identity, nearest
+
+_DIMENSIONS = {
+    PARTS: {"parts": 4, "rest": 2, "scales": 1, "lengths": 1, "residuals": 1},
+    LEVELS: {"level_scales": 2},
+}
+
+
+def check_columns(keeping: IndexSpec, tensors: Mapping[str, Tensor], count: int) -> None:
+    """Whether a file has all columns for as many pictures, of the right kind.
+
+    Raises:
+        ValueError: If not.
+        KeyError: If one is missing.
+    """
+    wanted = {"embeddings": 2, "sizes": 2, "stats": 2, "digests": 2}
+    for name, dimensions in {**wanted, **_DIMENSIONS.get(keeping.kind, {})}.items():
+        if tensors[name].dim() != dimensions or len(tensors[name]) != count or count == 0:
+            raise ValueError(f"its column '{name}' does not fit")
+    if tensors["probe"].shape != tensors["embeddings"].shape[1:]:
+        raise ValueError("its column 'probe' does not fit")
+
+
+def root_of(path: Path, recorded: str, relative: str, given: str | Path | None) -> Path:
+    """The folder of the pictures; the recorded one unless the other is all that is there.
+
+    Args:
+        path: The index.
+        recorded: Where it was, absolute.
+        relative: The same as seen from the index; may be empty.
+        given: What the caller states, which takes precedence.
+
+    Raises:
+        OutputError: If that is not a folder.
+    """
+    if given is not None:
+        if not Path(given).is_dir():
+            raise OutputError(f"There is no folder '{given}' for the pictures of '{path}'.")
+        return Path(given)
+    beside = Path(os.path.normpath(path.absolute().parent / relative)) if relative else None
+    if not Path(recorded).is_dir() and beside is not None and beside.is_dir():
+        return beside
+    return Path(recorded)
+
 
 Places = Sequence[int] | Tensor
 
@@ -297,3 +339,73 @@ def open_index(path: str | Path, *, root: str | Path | None = None) -> GalleryIn
         raise OutputError(
             f"The index '{path}' is damaged ({first_line(error)}); make it again."
         ) from error
+
+
+_SAMPLE = 4096
+"""Pictures that the share of what is unexplained is measured on."""
+
+
+def bytes_per_image(index: GalleryIndex) -> int:
+    """What one picture takes in the file, without the text of its path."""
+    own = [t for t in index.tensors.values() if t.dim() > 0 and len(t) == len(index)]
+    return sum(math.prod(tensor.shape[1:]) * tensor.dtype.itemsize for tensor in own)
+
+
+def _unexplained(index: GalleryIndex) -> float:
+    """The share of the vectors that no position accounts for, on average over the gallery.
+
+    For a vector ``v`` with the rest ``r``, which biases and all else give that passes by the layer,
+    ``|r| / (|r| + |v - r|)``.
+    """
+    count = min(len(index), _SAMPLE)
+    scales = index.tensors["scales"][:count]
+    rest = index.tensors["rest"][:count].float() * scales[:, None]
+    vectors = index.embeddings[:count].float() * index.tensors["lengths"][:count, None]
+    own, others = rest.norm(dim=1), (vectors - rest).norm(dim=1)
+    return float((own / (own + others).clamp_min(1e-30)).mean())
+
+
+def seen_of(index: GalleryIndex) -> dict[str, Any]:
+    """The share of its pictures that the network saw: the mean, the least, and of which that is."""
+    shares = [index.geometry(position).seen for position in range(len(index))]
+    least = min(shares)
+    return {
+        "mean": round(sum(shares) / len(shares), 4),
+        "least": round(least, 4),
+        "least_of": index.paths[shares.index(least)],
+    }
+
+
+def report_of(index: GalleryIndex) -> dict[str, Any]:
+    """The JSON of ``simexplain index --json``; keys may be added, not changed."""
+    basis: dict[str, Any] | None = None
+    if index.has_basis:
+        _, width, height, across = index.tensors["parts"].shape
+        basis = {
+            "layer": index.layer,
+            "width": width,
+            "grid": [height, across],
+            "held": index.keeping.held,
+            "residual": float(index.tensors["residuals"].max()),
+            "unexplained": _unexplained(index),
+            "region": list(index.keeping.region),
+            "bypass": index.keeping.bypass,
+        }
+    report = {
+        "schema": 1,
+        "file": str(index.path),
+        "root": str(index.root),
+        "model": index.model_name,
+        "fingerprint": index.fingerprint,
+        "images": len(index),
+        "embedding": index.embeddings.shape[1],
+        "kept": index.keeping.kind,
+        "basis": basis,
+        "without_basis": index.without_basis,
+        "bytes_per_image": bytes_per_image(index),
+        "seen": seen_of(index),
+        "changes": None if index.changes is None else asdict(index.changes),
+        "errors": [{"path": path, "reason": why} for path, why in index.errors.items()],
+        "versions": index.metadata["versions"],
+    }
+    return with_old_names(report, "broken")

@@ -35,7 +35,7 @@ from simexplain.rendering.sheet import (
     Words,
     page,
 )
-from simexplain.searching.regions import Box
+from simexplain.searching.query import Box
 from simexplain.searching.search_result import Hit, SearchResult
 
 if TYPE_CHECKING:

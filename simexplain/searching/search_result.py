@@ -15,7 +15,7 @@ from simexplain.data.preprocessing import Geometry
 from simexplain.matching.points import Point, PositionPair
 from simexplain.models.moving import WHOLE, Region
 from simexplain.results.result import Result
-from simexplain.searching.regions import Box
+from simexplain.searching.query import Box
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
