@@ -20,7 +20,7 @@ from reporting import publish
 
 from simexplain import evaluate_reid, load_model, train
 from simexplain.data.datasets import read_dataset
-from simexplain.evaluation.reid_result import Reidentification
+from simexplain.evaluation.retrieval_result import Reidentification
 
 BACKBONE = "timm:tf_efficientnet_lite0"
 SETTINGS: dict[str, Any] = {

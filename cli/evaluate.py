@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from simexplain.evaluation.evaluating import evaluate_faithfulness
-from simexplain.evaluation.item_sources import SAMPLED, read_comparisons, sample_comparisons
-from simexplain.evaluation.measuring import CONTROLS
+from simexplain.evaluation.faithfulness import CONTROLS
+from simexplain.evaluation.items import SAMPLED, read_comparisons, sample_comparisons
 
 from .console import echo, echo_lines
 from .evaluate_reid import reid

@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from simexplain.data.datasets import read_dataset
-from simexplain.evaluation.reid import RANKS, evaluate_reid
-from simexplain.evaluation.reid_result import Reidentification
+from simexplain.evaluation.retrieval import RANKS, evaluate_reid
+from simexplain.evaluation.retrieval_result import Reidentification
 from simexplain.models.pcb import PCB
 
 from .console import echo, echo_lines

@@ -10,7 +10,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from simexplain.errors import ComparisonError
-from simexplain.evaluation.recipes import Recipe, recipe_from
+from simexplain.evaluation.comparing import Recipe, recipe_from
 from simexplain.explanation import SCALES
 from simexplain.methods import METHODS, option_from, options_of
 from simexplain.methods.cams import CAMS

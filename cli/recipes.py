@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import click
 
 from simexplain.errors import ComparisonError
+from simexplain.evaluation.comparing import Recipe, quick_methods, recipes_of, settled
 from simexplain.evaluation.faithfulness import PERTURBATIONS
-from simexplain.evaluation.recipes import Recipe, quick_methods, recipes_of, settled
 from simexplain.methods import METHODS
 from simexplain.metrics.curves import BASELINES
 

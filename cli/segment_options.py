@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from simexplain.evaluation.recipes import recipe_from
+from simexplain.evaluation.comparing import recipe_from
 from simexplain.segmentation.attending import AGGREGATES, ANCHORS
 from simexplain.segmentation.cue import REFINEMENTS, default_cue
 from simexplain.segmentation.grabcut import GrabCut

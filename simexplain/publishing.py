@@ -78,7 +78,7 @@ KINDS = {
     "Evaluation": Kind(
         "evaluation",
         {"results": "results.json", "values": "values.csv", "figure": "results.png"},
-        (), "simexplain.evaluation.evaluation_pictures.draw_evaluation",
+        (), "simexplain.evaluation.pictures.draw_evaluation",
     ),
     "Explanation": Kind(
         "explanation",
@@ -94,7 +94,7 @@ KINDS = {
     "MethodComparison": Kind(
         "comparison of methods",
         {"figure": "comparison.png", "manifest": "comparison.json", "maps": "comparison.npz"},
-        (), "simexplain.evaluation.comparison_pictures.draw_methods",
+        (), "simexplain.evaluation.pictures.draw_methods",
     ),
     "PairExplanation": Kind(
         "pair explanation",
@@ -104,7 +104,7 @@ KINDS = {
         "evaluation of re-identification",
         {"results": "reid.json", "queries": "queries.csv", "failures": "failures.csv",
          "figure": "failures.png", "arrays": "reid.npz"},
-        ("failures",), "simexplain.evaluation.reid_pictures.draw_failures",
+        ("failures",), "simexplain.evaluation.pictures.draw_failures",
     ),
     "Retrieval": Kind(
         "evaluation of retrieval",

@@ -29,7 +29,7 @@ from simexplain.data.arrays import read_vectors
 from simexplain.data.datasets import read_dataset
 from simexplain.data.images import read_picture
 from simexplain.errors import NetworkError, SimexplainError
-from simexplain.evaluation.item_sources import read_comparisons, sample_comparisons
+from simexplain.evaluation.items import read_comparisons, sample_comparisons
 from simexplain.fitting.bank import BankOptions
 from simexplain.losses import metric_loss
 from simexplain.methods import METHODS, options_of

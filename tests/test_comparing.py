@@ -26,10 +26,9 @@ from simexplain import (
     explain,
 )
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError
+from simexplain.evaluation.comparing import quick_methods, recipe_from
 from simexplain.evaluation.faithfulness import faithfulness
-from simexplain.evaluation.item_sources import read_comparisons, sample_comparisons
-from simexplain.evaluation.items import Item
-from simexplain.evaluation.recipes import quick_methods, recipe_from
+from simexplain.evaluation.items import Item, read_comparisons, sample_comparisons
 from simexplain.models.blackbox import BlackBox
 from simexplain.publishing import KINDS
 from simexplain.rendering.sheet import png_of

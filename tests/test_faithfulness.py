@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from simexplain import Comparison, Preprocess, as_similarity_model, explain
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError
 from simexplain.evaluation.evaluating import evaluate_faithfulness
-from simexplain.evaluation.faithfulness import faithfulness
+from simexplain.evaluation.faithfulness import faithfulness, sanity_check
 from simexplain.evaluation.items import Item, read_mask
-from simexplain.evaluation.sanity import sanity_check
-from simexplain.evaluation.tables import cost
+from simexplain.evaluation.results import cost
 from simexplain.methods.scoring import black_of
 
 PREPARE = Preprocess(size=(24, 24), fit="squash")

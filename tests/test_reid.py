@@ -21,9 +21,8 @@ from simexplain.data.dataset_split import DataSplit
 from simexplain.data.datasets import read_dataset
 from simexplain.data.folders import Record
 from simexplain.errors import ComparisonError, ImageError, OutputError
-from simexplain.evaluation.reid import masks_of, ranked_reid
-from simexplain.evaluation.reid_result import FAILURE_COLUMNS, Reidentification
-from simexplain.evaluation.retrieval import Embedded
+from simexplain.evaluation.retrieval import Embedded, masks_of, ranked_reid
+from simexplain.evaluation.retrieval_result import FAILURE_COLUMNS, Reidentification
 from simexplain.publishing import KINDS
 
 SMALL = ("--untrained", "--size", "64x32", "--fit", "squash")

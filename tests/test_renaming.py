@@ -20,7 +20,7 @@ from simexplain import Comparison, Explanation, explain
 from simexplain.arguments import typed
 from simexplain.batching.identity import check_same
 from simexplain.errors import ArgumentError, SimexplainError
-from simexplain.evaluation.recipes import recipe_from
+from simexplain.evaluation.comparing import recipe_from
 from simexplain.evaluation.results import Evaluation, SanityScores
 from simexplain.renaming import (
     ARGUMENTS_ALONE,

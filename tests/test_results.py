@@ -23,8 +23,8 @@ from simexplain.data.folders import Record
 from simexplain.data.images import Picture
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import OutputError
-from simexplain.evaluation.reid_result import Failure
 from simexplain.evaluation.results import Evaluation, FaithfulnessScores, SanityScores
+from simexplain.evaluation.retrieval_result import Failure
 from simexplain.metrics.ranking import Ranking
 from simexplain.publishing import KINDS, Kind
 from simexplain.results.codec import Views, decoded, encoded, plain

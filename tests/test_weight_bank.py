@@ -27,8 +27,8 @@ from simexplain import (
 from simexplain.data.folders import Record
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError
+from simexplain.evaluation.comparing import recipes_of
 from simexplain.evaluation.items import Item
-from simexplain.evaluation.recipes import recipes_of
 from simexplain.methods.bank_maps import BankMaps
 from simexplain.methods.weight_bank import WeightBank
 from simexplain.models.base import SimilarityModel

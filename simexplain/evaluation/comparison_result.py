@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from torch import Tensor
 
-from simexplain.evaluation.measuring import means
-from simexplain.evaluation.tables import aligned, cost, number
+from simexplain.evaluation.faithfulness import means
+from simexplain.evaluation.results import aligned, cost, number
 from simexplain.explanation import Explanation, versions
 from simexplain.results.codec import Arrays
 from simexplain.results.result import Result, Row

@@ -14,8 +14,8 @@ from torch import nn
 from simexplain.arguments import typed
 from simexplain.data.images import PictureSource
 from simexplain.errors import ComparisonError, SimexplainError
-from simexplain.evaluation.items import Item
-from simexplain.evaluation.measuring import (
+from simexplain.evaluation.comparing import Recipe, settled
+from simexplain.evaluation.faithfulness import (
     CONTROLS,
     METRICS,
     LoadedItem,
@@ -25,7 +25,7 @@ from simexplain.evaluation.measuring import (
     measured,
     timed,
 )
-from simexplain.evaluation.recipes import Recipe, settled
+from simexplain.evaluation.items import Item
 from simexplain.evaluation.results import Evaluation, MethodScores
 from simexplain.explaining import explain
 from simexplain.explanation import Explanation

@@ -1,17 +1,25 @@
-"""The items of a data set: pictures to compare, and masks of what their maps should point at."""
+"""The items of a data set: pictures to compare and masks, from a table or drawn from folders."""
 
 from __future__ import annotations
 
+import csv
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from simexplain.arguments import typed
+from simexplain.comparison import architecture
+from simexplain.data.folders import pictures_in, without_index
 from simexplain.data.images import PictureSource, opened_picture
-from simexplain.errors import ComparisonError, ImageError
+from simexplain.errors import ComparisonError, ImageError, missing
 from simexplain.renaming import takes_old_names
 
 _HALF = 127
@@ -78,3 +86,216 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
             f"The mask '{path}' marks nothing: expected values above {_HALF} where the object is."
         )
     return torch.from_numpy(mask)
+
+
+COLUMNS = (
+    "anchor",
+    "positives",
+    "negatives",
+    "anchor_mask",
+    "positive_masks",
+    "negative_masks",
+)
+"""Of a table of comparisons; the first three must be there."""
+
+SAMPLED = {"siamese": (1, 0), "triplet": (1, 1), "quadruplet": (1, 2)}
+"""Positives and negatives of the arrangements that can be drawn from classes."""
+
+_MASK = "_mask"
+_TRIES = 50
+_MISSED = 30
+
+
+@typed
+def read_comparisons(path: str | Path) -> list[Item]:
+    """The comparisons in a CSV file, in UTF-8 with a header.
+
+    Columns ``anchor``, ``positives``, ``negatives`` and, if wanted, ``anchor_mask``,
+    ``positive_masks``, ``negative_masks``; several files in a cell are separated by ``;``, and in a
+    list of masks an empty place means none. Paths are relative to the CSV file. A pair has one
+    positive or one negative; whether the files can be read is checked when they are needed.
+
+    Raises:
+        ComparisonError: If the file, its header or a line cannot be used; names it.
+    """
+    source = Path(path)
+    try:
+        with source.open(encoding="utf-8-sig", newline="") as opened:
+            reader = csv.DictReader(opened, strict=True)
+            _check_header(source, without_index(reader.fieldnames or ()))
+            items = [
+                _item(source, reader.line_num, row) for row in reader if any(_texts(row))
+            ]  # fmt: skip
+    except OSError as error:
+        reason = f"'{source}' cannot be read ({error.strerror or error})."
+        raise ComparisonError(missing(source, reason)) from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ComparisonError(
+            f"'{source}' is not a CSV file in UTF-8 ({error}); save it as one."
+        ) from error
+    if not items:
+        raise ComparisonError(f"Expected at least one comparison in '{source}', found none.")
+    return items
+
+
+@typed
+def sample_comparisons(
+    folder: str | Path, count: int = 50, *, arch: str = "triplet", seed: int = 0
+) -> list[Item]:
+    """Comparisons drawn from a folder with a sub-folder of pictures for each class.
+
+    Anchor and positive are two pictures of one class, negatives come from other classes. The mask
+    of ``cat.jpg`` is a picture ``cat_mask.png`` (or of another format) beside it; where there is
+    none, a picture with transparent parts is its own mask.
+
+    Args:
+        folder: Holds the classes.
+        count: How many to draw; fewer come where there are not so many different ones.
+        arch: ``siamese`` (similar pairs), ``triplet`` or ``quadruplet``.
+        seed: The same seed draws the same comparisons.
+
+    Raises:
+        ImageError: If the folder has no classes of pictures.
+        ComparisonError: If no class has two pictures, or an option does not fit.
+    """
+    if arch not in SAMPLED or count < 1:
+        raise ComparisonError(
+            f"Expected arch to be one of {', '.join(SAMPLED)} and at least one comparison, got "
+            f"'{arch}' and {count}."
+        )
+    classes, masks = _classes(folder)
+    anchors = [(label, path) for label, own in classes.items() if len(own) > 1 for path in own]
+    if not anchors:
+        raise ComparisonError(
+            f"Expected a class with at least two pictures in '{folder}', but every class has one."
+        )
+    draws = random.Random(seed)
+    draws.shuffle(anchors)
+    comparisons: dict[tuple[Path, ...], None] = {}
+    missed = 0  # draws in a row that were known already
+    for number in range(_TRIES * count):
+        paths = _drawn(classes, *anchors[number % len(anchors)], *SAMPLED[arch], draws)
+        missed = missed + 1 if paths is None or paths in comparisons else 0
+        if paths is not None:
+            comparisons.setdefault(paths)
+        if len(comparisons) == count or missed > _MISSED * (len(comparisons) + len(anchors)):
+            break
+    if not comparisons:
+        raise ComparisonError(f"Expected enough pictures of other classes in '{folder}'.")
+    return [_masked(paths, arch, masks) for paths in comparisons]
+
+
+def _drawn(
+    classes: Mapping[str, Sequence[Path]],
+    label: str,
+    anchor: Path,
+    positives: int,
+    negatives: int,
+    draws: random.Random,
+) -> tuple[Path, ...] | None:
+    near = [path for path in classes[label] if path != anchor]
+    far = [path for other, own in classes.items() if other != label for path in own]
+    if len(far) < negatives:
+        return None
+    return (anchor, *draws.sample(near, positives), *draws.sample(far, negatives))
+
+
+def _classes(folder: str | Path) -> tuple[dict[str, list[Path]], dict[Path, Path]]:
+    """The pictures of each class, and the mask files of those that have one."""
+    records = pictures_in(folder, labelled=True)
+    stems: dict[Path, Path] = {r.path.with_suffix(""): r.path for r in records}
+    masks: dict[Path, Path] = {}
+    for stem, path in stems.items():
+        owner = stem.with_name(stem.name.removesuffix(_MASK))
+        if owner != stem and owner in stems:
+            masks[owner] = path
+    taken = set(masks.values())
+    classes: dict[str, list[Path]] = defaultdict(list)
+    for record in records:
+        if record.path not in taken:
+            classes[record.label or ""].append(record.path)
+    return dict(classes), masks
+
+
+def _masked(paths: tuple[Path, ...], arch: str, masks: Mapping[Path, Path]) -> Item:
+    own = [masks.get(path.with_suffix("")) or (path if _cut_out(path) else None) for path in paths]
+    return Item(paths, arch, tuple(own) if any(own) else None)
+
+
+@lru_cache(maxsize=4096)
+def _cut_out(path: Path) -> bool:
+    """Whether parts of a picture are transparent; one that cannot be read is reported later."""
+    try:
+        with opened_picture(path) as opened:
+            if "A" not in opened.getbands() and "transparency" not in opened.info:
+                return False
+            alpha = np.asarray(opened.convert("RGBA").getchannel("A"))
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError):
+        return False
+    return bool(alpha.min() < 128)
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """The files that one line names, by role."""
+
+    files: list[Path]
+    masks: list[Path | None]
+
+
+def _item(source: Path, line: int, row: Mapping[str, str | None]) -> Item:
+    groups = []
+    for files, masks in (
+        ("anchor", "anchor_mask"),
+        ("positives", "positive_masks"),
+        ("negatives", "negative_masks"),
+    ):
+        groups.append(_cells(source, line, files, row.get(files), row.get(masks)))
+    anchor, near, far = groups
+    if None in row or len(anchor.files) != 1 or not near.files + far.files:
+        what = "more cells than the header has" if None in row else (
+            f"{len(anchor.files)} anchors, {len(near.files)} positives and {len(far.files)} "
+            "negatives"
+        )  # fmt: skip
+        raise ComparisonError(
+            f"Expected one anchor and at least one other picture in line {line} of '{source}', got "
+            f"{what}."
+        )
+    arch = architecture(len(near.files), len(far.files))
+    paths = (*anchor.files, *near.files, *far.files)
+    masks_of = (*anchor.masks, *near.masks, *far.masks)
+    return Item(
+        paths,
+        arch,
+        masks_of if any(masks_of) else None,
+        negative=arch == "siamese" and not near.files,
+        positives=len(near.files) if arch == "set" else 1,
+    )
+
+
+def _cells(source: Path, line: int, column: str, files: str | None, masks: str | None) -> _Cells:
+    named = [part.strip() for part in (files or "").split(";")]
+    paths = [source.parent / part for part in named if part]
+    given = [part.strip() for part in masks.split(";")] if masks and masks.strip() else []
+    if given and len(given) != len(paths):
+        raise ComparisonError(
+            f"Expected as many masks as {column} in line {line} of '{source}', got {len(given)} "
+            f"for {len(paths)}; leave a place between ; empty where there is none."
+        )
+    cells = [source.parent / part if part else None for part in given]
+    return _Cells(paths, cells or [None] * len(paths))
+
+
+def _texts(row: Mapping[str, str | list[str] | None]) -> Iterator[bool]:
+    return (bool(str(value).strip()) for value in row.values() if value is not None)
+
+
+def _check_header(source: Path, header: list[str]) -> None:
+    missing = [name for name in COLUMNS[:3] if name not in header]
+    unknown = [name for name in header if name not in COLUMNS]
+    if missing or unknown or len(set(header)) != len(header):
+        what = f"no '{missing[0]}'" if missing else f"'{(unknown or header)[0]}'"
+        raise ComparisonError(
+            f"Expected the columns {', '.join(COLUMNS[:3])} and perhaps {', '.join(COLUMNS[3:])} "
+            f"in the header of '{source}', got {what}."
+        )

@@ -1,4 +1,4 @@
-"""What retrieval reached: means over queries, over classes, and a line for each of both."""
+"""What retrieval and re-identification reached: means, lines by class or camera, failures."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from simexplain.data.datasets import JUNK, is_distractor
 from simexplain.data.folders import Record
-from simexplain.evaluation.results import ScoreResult
-from simexplain.evaluation.tables import aligned, number
+from simexplain.evaluation.results import ScoreResult, aligned, number
 from simexplain.metrics.ranking import Ranking, mean_defined
 from simexplain.renaming import takes_old_names, with_old_names
 from simexplain.results.result import Attachments, Row, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _WORST = 10
 _AVERAGES = ("map_at_r", "r_precision", "average_precision")
@@ -225,3 +228,203 @@ class Retrieval(ScoreResult):
             "settings": self.settings,
         }
         return {"kind": "retrieval", **with_old_names(record, "left_out", "broken")}
+
+
+_LISTED = 20
+
+FAILURE_COLUMNS = (
+    "query", "person", "camera", "wrong", "wrong_person", "wrong_camera", "right", "right_person",
+    "right_camera", "first", "average_precision", "distance_wrong", "distance_right",
+)  # fmt: skip
+"""Of ``failures.csv``; see :class:`Failure`."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A query whose first candidate is another person: a triplet to be explained.
+
+    Attributes:
+        query: The query.
+        wrong: What stands first.
+        right: The nearest picture of the query's person.
+        first: The place of ``right``, from 2 on.
+        average_precision: Of the query.
+        distances: From the query to ``wrong`` and to ``right``.
+    """
+
+    query: Record
+    wrong: Record
+    right: Record
+    first: int
+    average_precision: float
+    distances: tuple[float, float]
+
+    def row(self) -> Row:
+        """One line of a table."""
+        row: Row = {"query": str(self.query.path), "person": str(self.query.label)}
+        row["camera"] = str(self.query.camera)
+        for name in ("wrong", "right"):
+            record = getattr(self, name)
+            row |= {name: str(record.path), f"{name}_person": str(record.label)}
+            row[f"{name}_camera"] = str(record.camera)
+        row |= {"first": self.first, "average_precision": self.average_precision}
+        return {
+            **row,
+            "distance_wrong": self.distances[0],
+            "distance_right": self.distances[1],
+        }
+
+
+@takes_old_names
+@dataclass(frozen=True)
+class Reidentification(ScoreResult):
+    """How well persons are found before other cameras.
+
+    Means are over the queries with a relevant picture; see ``skipped`` for the others.
+
+    Attributes:
+        ranking: Where the relevant pictures stand for each query.
+        queries: The queries, in the order of the ranking.
+        gallery: The gallery, in the order of ``ranking.nearest``; junk may be among it.
+        ranks: Ranks of the CMC.
+        junk: Pictures of junk, all ignored, in the gallery or left out before.
+        failures: Queries whose first candidate is another person, worst first.
+        errors: Pictures that could not be read, with the reason.
+        settings: How it was measured.
+    """
+
+    ranking: Ranking
+    queries: tuple[Record, ...]
+    gallery: tuple[Record, ...]
+    ranks: tuple[int, ...]
+    junk: int
+    failures: tuple[Failure, ...]
+    errors: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    @cached_property
+    def rank(self) -> dict[int, float]:
+        """The CMC in [0, 1] by rank: how often the person is among the first so many."""
+        return {k: mean_defined(self.ranking.recall(k)) for k in self.ranks}
+
+    @property
+    def map(self) -> float:
+        """Mean average precision in (0, 1]: the mean precision at the places of all relevant."""
+        return mean_defined(self.ranking.average_precision)
+
+    @property
+    def map_trapezoid(self) -> float:
+        """The same by trapezoids, as the authors' code for Market-1501 computes it."""
+        return mean_defined(self.ranking.trapezoid_precision)
+
+    @property
+    def skipped(self) -> int:
+        """Queries without a relevant picture in the gallery, which take no part in a mean."""
+        return int((~self.ranking.answerable).sum())
+
+    @property
+    def persons(self) -> int:
+        """How many the queries show."""
+        return len({record.label for record in self.queries})
+
+    @property
+    def searched(self) -> int:
+        """Pictures of the gallery without junk, distractors among them."""
+        return len(self.gallery) - sum(record.label == JUNK for record in self.gallery)
+
+    @property
+    def distractors(self) -> int:
+        """Pictures of the gallery that are right for no query."""
+        return sum(is_distractor(record.label) for record in self.gallery)
+
+    def cmc(self, most: int = 50) -> Tensor:
+        """The whole curve ``(most,)`` float64, from rank 1 on."""
+        first = self.ranking.first[self.ranking.answerable]
+        hits = first.clamp(max=most + 1).bincount(minlength=most + 2)[1 : most + 1]
+        curve: Tensor = hits.cumsum(dim=0).double() / len(first)
+        return curve
+
+    def cameras(self) -> list[Row]:
+        """One row for each camera of the queries: which of them is hard to search from."""
+        rows = []
+        for camera in sorted({str(record.camera) for record in self.queries}):
+            own = [n for n, record in enumerate(self.queries) if record.camera == camera]
+            row: Row = {"camera": camera, "queries": int(self.ranking.answerable[own].sum())}
+            row |= {f"rank_{k}": mean_defined(self.ranking.recall(k)[own]) for k in self.ranks}
+            rows.append({**row, "map": mean_defined(self.ranking.average_precision[own])})
+        return rows
+
+    def table(self) -> list[Row]:
+        """One row a query: who it is, where the person first stands, what came first."""
+        ranking, rows = self.ranking, []
+        for index, record in enumerate(self.queries):
+            row: Row = {"query": str(record.path), "person": str(record.label)}
+            row["camera"] = str(record.camera)
+            for name in ("candidates", "relevant", "first"):
+                row[name] = int(getattr(ranking, name)[index])
+            for name in ("average_precision", "trapezoid_precision"):
+                row[name] = float(getattr(ranking, name)[index])
+            nearest = int(ranking.nearest[index])
+            near = self.gallery[nearest] if nearest >= 0 else None
+            row["nearest"] = "" if near is None else str(near.path)
+            row["nearest_person"] = "" if near is None else str(near.label)
+            row["nearest_camera"] = "" if near is None else str(near.camera)
+            rows.append(row)
+        return rows
+
+    def figure(self, most: int = 12) -> Figure:
+        """The worst failures as pictures: query, what came first, who was meant.
+
+        Args:
+            most: How many at most.
+
+        Raises:
+            ImageError: If a picture cannot be read any more.
+        """
+        return self._draw(most)
+
+    def __str__(self) -> str:
+        """CMC and mAP over all queries and from each camera, as plain text."""
+        head = ("", *(f"rank-{k}" for k in self.ranks), "mAP", "queries")
+        rows = [(*map(number, (*self.rank.values(), self.map)), str(self._counted))]
+        cells: list[tuple[str, ...]] = [head, ("all", *rows[0])]
+        for row in self.cameras():
+            values = [float(row[f"rank_{k}"]) for k in self.ranks] + [float(row["map"])]
+            name = f"from camera {row['camera']}"
+            cells.append((name, *map(number, values), str(row["queries"])))
+        return aligned(cells)
+
+    @property
+    def _counted(self) -> int:
+        return len(self.queries) - self.skipped
+
+    def attachments(self, **options: Any) -> Attachments:
+        """A line for each query and for each failure; a figure where any failed."""
+        failures = [one.row() for one in self.failures]
+        drawn: Attachments = {"figure": ("failures.png", self.figure)} if failures else {}
+        return {
+            "queries": ("queries.csv", lambda: Table(self.table())),
+            "failures": ("failures.csv", lambda: Table(failures, FAILURE_COLUMNS)),
+            **drawn,
+        }
+
+    def summary(self, **options: Any) -> dict[str, Any]:
+        """The CMC, each camera, and the worst failures."""
+        record = {
+            "rank": self.rank,
+            "map": self.map,
+            "map_trapezoid": self.map_trapezoid,
+            "queries": self._counted,
+            "skipped": self.skipped,
+            "persons": self.persons,
+            "gallery": self.searched,
+            "distractors": self.distractors,
+            "junk": self.junk,
+            "cmc": self.cmc(),
+            "cameras": self.cameras(),
+            "failed": len(self.failures),
+            "failures": [one.row() for one in self.failures[:_LISTED]],
+            "errors": self.errors,
+            "settings": self.settings,
+        }
+        return {"kind": "reid", **with_old_names(record, "left_out", "broken")}

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simexplain.evaluation.results import ScoreResult
-from simexplain.evaluation.tables import aligned, number
+from simexplain.evaluation.results import ScoreResult, aligned, number
 from simexplain.renaming import takes_old_names, with_old_names
 from simexplain.results.result import Attachments, Row, Table
 

@@ -1,26 +1,33 @@
-"""Methods side by side as one figure: a row each, its overlays below the pictures, its scores."""
+"""Figures of evaluations: methods side by side, scores with their intervals, failures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import Thumbnail, shrunk
 from simexplain.errors import ComparisonError
-from simexplain.evaluation.tables import cost, number
+from simexplain.evaluation.results import cost, number
 from simexplain.explanation import heat_of
+from simexplain.metrics.intervals import FEW
 from simexplain.picturing import full_heat, verdict
 from simexplain.printing import printable
-from simexplain.rendering.lettering import DOTS
+from simexplain.rendering.lettering import DOTS, FONT, breadth
 from simexplain.rendering.overlay import RENDERERS
 from simexplain.rendering.sheet import (
+    COLOURS,
     FAINT,
     INK,
+    PALE,
     ROLE_COLOURS,
     VERDICTS,
     Bar,
@@ -36,6 +43,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from simexplain.evaluation.comparison_result import ComparedMethod, MethodComparison
+    from simexplain.evaluation.results import Evaluation
+    from simexplain.evaluation.retrieval_result import Failure, Reidentification
     from simexplain.explanation import Explanation
 
 _NAMES, _SCORE, _GAP = 1.9, 0.88, 0.06
@@ -217,3 +226,130 @@ def _notes(result: MethodComparison) -> Sequence[str]:
     if len(notes) > _MOST_NOTES:
         notes[_MOST_NOTES - 1 :] = ["... all of them are in the manifest and on the terminal"]
     return notes
+
+
+_PANEL, _ROW, _TITLE, _TICKS, _NAME = 2.1, 0.34, 0.25, 0.3, 9.5
+"""Inches: a panel's width, a method's height, above and below all; points of a method's name."""
+_LOWER = ("deletion",)
+
+
+def draw_evaluation(result: Evaluation) -> Figure:
+    """The figure of an evaluation; see ``Evaluation.figure``."""
+    skipped = result.skipped
+    names = [name for name in result.methods if name not in skipped]
+    metrics = result.metrics
+    label = max(breadth(printable(name), _NAME) for name in names) + 0.15
+    height = _TITLE + _ROW * len(names) + _TICKS
+    count = len(result.items)
+    about = f"mean over {count} comparison{'s' * (count > 1)} with its "
+    about += f"{100 * result.settings['level']:g} % interval"
+    charts = [
+        Cell(draw=partial(_panel, result=result, metric=metric, names=names), height=height)
+        for metric in metrics
+    ]
+    chosen = "   ·   ".join(f"{key} {value}" for key, value in result.settings.items())
+    notes = [f"Dotted: of fewer than {FEW} comparisons, too few to mean much."]
+    return page(
+        [Grid([Row([None, *charts])], [label, *[_PANEL] * len(metrics)], gap=0.2)],
+        title="Faithfulness of methods",
+        verdict=about,
+        legend=f"Not applicable: {', '.join(skipped)}." if skipped else "",
+        footer=chosen,
+        notes=notes if result.few else [],
+    ).figure
+
+
+def _panel(
+    sheet: Sheet, x: float, y: float, width: float, height: float, *,
+    result: Evaluation, metric: str, names: list[str],
+) -> None:  # fmt: skip
+    axes = sheet.axes(x, y + _TITLE, width, height - _TITLE - _TICKS)
+    first = metric == result.metrics[0]
+    for row, name in enumerate(names):
+        interval = result.methods[name].intervals[metric]
+        colour = COLOURS[-1] if name.startswith("(") else ROLE_COLOURS["anchor"]
+        if interval.low == interval.low:
+            axes.plot([interval.low, interval.high], [row, row], color=colour, linewidth=2.2,
+                      linestyle=(0, (0.1, 1.5)) if interval.few else "solid", alpha=0.55,
+                      solid_capstyle="round", dash_capstyle="round")  # fmt: skip
+        if interval.count:
+            axes.plot(interval.mean, row, marker="o", color=colour, markersize=6,
+                      markerfacecolor="white" if interval.few else colour)  # fmt: skip
+    level = result.chance.get(metric, float("nan"))
+    if level == level:
+        axes.axvline(level, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate("chance", (level, 0), xycoords=("data", "axes fraction"), xytext=(2, 2),
+                      textcoords="offset points", size=6.5, color=FAINT)  # fmt: skip
+    elif metric == "gain":
+        axes.axvline(0, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.set_yticks(range(len(names)))
+    for label in axes.set_yticklabels(names if first else [], size=_NAME, color=INK):
+        label.set(parse_math=False, family=FONT, usetex=False)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=7.5, colors=FAINT, length=3)
+    axes.margins(x=0.12)
+    axes.grid(axis="y", color="#eeeeee", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(PALE)
+    better = "lower" if metric in _LOWER else "higher"
+    axes.set_title(metric, size=10, color=INK, weight="bold", loc="left", pad=5)
+    axes.set_title(f"{better} is better", size=7, color=FAINT, loc="right", pad=5)
+
+
+_ACROSS, _SIDE, _TALL, _BETWEEN, _LONGEST = 4, 0.72, 1.44, 0.3, 360
+_PARTS = (("query", "anchor"), ("came first", "negative"), ("was meant", "positive"))
+
+
+def draw_failures(result: Reidentification, most: int) -> Figure:
+    """A block of three pictures for each failure, the worst first.
+
+    Args:
+        result: Whose failures.
+        most: How many to draw at most.
+
+    Raises:
+        ImageError: If a picture cannot be read.
+    """
+    failures, count = result.failures[:most], len(result.failures)
+    model = str(result.settings["model"])
+    across = min(_ACROSS, max(1, len(failures)))
+    blocks = [_block(failure) for failure in failures]
+    blocks += [[None] * 4] * (-len(blocks) % across)
+    rows = [
+        Row([cell for block in blocks[at : at + across] for cell in block][:-1], tallest=_TALL)
+        for at in range(0, len(blocks), across)
+    ]
+    shown = f"{len(failures)} of {count} queries" if count > len(failures) else f"{count} queries"
+    title = f"Another person ranked first: {shown}, worst first"
+    if not failures:
+        title = "Every query found its person first"
+    widths = ([_SIDE] * 3 + [_BETWEEN]) * across
+    return page([Grid(rows, widths[:-1], gap=0.06)], title=title, footer=model).figure
+
+
+def _block(failure: Failure) -> list[Cell | None]:
+    """The three pictures of a failure and a gap."""
+    shown = (
+        (failure.query, ""),
+        (failure.wrong, f"{failure.distances[0]:.3f}"),
+        (failure.right, f"{failure.distances[1]:.3f}, place {failure.first}"),
+    )
+    return [
+        *(
+            Cell(
+                shrunk(read_picture(record.path).image, _LONGEST),
+                above=(Words(title, ROLE_COLOURS[role], 7),),
+                below=(
+                    Words(printable(f"{record.label} c{record.camera}"), size=6.5),
+                    Words(below, FAINT, 6.5, lines=2),
+                ),
+                frame=ROLE_COLOURS[role],
+            )
+            for (record, below), (title, role) in zip(shown, _PARTS, strict=True)
+        ),
+        None,
+    ]
