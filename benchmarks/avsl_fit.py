@@ -22,7 +22,7 @@ from torch import Tensor
 
 from simexplain import SimilarityModel, load_model
 from simexplain.data.folders import Batches, Record, pictures_in
-from simexplain.fitting.passes import FeaturePasses
+from simexplain.fitting.frozen import FeaturePasses
 from simexplain.fitting.posthoc import PostHoc
 from simexplain.models.avsl import AVSL
 from simexplain.models.backbones import DEFAULT_MODEL

@@ -22,8 +22,7 @@ from PIL import Image
 from reporting import publish
 
 from simexplain import explain, explain_batch, load_model
-from simexplain.batching.options import BatchOptions
-from simexplain.batching.rows import BatchRow
+from simexplain.batching.planning import BatchOptions, BatchRow
 from simexplain.explanation import versions
 from simexplain.models.base import SimilarityModel
 

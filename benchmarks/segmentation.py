@@ -31,12 +31,9 @@ from segmentation_scenes import SegmentationScene, segmentation_scenes
 from simexplain import SimilarityModel, load_model
 from simexplain.metrics.maps import grown
 from simexplain.models.accelerating import accelerated
-from simexplain.segmentation.attending import attend
-from simexplain.segmentation.cue import Cue, default_cue, refine
-from simexplain.segmentation.evaluating import divided
-from simexplain.segmentation.grabcut import GrabCut
-from simexplain.segmentation.scores import EpisodeScore, FoldScore, Overlap, overlap
-from simexplain.segmentation.segmenting import whole_view
+from simexplain.segmentation.cue import Cue, GrabCut, default_cue, refine
+from simexplain.segmentation.evaluating import EpisodeScore, FoldScore, Overlap, divided, overlap
+from simexplain.segmentation.segmenting import attend, whole_view
 
 SETTINGS = ("siamese", "two-way", "five-shot")
 """1-way 1-shot by pairs; 2-way 1-shot by triplets; 2-way 5-shot by five triplets averaged."""

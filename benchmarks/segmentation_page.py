@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from simexplain.segmentation.cue import CUES, Cue
-from simexplain.segmentation.scores import FoldScore
+from simexplain.segmentation.evaluating import FoldScore
 
 Key = tuple[str, str, str]
 SETTINGS = ("siamese", "two-way", "five-shot")

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from simexplain.batching.batching import explain_batch
-from simexplain.batching.folder import MANIFEST
-from simexplain.batching.options import ACCELERATORS, BatchOptions
-from simexplain.batching.table import check_extra
+from simexplain.batching.folder import MANIFEST, check_extra
+from simexplain.batching.planning import ACCELERATORS, BatchOptions
 from simexplain.methods import PIXELS
 from simexplain.printing import json_text
 from simexplain.training.run_folder import first_process

@@ -11,10 +11,14 @@ from typing import Any
 import click
 
 from simexplain.data.dataset_split import ALPHA
-from simexplain.segmentation.dataset import SegmentationData, read_masked
-from simexplain.segmentation.evaluating import OVERLAPS, evaluate_segmentation
-from simexplain.segmentation.pascal import FOLDS, is_pascal, read_pascal
-from simexplain.segmentation.scores import SegmentationScores
+from simexplain.segmentation.dataset import (
+    FOLDS,
+    SegmentationData,
+    is_pascal,
+    read_masked,
+    read_pascal,
+)
+from simexplain.segmentation.evaluating import OVERLAPS, SegmentationScores, evaluate_segmentation
 
 from .console import echo, echo_lines
 from .options import (

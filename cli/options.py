@@ -29,7 +29,7 @@ from .console import echo, echo_lines
 
 if TYPE_CHECKING:
     from simexplain.data.preprocessing import Geometry
-    from simexplain.fitting.passes import Progress
+    from simexplain.fitting.frozen import Progress
     from simexplain.models.base import SimilarityModel
     from simexplain.results.result import Result
 

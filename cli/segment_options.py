@@ -9,10 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from simexplain.evaluation.comparing import recipe_from
-from simexplain.segmentation.attending import AGGREGATES, ANCHORS
-from simexplain.segmentation.cue import REFINEMENTS, default_cue
-from simexplain.segmentation.grabcut import GrabCut
-from simexplain.segmentation.segmenting import METHOD, VIEWS
+from simexplain.segmentation.cue import REFINEMENTS, GrabCut, default_cue
+from simexplain.segmentation.segmenting import AGGREGATES, ANCHORS, METHOD, VIEWS
 
 from .method_options import METHOD_HELP, MethodText
 from .options import OneOf

@@ -19,9 +19,8 @@ from simexplain.printing import json_text
 from simexplain.training.datasource import Source
 from simexplain.training.options import titled
 from simexplain.training.recipes import RECIPES, recipe_named
-from simexplain.training.resuming import begun_source
 from simexplain.training.run_folder import CHECKPOINT, first_process
-from simexplain.training.training import check_extra, train
+from simexplain.training.training import begun_source, check_extra, train
 
 from .console import echo, echo_lines
 from .options import (

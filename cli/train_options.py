@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from simexplain.training.limits import RANGES, choices
-from simexplain.training.options import TrainOptions
+from simexplain.training.options import RANGES, TrainOptions, choices
 
 from .options import RANKS_TYPE, Numbers, OneOf, Size, joined
 

@@ -9,9 +9,9 @@ from .errors import SimexplainError as SimexplainError
 from .evaluation.comparing import compare as compare
 from .evaluation.comparison_result import MethodComparison as MethodComparison
 from .evaluation.evaluating import evaluate_faithfulness as evaluate_faithfulness
-from .evaluation.reid import evaluate_reid as evaluate_reid
-from .evaluation.reid_result import Reidentification as Reidentification
+from .evaluation.retrieval import evaluate_reid as evaluate_reid
 from .evaluation.retrieval import evaluate_retrieval as evaluate_retrieval
+from .evaluation.retrieval_result import Reidentification as Reidentification
 from .evaluation.retrieval_result import Retrieval as Retrieval
 from .explaining import explain as explain
 from .explaining import explain_against as explain_against
@@ -34,9 +34,9 @@ from .searching.index import update_index as update_index
 from .searching.index_gallery import open_index as open_index
 from .searching.search import search as search
 from .searching.search_result import SearchResult as SearchResult
+from .segmentation.evaluating import SegmentationScores as SegmentationScores
 from .segmentation.evaluating import evaluate_segmentation as evaluate_segmentation
 from .segmentation.result import Segmentation as Segmentation
-from .segmentation.scores import SegmentationScores as SegmentationScores
 from .segmentation.segmenting import segment as segment
 from .training.result import TrainResult as TrainResult
 from .training.training import train as train

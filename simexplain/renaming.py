@@ -126,21 +126,21 @@ def old_verb(name: str, verb: Callable[..., Any]) -> Callable[..., Any]:
 
 
 MOVED: dict[str, str] = {
-    "BatchOptions": "batching.options",
-    "BatchRow": "batching.rows",
+    "BatchOptions": "batching.planning",
+    "BatchRow": "batching.planning",
     **dict.fromkeys(("Agreement", "Check"), "checking"),
-    "AUGMENTATIONS": "data.augmenting",
+    "AUGMENTATIONS": "data.training_set",
     "check_training": "data.checking",
     "DataSplit": "data.dataset_split",
     **dict.fromkeys(("DATASETS", "read_dataset"), "data.datasets"),
     "Record": "data.folders",
     "read_picture": "data.images",
-    "ClassBalanced": "data.sampling",
+    "ClassBalanced": "data.training_set",
     "TrainingImages": "data.training_set",
     "faithfulness": "evaluation.faithfulness",
-    **dict.fromkeys(("read_comparisons", "sample_comparisons"), "evaluation.item_sources"),
+    **dict.fromkeys(("read_comparisons", "sample_comparisons"), "evaluation.items"),
     "Item": "evaluation.items",
-    "sanity_check": "evaluation.sanity",
+    "sanity_check": "evaluation.faithfulness",
     "centroid": "explaining",
     **dict.fromkeys(
         (
@@ -175,8 +175,8 @@ MOVED: dict[str, str] = {
     "Hit": "searching.search_result",
     "Cue": "segmentation.cue",
     **dict.fromkeys(("read_masked", "SegmentationData"), "segmentation.dataset"),
-    "GrabCut": "segmentation.grabcut",
-    "read_pascal": "segmentation.pascal",
+    "GrabCut": "segmentation.cue",
+    "read_pascal": "segmentation.dataset",
     **dict.fromkeys(("Trace", "trace"), "tracing"),
     "TrainOptions": "training.options",
     "RECIPES": "training.recipes",

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 import simexplain
 from simexplain import Comparison, Preprocess, SimilarityModel, as_similarity_model, explain, match
 from simexplain.arguments import fits, typed
-from simexplain.batching.options import BatchOptions
-from simexplain.batching.rows import read_rows
+from simexplain.batching.planning import BatchOptions, read_rows
 from simexplain.data.arrays import read_vectors
 from simexplain.data.datasets import read_dataset
 from simexplain.data.images import read_picture
@@ -38,8 +37,7 @@ from simexplain.metrics.intervals import bootstrap_mean
 from simexplain.metrics.stability import infidelity
 from simexplain.models.avsl_options import AVSLOptions
 from simexplain.renaming import MOVED
-from simexplain.segmentation.cue import Cue
-from simexplain.segmentation.grabcut import GrabCut
+from simexplain.segmentation.cue import Cue, GrabCut
 from simexplain.tracing import trace
 from simexplain.training.options import TrainOptions
 

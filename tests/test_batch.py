@@ -34,11 +34,9 @@ from simexplain import (
     explain_batch,
     open_batch,
 )
-from simexplain.batching.cache import LookaheadCache
-from simexplain.batching.options import BatchOptions
-from simexplain.batching.planning import nearest_first
+from simexplain.batching.cached_model import LookaheadCache
+from simexplain.batching.planning import BatchOptions, BatchRow, nearest_first, read_rows
 from simexplain.batching.row_explaining import RowExplainer
-from simexplain.batching.rows import BatchRow, read_rows
 from simexplain.errors import ComparisonError, ModelError, OutputError
 from simexplain.methods.similarity_attention import SimilarityAttention
 from simexplain.methods.weight_bank import WeightBank, probe_of
@@ -470,7 +468,7 @@ import torch
 from attention_cases import TinyViT
 from batch_cases import tiny_model
 from simexplain import explain_batch
-from simexplain.batching.options import BatchOptions
+from simexplain.batching.planning import BatchOptions
 import simexplain.batching.batching, simexplain.methods, pyarrow.parquet, safetensors.torch
 
 def killed_at(count):
@@ -735,9 +733,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     with pytest.raises(ComparisonError, match="None of 1 rows can be explained, the first because"):
         explain_batch(tiny_model(), [BatchRow("a", ("b",))], out)
     for missing, devices, extra in (("pyarrow", None, "search"), ("lightning", 2, "train")):
-        find = (
-            "simexplain.batching.table" if devices is None else "simexplain.batching.distributing"
-        )
+        find = "simexplain.batching.folder" if devices is None else "simexplain.batching.shards"
         monkeypatch.setattr(f"{find}.find_spec", lambda name: None)
         with pytest.raises(ModelError, match=rf"{missing} for .+'simexplain\[{extra}\]'"):
             explain_batch(tiny_model(), table, out, how=BatchOptions(devices=devices))

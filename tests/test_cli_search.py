@@ -226,9 +226,7 @@ def test_names_that_are_no_text_are_shown_and_kept(made: Path, run: Callable[...
     assert again.query == str(query)
 
 
-@pytest.mark.parametrize(
-    "place", ["searching.search_query.region_ranking", "results.result.content_of"]
-)
+@pytest.mark.parametrize("place", ["searching.query.region_ranking", "results.result.content_of"])
 def test_ctrl_c_leaves_nothing(
     made: Path, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

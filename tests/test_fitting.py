@@ -15,10 +15,14 @@ from simexplain import as_similarity_model, attribute, fit
 from simexplain.data.folders import Batches, Record, pictures_in
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ImageError, ModelError
-from simexplain.fitting.heads import pca_head, trained_head
-from simexplain.fitting.passes import FeaturePasses
+from simexplain.fitting.frozen import (
+    FeaturePasses,
+    certainty_scales,
+    pca_head,
+    slopes_and_offsets,
+    trained_head,
+)
 from simexplain.fitting.posthoc import too_few
-from simexplain.fitting.reliability import certainty_scales, slopes_and_offsets
 from simexplain.graph.cams import overlap
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel

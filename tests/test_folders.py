@@ -95,7 +95,7 @@ def results(folder: Path) -> list[Path]:
     from conftest import TinyNet
 
     from simexplain import as_similarity_model, compare, explain, explain_batch, match, search
-    from simexplain.batching.options import BatchOptions
+    from simexplain.batching.planning import BatchOptions
 
     torch.manual_seed(0)
     model = as_similarity_model(TinyNet().eval(), preprocess=SMALL, name="tiny")

@@ -29,7 +29,7 @@ from simexplain import (
     search,
     segment,
 )
-from simexplain.batching.options import BatchOptions
+from simexplain.batching.planning import BatchOptions
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError
 from simexplain.matching.pictures import _Side

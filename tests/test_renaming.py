@@ -18,7 +18,7 @@ from torch import Tensor
 import simexplain
 from simexplain import Comparison, Explanation, explain
 from simexplain.arguments import typed
-from simexplain.batching.identity import check_same
+from simexplain.batching.batching import check_same
 from simexplain.errors import ArgumentError, SimexplainError
 from simexplain.evaluation.comparing import recipe_from
 from simexplain.evaluation.results import Evaluation, SanityScores
@@ -38,7 +38,7 @@ from simexplain.renaming import (
 )
 from simexplain.segmentation.result import Segmentation
 from simexplain.training.options import TrainOptions, with_options
-from simexplain.training.resuming import resolved
+from simexplain.training.training import resolved
 
 
 @typed

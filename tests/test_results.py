@@ -29,7 +29,7 @@ from simexplain.metrics.ranking import Ranking
 from simexplain.publishing import KINDS, Kind
 from simexplain.results.codec import Views, decoded, encoded, plain
 from simexplain.results.result import Result, Table
-from simexplain.segmentation.scores import EpisodeScore, FoldScore, Overlap
+from simexplain.segmentation.evaluating import EpisodeScore, FoldScore, Overlap
 
 SAVED = Path(__file__).parent / "saved"
 EXPECTED = json.loads((SAVED / "expected.json").read_text(encoding="utf-8"))

@@ -31,9 +31,8 @@ from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError
 from simexplain.models.base import SimilarityModel
-from simexplain.searching.hit_maps import rival_places
 from simexplain.searching.index_gallery import GalleryIndex
-from simexplain.searching.query import Region, _best_rectangle, best_box
+from simexplain.searching.query import Region, _best_rectangle, best_box, rival_places
 from simexplain.searching.search_pictures import _column, _Picture, on_one_scale
 
 pytest.importorskip("faiss")

@@ -28,9 +28,18 @@ from simexplain import (
 from simexplain.errors import ComparisonError, ImageError, OutputError
 from simexplain.methods.similarity_attention import SimilarityAttention
 from simexplain.publishing import KINDS
-from simexplain.segmentation.attending import attend
-from simexplain.segmentation.cue import CUES, REFINEMENTS, SHAPES, Cue, default_cue, refine
-from simexplain.segmentation.grabcut import GrabCut, framed, nearly_all
+from simexplain.segmentation.cue import (
+    CUES,
+    REFINEMENTS,
+    SHAPES,
+    Cue,
+    GrabCut,
+    default_cue,
+    framed,
+    nearly_all,
+    refine,
+)
+from simexplain.segmentation.segmenting import attend
 
 SIDE = 96
 PLAIN = Preprocess(size=(SIDE, SIDE), mean=(0, 0, 0), std=(1, 1, 1))

@@ -16,10 +16,17 @@ from test_segmentation import PLAIN, ColourNet, scene
 
 from simexplain import as_similarity_model, evaluate_segmentation
 from simexplain.errors import ComparisonError, ImageError
-from simexplain.segmentation.dataset import Appearance, SegmentationData, draw_episodes, read_masked
-from simexplain.segmentation.evaluating import divided
-from simexplain.segmentation.pascal import CLASSES, fold_classes, is_pascal, read_pascal
-from simexplain.segmentation.scores import EpisodeScore, FoldScore, Overlap, overlap
+from simexplain.segmentation.dataset import (
+    CLASSES,
+    Appearance,
+    SegmentationData,
+    draw_episodes,
+    fold_classes,
+    is_pascal,
+    read_masked,
+    read_pascal,
+)
+from simexplain.segmentation.evaluating import EpisodeScore, FoldScore, Overlap, divided, overlap
 
 COLOURS = {1: (220, 40, 40), 2: (40, 40, 220), 6: (40, 200, 40), 20: (200, 40, 200)}
 """What the objects of some of VOC's classes look like here."""

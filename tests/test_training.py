@@ -30,22 +30,21 @@ from simexplain.data.folders import Record
 from simexplain.errors import ImageError, ModelError, OutputError
 from simexplain.evaluation.retrieval import evaluate_retrieval
 from simexplain.losses.attention import last_linear
-from simexplain.training.attention_callback import attention_triplets_of
-from simexplain.training.building import build_model, build_objective
-from simexplain.training.datasource import Source, searchable
-from simexplain.training.limits import RANGES, choices
-from simexplain.training.module import set_training
-from simexplain.training.optimising import (
+from simexplain.training.building import (
     OPTIMISERS,
     SCHEDULES,
+    build_model,
+    build_objective,
     drop_idle,
     mining_factor,
     optimiser_for,
     rate_factor,
     set_rates,
 )
-from simexplain.training.options import TrainOptions, with_options
-from simexplain.training.recording import Listeners
+from simexplain.training.datasource import Source, searchable
+from simexplain.training.module import set_training
+from simexplain.training.options import RANGES, TrainOptions, choices, with_options
+from simexplain.training.recording import Listeners, attention_triplets_of
 from simexplain.training.result import TrainResult
 from simexplain.training.run_folder import RunFolder
 from simexplain.training.training import not_improved, train

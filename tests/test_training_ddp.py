@@ -153,7 +153,7 @@ def test_the_command_line_starts_two_processes_and_speaks_once(data: Path, tmp_p
 
 def test_parameters_without_a_part_in_the_embedding_are_found() -> None:
     from simexplain.training.building import build_model
-    from simexplain.training.fitting_loop import has_idle
+    from simexplain.training.module import has_idle
 
     plain = build_model(TrainOptions(**TINY))
     assert not has_idle(plain)

@@ -22,8 +22,7 @@ from simexplain.errors import ImageError, ModelError
 from simexplain.losses.distance_losses import DISTANCE_LOSSES
 from simexplain.losses.metric_losses import LOSSES, metric_loss
 from simexplain.training.building import build_model, build_objective, check_present
-from simexplain.training.effects import NEEDS, without_effect
-from simexplain.training.options import TrainOptions, with_options
+from simexplain.training.options import NEEDS, TrainOptions, with_options, without_effect
 from simexplain.training.recipes import RECIPES
 from simexplain.training.recording import Listeners
 from simexplain.training.training import train

@@ -25,7 +25,7 @@ from skimage import data
 
 from simexplain import load_model, segment
 from simexplain.rendering.sheet import png_of
-from simexplain.segmentation.scores import overlap
+from simexplain.segmentation.evaluating import overlap
 
 SIDE, LARGE = 448, 210
 PLACES = ((20, 40), (215, 200))

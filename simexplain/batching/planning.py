@@ -1,19 +1,303 @@
-"""The plan of a batch: its distinct pictures, and rows in an order that keeps shared ones near."""
+"""The plan of a batch: its options, its rows, and their order, which keeps shared pictures near."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from simexplain.batching.rows import BatchRow
+import torch
+
+from simexplain.arguments import typed
+from simexplain.data.folders import without_index
 from simexplain.data.images import opened_picture, read_picture
 from simexplain.data.preprocessing import Preprocess
-from simexplain.errors import ImageError
+from simexplain.errors import ComparisonError, ImageError, ModelError, missing
+from simexplain.explaining_tensors import check_upscale
+from simexplain.methods.rows import Methods
+from simexplain.models.base import SimilarityModel
+
+ACCELERATORS = ("auto", "cpu", "gpu", "mps")
+
+
+@dataclass(frozen=True)
+class MapRequest:
+    """What is computed for every row; the fields are those of ``explain``."""
+
+    method: Methods = None
+    layer: Sequence[str] | None = None
+    upscale: float = 1
+    scale: str = "image"
+    max_batch: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_upscale(self.upscale)
+
+
+@dataclass(frozen=True)
+@typed
+class BatchOptions:
+    """How a batch is made, as far as it is not the method's business.
+
+    Attributes:
+        shard_rows: Rows that are written at a time; what an interruption costs at most.
+        memory: Gigabytes of passes and pictures to keep between rows, in each process.
+        batch_size: Pictures in one forward pass. None is 1 on a CPU, where more gain nothing, and
+            16 elsewhere. What a picture gives depends on it by rounding alone.
+        pictures: Draw a heatmap over every picture.
+        figures: Draw a figure of every row.
+        strict: Refuse to begin while any row is known not to work.
+        devices: Processes on each host, each with a device; None is one, or as set by ``torchrun``.
+        nodes: Hosts, which need to see one folder.
+        accelerator: ``auto``, ``cpu``, ``gpu`` or ``mps``; None leaves the model where it is.
+
+    Raises:
+        ComparisonError: If a number or a name does not fit.
+    """
+
+    shard_rows: int = 64
+    memory: float = 1.0
+    batch_size: int | None = None
+    pictures: bool = False
+    figures: bool = False
+    strict: bool = False
+    devices: int | None = None
+    nodes: int = 1
+    accelerator: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.shard_rows < 1 or not self.memory >= 0 or (self.batch_size or 1) < 1:
+            raise ComparisonError(
+                "Expected shard_rows and batch_size of at least 1 and memory of at least 0, got "
+                f"{self.shard_rows}, {self.batch_size} and {self.memory}."
+            )
+        if self.accelerator not in (None, *ACCELERATORS):
+            raise ComparisonError(
+                f"Expected accelerator to be one of {', '.join(ACCELERATORS)}, got "
+                f"'{self.accelerator}'."
+            )
+
+
+@contextmanager
+def placed(model: SimilarityModel, accelerator: str | None, *, alone: bool) -> Iterator[str]:
+    """Moves the model to the requested device, and back afterwards; yields the device's kind.
+
+    Where there are several processes, lightning assigns the devices.
+    """
+    reference = next(model.parameters(), None)
+    before = reference.device if reference is not None else torch.device("cpu")
+    there = before.type
+    if accelerator is not None:
+        card = "cuda" if torch.cuda.is_available() else ""
+        apple = "mps" if torch.backends.mps.is_available() else ""
+        known = {"cpu": "cpu", "gpu": card or apple, "mps": apple, "auto": card or apple or "cpu"}
+        there = known[accelerator]
+        if not there:
+            raise ModelError(
+                f"Expected a device for accelerator {accelerator}, found none; say cpu or auto."
+            )
+    try:
+        if alone and there != before.type:
+            model.to(there)
+        yield there
+    finally:
+        if reference is not None and reference.device != before:
+            model.to(before)
+
+
+COLUMNS = ("anchor", "positives", "negatives", "id")
+"""Of a CSV file; ``positive``, ``positive2``, ... and ``negative``, ... hold one path each."""
+
+_NUMBERED = re.compile(r"(positive|negative)(\d*)")
+_MASKS = ("anchor_mask", "positive_masks", "negative_masks")
+"""Columns of ``simexplain evaluate faithfulness``, whose files can be explained as they are."""
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """One comparison of a batch.
+
+    Attributes:
+        anchor: A picture file.
+        positives: Picture files that are meant to be close to it.
+        negatives: Picture files that are meant to be far from it.
+        id: What to call the row; its number, counted from 0, unless given.
+        line: Where it stands in its CSV file; 0 for rows from elsewhere.
+        problem: Why it cannot be explained; empty where nothing is known against it.
+    """
+
+    anchor: str
+    positives: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
+    id: str = ""
+    line: int = 0
+    problem: str = ""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Anchor, positives, negatives, as they were written."""
+        return (self.anchor, *self.positives, *self.negatives)
+
+
+Rows = str | Path | Sequence[BatchRow | Mapping[str, Any]]
+
+
+def read_rows(source: Rows, root: str | Path | None = None) -> tuple[list[BatchRow], Path]:
+    """The rows of a batch and the folder that their paths are relative to.
+
+    Args:
+        source: A CSV file in UTF-8 with a header, see :data:`COLUMNS`; or rows, or mappings with
+            the keys ``anchor``, ``positives``, ``negatives`` and ``id``.
+        root: What relative paths are relative to; the folder of the CSV file or the present one
+            unless given.
+
+    Returns:
+        All rows in their order, those that cannot be explained with their ``problem``; and the
+        folder, absolute.
+
+    Raises:
+        ComparisonError: If the file has no row, or it or its header cannot be used.
+    """
+    if isinstance(source, (str, Path)):
+        rows = list(_from_csv(Path(source)))
+        base = Path(root) if root is not None else Path(source).parent
+        where = f"'{source}'"
+    else:
+        rows = [_from_python(row) for row in source]
+        base, where = Path(root or "."), "the batch"
+    if not rows:
+        raise ComparisonError(f"Expected at least one row in {where}, found none.")
+    return _named(rows), base.absolute()
+
+
+def _named(rows: Iterable[BatchRow]) -> list[BatchRow]:
+    """Rows with an id each; a repeated id is a problem of all rows but the first that has it."""
+    seen: Counter[str] = Counter()
+    named = []
+    for number, row in enumerate(rows):
+        own = row.id or str(number)
+        twice = f"The id '{own}' is that of an earlier row; give each its own."
+        named.append(replace(row, id=own, problem=row.problem or (twice if seen[own] else "")))
+        seen[own] += 1
+    return named
+
+
+def _from_python(row: BatchRow | Mapping[str, Any]) -> BatchRow:
+    if isinstance(row, Mapping):
+        unknown = [key for key in row if key not in COLUMNS]
+        if unknown:
+            raise ComparisonError(
+                f"Expected rows with the keys {', '.join(COLUMNS)}, got '{unknown[0]}'."
+            )
+        several = {key: row.get(key) or () for key in ("positives", "negatives")}
+        texts = {
+            key: (str(cell),) if isinstance(cell, (str, Path)) else tuple(map(str, cell))
+            for key, cell in several.items()
+        }
+        own = row.get("id")
+        row = BatchRow(
+            str(row.get("anchor") or ""),
+            texts["positives"],
+            texts["negatives"],
+            "" if own is None else str(own),
+        )
+    if not isinstance(row, BatchRow):
+        raise ComparisonError(
+            f"Expected rows as BatchRow or mappings with {', '.join(COLUMNS)}, got "
+            f"{type(row).__name__}."
+        )
+    return replace(row, problem=row.problem or _problem(row))
+
+
+def _from_csv(source: Path) -> Iterable[BatchRow]:
+    try:
+        with source.open(encoding="utf-8-sig", newline="") as opened:
+            reader = csv.reader(opened, strict=True)
+            header = [name.strip().lower() for name in next(reader, [])]
+            _check_header(source, without_index(header))
+            for cells in reader:
+                if any(cell.strip() for cell in cells):
+                    yield _from_cells(header, cells, reader.line_num)
+    except OSError as error:
+        reason = f"'{source}' cannot be read ({error.strerror or error})."
+        raise ComparisonError(missing(source, reason)) from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ComparisonError(
+            f"'{source}' is not a CSV file in UTF-8 ({error}); save it as one."
+        ) from error
+
+
+def _check_header(source: Path, header: list[str]) -> None:
+    near = "positives" in header or "positive" in header
+    far = "negatives" in header or "negative" in header
+    unknown = [
+        name for name in header if name not in COLUMNS + _MASKS and not _NUMBERED.fullmatch(name)
+    ]
+    what = ""
+    if len(header) == 1 and ";" in header[0]:
+        what = "semicolons between columns; save it with commas"
+    elif unknown:
+        what = f"'{unknown[0]}'"
+    elif "anchor" not in header or not (near or far):
+        what = f"no '{'positives' if 'anchor' in header else 'anchor'}'"
+    elif len(set(header)) != len(header):
+        what = f"'{next(n for n, count in Counter(header).items() if count > 1)}' twice"
+    if what:
+        raise ComparisonError(
+            "Expected the columns anchor, positives and negatives (or positive, positive2, ... and "
+            f"negative, negative2, ...) and perhaps id in the header of '{source}', got {what}."
+        )
+
+
+def _from_cells(header: list[str], cells: list[str], line: int) -> BatchRow:
+    named = dict(zip(header, cells, strict=False))
+    row = BatchRow(
+        named.get("anchor", "").strip(),
+        _several(named, "positive"),
+        _several(named, "negative"),
+        named.get("id", "").strip(),
+        line,
+    )
+    problem = _problem(row)
+    if len(cells) > len(header):
+        problem = (
+            f"Expected {len(header)} cells as in the header, got {len(cells)}; put names that have "
+            "commas in double quotes."
+        )
+    return replace(row, problem=problem)
+
+
+def _several(named: Mapping[str, str], role: str) -> tuple[str, ...]:
+    """The paths of one role: of the cell that may hold several, then of the numbered columns."""
+    paths = [part.strip() for part in named.get(f"{role}s", "").split(";")]
+    numbered = [name for name in named if re.fullmatch(rf"{role}\d*", name)]
+    paths += [named[name].strip() for name in sorted(numbered, key=_number)]
+    return tuple(path for path in paths if path)
+
+
+def _number(name: str) -> int:
+    digits = name.lstrip("abcdefghijklmnopqrstuvwxyz")
+    return int(digits) if digits else 1
+
+
+def _problem(row: BatchRow) -> str:
+    if not row.anchor:
+        return "Expected an anchor, got none."
+    if not row.positives + row.negatives:
+        return "Expected a positive or a negative beside the anchor, got neither."
+    if not all(row.paths):
+        return "Expected a path for every picture, got an empty one."
+    return ""
+
 
 Progress = Callable[[str, int, int], None]
 Stamp = tuple[int, int]

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from simexplain.arguments import typed
-from simexplain.batching.folder import RESULTS, BatchFolder, is_maps_file
+from simexplain.batching.folder import OK, RESULTS, BatchFolder, check_extra, is_maps_file
 from simexplain.batching.planning import stamp_of
 from simexplain.batching.shards import OF_ROWS, PICTURE, TENSORS
-from simexplain.batching.table import OK, check_extra
 from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import Geometry, Preprocess, prepared
 from simexplain.errors import DAMAGED, ComparisonError, OutputError, first_line

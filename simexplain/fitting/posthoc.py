@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from simexplain.arguments import typed
 from simexplain.data.folders import Batches, Record, pictures_in
 from simexplain.errors import ImageError, ModelError
-from simexplain.fitting.heads import Head, pca_head, trained_head
-from simexplain.fitting.passes import FeaturePasses, Progress
-from simexplain.fitting.reliability import (
+from simexplain.fitting.frozen import (
+    FeaturePasses,
+    Head,
+    Progress,
     certainty_scales,
+    pca_head,
     slopes_and_offsets,
+    trained_head,
     trained_reliability,
 )
 from simexplain.graph.cams import pooled

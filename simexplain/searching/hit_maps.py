@@ -13,7 +13,6 @@ from simexplain.graph.inference import infer
 from simexplain.matching.factors import Factors, unexplained_of
 from simexplain.models.avsl import AVSL
 from simexplain.networks import lengths_of, unit_rows
-from simexplain.searching.index_gallery import GalleryIndex
 from simexplain.searching.query import similarities
 
 
@@ -148,27 +147,6 @@ def _per_cosine(distance: str, near: Tensor, far: Tensor) -> Tensor:
     )
 
 
-def rival_places(labels: Sequence[str | None], hits: int) -> list[int | None]:
-    """For each of the first images of a ranking, the best one after it of another class.
-
-    Args:
-        labels: Of a ranking, the best first; None for an image without a class, which differs from
-            every other.
-        hits: How many of the first to consider.
-
-    Returns:
-        Positions in the ranking, None where no image of another class follows.
-    """
-    values: list[int | None] = []
-    for index, own in enumerate(labels[:hits]):
-        later = range(index + 1, len(labels))
-        values.append(next((n for n in later if own is None or labels[n] != own), None))
-    return values
-
-
-_BLOCK = 64
-
-
 @dataclass(frozen=True)
 class HitMaps:
     """Maps of ``K`` hits; those of the query are over its own positions.
@@ -283,26 +261,6 @@ def region_maps(
         gap_residual=gaps - contrast.sum(dim=(1, 2)),
         unexplained=torch.zeros(count),
     )
-
-
-@torch.no_grad()
-def region_ranking(index: GalleryIndex, region: Tensor) -> tuple[Tensor, Tensor]:
-    """Every picture of a gallery by how like its best position is to a region.
-
-    Args:
-        index: With factors.
-        region: The region's vector at unit length ``(E,)``.
-
-    Returns:
-        Distances ``(G,)``, one minus the largest cosine, ascending, and places ``(G,)``.
-    """
-    parts = []
-    for start in range(0, len(index), _BLOCK):
-        block = index.factors(range(start, min(start + _BLOCK, len(index))))
-        parts.append(similarities(block, region).flatten(1).amax(dim=1))
-    distances = 1 - torch.cat(parts)
-    order = distances.argsort(stable=True)
-    return distances[order], order
 
 
 @torch.no_grad()

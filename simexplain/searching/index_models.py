@@ -1,4 +1,4 @@
-"""The model behind an index: whether it is the same, and the neighbours by its distance, exactly."""
+"""The model behind an index: whether it is the same, and exact neighbours by its distance."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -23,7 +24,6 @@ from simexplain.models.base import DISTANCES, SimilarityModel
 from simexplain.models.moving import WHOLE, overlaps
 from simexplain.models.moving import Region as Span
 from simexplain.networks import preserve_state, unit_rows
-from simexplain.searching.hit_maps import region_ranking, rival_places
 from simexplain.searching.index_gallery import GalleryIndex
 from simexplain.tracing import trace
 
@@ -35,7 +35,7 @@ ABOVE_MEAN = 0.4
 ``benchmarks/search.py`` with other cut-outs than those of the published table."""
 
 _FINE = 28
-_BLOCK = 256
+_BLOCK = 64
 _OPAQUE = 127
 
 
@@ -468,3 +468,41 @@ def _limit(distances: Tensor, to_others: Tensor | None, searched: int) -> float:
         steps = NormalDist().inv_cdf(1 - FALSE_ALARMS / searched)
         limit = float(distances.mean() - steps * distances.std())
     return max(limit, COPY * median)
+
+
+def rival_places(labels: Sequence[str | None], hits: int) -> list[int | None]:
+    """For each of the first images of a ranking, the best one after it of another class.
+
+    Args:
+        labels: Of a ranking, the best first; None for an image without a class, which differs from
+            every other.
+        hits: How many of the first to consider.
+
+    Returns:
+        Positions in the ranking, None where no image of another class follows.
+    """
+    values: list[int | None] = []
+    for index, own in enumerate(labels[:hits]):
+        later = range(index + 1, len(labels))
+        values.append(next((n for n in later if own is None or labels[n] != own), None))
+    return values
+
+
+@torch.no_grad()
+def region_ranking(index: GalleryIndex, region: Tensor) -> tuple[Tensor, Tensor]:
+    """Every picture of a gallery by how like its best position is to a region.
+
+    Args:
+        index: With factors.
+        region: The region's vector at unit length ``(E,)``.
+
+    Returns:
+        Distances ``(G,)``, one minus the largest cosine, ascending, and places ``(G,)``.
+    """
+    parts = []
+    for start in range(0, len(index), _BLOCK):
+        block = index.factors(range(start, min(start + _BLOCK, len(index))))
+        parts.append(similarities(block, region).flatten(1).amax(dim=1))
+    distances = 1 - torch.cat(parts)
+    order = distances.argsort(stable=True)
+    return distances[order], order

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from simexplain.data.preprocessing import Geometry
 from simexplain.renaming import takes_old_names, with_old_names
 from simexplain.results.result import Attachments, Result
-from simexplain.segmentation.cue import Heat
-from simexplain.segmentation.grabcut import Mask, Pixels
+from simexplain.segmentation.cue import Heat, Mask, Pixels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: rows, models, checkpoints, maps, and its callbacks."""
+"""What a run writes while it trains: rows, models, checkpoints, attention maps, callbacks."""
 
 from __future__ import annotations
 
@@ -9,20 +9,121 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 
 from simexplain.data.dataset_split import DataSplit
 from simexplain.data.folders import Record
+from simexplain.errors import ImageError
 from simexplain.evaluation.retrieval import evaluate_retrieval
+from simexplain.explaining import explain
+from simexplain.explanation import Explanation
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.models.writing import save_model
-from simexplain.training.attention_callback import attention_picture
+from simexplain.picturing import footer, verdict
+from simexplain.rendering.overlay import overlay
+from simexplain.rendering.sheet import ROLE_COLOURS, VERDICTS, Cell, Grid, Row, Words, page, png_of
 from simexplain.training.module import TrainingModule
 from simexplain.training.options import TrainOptions, best_column
 from simexplain.training.run_folder import ATTENTION, LAST, MODEL, OPTIONS, TENSORBOARD, RunFolder
 
-Row = dict[str, Any]
+_CELL = 1.7
+_ROLES = ("anchor", "positive", "negative")
+
+
+def attention_triplets_of(
+    queries: Sequence[Record], count: int, seed: int
+) -> tuple[tuple[Record, Record, Record], ...]:
+    """Triplets of pictures drawn once for a run: anchors of different classes where there are.
+
+    Args:
+        queries: Labelled pictures that are not trained on.
+        count: How many triplets at most.
+        seed: Of the draw, which depends on nothing else.
+
+    Returns:
+        Anchor, another picture of its class (of another group, where there is one) and one of
+        another class; none where the pictures do not allow it.
+    """
+    classes: dict[str, list[Record]] = {}
+    for record in queries:
+        classes.setdefault(str(record.label), []).append(record)
+    able = [label for label in sorted(classes) if len(classes[label]) > 1]
+    if len(classes) < 2 or not able:
+        return ()
+    draw = np.random.default_rng(seed)
+    triplets = []
+    order = [able[index] for index in draw.permutation(len(able))]
+    for label in order[:count]:
+        own = classes[label]
+        anchor = own[int(draw.integers(len(own)))]
+        others = [record for record in own if record is not anchor]
+        apart = [r for r in others if r.group is None or r.group != anchor.group] or others
+        far = [name for name in sorted(classes) if name != label]
+        negatives = classes[far[int(draw.integers(len(far)))]]
+        triplets.append(
+            (
+                anchor,
+                apart[int(draw.integers(len(apart)))],
+                negatives[int(draw.integers(len(negatives)))],
+            )
+        )
+    return tuple(triplets)
+
+
+def attention_picture(
+    model: SimilarityModel,
+    triplets: Sequence[tuple[Record, Record, Record]],
+    *,
+    title: str,
+    method: dict[str, Any] | None = None,
+) -> bytes:
+    """A PNG with a row for each triplet: three pictures, and the model's attention in them.
+
+    The model is left as it was. Triplets whose pictures cannot be read are left out.
+
+    Args:
+        model: In any mode.
+        triplets: Anchor, positive, negative.
+        title: Over the figure.
+        method: Options of ``explain``; unless given, ``avsl`` for AVSL models and else
+            similarity attention with signed weights.
+    """
+    chosen = method or _method(model)
+    rows: list[Row] = []
+    foot = ""
+    for triplet in triplets:
+        try:
+            paths = [record.path for record in triplet]
+            explained = explain(model, paths, arch="triplet", check=False, **chosen)
+        except ImageError:
+            continue
+        rows.append(_row(explained, roles=not rows))
+        foot = footer(explained)
+    grid = Grid(rows, [_CELL, _CELL, 0.1] * 3, gap=0.05)
+    return png_of(page([grid], title=title, footer=foot).figure)
+
+
+def _method(model: SimilarityModel) -> dict[str, Any]:
+    if isinstance(model, AVSL):
+        return {"method": "avsl"}
+    return {"method": "sam", "weights": "signed"}
+
+
+def _row(explained: Explanation, *, roles: bool) -> Row:
+    """Every picture beside itself with its heat; the verdict over them."""
+    cells: list[Cell | None] = []
+    for index, role in enumerate(_ROLES):
+        view = explained.preprocess.undo(explained.images[0, index])
+        heat = explained.heatmaps_at(0)[index].cpu().numpy()
+        title = (Words(role, ROLE_COLOURS[role], 9, "bold", "left"),) if roles else ()
+        cells += [Cell(view, title), Cell(overlay(view, heat)), None]
+    ink = VERDICTS[explained.condition(0).holds]
+    return Row(cells, Words(verdict(explained), ink, 9, align="left"), tallest=2.2 * _CELL)
+
+
+MetricsRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,7 +137,7 @@ class Listeners:
     """
 
     step: Callable[[int, int, float], None] | None = None
-    epoch: Callable[[Row], None] | None = None
+    epoch: Callable[[MetricsRow], None] | None = None
     work: Callable[[str, int, int], None] | None = None
 
 
@@ -78,7 +179,7 @@ class Recorder:
         self.folder.write_json(OPTIONS, self.about)
         self.writer = _tensorboard(self.folder, module.progress.step)
         if fresh:
-            row: Row = {"epoch": 0, "step": 0, "seconds": 0.0}
+            row: MetricsRow = {"epoch": 0, "step": 0, "seconds": 0.0}
             row |= self.measured(module.model)
             self._draw(module.model, 0)
             self._note(module, row)
@@ -100,7 +201,7 @@ class Recorder:
     def epoch_over(self, module: TrainingModule) -> None:
         """After the last step of an epoch; the state has moved to the next one already."""
         progress = module.progress
-        row: Row = {
+        row: MetricsRow = {
             "epoch": progress.epoch,
             "step": progress.step,
             "seconds": round(time.monotonic() - self._begun, 3),
@@ -115,7 +216,7 @@ class Recorder:
         self._note(module, row)
         self._begun = time.monotonic()
 
-    def measured(self, model: SimilarityModel) -> Row:
+    def measured(self, model: SimilarityModel) -> MetricsRow:
         """Recall@K and MAP@R on the held-out pictures; nothing where there are none."""
         if not self.split.queries:
             return {}
@@ -132,7 +233,7 @@ class Recorder:
         recalls = {f"recall@{k}": value for k, value in retrieval.recall.items()}
         return {**recalls, "map_at_r": retrieval.map_at_r}
 
-    def score(self, row: Row) -> float:
+    def score(self, row: MetricsRow) -> float:
         """What the best model is chosen by; without held-out pictures it is the last one."""
         if not self.split.queries:
             return float(row["epoch"])
@@ -169,7 +270,7 @@ class Recorder:
             picture = attention_picture(model, self.watched, title=title)
             self.folder.write(f"{ATTENTION}/epoch_{epoch:03d}.png", picture)
 
-    def _note(self, module: TrainingModule, row: Row) -> None:
+    def _note(self, module: TrainingModule, row: MetricsRow) -> None:
         """Keeps a row before it is announced: a callback may end the run."""
         module.progress.rows.append(row)
         self.folder.write_rows(module.progress.rows)
