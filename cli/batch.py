@@ -33,8 +33,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from simexplain.batching.planning import Progress
     from simexplain.batching.result import BatchResult
+    from simexplain.data.folders import StageProgress
 
 _HOW = (
     "shard_rows", "memory", "batch_size", "pictures", "figures", "strict", "devices", "nodes",
@@ -124,7 +124,7 @@ def command(
 
 
 @contextmanager
-def _bars() -> Iterator[Progress | None]:
+def _bars() -> Iterator[StageProgress | None]:
     """Bars on a terminal, of the first of several processes only."""
     if not first_process():
         yield None

@@ -10,7 +10,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from simexplain.errors import ComparisonError
-from simexplain.evaluation.comparing import Recipe, recipe_from
+from simexplain.evaluation.comparing import MethodSetup, setup_from
 from simexplain.explanation import SCALES
 from simexplain.methods import METHODS, option_from, options_of
 from simexplain.methods.cams import CAMS
@@ -32,7 +32,7 @@ class MethodText(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The text, which can be read."""
         try:
-            recipe_from(str(value))
+            setup_from(str(value))
         except ComparisonError as error:
             self.fail(str(error), param, ctx)
         return str(value)
@@ -109,7 +109,7 @@ def method_from(network: SimilarityModel, given: dict[str, Any]) -> dict[str, An
     if given["sweep"] and given["layer"]:
         raise click.UsageError("--sweep takes layers of its own; say it or --layer.")
     sweep = given.pop("sweep")
-    recipes = [recipe_from(text) for text in given["method"]]
+    recipes = [setup_from(text) for text in given["method"]]
     names = given["cam"]
     given.update(cam=names[0] if len(names) == 1 else names, layer=given["layer"] or None)
     given = _for_method(given, [str(name) for name, _, _ in recipes])
@@ -117,7 +117,7 @@ def method_from(network: SimilarityModel, given: dict[str, Any]) -> dict[str, An
     return {**given, "layer": network.stages} if sweep else given
 
 
-def _of_recipes(recipes: Sequence[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
+def _of_recipes(recipes: Sequence[MethodSetup], given: Mapping[str, Any]) -> dict[str, Any]:
     """The options inside ``--method``, as arguments of ``explain``.
 
     Raises:

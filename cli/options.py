@@ -28,8 +28,8 @@ from simexplain.renaming import RENAMED_OPTIONS, RenamedWarning, new_name, today
 from .console import echo, echo_lines
 
 if TYPE_CHECKING:
+    from simexplain.data.folders import StageProgress
     from simexplain.data.preprocessing import Geometry
-    from simexplain.fitting.frozen import Progress
     from simexplain.models.base import SimilarityModel
     from simexplain.results.result import Result
 
@@ -310,7 +310,7 @@ def busy(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bars(begun: str = "") -> Iterator[Progress | None]:
+def progress_bars(begun: str = "") -> Iterator[StageProgress | None]:
     """Progress bars on a terminal, nothing in a pipe.
 
     Args:

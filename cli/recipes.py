@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from simexplain.errors import ComparisonError
-from simexplain.evaluation.comparing import Recipe, quick_methods, recipes_of, settled
+from simexplain.evaluation.comparing import MethodSetup, quick_methods, settled, setups_of
 from simexplain.evaluation.faithfulness import PERTURBATIONS
 from simexplain.methods import METHODS
 from simexplain.metrics.curves import BASELINES
@@ -61,7 +61,7 @@ def tell_long_work(seconds: float) -> None:
         )
 
 
-def asked_recipes(given: dict[str, Any]) -> dict[str, Recipe]:
+def asked_recipes(given: dict[str, Any]) -> dict[str, MethodSetup]:
     """Takes ``methods`` and ``every`` out of ``given``: the recipes to run.
 
     Raises:
@@ -71,7 +71,7 @@ def asked_recipes(given: dict[str, Any]) -> dict[str, Recipe]:
     if every:
         texts = (*texts, *(name for name in METHODS if name not in texts))
     try:
-        recipes = recipes_of(texts or None)
+        recipes = setups_of(texts or None)
         return {name: settled(recipe) for name, recipe in recipes.items()}
     except ComparisonError as error:
         raise click.BadParameter(str(error), param_hint="--method") from error

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from simexplain.evaluation.comparing import recipe_from
+from simexplain.evaluation.comparing import setup_from
 from simexplain.segmentation.cue import REFINEMENTS, GrabCut, default_cue
 from simexplain.segmentation.segmenting import AGGREGATES, ANCHORS, METHOD, VIEWS
 
@@ -66,7 +66,7 @@ def segmenting_from(given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ComparisonError: If thresholds are not in order.
     """
-    method, layer, options = recipe_from(given.pop("method"))
+    method, layer, options = setup_from(given.pop("method"))
     named = {name: given.pop(name) for name in _THRESHOLDS}
     chosen = {name: value for name, value in named.items() if value is not None}
     # If a model's own fit is requested together with a named one.

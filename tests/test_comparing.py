@@ -26,7 +26,7 @@ from simexplain import (
     explain,
 )
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError
-from simexplain.evaluation.comparing import quick_methods, recipe_from
+from simexplain.evaluation.comparing import quick_methods, setup_from
 from simexplain.evaluation.faithfulness import faithfulness
 from simexplain.evaluation.items import Item, read_comparisons, sample_comparisons
 from simexplain.models.blackbox import BlackBox
@@ -191,12 +191,12 @@ def test_an_error_of_torch_skips_a_method_and_none_left_is_an_error(tiny, triple
 
 
 def test_methods_from_text() -> None:
-    assert recipe_from("sam") == ("sam", None, {})
-    assert recipe_from("sam@a.0") == ("sam", "a.0", {})
+    assert setup_from("sam") == ("sam", None, {})
+    assert setup_from("sam@a.0") == ("sam", "a.0", {})
     text = "occlusion:window=0.5,stride=1e-1,fill=mean,keep_negative=false,upscale=2"
     options = {"window": 0.5, "stride": 0.1, "fill": "mean", "keep_negative": False, "upscale": 2}
-    assert recipe_from(text) == ("occlusion", None, options)
-    assert recipe_from("sam@a+b:weights=signed") == ("sam", ("a", "b"), {"weights": "signed"})
+    assert setup_from(text) == ("occlusion", None, options)
+    assert setup_from("sam@a+b:weights=signed") == ("sam", ("a", "b"), {"weights": "signed"})
     assert {"sam", "focus", "decomposition"} <= set(quick_methods()) <= set(METHODS)
     many = {"smoothgrad", "integrated_gradients", "occlusion", "sbsm", "random_masks"}
     assert not many & set(quick_methods())

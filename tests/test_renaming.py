@@ -20,7 +20,7 @@ from simexplain import Comparison, Explanation, explain
 from simexplain.arguments import typed
 from simexplain.batching.batching import check_same
 from simexplain.errors import ArgumentError, SimexplainError
-from simexplain.evaluation.comparing import recipe_from
+from simexplain.evaluation.comparing import setup_from
 from simexplain.evaluation.results import Evaluation, SanityScores
 from simexplain.renaming import (
     ARGUMENTS_ALONE,
@@ -186,11 +186,11 @@ def test_other_verbs_take_the_old_names(tmp_path: Path) -> None:
         result = simexplain.explain_files(model, paths[:2], different=True, method="sam")
     assert result.roles == ("anchor", "negative")
     with pytest.warns(RenamedWarning, match="'magnify'"):
-        assert recipe_from("sam:magnify=2,weights=signed") == (
+        assert setup_from("sam:magnify=2,weights=signed") == (
             "sam", None, {"upscale": 2.0, "weights": "signed"},
         )  # fmt: skip
     with pytest.raises(SimexplainError, match="OPTION=VALUE with an option of sam"):
-        recipe_from("sam:masking=each")
+        setup_from("sam:masking=each")
 
 
 def test_runs_and_batches_begun_by_the_last_version_go_on(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from simexplain import (
 from simexplain.data.folders import Record
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError
-from simexplain.evaluation.comparing import recipes_of
+from simexplain.evaluation.comparing import setups_of
 from simexplain.evaluation.items import Item
 from simexplain.methods.bank_maps import BankMaps
 from simexplain.methods.weight_bank import WeightBank
@@ -301,7 +301,7 @@ def test_a_bank_is_read_once_for_all_items(
     build_bank(model, (views, "aabb"), margin=4.0, triplets=4).save(here / "x.bank")
     read, load = [], WeightBank.load
     monkeypatch.setattr(WeightBank, "load", lambda path: read.append(path) or load(path))
-    recipes = recipes_of(["weight_bank:bank=x.bank,neighbours=1", "sam"])
+    recipes = setups_of(["weight_bank:bank=x.bank,neighbours=1", "sam"])
     items = [Item(("a.png", "b.png"), "siamese"), Item(("a.png", "c.png"), "siamese")] * 2
     scores = evaluate_faithfulness(model, items, recipes, steps=1)
     assert not scores.errors

@@ -20,7 +20,6 @@ from simexplain.batching.planning import (
     BatchOptions,
     BatchPlan,
     MapRequest,
-    Progress,
     Rows,
     placed,
     plan_rows,
@@ -36,6 +35,7 @@ from simexplain.batching.shards import (
     write_alone,
     write_together,
 )
+from simexplain.data.folders import StageProgress
 from simexplain.errors import ComparisonError, ModelError, OutputError
 from simexplain.explanation import Explanation
 from simexplain.methods.rows import Layers, Methods, layer_names
@@ -160,7 +160,7 @@ def explain_batch(
     how: BatchOptions | None = None,
     resume: bool = False,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
     skipped: Callable[[Sequence[str]], None] | None = None,
     **options: Any,
 ) -> BatchResult:
@@ -241,7 +241,7 @@ def _worked(
     folder: BatchFolder,
     how: BatchOptions,
     world: tuple[int, int],
-    progress: Progress | None,
+    progress: StageProgress | None,
 ) -> WorkDone:
     """Does what is left to do, and merges it once all processes are done."""
     writer = ShardWriter(explainer, folder, how.pictures, how.figures)

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from simexplain.arguments import typed
-from simexplain.data.folders import without_index
+from simexplain.data.folders import StageProgress, opened_csv, without_index
 from simexplain.data.images import opened_picture, read_picture
 from simexplain.data.preprocessing import Preprocess
-from simexplain.errors import ComparisonError, ImageError, ModelError, missing
+from simexplain.errors import ComparisonError, ImageError, ModelError
 from simexplain.explaining_tensors import check_upscale
 from simexplain.methods.rows import Methods
 from simexplain.models.base import SimilarityModel
@@ -219,21 +219,13 @@ def _from_python(row: BatchRow | Mapping[str, Any]) -> BatchRow:
 
 
 def _from_csv(source: Path) -> Iterable[BatchRow]:
-    try:
-        with source.open(encoding="utf-8-sig", newline="") as opened:
-            reader = csv.reader(opened, strict=True)
-            header = [name.strip().lower() for name in next(reader, [])]
-            _check_header(source, without_index(header))
-            for cells in reader:
-                if any(cell.strip() for cell in cells):
-                    yield _from_cells(header, cells, reader.line_num)
-    except OSError as error:
-        reason = f"'{source}' cannot be read ({error.strerror or error})."
-        raise ComparisonError(missing(source, reason)) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ComparisonError(
-            f"'{source}' is not a CSV file in UTF-8 ({error}); save it as one."
-        ) from error
+    with opened_csv(source, ComparisonError) as opened:
+        reader = csv.reader(opened, strict=True)
+        header = [name.strip().lower() for name in next(reader, [])]
+        _check_header(source, without_index(header))
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                yield _from_cells(header, cells, reader.line_num)
 
 
 def _check_header(source: Path, header: list[str]) -> None:
@@ -299,7 +291,6 @@ def _problem(row: BatchRow) -> str:
     return ""
 
 
-Progress = Callable[[str, int, int], None]
 Stamp = tuple[int, int]
 """Size in bytes and time of the last change in nanoseconds of a file."""
 
@@ -351,7 +342,7 @@ def plan_rows(
     preprocess: Preprocess,
     *,
     size: int,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> BatchPlan:
     """Finds the distinct pictures, reads the header of each, and orders the rows.
 

@@ -22,6 +22,7 @@ from simexplain.batching.folder import (
     maps_name,
 )
 from simexplain.batching.row_explaining import RowExplainer
+from simexplain.data.folders import Progress
 from simexplain.errors import ModelError, OutputError, SimexplainError, first_line
 from simexplain.explanation import Explanation
 from simexplain.losses.distributed import ProcessGroup
@@ -143,8 +144,6 @@ def _layers_of(row: Explanation, mark: str) -> dict[str, Tensor]:
 
 _PATIENCE = timedelta(days=30)
 """How long a process that is done waits for the others, whose rows may be larger."""
-
-Progress = Callable[[int, int], None]
 
 
 def processes(devices: int | None, nodes: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -15,7 +15,7 @@ from PIL import Image
 
 from simexplain.arguments import typed
 from simexplain.data.dataset_split import DataSplit, everything, few, relative
-from simexplain.data.folders import Record, mask_of
+from simexplain.data.folders import Progress, Record, mask_of
 from simexplain.data.images import opened_picture, pillow_quiet, read_picture
 from simexplain.data.preprocessing import Preprocess
 from simexplain.data.training_set import Augmentation
@@ -32,7 +32,7 @@ def check_training(
     classes: int,
     each: int,
     deep: bool = True,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[str, ...]:
     """Finds all that would spoil a training run or its evaluation.
 
@@ -165,9 +165,7 @@ class _Look:
     digest: bytes = b""
 
 
-def _looks(
-    records: Iterable[Record], deep: bool, progress: Callable[[int, int], None] | None
-) -> dict[Path, _Look]:
+def _looks(records: Iterable[Record], deep: bool, progress: Progress | None) -> dict[Path, _Look]:
     """Each file once, several at a time: Pillow decodes outside of Python's lock."""
     once = {record.path: record for record in records}
     known: dict[Path, _Look] = {}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from simexplain.data.folders import Record, pictures_in, without_index
+from simexplain.data.folders import Record, opened_csv, pictures_in, without_index
 from simexplain.data.images import is_picture
 from simexplain.errors import ImageError
 
@@ -314,18 +314,11 @@ def read_csv(path: Path, reading: Reading) -> DataSplit:
 
 
 def _lines(path: Path) -> tuple[list[str], list[tuple[int, Mapping[str | None, object]]]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as opened:
-            reader = csv.DictReader(opened, strict=True)
-            header = [name.strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = header
-            lines = [(reader.line_num, dict(line)) for line in reader]
-    except OSError as error:
-        raise ImageError(f"'{path}' cannot be read ({error.strerror or error}).") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ImageError(
-            f"'{path}' is not a CSV file in UTF-8 ({error}); save it as one."
-        ) from error
+    with opened_csv(path, ImageError) as opened:
+        reader = csv.DictReader(opened, strict=True)
+        header = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = header
+        lines = [(reader.line_num, dict(line)) for line in reader]
     if not {"path", "label"} <= set(header) or len(set(header)) < len(header):
         raise ImageError(
             f"Expected '{path}' to begin with a header of the columns path, label and, if wanted, "

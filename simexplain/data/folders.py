@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 
 from simexplain.data.arrays import ARRAYS
 from simexplain.data.images import (
+    DAMAGED_PICTURE,
     Picture,
     PictureSource,
     is_picture,
@@ -25,8 +29,14 @@ from simexplain.data.images import (
     read_picture,
 )
 from simexplain.data.preprocessing import Preprocess
-from simexplain.errors import ImageError, missing
+from simexplain.errors import ImageError, SimexplainError, missing
 from simexplain.publishing import written_pictures
+
+Progress = Callable[[int, int], None]
+"""Called with how far something is and how far it goes."""
+
+StageProgress = Callable[[str, int, int], None]
+"""Called with what is being done, how far it is, and how far it goes."""
 
 _READERS = 2
 _NAMED = 5
@@ -155,6 +165,23 @@ def _written(files: Sequence[Path]) -> set[Path]:
     return {picture for path in manifests for picture in written_pictures(path)}
 
 
+@contextmanager
+def opened_csv(path: Path, error: type[SimexplainError]) -> Iterator[TextIO]:
+    """A CSV file in UTF-8, open for reading.
+
+    Raises:
+        SimexplainError: Of the type ``error``, if it cannot be read or is not such a file.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as opened:
+            yield opened
+    except OSError as reason:
+        why = f"'{path}' cannot be read ({reason.strerror or reason})."
+        raise error(missing(path, why)) from reason
+    except (UnicodeDecodeError, csv.Error) as reason:
+        raise error(f"'{path}' is not a CSV file in UTF-8 ({reason}); save it as one.") from reason
+
+
 def without_index(header: Sequence[str]) -> list[str]:
     """The columns of a table without the nameless index that pandas writes before them."""
     own = [name for name in header[:1] if name.strip() and not name.lower().startswith("unnamed:")]
@@ -227,9 +254,6 @@ class Batches:
             return None
 
 
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-
-
 def mask_of(record: Record, size: tuple[int, int]) -> NDArray[np.uint8] | None:
     """The mask of a picture ``(H,W)``, 255 where the object is; None where it has none.
 
@@ -243,27 +267,40 @@ def mask_of(record: Record, size: tuple[int, int]) -> NDArray[np.uint8] | None:
     Raises:
         ImageError: If the file cannot be read or has another size than the picture.
     """
-    if record.mask is None:
+    if record.mask is None or (record.mask == record.path and alpha_of(record.mask) is None):
         return None
-    values = _alpha(record.mask)
+    return mask_values(record.mask, size)
+
+
+def mask_values(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """A mask file as :func:`mask_of` reads it: its alpha channel, else its brightness."""
+    values = alpha_of(path)
     if values is None:
-        if record.mask == record.path:
-            return None
-        values = np.array(read_picture(record.mask).image.convert("L"))
-    if values.shape != size:
-        raise ImageError(
-            f"Expected the mask '{record.mask}' in the size of its picture, {size[1]}x{size[0]}, "
-            f"got {values.shape[1]}x{values.shape[0]}."
-        )
+        values = np.array(read_picture(path).image.convert("L"))
+    check_mask_size(path, values, size)
     return values
 
 
-def _alpha(path: Path) -> NDArray[np.uint8] | None:
+def check_mask_size(path: Path, values: NDArray[np.uint8], size: tuple[int, int]) -> None:
+    """Raises an ImageError unless a mask has the height and width of its picture."""
+    if values.shape != size:
+        raise ImageError(
+            f"Expected the mask '{path}' in the size of its picture, {size[1]}x{size[0]}, got "
+            f"{values.shape[1]}x{values.shape[0]}."
+        )
+
+
+def alpha_of(path: Path) -> NDArray[np.uint8] | None:
+    """The alpha channel of a mask file, upright; None without one.
+
+    Raises:
+        ImageError: If the file cannot be read.
+    """
     try:
         with opened_picture(path) as opened:
             if "A" not in opened.getbands() and "transparency" not in opened.info:
                 return None
             upright = ImageOps.exif_transpose(opened) or opened
             return np.array(upright.convert("RGBA").getchannel("A"))
-    except _DAMAGE as error:
+    except DAMAGED_PICTURE as error:
         raise ImageError(f"The mask '{path}' cannot be read ({error}); check the file.") from error

@@ -86,7 +86,8 @@ Taken = TypeVar("Taken")
 _WHITE = (255, 255, 255, 255)
 _DEEP_MODES = ("I", "F")
 _NOT_READ = ("EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF")
-_DAMAGE = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+DAMAGE = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+DAMAGED_PICTURE = (*DAMAGE, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _taken(path: str | Path, take: Callable[[str, Image.Image], Taken]) -> Taken
         raise ImageError(
             f"'{name}' has more than 178 million pixels; reduce it before explaining it."
         ) from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise ImageError(
             f"'{name}' is damaged or cut off ({error}); export or download it again."
         ) from error
@@ -222,7 +223,7 @@ def _in_memory(given: Image.Image | NDArray[Any] | Picture, name: str) -> Pictur
             return _upright(name, given.copy(), [])
         if isinstance(given, np.ndarray):
             return _of_array(name, given)
-    except (*_DAMAGE, AssertionError, AttributeError) as error:  # Pillow, of a closed file
+    except (*DAMAGE, AssertionError, AttributeError) as error:  # Pillow, of a closed file
         raise ImageError(f"'{name}' cannot be read ({error}); open or make it again.") from error
     raise ImageError(
         f"Expected a path, a picture of PIL or an array for '{name}', got {type(given).__name__}; "
@@ -316,7 +317,7 @@ def is_picture(path: Path) -> bool:
     try:
         with opened_picture(path):
             return True
-    except (*_DAMAGE, Image.DecompressionBombError):
+    except DAMAGED_PICTURE:
         return False
 
 

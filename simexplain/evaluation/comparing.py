@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 from simexplain.arguments import typed
 from simexplain.comparison import Comparison, arch_of
+from simexplain.data.folders import Progress
 from simexplain.data.preprocessing import notes_of
 from simexplain.errors import ComparisonError, SimexplainError, first_line, meant
 from simexplain.evaluation.comparison_result import ComparedMethod, MethodComparison
 from simexplain.evaluation.faithfulness import (
     PERTURBATIONS,
     LoadedItem,
+    Measures,
     controlled,
     load_item,
     means,
-    measured,
     timed,
 )
 from simexplain.evaluation.items import Item
@@ -40,11 +41,11 @@ from simexplain.models.embedder import as_similarity_model
 from simexplain.networks import full_precision
 from simexplain.renaming import todays
 
-Recipe = tuple[str | MethodLike, Layers, Mapping[str, Any]]
+MethodSetup = tuple[str | MethodLike, Layers, Mapping[str, Any]]
 """A method, its layers and its options, as ``explain`` takes them."""
 
-Recipes = Mapping[str, Recipe] | Sequence[str] | None
-"""Recipes by name, texts as :func:`recipe_from` takes them, or None for :func:`quick_methods`."""
+MethodSetups = Mapping[str, MethodSetup] | Sequence[str] | None
+"""Methods by name, texts as :func:`setup_from` takes them, or None for :func:`quick_methods`."""
 
 _QUICK = ("sam", "focus", "similarity_cam", "decomposition", "attention_relevance", "avsl")
 _OF_THE_VIEW = ("upscale", "scale")
@@ -55,8 +56,8 @@ def quick_methods() -> tuple[str, ...]:
     return tuple(name for name in METHODS if name in _QUICK)
 
 
-def recipes_of(methods: Recipes) -> dict[str, Recipe]:
-    """Recipes by name, whatever they were given as.
+def setups_of(methods: MethodSetups) -> dict[str, MethodSetup]:
+    """Methods with layers and options by name, whatever they were given as.
 
     Raises:
         ComparisonError: If a method or an option is unknown, or there is none or one given twice.
@@ -68,7 +69,7 @@ def recipes_of(methods: Recipes) -> dict[str, Recipe]:
                 _check_options(method, options)
     else:
         texts = quick_methods() if methods is None else tuple(methods)
-        recipes = {text: recipe_from(text) for text in texts}
+        recipes = {text: setup_from(text) for text in texts}
         if len(recipes) != len(texts):
             raise ComparisonError(f"Expected every method once, got {', '.join(texts)}.")
     if not recipes:
@@ -76,7 +77,7 @@ def recipes_of(methods: Recipes) -> dict[str, Recipe]:
     return recipes
 
 
-def recipe_from(text: str) -> Recipe:
+def setup_from(text: str) -> MethodSetup:
     """A recipe from ``NAME[@LAYER+LAYER][:OPTION=VALUE,...]``, such as ``sam:weights=signed``.
 
     Values are read as what the option is by default: a number, true or false, else text. Besides
@@ -107,7 +108,7 @@ def recipe_from(text: str) -> Recipe:
     return name, (chosen if len(chosen) > 1 else chosen[0]) if at else None, options
 
 
-def ready(recipe: Recipe) -> str:
+def ready(recipe: MethodSetup) -> str:
     """Why a recipe cannot be carried out whatever the model; empty where nothing is known."""
     method, _, options = recipe
     missing = _missing(method, options)
@@ -122,7 +123,7 @@ def ready(recipe: Recipe) -> str:
     return f"It needs the option {missing[0]}, which has no default."
 
 
-def settled(recipe: Recipe) -> Recipe:
+def settled(recipe: MethodSetup) -> MethodSetup:
     """The recipe with its options checked and as the method keeps them: files are read once.
 
     A bank given by its file, for one, becomes the bank with that name.
@@ -170,8 +171,6 @@ def _default(field: Field[Any]) -> Any:
     return field.default
 
 
-Progress = Callable[[int, int], None]
-
 _AGREEMENTS = ("spearman", "cosine")
 _MOST_RANKED = 112
 """Heatmaps are compared on grids of at most this side: finer ones hold nothing more."""
@@ -182,7 +181,7 @@ _MOST_RANKED = 112
 def compare(
     model: nn.Module,
     images: Images,
-    methods: Recipes = None,
+    methods: MethodSetups = None,
     *,
     arch: str | None = None,
     masks: Sequence[str | Path | Tensor | None] | None = None,
@@ -230,7 +229,7 @@ def compare(
         SimexplainError: If none of the methods applies: the reason of the first.
     """
     wrapped = as_similarity_model(model)
-    recipes = recipes_of(methods)
+    recipes = setups_of(methods)
     if isinstance(images, Comparison):
         question = _of_tensors(images, masks)
     else:
@@ -242,7 +241,7 @@ def compare(
         question = load_item(wrapped, Item(files[0], masks=files[1], **roles))
     in_pass: dict[str, Any] = {"max_batch": max_batch, "check": False}
 
-    def explained(recipe: Recipe) -> Explanation:
+    def explained(recipe: MethodSetup) -> Explanation:
         method, layer, options = recipe
         if question.pictures and options.get("upscale", 1) != 1:
             # Then the pictures' own finer detail is shown.
@@ -257,7 +256,7 @@ def compare(
     notes: tuple[str, ...] = ()
     if question.pictures:
         notes = notes_of(wrapped.preprocess, question.pictures)
-    run = _Run(wrapped, question, perturb, steps, baseline, tolerance, max_batch, seed)
+    run = _Run(wrapped, question, Measures(perturb, steps, baseline, tolerance, max_batch, seed))
     return run.compared(recipes, explained, notes, progress, estimate)
 
 
@@ -278,26 +277,22 @@ class _Run:
 
     model: SimilarityModel
     question: LoadedItem
-    perturb: str
-    steps: int
-    baseline: str
-    tolerance: float
-    max_batch: int | None
-    seed: int
+    measures: Measures
 
     def __post_init__(self) -> None:
         """Refuses before the first method runs what would be refused after it."""
-        if self.perturb not in PERTURBATIONS or self.baseline not in BASELINES or self.steps < 1:
+        perturb, steps, baseline = self.measures.curves.values()
+        if perturb not in PERTURBATIONS or baseline not in BASELINES or steps < 1:
             raise ComparisonError(
                 f"Expected perturb of {', '.join(PERTURBATIONS)}, baseline of "
                 f"{', '.join(BASELINES)} and at least one step, got "
-                f"'{self.perturb}', '{self.baseline}' and {self.steps}."
+                f"'{perturb}', '{baseline}' and {steps}."
             )
 
     def compared(
         self,
-        recipes: Mapping[str, Recipe],
-        explained: Callable[[Recipe], Explanation],
+        recipes: Mapping[str, MethodSetup],
+        explained: Callable[[MethodSetup], Explanation],
         notes: tuple[str, ...],
         progress: Progress | None,
         estimate: Callable[[float], None] | None,
@@ -329,17 +324,19 @@ class _Run:
             raise next(iter(skipped.values()))
         return MethodComparison(
             methods=tuple(methods),
-            random=self._random(methods[0].explanation),
-            chance=self.question.chances(self.tolerance),
+            random=means(
+                self._scores(controlled(methods[0].explanation, "random", self.measures.seed))
+            ),
+            chance=self.question.chances(self.measures.tolerance),
             skipped={name: str(error) for name, error in skipped.items()},
             masks=self.question.masks,
             notes=notes,
-            settings={**self._curves(), "tolerance": self.tolerance, "seed": self.seed},
+            settings={
+                **self.measures.curves, "tolerance": self.measures.tolerance,
+                "seed": self.measures.seed,
+            },
             seconds=time.perf_counter() - start,
-        )
-
-    def _curves(self) -> dict[str, Any]:
-        return {"perturb": self.perturb, "steps": self.steps, "baseline": self.baseline}
+        )  # fmt: skip
 
     def _warm_up(self) -> None:
         """Runs the survey of layers and a first pass, which are not part of any method's cost.
@@ -347,7 +344,7 @@ class _Run:
         Raises:
             ModelError: If the model gives no embeddings of these images.
         """
-        embeddings_of(self.model, self.question.comparison, self.max_batch)
+        embeddings_of(self.model, self.question.comparison, self.measures.max_batch)
         try:
             self.model.layers_for(self.question.comparison.stacked()[:, 0])
         except SimexplainError:  # a black box has none
@@ -356,8 +353,8 @@ class _Run:
     def _one(
         self,
         name: str,
-        recipe: Recipe,
-        explained: Callable[[Recipe], Explanation],
+        recipe: MethodSetup,
+        explained: Callable[[MethodSetup], Explanation],
         before: Sequence[ComparedMethod],
     ) -> ComparedMethod:
         explanation, seconds, forwards = timed(self.model, lambda: explained(recipe))
@@ -377,13 +374,7 @@ class _Run:
         )
 
     def _scores(self, explanation: Explanation) -> dict[str, tuple[float, ...]]:
-        return measured(
-            self.model, self.question, explanation, self._curves(), tolerance=self.tolerance,
-            max_batch=self.max_batch,
-        )  # fmt: skip
-
-    def _random(self, sample: Explanation) -> dict[str, float]:
-        return means(self._scores(controlled(sample, "random", self.seed)))
+        return self.measures(self.model, self.question, explanation)
 
 
 def _agreement(one: Explanation, other: Explanation) -> dict[str, float]:

@@ -12,17 +12,18 @@ from typing import Any
 from torch import nn
 
 from simexplain.arguments import typed
+from simexplain.data.folders import Progress
 from simexplain.data.images import PictureSource
 from simexplain.errors import ComparisonError, SimexplainError
-from simexplain.evaluation.comparing import Recipe, settled
+from simexplain.evaluation.comparing import MethodSetup, settled
 from simexplain.evaluation.faithfulness import (
     CONTROLS,
     METRICS,
     LoadedItem,
+    Measures,
     controlled,
     load_item,
     means,
-    measured,
     timed,
 )
 from simexplain.evaluation.items import Item
@@ -65,7 +66,7 @@ class _Tally:
 def evaluate_faithfulness(
     model: nn.Module,
     items: Sequence[Item | tuple[Any, ...]],
-    methods: Mapping[str, Recipe],
+    methods: Mapping[str, MethodSetup],
     *,
     controls: Sequence[str] = ("random",),
     perturb: str = "single",
@@ -75,7 +76,7 @@ def evaluate_faithfulness(
     max_batch: int | None = None,
     seed: int = 0,
     level: float = 0.95,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     estimate: Callable[[float], None] | None = None,
 ) -> Evaluation:
     """Measures methods on the same comparisons, with the same score for all of them.
@@ -112,7 +113,8 @@ def evaluate_faithfulness(
             f"Expected at least one item and one method, and controls of {', '.join(CONTROLS)}, "
             f"got {len(records)} items, {len(methods)} methods and {list(controls)}."
         )
-    run = _Run(wrapped, methods, controls, perturb, steps, baseline, tolerance, max_batch, seed)
+    measures = Measures(perturb, steps, baseline, tolerance, max_batch, seed)
+    run = _Run(wrapped, methods, controls, measures)
     start = time.perf_counter()
     for number, item in enumerate(records):
         run.measure(number, item)
@@ -132,7 +134,7 @@ def evaluate_faithfulness(
         },
         errors={where: str(error) for where, error in run.errors.items()},
         settings={
-            "model": wrapped.name, "perturb": perturb, "steps": steps, "baseline": baseline,
+            "model": wrapped.name, **measures.curves,
             "tolerance": tolerance, "seed": seed, "level": level,
         },
         seconds=time.perf_counter() - start,
@@ -145,19 +147,12 @@ class _Run:
     def __init__(
         self,
         model: SimilarityModel,
-        methods: Mapping[str, Recipe],
+        methods: Mapping[str, MethodSetup],
         controls: Sequence[str],
-        perturb: str,
-        steps: int,
-        baseline: str,
-        tolerance: float,
-        max_batch: int | None,
-        seed: int,
+        measures: Measures,
     ) -> None:
-        self.model, self.controls = model, controls
+        self.model, self.controls, self.measures = model, controls, measures
         self.methods = {name: _settled(recipe) for name, recipe in methods.items()}
-        self.curves: dict[str, Any] = {"perturb": perturb, "steps": steps, "baseline": baseline}
-        self.tolerance, self.max_batch, self.seed = tolerance, max_batch, seed
         self.tallies = {name: _Tally() for name in (*methods, *map(_bracketed, controls))}
         self.errors: dict[str, SimexplainError] = {}
         self.hits: list[float] = []
@@ -172,7 +167,9 @@ class _Run:
             for tally in self.tallies.values():
                 tally.add({})
             return
-        self._count_chance(question)
+        if levels := question.chances(self.measures.tolerance):
+            self.hits.append(levels["pointing"])
+            self.areas.append(levels["energy"])
         sample: Explanation | None = None
         for name, recipe in self.methods.items():
             scores: dict[str, float] = {}
@@ -189,17 +186,17 @@ class _Run:
         for name in self.controls:
             scores = {}
             if sample is not None:
-                control = controlled(sample, name, self.seed + number)
+                control = controlled(sample, name, self.measures.seed + number)
                 scores = self._scored(question, control, _bracketed(name))
             self.tallies[_bracketed(name)].add(scores)
 
-    def _explained(self, item: Item, recipe: Recipe) -> tuple[Explanation, float, int]:
+    def _explained(self, item: Item, recipe: MethodSetup) -> tuple[Explanation, float, int]:
         method, layer, options = recipe
         return timed(
             self.model,
             lambda: explain(
                 self.model, item.paths, method, layer, arch=item.arch, negative=item.negative,
-                positives=item.positives, max_batch=self.max_batch, check=False, **options,
+                positives=item.positives, max_batch=self.measures.max_batch, check=False, **options,
             ),
         )  # fmt: skip
 
@@ -208,21 +205,12 @@ class _Run:
     ) -> dict[str, float]:
         """Every metric of one item, as the mean over its images; notes what it took."""
         start = time.perf_counter()
-        scores = measured(
-            self.model, question, explanation, self.curves, tolerance=self.tolerance,
-            max_batch=self.max_batch,
-        )  # fmt: skip
+        scores = self.measures(self.model, question, explanation)
         self.tallies[name].measuring.append(time.perf_counter() - start)
         return means(scores)
 
-    def _count_chance(self, question: LoadedItem) -> None:
-        levels = question.chances(self.tolerance)
-        if levels:
-            self.hits.append(levels["pointing"])
-            self.areas.append(levels["energy"])
 
-
-def _settled(recipe: Recipe) -> Recipe:
+def _settled(recipe: MethodSetup) -> MethodSetup:
     """The recipe with its files read once; where its options do not fit, every item reports it."""
     try:
         return settled(recipe)

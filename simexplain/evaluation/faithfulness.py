@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -261,41 +260,50 @@ def load_item(model: SimilarityModel, item: Item) -> LoadedItem:
     return LoadedItem(comparison, masks, tuple(pictures), tuple(geometries))
 
 
-def measured(
-    model: SimilarityModel,
-    question: LoadedItem,
-    explanation: Explanation,
-    curves: Mapping[str, Any],
-    *,
-    tolerance: float = 0,
-    max_batch: int | None = None,
-) -> dict[str, tuple[float, ...]]:
-    """Every metric of an explanation of one comparison, one number an image.
+@dataclass(frozen=True)
+class Measures:
+    """How explanations are measured, the same for all that are compared.
 
-    Args:
-        model: The model that is explained.
-        question: The comparison.
-        explanation: Of that comparison.
-        curves: ``perturb``, ``steps`` and ``baseline`` of ``faithfulness``.
-        tolerance: Of the pointing game, in pixels of the pictures.
-        max_batch: Bounds the images in one forward pass.
-
-    Returns:
-        Areas of all images, one number where they are masked together; with masks ``pointing`` and
-        ``energy``, NaN for images without one.
+    ``perturb``, ``steps`` and ``baseline`` are those of :func:`faithfulness`, ``tolerance`` is that
+    of the pointing game in pixels of the pictures, ``max_batch`` bounds the images in one forward
+    pass, and ``seed`` is that of control maps.
     """
-    scores = faithfulness(model, question.comparison, explanation, max_batch=max_batch, **curves)
-    areas = {name: tuple(getattr(scores, name)[0].tolist()) for name in _AREAS}
-    if not question.masks:
-        return areas
-    hits = [math.nan] * question.comparison.count
-    shares = list(hits)
-    for index in question.masks:
-        heat = torch.from_numpy(explanation.on_picture(index, raw=True)[1])
-        pair = question.seen(index, heat)[None], question.mask(index)[None]
-        hits[index] = float(pointing(*pair, tolerance))
-        shares[index] = float(energy(*pair))
-    return {**areas, "pointing": tuple(hits), "energy": tuple(shares)}
+
+    perturb: str
+    steps: int
+    baseline: str
+    tolerance: float
+    max_batch: int | None
+    seed: int
+
+    @property
+    def curves(self) -> dict[str, Any]:
+        """The options of :func:`faithfulness`."""
+        return {"perturb": self.perturb, "steps": self.steps, "baseline": self.baseline}
+
+    def __call__(
+        self, model: SimilarityModel, question: LoadedItem, explanation: Explanation
+    ) -> dict[str, tuple[float, ...]]:
+        """Every metric of an explanation of one comparison.
+
+        Returns:
+            Areas of all images, one number where they are masked together; with masks ``pointing``
+            and ``energy``, NaN for images without one.
+        """
+        scores = faithfulness(
+            model, question.comparison, explanation, max_batch=self.max_batch, **self.curves
+        )
+        areas = {name: tuple(getattr(scores, name)[0].tolist()) for name in _AREAS}
+        if not question.masks:
+            return areas
+        hits = [math.nan] * question.comparison.count
+        shares = list(hits)
+        for index in question.masks:
+            heat = torch.from_numpy(explanation.on_picture(index, raw=True)[1])
+            pair = question.seen(index, heat)[None], question.mask(index)[None]
+            hits[index] = float(pointing(*pair, self.tolerance))
+            shares[index] = float(energy(*pair))
+        return {**areas, "pointing": tuple(hits), "energy": tuple(shares)}
 
 
 def means(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -310,24 +318,17 @@ def timed(
     model: SimilarityModel, explained: Callable[[], Explanation]
 ) -> tuple[Explanation, float, int]:
     """An explanation, its seconds, and how many images passed forward for it."""
-    start = time.perf_counter()
-    with counted(model.network) as passed:
-        explanation = explained()
-        explanation.maps.cpu()  # an accelerator may still be at work
-    return explanation, time.perf_counter() - start, sum(passed)
-
-
-@contextmanager
-def counted(network: nn.Module) -> Iterator[list[int]]:
-    """Notes how many images each forward pass through the network takes."""
     passed: list[int] = []
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
         first = args[0] if args else None
         passed.append(len(first) if isinstance(first, Tensor) else 1)
 
-    with listening(network, {"": note}):
-        yield passed
+    start = time.perf_counter()
+    with listening(model.network, {"": note}):
+        explanation = explained()
+        explanation.maps.cpu()  # an accelerator may still be at work
+    return explanation, time.perf_counter() - start, sum(passed)
 
 
 @typed
@@ -368,9 +369,8 @@ def sanity_check(
     if not names:
         raise ModelError(f"{wrapped.name} has no parameters that could be randomised.")
     chosen = _depths(depths, len(names))
-    own = explain_tensors(
-        wrapped, comparison, method, layer, max_batch=max_batch, check=False, **options
-    )
+    given: dict[str, Any] = {"max_batch": max_batch, "check": False, **options}
+    own = explain_tensors(wrapped, comparison, method, layer, **given)
     used = own.layers if layer is None and takes_layers(method) else layer
     similarities: list[Tensor] = []
     errors: dict[str, str] = {}
@@ -378,9 +378,7 @@ def sanity_check(
         maps = None
         with randomised(network, depth, seed, names):
             try:
-                maps = explain_tensors(
-                    wrapped, comparison, method, used, max_batch=max_batch, check=False, **options
-                ).maps
+                maps = explain_tensors(wrapped, comparison, method, used, **given).maps
             except ModelError as error:  # such as an embedding that is zero now
                 errors[str(depth)] = str(error)
         similarities.append(_alike(own.maps, maps))
@@ -414,7 +412,6 @@ def _alike(own: Tensor, maps: Tensor | None) -> Tensor:
     for index in range(batch):
         for position in range(count):
             for number, measure in enumerate(AGREEMENTS.values()):
-                values[index, position, number] = measure(
-                    own[index, position], maps[index, position]
-                )
+                pair = own[index, position], maps[index, position]
+                values[index, position, number] = measure(*pair)
     return values

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from simexplain.arguments import typed
 from simexplain.comparison import architecture
-from simexplain.data.folders import pictures_in, without_index
-from simexplain.data.images import PictureSource, opened_picture
-from simexplain.errors import ComparisonError, ImageError, missing
+from simexplain.data.folders import alpha_of, mask_values, opened_csv, pictures_in, without_index
+from simexplain.data.images import PictureSource
+from simexplain.errors import ComparisonError, ImageError
 from simexplain.renaming import takes_old_names
 
 _HALF = 127
@@ -67,20 +65,7 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
     Raises:
         ImageError: If it cannot be read, has another size or marks nothing.
     """
-    try:
-        with opened_picture(path) as opened:
-            image = ImageOps.exif_transpose(opened) or opened
-            clear = "A" in image.getbands() or "transparency" in image.info
-            grey = image.convert("RGBA").getchannel("A") if clear else image.convert("L")
-            values = np.array(grey)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"The mask '{path}' cannot be read ({error}); check the file.") from error
-    if values.shape != size:
-        raise ImageError(
-            f"Expected the mask '{path}' in the size of its picture, {size[1]}x{size[0]}, got "
-            f"{values.shape[1]}x{values.shape[0]}."
-        )
-    mask = values > _HALF
+    mask = mask_values(Path(path), size) > _HALF
     if not mask.any():
         raise ImageError(
             f"The mask '{path}' marks nothing: expected values above {_HALF} where the object is."
@@ -89,13 +74,8 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> Tensor:
 
 
 COLUMNS = (
-    "anchor",
-    "positives",
-    "negatives",
-    "anchor_mask",
-    "positive_masks",
-    "negative_masks",
-)
+    "anchor", "positives", "negatives", "anchor_mask", "positive_masks", "negative_masks"
+)  # fmt: skip
 """Of a table of comparisons; the first three must be there."""
 
 SAMPLED = {"siamese": (1, 0), "triplet": (1, 1), "quadruplet": (1, 2)}
@@ -119,20 +99,10 @@ def read_comparisons(path: str | Path) -> list[Item]:
         ComparisonError: If the file, its header or a line cannot be used; names it.
     """
     source = Path(path)
-    try:
-        with source.open(encoding="utf-8-sig", newline="") as opened:
-            reader = csv.DictReader(opened, strict=True)
-            _check_header(source, without_index(reader.fieldnames or ()))
-            items = [
-                _item(source, reader.line_num, row) for row in reader if any(_texts(row))
-            ]  # fmt: skip
-    except OSError as error:
-        reason = f"'{source}' cannot be read ({error.strerror or error})."
-        raise ComparisonError(missing(source, reason)) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ComparisonError(
-            f"'{source}' is not a CSV file in UTF-8 ({error}); save it as one."
-        ) from error
+    with opened_csv(source, ComparisonError) as opened:
+        reader = csv.DictReader(opened, strict=True)
+        _check_header(source, without_index(reader.fieldnames or ()))
+        items = [_item(source, reader.line_num, row) for row in reader if any(_texts(row))]
     if not items:
         raise ComparisonError(f"Expected at least one comparison in '{source}', found none.")
     return items
@@ -226,54 +196,41 @@ def _masked(paths: tuple[Path, ...], arch: str, masks: Mapping[Path, Path]) -> I
 def _cut_out(path: Path) -> bool:
     """Whether parts of a picture are transparent; one that cannot be read is reported later."""
     try:
-        with opened_picture(path) as opened:
-            if "A" not in opened.getbands() and "transparency" not in opened.info:
-                return False
-            alpha = np.asarray(opened.convert("RGBA").getchannel("A"))
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError):
+        alpha = alpha_of(path)
+    except ImageError:
         return False
-    return bool(alpha.min() < 128)
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """The files that one line names, by role."""
-
-    files: list[Path]
-    masks: list[Path | None]
+    return alpha is not None and bool(alpha.min() < 128)
 
 
 def _item(source: Path, line: int, row: Mapping[str, str | None]) -> Item:
-    groups = []
-    for files, masks in (
-        ("anchor", "anchor_mask"),
-        ("positives", "positive_masks"),
-        ("negatives", "negative_masks"),
-    ):
-        groups.append(_cells(source, line, files, row.get(files), row.get(masks)))
-    anchor, near, far = groups
-    if None in row or len(anchor.files) != 1 or not near.files + far.files:
+    cells = [
+        _cells(source, line, files, row.get(files), row.get(masks))
+        for files, masks in zip(COLUMNS[:3], COLUMNS[3:], strict=True)
+    ]
+    anchor, near, far = (files for files, _ in cells)
+    if None in row or len(anchor) != 1 or not near + far:
         what = "more cells than the header has" if None in row else (
-            f"{len(anchor.files)} anchors, {len(near.files)} positives and {len(far.files)} "
-            "negatives"
+            f"{len(anchor)} anchors, {len(near)} positives and {len(far)} negatives"
         )  # fmt: skip
         raise ComparisonError(
             f"Expected one anchor and at least one other picture in line {line} of '{source}', got "
             f"{what}."
         )
-    arch = architecture(len(near.files), len(far.files))
-    paths = (*anchor.files, *near.files, *far.files)
-    masks_of = (*anchor.masks, *near.masks, *far.masks)
+    arch = architecture(len(near), len(far))
+    masks = tuple(mask for _, own in cells for mask in own)
     return Item(
-        paths,
+        (*anchor, *near, *far),
         arch,
-        masks_of if any(masks_of) else None,
-        negative=arch == "siamese" and not near.files,
-        positives=len(near.files) if arch == "set" else 1,
+        masks if any(masks) else None,
+        negative=arch == "siamese" and not near,
+        positives=len(near) if arch == "set" else 1,
     )
 
 
-def _cells(source: Path, line: int, column: str, files: str | None, masks: str | None) -> _Cells:
+def _cells(
+    source: Path, line: int, column: str, files: str | None, masks: str | None
+) -> tuple[list[Path], list[Path | None]]:
+    """The files and the masks of one role in a line."""
     named = [part.strip() for part in (files or "").split(";")]
     paths = [source.parent / part for part in named if part]
     given = [part.strip() for part in masks.split(";")] if masks and masks.strip() else []
@@ -283,7 +240,7 @@ def _cells(source: Path, line: int, column: str, files: str | None, masks: str |
             f"for {len(paths)}; leave a place between ; empty where there is none."
         )
     cells = [source.parent / part if part else None for part in given]
-    return _Cells(paths, cells or [None] * len(paths))
+    return paths, cells or [None] * len(paths)
 
 
 def _texts(row: Mapping[str, str | list[str] | None]) -> Iterator[bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from simexplain.arguments import typed
 from simexplain.data.dataset_split import DataSplit
 from simexplain.data.datasets import JUNK, is_distractor
-from simexplain.data.folders import Batches, Record
+from simexplain.data.folders import Batches, Record, StageProgress
 from simexplain.errors import ComparisonError, ImageError, ModelError
 from simexplain.evaluation.retrieval_result import Failure, Reidentification, Retrieval
 from simexplain.metrics.ranking import PAIRS, Mask, Ranking, rank, same
@@ -24,8 +25,6 @@ from simexplain.tracing import embed_alike
 
 RECALLS = (1, 2, 4, 8)
 """The K of Recall@K on CUB-200-2011 and Cars196 in the papers."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def embedded(
     records: Sequence[Record],
     *,
     batch_size: int = 32,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
     what: str = "Embedding pictures",
 ) -> Embedded:
     """Embeds pictures in batches; the model is left as it was.
@@ -98,7 +97,7 @@ def evaluate_retrieval(
     ranks: Sequence[int] = RECALLS,
     grouped: bool = False,
     batch_size: int = 32,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> Retrieval:
     """Recall@K and MAP@R of a model on labelled pictures, by its own distance.
 
@@ -144,7 +143,7 @@ def ranked_retrieval(
     ranks: Sequence[int] = RECALLS,
     grouped: bool = False,
     block: int | None = None,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> Retrieval:
     """As :func:`evaluate_retrieval`, of pictures that are embedded already.
 
@@ -163,28 +162,26 @@ def ranked_retrieval(
     base = as_similarity_model(model)
     searched = queries if gallery is None else gallery
     _check(queries.records, None if gallery is None else gallery.records, ranks, grouped)
-    files = same(*_numbered(_file, queries.records, searched.records))
+    # Links and different spellings of a path lead to one file.
+    files = same(*_numbered(lambda r: r.path.resolve(), queries.records, searched.records))
     groups = same(*_numbered(lambda record: record.group, queries.records, searched.records))
     with preserve_state(base):
         ranking = rank(
-            base.distance,
-            queries.rows,
-            searched.rows,
+            base.distance, queries.rows, searched.rows,
             same(*_numbered(lambda record: record.label, queries.records, searched.records)),
             (lambda part: files(part) | groups(part)) if grouped else files,
-            block=block,
-            progress=_named(progress),
-        )
+            block=block, progress=None if progress is None else partial(progress, "Ranking"),
+        )  # fmt: skip
     if not ranking.answerable.any():
         raise ComparisonError(_unanswerable(queries, gallery, grouped))
-    broken = {str(path): reason for path, reason in {**queries.broken, **searched.broken}.items()}
+    broken = _broken(queries, searched)
     settings = {
         "model": base.name, "gallery": "queries" if gallery is None else "separate",
         "own file": "ignored", "own group": "ignored" if grouped else "counted",
         "ties": "relevant last",
     }  # fmt: skip
-    wanted = tuple(sorted(set(ranks)))
-    return Retrieval(ranking, queries.records, searched.records, wanted, broken, settings)
+    ordered = tuple(sorted(set(ranks)))
+    return Retrieval(ranking, queries.records, searched.records, ordered, broken, settings)
 
 
 def _check(
@@ -205,9 +202,8 @@ def _check(
             )
 
 
-def _file(record: Record) -> Path:
-    """The file itself: links and different spellings of a path lead to one."""
-    return record.path.resolve()
+def _broken(queries: Embedded, gallery: Embedded) -> dict[str, str]:
+    return {str(path): why for path, why in {**queries.broken, **gallery.broken}.items()}
 
 
 def _numbered(
@@ -220,12 +216,6 @@ def _numbered(
         for records in ((queries,) if queries is gallery else (queries, gallery))
     ]
     return torch.tensor(numbered[0]), torch.tensor(numbered[-1])
-
-
-def _named(progress: Progress | None) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-    return lambda done, total: progress("Ranking", done, total)
 
 
 def _unanswerable(queries: Embedded, gallery: Embedded | None, grouped: bool) -> str:
@@ -255,7 +245,7 @@ def evaluate_reid(
     *,
     ranks: Sequence[int] = RANKS,
     batch_size: int = 32,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> Reidentification:
     """CMC and mAP of a model on persons, by its own distance.
 
@@ -301,7 +291,7 @@ def ranked_reid(
     junk: int = 0,
     name: str = "",
     block: int | None = None,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> Reidentification:
     """As :func:`evaluate_reid`, of pictures that are embedded already.
 
@@ -324,7 +314,7 @@ def ranked_reid(
     with preserve_state(base):
         ranking = rank(
             base.distance, queries.rows, gallery.rows, relevant, ignored, block=block,
-            progress=None if progress is None else lambda *now: progress("Ranking", *now),
+            progress=None if progress is None else partial(progress, "Ranking"),
         )  # fmt: skip
         if not ranking.answerable.any():
             raise ComparisonError(
@@ -333,7 +323,7 @@ def ranked_reid(
             )
         size = block or max(1, PAIRS // len(gallery.rows))
         failures = _failures(base, queries, gallery, ranking, (relevant, ignored), size)
-    broken = {str(path): why for path, why in {**queries.broken, **gallery.broken}.items()}
+    broken = _broken(queries, gallery)
     settings = {
         "model": base.name, "data": name, "query": "single",
         "same person, same camera": "ignored", "junk": "ignored",
@@ -382,16 +372,13 @@ def _failures(
             relevant, ignored = (mask(own)[0] for mask in masks)
             right = int(row.masked_fill(~relevant | ignored, torch.inf).argmin())
             wrong = int(ranking.nearest[index])
-            failures.append(
-                Failure(
-                    query=queries.records[index],
-                    wrong=gallery.records[wrong],
-                    right=gallery.records[right],
-                    first=int(ranking.first[index]),
-                    average_precision=float(ranking.average_precision[index]),
-                    distances=(float(row[wrong]), float(row[right])),
-                )
-            )
+            failure = Failure(
+                queries.records[index], gallery.records[wrong], gallery.records[right],
+                first=int(ranking.first[index]),
+                average_precision=float(ranking.average_precision[index]),
+                distances=(float(row[wrong]), float(row[right])),
+            )  # fmt: skip
+            failures.append(failure)
     return tuple(
         sorted(failures, key=lambda one: (one.average_precision, -one.first, str(one.query.path)))
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -48,9 +48,63 @@ class ClassRetrieval:
     taken_for: str | None
 
 
+@dataclass(frozen=True)
+class RankedQueries(ScoreResult):
+    """A gallery ranked by queries: what retrieval and re-identification have in common."""
+
+    ranking: Ranking
+    queries: tuple[Record, ...]
+    gallery: tuple[Record, ...]
+    ranks: tuple[int, ...]
+
+    @property
+    def skipped(self) -> int:
+        """Queries without a relevant picture in the gallery, which take no part in a mean."""
+        return int((~self.ranking.answerable).sum())
+
+    @property
+    def counted(self) -> int:
+        """Queries with a relevant picture."""
+        return len(self.queries) - self.skipped
+
+    def _by_rank(self, places: Sequence[int] | slice = slice(None)) -> dict[int, float]:
+        """For each rank the share of some queries with a relevant picture among the first."""
+        return {k: mean_defined(self.ranking.recall(k)[places]) for k in self.ranks}
+
+    def _table(
+        self, columns: Mapping[str, str], scores: Sequence[str], beside: Sequence[str]
+    ) -> list[Row]:
+        """One row a query: what it is, where the first relevant picture stands, what came first.
+
+        Args:
+            columns: The fields of a record that are listed, by the names of their columns.
+            scores: The scores that are listed.
+            beside: The columns that are listed of the nearest picture as well.
+        """
+        rows = []
+        for index, record in enumerate(self.queries):
+            row: Row = {"query": str(record.path), **_described(record, columns)}
+            row |= {
+                name: int(getattr(self.ranking, name)[index])
+                for name in ("candidates", "relevant", "first")
+            }
+            row |= {name: float(getattr(self.ranking, name)[index]) for name in scores}
+            nearest = int(self.ranking.nearest[index])
+            near = self.gallery[nearest] if nearest >= 0 else None
+            row["nearest"] = "" if near is None else str(near.path)
+            about = _described(near, columns)
+            rows.append({**row, **{f"nearest_{name}": about[name] for name in beside}})
+        return rows
+
+
+def _described(record: Record | None, columns: Mapping[str, str]) -> dict[str, str]:
+    """Fields of a record as text by column; empty for what is not known."""
+    return {name: str(getattr(record, field, None) or "") for name, field in columns.items()}
+
+
 @takes_old_names
 @dataclass(frozen=True)
-class Retrieval(ScoreResult):
+class Retrieval(RankedQueries):
     """How well images of a query's class are found.
 
     Means are over the queries with a relevant image; see ``skipped`` for the others.
@@ -64,17 +118,13 @@ class Retrieval(ScoreResult):
         settings: How it was measured.
     """
 
-    ranking: Ranking
-    queries: tuple[Record, ...]
-    gallery: tuple[Record, ...]
-    ranks: tuple[int, ...]
     errors: Mapping[str, str]
     settings: Mapping[str, Any]
 
     @cached_property
     def recall(self) -> dict[int, float]:
         """Recall@K in [0, 1] by K."""
-        return {k: mean_defined(self.ranking.recall(k)) for k in self.ranks}
+        return self._by_rank()
 
     @property
     def map_at_r(self) -> float:
@@ -91,11 +141,6 @@ class Retrieval(ScoreResult):
         """Mean average precision over the whole ranking, in (0, 1]."""
         return mean_defined(self.ranking.average_precision)
 
-    @property
-    def skipped(self) -> int:
-        """Queries without any relevant image in the gallery, which take no part in a mean."""
-        return int((~self.ranking.answerable).sum())
-
     @cached_property
     def classes(self) -> tuple[ClassRetrieval, ...]:
         """Every class of the queries, the worst first: by Recall at the smallest K, then MAP@R.
@@ -105,8 +150,7 @@ class Retrieval(ScoreResult):
         places: dict[str, list[int]] = {}
         for index, record in enumerate(self.queries):
             places.setdefault(str(record.label), []).append(index)
-        recalls = {k: self.ranking.recall(k) for k in self.ranks}
-        scores = [self._of(label, own, recalls) for label, own in places.items()]
+        scores = [self._of(label, own) for label, own in places.items()]
         return tuple(sorted(scores, key=self._badness))
 
     def _badness(self, one: ClassRetrieval) -> tuple[bool, float, float, str]:
@@ -114,7 +158,7 @@ class Retrieval(ScoreResult):
             return (True, 0, 0, one.label)
         return (False, one.recall[self.ranks[0]], one.map_at_r, one.label)
 
-    def _of(self, label: str, places: list[int], recalls: dict[int, Tensor]) -> ClassRetrieval:
+    def _of(self, label: str, places: list[int]) -> ClassRetrieval:
         ranking = self.ranking
         answerable = [index for index in places if ranking.relevant[index]]
         nearest = [self.gallery[row].label for row in ranking.nearest[answerable].tolist()]
@@ -122,10 +166,8 @@ class Retrieval(ScoreResult):
         return ClassRetrieval(
             label=label,
             queries=len(answerable),
-            recall={k: mean_defined(values[places]) for k, values in recalls.items()},
-            map_at_r=mean_defined(ranking.map_at_r[places]),
-            r_precision=mean_defined(ranking.r_precision[places]),
-            average_precision=mean_defined(ranking.average_precision[places]),
+            recall=self._by_rank(places),
+            **{name: mean_defined(getattr(ranking, name)[places]) for name in _AVERAGES},
             taken_for=min(mistaken, key=lambda name: (-mistaken[name], name), default=None),
         )
 
@@ -145,20 +187,7 @@ class Retrieval(ScoreResult):
 
     def table(self) -> list[Row]:
         """One row a query: what it is, where the first relevant image stands, what came first."""
-        ranking, rows = self.ranking, []
-        for index, record in enumerate(self.queries):
-            row: Row = {"query": str(record.path), "class": str(record.label)}
-            row["group"] = record.group or ""
-            for name in ("candidates", "relevant", "first"):
-                row[name] = int(getattr(ranking, name)[index])
-            for name in _AVERAGES:
-                row[name] = float(getattr(ranking, name)[index])
-            nearest = int(ranking.nearest[index])
-            near = self.gallery[nearest] if nearest >= 0 else None
-            row["nearest"] = "" if near is None else str(near.path)
-            row["nearest_class"] = "" if near is None else str(near.label)
-            rows.append(row)
-        return rows
+        return self._table({"class": "label", "group": "group"}, _AVERAGES, ("class",))
 
     def class_table(self) -> list[Row]:
         """One row a class, the worst first."""
@@ -207,7 +236,7 @@ class Retrieval(ScoreResult):
         record = {
             "recall": self.recall,
             **{name: getattr(self, name) for name in _AVERAGES},
-            "queries": len(self.queries) - self.skipped,
+            "queries": self.counted,
             "skipped": self.skipped,
             "gallery": len(self.gallery),
             "class_mean": {
@@ -231,6 +260,7 @@ class Retrieval(ScoreResult):
 
 
 _LISTED = 20
+_WHO = {"person": "label", "camera": "camera"}
 
 FAILURE_COLUMNS = (
     "query", "person", "camera", "wrong", "wrong_person", "wrong_camera", "right", "right_person",
@@ -261,15 +291,14 @@ class Failure:
 
     def row(self) -> Row:
         """One line of a table."""
-        row: Row = {"query": str(self.query.path), "person": str(self.query.label)}
-        row["camera"] = str(self.query.camera)
-        for name in ("wrong", "right"):
-            record = getattr(self, name)
-            row |= {name: str(record.path), f"{name}_person": str(record.label)}
-            row[f"{name}_camera"] = str(record.camera)
-        row |= {"first": self.first, "average_precision": self.average_precision}
+        row: Row = {"query": str(self.query.path), **_described(self.query, _WHO)}
+        for name, record in (("wrong", self.wrong), ("right", self.right)):
+            about = _described(record, _WHO)
+            row |= {name: str(record.path), **{f"{name}_{k}": text for k, text in about.items()}}
         return {
             **row,
+            "first": self.first,
+            "average_precision": self.average_precision,
             "distance_wrong": self.distances[0],
             "distance_right": self.distances[1],
         }
@@ -277,7 +306,7 @@ class Failure:
 
 @takes_old_names
 @dataclass(frozen=True)
-class Reidentification(ScoreResult):
+class Reidentification(RankedQueries):
     """How well persons are found before other cameras.
 
     Means are over the queries with a relevant picture; see ``skipped`` for the others.
@@ -293,10 +322,6 @@ class Reidentification(ScoreResult):
         settings: How it was measured.
     """
 
-    ranking: Ranking
-    queries: tuple[Record, ...]
-    gallery: tuple[Record, ...]
-    ranks: tuple[int, ...]
     junk: int
     failures: tuple[Failure, ...]
     errors: Mapping[str, str]
@@ -305,7 +330,7 @@ class Reidentification(ScoreResult):
     @cached_property
     def rank(self) -> dict[int, float]:
         """The CMC in [0, 1] by rank: how often the person is among the first so many."""
-        return {k: mean_defined(self.ranking.recall(k)) for k in self.ranks}
+        return self._by_rank()
 
     @property
     def map(self) -> float:
@@ -316,11 +341,6 @@ class Reidentification(ScoreResult):
     def map_trapezoid(self) -> float:
         """The same by trapezoids, as the authors' code for Market-1501 computes it."""
         return mean_defined(self.ranking.trapezoid_precision)
-
-    @property
-    def skipped(self) -> int:
-        """Queries without a relevant picture in the gallery, which take no part in a mean."""
-        return int((~self.ranking.answerable).sum())
 
     @property
     def persons(self) -> int:
@@ -350,27 +370,13 @@ class Reidentification(ScoreResult):
         for camera in sorted({str(record.camera) for record in self.queries}):
             own = [n for n, record in enumerate(self.queries) if record.camera == camera]
             row: Row = {"camera": camera, "queries": int(self.ranking.answerable[own].sum())}
-            row |= {f"rank_{k}": mean_defined(self.ranking.recall(k)[own]) for k in self.ranks}
+            row |= {f"rank_{k}": value for k, value in self._by_rank(own).items()}
             rows.append({**row, "map": mean_defined(self.ranking.average_precision[own])})
         return rows
 
     def table(self) -> list[Row]:
         """One row a query: who it is, where the person first stands, what came first."""
-        ranking, rows = self.ranking, []
-        for index, record in enumerate(self.queries):
-            row: Row = {"query": str(record.path), "person": str(record.label)}
-            row["camera"] = str(record.camera)
-            for name in ("candidates", "relevant", "first"):
-                row[name] = int(getattr(ranking, name)[index])
-            for name in ("average_precision", "trapezoid_precision"):
-                row[name] = float(getattr(ranking, name)[index])
-            nearest = int(ranking.nearest[index])
-            near = self.gallery[nearest] if nearest >= 0 else None
-            row["nearest"] = "" if near is None else str(near.path)
-            row["nearest_person"] = "" if near is None else str(near.label)
-            row["nearest_camera"] = "" if near is None else str(near.camera)
-            rows.append(row)
-        return rows
+        return self._table(_WHO, ("average_precision", "trapezoid_precision"), tuple(_WHO))
 
     def figure(self, most: int = 12) -> Figure:
         """The worst failures as pictures: query, what came first, who was meant.
@@ -386,17 +392,13 @@ class Reidentification(ScoreResult):
     def __str__(self) -> str:
         """CMC and mAP over all queries and from each camera, as plain text."""
         head = ("", *(f"rank-{k}" for k in self.ranks), "mAP", "queries")
-        rows = [(*map(number, (*self.rank.values(), self.map)), str(self._counted))]
+        rows = [(*map(number, (*self.rank.values(), self.map)), str(self.counted))]
         cells: list[tuple[str, ...]] = [head, ("all", *rows[0])]
         for row in self.cameras():
             values = [float(row[f"rank_{k}"]) for k in self.ranks] + [float(row["map"])]
             name = f"from camera {row['camera']}"
             cells.append((name, *map(number, values), str(row["queries"])))
         return aligned(cells)
-
-    @property
-    def _counted(self) -> int:
-        return len(self.queries) - self.skipped
 
     def attachments(self, **options: Any) -> Attachments:
         """A line for each query and for each failure; a figure where any failed."""
@@ -414,7 +416,7 @@ class Reidentification(ScoreResult):
             "rank": self.rank,
             "map": self.map,
             "map_trapezoid": self.map_trapezoid,
-            "queries": self._counted,
+            "queries": self.counted,
             "skipped": self.skipped,
             "persons": self.persons,
             "gallery": self.searched,

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from simexplain.arguments import typed
-from simexplain.data.folders import Batches, Record, pictures_in
+from simexplain.data.folders import Batches, Record, StageProgress, pictures_in
 from simexplain.errors import ImageError, ModelError
-from simexplain.fitting.frozen import Progress
 from simexplain.methods.cams import channel_weights
 from simexplain.methods.weight_bank import WeightBank, probe_of, usual_distance
 from simexplain.models.base import SimilarityModel
@@ -21,7 +20,7 @@ from simexplain.models.embedder import as_similarity_model
 from simexplain.networks import find_layer, full_precision, split_call, unit_rows
 from simexplain.tracing import Trace, trace
 
-Source = str | Path | Sequence[Record] | tuple[Tensor, Sequence[object]]
+LabelledPictures = str | Path | Sequence[Record] | tuple[Tensor, Sequence[object]]
 """A folder of classes, records, or preprocessed images ``(M,3,H,W)`` with a label for each."""
 
 _HALF_SCALE = 1024.0
@@ -65,7 +64,11 @@ class BankOptions:
 @typed
 @full_precision()
 def build_bank(
-    model: nn.Module, source: Source, *, progress: Progress | None = None, **options: Any
+    model: nn.Module,
+    source: LabelledPictures,
+    *,
+    progress: StageProgress | None = None,
+    **options: Any,
 ) -> WeightBank:
     """Averages the Grad-CAM weights of the triplet loss over many triplets of each image.
 
@@ -152,7 +155,7 @@ class _Pictures:
                 yield [own[number] for number in kept], images[kept]
 
 
-def _opened(model: SimilarityModel, source: Source, batch_size: int) -> _Pictures:
+def _opened(model: SimilarityModel, source: LabelledPictures, batch_size: int) -> _Pictures:
     size = model.batch_size or batch_size
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Tensor):
         images, given = source
@@ -186,7 +189,7 @@ class _Passes:
         pictures: _Pictures,
         layer: str,
         budget: int,
-        progress: Progress,
+        progress: StageProgress,
     ) -> None:
         self.model, self.pictures, self.layer = model, pictures, layer
         self.progress, self._budget = progress, budget

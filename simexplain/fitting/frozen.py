@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from simexplain.data.folders import Batches
+from simexplain.data.folders import Batches, StageProgress
 from simexplain.graph.inference import Graph, Rows, broadcast
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import at_least_single, preserve_state, unit_rows
 from simexplain.tracing import trace
 
-Progress = Callable[[str, int, int], None]
 """Called with what is being done, how far it is, and how far it goes."""
 
 
@@ -33,7 +32,7 @@ class FeaturePasses:
         levels: Sequence[str],
         *,
         budget: int,
-        progress: Progress,
+        progress: StageProgress,
     ) -> None:
         self.model, self.batches, self.levels = model, batches, tuple(levels)
         self.progress = progress

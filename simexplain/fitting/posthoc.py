@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from simexplain.arguments import typed
-from simexplain.data.folders import Batches, Record, pictures_in
+from simexplain.data.folders import Batches, Record, StageProgress, pictures_in
 from simexplain.errors import ImageError, ModelError
 from simexplain.fitting.frozen import (
     FeaturePasses,
     Head,
-    Progress,
     certainty_scales,
     pca_head,
     slopes_and_offsets,
@@ -76,7 +75,7 @@ class PostHoc:
         records: Sequence[Record],
         *,
         labelled: bool,
-        progress: Progress | None = None,
+        progress: StageProgress | None = None,
     ) -> AVSL:
         """Fits; see :func:`fit`."""
         base = _plain(model)
@@ -206,7 +205,7 @@ def fit(
     folder: str | Path | Sequence[Record],
     *,
     labelled: bool = True,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
     **options: Any,
 ) -> AVSL:
     """Builds AVSL over a trained network that has no heads on its lower levels.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from simexplain.arguments import typed
-from simexplain.data.folders import Record
+from simexplain.data.folders import Record, StageProgress
 from simexplain.errors import ComparisonError, ModelError, OutputError
 from simexplain.methods.position_parts import MOST_STEPS
 from simexplain.models.base import SimilarityModel
@@ -40,8 +40,7 @@ __all__ = [
     "update_index",
 ]
 
-Progress = Callable[[str, int, int], None]
-Source = str | Path | Sequence[Record | str | Path]
+GallerySource = str | Path | Sequence[Record | str | Path]
 
 _SAMPLE = 256
 """Pictures from whose positions a common basis is found."""
@@ -51,7 +50,7 @@ _SAMPLE = 256
 @full_precision()
 def build_index(
     model: nn.Module,
-    source: Source,
+    source: GallerySource,
     path: str | Path,
     *,
     layer: str | None = None,
@@ -60,7 +59,7 @@ def build_index(
     width: int | None = None,
     steps: int = 0,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> GalleryIndex:
     """Embeds a gallery and keeps what any later comparison with it needs, in one file.
 
@@ -116,12 +115,12 @@ def build_index(
 @full_precision()
 def update_index(
     model: nn.Module,
-    source: Source,
+    source: GallerySource,
     path: str | Path,
     *,
     drop: bool = True,
     batch_size: int = 32,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> GalleryIndex:
     """Brings an index up to date with its gallery: new, changed and missing pictures.
 
@@ -185,7 +184,7 @@ def _made(
     plan: UpdatePlan,
     path: Path,
     batch_size: int,
-    progress: Progress | None,
+    progress: StageProgress | None,
 ) -> GalleryIndex:
     """Embeds what is to be done, part by part, and publishes the index."""
     work = IndexWork(path, way.key)
@@ -234,7 +233,7 @@ def _with_basis(
     plan: UpdatePlan,
     work: IndexWork,
     batch_size: int,
-    progress: Progress | None,
+    progress: StageProgress | None,
 ) -> IndexSpec:
     """The keeping with a common basis: the one chosen when the work began, else from a sample."""
     assert way.width is not None
@@ -257,7 +256,7 @@ def _with_basis(
     return keeping
 
 
-def _check_same_gallery(plan: UpdatePlan, old: GalleryIndex, source: Source) -> None:
+def _check_same_gallery(plan: UpdatePlan, old: GalleryIndex, source: GallerySource) -> None:
     """Refuses to take everything else out because a part of the gallery was given.
 
     Raises:

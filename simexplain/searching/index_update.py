@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simexplain.data.folders import StageProgress
 from simexplain.errors import ImageError
 from simexplain.explanation import versions
 from simexplain.models.base import SimilarityModel
@@ -29,8 +30,6 @@ from simexplain.searching.index_file import (
 )
 from simexplain.searching.index_gallery import Changes, GalleryIndex, open_index
 from simexplain.searching.index_models import Identity, distance_name_of
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def planned(
     old: GalleryIndex | None,
     *,
     drop: bool,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> UpdatePlan:
     """Compares a gallery with its index.
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from simexplain.data.folders import Record, mask_of
+from simexplain.data.folders import mask_values
 from simexplain.data.preprocessing import Geometry
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.matching.factors import Factors
@@ -89,11 +89,7 @@ class Region:
             ImageError: If it cannot be read or has another size.
             ComparisonError: If it marks nothing.
         """
-        values = mask_of(Record(Path(path), mask=Path(path)), size)
-        if values is None:  # a mask without an alpha channel: its brightness
-            values = mask_of(Record(Path(), mask=Path(path)), size)
-        assert values is not None
-        mask = values > _OPAQUE
+        mask = mask_values(Path(path), size) > _OPAQUE
         if not mask.any():
             raise ComparisonError(
                 f"Expected a mask that is white where the region is, but '{path}' marks nothing."

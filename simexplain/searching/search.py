@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from simexplain.arguments import typed
-from simexplain.data.folders import left_out_of
+from simexplain.data.folders import StageProgress, left_out_of
 from simexplain.data.images import Picture, PictureSource, read_picture
 from simexplain.data.preprocessing import Geometry, prepared, shrunk
 from simexplain.errors import ComparisonError, ImageError, ModelError
@@ -299,9 +299,6 @@ def _by_level(
     return by_level
 
 
-Progress = Callable[[str, int, int], None]
-
-
 @typed
 @full_precision()
 @torch.no_grad()
@@ -315,7 +312,7 @@ def search(
     mask: str | Path | None = None,
     root: str | Path | None = None,
     max_batch: int | None = None,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> SearchResult:
     """Finds the nearest pictures of a gallery and explains why each was found.
 
@@ -380,7 +377,7 @@ def _gallery(
     index: str | Path | GalleryIndex,
     root: str | Path | None,
     max_batch: int | None,
-    progress: Progress | None,
+    progress: StageProgress | None,
 ) -> tuple[GalleryIndex, tuple[str, ...]]:
     """The index of a gallery, made for this search where there is none, and what to say of it."""
     if isinstance(index, GalleryIndex):

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from simexplain.arguments import typed
 from simexplain.data.datasets import read_dataset
-from simexplain.data.folders import Record, mask_of
-from simexplain.data.images import opened_picture
+from simexplain.data.folders import Record, check_mask_size, mask_of
+from simexplain.data.images import DAMAGED_PICTURE, opened_picture
 from simexplain.errors import ComparisonError, ImageError
 
 VOID = 255
@@ -62,11 +61,7 @@ class Appearance:
                 raise ImageError(f"Expected an alpha channel in '{self.path}' as its mask.")
             return grey > _HALF, np.ones(size, dtype=bool)
         values = label_map(self.mask)
-        if values.shape != size:
-            raise ImageError(
-                f"Expected the mask '{self.mask}' in the size of its picture, {size[1]}x{size[0]}, "
-                f"got {values.shape[1]}x{values.shape[0]}."
-            )
+        check_mask_size(self.mask, values, size)
         return values == self.value, values != VOID
 
 
@@ -272,7 +267,7 @@ def label_map(path: Path) -> NDArray[np.uint8]:
             return np.array(opened, dtype=np.uint8)
     except ImageError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGED_PICTURE as error:
         raise ImageError(f"The mask '{path}' cannot be read ({error}); check the file.") from error
 
 

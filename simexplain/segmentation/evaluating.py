@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from simexplain.arguments import typed
+from simexplain.data.folders import StageProgress
 from simexplain.errors import ComparisonError, ImageError
 from simexplain.evaluation.results import ScoreResult, aligned, number
 from simexplain.models.embedder import as_similarity_model
@@ -230,8 +231,6 @@ OVERLAPS: dict[str, str] = {
 }
 """What becomes of pixels that two ways claim."""
 
-Progress = Callable[[str, int, int], None]
-
 
 @typed
 def evaluate_segmentation(
@@ -243,7 +242,7 @@ def evaluate_segmentation(
     episodes: int = 1000,
     seed: int = 0,
     overlaps: str = "hotter",
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
     **given: Any,
 ) -> SegmentationScores:
     """Draws episodes from each fold, segments their test pictures and counts pixels.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from simexplain.data.dataset_split import ALPHA, DataSplit, everything, relative
 from simexplain.data.datasets import read_dataset
-from simexplain.data.folders import Record
+from simexplain.data.folders import Progress, Record
 from simexplain.errors import OutputError
 from simexplain.training.run_folder import FOLDERS
 
@@ -100,7 +100,7 @@ def parts_of(split: DataSplit) -> dict[str, tuple[Record, ...]]:
     return {"train": split.train, "queries": split.queries, **gallery}
 
 
-def fingerprint(split: DataSplit, progress: Callable[[int, int], None] | None = None) -> str:
+def fingerprint(split: DataSplit, progress: Progress | None = None) -> str:
     """The same for the same pictures and masks in the same classes, wherever they lie.
 
     Args:

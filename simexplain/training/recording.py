@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from simexplain.data.dataset_split import DataSplit
-from simexplain.data.folders import Record
+from simexplain.data.folders import Record, StageProgress
 from simexplain.errors import ImageError
 from simexplain.evaluation.retrieval import evaluate_retrieval
 from simexplain.explaining import explain
@@ -138,7 +138,7 @@ class Listeners:
 
     step: Callable[[int, int, float], None] | None = None
     epoch: Callable[[MetricsRow], None] | None = None
-    work: Callable[[str, int, int], None] | None = None
+    work: StageProgress | None = None
 
 
 @dataclass

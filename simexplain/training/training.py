@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
 from importlib.metadata import version
@@ -15,6 +15,7 @@ import torch
 from simexplain.arguments import typed
 from simexplain.data.checking import check_training, check_views
 from simexplain.data.dataset_split import DataSplit
+from simexplain.data.folders import Progress
 from simexplain.data.training_set import AUGMENTATIONS, ClassBalanced, TrainingImages
 from simexplain.errors import DAMAGED, ImageError, ModelError, OutputError
 from simexplain.explanation import versions
@@ -330,7 +331,7 @@ def prepared(
     return module, record
 
 
-def _progress(listeners: Listeners | None, what: str) -> Callable[[int, int], None] | None:
+def _progress(listeners: Listeners | None, what: str) -> Progress | None:
     """Tells how far some work is, where anybody listens."""
     if listeners is None or listeners.work is None:
         return None
