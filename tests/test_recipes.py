@@ -13,7 +13,7 @@ from simexplain.data.datasets import DATASETS
 from simexplain.errors import ModelError
 from simexplain.training.building import build_model, build_objective
 from simexplain.training.options import TrainOptions
-from simexplain.training.recipes import RECIPES, recipe_options, recipe_page
+from simexplain.training.recipes import RECIPES, recipe_named, recipe_page
 
 PAGE = Path(__file__).parents[1] / "docs" / "training-recipes.md"
 ANCHOR = (("alpha", 16.0), ("positive", 1.8), ("negative", 2.2))
@@ -26,7 +26,7 @@ def test_a_recipe_is_complete(name: str) -> None:
     assert recipe.kind in DATASETS
     assert set(recipe.values) <= NAMES
     assert all(source for _, source in recipe.values.values())
-    options = recipe_options(name)
+    options = recipe_named(name).options
     for setting, (value, _) in recipe.values.items():
         assert getattr(options, setting) == value
     assert TrainOptions.from_json(options.to_json()) == options
@@ -36,7 +36,7 @@ def test_a_recipe_is_complete(name: str) -> None:
 def test_a_recipe_makes_a_network_and_an_objective(name: str) -> None:
     """On a small network and few classes, since the settings are what is tested."""
     small = replace(
-        recipe_options(name), backbone="timm:test_resnet", pretrained=False, size=(64, 64),
+        recipe_named(name).options, backbone="timm:test_resnet", pretrained=False, size=(64, 64),
         embedding=12,
     )  # fmt: skip
     objective = build_objective(build_model(small), small, classes=5)
@@ -71,12 +71,12 @@ def test_a_recipe_makes_a_network_and_an_objective(name: str) -> None:
     ],
 )  # fmt: skip
 def test_the_papers_values_are_there(name: str, setting: str, value: object) -> None:
-    assert getattr(recipe_options(name), setting) == value
+    assert getattr(recipe_named(name).options, setting) == value
 
 
 def test_an_unknown_recipe_is_refused() -> None:
     with pytest.raises(ModelError, match="Expected a recipe of avsl-proxyanchor-cub"):
-        recipe_options("mine")
+        recipe_named("mine")
 
 
 def test_the_page_tells_what_the_table_says() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from simexplain.arguments import typed
-from simexplain.batching.folder import BatchFolder, check_extra
+from simexplain.batching.folder import MANIFEST, BatchFolder, check_extra
 from simexplain.batching.planning import (
     BatchOptions,
     BatchPlan,
@@ -99,12 +99,7 @@ def _having(name: str, settings: Mapping[str, Any]) -> str:
 
 
 def check_same(folder: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Whether a batch can go on with these settings, this model and these pictures.
-
-    Raises:
-        ModelError: If settings or the model are others.
-        OutputError: If rows or pictures are.
-    """
+    """Whether a batch can go on with these settings, this model and these pictures."""
     again = "begin another batch (--force replaces this one)."
     ours = now["settings"]
     theirs = renamed(begun["settings"], ours)
@@ -211,8 +206,8 @@ def explain_batch(
     request = MapRequest(method, layers, upscale, scale, max_batch, options)
     read, base = read_rows(rows, root)
     plan = plan_rows(read, base, wrapped.preprocess, size=how.shard_rows, progress=progress)
-    if how.strict:
-        _check_strictly(plan)
+    if how.strict and plan.problems:
+        raise _not_strict(plan)
     if plan.problems and first and skipped is not None:
         skipped(_problems(plan))
     identity = identity_of(wrapped, plan, request, how)
@@ -231,7 +226,8 @@ def explain_batch(
             if first and not resume:
                 folder.check(resume=False, force=force)  # one may have been begun meanwhile
                 folder.clear()
-                folder.write_manifest({**identity, **_described(example, explainer)})
+                # While it is there, the batch can be resumed.
+                folder.write_json(MANIFEST, {**identity, **_described(example, explainer)})
             work = _worked(explainer, folder, how, world, progress)
     return BatchResult(Path(out), folder.read_manifest(), work)
 
@@ -293,12 +289,10 @@ def _described(example: Explanation, explainer: RowExplainer) -> dict[str, Any]:
     }
 
 
-def _check_strictly(plan: BatchPlan) -> None:
-    if not plan.problems:
-        return
+def _not_strict(plan: BatchPlan) -> ComparisonError:
     lines = [line.rstrip(".") for line in _problems(plan)]
     more = f"; and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
-    raise ComparisonError(
+    return ComparisonError(
         f"Expected rows that can all be explained (--strict), but {len(lines)} of "
         f"{len(plan.rows)} cannot: {'; '.join(lines[:_LISTED])}{more}."
     )

@@ -40,12 +40,7 @@ class LookaheadCache(Generic[Value]):
     """
 
     def __init__(self, limit: int, uses: Callable[[Hashable], Sequence[int]]) -> None:
-        """An empty store.
-
-        Args:
-            limit: Bytes to keep at most.
-            uses: The positions in the schedule at which a key is needed, ascending.
-        """
+        """Keeps at most ``limit`` bytes; ``uses`` gives the positions in the schedule of a key."""
         self.limit = limit
         self.bytes = 0
         self.now = 0
@@ -92,12 +87,7 @@ class LookaheadCache(Generic[Value]):
 
 
 def use_schedule(rows: Sequence[Sequence[int]], batch_size: int) -> Mapping[int, list[int]]:
-    """For each group of ``batch_size`` pictures the positions of the rows that need one of it.
-
-    Args:
-        rows: The pictures of each row in the order of the schedule.
-        batch_size: Pictures in a group.
-    """
+    """For each group of ``batch_size`` pictures the positions of the rows that need one of it."""
     schedule: dict[int, list[int]] = {}
     for index, images in enumerate(rows):
         for group in {image // batch_size for image in images}:

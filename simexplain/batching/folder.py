@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -19,7 +17,7 @@ from simexplain.comparison import architecture
 from simexplain.errors import DAMAGED, ModelError, OutputError, first_line
 from simexplain.explanation import Explanation
 from simexplain.publishing import locked
-from simexplain.training.run_folder import RunFolder
+from simexplain.training.run_folder import JobFolder, can_be_made
 
 if TYPE_CHECKING:
     import pyarrow
@@ -29,11 +27,7 @@ Record = dict[str, Any]
 
 
 def check_extra() -> None:
-    """Says what to install where tables cannot be written.
-
-    Raises:
-        ModelError: If so.
-    """
+    """Says what to install where tables cannot be written."""
     if find_spec("pyarrow") is None:
         raise ModelError(
             "Expected pyarrow for tables of results, which is not installed; run "
@@ -106,15 +100,7 @@ def explained(
     explanation: Explanation,
     maps: tuple[str, str],
 ) -> Record:
-    """A row that was explained.
-
-    Args:
-        number: Of the row.
-        row: The row.
-        pictures: The numbers of its pictures in the batch.
-        explanation: Its explanation.
-        maps: The file of its maps, and its key in there.
-    """
+    """A row that was explained; ``maps`` are the file of its maps and its key in there."""
     condition = explanation.condition()
     return {
         **named(number, row),
@@ -207,24 +193,16 @@ def part_name(shard: int) -> str:
     return f"{PARTS}/shard_{shard:05d}.parquet"
 
 
-class BatchFolder:
-    """Reads and writes the files of a batch.
+class BatchFolder(JobFolder):
+    """The files of a batch."""
 
-    Attributes:
-        path: The folder.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._files = RunFolder(path)
+    kinds: ClassVar = {
+        "results": RESULTS, "manifest": MANIFEST, "maps": MAPS, "heatmaps": HEATMAPS,
+        "figures": FIGURES,
+    }  # fmt: skip
 
     def check(self, *, resume: bool, force: bool) -> None:
-        """Says what stands in the way before anything is loaded.
-
-        Raises:
-            OutputError: If a batch is there that is neither to be resumed nor replaced, none is
-                there to be resumed, or the folder cannot be written.
-        """
+        """Says what stands in the way before anything is loaded."""
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"Expected a folder for the batch, but '{self.path}' is a file.")
         if linked := [name for name in _OURS if (self.path / name).is_symlink()]:
@@ -243,10 +221,7 @@ class BatchFolder:
                 f"'{self.path}' holds a batch already ({there[0]}); say --resume to go on with it, "
                 "--force to replace it, or choose another folder."
             )
-        nearest = self.path.absolute()
-        while not nearest.exists():
-            nearest = nearest.parent
-        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        if not can_be_made(self.path):
             raise OutputError(f"'{self.path}' cannot be written; choose another folder.")
 
     @contextmanager
@@ -254,17 +229,11 @@ class BatchFolder:
         """Keeps other processes of this host from working on the batch, until the end of this one.
 
         Where folders cannot be locked, as on some network drives, nothing is kept from anything.
-
-        Raises:
-            OutputError: If another process works on it, or the folder cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(
-                f"'{self.path}' cannot be written ({error.strerror or error}); choose another "
-                "folder."
-            ) from error
+            raise self.unwritable(error) from error
         with ExitStack() as stack:
             try:
                 stack.enter_context(locked(self.path, wait=False))
@@ -280,21 +249,14 @@ class BatchFolder:
         return any(path.iterdir()) if path.is_dir() else path.exists()
 
     def clear(self) -> None:
-        """Removes what an earlier batch wrote, and nothing else.
-
-        Raises:
-            OutputError: If it cannot be removed.
-        """
+        """Removes what an earlier batch wrote, and nothing else."""
         try:
             for name in (RESULTS, MANIFEST):
                 (self.path / name).unlink(missing_ok=True)
             for folder in _OURS:
                 self._remove(folder)
         except OSError as error:
-            raise OutputError(
-                f"'{self.path}' cannot be written ({error.strerror or error}); choose another "
-                "folder."
-            ) from error
+            raise self.unwritable(error) from error
 
     def _remove(self, folder: str) -> None:
         """Removes our files of one kind, and the folder if nothing else is in it."""
@@ -305,24 +267,8 @@ class BatchFolder:
         with suppress(OSError):
             own.rmdir()
 
-    def write(self, name: str, content: bytes) -> Path:
-        """Writes a file atomically.
-
-        Raises:
-            OutputError: If it cannot be written.
-        """
-        return self._files.write(name, content)
-
-    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
-        """What the batch is; while it is there, the batch can be resumed."""
-        self._files.write_json(MANIFEST, manifest)
-
     def read_manifest(self) -> dict[str, Any]:
-        """What the batch is.
-
-        Raises:
-            OutputError: If there is none, or a damaged one, or one of another version.
-        """
+        """What the batch is."""
         path = self.path / MANIFEST
         if not path.is_file():
             raise OutputError(f"'{self.path}' holds no batch: {MANIFEST} is missing.")
@@ -368,11 +314,7 @@ class BatchFolder:
     def write_shard(
         self, shard: int, records: Sequence[Record], tensors: Mapping[str, Tensor]
     ) -> None:
-        """The rows of a shard, after their maps.
-
-        Raises:
-            OutputError: If they cannot be written.
-        """
+        """The rows of a shard, after their maps."""
         from safetensors.torch import save
 
         if tensors:
@@ -380,11 +322,7 @@ class BatchFolder:
         self.write(part_name(shard), parquet_of(table_of(records)))
 
     def merge(self, plan: BatchPlan) -> None:
-        """Makes one table of all shards and the rows that could not be tried, in their order.
-
-        Raises:
-            OutputError: If a shard is missing, or the table cannot be written.
-        """
+        """Makes one table of all shards and the rows that could not be tried, in their order."""
         import pyarrow as pa
 
         if self.complete:
@@ -402,15 +340,3 @@ class BatchFolder:
         whole = pa.concat_tables(parts).sort_by("row").combine_chunks()
         self.write(RESULTS, parquet_of(whole))
         self._remove(PARTS)
-
-    def files(self) -> dict[str, str]:
-        """What is there, by kind."""
-        kinds = {
-            "results": RESULTS, "manifest": MANIFEST, "maps": MAPS, "heatmaps": HEATMAPS,
-            "figures": FIGURES,
-        }  # fmt: skip
-        return {
-            kind: str(self.path / name)
-            for kind, name in kinds.items()
-            if (self.path / name).exists()
-        }

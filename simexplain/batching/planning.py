@@ -331,10 +331,6 @@ class BatchPlan:
         content = [(row.id, row.anchor, row.positives, row.negatives) for row in self.rows]
         return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()
 
-    def path(self, written: str) -> Path:
-        """Where a picture of a row is."""
-        return self.root / written
-
 
 def plan_rows(
     rows: Sequence[BatchRow],

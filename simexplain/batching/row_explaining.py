@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from simexplain.batching.cached_model import (
 from simexplain.batching.planning import BatchPlan, MapRequest
 from simexplain.comparison import Comparison
 from simexplain.data.images import Picture, read_picture
-from simexplain.data.preprocessing import Geometry, Preprocess, prepared
+from simexplain.data.preprocessing import Preprocess, Seen, notes_of, prepared
 from simexplain.errors import ComparisonError, ImageError, ModelError
 from simexplain.explaining_tensors import explain_view
 from simexplain.explanation import Explanation
@@ -38,19 +38,6 @@ from simexplain.models.avsl_runs import features_and_rows
 from simexplain.models.base import SimilarityModel
 
 Size = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a row has of a picture beside its maps.
-
-    Attributes:
-        geometry: Where the network's view lies in it.
-        notes: What had to be changed when it was read.
-    """
-
-    geometry: Geometry
-    notes: tuple[str, ...]
 
 
 class Reader:
@@ -70,11 +57,7 @@ class Reader:
         self._pictures = pictures
 
     def picture(self, number: int) -> Picture:
-        """A picture itself.
-
-        Raises:
-            ImageError: If it cannot be read.
-        """
+        """A picture itself."""
         if number in self.broken:
             raise ImageError(self.broken[number])
         try:
@@ -84,11 +67,7 @@ class Reader:
             raise
 
     def tensor(self, number: int, size: Size) -> Tensor:
-        """A picture ``(3,H,W)`` of this size, as the network takes it.
-
-        Raises:
-            ImageError: If it cannot be read or is too elongated.
-        """
+        """A picture ``(3,H,W)`` of this size, as the network takes it."""
         picture = self.picture(number)
         prepare = replace(self.preprocess, size=size)
         try:
@@ -104,11 +83,7 @@ class Reader:
         return views[0]
 
     def readable(self, numbers: Sequence[int], size: Size) -> tuple[list[int], Tensor]:
-        """Those of some pictures that can be read, and their tensors ``(M,3,H,W)``.
-
-        Raises:
-            ImageError: If none can be read.
-        """
+        """Those of some pictures that can be read, and their tensors ``(M,3,H,W)``."""
         tensors: dict[int, Tensor] = {}
         for number in numbers:
             with suppress(ImageError):  # which is in ``broken`` now
@@ -141,15 +116,7 @@ class RowExplainer:
         memory: int,
         batch_size: int = 1,
     ) -> None:
-        """Nothing is read or run yet.
-
-        Args:
-            model: The model.
-            plan: The rows.
-            request: What is computed for them.
-            memory: Bytes to keep of pictures between rows.
-            batch_size: Pictures in one forward pass, unless the model takes one number only.
-        """
+        """Nothing is read or run yet; ``memory`` is in bytes."""
         self.model, self.plan, self.request = model, plan, request
         self.batch_size = model.pass_size(batch_size, batch_size)
         self.shared = False
@@ -185,10 +152,6 @@ class RowExplainer:
 
         Where the same row comes out otherwise from memory, or cannot, every row is explained by the
         network itself.
-
-        Raises:
-            ComparisonError: If an option does not fit, or no row can be explained.
-            ModelError: If the model, the method or a layer cannot be used.
         """
         failed: list[ModelError] = []
         reason = next(iter(self.plan.problems.values()), "there is none")
@@ -270,50 +233,43 @@ class RowExplainer:
         )
 
     def _plain(self, row: int, method: Methods, options: dict[str, Any]) -> Explanation:
+        """A row explained by the network itself."""
         images = self.plan.images[row]
-        own = self._comparison(row, torch.stack([self._tensor(i, self.own) for i in images])[None])
-        view = own
-        if self.request.upscale != 1:
-            large = torch.stack([self._tensor(image, self.view) for image in images])
-            view = self._comparison(row, large[None])
-        explanation = self._explained(self.model, own, view, method, options)
-        return self._with_notes(images, explanation)
+        stacks = {
+            size: torch.stack([self._tensor(image, size) for image in images])[None]
+            for size in (self.own, self.view)
+        }
+        return self._explained(self.model, row, stacks, method, options)
 
     def _recalled(self, row: int) -> Explanation:
+        """A row explained from what is cached."""
         self._images = images = self.plan.images[row]
-        own = self._comparison(row, blank(self.own, len(images)))
-        view = own
-        if self.request.upscale != 1:
-            view = self._comparison(row, blank(self.view, len(images)))
-        return self._with_notes(
-            images, self._explained(self._remembering, own, view, self._chosen, {})
-        )
+        stacks = {size: blank(size, len(images)) for size in (self.own, self.view)}
+        return self._explained(self._remembering, row, stacks, self._chosen, {})
 
     def _explained(
         self,
         model: SimilarityModel,
-        own: Comparison,
-        view: Comparison,
+        row: int,
+        stacks: Mapping[Size, Tensor],
         method: Methods,
         options: dict[str, Any],
     ) -> Explanation:
-        request = self.request
+        """With where the maps lie in the pictures, and all that the user should know."""
+        request, cut = self.request, 1 + len(self.plan.rows[row].positives)
+        own, view = (
+            Comparison(stack[:, 0], stack[:, 1:cut], stack[:, cut:])
+            for stack in (stacks[self.own], stacks[self.view])
+        )
         # What is cached needs no bound, and is requested for all pictures of a row at a time.
         bound = request.max_batch if model is self.model else None
-        return explain_view(
-            model, own, view, method, request.layer, upscale=request.upscale, scale=request.scale,
-            max_batch=bound, **options,
+        explanation = explain_view(
+            model, own, own if request.upscale == 1 else view, method, request.layer,
+            upscale=request.upscale, scale=request.scale, max_batch=bound, **options,
         )  # fmt: skip
-
-    def _with_notes(self, images: Sequence[int], explanation: Explanation) -> Explanation:
-        """With where the maps lie in the pictures, and all that the user should know."""
-        seen = [self.reader.seen[image] for image in images]
-        notes = self.model.preprocess.notes + tuple(note for one in seen for note in one.notes)
+        seen = [self.reader.seen[image] for image in self.plan.images[row]]
+        notes = notes_of(self.model.preprocess, seen)
         return explanation.placed(notes, geometries=tuple(one.geometry for one in seen))
-
-    def _comparison(self, row: int, stack: Tensor) -> Comparison:
-        cut = 1 + len(self.plan.rows[row].positives)
-        return Comparison(stack[:, 0], stack[:, 1:cut], stack[:, cut:])
 
     def _tensor(self, image: int, size: Size) -> Tensor:
         def read() -> tuple[Tensor, int]:

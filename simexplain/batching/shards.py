@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,8 +36,6 @@ OF_ROWS = ("maps", "weights", "scores")
 PICTURE = "picture"
 """What a shard has of each picture, once for all rows: its embedding under ``picture/NUMBER``."""
 
-Listener = Callable[[int], None]
-
 
 @dataclass(frozen=True)
 class ShardWriter:
@@ -54,22 +53,17 @@ class ShardWriter:
     pictures: bool = False
     figures: bool = False
 
-    def write(self, shard: int, listener: Listener | None = None) -> None:
-        """Explains the rows of a shard and writes all that came of it.
-
-        A row that cannot be explained becomes a record with the reason.
+    def write(self, shard: int, explained_one: Callable[[], None]) -> None:
+        """Writes a shard; a row that cannot be explained becomes a record with the reason.
 
         Args:
             shard: Its number.
-            listener: Called after each row with the rows of the shard that are done.
-
-        Raises:
-            OutputError: If a file cannot be written.
+            explained_one: Called after each row.
         """
         plan = self.explainer.plan
         records: list[Record] = []
         tensors: dict[str, Tensor] = {}
-        for done, row in enumerate(plan.shards[shard], start=1):
+        for row in plan.shards[shard]:
             explanation = self._explained(row)
             if isinstance(explanation, str):
                 records.append(failed(row, plan.rows[row], explanation))
@@ -82,8 +76,7 @@ class ShardWriter:
                 }
                 for image, embedding in zip(images, explanation.embeddings[0], strict=True):
                     tensors.setdefault(f"{PICTURE}/{image}", embedding.detach().cpu().clone())
-            if listener is not None:
-                listener(done)
+            explained_one()
         self.folder.write_shard(shard, records, tensors)
 
     def _explained(self, row: int) -> Explanation | str:
@@ -147,12 +140,7 @@ _PATIENCE = timedelta(days=30)
 
 
 def processes(devices: int | None, nodes: int) -> tuple[int, int]:
-    """Devices on each host and hosts: as requested, or as ``torchrun`` has started processes.
-
-    Raises:
-        ModelError: If the two disagree, a number is below one, lightning is not installed for
-            several processes, or one device is requested in a script that several processes run.
-    """
+    """Devices on each host and hosts: as requested, or as ``torchrun`` has started processes."""
     if (devices is not None and devices < 1) or nodes < 1:
         raise ModelError(f"Expected at least one device and one node, got {devices} and {nodes}.")
     count = (devices or 1, nodes)
@@ -202,21 +190,17 @@ def write_together(
     devices: int,
     nodes: int,
 ) -> None:
-    """Writes shards in several processes, as the first one decides.
-
-    Raises:
-        KeyboardInterrupt: On Ctrl-C; finished shards stand.
-    """
-    from lightning.pytorch import LightningModule, Trainer
+    """Writes shards in several processes, as the first one decides."""
+    from lightning.pytorch import LightningModule
     from lightning.pytorch.strategies import DDPStrategy
     from torch.utils.data import DataLoader
 
-    from simexplain.training.module import restored_globals
+    from simexplain.training.module import quiet_trainer
 
     class Prediction(LightningModule):  # type: ignore[misc]
         """Every batch is the number of a shard; the prediction is on disk."""
 
-        listen: Callable[[int], None]
+        listen: Callable[[], None]
 
         def predict_dataloader(self) -> Any:
             strategy = self.trainer.strategy
@@ -232,19 +216,11 @@ def write_together(
                 writer.write(int(shard), self.listen)
             return torch.tensor(int(shard))
 
-    with restored_globals():
-        trainer = Trainer(
-            accelerator=accelerator, devices=devices, num_nodes=nodes,
-            strategy=DDPStrategy(timeout=_PATIENCE), use_distributed_sampler=False,
-            inference_mode=False, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
-        try:
-            trainer.predict(Prediction(), return_predictions=False)
-        except SystemExit as error:
-            if trainer.interrupted:
-                raise KeyboardInterrupt from error
-            raise
+    with quiet_trainer(
+        accelerator=accelerator, devices=devices, num_nodes=nodes,
+        strategy=DDPStrategy(timeout=_PATIENCE), inference_mode=False,
+    ) as trainer:  # fmt: skip
+        trainer.predict(Prediction(), return_predictions=False)
 
 
 def together() -> None:
@@ -264,17 +240,15 @@ def sums(*own: float) -> list[float]:
 
 def _begun(
     writer: ShardWriter, shards: Sequence[int], progress: Progress | None
-) -> Callable[[int], None]:
+) -> Callable[[], None]:
     """Tells the explainer which rows will come; gives what is called after each row."""
     parts = writer.explainer.plan.shards
     rows = [row for shard in shards for row in parts[shard]]
     writer.explainer.begin(rows)
-    done = 0
+    done = itertools.count(1)
 
-    def listen(_: int) -> None:
-        nonlocal done
-        done += 1
+    def listen() -> None:
         if progress is not None:
-            progress(done, len(rows))
+            progress(next(done), len(rows))
 
     return listen

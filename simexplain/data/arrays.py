@@ -78,7 +78,15 @@ def bands_of(name: str, values: NDArray[Any]) -> tuple[NDArray[np.float32], tupl
     Raises:
         ImageError: If it is not such an array.
     """
-    return _in_range(name, bands_last(name, values))
+    values = bands_last(name, values)
+    top = {"u1": 255.0, "u2": 65535.0}.get(values.dtype.str[1:])
+    if not np.isfinite(values).all():
+        raise ImageError(f"'{name}' holds values that are not finite; fill or mask them.")
+    bands = values.astype(np.float32)
+    if top is None:
+        return bands, ()
+    deep = (f"'{name}' has 16-bit values; 0 to 65535 became 0 to 1.",) if top > 255 else ()
+    return bands / np.float32(top), deep
 
 
 def fitting_bands(image: Image.Image | NDArray[np.float32], channels: int) -> NDArray[np.float32]:
@@ -118,10 +126,8 @@ def as_rgb(bands: NDArray[np.float32], shown: tuple[int, ...] = ()) -> NDArray[n
     count = bands.shape[2]
     chosen = list(shown) or [min(index, count - 1) for index in range(3)]
     picked = bands[..., chosen].astype(np.float64)
-    plain = count in (1, 3) and float(picked.min()) >= 0 and float(picked.max()) <= 1
-    if not plain and count in (1, 3) and float(np.abs(picked - picked.clip(0, 1)).max()) < 0.01:
-        plain = True  # rounding, and what antialiasing overshoots
-    if not plain:
+    # Rounding and what antialiasing overshoots are not another range.
+    if count not in (1, 3) or float(np.abs(picked - picked.clip(0, 1)).max()) >= 0.01:
         low, high = np.percentile(picked, (_LOW, _HIGH), axis=(0, 1))
         picked = (picked - low) / np.where(high > low, high - low, 1)
     rgb: NDArray[np.uint8] = np.round(picked.clip(0, 1) * 255).astype(np.uint8)
@@ -179,18 +185,6 @@ def bands_last(path: str, values: NDArray[Any]) -> NDArray[Any]:
             "that of the bands?"
         )
     return bands
-
-
-def _in_range(path: str, values: NDArray[Any]) -> tuple[NDArray[np.float32], tuple[str, ...]]:
-    """Values as a network wants them, and a note of what was done."""
-    top = {"u1": 255.0, "u2": 65535.0}.get(values.dtype.str[1:])
-    if not np.isfinite(values).all():
-        raise ImageError(f"'{path}' holds values that are not finite; fill or mask them.")
-    bands = values.astype(np.float32)
-    if top is None:
-        return bands, ()
-    deep = (f"'{path}' has 16-bit values; 0 to 65535 became 0 to 1.",) if top > 255 else ()
-    return bands / np.float32(top), deep
 
 
 def _samples(path: Path) -> int:

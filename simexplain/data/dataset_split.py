@@ -6,9 +6,10 @@ import csv
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from simexplain.data.folders import Record, opened_csv, pictures_in, without_index
 from simexplain.data.images import is_picture
@@ -103,11 +104,7 @@ class Reading:
                 f"in parentheses, got '{self.group}' with {rule.groups}."
             )
 
-        def group(path: str) -> str | None:
-            match = rule.search(path)
-            return match.group(1) if match else None
-
-        return group
+        return lambda path: match.group(1) if (match := rule.search(path)) else None
 
 
 def zero_shot(
@@ -131,12 +128,9 @@ def grouped(split: DataSplit, reading: Reading) -> DataSplit:
         return split
     rule = reading.grouping()
 
-    def tell(records: Iterable[Record]) -> tuple[Record, ...]:
-        return tuple(
-            replace(r, group=rule(relative(r.path, split.root)) or r.group) for r in records
-        )
-
-    changed = _each(split, tell)
+    changed = _each(
+        split, lambda r: replace(r, group=rule(relative(r.path, split.root)) or r.group)
+    )
     without = [relative(r.path, split.root) for r in everything(changed) if r.group is None]
     if not without:
         return changed
@@ -149,21 +143,22 @@ def masked(split: DataSplit, reading: Reading) -> DataSplit:
     if reading.masks is None:
         return split
     folder = Path(reading.masks)
-    stems = {} if reading.masks == ALPHA else _by_stem(folder)
+    files = [] if reading.masks == ALPHA else sorted(folder.rglob("*"))
+    stems = {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in files
+        if path.is_file() and is_picture(path)
+    }
 
     def find(record: Record) -> Path | None:
         if record.mask is not None:
             return record.mask
         if reading.masks == ALPHA:
             return record.path
-        return stems.get(
-            PurePosixPath(relative(record.path, split.root)).with_suffix("").as_posix()
-        )
+        place = PurePosixPath(relative(record.path, split.root))
+        return stems.get(place.with_suffix("").as_posix())
 
-    def tell(records: Iterable[Record]) -> tuple[Record, ...]:
-        return tuple(replace(record, mask=find(record)) for record in records)
-
-    changed = _each(split, tell)
+    changed = _each(split, lambda record: replace(record, mask=find(record)))
     if any(record.mask for record in everything(changed)):
         return changed
     problem = f"no picture has a mask of the same relative path in '{folder}'"
@@ -189,14 +184,13 @@ def few(names: Sequence[object], quote: str = "'") -> str:
     return text if more <= 1 else f"{text} and {more} more"
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and is_picture(path)]
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
-
-
-def _each(split: DataSplit, change: Callable[[Iterable[Record]], tuple[Record, ...]]) -> DataSplit:
-    gallery = None if split.gallery is None else change(split.gallery)
-    return replace(split, train=change(split.train), queries=change(split.queries), gallery=gallery)
+def _each(split: DataSplit, change: Callable[[Record], Record]) -> DataSplit:
+    """With every picture but junk changed."""
+    parts = {"train": split.train, "queries": split.queries, "gallery": split.gallery}
+    changed: dict[str, Any] = {
+        name: tuple(map(change, part)) for name, part in parts.items() if part is not None
+    }
+    return replace(split, **changed)
 
 
 COLUMNS = ("path", "label", "split", "group", "mask")
@@ -248,13 +242,10 @@ def _has_classes(folder: Path) -> bool:
     """
     try:
         inside = [child for child in folder.iterdir() if not child.name.startswith(".")]
-        return any(_has_pictures(child) for child in inside if child.is_dir())
+        files = (path for child in inside if child.is_dir() for path in child.rglob("*"))
+        return any(is_picture(path) for path in files if path.is_file())
     except OSError:
         return False
-
-
-def _has_pictures(folder: Path) -> bool:
-    return any(is_picture(path) for path in folder.rglob("*") if path.is_file())
 
 
 def _labelled(

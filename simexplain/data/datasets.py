@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,12 @@ def read_cub(root: Path, reading: Reading) -> DataSplit:
     outer = root.parent if root.name == CUB_FOLDER else root
     train, test = _published("CUB", outer, f"{CUB_FOLDER}/images.txt")
     split = _by_folders(train, test, "CUB-200-2011", outer / CUB_FOLDER / "images")
-    listed = (outer / CUB_FOLDER / "images.txt").read_text(encoding="utf-8").split("\n")
-    count = sum(bool(line.strip()) for line in listed)
-    return masked(_complete(split, count, "images.txt"), reading)
+    lines = (outer / CUB_FOLDER / "images.txt").read_text(encoding="utf-8").split("\n")
+    listed, count = sum(bool(line.strip()) for line in lines), len(train) + len(test)
+    if count != listed:  # pytorch-metric-learning leaves lines out that differ between the lists
+        problem = f"images.txt lists {listed} pictures, but only {count} of them have a class"
+        split = replace(split, problems=(*split.problems, problem))
+    return masked(split, reading)
 
 
 def read_cars(root: Path, reading: Reading) -> DataSplit:
@@ -109,9 +112,7 @@ def _published(
             f"Expected {name} with {needed} in '{root}', but it cannot be read "
             f"({first_line(error)}); unpack the published archive there."
         ) from error
-    train, test = (
-        list(zip(map(Path, part.paths), part.labels, strict=True)) for part in parts
-    )  # fmt: skip
+    train, test = (list(zip(map(Path, p.paths), p.labels, strict=True)) for p in parts)
     if not train and not test:
         raise ImageError(f"Expected {name} in '{root}', but its lists name no picture.")
     return train, test
@@ -126,26 +127,14 @@ def _by_folders(
         called.setdefault(label, set()).add(path.parent.name)
     names = {label: min(folders) for label, folders in called.items()}
     unclear = [sorted(folders)[1] for folders in called.values() if len(folders) > 1]
+    problems: tuple[str, ...] = ()
     if len(set(names.values())) < len(names) or unclear:
         odd = few(unclear) if unclear else "several numbers for one folder"
-        problems: tuple[str, ...] = (f"class numbers that do not match the folders ({odd})",)
-    else:
-        problems = ()
+        problems = (f"class numbers that do not match the folders ({odd})",)
     first, second = (
         tuple(Record(path, names[label]) for path, label in part) for part in (train, test)
     )
     return DataSplit(first, second, None, name, root, problems)
-
-
-def _complete(split: DataSplit, listed: int, source: str) -> DataSplit:
-    """pytorch-metric-learning leaves lines out whose numbers differ between the lists."""
-    count = len(split.train) + len(split.queries)
-    if count == listed:
-        return split
-    problem = f"{source} lists {listed} pictures, but only {count} of them have a class"
-    return DataSplit(
-        split.train, split.queries, None, split.name, split.root, (*split.problems, problem)
-    )
 
 
 def read_market1501(root: Path, reading: Reading) -> DataSplit:
@@ -194,15 +183,9 @@ def _persons(root: Path, name: str) -> DataSplit:
         for part in (train, queries)
     ]
     problems = (f"names without person and camera: {few(odd)}",) if odd else ()
-    return DataSplit(
-        known[0],
-        known[1],
-        tuple(record for record in gallery if record.label != JUNK),
-        name,
-        root,
-        problems,
-        junk=tuple(record for record in gallery if record.label == JUNK),
-    )
+    junk = tuple(record for record in gallery if record.label == JUNK)
+    persons = tuple(record for record in gallery if record.label != JUNK)
+    return DataSplit(known[0], known[1], persons, name, root, problems, junk=junk)
 
 
 def _seen(folder: Path, root: Path, odd: list[str]) -> tuple[Record, ...]:
@@ -324,8 +307,7 @@ def read_dataset(
             )
         )
     split = known.read(source, Reading(train_share, group, masks))
-    problems = [*split.problems, *_missing(split)] if strict else []
-    if problems:
+    if strict and (problems := [*split.problems, *_missing(split)]):
         raise ImageError(f"'{source}' does not match: {'; '.join(problems)}.")
     return split
 

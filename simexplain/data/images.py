@@ -49,32 +49,24 @@ def pillow_quiet() -> Iterator[None]:
     global _inside
     with _LOCK:
         _inside += 1
-        _put_in()
+        present = _filters()
+        # Nothing but a rule is added, and what is ignored is never remembered by Python, so that
+        # its caches of earlier decisions need no renewal.
+        if _RULE not in present:
+            present.insert(0, _RULE)
+            if not any(known is present for known in _changed):
+                _changed.append(present)
     try:
         yield
     finally:
         with _LOCK:
             _inside -= 1
+            # A caller's own catch_warnings copies the list.
+            for filters in (*_changed, _filters()) if not _inside else ():
+                while _RULE in filters:
+                    filters.remove(_RULE)
             if not _inside:
-                _take_out()
-
-
-def _put_in() -> None:
-    present: list[Any] = _filters()
-    if _RULE in present:
-        return
-    # Nothing but a rule is added, and what is ignored is never remembered by Python, so that
-    # its caches of earlier decisions need no renewal.
-    present.insert(0, _RULE)
-    if not any(known is present for known in _changed):
-        _changed.append(present)
-
-
-def _take_out() -> None:
-    for filters in (*_changed, _filters()):  # a caller's own catch_warnings copies the list
-        while _RULE in filters:
-            filters.remove(_RULE)
-    _changed.clear()
+                _changed.clear()
 
 
 def _filters() -> list[Any]:
@@ -236,7 +228,9 @@ def _of_array(name: str, values: NDArray[Any]) -> Picture:
     if pixels.dtype == np.uint8 and pixels.shape[2] in (1, 3, 4):
         plain = pixels[..., 0] if pixels.shape[2] == 1 else pixels
         return Picture(name, _on_white(Image.fromarray(np.ascontiguousarray(plain))))
-    if pixels.dtype.kind == "f" and pixels.shape[2] == 3 and _whole_numbers(pixels):
+    # 8-bit values of another type: 2 and more are not overshoot.
+    whole = pixels.max() >= 2 and (pixels == np.round(pixels)).all()
+    if pixels.dtype.kind == "f" and pixels.shape[2] == 3 and whole:
         raise ImageError(
             f"Expected floats in [0, 1] in '{name}', got whole numbers up to {pixels.max():g}; "
             "give them as 8 bits (astype('uint8')), or divide them by 255."
@@ -245,35 +239,25 @@ def _of_array(name: str, values: NDArray[Any]) -> Picture:
     return Picture(name, Image.fromarray(as_rgb(bands)), notes, bands)
 
 
-def _whole_numbers(pixels: NDArray[Any]) -> bool:
-    """Whether floats are 8-bit values of another type, where 2 and more are not overshoot."""
-    return bool(pixels.max() >= 2 and (pixels == np.round(pixels)).all())
-
-
 def _read(name: str, opened: Image.Image) -> Picture:
     notes = []
     frames = getattr(opened, "n_frames", 1)
     if frames > 1:
         opened.seek(0)
         notes.append(f"'{name}' has {frames} frames; the first one is used.")
-    return _shown(name, opened, notes)
+    opened.load()
+    return _upright(name, opened, notes)
 
 
 def _pages(name: str, opened: Image.Image) -> list[Picture]:
     count = getattr(opened, "n_frames", 1)
-    if count == 1:
-        return [_shown(name, opened, [])]
     pages = []
     for number in range(count):
-        opened.seek(number)
-        pages.append(_shown(f"{name}#{number + 1}", opened, []))
+        if count > 1:
+            opened.seek(number)
+        opened.load()
+        pages.append(_upright(f"{name}#{number + 1}" if count > 1 else name, opened, []))
     return pages
-
-
-def _shown(name: str, opened: Image.Image, notes: list[str]) -> Picture:
-    """The frame that an open file is at."""
-    opened.load()
-    return _upright(name, opened, notes)
 
 
 def _upright(name: str, opened: Image.Image, notes: list[str]) -> Picture:

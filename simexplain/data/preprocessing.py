@@ -392,9 +392,17 @@ def hardly_seen(named: Iterable[tuple[str, Geometry]]) -> str:
     )
 
 
-def notes_of(prepare: Preprocess, pictures: Iterable[Picture]) -> tuple[str, ...]:
+def notes_of(prepare: Preprocess, pictures: Iterable[Picture | Seen]) -> tuple[str, ...]:
     """What a user should know about how the model and these pictures were read."""
     return prepare.notes + tuple(note for picture in pictures for note in picture.notes)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is remembered of a picture that was read: where the view lies in it, and its notes."""
+
+    geometry: Geometry
+    notes: tuple[str, ...]
 
 
 def prepared(prepare: Preprocess, pictures: Sequence[Picture]) -> tuple[Tensor, list[Geometry]]:

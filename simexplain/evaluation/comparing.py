@@ -339,11 +339,7 @@ class _Run:
         )  # fmt: skip
 
     def _warm_up(self) -> None:
-        """Runs the survey of layers and a first pass, which are not part of any method's cost.
-
-        Raises:
-            ModelError: If the model gives no embeddings of these images.
-        """
+        """Runs the survey of layers and a first pass, which are not part of any method's cost."""
         embeddings_of(self.model, self.question.comparison, self.measures.max_batch)
         try:
             self.model.layers_for(self.question.comparison.stacked()[:, 0])

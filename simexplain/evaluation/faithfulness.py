@@ -240,12 +240,7 @@ class LoadedItem:
 
 
 def load_item(model: SimilarityModel, item: Item) -> LoadedItem:
-    """Reads the pictures and masks of an item.
-
-    Raises:
-        ImageError: If one cannot be read.
-        ComparisonError: If the pictures do not fit the arrangement.
-    """
+    """Reads the pictures and masks of an item."""
     near = positives_of(
         item.arch, len(item.paths), negative=item.negative, positives=item.positives
     )

@@ -59,11 +59,7 @@ _HEADINGS = {
 
 
 def draw_methods(result: MethodComparison, style: str) -> Figure:
-    """The figure of a comparison; see ``MethodComparison.figure``.
-
-    Raises:
-        ComparisonError: If the style does not exist.
-    """
+    """The figure of a comparison; see ``MethodComparison.figure``."""
     if style not in RENDERERS:
         raise ComparisonError(f"Expected style to be one of {', '.join(RENDERERS)}, got '{style}'.")
     first = result.first
@@ -305,15 +301,7 @@ _PARTS = (("query", "anchor"), ("came first", "negative"), ("was meant", "positi
 
 
 def draw_failures(result: Reidentification, most: int) -> Figure:
-    """A block of three pictures for each failure, the worst first.
-
-    Args:
-        result: Whose failures.
-        most: How many to draw at most.
-
-    Raises:
-        ImageError: If a picture cannot be read.
-    """
+    """A block of three pictures for each failure, the worst first."""
     failures, count = result.failures[:most], len(result.failures)
     model = str(result.settings["model"])
     across = min(_ACROSS, max(1, len(failures)))

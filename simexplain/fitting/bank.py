@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from simexplain.arguments import typed
 from simexplain.data.folders import Batches, Record, StageProgress, pictures_in
 from simexplain.errors import ImageError, ModelError
+from simexplain.fitting.frozen import check_numbers, silent
 from simexplain.methods.cams import channel_weights
 from simexplain.methods.weight_bank import WeightBank, probe_of, usual_distance
 from simexplain.models.base import SimilarityModel
@@ -52,13 +53,9 @@ class BankOptions:
     max_cache: int = field(default=1 << 29, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("triplets", "batch_size"):
-            if not getattr(self, name) >= 1:
-                raise ModelError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
+        check_numbers(self, "triplets", "batch_size")
         if not 0 <= self.margin <= 4:
             raise ModelError(f"Expected a margin between 0 and 4, got {self.margin:g}.")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ModelError(f"Expected a seed of at most 63 bits, got {self.seed}.")
 
 
 @typed
@@ -105,7 +102,7 @@ def build_bank(
     find_layer(base.network, split_call(layer)[0])  # before the long work
     # Above an early layer the graph of a pass is far larger than its map.
     budget = chosen.max_cache if layer == default else 0
-    passes = _Passes(base, pictures, layer, budget, progress or _silent)
+    passes = _Passes(base, pictures, layer, budget, progress or silent)
     units, places = passes.embedded()
     labels = [pictures.labels[index] for index in places]
     directions, active = _directions(units, labels, chosen)
@@ -292,7 +289,3 @@ def _report(
     if broken:
         report["skipped"] = [str(path) for path in broken]
     return report
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """No progress shown."""

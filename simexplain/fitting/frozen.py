@@ -4,18 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from simexplain.data.folders import Batches, StageProgress
+from simexplain.errors import ModelError
 from simexplain.graph.inference import Graph, Rows, broadcast
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import at_least_single, preserve_state, unit_rows
 from simexplain.tracing import trace
 
-"""Called with what is being done, how far it is, and how far it goes."""
+
+def check_numbers(options: Any, *positive: str) -> None:
+    """Raises a ModelError unless these options are at least 1 and the seed fits a generator."""
+    for name in positive:
+        if not getattr(options, name) >= 1:
+            raise ModelError(f"Expected {name} of at least 1, got {getattr(options, name)}.")
+    if not -(2**63) <= options.seed < 2**63:
+        raise ModelError(f"Expected a seed of at most 63 bits, got {options.seed}.")
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """No progress shown."""
 
 
 class FeaturePasses:

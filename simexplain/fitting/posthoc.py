@@ -17,7 +17,9 @@ from simexplain.fitting.frozen import (
     FeaturePasses,
     Head,
     certainty_scales,
+    check_numbers,
     pca_head,
+    silent,
     slopes_and_offsets,
     trained_head,
     trained_reliability,
@@ -63,11 +65,7 @@ class PostHoc:
     max_cache: int = field(default=1 << 30, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "epochs", "steps", "batch_size"):
-            if not getattr(self, name) >= 1:
-                raise ModelError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ModelError(f"Expected a seed of at most 63 bits, got {self.seed}.")
+        check_numbers(self, "nodes", "epochs", "steps", "batch_size")
 
     def __call__(
         self,
@@ -82,7 +80,7 @@ class PostHoc:
         levels = _unlearned(base, levels=self.levels, nodes=1).levels
         batches = Batches(records, base.preprocess, base.batch_size or self.batch_size)
         passes = FeaturePasses(
-            base, batches, levels, budget=self.max_cache, progress=progress or _silent
+            base, batches, levels, budget=self.max_cache, progress=progress or silent
         )
         return self.over(passes, labelled=labelled)
 
@@ -107,7 +105,7 @@ class PostHoc:
             nodes=[len(head.weight) for head in heads],
             preset=options,
             origin="unlabelled" if labels is None else "labelled",
-            report=self._report(labels, self._wanted(vectors, labels), len(places), broken),
+            report=self._report(labels, vectors, len(places), broken),
         )
         _install(fitted, heads)
         rows = _edges(fitted, passes)
@@ -156,33 +154,28 @@ class PostHoc:
             for beta, offset in zip(model.betas, learned.offsets, strict=True):
                 beta.copy_(torch.where(torch.isinf(offset), beta, offset / scale))
 
-    def _wanted(self, vectors: Sequence[Tensor], labels: Tensor | None) -> int:
-        """Nodes of the largest head, if pictures were many enough."""
-        widest = max(level.shape[1] for level in vectors)
-        return self.nodes if labels is not None else min(self.nodes, widest)
-
     def _report(
-        self, labels: Tensor | None, nodes: int, images: int, broken: dict[Path, str]
+        self,
+        labels: Tensor | None,
+        vectors: Sequence[Tensor],
+        images: int,
+        broken: dict[Path, str],
     ) -> dict[str, Any]:
         report: dict[str, Any] = {"images": images, "seed": self.seed}
+        # Nodes of the largest head, if pictures were many enough.
+        classes, nodes = 0, min(self.nodes, max(level.shape[1] for level in vectors))
         if labels is not None:
-            report |= {"classes": int(labels.max()) + 1, "epochs": self.epochs, "steps": self.steps}
+            classes, nodes = int(labels.max()) + 1, self.nodes
+            report |= {"classes": classes, "epochs": self.epochs, "steps": self.steps}
         if broken:
             report["skipped"] = [str(path) for path in broken]
-        classes = 0 if labels is None else int(labels.max()) + 1
         if warnings := too_few(images, classes, nodes):
             report["warnings"] = list(warnings)
         return report
 
 
 def too_few(images: int, classes: int, nodes: int) -> tuple[str, ...]:
-    """What to know where heads were fitted on few pictures, a sentence each.
-
-    Args:
-        images: Pictures that were read.
-        classes: Of them, or 0 without labels.
-        nodes: Of the largest head.
-    """
+    """What to know where heads were fitted on few pictures, a sentence each."""
     problems = []
     if images < nodes:
         problems.append(
@@ -254,10 +247,6 @@ def _unlearned(base: SimilarityModel, **options: Any) -> AVSL:
         return AVSL(base, **options)
 
 
-def _silent(what: str, done: int, total: int) -> None:
-    """No progress shown."""
-
-
 def _pooled(passes: FeaturePasses, pooling: str) -> tuple[list[Tensor], list[int]]:
     """Pooled features per level ``(M,C)`` and the places of their pictures."""
     rows: list[list[Tensor]] = [[] for _ in passes.levels]
@@ -278,11 +267,7 @@ def _pooled(passes: FeaturePasses, pooling: str) -> tuple[list[Tensor], list[int
 def _labels(
     records: Sequence[Record], places: Sequence[int], broken: dict[Path, str], *, labelled: bool
 ) -> Tensor | None:
-    """Class numbers of the readable pictures ``(M,)``.
-
-    Raises:
-        ImageError: If labels are missing or there are too few of a kind.
-    """
+    """Class numbers of the readable pictures ``(M,)``."""
     if not labelled:
         return None
     labels = [records[index].label for index in places]

@@ -67,15 +67,7 @@ def marginals(query: Factors, images: Factors) -> Marginals:
 
 
 def query_marginal(query: Factors, units: Tensor) -> Tensor:
-    """What each position of one image adds to its unit vector along directions.
-
-    Args:
-        query: Factors of one image.
-        units: ``(K,E)``.
-
-    Returns:
-        ``(K,h,w)``; each sums to the product of the unit vector with a direction.
-    """
+    """What each position of one image adds to its unit vector along ``(K,E)``: ``(K,h,w)``."""
     height, width = query.parts.shape[2:]
     length = lengths_of(query.vectors.float())[0]
     length = torch.where(length > 0, length, torch.inf)
@@ -86,15 +78,7 @@ def query_marginal(query: Factors, units: Tensor) -> Tensor:
 
 
 def gallery_marginal(images: Factors, unit: Tensor) -> Tensor:
-    """What each position of ``K`` images adds to their unit vectors along one.
-
-    Args:
-        images: Factors of the images.
-        unit: ``(E,)``.
-
-    Returns:
-        ``(K,h,w)``; each sums to the product of an image's unit vector with the direction.
-    """
+    """What each position of ``K`` images adds to their unit vectors along ``(E,)``: ``(K,h,w)``."""
     count, _, height, width = images.parts.shape
     lengths = lengths_of(images.vectors.float())
     lengths = torch.where(lengths > 0, lengths, torch.inf)
@@ -265,13 +249,7 @@ def region_maps(
 
 @torch.no_grad()
 def level_parts(model: AVSL, query: Tensor, images: Tensor) -> Tensor:
-    """What each level of an AVSL model adds to the distance of a query and images ``(K,L)``.
-
-    Args:
-        model: The model.
-        query: The query's row ``(1,E)``.
-        images: Rows ``(K,E)``.
-    """
+    """What AVSL's levels add to the distances of a row ``(1,E)`` to ``(K,E)``: ``(K,L)``."""
     device = next(model.heads.parameters())
     first = model.unpacked(query.to(device).expand(len(images), -1))
     pairs = infer(model.graph().detached(), first, model.unpacked(images.to(device)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,17 +206,15 @@ def _made(
             why = f"The embedding of '{todo[index]}' is not finite; check the model."
             bad[todo[index]] = (plan.stats[todo[index]], why)
         kept = [todo[index] for index, good in zip(indices, fine.tolist(), strict=True) if good]
-        work.add(_some(columns, fine), {p: plan.stats[p] for p in kept}, bad)
+        if not bool(fine.all()):
+            columns = {name: part[fine] for name, part in columns.items()}
+        work.add(columns, {p: plan.stats[p] for p in kept}, bad)
         reported = end
         if progress is not None:
             progress("Embedding pictures", total - max(0, len(todo) - end), total)
     if bad := _failed(pictures, plan, todo[reported:]):
         work.add({}, {}, bad)
     return publish(way, plan, work, path)
-
-
-def _some(columns: Mapping[str, Tensor], rows: Tensor) -> Mapping[str, Tensor]:
-    return columns if bool(rows.all()) else {name: part[rows] for name, part in columns.items()}
 
 
 def _failed(
@@ -257,11 +255,7 @@ def _with_basis(
 
 
 def _check_same_gallery(plan: UpdatePlan, old: GalleryIndex, source: GallerySource) -> None:
-    """Refuses to take everything else out because a part of the gallery was given.
-
-    Raises:
-        ComparisonError: If so; the error states what to do.
-    """
+    """Refuses to take everything else out because a part of the gallery was given."""
     advice = "add them with --add (drop=False), or index anew with --force."
     if plan.alien:
         raise ComparisonError(

@@ -50,11 +50,7 @@ class Stat:
 
 
 def digest_of(path: str | Path) -> bytes:
-    """A digest of the content of a file, 16 bytes.
-
-    Raises:
-        OSError: If it cannot be read.
-    """
+    """A digest of the content of a file, 16 bytes."""
     digest = hashlib.blake2b(digest_size=DIGEST)
     with Path(path).open("rb") as file:
         while block := file.read(2**20):
@@ -98,14 +94,7 @@ class Pictures(Batches):
 
 
 def pictures_of(source: str | Path | Sequence[Record | str | Path]) -> tuple[list[str], str]:
-    """The absolute paths of a gallery, each once, and the folder that they are all in.
-
-    Args:
-        source: A folder, searched with all below, or pictures.
-
-    Raises:
-        ImageError: If the folder does not exist or has no picture.
-    """
+    """The absolute paths of a gallery, each once, and the folder that they are all in."""
     if isinstance(source, (str, Path)):
         records: Sequence[Record | str | Path] = pictures_in(source, labelled=False)
         root = absolute([source])[0]
@@ -244,11 +233,7 @@ class IndexSpec:
         return cls(**{**metadata, "region": tuple(metadata.get("region", WHOLE))}, basis=basis)
 
     def __call__(self, model: SimilarityModel, images: Tensor) -> dict[str, Tensor]:
-        """Columns of an index for preprocessed images ``(M,3,H,W)``, on the CPU.
-
-        Raises:
-            ModelError: If the model does not run on them.
-        """
+        """Columns of an index for preprocessed images ``(M,3,H,W)``, on the CPU."""
         if self.kind == LEVELS:
             assert isinstance(model, AVSL)
             features, rows = features_and_rows(model, images, len(images))

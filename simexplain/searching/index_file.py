@@ -8,12 +8,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from simexplain.errors import DAMAGED, OutputError, first_line
+from simexplain.publishing import locked
 from simexplain.searching.index_embedding import Stat
 
 FORMAT_KEY, SCHEMA = "simexplain_index", 1
@@ -51,12 +52,7 @@ class Column:
 
 
 def write_columns(path: Path, metadata: Mapping[str, Any], columns: Mapping[str, Column]) -> None:
-    """Writes a safetensors file; never more of a column than one piece is in memory.
-
-    Raises:
-        OSError: If the disk is full or the like.
-        ValueError: If the pieces of a column are not as many numbers as in its shape.
-    """
+    """Writes a safetensors file; never more of a column than one piece is in memory."""
     # Wide numbers first, so that every tensor starts at a multiple of its item's size.
     order = sorted(columns, key=lambda name: (-columns[name].kind.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {FORMAT_KEY: json.dumps(metadata, sort_keys=True)}}
@@ -92,10 +88,6 @@ def read_columns(path: Path, what: str = "index") -> tuple[dict[str, Any], dict[
     """The metadata of a file and its tensors, mapped into memory: read when they are used.
 
     No code in the file is ever run.
-
-    Raises:
-        OutputError: If the file does not exist, is damaged, is not one of ours or is of another
-            version.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -138,12 +130,7 @@ class SourceRows:
 
 
 def gathered(name: str, sources: Sequence[SourceRows]) -> Column:
-    """A column with rows from several places, copied in blocks.
-
-    Args:
-        name: Of the column, which all sources have.
-        sources: At least one with a row.
-    """
+    """A column with rows from several places, copied in blocks."""
     first = sources[0].tensors()[name]
     count = sum(len(source.places) for source in sources)
     step = max(1, _BLOCK // max(1, first[:1].numel() * first.dtype.itemsize))
@@ -177,12 +164,7 @@ def unpacked_texts(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
     )
 
 
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing keeps two processes apart
-    fcntl = None  # type: ignore[assignment]
-
-_BASIS, _DRAFT, _LOCK = "basis.safetensors", "draft", "lock"
+_BASIS, _DRAFT = "basis.safetensors", "draft"
 
 
 @dataclass(frozen=True)
@@ -212,12 +194,7 @@ class IndexWork:
     """
 
     def __init__(self, index: Path, key: str) -> None:
-        """Reads what is there; nothing is written yet.
-
-        Args:
-            index: The file that is to be made.
-            key: Equal for parts that may stand in one index.
-        """
+        """Reads what is there of parts with this key; nothing is written yet."""
         self.path = work_folder(index)
         self.key = key
         self.parts = [part for file in self._files() if (part := self._read(file)) is not None]
@@ -266,8 +243,6 @@ class IndexWork:
         """Removes all that is unfinished, and nothing that is not ours."""
         for file in (*self._files(), self.path / _BASIS, self.path / _DRAFT):
             file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.path.rmdir()
 
     def _write(
         self, path: Path, metadata: Mapping[str, object], columns: Mapping[str, Column]
@@ -310,42 +285,28 @@ def alone(index: Path) -> Iterator[None]:
     """Keeps all others from writing an index; the system ends that with the process, if killed.
 
     Where a folder cannot be written or has no locks, nothing is kept from anyone: writing will say.
-
-    Raises:
-        OutputError: If another process, or another thread, is writing it.
     """
-    lock, file = work_folder(index) / _LOCK, _locked(index)
-    try:
-        yield
-    finally:
-        if file is not None:
+    folder, ours = work_folder(index), True
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            folder.mkdir(exist_ok=True)
+        if folder.is_dir():
+            try:
+                before = folder.stat()
+                stack.enter_context(locked(folder, wait=False))
+                # Whoever had it may have removed it since it was opened here.
+                ours = os.path.samestat(before, folder.stat())
+            except (BlockingIOError, FileNotFoundError):
+                ours = False
+        if not ours:
+            raise OutputError(
+                f"'{index}' is being written by another process; wait until that has ended."
+            )
+        try:
+            yield
+        finally:
             with contextlib.suppress(OSError):
-                lock.unlink(missing_ok=True)
-                lock.parent.rmdir()
-            file.close()
-
-
-def _locked(index: Path) -> BinaryIO | None:
-    """The lock of an index, taken; None without locks."""
-    lock = work_folder(index) / _LOCK
-    try:
-        lock.parent.mkdir(exist_ok=True)
-        file = lock.open("wb")
-    except OSError:
-        return None
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Whoever had it may have removed it since it was opened here.
-        if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-            return file
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError:
-        file.close()
-        return None
-    file.close()
-    raise OutputError(f"'{index}' is being written by another process; wait until that has ended.")
+                folder.rmdir()
 
 
 def work_folder(index: Path) -> Path:

@@ -32,12 +32,7 @@ _DIMENSIONS = {
 
 
 def check_columns(keeping: IndexSpec, tensors: Mapping[str, Tensor], count: int) -> None:
-    """Whether a file has all columns for as many pictures, of the right kind.
-
-    Raises:
-        ValueError: If not.
-        KeyError: If one is missing.
-    """
+    """Whether a file has all columns for as many pictures, of the right kind."""
     wanted = {"embeddings": 2, "sizes": 2, "stats": 2, "digests": 2}
     for name, dimensions in {**wanted, **_DIMENSIONS.get(keeping.kind, {})}.items():
         if tensors[name].dim() != dimensions or len(tensors[name]) != count or count == 0:
@@ -47,17 +42,7 @@ def check_columns(keeping: IndexSpec, tensors: Mapping[str, Tensor], count: int)
 
 
 def root_of(path: Path, recorded: str, relative: str, given: str | Path | None) -> Path:
-    """The folder of the pictures; the recorded one unless the other is all that is there.
-
-    Args:
-        path: The index.
-        recorded: Where it was, absolute.
-        relative: The same as seen from the index; may be empty.
-        given: What the caller states, which takes precedence.
-
-    Raises:
-        OutputError: If that is not a folder.
-    """
+    """The folder of the pictures: the one given, that recorded, or that beside the index."""
     if given is not None:
         if not Path(given).is_dir():
             raise OutputError(f"There is no folder '{given}' for the pictures of '{path}'.")

@@ -165,11 +165,7 @@ def planned(
 
 
 def without(old: GalleryIndex, paths: Sequence[str]) -> UpdatePlan:
-    """An index without some of its pictures; folders stand for all below them.
-
-    Raises:
-        ImageError: If one is not in the index, or none would be left.
-    """
+    """An index without some of its pictures; folders stand for all below them."""
     root = absolute([old.root])[0]
     known = _located(old, root)
     gone: set[str] = set()
@@ -235,10 +231,6 @@ def publish(way: IndexConfig, plan: UpdatePlan, work: IndexWork, path: Path) -> 
     """Puts the finished pieces together and the file into place.
 
     An index that would be the same as before is left alone.
-
-    Raises:
-        ImageError: If no picture is left.
-        OutputError: If the file cannot be written.
     """
     part_rows = {p: (part, row) for part in work.parts for row, p in enumerate(part.pictures)
              if part.pictures[p] == plan.stats.get(p)}  # fmt: skip

@@ -167,12 +167,7 @@ def region_vector(query: Factors, coverage: Tensor) -> Tensor:
 
 
 def similarities(images: Factors, unit: Tensor) -> Tensor:
-    """The cosine of a vector with what each position of images adds ``(K,h,w)``.
-
-    Args:
-        images: Factors of ``K`` images.
-        unit: ``(E,)``, of unit length.
-    """
+    """The cosine of a unit vector ``(E,)`` with what each position adds ``(K,h,w)``."""
     parts = images.parts.float().flatten(2)
     along = torch.matmul(unit, parts)
     lengths = parts.square().sum(dim=1).sqrt()
@@ -277,12 +272,7 @@ def prepare_query(
     geometry: Geometry,
     wanted: Region | None,
 ) -> SearchQuery:
-    """Runs the network on one preprocessed query ``(1,3,H,W)``; the model is left as it was.
-
-    Raises:
-        ModelError: If its embedding is not finite, or zero.
-        ComparisonError: If the network saw nothing of the region.
-    """
+    """Runs the network on one preprocessed query ``(1,3,H,W)``; the model is left as it was."""
     if not gallery.has_basis:
         with preserve_state(model):
             row = trace(model, views, ()).embeddings.detach().float().cpu()
@@ -317,19 +307,7 @@ def rank_gallery(
     *,
     own: int | None,
 ) -> Ranked:
-    """The ``k`` nearest pictures, and as many after them as it takes to find their rivals.
-
-    Args:
-        model: Whose distance counts.
-        gallery: The index.
-        query: The query.
-        k: How many hits.
-        k: How many hits; ``USUAL`` or all there are unless given.
-        own: The query's own place in the index, which is left out.
-
-    Raises:
-        ComparisonError: If ``k`` is below 1 or more than there is, or there is nothing to find.
-    """
+    """The ``k`` nearest pictures but ``own``, and as many after them as have all their rivals."""
     most = len(gallery) - (own is not None)
     if most == 0:
         raise ComparisonError(
@@ -486,15 +464,7 @@ def rival_places(labels: Sequence[str | None], hits: int) -> list[int | None]:
 
 @torch.no_grad()
 def region_ranking(index: GalleryIndex, region: Tensor) -> tuple[Tensor, Tensor]:
-    """Every picture of a gallery by how like its best position is to a region.
-
-    Args:
-        index: With factors.
-        region: The region's vector at unit length ``(E,)``.
-
-    Returns:
-        Distances ``(G,)``, one minus the largest cosine, ascending, and places ``(G,)``.
-    """
+    """All distances ``(G,)``, one minus the best position's cosine, ascending, and the places."""
     parts = []
     for start in range(0, len(index), _BLOCK):
         block = index.factors(range(start, min(start + _BLOCK, len(index))))

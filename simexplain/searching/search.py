@@ -122,15 +122,7 @@ def hits_of(
     ranking: Ranked,
     limit: float | None,
 ) -> HitsFound:
-    """Explains why the first pictures of a ranking were found, from the index alone.
-
-    Args:
-        model: Whose distance counts.
-        gallery: The index.
-        query: The query.
-        ranking: The gallery, ranked by it.
-        limit: The distance up to which a hit is a close match, or None; see ``close_limit``.
-    """
+    """Explains why the first pictures of a ranking were found, from the index alone."""
     count = len(ranking.rivals)
     order = list(dict.fromkeys([*range(count), *(r for r in ranking.rivals if r is not None)]))
     indices = [int(index) for index in ranking.places[order]]
@@ -281,21 +273,15 @@ def _by_level(
     parts = level_parts(model, row, gallery.embeddings[torch.tensor(indices)])
     by_level = []
     for number, (hit, rival) in enumerate(zip(hits, rivals, strict=True)):
-        own = parts[number]
-        levels = tuple(zip(model.levels, own.tolist(), strict=True))
-        if rival is None:
-            by_level.append(replace(hit, levels=levels))
-            continue
-        gaps = parts[rival] - own
-        missing = (hit.gap or 0.0) - float(gaps.sum())
-        by_level.append(
-            replace(
+        hit = replace(hit, levels=tuple(zip(model.levels, parts[number].tolist(), strict=True)))
+        if rival is not None:
+            gaps = parts[rival] - parts[number]
+            hit = replace(
                 hit,
-                levels=levels,
                 level_gaps=tuple(zip(model.levels, gaps.tolist(), strict=True)),
-                gap_residual=missing,
+                gap_residual=(hit.gap or 0.0) - float(gaps.sum()),
             )
-        )
+        by_level.append(hit)
     return by_level
 
 
@@ -350,7 +336,8 @@ def search(
     base = as_similarity_model(model)
     picture = read_picture(query, "query")
     gallery, notes = _gallery(base, index, root, max_batch, progress)
-    gallery = _surveyed_by(base, gallery)
+    if gallery.has_basis and gallery.keeping.bypass is None:  # as of an older index
+        gallery = replace(gallery, keeping=surveyed_keeping(gallery.keeping, base))
     views, (geometry,) = prepared(gallery.preprocess, [picture])
     wanted = _region(picture, region, mask)
     if wanted is not None and not gallery.has_basis:
@@ -361,7 +348,8 @@ def search(
     own = gallery.place_of(query) if isinstance(query, (str, Path)) else None
     request = prepare_query(base, gallery, views, geometry, wanted)
     ranking = rank_gallery(base, gallery, request, k, own=own)
-    gallery = _measured_by(base, gallery)
+    # The distance of the model need not be the one that it was indexed with.
+    gallery = replace(gallery, distance_name=distance_name_of(base, gallery.embeddings.shape[1]))
     limit = close_limit(base, gallery, request, ranking)
     hits = hits_of(base, gallery, request, ranking, limit)
     result = _result(base, gallery, picture, wanted, request, hits, geometry)
@@ -404,19 +392,6 @@ def _gallery(
     if made.errors:
         warnings += (f"{len(made.errors)} pictures of '{index}' cannot be read and were left out.",)
     return made, warnings
-
-
-def _measured_by(model: SimilarityModel, gallery: GalleryIndex) -> GalleryIndex:
-    """With the distance of the model, which need not be the one that it was indexed with."""
-    name = distance_name_of(model, gallery.embeddings.shape[1])
-    return gallery if name == gallery.distance_name else replace(gallery, distance_name=name)
-
-
-def _surveyed_by(model: SimilarityModel, gallery: GalleryIndex) -> GalleryIndex:
-    """With where the layer looks and what bypasses it, which older indexes do not say."""
-    if not gallery.has_basis or gallery.keeping.bypass is not None:
-        return gallery
-    return replace(gallery, keeping=surveyed_keeping(gallery.keeping, model))
 
 
 def _region(picture: Picture, box: Box | None, mask: str | Path | None) -> Region | None:

@@ -87,11 +87,7 @@ class HitColumn:
 
 
 def draw_search(result: SearchResult, lines: int) -> Figure:
-    """The figure of a search; see ``SearchResult.figure``.
-
-    Raises:
-        ComparisonError: If the number of pairs is negative.
-    """
+    """The figure of a search; see ``SearchResult.figure``."""
     if lines < 0:
         raise ComparisonError(f"Expected a number of pairs from 0, got {lines}.")
     shown = result.hits[:MOST]
@@ -250,7 +246,9 @@ def _rather(column: HitColumn) -> Cell | None:
     if rival is None or gap is None or column.rival is None:
         return None
     name = rival.label or printable(Path(rival.path).name)
-    numbers = f"rank {rival.rank}, d {_short(rival.distance)}, {_gap(gap)}"
+    # Beside two other numbers there is room for two digits of a small one.
+    difference = f"{gap:+.3f}" if gap >= 0.01 else f"{gap:+.2g}"
+    numbers = f"rank {rival.rank}, d {_short(rival.distance)}, {difference}"
     words = (
         Words(f"not {name}", size=7.5, align="left"),
         Words(numbers, FAINT, 7.5, align="left", lines=2),
@@ -289,11 +287,6 @@ def on_one_scale(columns: Sequence[HitColumn]) -> list[HitColumn]:
 def _short(value: float) -> str:
     """Three digits that count."""
     return f"{value:.3f}" if value >= 0.1 or value == 0 else number(value)
-
-
-def _gap(value: float) -> str:
-    """Beside two other numbers there is room for two digits of a small one."""
-    return f"{value:+.3f}" if value >= 0.01 else f"{value:+.2g}"
 
 
 class _Picture(Thumbnail):

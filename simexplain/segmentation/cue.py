@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -18,7 +17,6 @@ from simexplain.methods.focus import Focus
 
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
-Result = TypeVar("Result")
 
 BACKGROUND, OBJECT, PROBABLE_BACKGROUND, PROBABLE_OBJECT = 0, 1, 2, 3
 """Marks of pixels, with OpenCV's values: the first two are never changed."""
@@ -73,7 +71,8 @@ class GrabCut:
         if inside.all() or not inside.any():
             whole = np.full(marks.shape, bool(inside.any()))
             return np.asarray((whole | (marks == OBJECT)) & (marks != BACKGROUND))
-        cut = _alone(lambda: _cut(small, own, self.iterations, self.seed))
+        with ThreadPoolExecutor(1, "simexplain-grabcut") as thread:
+            cut = thread.submit(_cut, small, own, self.iterations, self.seed).result()
         if cut.shape == marks.shape:
             return cut
         height, width = marks.shape
@@ -99,32 +98,8 @@ def _cut(picture: Pixels, marks: Pixels, iterations: int, seed: int) -> Mask:
     return np.isin(marks, (OBJECT, PROBABLE_OBJECT))
 
 
-def _alone(work: Callable[[], Result]) -> Result:
-    """The work in a thread of its own, with whatever it raises."""
-    results: list[Result] = []
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run, name="simexplain-grabcut")
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
-    return results[0]
-
-
 def framed(shape: tuple[int, int], box: tuple[int, int, int, int]) -> Pixels:
-    """Marks of a box, as a user would draw it: probable object inside, background outside.
-
-    Args:
-        shape: ``(H,W)``.
-        box: Left, top, right, bottom in pixels; the last two are outside.
-    """
+    """Marks ``(H,W)`` of a box: probable object inside, background outside."""
     left, top, right, bottom = box
     marks = np.full(shape, BACKGROUND, dtype=np.uint8)
     marks[top:bottom, left:right] = PROBABLE_OBJECT
@@ -132,12 +107,7 @@ def framed(shape: tuple[int, int], box: tuple[int, int, int, int]) -> Pixels:
 
 
 def nearly_all(shape: tuple[int, int], margin: float = 0.02) -> tuple[int, int, int, int]:
-    """A box of nearly the whole picture: without this share of it, at least a pixel, at each side.
-
-    Args:
-        shape: ``(H,W)``.
-        margin: The share.
-    """
+    """A box of nearly the whole picture: without this share, at least a pixel, at each side."""
     down, along = (min(max(1, math.ceil(margin * side)), (side - 1) // 2) for side in shape)
     return along, down, shape[1] - along, shape[0] - down
 
@@ -202,9 +172,7 @@ SHAPES: dict[str, dict[str, float]] = {"focus": {"peak": 3.0, "detail": 0.0}}
 
 def default_cue(method: object) -> Cue:
     """The thresholds for a method, given by name or as an object."""
-    name = method if isinstance(method, str) else ""
-    if isinstance(method, Focus):
-        name = "focus"
+    name = "focus" if isinstance(method, Focus) else method if isinstance(method, str) else ""
     return CUES.get(name, CUES["sam"])
 
 
@@ -234,12 +202,8 @@ def cued(picture: Pixels, heat: Heat, seen: Mask, cue: Cue, cut: GrabCut) -> Ref
         note = "The map is hot everywhere, so that no pixel is background: the mask is everything."
         return Refined(np.ones_like(seen), marks, note)
     mask = cut(picture, marks)
-    note = (
-        ""
-        if mask.any()
-        else "The cut left nothing of the object; a lower sure threshold would keep some of it."
-    )
-    return Refined(mask, marks, note)
+    note = "The cut left nothing of the object; a lower sure threshold would keep some of it."
+    return Refined(mask, marks, "" if mask.any() else note)
 
 
 def thresholded(picture: Pixels, heat: Heat, seen: Mask, cue: Cue, cut: GrabCut) -> Refined:

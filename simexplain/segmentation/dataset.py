@@ -305,11 +305,7 @@ _EACH = len(CLASSES) // FOLDS
 
 
 def fold_classes(fold: int, part: str = "test") -> tuple[str, ...]:
-    """The classes of a fold, ``5 fold + 1`` to ``5 fold + 5``, or with ``train`` all others.
-
-    Raises:
-        ImageError: If the fold or the part does not exist.
-    """
+    """The classes of a fold, ``5 fold + 1`` to ``5 fold + 5``, or with ``train`` all others."""
     if fold not in range(FOLDS) or part not in PASCAL_PARTS:
         raise ImageError(
             f"Expected a fold from 0 to {FOLDS - 1} and {' or '.join(PASCAL_PARTS)}, got {fold} "

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from operator import add
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from simexplain.arguments import typed
@@ -22,8 +22,6 @@ from simexplain.segmentation.cue import Heat, Mask
 from simexplain.segmentation.dataset import Episode, SegmentationData, draw_episodes
 from simexplain.segmentation.result import Segmentation
 from simexplain.segmentation.segmenting import segment
-
-Pixels = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,7 @@ class Overlap:
     outside: int = 0
 
     def __add__(self, other: Overlap) -> Overlap:
-        return Overlap(
-            self.hits + other.hits,
-            self.extra + other.extra,
-            self.missed + other.missed,
-            self.outside + other.outside,
-        )
+        return Overlap(*map(add, astuple(self), astuple(other)))
 
     @property
     def iou(self) -> float:
@@ -62,7 +55,7 @@ class Overlap:
         return (self.iou + ground) / 2
 
 
-def overlap(mask: Pixels, truth: Pixels, valid: Pixels | None = None) -> Overlap:
+def overlap(mask: Mask, truth: Mask, valid: Mask | None = None) -> Overlap:
     """Counts the pixels of a picture.
 
     Args:
@@ -320,17 +313,14 @@ def _measured(
     valid = np.logical_and.reduce([valid for _, valid in truths])
     wanted = np.logical_or.reduce([truth for truth, _ in truths])
     together = overlap(np.logical_or.reduce(masks), wanted, valid)
-    return _score(episode, counts, together), results[-1]
-
-
-def _score(episode: Episode, counts: tuple[Overlap, ...], together: Overlap) -> EpisodeScore:
-    return EpisodeScore(
+    score = EpisodeScore(
         test=str(episode.test),
         labels=episode.labels,
         supports=tuple(tuple(str(path) for path in own) for own in episode.supports),
         classes=counts,
         foreground=together,
     )
+    return score, results[-1]
 
 
 def divided(masks: Sequence[Mask], heats: Sequence[Heat]) -> list[Mask]:

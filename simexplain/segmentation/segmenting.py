@@ -158,11 +158,7 @@ def _check_choices(aggregate: str, anchor: str) -> None:
 
 
 def check_tensors(*images: object) -> None:
-    """Raises unless every image is a tensor.
-
-    Raises:
-        ComparisonError: If so.
-    """
+    """Raises unless every image is a tensor."""
     strange = [type(image).__name__ for image in images if not isinstance(image, Tensor)]
     if strange:
         raise ComparisonError(
@@ -308,7 +304,8 @@ class Making:
         """A segmentation from the attention map ``(H,W)`` on the picture ``(H,W,3)``."""
         refined = mask_of(picture, heat, self.cue, by=self.refine, seen=seen, cut=self.cut)
         explained = attention.explanation
-        warnings = (*notes, *_once(explained.warnings), *((refined.note,) if refined.note else ()))
+        own = dict.fromkeys(explained.warnings)
+        warnings = (*notes, *own, *((refined.note,) if refined.note else ()))
         return Segmentation(
             mask=refined.mask,
             heat=heat,
@@ -342,7 +339,8 @@ def _segment_tensors(
     attention = made.attend(test, shown, others)
     heat: Heat = attention.heat.numpy().astype(np.float32)
     undo = made.model.preprocess.undo
-    images = beside(attention, undo(shown), others_of(made.model, others))
+    far = undo(others) if others is not None and len(others) else None
+    images = beside(attention, undo(shown), far)
     seen = np.ones(heat.shape, dtype=bool)
     return made.finished(
         attention, undo(test), heat, seen, images, {"support_masks": masks is not None}
@@ -389,11 +387,7 @@ def _segment_pictures(
 
 
 def hidden(supports: Tensor, masks: Tensor) -> Tensor:
-    """Supports ``(S,3,H,W)`` with the mean colour outside their masks ``(S,H,W)``.
-
-    Raises:
-        ComparisonError: If shapes or types do not fit, or a mask is empty.
-    """
+    """Supports ``(S,3,H,W)`` with the mean colour outside their masks ``(S,H,W)``."""
     if masks.shape != (len(supports), *supports.shape[-2:]) or masks.dtype.is_floating_point:
         raise ComparisonError(
             f"Expected boolean support masks (S,H,W) for {len(supports)} supports of "
@@ -420,18 +414,6 @@ def beside(
             name = names[len(images)] if names else ""
             images.append(SupportImage(name, role, picture, heat.numpy().astype(np.float32)))
     return tuple(images)
-
-
-def others_of(model: Any, others: Tensor | None) -> Pixels | None:
-    """Others as pictures."""
-    pictures: Pixels | None = None
-    if others is not None and len(others):
-        pictures = model.preprocess.undo(others)
-    return pictures
-
-
-def _once(texts: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(texts))
 
 
 def whole_view(prepare: Preprocess) -> Preprocess:

@@ -69,11 +69,7 @@ def read_data(
 
 
 def check_apart(folder: Path, data: str | Path | DataSplit, split: DataSplit) -> None:
-    """Refuses a run within the data: its own pictures would be trained on by the next one.
-
-    Raises:
-        OutputError: If so, or if a picture lies where the run keeps its own files.
-    """
+    """Refuses a run within the data: its own pictures would be trained on by the next one."""
     own = folder.resolve()
     whole = Path() if isinstance(data, DataSplit) else Path(data)
     within = not isinstance(data, DataSplit) and whole.is_dir()

@@ -237,17 +237,35 @@ def run_epochs(module: TrainingModule, options: TrainOptions) -> None:
     Modes and random state of the caller, Python's warnings and what Ctrl-C does are as before.
     Lightning's environment variables for several processes stay: these run the rest of the script
     together, and the next run on several devices finds them by the variables.
-
-    Raises:
-        KeyboardInterrupt: On Ctrl-C, after the devices were given back.
     """
     left = options.epochs - module.progress.epoch
     if left < 1:
         return
+    several = options.devices * options.nodes > 1
+    ddp = "ddp_find_unused_parameters_true" if several and has_idle(module.model) else "ddp"
+    with quiet_trainer(
+        max_epochs=left, accelerator=options.accelerator, devices=options.devices,
+        num_nodes=options.nodes, strategy=ddp if several else "auto",
+        precision=_PRECISIONS[options.precision], reload_dataloaders_every_n_epochs=1,
+        num_sanity_val_steps=0,
+    ) as trainer:  # fmt: skip
+        trainer.fit(module)
+
+
+@contextmanager
+def quiet_trainer(**arguments: Any) -> Iterator[Trainer]:
+    """A lightning trainer that writes and shows nothing; global state is restored afterwards.
+
+    Raises:
+        KeyboardInterrupt: On Ctrl-C, which lightning turns into the end of the program.
+    """
     with restored_globals():
-        trainer = Trainer(max_epochs=left, **trainer_options(module.model, options))
+        trainer = Trainer(
+            use_distributed_sampler=False, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, **arguments,
+        )  # fmt: skip
         try:
-            trainer.fit(module)
+            yield trainer
         except SystemExit as error:
             if trainer.interrupted:
                 raise KeyboardInterrupt from error
@@ -255,12 +273,7 @@ def run_epochs(module: TrainingModule, options: TrainOptions) -> None:
 
 
 def check_devices(options: TrainOptions) -> None:
-    """Refuses what cannot be done on the devices and in the processes that there are.
-
-    Raises:
-        ModelError: If half precision would run on a CPU, where lightning takes bf16 for it, or one
-            device is requested in a script that several processes run.
-    """
+    """Refuses what cannot be done on the devices and in the processes that there are."""
     if options.devices * options.nodes == 1 and ProcessGroup.present().world > 1:
         raise ModelError(
             "Expected a run on as many devices as an earlier one of this script, which goes on in"
@@ -273,27 +286,6 @@ def check_devices(options: TrainOptions) -> None:
         raise ModelError(
             "Expected precision 32 or bf16 on a CPU, got 16 without a GPU; say --precision bf16."
         )
-
-
-def trainer_options(model: SimilarityModel, options: TrainOptions) -> dict[str, Any]:
-    """The arguments of lightning's ``Trainer``, beside the number of epochs."""
-    strategy = "auto"
-    if options.devices * options.nodes > 1:
-        strategy = "ddp_find_unused_parameters_true" if has_idle(model) else "ddp"
-    return {
-        "accelerator": options.accelerator,
-        "devices": options.devices,
-        "num_nodes": options.nodes,
-        "strategy": strategy,
-        "precision": _PRECISIONS[options.precision],
-        "use_distributed_sampler": False,
-        "reload_dataloaders_every_n_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
 
 
 def has_idle(model: SimilarityModel) -> bool:

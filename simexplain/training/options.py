@@ -73,15 +73,7 @@ def avsl_losses() -> tuple[str, ...]:
 
 
 def check_types(options: Any, hints: dict[str, Any]) -> None:
-    """Refuses values of another kind than the field's, as a JSON file may have them.
-
-    Args:
-        options: A dataclass.
-        hints: The types of its fields.
-
-    Raises:
-        ModelError: If there is one.
-    """
+    """Refuses values of another kind than the field's, as a JSON file may have them."""
     for field in fields(options):
         value, kind = getattr(options, field.name), hints[field.name]
         optional = type(None) in get_args(kind)
@@ -98,11 +90,7 @@ def check_types(options: Any, hints: dict[str, Any]) -> None:
 
 
 def check_values(options: Any) -> None:
-    """Refuses unknown names and numbers out of range.
-
-    Raises:
-        ModelError: If there is one.
-    """
+    """Refuses unknown names and numbers out of range."""
     for name, known in choices().items():
         if getattr(options, name) not in known:
             raise ModelError(
@@ -116,11 +104,7 @@ def check_values(options: Any) -> None:
 
 
 def check_terms(options: Any) -> None:
-    """Refuses settings of the loss and of mining that do not exist, do not fit or contradict.
-
-    Raises:
-        ModelError: If there is one.
-    """
+    """Refuses settings of the loss and of mining that do not exist, do not fit or contradict."""
     from simexplain.losses.distance_losses import DISTANCE_LOSSES
     from simexplain.losses.metric_losses import LOSSES
     from simexplain.losses.settings import check_settings
@@ -148,11 +132,7 @@ def check_terms(options: Any) -> None:
 
 
 def mining_of(options: Any) -> MiningOptions:
-    """The options of mining, over triplets by default.
-
-    Raises:
-        ModelError: If one is unknown or cannot be used.
-    """
+    """The options of mining, over triplets by default."""
     from simexplain.losses.mining import MiningOptions, mining_options
 
     arch = "triplet" if options.mining == "none" else options.mining
@@ -360,11 +340,7 @@ class TrainOptions:
 
 
 def with_options(options: TrainOptions, values: Mapping[str, Any]) -> TrainOptions:
-    """The options with some of them replaced; lists, mappings and numpy's numbers become plain.
-
-    Raises:
-        ModelError: If a setting is unknown or its value cannot be used.
-    """
+    """The options with some of them replaced; lists, mappings and numpy's numbers become plain."""
     known = [field.name for field in fields(TrainOptions)]
     values = renamed(values, known)
     unknown = [name for name in values if name not in known]

@@ -71,7 +71,6 @@ class Recipe:
 
 OURS = "ours"
 _MEASURED = "ours: docs/training-results.md"
-_HEAD = ("| setting | value | source |", "| --- | --- | --- |")
 _AVSL, _CODE = "AVSL, section 4.2", "AVSL's code, examples/samples_avsl.sh"
 _BASE = "AVSL's code, examples/samples_baseline.sh"
 _SHUFFLED = "ours: 180 as in AVSL, section 4.2; its code draws 4 of a class or shuffles"
@@ -294,23 +293,10 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe_named(name: str) -> Recipe:
-    """A recipe by its name.
-
-    Raises:
-        ModelError: If there is none.
-    """
+    """A recipe by its name."""
     if name not in RECIPES:
         raise ModelError(f"Expected a recipe of {', '.join(RECIPES)}, got '{name}'.")
     return RECIPES[name]
-
-
-def recipe_options(name: str) -> TrainOptions:
-    """The settings of a recipe.
-
-    Raises:
-        ModelError: If there is none of that name.
-    """
-    return recipe_named(name).options
 
 
 def recipe_page() -> str:

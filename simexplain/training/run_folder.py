@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -68,11 +68,7 @@ class TrainState:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> TrainState:
-        """The counterpart of :meth:`to_state`.
-
-        Raises:
-            ValueError: If something is missing, unknown or of another type.
-        """
+        """The counterpart of :meth:`to_state`."""
         kinds: dict[str, type | tuple[type, ...]] = {
             "sums": dict,
             "rows": list,
@@ -123,22 +119,14 @@ def first_process() -> bool:
 
 
 def check_folder(folder: Path, *, resume: bool, force: bool) -> None:
-    """Says what stands in the way before anything is loaded.
-
-    Raises:
-        OutputError: If a run is there that is neither to be resumed nor replaced, or none is
-            there to be resumed, or the folder cannot be written.
-    """
+    """Says what stands in the way before anything is loaded."""
     try:
         # UnicodeError: SummaryWriter and torch.save write paths as UTF-8.
         (folder / _LONGEST).as_posix().encode()
         _check_names(folder)
         there = [name for name in (*FILES, *FOLDERS) if _taken(folder / name)]
         able = (folder / CHECKPOINT).is_file()
-        nearest = folder.absolute()
-        while not nearest.exists():
-            nearest = nearest.parent
-        writable = nearest.is_dir() and os.access(nearest, os.W_OK)
+        writable = can_be_made(folder)
     except UnicodeError as error:
         raise OutputError(
             f"Expected a folder with a name in UTF-8, got {str(folder)!a}; choose another folder."
@@ -163,6 +151,14 @@ def check_folder(folder: Path, *, resume: bool, force: bool) -> None:
         raise OutputError(f"'{folder}' cannot be written; choose another folder.")
 
 
+def can_be_made(folder: Path) -> bool:
+    """Whether a folder can be written, or made with all above it that are missing."""
+    nearest = folder.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    return nearest.is_dir() and os.access(nearest, os.W_OK)
+
+
 def _check_names(folder: Path) -> None:
     """Refuses files where folders go, folders where files go, and names that are too long."""
     check_writable(folder, FILES, force=True)
@@ -182,49 +178,21 @@ def _taken(path: Path) -> bool:
     return path.exists()
 
 
-class RunFolder:
-    """Writes the files of a run, each atomically.
+class JobFolder:
+    """A folder whose files are written one by one, each atomically.
 
     Attributes:
         path: The folder.
+        kinds: Its files and folders, by what they are called to the user.
     """
+
+    kinds: ClassVar[Mapping[str, str]]
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def clear(self) -> None:
-        """Removes what an earlier run left but its checkpoint, and nothing else.
-
-        Raises:
-            OutputError: If it cannot be written.
-        """
-        try:
-            self.tidy()
-            for name in FILES:
-                if name != CHECKPOINT:
-                    (self.path / name).unlink(missing_ok=True)
-            for name, pattern in ((ATTENTION, _PICTURE), (TENSORBOARD, _EVENTS)):
-                for path in (self.path / name).glob("*"):
-                    if pattern.fullmatch(path.name) and not path.is_dir():
-                        path.unlink()
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def tidy(self) -> None:
-        """Removes what a run that was killed may have left half-written."""
-        for folder in (self.path, *(self.path / name for name in FOLDERS)):
-            for draft in folder.glob(f"{_DRAFT}*"):
-                if draft.is_dir():
-                    shutil.rmtree(draft, ignore_errors=True)
-                else:
-                    draft.unlink(missing_ok=True)
-
     def write(self, name: str, content: bytes) -> Path:
-        """Writes a file atomically; it is on the disk when this returns.
-
-        Raises:
-            OutputError: If it cannot be written.
-        """
+        """Writes a file atomically; it is on the disk when this returns."""
         path = self.path / name
         draft = path.with_name(f"{_DRAFT}{path.name}.part")
         try:
@@ -235,15 +203,57 @@ class RunFolder:
                 os.fsync(file.fileno())
             draft.replace(path)
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self.unwritable(error) from error
         finally:
             draft.unlink(missing_ok=True)
         return path
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
         """A JSON file; what is not UTF-8 in names of files becomes an escape of JSON's."""
-        text = json_text(content)
-        return self.write(name, text.encode())
+        return self.write(name, json_text(content).encode())
+
+    def files(self) -> dict[str, str]:
+        """What has been written, by kind."""
+        paths = {kind: self.path / name for kind, name in self.kinds.items()}
+        return {kind: str(path) for kind, path in paths.items() if path.exists()}
+
+    def unwritable(self, error: OSError) -> OutputError:
+        """The error of a folder that cannot be written."""
+        return OutputError(
+            f"'{self.path}' cannot be written ({error.strerror or error}); choose another folder."
+        )
+
+
+class RunFolder(JobFolder):
+    """The files of a training run."""
+
+    kinds: ClassVar = {
+        "model": MODEL, "last": LAST, "checkpoint": CHECKPOINT, "options": OPTIONS,
+        "metrics": METRICS, "results": RESULTS, "attention": ATTENTION, "tensorboard": TENSORBOARD,
+    }  # fmt: skip
+
+    def clear(self) -> None:
+        """Removes what an earlier run left but its checkpoint, and nothing else."""
+        try:
+            self.tidy()
+            for name in FILES:
+                if name != CHECKPOINT:
+                    (self.path / name).unlink(missing_ok=True)
+            for name, pattern in ((ATTENTION, _PICTURE), (TENSORBOARD, _EVENTS)):
+                for path in (self.path / name).glob("*"):
+                    if pattern.fullmatch(path.name) and not path.is_dir():
+                        path.unlink()
+        except OSError as error:
+            raise self.unwritable(error) from error
+
+    def tidy(self) -> None:
+        """Removes what a run that was killed may have left half-written."""
+        for folder in (self.path, *(self.path / name for name in FOLDERS)):
+            for draft in folder.glob(f"{_DRAFT}*"):
+                if draft.is_dir():
+                    shutil.rmtree(draft, ignore_errors=True)
+                else:
+                    draft.unlink(missing_ok=True)
 
     def write_rows(self, rows: Sequence[Mapping[str, Any]]) -> Path:
         """``metrics.csv``: one row an epoch; cells without a value are empty."""
@@ -261,11 +271,7 @@ class RunFolder:
         return self.write(CHECKPOINT, buffer.getvalue())
 
     def read_checkpoint(self) -> dict[str, Any]:
-        """The counterpart of :meth:`write_checkpoint`; no code in the file is run.
-
-        Raises:
-            OutputError: If it is damaged or of another version.
-        """
+        """The counterpart of :meth:`write_checkpoint`; no code in the file is run."""
         path = self.path / CHECKPOINT
         try:
             state: dict[str, Any] = read_torch(path, trust_pickle=False)
@@ -287,24 +293,6 @@ class RunFolder:
         return OutputError(
             f"The checkpoint '{self.path / CHECKPOINT}' is damaged ({reason}); say --force to begin"
             " anew."
-        )
-
-    def files(self) -> dict[str, str]:
-        """What the run has written, by kind."""
-        kinds = {
-            "model": MODEL, "last": LAST, "checkpoint": CHECKPOINT, "options": OPTIONS,
-            "metrics": METRICS, "results": RESULTS, "attention": ATTENTION,
-            "tensorboard": TENSORBOARD,
-        }  # fmt: skip
-        return {
-            kind: str(self.path / name)
-            for kind, name in kinds.items()
-            if (self.path / name).exists()
-        }
-
-    def _unwritable(self, error: OSError) -> OutputError:
-        return OutputError(
-            f"'{self.path}' cannot be written ({error.strerror or error}); choose another folder."
         )
 
 

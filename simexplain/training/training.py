@@ -37,7 +37,7 @@ from simexplain.training.options import (
     with_options,
     without_effect,
 )
-from simexplain.training.recipes import recipe_options
+from simexplain.training.recipes import recipe_named
 from simexplain.training.result import TrainResult
 from simexplain.training.run_folder import (
     OPTIONS,
@@ -69,16 +69,12 @@ MAY_CHANGE = (
 def resolved(
     recipe: str | None, settings: Mapping[str, Any], state: Mapping[str, Any] | None
 ) -> TrainOptions:
-    """The settings of a run: those given, else the recipe's, else those it was begun with.
-
-    Raises:
-        ModelError: If one cannot be used, or is not what the run to resume was begun with.
-    """
+    """The settings of a run: those given, else the recipe's, else those it was begun with."""
     settings = todays(settings, [field.name for field in fields(TrainOptions)])
     if state is None:
-        return with_options(recipe_options(recipe) if recipe else TrainOptions(), settings)
+        return with_options(recipe_named(recipe).options if recipe else TrainOptions(), settings)
     begun = TrainOptions.from_json(state["options"])
-    wanted = with_options(recipe_options(recipe) if recipe else begun, settings)
+    wanted = with_options(recipe_named(recipe).options if recipe else begun, settings)
     wanted = replace(wanted, classes_per_batch=wanted.classes_per_batch or begun.classes_per_batch)
     differing = [
         name
@@ -95,11 +91,7 @@ def resolved(
 
 
 def begun_source(out: Path) -> Source:
-    """How the data of a run were read, to go on with it.
-
-    Raises:
-        OutputError: If there is none to be resumed.
-    """
+    """How the data of a run were read, to go on with it."""
     check_folder(out, resume=True, force=False)
     source = RunFolder(out).read_checkpoint()["source"]
     return Source.from_json(source) if source else Source()
@@ -108,12 +100,7 @@ def begun_source(out: Path) -> Source:
 def check_same(
     folder: RunFolder, state: Mapping[str, Any], known: Mapping[str, Any], data: object
 ) -> None:
-    """Whether a run can go on with these data and settings.
-
-    Raises:
-        OutputError: If it was begun with other pictures or masks.
-        ModelError: If it has more epochs behind it than requested.
-    """
+    """Whether a run can go on with these data and settings."""
     if state["data"] != known["data"]:
         what = data.name if isinstance(data, DataSplit) else data
         raise OutputError(
@@ -129,12 +116,7 @@ def check_same(
 
 
 def jumps(state: Mapping[str, Any], options: TrainOptions) -> tuple[str, ...]:
-    """A warning where the learning rate of a resumed run jumps, since the schedule is another one.
-
-    Args:
-        state: Of the run to resume.
-        options: What it goes on with.
-    """
+    """A warning where the learning rate of a resumed run jumps, as its schedule is another."""
     from simexplain.training.building import SCHEDULES
 
     begun, done = TrainOptions.from_json(state["options"]), state["place"]["epoch"]
@@ -246,11 +228,7 @@ def train(
 
 
 def check_extra() -> None:
-    """Says what to install where something is missing.
-
-    Raises:
-        ModelError: If so.
-    """
+    """Says what to install where something is missing."""
     missing = [name for module, name in NEEDED.items() if find_spec(module) is None]
     if missing:
         raise ModelError(
@@ -262,11 +240,7 @@ def check_extra() -> None:
 def checked_data(
     split: DataSplit, options: TrainOptions, listeners: Listeners | None
 ) -> tuple[str, ...]:
-    """What is odd about the data, all of which can be trained on.
-
-    Raises:
-        ImageError: If it cannot: all reasons at once.
-    """
+    """What is odd about the data, all of which can be trained on."""
     warnings = check_training(
         split,
         classes=options.classes_per_batch,
@@ -293,11 +267,7 @@ def prepared(
     known: Mapping[str, Any],
     listeners: Listeners | None = None,
 ) -> tuple[TrainingModule, Recorder]:
-    """The module that trains, and what records it; nothing is written.
-
-    Raises:
-        ModelError: If the network or the objective cannot be built.
-    """
+    """The module that trains, and what records it; nothing is written."""
     from simexplain.training.building import build_model, build_objective
     from simexplain.training.module import TrainingModule
     from simexplain.training.recording import Listeners, Recorder, attention_triplets_of
@@ -316,13 +286,19 @@ def prepared(
         seed=options.seed,
         steps=options.batches_per_epoch or None,
     )
+    about = {
+        "schema": 1,
+        "options": options.to_json(),
+        "pictures": counts_of(split),
+        "versions": {**versions(), **{name: version(name) for name in NEEDED.values()}},
+    }
     record = Recorder(
         folder,
         split,
         options,
         attention_triplets_of(split.queries, options.attention_triplets, options.seed),
         known,
-        {**known, **described(split, options)},
+        {**known, **about},
         listeners or Listeners(),
     )
     module = TrainingModule(
@@ -332,21 +308,8 @@ def prepared(
 
 
 def _progress(listeners: Listeners | None, what: str) -> Progress | None:
-    """Tells how far some work is, where anybody listens."""
-    if listeners is None or listeners.work is None:
-        return None
-    return partial(listeners.work, what)
-
-
-def described(split: DataSplit, options: TrainOptions) -> dict[str, Any]:
-    """What a run is made of, plain JSON values."""
-    installed = {name: version(name) for name in NEEDED.values()}
-    return {
-        "schema": 1,
-        "options": options.to_json(),
-        "pictures": counts_of(split),
-        "versions": {**versions(), **installed},
-    }
+    work = None if listeners is None else listeners.work
+    return None if work is None else partial(work, what)
 
 
 def not_improved(result: TrainResult) -> str:
