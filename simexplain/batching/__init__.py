@@ -1,1 +1,5 @@
-"""Thousands of comparisons: shared images embedded once, resumable, over several processes."""
+"""Thousands of comparisons: shared images embedded once, resumable, over several processes.
+
+Public: ``explain_batch`` (``batching.py``), ``open_batch`` and ``BatchResult`` (``result.py``),
+``BatchOptions`` and ``BatchRow`` (``planning.py``).
+"""

@@ -119,16 +119,7 @@ Use = tuple[Pass, int]
 
 
 def cut_pass(model: Traceable, images: Tensor, layers: Sequence[str]) -> Pass:
-    """Runs a model once; nothing below the lowest layer is tracked.
-
-    Args:
-        model: The model; it is evaluated with every submodule in eval mode.
-        images: Preprocessed images ``(n,3,H,W)``.
-        layers: Layers that :func:`~simexplain.tracing.trace` has accepted.
-
-    Raises:
-        ModelError: If a layer did not run.
-    """
+    """Runs a model once on ``(n,3,H,W)``, evaluating; nothing below the lowest layer is tracked."""
     count, size = len(images), model.batch_size or len(images)
     if count < size:
         images = torch.cat((images, images[-1:].expand(size - count, *images.shape[1:])))
@@ -169,8 +160,8 @@ def pulled(uses: Sequence[Use], number: int | None, slopes: Tensor) -> list[Tens
 
     Args:
         uses: ``M`` pictures; one may be there several times.
-        number: Of the layer that the slopes belong to; None for the embedding.
-        slopes: ``(M,...)``.
+        number: Of the layer that the slopes ``(M,...)`` belong to; None for the embedding.
+        slopes: At that layer.
 
     Returns:
         For each layer before it ``(M,...)``, zero where it has no part.
@@ -276,13 +267,7 @@ class CachedModel(SimilarityModel):
     """
 
     def __init__(self, base: SimilarityModel, layers: Sequence[str], recall: Recall) -> None:
-        """Remembers these layers.
-
-        Args:
-            base: The model itself.
-            layers: Those that will be looked into, as :func:`~simexplain.tracing.trace` names them.
-            recall: Gives the passes over the pictures that blank images stand for.
-        """
+        """Remembers these layers; ``recall`` gives the passes that blank images stand for."""
         super().__init__()
         # Not as a sub-module: it is not this one's to move or to switch.
         object.__setattr__(self, "base", base)
@@ -418,9 +403,7 @@ class _Linked(torch.autograd.Function):
 def cached_avsl(base: AVSL, levels: Callable[[tuple[int, int]], list[Tensor]]) -> AVSL:
     """An AVSL model that shares everything with ``base`` but remembers the maps of its levels.
 
-    Args:
-        base: The model itself, which answers for images that are not :func:`blank`.
-        levels: From the size of images to the feature maps ``(M,C,h,w)`` of what they stand for.
+    ``levels`` gives, by the size of :func:`blank` images, the maps ``(M,C,h,w)`` of theirs.
     """
     model = copy.copy(base)
 

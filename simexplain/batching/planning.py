@@ -343,14 +343,7 @@ def plan_rows(
     """Finds the distinct pictures, reads the header of each, and orders the rows.
 
     The same file under several names is one picture. A look reads the head of a file only: that it
-    is cut off is checked when it is read.
-
-    Args:
-        rows: All rows, also those with problems.
-        root: The folder that paths are relative to.
-        preprocess: Of the model.
-        size: Rows in a shard.
-        progress: Called with what is done, how far it is, and how far it goes.
+    is cut off is checked when it is read. ``size`` is that of a shard.
     """
     real = _real_files(rows, root)
     looked: dict[Path, str] = {}

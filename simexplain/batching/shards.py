@@ -54,11 +54,9 @@ class ShardWriter:
     figures: bool = False
 
     def write(self, shard: int, explained_one: Callable[[], None]) -> None:
-        """Writes a shard; a row that cannot be explained becomes a record with the reason.
+        """Explains the rows of a shard and writes them, calling ``explained_one`` after each row.
 
-        Args:
-            shard: Its number.
-            explained_one: Called after each row.
+        A row that cannot be explained becomes a record with the reason.
         """
         plan = self.explainer.plan
         records: list[Record] = []

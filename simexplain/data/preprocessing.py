@@ -372,9 +372,6 @@ def hardly_seen(named: Iterable[tuple[str, Geometry]]) -> str:
     """A sentence on pictures so wide or tall that much of them is cut off; empty without any.
 
     The rim that a centre crop cuts off all around, of any picture, is not counted.
-
-    Args:
-        named: What to call each picture, and where the network's view lies in it.
     """
     few: dict[str, float] = {}
     for name, geometry in named:

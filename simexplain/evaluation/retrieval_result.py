@@ -76,10 +76,8 @@ class RankedQueries(ScoreResult):
     ) -> list[Row]:
         """One row a query: what it is, where the first relevant picture stands, what came first.
 
-        Args:
-            columns: The fields of a record that are listed, by the names of their columns.
-            scores: The scores that are listed.
-            beside: The columns that are listed of the nearest picture as well.
+        ``columns`` has the fields of a record by their columns; ``beside`` are those that are
+        listed of the nearest picture as well.
         """
         rows = []
         for index, record in enumerate(self.queries):

@@ -166,16 +166,15 @@ def hit_maps(
     distances: Tensor,
     name: str,
 ) -> HitMaps:
-    """Why the whole query found its hits.
+    """Why the whole query found its ``K`` hits.
 
     Args:
         query: Factors of the query.
-        images: Of the ``K`` hits.
+        images: Of the hits.
         rows: Embeddings of the hits, then of the rivals ``(n,E)``; of those nothing else is needed.
         rivals: For each hit the place of its rival in ``rows``, or None.
         distances: Of the query to ``rows`` ``(n,)``.
-        name: The distance, in ``DISTANCES``; empty for a model's own, which is not a cosine in
-            another guise: contrasts then add up to the difference of the cosines.
+        name: The distance, in ``DISTANCES``; with a model's own (empty) contrasts are of cosines.
     """
     count = len(rivals)
     own = unit_rows(query.vectors.float())[0]
@@ -209,18 +208,12 @@ def region_maps(
     images: Factors,
     rivals: Sequence[int | None],
 ) -> HitMaps:
-    """Why a region of the query found its hits.
+    """Why a region of the query, of unit vector ``(E,)`` and coverage ``(h,w)``, found its hits.
 
     The similarity of the region with an image is the cosine of the sum of the region's parts and
     the part of the image's best position. It is linear in the former, so each position of the
     region adds to it what it covers of its cell times the product of its part with the latter.
-
-    Args:
-        query: Factors of the query.
-        coverage: ``(h,w)``.
-        region: The region's vector at unit length ``(E,)``.
-        images: Factors of the hits, then of the rivals.
-        rivals: For each hit the place of its rival in ``images``, or None.
+    ``images`` are those of the hits, then of the rivals, whose places there ``rivals`` has.
     """
     count = len(rivals)
     similar = similarities(images, region)

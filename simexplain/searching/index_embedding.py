@@ -157,14 +157,7 @@ class UniformTail:
 def uniform_tail(
     model: SimilarityModel, layer: str, image: Tensor, rest: Tensor
 ) -> UniformTail | None:
-    """Finds the matrix of such a tail by its Jacobian on one image; None for any other tail.
-
-    Args:
-        model: The model.
-        layer: The layer.
-        image: ``(1,3,H,W)``, as the model wants it.
-        rest: What the layer does not give ``(E,)``.
-    """
+    """The matrix of such a tail, by its Jacobian on one image ``(1,3,H,W)``; None for any other."""
     if model.batch_size is not None:
         return None  # which may be written out in the network above the layer
     traced = trace_vectors(model, image, (layer,)).trace
@@ -282,15 +275,8 @@ def keeping_for(
 ) -> IndexSpec:
     """Finds out, on one image of noise, what can be kept for a model.
 
-    Args:
-        model: Any.
-        layer: The layer of the parts, or None for the model's default.
-        steps: Jacobians to average where the tail above the layer is not linear; with 0 nothing is
-            kept then.
-        basis: Whether to keep anything at all.
-
-    Raises:
-        ModelError: If the layer was named and cannot be used.
+    A tail above the layer that is not linear has its parts kept only with ``steps`` Jacobians to
+    average. A layer that was named and cannot be used raises a ModelError.
     """
     if isinstance(model, AVSL):
         if layer is not None:
@@ -362,12 +348,8 @@ def common_basis(
     """The same with the basis of ``width`` columns that holds most of what these images' parts are.
 
     The principal axes of all positions' vectors, not centred: the squared length lost is least.
-
-    Args:
-        keeping: Of kind ``parts``.
-        model: The model.
-        images: Batches ``(M,3,H,W)`` of a sample of the gallery, at least one.
-        width: From 1 to the width of the embedding; that or more keeps everything, exactly.
+    At the width of the embedding or more everything is kept, exactly. ``images`` are batches
+    ``(M,3,H,W)`` of a sample of the gallery.
     """
     total: Tensor | None = None
     for batch in images:

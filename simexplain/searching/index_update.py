@@ -127,14 +127,9 @@ def planned(
     drop: bool,
     progress: StageProgress | None = None,
 ) -> UpdatePlan:
-    """Compares a gallery with its index.
+    """Compares a gallery with its index, if there is one.
 
-    Args:
-        paths: Absolute, each once.
-        root: The folder they are in.
-        old: The index, if there is one.
-        drop: Whether pictures of the index that are not among the paths are taken out.
-        progress: Called while files are read to see whether their content has changed.
+    Without ``drop``, pictures of the index that are not among the absolute ``paths`` stay.
     """
     if old is None:
         return UpdatePlan(root, tuple(paths), {path: Stat.of(path) for path in paths})

@@ -145,17 +145,10 @@ def _mark(seen: Tensor, mask: NDArray[np.bool_], geometry: Geometry) -> None:
 
 
 def region_vector(query: Factors, coverage: Tensor) -> Tensor:
-    """What a region adds to the vector of an image, at unit length ``(E,)``.
+    """What a region of coverage ``(h,w)`` adds to the vector of an image, at unit length ``(E,)``.
 
     The sum of the positions' parts, each as much as the region covers of its cell; biases, which
     belong to no position, are left out.
-
-    Args:
-        query: Factors of one image.
-        coverage: ``(h,w)``, from :meth:`Region.coverage`.
-
-    Raises:
-        ComparisonError: If the region adds nothing.
     """
     summed = torch.einsum("hw,ehw->e", coverage.to(query.parts.device), query.parts[0].float())
     if not bool(summed.norm() > 0):
@@ -385,13 +378,7 @@ def close_limit(
     distances were normal, one in twenty galleries of this size would have a picture as near by
     chance. A quarter of the median distance is always close, so that copies are; among fewer than
     ``LEAST`` pictures half of it is the limit. For a region, the distances to all pictures take the
-    place of those between pictures.
-
-    Args:
-        model: Whose distance counts.
-        gallery: Of which at most 1,000 pictures are compared, spread evenly.
-        query: The query.
-        ranking: The gallery, ranked by it.
+    place of those between pictures, of which at most 1,000, spread evenly, are compared.
     """
     if ranking.searched < 2 or len(gallery) < 2:
         return None
@@ -445,15 +432,9 @@ def _limit(distances: Tensor, to_others: Tensor | None, searched: int) -> float:
 
 
 def rival_places(labels: Sequence[str | None], hits: int) -> list[int | None]:
-    """For each of the first images of a ranking, the best one after it of another class.
+    """For each of the first ``hits`` of a ranking, where the best after it of another class is.
 
-    Args:
-        labels: Of a ranking, the best first; None for an image without a class, which differs from
-            every other.
-        hits: How many of the first to consider.
-
-    Returns:
-        Positions in the ranking, None where no image of another class follows.
+    An image without a class differs from every other. None where no other class follows.
     """
     values: list[int | None] = []
     for index, own in enumerate(labels[:hits]):

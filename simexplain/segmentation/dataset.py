@@ -247,14 +247,7 @@ def read_masked(
 
 
 def label_map(path: Path) -> NDArray[np.uint8]:
-    """The values of a mask ``(H,W)`` as they are stored: numbers of classes, not colours.
-
-    Args:
-        path: A palette or grey picture, or a file of SBD's ``cls``.
-
-    Raises:
-        ImageError: If it cannot be read or has no single value for each pixel.
-    """
+    """The values ``(H,W)`` of a palette or grey picture or of SBD's ``cls``: class numbers."""
     if path.suffix == ".mat":
         return _boundaries(path)
     try:

@@ -56,13 +56,7 @@ class Overlap:
 
 
 def overlap(mask: Mask, truth: Mask, valid: Mask | None = None) -> Overlap:
-    """Counts the pixels of a picture.
-
-    Args:
-        mask: ``(H,W)``.
-        truth: ``(H,W)``.
-        valid: ``(H,W)``, which pixels count; None for all.
-    """
+    """Counts the pixels of a picture, all arrays ``(H,W)``; only those that are ``valid``."""
     counted = np.ones_like(mask) if valid is None else valid
     pairs = ((mask & truth), (mask & ~truth), (~mask & truth), (~mask & ~truth))
     return Overlap(*(int((pair & counted).sum()) for pair in pairs))
@@ -324,12 +318,7 @@ def _measured(
 
 
 def divided(masks: Sequence[Mask], heats: Sequence[Heat]) -> list[Mask]:
-    """Masks ``(H,W)`` that share no pixel: what several claim goes to the hottest, first of equals.
-
-    Args:
-        masks: One for each way.
-        heats: Their maps ``(H,W)``.
-    """
+    """Masks ``(H,W)`` that share no pixel: what several claim goes to the hottest, the first."""
     claims = np.where(np.stack(masks), np.stack(heats).astype(np.float64), -1.0)
     winner = claims.argmax(axis=0)
     return [mask & (winner == index) for index, mask in enumerate(masks)]

@@ -55,13 +55,7 @@ class Source:
 def read_data(
     data: str | Path | DataSplit, source: Source | None, begun: Mapping[str, Any] | None
 ) -> tuple[DataSplit, dict[str, Any] | None]:
-    """The data of a run and how they were read, for a checkpoint.
-
-    Args:
-        data: What ``train`` was given.
-        source: How to read it; None for as the run was begun with, else the usual way.
-        begun: The values in the checkpoint to resume.
-    """
+    """The data of a run and how they were read, for a checkpoint: as given, or as begun before."""
     if isinstance(data, DataSplit):
         return data, None
     chosen = source or (Source.from_json(begun) if begun else Source())
@@ -97,12 +91,7 @@ def parts_of(split: DataSplit) -> dict[str, tuple[Record, ...]]:
 
 
 def fingerprint(split: DataSplit, progress: Progress | None = None) -> str:
-    """The same for the same pictures and masks in the same classes, wherever they lie.
-
-    Args:
-        split: The data; every file is read.
-        progress: Called with the number of pictures read and of all.
-    """
+    """The same for the same pictures and masks in the same classes, wherever they lie."""
     digest, known = hashlib.sha256(), dict[Path, str]()
     total = sum(map(len, parts_of(split).values()))
     done = 0

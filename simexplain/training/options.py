@@ -402,10 +402,6 @@ def without_effect(options: TrainOptions, split: DataSplit) -> tuple[str, ...]:
 
     A setting counts as given where it is not the default. Masks and groups count where the
     pictures have them.
-
-    Args:
-        options: Of the run.
-        split: The pictures.
     """
     usual = {field.name: field.default for field in fields(TrainOptions)}
     lines = [
@@ -424,11 +420,7 @@ def without_effect(options: TrainOptions, split: DataSplit) -> tuple[str, ...]:
 
 
 def left_out(broken: Mapping[str, str]) -> tuple[str, ...]:
-    """What evaluations did without, a sentence; nothing where they had all pictures.
-
-    Args:
-        broken: Pictures by path, with the reason.
-    """
+    """What evaluations did without, a sentence; nothing where they had all pictures."""
     if not broken:
         return ()
     count = f"{len(broken)} test picture{'s' * (len(broken) > 1)}"

@@ -35,16 +35,10 @@ _ROLES = ("anchor", "positive", "negative")
 def attention_triplets_of(
     queries: Sequence[Record], count: int, seed: int
 ) -> tuple[tuple[Record, Record, Record], ...]:
-    """Triplets of pictures drawn once for a run: anchors of different classes where there are.
+    """At most ``count`` triplets, drawn once for a run: anchors of different classes if possible.
 
-    Args:
-        queries: Labelled pictures that are not trained on.
-        count: How many triplets at most.
-        seed: Of the draw, which depends on nothing else.
-
-    Returns:
-        Anchor, another picture of its class (of another group, where there is one) and one of
-        another class; none where the pictures do not allow it.
+    Anchor, another picture of its class (of another group, where there is one) and one of another
+    class; none where the labelled pictures do not allow it. The draw depends on the seed alone.
     """
     classes: dict[str, list[Record]] = {}
     for record in queries:
@@ -81,14 +75,8 @@ def attention_picture(
 ) -> bytes:
     """A PNG with a row for each triplet: three pictures, and the model's attention in them.
 
-    The model is left as it was. Triplets whose pictures cannot be read are left out.
-
-    Args:
-        model: In any mode.
-        triplets: Anchor, positive, negative.
-        title: Over the figure.
-        method: Options of ``explain``; unless given, ``avsl`` for AVSL models and else
-            similarity attention with signed weights.
+    The model is left as it was. Triplets whose pictures cannot be read are left out. ``method`` has
+    options of ``explain``; unless given, ``avsl`` for AVSL models and else signed ``sam``.
     """
     chosen = method or _method(model)
     rows: list[Row] = []

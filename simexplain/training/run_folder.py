@@ -84,13 +84,7 @@ class TrainState:
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """The seed of one step, from the run's: all chance of a step depends on nothing else.
-
-    Args:
-        seed: Of the run.
-        step: Steps taken before.
-        rank: Of the process, where processes shall draw differently.
-    """
+    """The seed of a step: of the run's seed alone, and of the rank where processes differ."""
     return (seed * 1_000_003 + step * 1_009 + rank) % 2**63
 
 
