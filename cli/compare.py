@@ -29,7 +29,7 @@ from .result_commands import Made, makes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from simexplain.evaluation.comparison_result import MethodComparison
+    from simexplain.evaluation.results import MethodComparison
 
 _FOLDER = "comparison"
 

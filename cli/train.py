@@ -37,7 +37,7 @@ from .train_options import given_settings, training_options
 
 if TYPE_CHECKING:
     from simexplain.training.recording import Listeners
-    from simexplain.training.result import TrainResult
+    from simexplain.training.run_folder import TrainResult
 
 
 def _list_recipes(context: click.Context, option: click.Parameter, wanted: bool) -> None:

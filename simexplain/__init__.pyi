@@ -7,8 +7,8 @@ from .comparison import Comparison as Comparison
 from .data.preprocessing import Preprocess as Preprocess
 from .errors import SimexplainError as SimexplainError
 from .evaluation.comparing import compare as compare
-from .evaluation.comparison_result import MethodComparison as MethodComparison
 from .evaluation.evaluating import evaluate_faithfulness as evaluate_faithfulness
+from .evaluation.results import MethodComparison as MethodComparison
 from .evaluation.retrieval import evaluate_reid as evaluate_reid
 from .evaluation.retrieval import evaluate_retrieval as evaluate_retrieval
 from .evaluation.retrieval_result import Reidentification as Reidentification
@@ -38,7 +38,7 @@ from .segmentation.evaluating import SegmentationScores as SegmentationScores
 from .segmentation.evaluating import evaluate_segmentation as evaluate_segmentation
 from .segmentation.result import Segmentation as Segmentation
 from .segmentation.segmenting import segment as segment
-from .training.result import TrainResult as TrainResult
+from .training.run_folder import TrainResult as TrainResult
 from .training.training import train as train
 
 __version__: str

@@ -45,8 +45,7 @@ from simexplain.training.datasource import Source, searchable
 from simexplain.training.module import set_training
 from simexplain.training.options import RANGES, TrainOptions, choices, with_options
 from simexplain.training.recording import Listeners, attention_triplets_of
-from simexplain.training.result import TrainResult
-from simexplain.training.run_folder import RunFolder
+from simexplain.training.run_folder import RunFolder, TrainResult
 from simexplain.training.training import not_improved, train
 
 MARGIN = 0.2

@@ -16,17 +16,16 @@ from simexplain.comparison import Comparison, arch_of
 from simexplain.data.folders import Progress
 from simexplain.data.preprocessing import notes_of
 from simexplain.errors import ComparisonError, SimexplainError, first_line, meant
-from simexplain.evaluation.comparison_result import ComparedMethod, MethodComparison
 from simexplain.evaluation.faithfulness import (
     PERTURBATIONS,
     LoadedItem,
     Measures,
     controlled,
     load_item,
-    means,
     timed,
 )
 from simexplain.evaluation.items import Item
+from simexplain.evaluation.results import ComparedMethod, MethodComparison, means
 from simexplain.explaining import Images, explain
 from simexplain.explaining_tensors import check_images, embeddings_of, explain_tensors
 from simexplain.explanation import Explanation

@@ -23,11 +23,10 @@ from simexplain.evaluation.faithfulness import (
     Measures,
     controlled,
     load_item,
-    means,
     timed,
 )
 from simexplain.evaluation.items import Item
-from simexplain.evaluation.results import Evaluation, MethodScores
+from simexplain.evaluation.results import Evaluation, MethodScores, means
 from simexplain.explaining import explain
 from simexplain.explanation import Explanation
 from simexplain.metrics.intervals import bootstrap_mean

@@ -301,14 +301,6 @@ class Measures:
         return {**areas, "pointing": tuple(hits), "energy": tuple(shares)}
 
 
-def means(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The mean over images of each metric; NaN where none has a value."""
-    return {
-        name: mean_valid(torch.tensor(values, dtype=torch.float64))
-        for name, values in scores.items()
-    }
-
-
 def timed(
     model: SimilarityModel, explained: Callable[[], Explanation]
 ) -> tuple[Explanation, float, int]:

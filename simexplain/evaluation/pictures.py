@@ -42,8 +42,7 @@ from simexplain.rendering.sheet import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from simexplain.evaluation.comparison_result import ComparedMethod, MethodComparison
-    from simexplain.evaluation.results import Evaluation
+    from simexplain.evaluation.results import ComparedMethod, Evaluation, MethodComparison
     from simexplain.evaluation.retrieval_result import Failure, Reidentification
     from simexplain.explanation import Explanation
 

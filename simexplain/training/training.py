@@ -38,11 +38,11 @@ from simexplain.training.options import (
     without_effect,
 )
 from simexplain.training.recipes import recipe_named
-from simexplain.training.result import TrainResult
 from simexplain.training.run_folder import (
     OPTIONS,
     RESULTS,
     RunFolder,
+    TrainResult,
     TrainState,
     check_folder,
     first_process,
