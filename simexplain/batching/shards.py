@@ -39,14 +39,7 @@ PICTURE = "picture"
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Explains shards and writes them.
-
-    Attributes:
-        explainer: For the rows.
-        folder: Where to.
-        pictures: Draw a heatmap over every picture.
-        figures: Draw a figure of every row.
-    """
+    """Explains shards and writes them, with heatmaps of pictures and figures of rows if wanted."""
 
     explainer: RowExplainer
     folder: BatchFolder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -55,9 +55,8 @@ def check_training(
     shared = {r.path.resolve() for r in split.train} & {
         r.path.resolve() for r in (*split.queries, *(split.gallery or ()))
     }
-    if shared:
-        listed = few([relative(path, split.root.resolve()) for path in sorted(shared)])
-        problems.append(f"{_count(len(shared), 'picture')} both to train on and to test: {listed}")
+    names = [relative(path, split.root.resolve()) for path in sorted(shared)]
+    problems += _listing(names, "picture", "both to train on and to test")
     looks = _looks(everything(split), deep, progress)
     problems += _broken(split, looks)
     odd += _odd_files(split, looks)
@@ -66,7 +65,7 @@ def check_training(
             f"'{split.name}' cannot be trained on, {_count(len(problems), 'problem')}: "
             f"{'; '.join(problems)}; mend this in the data or choose another batch."
         )
-    return tuple(odd)
+    return tuple(f"{line}." for line in odd)
 
 
 def check_views(
@@ -91,68 +90,47 @@ def check_views(
             try:
                 preprocess.geometry((opened.height, opened.width))
             except ImageError:
-                return f"{opened.width}x{opened.height}"
+                return f"{relative(path, split.root)} of {opened.width}x{opened.height}"
         return ""
 
     paths = list(dict.fromkeys(record.path for record in records))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        sizes = [
-            (path, size) for path, size in zip(paths, pool.map(why, paths), strict=True) if size
-        ]
-    if sizes:
-        listed = few([f"{relative(path, split.root)} of {size}" for path, size in sizes], quote="")
-        raise ImageError(
-            f"'{split.name}' cannot be trained on, {_count(len(sizes), 'picture')} too elongated "
-            f"for the network's view: {listed}; crop or remove them."
-        )
+        narrow = [text for text in pool.map(why, paths) if text]
+    if lines := _listing(narrow, "picture", "too elongated for the network's view", quote=""):
+        raise ImageError(f"'{split.name}' cannot be trained on, {lines[0]}; crop or remove them.")
 
 
 def _unfit_classes(split: DataSplit, classes: int, each: int) -> list[str]:
-    problems = []
     sizes = Counter(record.label for record in split.train)
-    if split.empty:
-        what = _count(len(split.empty), "class folder")
-        problems.append(f"{what} without a picture: {few(split.empty)}")
     unlabelled = [relative(r.path, split.root) for r in split.train if r.label is None]
-    if unlabelled:
-        problems.append(f"no class for {few(unlabelled)}")
     singles = sorted(label for label, size in sizes.items() if label is not None and size == 1)
-    if singles and each > 1:
-        what = f"{_count(len(singles), 'class', 'classes')} to train on with a single picture"
-        problems.append(f"{what}, which has no positive: {few(singles)}")
-    least = max(2, classes)
-    if len(split.classes) < least:
-        have = _count(len(split.classes), "class", "classes")
-        problems.append(f"{have} to train on where a batch needs {least}")
-    return problems
+    least, have = max(2, classes), len(split.classes)
+    few_classes = f"{_count(have, 'class')} to train on where a batch needs {least}"
+    alone = "to train on with a single picture, which has no positive"
+    return [
+        *_listing(split.empty, "class folder", "without a picture"),
+        *([f"no class for {few(unlabelled)}"] if unlabelled else []),
+        *_listing(singles if each > 1 else (), "class", alone),
+        *([few_classes] if have < least else []),
+    ]
 
 
 def _odd_classes(split: DataSplit, each: int) -> list[str]:
-    odd = []
     sizes = Counter(record.label for record in split.train if record.label is not None)
     small = sorted(label for label, size in sizes.items() if 1 < size < each)
-    if small:
-        odd.append(
-            f"{_count(len(small), 'class', 'classes')} with fewer than {each} pictures, which are "
-            f"repeated in a batch: {few(small)}."
-        )
+    repeated = f"with fewer than {each} pictures, which are repeated in a batch"
     both = sorted(set(split.classes) & {r.label for r in split.queries if r.label is not None})
-    if both:
-        odd.append(
-            f"{_count(len(both), 'class', 'classes')} both to train on and to test, so that the "
-            f"test is not zero-shot: {few(both)}."
-        )
-    if not split.queries:
-        odd.append("No test pictures were given, so nothing can be evaluated.")
+    seen = "both to train on and to test, so that the test is not zero-shot"
+    none = [] if split.queries else ["No test pictures were given, so nothing can be evaluated"]
     counts = Counter(r.label for r in (split.queries if split.gallery is None else split.gallery))
     least = 2 if split.gallery is None else 1
     lost = [relative(r.path, split.root) for r in split.queries if counts[r.label] < least]
-    if lost:
-        odd.append(
-            f"{_count(len(lost), 'test picture')} without another of the class to be found: "
-            f"{few(lost)}."
-        )
-    return odd
+    return [
+        *_listing(small, "class", repeated),
+        *_listing(both, "class", seen),
+        *none,
+        *_listing(lost, "test picture", "without another of the class to be found"),
+    ]
 
 
 @dataclass(frozen=True)
@@ -234,38 +212,33 @@ def _reason(error: ImageError, path: Path | None) -> str:
 
 
 def _broken(split: DataSplit, looks: dict[Path, _Look]) -> list[str]:
-    problems = []
-    wrong = [(path, look.wrong) for path, look in looks.items() if look.wrong]
-    if wrong:
-        listed = few([f"{relative(path, split.root)} {why}" for path, why in wrong], quote="")
-        problems.append(f"{_count(len(wrong), 'picture')} that cannot be read: {listed}")
-    masks = [(path, look.mask_wrong) for path, look in looks.items() if look.mask_wrong]
-    if masks:
-        listed = few([f"{relative(path, split.root)}: {why}" for path, why in masks], quote="")
-        problems.append(f"{_count(len(masks), 'picture')} whose mask does not fit: {listed}")
-    return problems
+    named = [(relative(path, split.root), look) for path, look in looks.items()]
+    wrong = [f"{name} {look.wrong}" for name, look in named if look.wrong]
+    masks = [f"{name}: {look.mask_wrong}" for name, look in named if look.mask_wrong]
+    return [
+        *_listing(wrong, "picture", "that cannot be read", quote=""),
+        *_listing(masks, "picture", "whose mask does not fit", quote=""),
+    ]
 
 
 def _odd_files(split: DataSplit, looks: dict[Path, _Look]) -> list[str]:
-    odd = []
-    if any(record.mask for record in split.train):
-        bare = [r.path for r in split.train if looks[r.path].unmasked]
-        if bare:
-            listed = few([relative(path, split.root) for path in bare])
-            odd.append(
-                f"{len(bare)} of {_count(len(split.train), 'picture')} have no mask: {listed}."
-            )
+    bare = [relative(r.path, split.root) for r in split.train if looks[r.path].unmasked]
+    unmasked = f"{len(bare)} of {_count(len(split.train), 'picture')} have no mask: {few(bare)}"
     trained = {looks[r.path].digest for r in split.train} - {b""}
     own = {record.path for record in split.train}
     tested = {r.path for r in (*split.queries, *(split.gallery or ()))} - own
     copies = sorted(relative(p, split.root) for p in tested if looks[p].digest in trained)
-    if copies:
-        odd.append(
-            f"{_count(len(copies), 'test picture')} with the same content as one to train on: "
-            f"{few(copies)}."
-        )
-    return odd
+    return [
+        *([unmasked] if bare and any(record.mask for record in split.train) else []),
+        *_listing(copies, "test picture", "with the same content as one to train on"),
+    ]
 
 
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
+def _listing(names: Sequence[object], what: str, text: str, *, quote: str = "'") -> list[str]:
+    """How many there are and the first of them, in a line; nothing without any."""
+    return [f"{_count(len(names), what)} {text}: {few(names, quote)}"] if names else []
+
+
+def _count(number: int, one: str) -> str:
+    many = f"{one}es" if one.endswith("s") else f"{one}s"
+    return f"{number} {one if number == 1 else many}"

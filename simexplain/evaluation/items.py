@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -102,7 +102,11 @@ def read_comparisons(path: str | Path) -> list[Item]:
     with opened_csv(source, ComparisonError) as opened:
         reader = csv.DictReader(opened, strict=True)
         _check_header(source, without_index(reader.fieldnames or ()))
-        items = [_item(source, reader.line_num, row) for row in reader if any(_texts(row))]
+        items = [
+            _item(source, reader.line_num, row)
+            for row in reader
+            if any(str(cell).strip() for cell in row.values() if cell is not None)
+        ]
     if not items:
         raise ComparisonError(f"Expected at least one comparison in '{source}', found none.")
     return items
@@ -241,10 +245,6 @@ def _cells(
         )
     cells = [source.parent / part if part else None for part in given]
     return paths, cells or [None] * len(paths)
-
-
-def _texts(row: Mapping[str, str | list[str] | None]) -> Iterator[bool]:
-    return (bool(str(value).strip()) for value in row.values() if value is not None)
 
 
 def _check_header(source: Path, header: list[str]) -> None:

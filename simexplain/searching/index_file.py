@@ -118,12 +118,7 @@ def read_columns(path: Path, what: str = "index") -> tuple[dict[str, Any], dict[
 
 @dataclass(frozen=True)
 class SourceRows:
-    """Consecutive rows of some tensors, wherever those are: in an index or in a part of one.
-
-    Attributes:
-        tensors: Opens them.
-        places: The rows, in the order in which they are wanted.
-    """
+    """Rows, in the order they are wanted, of tensors that lie in an index or in a part of one."""
 
     tensors: Callable[[], Mapping[str, Tensor]]
     places: tuple[int, ...]

@@ -350,17 +350,6 @@ def _unexplained(index: GalleryIndex) -> float:
     return float((own / (own + others).clamp_min(1e-30)).mean())
 
 
-def seen_of(index: GalleryIndex) -> dict[str, Any]:
-    """The share of its pictures that the network saw: the mean, the least, and of which that is."""
-    shares = [index.geometry(position).seen for position in range(len(index))]
-    least = min(shares)
-    return {
-        "mean": round(sum(shares) / len(shares), 4),
-        "least": round(least, 4),
-        "least_of": index.paths[shares.index(least)],
-    }
-
-
 def report_of(index: GalleryIndex) -> dict[str, Any]:
     """The JSON of ``simexplain index --json``; keys may be added, not changed."""
     basis: dict[str, Any] | None = None
@@ -376,6 +365,7 @@ def report_of(index: GalleryIndex) -> dict[str, Any]:
             "region": list(index.keeping.region),
             "bypass": index.keeping.bypass,
         }
+    shares = [index.geometry(position).seen for position in range(len(index))]
     report = {
         "schema": 1,
         "file": str(index.path),
@@ -388,7 +378,11 @@ def report_of(index: GalleryIndex) -> dict[str, Any]:
         "basis": basis,
         "without_basis": index.without_basis,
         "bytes_per_image": bytes_per_image(index),
-        "seen": seen_of(index),
+        "seen": {
+            "mean": round(sum(shares) / len(shares), 4),
+            "least": round(min(shares), 4),
+            "least_of": index.paths[shares.index(min(shares))],
+        },
         "changes": None if index.changes is None else asdict(index.changes),
         "errors": [{"path": path, "reason": why} for path, why in index.errors.items()],
         "versions": index.metadata["versions"],

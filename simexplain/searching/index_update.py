@@ -36,11 +36,8 @@ from simexplain.searching.index_models import Identity, distance_name_of
 class IndexConfig:
     """How the rows of an index come to be.
 
-    Attributes:
-        identity: Of the model.
-        keeping: What is kept beside the embeddings.
-        distance: The model's distance by name, empty for one of its own.
-        width: Of a common basis that is still to be found.
+    ``distance`` is the model's by name, empty for one of its own; ``width`` is that of a common
+    basis that is still to be found.
     """
 
     identity: Identity

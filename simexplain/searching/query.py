@@ -222,14 +222,10 @@ _DEEPER = 4
 
 @dataclass(frozen=True)
 class SearchQuery:
-    """What the network made of a query.
+    """What the network made of a query: its embedding ``(1,E)`` and what its positions add.
 
-    Attributes:
-        row: Its embedding ``(1,E)``.
-        factors: What its positions add, on the CPU; None where the index has none either.
-        geometry: Where the network's view lies in the picture.
-        coverage: Of the region ``(h,w)``; None where the whole query is searched for.
-        region: The region's vector ``(E,)``.
+    ``factors`` are None where the index has none; ``coverage`` ``(h,w)`` and the vector ``region``
+    ``(E,)`` are None where the whole query is searched for.
     """
 
     row: Tensor

@@ -98,15 +98,7 @@ _OWN_DISTANCE = (
 
 @dataclass(frozen=True)
 class HitsFound:
-    """Hits with their reasons.
-
-    Attributes:
-        hits: The nearest first.
-        maps: Their maps, or None.
-        shown: Places in the index of all pictures that they are about.
-        searched: How many pictures were searched.
-        warnings: What to know before trusting it.
-    """
+    """Hits, nearest first, with their maps; ``shown`` are the places of all pictures in them."""
 
     hits: tuple[Hit, ...]
     maps: HitMaps | None
@@ -339,7 +331,9 @@ def search(
     if gallery.has_basis and gallery.keeping.bypass is None:  # as of an older index
         gallery = replace(gallery, keeping=surveyed_keeping(gallery.keeping, base))
     views, (geometry,) = prepared(gallery.preprocess, [picture])
-    wanted = _region(picture, region, mask)
+    size = (picture.image.height, picture.image.width)
+    wanted = None if region is None else Region.of_box(region, size)
+    wanted = wanted if mask is None else Region.of_mask(mask, size)
     if wanted is not None and not gallery.has_basis:
         raise ModelError(
             f"A region is searched for by what positions add to the embeddings, which this index "
@@ -392,13 +386,6 @@ def _gallery(
     if made.errors:
         warnings += (f"{len(made.errors)} pictures of '{index}' cannot be read and were left out.",)
     return made, warnings
-
-
-def _region(picture: Picture, box: Box | None, mask: str | Path | None) -> Region | None:
-    size = (picture.image.height, picture.image.width)
-    if box is not None:
-        return Region.of_box(box, size)
-    return None if mask is None else Region.of_mask(mask, size)
 
 
 def _result(

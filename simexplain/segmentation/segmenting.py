@@ -264,17 +264,7 @@ def segment(
 
 @dataclass(frozen=True)
 class Making:
-    """How a test image is segmented.
-
-    Attributes:
-        model: The model.
-        method: A name in ``METHODS`` or an object.
-        refine: A name in ``REFINEMENTS``.
-        cue: Thresholds.
-        cut: How GrabCut runs.
-        setting: ``aggregate`` and ``anchor``.
-        options: Of ``explain``, and of a method given by name.
-    """
+    """How a test image is segmented; ``setting`` has ``aggregate`` and ``anchor``."""
 
     model: SimilarityModel
     method: str | MethodLike
