@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +22,12 @@ from simexplain.batching.cached_model import (
     cut_pass,
     use_schedule,
 )
-from simexplain.batching.planning import BatchPlan, MapRequest
+from simexplain.batching.planning import BatchPlan
 from simexplain.comparison import Comparison
 from simexplain.data.images import Picture, read_picture
 from simexplain.data.preprocessing import Geometry, Preprocess, prepared
 from simexplain.errors import ComparisonError, ImageError, ModelError
-from simexplain.explaining_tensors import explain_view
+from simexplain.explaining_tensors import MapRequest, explain_view
 from simexplain.explanation import Explanation
 from simexplain.methods import MethodLike, takes_layers
 from simexplain.methods.avsl_maps import AVSLMaps
@@ -269,7 +269,7 @@ class RowExplainer:
             for a, b in pairs
         )
 
-    def _plain(self, row: int, method: Methods, options: dict[str, Any]) -> Explanation:
+    def _plain(self, row: int, method: Methods, options: Mapping[str, Any]) -> Explanation:
         images = self.plan.images[row]
         own = self._comparison(row, torch.stack([self._tensor(i, self.own) for i in images])[None])
         view = own
@@ -295,15 +295,13 @@ class RowExplainer:
         own: Comparison,
         view: Comparison,
         method: Methods,
-        options: dict[str, Any],
+        options: Mapping[str, Any],
     ) -> Explanation:
         request = self.request
         # What is cached needs no bound, and is requested for all pictures of a row at a time.
         bound = request.max_batch if model is self.model else None
-        return explain_view(
-            model, own, view, method, request.layer, upscale=request.upscale, scale=request.scale,
-            max_batch=bound, **options,
-        )  # fmt: skip
+        chosen = replace(request, method=method, options=options, max_batch=bound)
+        return explain_view(model, own, view, chosen)
 
     def _with_notes(self, images: Sequence[int], explanation: Explanation) -> Explanation:
         """With where the maps lie in the pictures, and all that the user should know."""

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simexplain.errors import DAMAGED, ModelError, OutputError, first_line
+from simexplain.errors import DAMAGED, ModelError, OutputError, first_line, json_text
 from simexplain.models.checkpoints import read_torch
-from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 from simexplain.training.options import TrainOptions
 
