@@ -24,10 +24,9 @@ from reporting import added_memory, publish
 from torch import Tensor
 from torch.nn import functional as F
 
-from simexplain.graph.expansion import Expansion
+from simexplain.graph.distances import Expansion
 from simexplain.graph.inference import Graph, Rows, normalised_edges
-from simexplain.graph.neighbours import Neighbours, neighbours
-from simexplain.graph.surrogate import Surrogate
+from simexplain.graph.neighbours import Neighbours, Surrogate, neighbours
 from simexplain.graph.tiled import exact
 
 LEVELS = 3

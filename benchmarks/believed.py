@@ -33,7 +33,7 @@ from trained_pointing import DATA, scenes_of
 
 from simexplain import SimilarityModel, as_similarity_model, load_model
 from simexplain.checking import CONSTANT, SEES, blind, sight
-from simexplain.metrics.fills import blurred
+from simexplain.metrics.curves import blurred
 
 SEED = 2000
 SIDE = 112

@@ -37,8 +37,7 @@ from torch.nn import functional as F
 from warps import Pair, Subject, counted, pairs, subjects
 
 from simexplain import match
-from simexplain.matching.points import Frame
-from simexplain.matching.ranking import centred
+from simexplain.matching.result import Frame, centred
 from simexplain.methods.raw_vectors import trace_vectors
 
 NETWORKS = (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from simexplain import Comparison, as_similarity_model, explain
-from simexplain.methods.weights import similarity_weights
+from simexplain.methods.similarity_attention import similarity_weights
 from simexplain.models.accelerating import accelerated
 
 PLAIN, OURS, FAST = "plain forward", "simexplain", "simexplain, fast mode"

@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from simexplain.errors import SimexplainError
 from simexplain.methods.weight_bank import WeightBank
 from simexplain.metrics.curves import deletion, insertion
-from simexplain.metrics.maps import grown
-from simexplain.metrics.masks import energy, pointing
+from simexplain.metrics.maps import energy, grown, pointing
 
 CHUNK = 10
 BASELINES = ("blur", "mean")

@@ -28,8 +28,8 @@ from scenes import SIDE, Scene, compose_scenes, divided, read_stamps
 from torch import Tensor
 
 from simexplain import Comparison, explain, load_model
+from simexplain.methods.cams import SimilarityCAM
 from simexplain.methods.focus import Focus
-from simexplain.methods.similarity_cam import SimilarityCAM
 
 CHUNK = 10
 WHOLE = Focus()

@@ -27,9 +27,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from simexplain import Comparison, SimilarityModel, load_model
-from simexplain.methods.cams import CAMS
-from simexplain.methods.layer_maps import fuse
-from simexplain.methods.weights import similarity_weights
+from simexplain.methods.cams import CAMS, fuse
+from simexplain.methods.similarity_attention import similarity_weights
 from simexplain.tracing import Trace
 from simexplain.tracing import trace as trace_model
 

@@ -23,11 +23,9 @@ from torch.nn import functional as F
 
 from simexplain import SimilarityModel, as_similarity_model
 from simexplain.comparison import Comparison
-from simexplain.losses.mining import SimilarityMiningLoss
-from simexplain.losses.mining_rules import mining_loss
+from simexplain.losses.mining import SimilarityMiningLoss, disjoint_tuples, mining_loss
 from simexplain.losses.objective import Batch, Objective, Term
-from simexplain.losses.tuples import disjoint_tuples
-from simexplain.methods.weights import similarity_weights
+from simexplain.methods.similarity_attention import similarity_weights
 from simexplain.models.backbones import build_backbone
 
 GAMMA = 0.05

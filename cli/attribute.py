@@ -26,8 +26,7 @@ from .result_commands import Made, makes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from simexplain.attribution.account import Node, NodeDecomposition
-    from simexplain.attribution.result import Attribution
+    from simexplain.attribution.result import Attribution, Node, NodeDecomposition
 
 _FOLDER = "attribution"
 _DECOMPOSED = 8

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from simexplain.errors import json_text
 from simexplain.fitting.bank import BankOptions, build_bank
-from simexplain.printing import json_text
 
 from .console import echo, echo_lines
 from .options import (

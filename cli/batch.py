@@ -14,8 +14,8 @@ import click
 from simexplain.batching.batching import explain_batch
 from simexplain.batching.folder import MANIFEST, check_extra
 from simexplain.batching.planning import ACCELERATORS, BatchOptions
+from simexplain.errors import json_text
 from simexplain.methods import PIXELS
-from simexplain.printing import json_text
 from simexplain.training.run_folder import first_process
 
 from .console import echo, echo_lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from simexplain.printing import printable
+from simexplain.errors import printable
 
 
 def echo(line: str, *, err: bool = False) -> None:

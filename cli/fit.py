@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
+from simexplain.errors import json_text
 from simexplain.fitting.posthoc import PostHoc, fit
 from simexplain.models.avsl_options import ORIGINS, PRESETS
 from simexplain.models.writing import check_savable, save_model
-from simexplain.printing import json_text
 
 from .console import echo, echo_lines
 from .options import (

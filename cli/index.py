@@ -8,8 +8,7 @@ from typing import Any
 import click
 
 from simexplain.data.folders import left_out_of
-from simexplain.errors import OutputError
-from simexplain.printing import json_text
+from simexplain.errors import OutputError, json_text
 from simexplain.searching.index import (
     GalleryIndex,
     build_index,

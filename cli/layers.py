@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from simexplain.printing import json_text
+from simexplain.errors import json_text
 
 from .console import echo, echo_lines
 from .options import (

@@ -28,8 +28,7 @@ from .result_commands import Made, makes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from simexplain.matching.points import Point
-    from simexplain.matching.result import Matching
+    from simexplain.matching.result import Matching, Point
 
 _FOLDER = "matching"
 

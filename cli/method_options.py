@@ -14,7 +14,7 @@ from simexplain.evaluation.comparing import MethodSetup, setup_from
 from simexplain.explanation import SCALES
 from simexplain.methods import METHODS, option_from, options_of
 from simexplain.methods.cams import CAMS
-from simexplain.methods.weights import WEIGHTS
+from simexplain.methods.similarity_attention import WEIGHTS
 
 from .options import OneOf
 

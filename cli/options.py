@@ -17,12 +17,11 @@ import click
 from simexplain.comparison import ARCHITECTURES
 from simexplain.data.folders import left_out_of
 from simexplain.data.preprocessing import FITS, INTERPOLATIONS, hardly_seen
-from simexplain.errors import ArgumentError, OutputError, meant, missing
+from simexplain.errors import ArgumentError, OutputError, json_text, meant, missing, printable
 from simexplain.methods import ELSEWHERE, METHODS
 from simexplain.models.base import DISTANCES
 from simexplain.models.loading import RANDOM, Pixels, load_model
 from simexplain.models.readouts import OUTPUTS
-from simexplain.printing import json_text, printable
 from simexplain.renaming import RENAMED_OPTIONS, RenamedWarning, new_name, todays_value, warn
 
 from .console import echo, echo_lines

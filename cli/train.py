@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from simexplain.data.datasets import DATASETS
-from simexplain.printing import json_text
+from simexplain.errors import json_text
 from simexplain.training.datasource import Source
 from simexplain.training.options import titled
 from simexplain.training.recipes import RECIPES, recipe_named

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from simexplain.comparison import Comparison
-from simexplain.metrics.fills import blurred
-from simexplain.metrics.hiding import elsewhere, hidden, hottest
+from simexplain.metrics.curves import blurred, elsewhere, hidden, hottest
 from simexplain.metrics.maps import grown
 from simexplain.models.base import SimilarityModel
 from simexplain.tracing import trace
@@ -290,7 +289,7 @@ def sight(rows: Tensor, blurs: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         rows: Their embeddings ``(K,E)``.
-        blurs: Those of the images :func:`~simexplain.metrics.fills.blurred`.
+        blurs: Those of the images :func:`~simexplain.metrics.curves.blurred`.
 
     Returns:
         ``moved`` ``(K,)`` and ``spread`` ``()`` as in :class:`Check`, float64 on the CPU.

@@ -18,12 +18,11 @@ from simexplain.data.images import Picture, PictureSource, read_pictures
 from simexplain.data.preprocessing import Geometry, Preprocess, notes_of, prepared
 from simexplain.errors import ComparisonError, ImageError
 from simexplain.explaining_tensors import (
-    check_pair,
-    check_upscale,
+    MapRequest,
     checked_vectors,
+    explain_comparison,
     explain_items,
     explain_pair,
-    explain_tensors,
 )
 from simexplain.explanation import Explanation
 from simexplain.methods.rows import Layers, Methods
@@ -120,8 +119,7 @@ def explain(
             images for ``arch``.
         ModelError: If the model or a layer cannot be used.
     """
-    chosen: dict[str, Any] = {"max_batch": max_batch, "scale": scale, "check": check, **options}
-    more: dict[str, Any] = {"upscale": upscale, "labels": labels, "pooling": pooling or "mean"}
+    request = MapRequest(method, layer, upscale, scale, max_batch, options, labels, pooling, check)
     if isinstance(images, Comparison):
         if arch is not None or negative or positives != 1:
             raise ComparisonError(
@@ -132,43 +130,32 @@ def explain(
             raise ComparisonError("Labels name given vectors; a list of images has none.")
         count = positives_of(arch, len(images), negative=negative, positives=positives)
         if not all(isinstance(image, Tensor) for image in images):
-            return _explain_pictures(model, images, count, method, layer, pooling, upscale, chosen)
+            return _explain_pictures(model, images, count, request)
         images = _stacked([image for image in images if isinstance(image, Tensor)], count)
     if isinstance(model, PairModel):
-        check_pair(upscale, labels)
-        return explain_pair(model, images, method, layer, **chosen)
-    return explain_tensors(model, images, method, layer, **more, **chosen)
+        request.check_pair()
+        return explain_pair(model, images, request)
+    return explain_comparison(model, images, request)
 
 
 def _explain_pictures(
-    model: nn.Module | PairModel,
-    images: Sequence[Any],
-    count: int,
-    method: Methods,
-    layer: Layers,
-    pooling: str | None,
-    upscale: float,
-    chosen: dict[str, Any],
+    model: nn.Module | PairModel, images: Sequence[Any], count: int, request: MapRequest
 ) -> Explanation | PairExplanation:
     """Of pictures; ``count`` of them after the anchor are positives."""
     if isinstance(model, PairModel):
-        check_pair(upscale, ())
-        return _explain_pair(model, images, count, method, layer, chosen)
+        request.check_pair()
+        return _explain_pair(model, images, count, request)
     wrapped = as_similarity_model(model)
-    check_upscale(upscale)
     items = [
-        read_item(path, f"image {position}", pages=pooling is not None)
+        read_item(path, f"image {position}", pages=request.pooling is not None)
         for position, path in enumerate(images, start=1)
     ]
     pictures = [picture for item in items for picture in item]
     own, geometries = _tensors(wrapped, items, 1, count)
     view = own
-    if upscale != 1:
-        view, geometries = _tensors(wrapped, items, upscale, count)
-    result = explain_items(
-        wrapped, own, view, method, layer, upscale=upscale, pooling=pooling or "mean",
-        **chosen,
-    )  # fmt: skip
+    if request.upscale != 1:
+        view, geometries = _tensors(wrapped, items, request.upscale, count)
+    result = explain_items(wrapped, own, view, request)
     return _placed(result, wrapped, pictures, geometries)
 
 
@@ -215,8 +202,9 @@ def explain_against(
         ModelError: If the model or a layer cannot be used.
     """
     wrapped = as_similarity_model(model)
-    check_upscale(upscale)
     negatives = negatives or {}
+    labels = [*positives, *negatives]
+    request = MapRequest(method, layer, upscale, scale, max_batch, options, labels, pooling, check)
     if not positives and not negatives:
         raise ComparisonError("Expected at least one vector to explain the picture against.")
     if direction and (len(positives) != 1 or negatives):
@@ -237,20 +225,12 @@ def explain_against(
     if upscale != 1:
         views, geometries = prepared(_upscaled(wrapped.preprocess, upscale), pictures)
         view = against(views)
-    result = explain_items(
-        wrapped, own, view, method, layer, upscale=upscale, scale=scale, max_batch=max_batch,
-        labels=[*positives, *negatives], pooling=pooling or "mean", check=check, **options,
-    )  # fmt: skip
+    result = explain_items(wrapped, own, view, request)
     return _placed(result, wrapped, pictures, geometries)
 
 
 def _explain_pair(
-    model: PairModel,
-    images: Sequence[PictureSource],
-    near: int,
-    method: Methods,
-    layer: Layers,
-    chosen: Mapping[str, Any],
+    model: PairModel, images: Sequence[PictureSource], near: int, request: MapRequest
 ) -> PairExplanation:
     """The anchor for the first tower, all other pictures for the second."""
     read = read_pictures(images)
@@ -258,7 +238,7 @@ def _explain_pair(
     parts = [prepared(tower.preprocess, own) for tower, own in zip(towers, groups, strict=True)]
     others = parts[1][0].unsqueeze(0)
     comparison = Comparison(parts[0][0], others[:, :near], others[:, near:])
-    result = explain_pair(model, comparison, method, layer, **chosen)
+    result = explain_pair(model, comparison, request)
     first, second = (
         _placed(side, tower, own, places)
         for side, tower, own, (_, places) in zip(result.sides, towers, groups, parts, strict=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -37,79 +37,89 @@ _BEYOND = 10
 """Images that reach so many times what preprocessed pictures do were not preprocessed."""
 
 
-@full_precision()
+@dataclass(frozen=True)
+class MapRequest:
+    """What is to be explained in which way; the fields are the arguments of ``explain``.
+
+    Raises:
+        ComparisonError: If ``upscale`` is not between 0 and 16.
+    """
+
+    method: Methods = None
+    layer: Layers = None
+    upscale: float = 1
+    scale: str = "image"
+    max_batch: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    labels: str | Sequence[str] | None = ()
+    pooling: str | None = None
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.upscale <= 16:
+            raise ComparisonError(f"Expected upscale between 0 and 16, got {self.upscale}.")
+
+    def check_pair(self) -> None:
+        """Refuses what pair models do not take.
+
+        Raises:
+            ComparisonError: If something of it was given.
+        """
+        if self.upscale != 1 or self.labels:
+            raise ComparisonError("Pair models take neither upscale nor labels; leave them away.")
+
+
 def explain_tensors(
     model: nn.Module,
     comparison: Comparison,
     method: Methods = None,
     layer: Layers = None,
     *,
-    upscale: float = 1,
-    scale: str = "image",
-    labels: str | Sequence[str] | None = (),
-    pooling: str = "mean",
-    max_batch: int | None = None,
     check: bool = True,
     **options: Any,
 ) -> Explanation:
-    """Explains a comparison of preprocessed images; see ``explain``."""
+    """Explains a comparison of preprocessed images; the options are those of ``explain``."""
+    own = {entry.name: options.pop(entry.name) for entry in fields(MapRequest)
+           if entry.name in options}  # fmt: skip
+    request = MapRequest(method, layer, check=check, options=options, **own)
+    return explain_comparison(model, comparison, request)
+
+
+@full_precision()
+def explain_comparison(
+    model: nn.Module, comparison: Comparison, request: MapRequest
+) -> Explanation:
+    """Explains a comparison of preprocessed images."""
     wrapped = as_similarity_model(model)
     if not is_framed(comparison):
         check_images(comparison)
     comparison = checked_vectors(wrapped, comparison)
-    view = comparison
-    if upscale != 1:
-        check_upscale(upscale)
-        view = _enlarged(comparison, upscale)
-    return explain_items(
-        wrapped, comparison, view, method, layer, upscale=upscale, scale=scale, labels=labels,
-        pooling=pooling, max_batch=max_batch, check=check, **options,
-    )  # fmt: skip
-
-
-def check_pair(upscale: float, labels: str | Sequence[str] | None) -> None:
-    """Refuses what pair models do not take.
-
-    Raises:
-        ComparisonError: If something of it was given.
-    """
-    if upscale != 1 or labels:
-        raise ComparisonError("Pair models take neither upscale nor labels; leave them away.")
+    view = comparison if request.upscale == 1 else _enlarged(comparison, request.upscale)
+    return explain_items(wrapped, comparison, view, request)
 
 
 def explain_items(
-    model: SimilarityModel,
-    comparison: Comparison,
-    view: Comparison,
-    method: Methods,
-    layer: Layers,
-    *,
-    pooling: str,
-    check: bool,
-    **chosen: Any,
+    model: SimilarityModel, comparison: Comparison, view: Comparison, request: MapRequest
 ) -> Explanation:
     """As :func:`explain_view`, of images or of sets of frames."""
     if not is_framed(comparison):
-        return explain_view(model, comparison, view, method, layer, check=check, **chosen)
-    method = "sam" if method is None else method
-    sets, own = framed(model, comparison, pooling, method, layer)
-    shown = own if view is comparison else framed(model, view, pooling, method, layer)[1]
-    explanation = explain_view(sets, own, shown, method, layer, check=False, **chosen)
+        return explain_view(model, comparison, view, request)
+    method = "sam" if request.method is None else request.method
+    how = (request.pooling or "mean", method, request.layer)
+    sets, own = framed(model, comparison, *how)
+    shown = own if view is comparison else framed(model, view, *how)[1]
+    explanation = explain_view(sets, own, shown, replace(request, method=method, check=False))
     return by_frame(explanation, sets.frames)
 
 
 @full_precision()
-def explain_pair(
-    model: PairModel, comparison: Comparison, method: Methods, layer: Layers, **chosen: Any
-) -> PairExplanation:
+def explain_pair(model: PairModel, comparison: Comparison, request: MapRequest) -> PairExplanation:
     """Both sides of a pair model, each with the other one held.
 
     Args:
         model: A pair model.
         comparison: Preprocessed images.
-        method: As for ``explain``.
-        layer: One layer for both towers, or two, one for each.
-        **chosen: Further arguments of ``explain``, ``max_batch`` among them.
+        request: Of one layer for both towers, or of two, one for each.
 
     Raises:
         ComparisonError: If the images do not fit the model.
@@ -117,6 +127,7 @@ def explain_pair(
     """
     if not isinstance(comparison, Comparison) or comparison.given or comparison.anchor.dim() != 4:
         raise ComparisonError("Expected a Comparison of float images for a pair model.")
+    layer = request.layer
     if layer is None or isinstance(layer, (str, nn.Module)):
         layers: tuple[Any, ...] = (layer, layer)
     else:
@@ -125,10 +136,10 @@ def explain_pair(
         raise ModelError(f"Expected one layer for each of two towers, got {list(layers)}.")
     with model.settled():
         if model.learned:
-            return _explain_score(model, comparison, method, layers, **chosen)
+            return _explain_score(model, comparison, layers, request)
         anchor, others, near = comparison.anchor, *_others(comparison)
-        first = _vectors(model.first, anchor, chosen["max_batch"])
-        second = _vectors(model.second, others.flatten(0, 1), chosen["max_batch"])
+        first = _vectors(model.first, anchor, request.max_batch)
+        second = _vectors(model.second, others.flatten(0, 1), request.max_batch)
         second = second.view(*others.shape[:2], -1)
         if first.shape[-1] != second.shape[-1]:
             raise ModelError(
@@ -140,18 +151,14 @@ def explain_pair(
             (model.second, Comparison(first, others[:, :near], others[:, near:])),
         )
         sides = [
-            explain_tensors(tower, part, method, names, **chosen)
+            explain_comparison(tower, part, replace(request, layer=names))
             for (tower, part), names in zip(parts, layers, strict=True)
         ]
     return PairExplanation(sides[0], sides[1])
 
 
 def _explain_score(
-    model: PairModel,
-    comparison: Comparison,
-    method: Methods,
-    layers: Sequence[Any],
-    **chosen: Any,
+    model: PairModel, comparison: Comparison, layers: Sequence[Any], request: MapRequest
 ) -> PairExplanation:
     """A learned score, one pair after the other: the gradient of the score itself."""
     others, _ = _others(comparison)
@@ -161,21 +168,22 @@ def _explain_score(
             " explain them pair by pair."
         )
     # One number has nothing to weigh.
-    method = "similarity_cam" if method in (None, "sam") else method
-    scored: dict[str, Any] = {"score": "dot"} if method == "similarity_cam" else {}
+    method = "similarity_cam" if request.method in (None, "sam") else request.method
+    scored = {"score": "dot"} if method == "similarity_cam" else {}
     if not isinstance(method, str) or method not in SCORED:
         raise ModelError(
             f"A learned score has no embeddings to compare, so method '{method}' does not apply; "
             f"use one of sam, {', '.join(SCORED)}."
         )
-    if "score" in chosen:
+    if "score" in request.options:
         raise ComparisonError("The score of a pair model is learned; leave the option score away.")
+    request = replace(request, method=method, options={**scored, **request.options})
     sides: tuple[list[Explanation], list[Explanation]] = ([], [])
     for one, two in zip(comparison.anchor, others[:, 0], strict=True):
         for side, (own, other) in enumerate(((one, two), (two, one))):
             held = model.given(side, other[None])
             along = Comparison.along(own[None], torch.tensor([1.0, 0.0]))
-            explanation = explain_tensors(held, along, method, layers[side], **scored, **chosen)
+            explanation = explain_comparison(held, along, replace(request, layer=layers[side]))
             seen = explanation.check and replace(
                 explanation.check, moved=explanation.check.moved * torch.nan
             )
@@ -220,37 +228,27 @@ def _joined(parts: Sequence[Explanation]) -> Explanation:
 
 @full_precision()
 def explain_view(
-    model: SimilarityModel,
-    comparison: Comparison,
-    view: Comparison,
-    method: Methods,
-    layer: Layers,
-    *,
-    upscale: float,
-    scale: str,
-    max_batch: int | None,
-    labels: str | Sequence[str] | None = (),
-    check: bool = False,
-    **options: Any,
+    model: SimilarityModel, comparison: Comparison, view: Comparison, request: MapRequest
 ) -> Explanation:
     """Explains ``view``, which shows the same images as ``comparison``, perhaps larger.
 
     The distances and embeddings reported are those of ``comparison``, the maps lie on ``view``.
     """
     check_images(comparison)
-    vectors = _labelled(comparison, labels)
-    with _upscaled(view, upscale):
-        made = rows_of(model, view, method, layer, options, max_batch)
+    vectors = _labelled(comparison, request.labels)
+    layer, max_batch = request.layer, request.max_batch
+    with _upscaled(view, request.upscale):
+        made = rows_of(model, view, request.method, layer, request.options, max_batch)
     own, moved = made[0].maps.embeddings, None
     if view is not comparison:
         own = embeddings_of(model, comparison, max_batch)
         moved = 1 - (own * made[0].maps.embeddings).sum(dim=2)
     members = comparison.joined(own)
     rows = _explanations(
-        model, comparison, view, made, upscale=upscale, embeddings=members, moved=moved,
-        scale=scale, vectors=vectors, named=layer is not None,
+        model, comparison, view, made, upscale=request.upscale, embeddings=members, moved=moved,
+        scale=request.scale, vectors=vectors, named=layer is not None,
     )  # fmt: skip
-    if check:
+    if request.check:
         heats = [row.heatmaps for row in rows]
         checks = checked(model, comparison, members, heats, max_batch)
         rows = [replace(row, check=one) for row, one in zip(rows, checks, strict=True)]
@@ -431,16 +429,6 @@ def check_images(comparison: Comparison) -> None:
             f"Expected preprocessed float images of shape (B,3,H,W) as the anchor, got "
             f"{tuple(stack[:, 0].shape)} of {stack.dtype}; give pictures as a list."
         )
-
-
-def check_upscale(upscale: float) -> None:
-    """Refuses a factor that is not sensible.
-
-    Raises:
-        ComparisonError: If it is not between 0 and 16.
-    """
-    if not 0 < upscale <= 16:
-        raise ComparisonError(f"Expected upscale between 0 and 16, got {upscale}.")
 
 
 def _enlarged(comparison: Comparison, upscale: float) -> Comparison:

@@ -180,8 +180,8 @@ class Explanation(Result):
         return doubt_of([row.check for row in self.rows if row.check is not None], index)
 
     def placed(self, notes: Sequence[str] = (), **fields: Any) -> Explanation:
-        """The same in all rows with other fields, such as pictures, and more warnings in front."""
-        own = replace(self, warnings=(*notes, *self.warnings), **fields)
+        """As :meth:`Result.placed`, in all rows."""
+        own = super().placed(notes, **fields)
         return replace(own, others=tuple(row.placed(notes, **fields) for row in self.others))
 
     @property

@@ -12,8 +12,8 @@ from torch import Tensor
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explanation import Explanation
+from simexplain.methods.cams import SimilarityCAM
 from simexplain.methods.similarity_attention import SimilarityAttention
-from simexplain.methods.similarity_cam import SimilarityCAM
 from simexplain.models.base import SimilarityModel
 from simexplain.models.frames import FrameSets, present_frames, split_frames, tall, with_missing
 

@@ -13,10 +13,9 @@ from torch.nn import functional as F
 from simexplain.checking import PROVES
 from simexplain.comparison import roles
 from simexplain.data.preprocessing import Thumbnail, shrunk
-from simexplain.errors import ComparisonError
+from simexplain.errors import ComparisonError, printable
 from simexplain.explanation import ROOTED, Explanation, GivenVector, heat_of, on_pixels
 from simexplain.methods import PIXELS
-from simexplain.printing import printable
 from simexplain.rendering.overlay import CONTOUR_LEVELS, FULL_HEAT, RENDERERS
 from simexplain.rendering.sheet import (
     FAINT,

@@ -19,8 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from simexplain.errors import DAMAGED, OutputError
-from simexplain.printing import json_text
+from simexplain.errors import DAMAGED, OutputError, json_text
 
 try:
     import fcntl

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from simexplain import Comparison, as_similarity_model, explain, load_model
 from simexplain.attention_recording import _Recorder, record_attention
 from simexplain.errors import ComparisonError, ModelError, SimexplainError
-from simexplain.methods.token_places import token_cells
+from simexplain.methods.attention import token_cells
 
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention": ("attention", {}),

@@ -15,11 +15,11 @@ from simexplain import Comparison, as_similarity_model
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.losses import constraint
 from simexplain.losses.constraint import AttentionMaskLoss, wrong_energy
+from simexplain.losses.metric_losses import QuadrupletLoss
+from simexplain.losses.mining import disjoint_tuples
 from simexplain.losses.objective import Batch, MetricLoss, Objective, run_batch
-from simexplain.losses.quadruplet import QuadrupletLoss
-from simexplain.losses.tuples import disjoint_tuples
-from simexplain.methods.weights import similarity_weights
-from simexplain.metrics.masks import energy
+from simexplain.methods.similarity_attention import similarity_weights
+from simexplain.metrics.maps import energy
 
 
 def soft_masks(count: int, side: int = 12) -> Tensor:

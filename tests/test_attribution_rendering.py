@@ -14,8 +14,7 @@ from matplotlib.text import Text
 from pictures import noise
 from PIL import Image
 
-from simexplain.rendering.cards import Branch, LevelShare, NodeCard, StandIn
-from simexplain.rendering.graph import attribution_graph
+from simexplain.rendering.graph import Branch, LevelShare, NodeCard, StandIn, attribution_graph
 from simexplain.rendering.lettering import number
 from simexplain.rendering.ranking import PairRanking, node_ranking
 from simexplain.rendering.sheet import ROLE_COLOURS, SMALL, png_of

@@ -16,11 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from simexplain.errors import ModelError
 from simexplain.graph import distances as choice
-from simexplain.graph.distances import distances, planned
-from simexplain.graph.expansion import Expansion
+from simexplain.graph.distances import Expansion, distances, planned
 from simexplain.graph.inference import Graph, Rows, broadcast, infer, normalised_edges
-from simexplain.graph.neighbours import neighbours
-from simexplain.graph.surrogate import Surrogate
+from simexplain.graph.neighbours import Surrogate, neighbours
 from simexplain.graph.tiled import ExactPairs, exact, gathered
 
 SHAPES = [(24,), (24, 24), (20, 28, 24), (10, 30, 16, 24)]

@@ -13,20 +13,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from simexplain.errors import ModelError
-from simexplain.graph.cams import (
+from simexplain.graph.inference import (
     CERTAINTIES,
     POOLINGS,
-    linearised,
-    node_cams,
-    overlap,
-    pack,
-    pooled,
-)
-from simexplain.graph.inference import (
     Rows,
     broadcast,
     infer,
+    linearised,
+    node_cams,
     normalised_edges,
+    overlap,
+    pack,
+    pooled,
     unpack,
 )
 from simexplain.models.avsl import AVSL

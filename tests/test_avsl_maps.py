@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from simexplain import Comparison, attribute, explain
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.evaluation.faithfulness import sanity_check
-from simexplain.graph.cams import directed_cams
+from simexplain.graph.inference import directed_cams
 from simexplain.models.avsl import AVSL
 
 PRESETS = pytest.mark.parametrize("preset", ["paper", "official"])

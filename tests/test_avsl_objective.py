@@ -17,11 +17,10 @@ from torch.nn import functional as F
 
 from simexplain import as_similarity_model, attribute, load_model, save_model
 from simexplain.errors import ModelError
-from simexplain.losses.avsl_objective import ABLATIONS, AVSLLoss
+from simexplain.losses.avsl_objective import ABLATIONS, AVSLLoss, Proxies
+from simexplain.losses.distance_losses import DistanceBatch, ProxyAnchor
 from simexplain.losses.objective import Objective
 from simexplain.losses.parameter_groups import parameter_groups
-from simexplain.losses.proxies import Proxies
-from simexplain.losses.proxy_anchor import DistanceBatch, ProxyAnchor
 from simexplain.models.accelerating import accelerated
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_options import INFERENCES, PRESETS, AVSLOptions

@@ -22,7 +22,7 @@ from scenes import compose_scenes, read_stamps  # noqa: E402
 from test_benchmark_faithfulness import folder  # noqa: E402, F401
 
 from simexplain import Preprocess, as_similarity_model  # noqa: E402
-from simexplain.metrics.fills import blurred  # noqa: E402
+from simexplain.metrics.curves import blurred  # noqa: E402
 
 
 def test_a_rate_counts_every_network_the_same() -> None:

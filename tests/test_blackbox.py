@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from simexplain import Comparison, as_similarity_model, explain
 from simexplain.errors import ModelError, SimexplainError
 from simexplain.methods import METHODS
-from simexplain.methods.perturbation import SBSM, Occlusion, RandomMasks, _enlarged
 from simexplain.methods.pixel_gradients import (
     InputXGradient,
     IntegratedGradients,
     Saliency,
     SmoothGrad,
 )
+from simexplain.methods.pixel_methods import SBSM, Occlusion, RandomMasks, _enlarged
 from simexplain.models.blackbox import (
     BlackBox,
     load_blackbox,

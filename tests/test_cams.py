@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from simexplain.methods.cams import CAMS, channel_weights
-from simexplain.methods.layer_maps import fuse, unit_scaled
+from simexplain.methods.cams import CAMS, channel_weights, fuse, unit_scaled
 
 
 @pytest.fixture

@@ -20,10 +20,9 @@ from simexplain.losses.classification import (
     ClassificationMiningLoss,
 )
 from simexplain.losses.constraint import AttentionMaskLoss
-from simexplain.losses.mining import SimilarityMiningLoss
+from simexplain.losses.metric_losses import QuadrupletLoss
+from simexplain.losses.mining import SimilarityMiningLoss, Tuples, disjoint_tuples
 from simexplain.losses.objective import MetricLoss, Objective, run_batch
-from simexplain.losses.quadruplet import QuadrupletLoss
-from simexplain.losses.tuples import Tuples, disjoint_tuples
 
 TAILS = pytest.mark.parametrize("curved", [False, True], ids=["linear tail", "curved tail"])
 

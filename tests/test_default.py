@@ -20,9 +20,8 @@ from simexplain.checking import CONSTANT, SEES, Check, doubt_of
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explanation import Explanation
 from simexplain.methods.focus import Focus
-from simexplain.methods.perturbation import Occlusion
-from simexplain.metrics.fills import blurred
-from simexplain.metrics.hiding import elsewhere, hidden, hottest
+from simexplain.methods.pixel_methods import Occlusion
+from simexplain.metrics.curves import blurred, elsewhere, hidden, hottest
 from simexplain.results.codec import decoded, encoded
 from simexplain.results.upgrades import upgraded_check
 

@@ -21,7 +21,7 @@ from simexplain.evaluation.evaluating import evaluate_faithfulness
 from simexplain.evaluation.faithfulness import faithfulness, sanity_check
 from simexplain.evaluation.items import Item, read_mask
 from simexplain.evaluation.results import cost
-from simexplain.methods.scoring import black_of
+from simexplain.methods.pixel_methods import black_of
 
 PREPARE = Preprocess(size=(24, 24), fit="squash")
 

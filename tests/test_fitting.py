@@ -23,7 +23,7 @@ from simexplain.fitting.frozen import (
     trained_head,
 )
 from simexplain.fitting.posthoc import too_few
-from simexplain.graph.cams import overlap
+from simexplain.graph.inference import overlap
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from simexplain import Comparison, as_similarity_model, explain, load_model
 from simexplain.errors import ComparisonError
-from simexplain.methods.focus import Focus
-from simexplain.methods.rivals import rivals_of
+from simexplain.methods.focus import Focus, rivals_of
 
 LAYERS = ("act", "last")
 SIDES = {
@@ -277,7 +276,7 @@ def test_positions_are_matched_a_few_at_a_time(
 ) -> None:
     comparison = compared(images, "set")
     wanted = explain(tiny, comparison, "focus", LAYERS).maps
-    monkeypatch.setattr("simexplain.methods.rivals._ROWS", 7)
+    monkeypatch.setattr("simexplain.methods.focus._ROWS", 7)
     assert torch.allclose(explain(tiny, comparison, "focus", LAYERS).maps, wanted, atol=1e-6)
 
 

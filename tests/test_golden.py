@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from simexplain import Comparison, explain
 from simexplain.methods.cams import channel_weights, grad_cam
-from simexplain.methods.similarity_attention import SimilarityAttention
-from simexplain.methods.weights import similarity_weights
+from simexplain.methods.similarity_attention import SimilarityAttention, similarity_weights
 from simexplain.models.embedder import as_similarity_model
 from simexplain.tracing import trace
 

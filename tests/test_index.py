@@ -35,7 +35,7 @@ from simexplain import (
 from simexplain.data.folders import Record
 from simexplain.data.images import read_picture
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError, SimexplainError
-from simexplain.methods.position_parts import position_parts
+from simexplain.methods.decomposition import position_parts
 from simexplain.models.base import DISTANCES, SimilarityModel
 from simexplain.searching.index_file import alone, work_folder
 from simexplain.searching.index_gallery import GalleryIndex

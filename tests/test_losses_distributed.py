@@ -17,9 +17,9 @@ from simexplain.losses.classification import (
     ClassificationMiningLoss,
 )
 from simexplain.losses.constraint import AttentionMaskLoss
+from simexplain.losses.metric_losses import QuadrupletLoss
 from simexplain.losses.mining import SimilarityMiningLoss
 from simexplain.losses.objective import MetricLoss, Objective
-from simexplain.losses.quadruplet import QuadrupletLoss
 
 HALF = 6
 SPLITS = {

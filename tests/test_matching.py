@@ -18,8 +18,8 @@ from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ImageError, ModelError
 from simexplain.matching.factors import SCORES, Factors, pair_matrix
 from simexplain.matching.matching import Patience, factors_of, matching_from
-from simexplain.methods.position_parts import position_parts
-from simexplain.methods.unexplained import unexplained_share_warning
+from simexplain.methods.decomposition import position_parts
+from simexplain.methods.method import unexplained_share_warning
 from simexplain.models.avsl import AVSL
 
 

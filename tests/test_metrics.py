@@ -11,22 +11,38 @@ from scipy import stats
 from torch import Tensor, nn
 
 from simexplain.errors import ComparisonError, ModelError
-from simexplain.metrics.curves import BASELINES, baseline_of, deletion, insertion, ranks
-from simexplain.metrics.fills import FILLS, blurred, border_colour
+from simexplain.metrics.curves import (
+    BASELINES,
+    FILLS,
+    baseline_of,
+    blurred,
+    border_colour,
+    deletion,
+    insertion,
+    ranks,
+)
 from simexplain.metrics.intervals import bootstrap_difference, bootstrap_mean
-from simexplain.metrics.maps import grown, peak_of
-from simexplain.metrics.masks import (
+from simexplain.metrics.maps import (
     best_iou,
     chance,
     correspondences,
     energy,
+    grown,
     iou,
     mean_valid,
+    peak_of,
     pointing,
     widened,
 )
-from simexplain.metrics.randomising import randomisable, randomised
-from simexplain.metrics.stability import cosine, infidelity, sensitivity, spearman, top_overlap
+from simexplain.metrics.stability import (
+    cosine,
+    infidelity,
+    randomisable,
+    randomised,
+    sensitivity,
+    spearman,
+    top_overlap,
+)
 
 NAN = math.nan
 

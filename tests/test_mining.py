@@ -15,16 +15,20 @@ from torch.nn import functional as F
 
 from simexplain import Comparison, as_similarity_model
 from simexplain.errors import ComparisonError, ModelError
-from simexplain.losses.attention import attention_maps, linear_maps
-from simexplain.losses.masking import attention_mask, soft_mask
-from simexplain.losses.mining import MiningOptions, SimilarityMiningLoss
-from simexplain.losses.mining_rules import MINING, mining_loss
+from simexplain.losses.attention import attention_maps, attention_mask, linear_maps, soft_mask
+from simexplain.losses.mining import (
+    MINING,
+    SHAPES,
+    MiningOptions,
+    SimilarityMiningLoss,
+    disjoint_tuples,
+    mining_loss,
+)
 from simexplain.losses.objective import MetricLoss, Objective
 from simexplain.losses.parameter_groups import parameter_groups
-from simexplain.losses.tuples import SHAPES, disjoint_tuples
 from simexplain.methods.cams import CAMS
 from simexplain.methods.similarity_attention import SimilarityAttention
-from simexplain.metrics.fills import FILLS
+from simexplain.metrics.curves import FILLS
 from simexplain.tracing import trace
 
 

@@ -13,8 +13,7 @@ import pytest
 from cli_runs import Run
 from pictures import noise
 
-from simexplain.errors import ImageError
-from simexplain.printing import json_text, printable
+from simexplain.errors import ImageError, json_text, printable
 
 NETWORK = ("timm:test_efficientnet", "--untrained", "--size", "64")
 NAMES = {

@@ -29,7 +29,7 @@ from simexplain import (
     match,
     search,
 )
-from simexplain.methods.position_parts import position_parts
+from simexplain.methods.decomposition import position_parts
 from simexplain.searching.index_gallery import report_of
 
 

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from simexplain import Comparison, SimilarityModel, explain, load_model, match, save_model
 from simexplain.errors import ModelError
-from simexplain.losses.identity import PartIdentityLoss
-from simexplain.methods.position_parts import position_parts
-from simexplain.methods.weights import similarity_weights
+from simexplain.losses.metric_losses import PartIdentityLoss
+from simexplain.methods.decomposition import position_parts
+from simexplain.methods.similarity_attention import similarity_weights
 from simexplain.models.accelerating import accelerated
 from simexplain.models.backbones import build_backbone
 from simexplain.models.embedder import as_similarity_model

@@ -16,16 +16,14 @@ from torch.nn import functional as F
 from simexplain import Comparison, as_similarity_model, explain
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ModelError
-from simexplain.methods.perturbation import SBSM, Occlusion, RandomMasks, _enlarged
 from simexplain.methods.pixel_gradients import (
     InputXGradient,
     IntegratedGradients,
     Saliency,
     SmoothGrad,
 )
-from simexplain.methods.scoring import filled
-from simexplain.metrics.curves import baseline_of
-from simexplain.metrics.fills import FILLS
+from simexplain.methods.pixel_methods import SBSM, Occlusion, RandomMasks, _enlarged, filled
+from simexplain.metrics.curves import FILLS, baseline_of
 
 QUICK = {
     "saliency": Saliency(),

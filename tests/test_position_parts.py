@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from simexplain import Comparison, SimilarityModel, as_similarity_model, explain
 from simexplain.errors import ModelError
 from simexplain.methods import METHODS
-from simexplain.methods.jacobians import JacobianProducts
-from simexplain.methods.position_parts import PositionParts, position_parts
+from simexplain.methods.decomposition import JacobianProducts, PositionParts, position_parts
 
 
 def backwards(monkeypatch: pytest.MonkeyPatch, *arguments: object, **options: object):

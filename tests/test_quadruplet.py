@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from simexplain.errors import ComparisonError, ModelError
-from simexplain.losses.quadruplet import QuadrupletLoss, QuadrupletMiner, Quadruplets
+from simexplain.losses.metric_losses import QuadrupletLoss, QuadrupletMiner, Quadruplets
 
 
 def rows_of(count: int, size: int = 5, seed: int = 0) -> Tensor:

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer
 
 from simexplain import Comparison, as_similarity_model, explain, match
-from simexplain.methods import position_parts as module
-from simexplain.methods.position_parts import position_parts
+from simexplain.methods import decomposition as module
+from simexplain.methods.decomposition import position_parts
 from simexplain.methods.raw_vectors import trace_vectors
 
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from simexplain import Comparison, as_similarity_model, explain
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.methods import METHODS
-from simexplain.methods.directions import margin_directions
-from simexplain.methods.position_parts import position_parts
+from simexplain.methods.decomposition import position_parts
+from simexplain.methods.method import margin_directions
 
 
 def arranged(images: Tensor, count: int) -> list[Comparison]:

@@ -16,7 +16,6 @@ MOST_LINES, MOST_FUNCTION_LINES = 600, 40
 
 # From the ground up; a module may import only from lower levels or its own.
 LEVELS = [
-    ["simexplain.printing"],
     ["simexplain.errors"],
     ["simexplain.renaming"],
     ["simexplain.arguments"],

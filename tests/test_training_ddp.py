@@ -20,7 +20,7 @@ from cli_runs import environment
 from training_cases import TINY, state_of, striped
 
 from simexplain.errors import ModelError
-from simexplain.losses.distributed import ProcessGroup
+from simexplain.losses.objective import ProcessGroup
 from simexplain.training.module import share
 from simexplain.training.options import TrainOptions
 from simexplain.training.training import train

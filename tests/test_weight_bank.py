@@ -29,8 +29,7 @@ from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ImageError, ModelError, OutputError
 from simexplain.evaluation.comparing import setups_of
 from simexplain.evaluation.items import Item
-from simexplain.methods.bank_maps import BankMaps
-from simexplain.methods.weight_bank import WeightBank
+from simexplain.methods.weight_bank import BankMaps, WeightBank
 from simexplain.models.base import SimilarityModel
 
 LABELS = list("aabbbcc")

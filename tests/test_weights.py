@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError
-from simexplain.methods.weights import (
+from simexplain.methods.similarity_attention import (
     WEIGHTS,
     flat_factors,
     scaled_weights,

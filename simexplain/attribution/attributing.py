@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +64,10 @@ def attribute(
     pictures = read_pictures((a, *others))
     views, geometries = prepared(avsl.preprocess, pictures)
     result = _attribute(avsl, views[0], views[1:], roles, max_batch)
-    return replace(
-        result,
+    return result.placed(
+        notes_of(avsl.preprocess, pictures),
         pictures=tuple((pictures[0], other) for other in pictures[1:]),
         geometries=tuple((geometries[0], other) for other in geometries[1:]),
-        warnings=notes_of(avsl.preprocess, pictures) + result.warnings,
     )
 
 

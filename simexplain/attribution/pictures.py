@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from simexplain.attribution.account import Node
-from simexplain.attribution.result import Attribution
+from simexplain.attribution.result import Attribution, Node
 from simexplain.data.preprocessing import shrunk
-from simexplain.errors import ComparisonError
+from simexplain.errors import ComparisonError, printable
 from simexplain.models.avsl_options import ORIGINS
-from simexplain.printing import printable
-from simexplain.rendering.cards import Branch, LevelShare, NodeCard
-from simexplain.rendering.cards import StandIn as Stand
-from simexplain.rendering.graph import attribution_graph
+from simexplain.rendering.graph import Branch, LevelShare, NodeCard, attribution_graph
+from simexplain.rendering.graph import StandIn as Stand
 from simexplain.rendering.overlay import Pixels, overlay
 from simexplain.rendering.ranking import PairRanking, node_ranking
 

@@ -19,7 +19,6 @@ from simexplain.batching.folder import MANIFEST, BatchFolder, check_extra
 from simexplain.batching.planning import (
     BatchOptions,
     BatchPlan,
-    MapRequest,
     Rows,
     placed,
     plan_rows,
@@ -37,6 +36,7 @@ from simexplain.batching.shards import (
 )
 from simexplain.data.folders import StageProgress
 from simexplain.errors import ComparisonError, ModelError, OutputError
+from simexplain.explaining_tensors import MapRequest
 from simexplain.explanation import Explanation
 from simexplain.methods.rows import Layers, Methods, layer_names
 from simexplain.methods.weight_bank import probe_of
@@ -57,7 +57,7 @@ def identity_of(
     """What may not change between a batch and its resumption, in plain JSON values."""
     settings = {
         "method": _named(request.method),
-        "layer": list(request.layer or ()),
+        "layer": [] if request.layer is None else list(layer_names(model, request.layer)),
         "upscale": request.upscale,
         "scale": request.scale,
         **{name: getattr(how, name) for name in ("shard_rows", "pictures", "figures")},

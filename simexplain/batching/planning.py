@@ -10,7 +10,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +21,9 @@ from simexplain.data.folders import StageProgress, opened_csv, without_index
 from simexplain.data.images import opened_picture, read_picture
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ImageError, ModelError
-from simexplain.explaining_tensors import check_upscale
-from simexplain.methods.rows import Methods
 from simexplain.models.base import SimilarityModel
 
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
-
-
-@dataclass(frozen=True)
-class MapRequest:
-    """What is computed for every row; the fields are those of ``explain``."""
-
-    method: Methods = None
-    layer: Sequence[str] | None = None
-    upscale: float = 1
-    scale: str = "image"
-    max_batch: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_upscale(self.upscale)
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from simexplain.batching.cached_model import (
     cut_pass,
     use_schedule,
 )
-from simexplain.batching.planning import BatchPlan, MapRequest
+from simexplain.batching.planning import BatchPlan
 from simexplain.comparison import Comparison
 from simexplain.data.images import Picture, read_picture
 from simexplain.data.preprocessing import Preprocess, Seen, notes_of, prepared
 from simexplain.errors import ComparisonError, ImageError, ModelError
-from simexplain.explaining_tensors import explain_view
+from simexplain.explaining_tensors import MapRequest, explain_view
 from simexplain.explanation import Explanation
 from simexplain.methods import MethodLike, takes_layers
 from simexplain.methods.avsl_maps import AVSLMaps
@@ -232,7 +232,7 @@ class RowExplainer:
             for a, b in pairs
         )
 
-    def _plain(self, row: int, method: Methods, options: dict[str, Any]) -> Explanation:
+    def _plain(self, row: int, method: Methods, options: Mapping[str, Any]) -> Explanation:
         """A row explained by the network itself."""
         images = self.plan.images[row]
         stacks = {
@@ -253,7 +253,7 @@ class RowExplainer:
         row: int,
         stacks: Mapping[Size, Tensor],
         method: Methods,
-        options: dict[str, Any],
+        options: Mapping[str, Any],
     ) -> Explanation:
         """With where the maps lie in the pictures, and all that the user should know."""
         request, cut = self.request, 1 + len(self.plan.rows[row].positives)
@@ -263,10 +263,8 @@ class RowExplainer:
         )
         # What is cached needs no bound, and is requested for all pictures of a row at a time.
         bound = request.max_batch if model is self.model else None
-        explanation = explain_view(
-            model, own, own if request.upscale == 1 else view, method, request.layer,
-            upscale=request.upscale, scale=request.scale, max_batch=bound, **options,
-        )  # fmt: skip
+        chosen = replace(request, method=method, options=options, max_batch=bound)
+        explanation = explain_view(model, own, view, chosen)
         seen = [self.reader.seen[image] for image in self.plan.images[row]]
         notes = notes_of(self.model.preprocess, seen)
         return explanation.placed(notes, geometries=tuple(one.geometry for one in seen))

@@ -26,7 +26,7 @@ from simexplain.batching.row_explaining import RowExplainer
 from simexplain.data.folders import Progress
 from simexplain.errors import ModelError, OutputError, SimexplainError, first_line
 from simexplain.explanation import Explanation
-from simexplain.losses.distributed import ProcessGroup
+from simexplain.losses.objective import ProcessGroup
 from simexplain.results.result import content_of
 
 TENSORS = ("maps", "weights", "scores", "distances", "moved", "unexplained")

@@ -32,8 +32,7 @@ from simexplain.explanation import Explanation
 from simexplain.methods import ELSEWHERE, METHODS, MethodLike, option_from, options_of
 from simexplain.methods.rows import Layers
 from simexplain.metrics.curves import BASELINES
-from simexplain.metrics.maps import grown
-from simexplain.metrics.masks import mean_valid
+from simexplain.metrics.maps import grown, mean_valid
 from simexplain.metrics.stability import AGREEMENTS
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model

@@ -21,13 +21,12 @@ from simexplain.evaluation.results import FaithfulnessScores, SanityScores
 from simexplain.explaining_tensors import check_images, embeddings_of, explain_tensors
 from simexplain.explanation import Explanation
 from simexplain.methods import MethodLike, takes_layers
-from simexplain.methods.directions import margin_directions
+from simexplain.methods.method import margin_directions
+from simexplain.methods.pixel_methods import black_of, check_range
 from simexplain.methods.rows import Layers
-from simexplain.methods.scoring import black_of, check_range
 from simexplain.metrics.curves import BASELINES, Curve, Score, deletion, insertion
-from simexplain.metrics.masks import chance, energy, mean_valid, pointing
-from simexplain.metrics.randomising import randomisable, randomised
-from simexplain.metrics.stability import AGREEMENTS
+from simexplain.metrics.maps import chance, energy, mean_valid, pointing
+from simexplain.metrics.stability import AGREEMENTS, randomisable, randomised
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
 from simexplain.tracing import listening, trace

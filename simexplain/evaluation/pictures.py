@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import Thumbnail, shrunk
-from simexplain.errors import ComparisonError
+from simexplain.errors import ComparisonError, printable
 from simexplain.evaluation.results import cost, number
 from simexplain.explanation import heat_of
 from simexplain.metrics.intervals import FEW
 from simexplain.picturing import full_heat, verdict
-from simexplain.printing import printable
 from simexplain.rendering.lettering import DOTS, FONT, breadth
 from simexplain.rendering.overlay import RENDERERS
 from simexplain.rendering.sheet import (

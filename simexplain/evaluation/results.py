@@ -14,7 +14,7 @@ from torch import Tensor
 from simexplain.errors import ComparisonError
 from simexplain.explanation import Explanation, versions
 from simexplain.metrics.intervals import FEW, Interval, bootstrap_difference
-from simexplain.metrics.masks import mean_valid
+from simexplain.metrics.maps import mean_valid
 from simexplain.renaming import takes_old_names, with_old_names
 from simexplain.results.codec import Arrays
 from simexplain.results.result import Attachments, Made, Result, Row, Table, kind_of

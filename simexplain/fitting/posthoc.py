@@ -24,8 +24,7 @@ from simexplain.fitting.frozen import (
     trained_head,
     trained_reliability,
 )
-from simexplain.graph.cams import pooled
-from simexplain.graph.inference import Graph
+from simexplain.graph.inference import Graph, pooled
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_options import AVSLOptions, avsl_options
 from simexplain.models.base import SimilarityModel

@@ -1,3 +1,4 @@
+from .attention import soft_mask as soft_mask
 from .avsl_distance import AVSLDistance as AVSLDistance
 from .avsl_objective import ABLATIONS as ABLATIONS
 from .avsl_objective import AVSLLoss as AVSLLoss
@@ -5,11 +6,10 @@ from .classification import ClassHead as ClassHead
 from .classification import ClassificationLoss as ClassificationLoss
 from .classification import ClassificationMiningLoss as ClassificationMiningLoss
 from .constraint import AttentionMaskLoss as AttentionMaskLoss
-from .masking import soft_mask as soft_mask
 from .metric_losses import LOSSES as LOSSES
+from .metric_losses import QuadrupletLoss as QuadrupletLoss
 from .metric_losses import metric_loss as metric_loss
 from .mining import SimilarityMiningLoss as SimilarityMiningLoss
 from .objective import MetricLoss as MetricLoss
 from .objective import Objective as Objective
 from .parameter_groups import parameter_groups as parameter_groups
-from .quadruplet import QuadrupletLoss as QuadrupletLoss

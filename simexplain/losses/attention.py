@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from simexplain.methods.layer_maps import fuse, layer_cams
+from simexplain.arguments import typed
+from simexplain.errors import ComparisonError
+from simexplain.losses.objective import Batch, unit_embeddings
+from simexplain.methods.cams import at_grid, fuse, layer_cams, unit_scaled
 from simexplain.networks import unit_rows
 from simexplain.tracing import Trace
 
@@ -115,3 +119,111 @@ def scaled_images(images: Tensor, scale: float) -> Tensor:
     return F.interpolate(
         images, size=(height, width), mode="bilinear", align_corners=False, antialias=True
     )
+
+
+def attention_mask(
+    maps: Tensor, size: tuple[int, int], *, alpha: float = 10.0, beta: float = 0.5
+) -> Tensor:
+    """``sigmoid(alpha * (M - beta))`` of maps brought to the images' size, in (0, 1).
+
+    Maps are upsampled bilinearly and divided by their maximum; a map that is zero everywhere
+    stays zero, which hides next to nothing.
+
+    Args:
+        maps: ``(M,h,w)``, non-negative.
+        size: ``(H,W)`` of the images.
+        alpha: Steepness.
+        beta: The share of the maximum at which a pixel is half hidden.
+
+    Returns:
+        ``(M,H,W)``, differentiable in the maps.
+    """
+    scaled = unit_scaled(at_grid(maps, size))
+    return (alpha * (scaled - beta)).sigmoid()
+
+
+@typed
+def soft_mask(
+    images: Tensor,
+    maps: Tensor,
+    *,
+    alpha: float = 10.0,
+    beta: float = 0.5,
+    ground: Tensor | None = None,
+) -> Tensor:
+    """Images without the pixels of high attention: ``x * (1 - sigmoid(alpha * (M - beta)))``.
+
+    On preprocessed images a hidden pixel takes the data set's mean colour, which is zero there.
+
+    Args:
+        images: ``(M,3,H,W)``.
+        maps: ``(M,h,w)``, non-negative; any scale.
+        alpha: See :func:`attention_mask`.
+        beta: Likewise.
+        ground: What shows where an image is hidden, in place of zeros; broadcasts to ``images``.
+
+    Returns:
+        ``(M,3,H,W)``, differentiable in both.
+
+    Raises:
+        ComparisonError: If there is not one map for each image.
+    """
+    if maps.dim() != 3 or images.dim() != 4 or len(maps) != len(images):
+        raise ComparisonError(
+            f"Expected images (M,3,H,W) and as many maps (M,h,w), got {tuple(images.shape)} and "
+            f"{tuple(maps.shape)}."
+        )
+    size = int(images.shape[2]), int(images.shape[3])
+    mask = attention_mask(maps, size, alpha=alpha, beta=beta).unsqueeze(1)
+    shown = images * (1 - mask)
+    return shown if ground is None else shown + ground * mask
+
+
+@dataclass(frozen=True)
+class Own:
+    """Which of the images of all comparisons are this process's own.
+
+    Attributes:
+        which: Places of its own images in its pass ``(m,)``.
+        order: Places of the same images among those of all comparisons ``(m,)``.
+        orders: The same of every process, in the order of ranks.
+    """
+
+    which: Tensor
+    order: Tensor
+    orders: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, batch: Batch, places: Tensor) -> Own:
+        """Divides the images of all comparisons ``(T*K,)`` by the process that has them."""
+        each = len(batch.images)
+        orders = tuple(
+            ((places >= rank * each) & (places < (rank + 1) * each)).nonzero().flatten()
+            for rank in range(batch.processes.world)
+        )
+        order = orders[batch.processes.rank]
+        return cls(places[order] - batch.start, order, orders)
+
+    def together(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Rows of this process's images ``(m,E)`` as those of all comparisons ``(T*K,E)``."""
+        gathered = batch.processes.gathered(rows, [len(order) for order in self.orders])
+        return gathered[torch.cat(self.orders).argsort()]
+
+
+def own_maps(
+    batch: Batch, own: Own, weights: Tensor, layers: Sequence[str], cam: str | None = None
+) -> Tensor:
+    """The maps ``(m,h,w)`` of this process's own images for scores ``w . f``, non-negative.
+
+    Args:
+        batch: The pass, opened at the layers.
+        own: Which images are meant.
+        weights: The weight vector of each image of all comparisons ``(T*K,E)``, held constant.
+        layers: The layers of the maps.
+        cam: Their formula, as in :func:`~simexplain.losses.attention.attention_maps`.
+    """
+    if not len(own.which):  # the other processes have all images of this step's comparisons
+        return batch.traced.maps[layers[0]][own.which].sum(dim=1)
+    rows = unit_embeddings(batch.model, batch.traced.embeddings)
+    network = batch.model.network
+    return attention_maps(batch.traced, rows, network, layers, own.which, weights[own.order], cam)

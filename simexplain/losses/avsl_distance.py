@@ -8,8 +8,8 @@ from torch import Tensor
 
 from simexplain.arguments import typed
 from simexplain.graph.distances import distances
-from simexplain.losses.metric_learning import metric_learning
-from simexplain.losses.safe_sqrt import safe_sqrt
+from simexplain.losses.metric_losses import metric_learning
+from simexplain.losses.objective import safe_sqrt
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import DISTANCES
 

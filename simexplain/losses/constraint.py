@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from simexplain.arguments import typed
-from simexplain.errors import ComparisonError, ModelError
-from simexplain.losses.mining import named_layers, tuple_weights
+from simexplain.errors import ComparisonError, ModelError, check_choice
+from simexplain.losses.attention import Own, own_maps
+from simexplain.losses.mining import SHAPES, disjoint_tuples, named_layers, tuple_weights
 from simexplain.losses.objective import Batch, Term
-from simexplain.losses.own_images import Own, own_maps
-from simexplain.losses.tuples import SHAPES, disjoint_tuples
-from simexplain.methods.layer_maps import at_grid
-from simexplain.methods.weights import weight_rule
+from simexplain.methods.cams import at_grid
+from simexplain.methods.similarity_attention import weight_rule
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import at_least_single
 
@@ -21,7 +20,7 @@ def wrong_energy(maps: Tensor, masks: Tensor) -> Tensor:
     """The share of a map's energy where it must not be: ``sum(M * (1 - mask)) / sum(M)``.
 
     Maps are brought to the masks' size, bilinearly as for soft-masking and as in
-    :func:`simexplain.metrics.masks.energy`: on masks of zeros and ones it is 1 minus that metric,
+    :func:`simexplain.metrics.maps.energy`: on masks of zeros and ones it is 1 minus that metric,
     so that training lowers what is measured.
 
     Args:
@@ -82,8 +81,7 @@ class AttentionMaskLoss(Term):
         """
         super().__init__()
         weight_rule(weights)
-        if arch not in SHAPES:
-            raise ComparisonError(f"Expected arch to be one of {', '.join(SHAPES)}, got {arch!r}.")
+        check_choice("arch", arch, SHAPES)
         self.inside, self.arch, self.weights, self.layer = inside, arch, weights, layer
 
     def layers(self, model: SimilarityModel) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
 
@@ -12,22 +13,206 @@ from torch.func import functional_call
 
 from simexplain.arguments import typed
 from simexplain.comparison import Comparison
-from simexplain.errors import ComparisonError, ModelError
-from simexplain.losses.attention import scaled_images
-from simexplain.losses.inputs import similarity_model
-from simexplain.losses.masking import soft_mask
-from simexplain.losses.mining_rules import MINING, mining_loss
-from simexplain.losses.objective import Batch, Term, unit_rows
-from simexplain.losses.own_images import Own, own_maps
-from simexplain.losses.settings import check_kind
-from simexplain.losses.statistics import statistics_kept
-from simexplain.losses.tuples import SHAPES, Tuples, disjoint_tuples
-from simexplain.methods.layer_maps import check_cams
-from simexplain.methods.scoring import check_choice, filled
-from simexplain.methods.weights import scaled_weights, weight_rule
-from simexplain.metrics.fills import FILLS
+from simexplain.errors import ComparisonError, ModelError, check_choice
+from simexplain.losses.attention import Own, own_maps, scaled_images, soft_mask
+from simexplain.losses.objective import (
+    Batch,
+    Term,
+    check_kind,
+    safe_sqrt,
+    similarity_model,
+    unit_embeddings,
+)
+from simexplain.methods.cams import check_cams
+from simexplain.methods.pixel_methods import filled
+from simexplain.methods.similarity_attention import scaled_weights, weight_rule
+from simexplain.metrics.curves import FILLS
 from simexplain.models.base import SimilarityModel
 from simexplain.tracing import trace
+
+
+@contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """No running statistics of batch norm move while the block runs; modes stay as they are."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm, norm.momentum) for norm in norms if norm.training]
+    counts = [norm.num_batches_tracked for norm, _ in kept if norm.num_batches_tracked is not None]
+    before = [int(count) for count in counts]
+    try:
+        for norm, _ in kept:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in kept:
+            norm.momentum = momentum
+        for count, value in zip(counts, before, strict=True):
+            count.fill_(value)
+
+
+HELD_MARGIN = 0.2
+"""By how much a masked negative shall stay farther than the positive under the rule ``held``."""
+
+MINING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "absolute": lambda positive, negative: (positive - negative).abs(),
+    "printed": lambda positive, negative: positive - negative,
+    "reversed": lambda positive, negative: (negative - positive).relu(),
+    "held": lambda positive, negative: (positive - negative + HELD_MARGIN).relu(),
+}
+"""Readings of Eq. 3 from the distances of masked positives and negatives to the masked anchor.
+
+``absolute``: the masked triplet shall be undecided, as in the text. ``printed``: the difference
+as it stands, whose minimum is a triplet that still holds. ``held``: the same with an end, a hinge
+on the order with a margin. ``reversed``: a hinge on the reversed order."""
+
+
+def mining_loss(masked: Comparison, rule: str = "absolute") -> Tensor:
+    """``L_sm`` of embeddings of masked images: Eq. 3, 4 or 5 by the roles there are.
+
+    With positives and negatives, the rule summed over every (positive, negative) of a comparison:
+    one for a triplet (Eq. 3), two for a quadruplet (Eq. 5). With positives alone, minus their
+    distance (Eq. 4): what looked alike shall come apart. With negatives alone, which the paper
+    does not treat, their distance.
+
+    Args:
+        masked: Unit rows ``(E,)``.
+        rule: A key of :data:`MINING`.
+
+    Returns:
+        The mean over comparisons, a scalar.
+
+    Raises:
+        ComparisonError: If the rule does not exist.
+    """
+    check_choice("mining", rule, MINING)
+    positive = _distances(masked.anchor, masked.positives)
+    negative = _distances(masked.anchor, masked.negatives)
+    if not negative.shape[1]:
+        return -positive.sum(dim=1).mean()
+    if not positive.shape[1]:
+        return negative.sum(dim=1).mean()
+    terms = MINING[rule](positive.unsqueeze(2), negative.unsqueeze(1))
+    return terms.sum(dim=(1, 2)).mean()
+
+
+def _distances(anchor: Tensor, others: Tensor) -> Tensor:
+    """Euclidean ``(B,n)``, with a defined gradient where two rows are the same."""
+    return safe_sqrt((anchor.unsqueeze(1) - others).square().sum(dim=2))
+
+
+SHAPES = {"siamese": (1, 0), "triplet": (1, 1), "quadruplet": (1, 2)}
+"""Positives and negatives of each arrangement that is trained with."""
+
+
+@dataclass(frozen=True)
+class Tuples:
+    """Comparisons among the images of a batch.
+
+    Attributes:
+        places: Which image is where, ``(T,K)``: anchor, positives, negatives.
+        positives: How many of each are positives.
+    """
+
+    places: Tensor
+    positives: int
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def of(self, rows: Tensor) -> Comparison:
+        """The comparisons of things ``(N,*S)`` that the images have, such as embeddings."""
+        return self.arranged(rows[self.places])
+
+    def arranged(self, stack: Tensor) -> Comparison:
+        """Comparisons from a stack ``(T,K,*S)``."""
+        cut = 1 + self.positives
+        return Comparison(stack[:, 0], stack[:, 1:cut], stack[:, cut:])
+
+
+def disjoint_tuples(
+    embeddings: Tensor,
+    labels: Tensor,
+    arch: str = "triplet",
+    *,
+    share: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tuples:
+    """Comparisons in which no image occurs twice, so that every image is masked at most once.
+
+    Anchors and positives are drawn, as many as leave an image for each negative; a negative is the
+    nearest image of another class that is left (hard negatives).
+
+    Args:
+        embeddings: Rows ``(N,E)``; read without a gradient.
+        labels: ``(N,)``.
+        arch: A key of :data:`SHAPES`.
+        share: Only the hardest share of the comparisons, in (0, 1]: those that violate their
+            condition most, or come closest to it; at least one.
+        generator: The only source of chance.
+
+    Raises:
+        ComparisonError: If the batch has no such comparison, or an option is out of range.
+    """
+    check_choice("arch", arch, SHAPES)
+    if not 0 < share <= 1:
+        raise ComparisonError(f"Expected a share in (0, 1], got {share}.")
+    positives, negatives = SHAPES[arch]
+    distances = torch.cdist(embeddings.detach().float(), embeddings.detach().float())
+    order = torch.randperm(len(labels), generator=generator).tolist()
+    tuples = _partition(distances.tolist(), labels.tolist(), order, negatives)
+    if not tuples:
+        raise ComparisonError(
+            f"Expected a batch with a {arch} in it (two images of a class"
+            f"{' and one of another' if negatives else ''}), got {len(labels)} images of "
+            f"{len(set(labels.tolist()))} classes; sample several images of several classes."
+        )
+    places = torch.tensor(tuples, device=embeddings.device)
+    if share < 1:
+        places = places[_hardest(distances, places, share)]
+    return Tuples(places, positives)
+
+
+def _partition(
+    distances: list[list[float]], labels: list[int], order: list[int], negatives: int
+) -> list[list[int]]:
+    """As many anchors with positives as leave enough others, each with its nearest of those."""
+    pairs = _pairs(labels, order)
+    if not negatives:
+        return pairs
+    pairs = pairs[: len(order) // (2 + negatives)]
+    free = set(order).difference(*pairs)
+    tuples: list[list[int]] = []
+    for anchor, positive in pairs:
+        others = [index for index in free if labels[index] != labels[anchor]]
+        if len(others) < negatives:
+            continue
+        others.sort(key=lambda index: (distances[anchor][index], index))
+        tuples.append([anchor, positive, *others[:negatives]])
+        free -= set(tuples[-1])
+    return tuples
+
+
+def _pairs(labels: list[int], order: list[int]) -> list[list[int]]:
+    """Disjoint pairs of one class each."""
+    waiting: dict[int, int] = {}
+    pairs = []
+    for index in order:
+        other = waiting.pop(labels[index], None)
+        if other is None:
+            waiting[labels[index]] = index
+        else:
+            pairs.append([other, index])
+    return pairs
+
+
+def _hardest(distances: Tensor, places: Tensor, share: float) -> Tensor:
+    """Which comparisons violate their condition most, in their order."""
+    anchors = places[:, :1]
+    own = distances[anchors, places[:, 1:2]].amax(dim=1)
+    other = distances[anchors, places[:, 2:]]
+    hardness = own - other.amin(dim=1) if other.shape[1] else own
+    count = max(1, round(share * len(places)))
+    return hardness.topk(count).indices.sort().values
+
 
 ZERO = "zero"
 """The fill of the paper: hidden pixels are multiplied by zero."""
@@ -253,7 +438,7 @@ def embed_again(model: SimilarityModel, images: Tensor, *, held: bool = False) -
     """
     with statistics_kept(model):
         try:
-            return unit_rows(model, _held(model, images) if held else model.embed(images))
+            return unit_embeddings(model, _held(model, images) if held else model.embed(images))
         except RuntimeError as error:
             if "size" not in str(error.__cause__ or error):
                 raise

@@ -1,25 +1,221 @@
-"""A loss made of weighted terms that share one forward pass of the batch."""
+"""A loss made of weighted terms that share one forward pass of the batch, over all processes."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from simexplain.arguments import typed
-from simexplain.errors import ModelError
-from simexplain.losses.distributed import ProcessGroup
-from simexplain.losses.inputs import check_batch, similarity_model
-from simexplain.losses.rng import seeded_by
-from simexplain.losses.settings import check_kind
+from simexplain.errors import ModelError, SimexplainError
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
+from simexplain.models.embedder import as_similarity_model
 from simexplain.tracing import Trace, trace
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """The processes of a training run; this one alone without others.
+
+    Attributes:
+        rank: The number of this process.
+        world: How many there are.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def present(cls) -> ProcessGroup:
+        """The process group that is running now, or this process alone."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return cls()
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+    def gathered(self, own: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """The rows of all processes one after the other, differentiable.
+
+        Where every process computes the same loss from them and gradients of parameters are
+        averaged, as DDP does, training is the same as that of one process with the whole batch.
+        Every process must then go through the same ``backward``.
+
+        Args:
+            own: ``(m,...)`` of this process.
+            counts: How many rows each process has, where they differ.
+
+        Returns:
+            ``(sum of m,...)``.
+        """
+        if self.world == 1:
+            return own
+        most = max(counts) if counts is not None else len(own)
+        missing = most - len(own)
+        padded = torch.cat((own, own.new_zeros(missing, *own.shape[1:]))) if missing else own
+        if counts is not None and torch.is_grad_enabled() and not padded.requires_grad:
+            # A process without rows must still take part in the backward pass of the others.
+            padded = padded.requires_grad_()
+        parts = list(_Gathered.apply(padded.contiguous()))
+        if counts is not None:
+            parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
+        return torch.cat(parts)
+
+    def mean(self, own: Tensor) -> Tensor:
+        """The mean over all processes, without a gradient."""
+        if self.world == 1:
+            return own.detach()
+        total = own.detach().clone()
+        distributed.all_reduce(total)
+        return total / self.world
+
+
+class _Gathered(torch.autograd.Function):
+    """Rows of all processes. The backward pass all-reduces the gradients."""
+
+    @staticmethod
+    def forward(_: object, own: Tensor) -> tuple[Tensor, ...]:
+        parts = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, own)
+        return tuple(parts)
+
+    @staticmethod
+    def backward(_: object, *slopes: Tensor) -> Tensor:
+        total = torch.stack(slopes)
+        distributed.all_reduce(total)
+        return total[distributed.get_rank()]
+
+
+@contextmanager
+def seeded_by(generator: torch.Generator) -> Iterator[None]:
+    """Seeds PyTorch's global random state by a generator inside the block, and restores it.
+
+    The miners of pytorch-metric-learning draw from the global state. It differs between processes,
+    which would then not compute the same loss, and between a run and its resumption.
+    """
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+def safe_sqrt(squared: Tensor) -> Tensor:
+    """The square root, with gradient 0 instead of infinity where a distance is 0."""
+    return squared.clamp_min(1e-12).sqrt()
+
+
+def similarity_model(model: nn.Module) -> SimilarityModel:
+    """Any network as a similarity model; one that is one already stays as it is.
+
+    Raises:
+        ModelError: If it is not a network, or one in DDP, whose averaging would be left out.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ModelError(
+            "Expected the network itself, got it in DistributedDataParallel, which averages "
+            "gradients only of what its own forward computes; put a module in it whose forward "
+            "calls the objective with the network."
+        )
+    return as_similarity_model(model)
+
+
+def check_batch(images: Tensor, labels: Tensor, masks: Tensor | None, seed: int) -> None:
+    """Refuses what cannot be a batch.
+
+    Raises:
+        ModelError: If something is not a tensor or has another shape, or the seed is not an
+            integer.
+    """
+    for name, value in (("images", images), ("labels", labels), ("masks", masks)):
+        if not isinstance(value, Tensor) and not (name == "masks" and value is None):
+            raise ModelError(
+                f"Expected {name} as a tensor, got {type(value).__name__}; make one with "
+                "torch.as_tensor."
+            )
+    if images.dim() != 4 or not len(images) or not images.is_floating_point():
+        raise ModelError(
+            "Expected preprocessed images (M,3,H,W) of floating point, at least one, got "
+            f"{tuple(images.shape)} of {images.dtype}; prepare them as the network wants them."
+        )
+    if labels.shape != images.shape[:1]:
+        raise ModelError(
+            f"Expected a label for each of {len(images)} images, got {tuple(labels.shape)}."
+        )
+    if labels.is_floating_point() or labels.is_complex():
+        raise ModelError(f"Expected whole numbers as labels, got {labels.dtype}; use .long().")
+    if masks is not None and masks.shape != (len(images), *images.shape[2:]):
+        raise ModelError(
+            f"Expected masks of shape {(len(images), *images.shape[2:])}, "
+            f"got {tuple(masks.shape)}; prepare them as the images."
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ModelError(f"Expected a whole number as the seed of this step, got {seed!r}.")
+
+
+_KINDS = {float: "a finite number", int: "a whole number", bool: "true or false", str: "a name"}
+
+
+def check_kind(
+    name: str, value: object, kind: Any, error: type[SimexplainError] = ModelError
+) -> None:
+    """Refuses a value of another kind than the setting's.
+
+    Args:
+        name: Of the setting.
+        value: What was given.
+        kind: Its type: ``float``, which whole numbers are too, ``int``, ``bool`` or ``str``, or
+            such a type or None. Any other type is not looked at.
+        error: What to raise.
+
+    Raises:
+        SimexplainError: Of the kind ``error``, if it is of another kind or not finite.
+    """
+    kinds = get_args(kind) or (kind,)
+    known = [one for one in kinds if one in _KINDS]
+    if not known or (value is None and type(None) in kinds):
+        return
+    if not any(_is(value, one) for one in known):
+        what = " or ".join(_KINDS[one] for one in known)
+        raise error(f"Expected {name} to be {what}, got {value!r}; give it such a value.")
+
+
+def _is(value: object, kind: type) -> bool:
+    if kind is float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and math.isfinite(value)  # type: ignore[arg-type]
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def check_settings(name: str, factory: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Refuses settings that a loss does not have, or of another kind than it wants.
+
+    Args:
+        name: Of the loss.
+        factory: Makes it; its keyword-only parameters are the settings.
+        given: The settings. Where the value is a list or tuple, each of its parts is looked at.
+
+    Raises:
+        ModelError: If there is one.
+    """
+    known = [
+        parameter.name
+        for parameter in inspect.signature(factory).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    if unknown := [setting for setting in given if setting not in known]:
+        raise ModelError(
+            f"Expected settings of loss '{name}' among {', '.join(known)}, got {unknown[0]!r}."
+        )
+    hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    for setting, value in given.items():
+        for part in value if isinstance(value, (list, tuple)) else (value,):
+            check_kind(f"{setting} of loss '{name}'", part, hints.get(setting))
 
 
 @dataclass(frozen=True)
@@ -72,10 +268,10 @@ class Batch:
     @property
     def units(self) -> Tensor:
         """Unit rows of all processes ``(N,D)``, also of a model whose own rows are more."""
-        return unit_rows(self.model, self.embeddings)
+        return unit_embeddings(self.model, self.embeddings)
 
 
-def unit_rows(model: SimilarityModel, rows: Tensor) -> Tensor:
+def unit_embeddings(model: SimilarityModel, rows: Tensor) -> Tensor:
     """Embeddings of unit length ``(M,D)`` from a model's rows ``(M,E)``.
 
     For AVSL those of all levels side by side, so that their squared distance is the mean of the
@@ -228,13 +424,13 @@ def _check_terms(terms: Mapping[str, tuple[float, Term]]) -> None:
         pair = isinstance(entry, (tuple, list)) and len(entry) == 2
         if not pair or not isinstance(entry[1], Term):
             raise ModelError(
-                f"Expected (weight, term) for '{name}', got {_told(entry)}; losses on embeddings "
+                f"Expected (weight, term) for '{name}', got {_types(entry)}; losses on embeddings "
                 "become terms with MetricLoss(loss)."
             )
         check_kind(f"the weight of '{name}'", entry[0], float)
 
 
-def _told(entry: object) -> str:
+def _types(entry: object) -> str:
     if isinstance(entry, (tuple, list)):
         return f"({', '.join(type(part).__name__ for part in entry)})"
     return type(entry).__name__

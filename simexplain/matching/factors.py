@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simexplain.errors import ComparisonError
-from simexplain.methods.unexplained import unexplained_share
+from simexplain.methods.method import unexplained_share
 from simexplain.networks import at_least_single, lengths_of
 
 STYLES = {
@@ -185,7 +185,7 @@ def pair_matrix(
 def unexplained_of(a: Factors, b: Factors, *, score: str, values: Tensor) -> Tensor:
     """The share ``(B,)``, in [0, 1], of scores that positions do not account for.
 
-    That is :func:`~simexplain.methods.unexplained.unexplained_share` of the scores ``(B,)`` and of
+    That is :func:`~simexplain.methods.method.unexplained_share` of the scores ``(B,)`` and of
     what they would be of the sums over positions alone, without the rests.
 
     Args:

@@ -25,9 +25,8 @@ from simexplain.matching.factors import (
     unexplained_of,
 )
 from simexplain.matching.result import Matching
-from simexplain.methods.jacobians import Progress
-from simexplain.methods.position_parts import MOST_STEPS, PositionParts, position_parts
-from simexplain.methods.unexplained import unexplained_share_warning
+from simexplain.methods.decomposition import MOST_STEPS, PositionParts, Progress, position_parts
+from simexplain.methods.method import unexplained_share_warning
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
@@ -91,11 +90,10 @@ def match(
     pictures = read_pictures((a, b))
     views, (first, second) = prepared(wrapped.preprocess, pictures)
     result = _match(wrapped, views[:1], views[1:], layer, **chosen)
-    return replace(
-        result,
+    return result.placed(
+        notes_of(wrapped.preprocess, pictures),
         pictures=((pictures[0], pictures[1]),),
         geometries=((first, second),),
-        warnings=notes_of(wrapped.preprocess, pictures) + result.warnings,
     )
 
 

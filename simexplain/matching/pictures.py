@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simexplain.data.preprocessing import Thumbnail, shrunk
-from simexplain.errors import ComparisonError
+from simexplain.errors import ComparisonError, printable
 from simexplain.matching.factors import SCORES
-from simexplain.matching.points import Point
-from simexplain.matching.result import SIDES, Matching
+from simexplain.matching.result import SIDES, Matching, Point
 from simexplain.metrics.maps import signed_heat
-from simexplain.printing import printable
 from simexplain.rendering.overlay import signed_overlay
 from simexplain.rendering.sheet import COLOURS, Bar, Cell, Grid, Row, Words, page
 

@@ -11,22 +11,21 @@ from torch import Tensor
 from simexplain.errors import ComparisonError, meant
 from simexplain.methods.attention import AttentionRelevance, GradECLIP, RawAttention
 from simexplain.methods.avsl_maps import AVSLMaps
-from simexplain.methods.bank_maps import BankMaps
+from simexplain.methods.cams import SimilarityCAM
 from simexplain.methods.decomposition import Decomposition
 from simexplain.methods.focus import Focus
 from simexplain.methods.method import AttentionMaps as AttentionMaps
 from simexplain.methods.method import Method as Method
-from simexplain.methods.perturbation import SBSM, Occlusion, RandomMasks
 from simexplain.methods.pixel_gradients import (
     InputXGradient,
     IntegratedGradients,
     Saliency,
     SmoothGrad,
 )
-from simexplain.methods.scoring import PIXELS as PIXELS
-from simexplain.methods.scoring import PixelMethod
+from simexplain.methods.pixel_methods import PIXELS as PIXELS
+from simexplain.methods.pixel_methods import SBSM, Occlusion, PixelMethod, RandomMasks
 from simexplain.methods.similarity_attention import SimilarityAttention
-from simexplain.methods.similarity_cam import SimilarityCAM
+from simexplain.methods.weight_bank import BankMaps
 from simexplain.models.base import SimilarityModel
 from simexplain.models.blackbox import PIXEL_METHODS
 

@@ -8,6 +8,7 @@ class token, the mean over the patches or the probe of an attention pooling, whi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -17,30 +18,78 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from simexplain.arguments import typed
-from simexplain.attention_recording import (
-    UNREACHED,
-    Attention,
-    AttentionTrace,
-    record_attention,
-)
+from simexplain.attention_recording import UNREACHED, Attention, AttentionTrace, record_attention
 from simexplain.comparison import Comparison
-from simexplain.errors import ComparisonError, ModelError
-from simexplain.methods.directions import margin_directions
-from simexplain.methods.method import AttentionMaps, Method, check_embeddings
+from simexplain.errors import ComparisonError, ModelError, check_choice
+from simexplain.methods.cams import SCORES
+from simexplain.methods.method import AttentionMaps, Method, check_embeddings, margin_directions
 from simexplain.methods.raw_vectors import RawVectors
-from simexplain.methods.similarity_cam import SCORES
-from simexplain.methods.token_places import token_places
 from simexplain.models.base import SimilarityModel
+from simexplain.models.layers import to_grid
 from simexplain.models.moving import WHOLE, Region
 from simexplain.networks import at_least_single
+
+_MOST_PREFIX_TOKENS = 16
+
+
+def token_places(
+    model: SimilarityModel, count: int, grids: Sequence[tuple[int, int]], images: Tensor
+) -> tuple[Tensor | None, Region]:
+    """The token of each cell ``(h,w)``, or None, and the part of the image where the cells lie.
+
+    Taken from the survey of the network; where it has no layer of so many tokens, from their
+    number.
+
+    Args:
+        model: The model.
+        count: Number of tokens.
+        grids: Rows and columns of the outputs of convolutions before the attention.
+        images: ``(M,C,H,W)``.
+    """
+    layouts = model.token_layouts(count, images)
+    if not layouts:
+        pixels = (int(images.shape[-2]), int(images.shape[-1]))
+        return token_cells(model, count, grids, pixels), WHOLE
+    # Most layers with so many tokens are those of the blocks, not what comes before them.
+    ways = Counter(
+        (layout.grid, tuple(layout.places.tolist()), layout.region) for layout in layouts
+    )
+    (grid, order, region), _ = ways.most_common(1)[0]
+    return torch.tensor(order).view(grid), region
+
+
+def token_cells(
+    model: SimilarityModel,
+    count: int,
+    grids: Sequence[tuple[int, int]],
+    pixels: tuple[int, int],
+) -> Tensor | None:
+    """Which token lies where: indices ``(h,w)`` into ``count`` tokens, or None.
+
+    The grid is that of the latest convolution that fits (it cut the image into patches); where no
+    convolution ran, what the model makes of so many tokens.
+
+    Args:
+        model: Knows how tokens become a grid.
+        count: Number of tokens, class and register tokens first.
+        grids: Rows and columns of the outputs of convolutions before the attention.
+        pixels: Height and width of the images.
+    """
+    for height, width in reversed(grids):
+        prefix = count - height * width
+        if 0 <= prefix <= _MOST_PREFIX_TOKENS and height * width > 1:
+            return torch.arange(prefix, count).view(height, width)
+    if grids:
+        return None
+    numbers = torch.arange(count, dtype=torch.float32).view(1, count, 1)
+    cells = to_grid(numbers, pixels, model.hints)
+    return None if cells is None else cells[0, 0].long()
+
 
 ATTENTION = "attention"
 """The one "layer" of methods that read attention."""
 
 _FOR_CNNS = "sam, focus, similarity_cam and decomposition work on any network"
-
-
-# ------------------------------------------------------------------------------ reading a pass
 
 
 @dataclass(frozen=True)
@@ -232,9 +281,7 @@ def _read(
     trace = _without_trailing(trace, probe)
     blocks = _blocks(model, trace, flat)
     last = blocks[-1]
-    rows = vectors.new_zeros(len(vectors), 0)
-    if last is not None:
-        rows = _rows_read(trace, last, probe)
+    rows = vectors.new_zeros(len(vectors), 0) if last is None else _rows_read(trace, last, probe)
     reading = _Reading(images, trace, blocks, rows, probe, model.name)
     directions = margin_directions(
         images.like(images.restacked(vectors) if score == "dot" else units)
@@ -344,14 +391,6 @@ def _joined_heads(weights: Tensor, heads: str) -> Tensor:
     return weights[:, int(heads)]
 
 
-def _check_score(score: str) -> None:
-    if score not in SCORES:
-        raise ComparisonError(f"Expected score to be one of {', '.join(SCORES)}, got '{score}'.")
-
-
-# ----------------------------------------------------------------------------------- methods
-
-
 class _OnAttention(Method):
     """What methods that read attention share: they have one layer, which is not named."""
 
@@ -445,7 +484,7 @@ class AttentionRelevance(_OnAttention):
     first_block: int = 0
 
     def __post_init__(self) -> None:
-        _check_score(self.score)
+        check_choice("score", self.score, SCORES)
 
     def attribute(
         self,
@@ -503,7 +542,7 @@ class GradECLIP(_OnAttention):
     keep_negative: bool = False
 
     def __post_init__(self) -> None:
-        _check_score(self.score)
+        check_choice("score", self.score, SCORES)
 
     def attribute(
         self,
@@ -521,7 +560,9 @@ class GradECLIP(_OnAttention):
         outputs = [part.output for part in block.call if part.output is not None]
         (slopes,) = reading.trace.gradients(scores, [outputs])
         pull = torch.einsum("mhqd,mhkd->mqk", block.joined(slopes), values)
-        near = F.normalize(_in_a_row(queries), dim=2) @ F.normalize(_in_a_row(keys), dim=2).mT
+        # With the heads side by side, (M,T,H*d).
+        queries, keys = (heads.transpose(1, 2).flatten(2) for heads in (queries, keys))
+        near = F.normalize(queries, dim=2) @ F.normalize(keys, dim=2).mT
         patches = block.cells.flatten().to(near.device)
         pull, near = pull[:, :, patches], near[:, :, patches]
         low, high = near.amin(dim=2, keepdim=True), near.amax(dim=2, keepdim=True)
@@ -550,8 +591,3 @@ def _known(block: _Block, name: str, model: str) -> Tensor:
         # One learned query may serve all images.
         parts.append(known.expand(*part.weights.shape[:-2], *known.shape[-2:]))
     return block.joined(parts)
-
-
-def _in_a_row(parts: Tensor) -> Tensor:
-    """Heads ``(M,H,T,d)`` side by side ``(M,T,H*d)``."""
-    return parts.transpose(1, 2).flatten(2)

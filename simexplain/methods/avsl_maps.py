@@ -12,12 +12,10 @@ from torch import Tensor
 
 from simexplain.arguments import typed
 from simexplain.comparison import Comparison
-from simexplain.errors import ComparisonError
-from simexplain.graph.cams import directed_cams
-from simexplain.graph.inference import Rows, infer
-from simexplain.methods.layer_maps import at_grid, finest_grid
+from simexplain.errors import check_choice
+from simexplain.graph.inference import Rows, directed_cams, infer
+from simexplain.methods.cams import at_grid, finest_grid
 from simexplain.methods.method import AttentionMaps, Method, check_embeddings
-from simexplain.methods.scoring import check_choice
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_runs import expected_avsl, features_and_rows, origin_warnings
 from simexplain.models.base import SimilarityModel
@@ -133,11 +131,10 @@ class AVSLMaps(Method):
 
     def _wanted(self, model: SimilarityModel) -> list[int]:
         levels = expected_avsl(model, "for method 'avsl'").levels
-        if self.level and self.level not in levels:
-            raise ComparisonError(
-                f"Expected level to be one of {', '.join(levels)}, got '{self.level}'."
-            )
-        return [levels.index(self.level)] if self.level else list(range(len(levels)))
+        if not self.level:
+            return list(range(len(levels)))
+        check_choice("level", self.level, levels)
+        return [levels.index(self.level)]
 
     def _pulls(self, model: AVSL, images: Comparison, rows: Tensor) -> list[Tensor]:
         """The direction of each image at each level ``(B,K,r)``."""

@@ -16,18 +16,18 @@ from torch import Tensor
 
 from simexplain.arguments import typed
 from simexplain.comparison import Comparison
+from simexplain.errors import check_choice
 from simexplain.methods.method import AttentionMaps
-from simexplain.methods.scoring import (
+from simexplain.methods.pixel_methods import (
     PixelMethod,
     Question,
-    check_choice,
     check_range,
     differentiable_scores,
     filled,
     scores_of,
     unscaled,
 )
-from simexplain.metrics.fills import FILLS
+from simexplain.metrics.curves import FILLS
 
 _INCOMPLETE = 0.05
 _ROUNDING = 1e-5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,10 +23,50 @@ from simexplain.methods import (
 from simexplain.methods.focus import Focus
 from simexplain.methods.kinds import rows_for
 from simexplain.methods.method import AttentionMaps
-from simexplain.methods.one_pass import attended, shares
+from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.methods.similarity_attention import SimilarityAttention
 from simexplain.models.base import SimilarityModel
-from simexplain.networks import layer_name
+from simexplain.networks import layer_name, unit_rows
+
+Attending = SimilarityAttention | Focus
+
+
+def attended(
+    model: SimilarityModel,
+    images: Comparison,
+    methods: Sequence[tuple[Attending, Sequence[str]]],
+    *,
+    max_batch: int | None = None,
+) -> list[AttentionMaps]:
+    """What each method finds by itself, from one forward pass for all of them.
+
+    Args:
+        model: The model; its unit rows are its vectors at unit length (:func:`shares`).
+        images: Images ``(3,H,W)`` in a comparison.
+        methods: Each with its layers. Gradients go down to the lowest layer of each.
+        max_batch: Bounds the images of one forward pass.
+
+    Raises:
+        ModelError: If a layer cannot be used or the embeddings are zero or not finite.
+    """
+    every = tuple(dict.fromkeys(layer for _, layers in methods for layer in layers))
+    flat = images.stacked().flatten(0, 1)
+    traced = trace_vectors(model, flat, every, max_batch=max_batch, middle=False, by_rows=True)
+    model.measure(flat, traced.recorded, unit_rows)
+    return [
+        method.follow(model, images, traced.trace.at(layers), max_batch=max_batch)
+        if isinstance(method, Focus)
+        else method.attend(
+            traced.units.at(layers), images, apart=model.apart(layers, flat)
+        ).detached()
+        for method, layers in methods
+    ]
+
+
+def shares(model: SimilarityModel) -> bool:
+    """Whether one pass serves both: the model's rows are its vectors, brought to unit length."""
+    return type(model).vectors is not SimilarityModel.vectors
+
 
 Layers = str | nn.Module | Sequence[str | nn.Module] | None
 """Layers by name or as modules of the network."""
@@ -57,7 +97,7 @@ def rows_of(
     view: Comparison,
     method: Methods,
     layer: Layers,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     max_batch: int | None,
 ) -> list[Row]:
     """Asks one or several methods; similarity attention and focus share a forward pass.
@@ -93,7 +133,7 @@ def request_of(
     model: SimilarityModel,
     method: Methods,
     layer: Layers,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     *,
     direction: bool = False,
 ) -> list[tuple[str | MethodLike, MethodLike]]:
@@ -117,7 +157,7 @@ def _named(
     model: SimilarityModel,
     method: Methods,
     layer: Layers,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     *,
     direction: bool,
 ) -> Sequence[str | MethodLike]:
@@ -131,7 +171,7 @@ def _named(
     return method
 
 
-def _made(named: Sequence[str | MethodLike], options: dict[str, Any]) -> list[MethodLike]:
+def _made(named: Sequence[str | MethodLike], options: Mapping[str, Any]) -> list[MethodLike]:
     """The methods as objects, each of those given by name with the options that it has."""
     for name in named:
         if isinstance(name, str):

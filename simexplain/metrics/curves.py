@@ -13,8 +13,68 @@ import torch
 from torch import Tensor
 
 from simexplain.errors import ComparisonError
-from simexplain.metrics.fills import FILLS
 from simexplain.metrics.maps import grown
+
+Fill = Callable[[Tensor, Tensor], Tensor]
+"""From images ``(...,3,H,W)`` and black ``(3,1,1)`` in their units to images of that shape."""
+
+BLUR = 1 / 8
+"""The standard deviation of the blur as a share of the shorter side: shapes go, the tone stays."""
+
+
+def blurred(images: Tensor, black: Tensor | None = None) -> Tensor:
+    """Images ``(...,3,H,W)`` under a Gaussian of :data:`BLUR` times their shorter side.
+
+    At the borders the weights inside the image are scaled to one, so a flat image stays as it is.
+    ``black`` is not used.
+    """
+    height, width = images.shape[-2:]
+    exact = images.to(torch.promote_types(images.dtype, torch.float32))
+    sigma = BLUR * min(height, width)
+    rows, columns = (gaussian(side, sigma) for side in (height, width))
+    down, along = (
+        (weights / weights.sum(dim=1, keepdim=True)).to(exact) for weights in (rows, columns)
+    )
+    return (down @ exact @ along.T).to(images.dtype)
+
+
+def mean_colour(images: Tensor, black: Tensor | None = None) -> Tensor:
+    """Each image ``(...,3,H,W)`` in its own mean colour; ``black`` is not used."""
+    return images.mean(dim=(-2, -1), keepdim=True).expand_as(images)
+
+
+def blackened(images: Tensor, black: Tensor) -> Tensor:
+    """Black ``(3,1,1)`` all over: zeros for images in [0, 1], else black after normalisation."""
+    return black.to(images).expand_as(images)
+
+
+def border_colour(images: Tensor, black: Tensor | None = None) -> Tensor:
+    """Each image ``(...,3,H,W)`` in the mean colour of its outermost pixels; ``black`` is not used.
+
+    Of objects that are cut out or photographed on plain ground it is that of the ground.
+    """
+    exact = images.to(torch.promote_types(images.dtype, torch.float32))
+    whole, inner = exact.sum(dim=(-2, -1)), exact[..., 1:-1, 1:-1].sum(dim=(-2, -1))
+    height, width = images.shape[-2:]
+    count = height * width - max(height - 2, 0) * max(width - 2, 0)
+    return ((whole - inner) / count)[..., None, None].to(images.dtype).expand_as(images)
+
+
+FILLS: dict[str, Fill] = {
+    "blur": blurred,
+    "mean": mean_colour,
+    "black": blackened,
+    "border": border_colour,
+}
+"""The image heavily blurred, its own mean colour, black, or the colour of its border; one function
+and one line each."""
+
+
+def gaussian(side: int, sigma: float) -> Tensor:
+    """Weights ``(side,side)`` of every place in the blur of every other, 1 for itself; float64."""
+    places = torch.arange(side, dtype=torch.float64)
+    return (-0.5 * ((places[:, None] - places[None]) / max(sigma, 1e-3)).square()).exp()
+
 
 Score = Callable[[Tensor], Tensor]
 """From ``M`` images ``(M,3,H,W)``, or ``M`` groups of them ``(M,K,3,H,W)``, to scores ``(M,)``."""
@@ -209,3 +269,65 @@ def _check(images: Tensor, heatmaps: Tensor, steps: int, least: float) -> None:
         raise ComparisonError(f"Expected least to be at least 0, got {least}.")
     if not 1 <= steps <= _MOST_STEPS:
         raise ComparisonError(f"Expected at least one step and at most {_MOST_STEPS}, got {steps}.")
+
+
+SHARE = 10
+"""One part in this many is hidden."""
+_BORDER = 0.03
+"""Standard deviation of the border between hidden and shown, as a share of the shorter side."""
+_PLACES = (
+    (2, 2), (0, 2), (2, 0), (1, 3), (3, 1), (1, 1), (3, 3), (1, 2), (2, 1), (3, 2), (2, 3), (0, 1),
+    (1, 0), (0, 3), (3, 0),
+)  # fmt: skip
+"""Where the control may lie: quarters of height and width by which the hot part is moved."""
+
+
+def hottest(heatmaps: Tensor) -> Tensor:
+    """The hottest tenth of each map ``(...,H,W)``, boolean; less where there is less heat at all.
+
+    Maps are smoothed before, so that of single hot pixels the place counts where most of them are.
+    """
+    size = (int(heatmaps.shape[-2]), int(heatmaps.shape[-1]))
+    soft = _smoothed(heatmaps.relu())
+    count = max(1, size[0] * size[1] // SHARE)
+    return (ranks(soft, size) < count) & (soft > 0)
+
+
+def elsewhere(masks: Tensor) -> Tensor:
+    """As many pixels of each mask ``(...,H,W)`` in another place, the same for the same mask.
+
+    The mask is moved by quarters of the picture, round its borders, to the place where it overlaps
+    least with itself; of equal ones the one that is farthest away.
+    """
+    height, width = masks.shape[-2:]
+    flat = masks.flatten(0, -3) if masks.dim() > 2 else masks[None]
+    moved = [(down * height // 4, right * width // 4) for down, right in _PLACES]
+    chosen = []
+    for mask in flat:
+        others = [torch.roll(mask, step, (0, 1)) for step in moved]
+        overlaps = [int((mask & other).sum()) for other in others]
+        chosen.append(others[overlaps.index(min(overlaps))])
+    return torch.stack(chosen).view(masks.shape)
+
+
+def hidden(images: Tensor, masks: Tensor, veil: Tensor | None = None) -> Tensor:
+    """Images ``(...,C,H,W)`` blurred beyond recognition where masks ``(...,H,W)`` are true.
+
+    The border between what is hidden and what is not is soft, so that it does not add a visible
+    edge.
+
+    Args:
+        images: The images.
+        masks: Where to hide.
+        veil: The images, :func:`~simexplain.metrics.curves.blurred`, where they are at hand.
+    """
+    share = _smoothed(masks.to(torch.float32)).unsqueeze(-3).to(images.dtype)
+    return torch.lerp(images, blurred(images) if veil is None else veil, share)
+
+
+def _smoothed(maps: Tensor) -> Tensor:
+    """Maps ``(...,H,W)`` under a narrow Gaussian, whose weights are scaled to one at borders."""
+    height, width = maps.shape[-2:]
+    rows, columns = (gaussian(side, _BORDER * min(height, width)) for side in (height, width))
+    down, along = (weights / weights.sum(dim=1, keepdim=True) for weights in (rows, columns))
+    return down.to(maps) @ maps @ along.to(maps).T

@@ -11,11 +11,20 @@ from torch import Tensor, nn
 
 from simexplain.arguments import typed
 from simexplain.errors import ModelError
-from simexplain.graph.cams import CERTAINTIES, node_cams, overlap, pack, pooled
 from simexplain.graph.distances import distances
-from simexplain.graph.inference import Graph, PairGraph, Rows, infer, unpack
-from simexplain.graph.neighbours import Neighbours, neighbours
-from simexplain.graph.surrogate import Surrogate
+from simexplain.graph.inference import (
+    CERTAINTIES,
+    Graph,
+    PairGraph,
+    Rows,
+    infer,
+    node_cams,
+    overlap,
+    pack,
+    pooled,
+    unpack,
+)
+from simexplain.graph.neighbours import Neighbours, Surrogate, neighbours
 from simexplain.models.avsl_options import ORIGINS, AVSLOptions, avsl_options
 from simexplain.models.avsl_parts import (
     checked_widths,

@@ -8,7 +8,7 @@ from typing import Any
 
 from simexplain.arguments import typed
 from simexplain.errors import ModelError
-from simexplain.graph.cams import CERTAINTIES, POOLINGS
+from simexplain.graph.inference import CERTAINTIES, POOLINGS
 
 TIES = ("first", "all")
 ORPHANS = ("keep", "drop")

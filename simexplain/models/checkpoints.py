@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simexplain.errors import DAMAGED, ModelError, first_line, missing
-from simexplain.printing import printable
+from simexplain.errors import DAMAGED, ModelError, first_line, missing, printable
 
 FORMAT_KEY = "simexplain"
 SCHEMA = 1

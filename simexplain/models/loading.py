@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simexplain.arguments import typed
 from simexplain.data.preprocessing import FITS, Preprocess
-from simexplain.errors import ImageError, ModelError, first_line
+from simexplain.errors import ImageError, ModelError, first_line, printable
 from simexplain.models.avsl_files import avsl_from, split_state
 from simexplain.models.backbones import (
     ZOOS,
@@ -44,7 +44,6 @@ from simexplain.models.pairs import PairModel, as_pair_model, check_pair
 from simexplain.models.preparing import UNSTATED
 from simexplain.models.rebuilding import rebuilt
 from simexplain.models.sidecar import Sidecar, read_sidecar, with_values
-from simexplain.printing import printable
 
 RANDOM = "random"
 _MOST_CHANNELS = 1024

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
+from simexplain.errors import printable
 from simexplain.models.expressions import BadExpressionError, arithmetic, check_guard
 from simexplain.models.operators import is_known_operator
-from simexplain.printing import printable
 
 Rule = Callable[[Any], Any]
 

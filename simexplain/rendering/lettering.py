@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from simexplain.printing import printable
+from simexplain.errors import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from simexplain.rendering.cards import NodeCard, mean_ratio
+from simexplain.rendering.graph import NodeCard, mean_ratio
 from simexplain.rendering.lettering import breadth, number, shortened
 from simexplain.rendering.sheet import (
     FAINT,

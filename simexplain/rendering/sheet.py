@@ -25,7 +25,7 @@ from matplotlib.path import Path
 from matplotlib.transforms import Affine2D
 from numpy.typing import NDArray
 
-from simexplain.printing import printable
+from simexplain.errors import printable
 from simexplain.rendering.lettering import DOTS, FONT, breadth, shortened, wrapped, write
 from simexplain.rendering.overlay import Pixels, colour_table
 

@@ -8,7 +8,7 @@ import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from simexplain.errors import OutputError
-from simexplain.printing import json_text, printable
+from simexplain.errors import OutputError, json_text, printable
 from simexplain.publishing import KINDS, SCHEMA, Kind, atomic_directory, numbered, read_back
 from simexplain.results.codec import Arrays, decoded, encoded, plain
 from simexplain.results.upgrades import UPGRADES
@@ -91,6 +90,12 @@ class Result(ABC):
     def more_arrays(self) -> Arrays:
         """Arrays for those who read the file alone, beside those of the fields."""
         return {}
+
+    def placed(self: Made, notes: Sequence[str] = (), **fields: Any) -> Made:
+        """The same with other fields, such as its pictures, and more warnings in front."""
+        own: Any = self
+        placed: Made = replace(own, warnings=(*notes, *own.warnings), **fields)
+        return placed
 
     def to_store(self: Made) -> Made:
         """What of it is kept."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from simexplain.arguments import typed
 from simexplain.data.folders import Record, StageProgress
 from simexplain.errors import ComparisonError, ModelError, OutputError
-from simexplain.methods.position_parts import MOST_STEPS
+from simexplain.methods.decomposition import MOST_STEPS
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
 from simexplain.networks import full_precision

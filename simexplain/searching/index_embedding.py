@@ -15,7 +15,7 @@ from torch import Tensor
 from simexplain.data.folders import Batches, Record, pictures_in
 from simexplain.data.images import read_picture
 from simexplain.errors import ImageError, ModelError
-from simexplain.methods.position_parts import EXACT, PositionParts, position_parts
+from simexplain.methods.decomposition import EXACT, PositionParts, position_parts
 from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_runs import features_and_rows

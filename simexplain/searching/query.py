@@ -18,7 +18,7 @@ from simexplain.data.preprocessing import Geometry
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.matching.factors import Factors
 from simexplain.matching.matching import factors_of
-from simexplain.methods.position_parts import position_parts
+from simexplain.methods.decomposition import position_parts
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import DISTANCES, SimilarityModel
 from simexplain.models.moving import WHOLE, overlaps

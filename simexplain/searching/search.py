@@ -20,9 +20,8 @@ from simexplain.data.preprocessing import Geometry, prepared, shrunk
 from simexplain.errors import ComparisonError, ImageError, ModelError
 from simexplain.explanation import versions
 from simexplain.matching.factors import Factors, pair_matrix
-from simexplain.matching.points import Frame, PositionPair
-from simexplain.matching.ranking import centred, strongest
-from simexplain.methods.unexplained import bypass_warning, unexplained_share_warning
+from simexplain.matching.result import Frame, PositionPair, centred, strongest
+from simexplain.methods.method import bypass_warning, unexplained_share_warning
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model

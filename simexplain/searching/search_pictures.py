@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simexplain.data.preprocessing import Thumbnail
-from simexplain.errors import ComparisonError
-from simexplain.matching.points import Point
+from simexplain.errors import ComparisonError, printable
+from simexplain.matching.result import Point
 from simexplain.metrics.maps import placed
-from simexplain.printing import printable
 from simexplain.rendering.lettering import number
 from simexplain.rendering.overlay import Heat, signed_overlay
 from simexplain.rendering.sheet import (

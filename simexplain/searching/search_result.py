@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simexplain.data.preprocessing import Geometry
-from simexplain.matching.points import Point, PositionPair
+from simexplain.matching.result import Point, PositionPair
 from simexplain.models.moving import WHOLE, Region
 from simexplain.results.result import Result
 from simexplain.searching.query import Box

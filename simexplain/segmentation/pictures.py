@@ -9,9 +9,8 @@ import cv2
 import numpy as np
 
 from simexplain.data.preprocessing import shrunk
-from simexplain.printing import printable
-from simexplain.rendering.masks import MARK_COLOURS, marked
-from simexplain.rendering.overlay import Pixels, overlay
+from simexplain.errors import printable
+from simexplain.rendering.overlay import MARK_COLOURS, Pixels, marked, overlay
 from simexplain.rendering.sheet import FAINT, PALE, Cell, Grid, Row, Words, page
 from simexplain.segmentation.result import Segmentation
 

@@ -95,7 +95,7 @@ class Segmentation(Result):
 
     def overlay(self) -> Pixels:
         """The picture with the mask in colour and its outline ``(H,W,3)``."""
-        from simexplain.rendering.masks import outlined
+        from simexplain.rendering.overlay import outlined
 
         return outlined(self.picture, self.mask)
 
@@ -105,7 +105,7 @@ class Segmentation(Result):
         Args:
             crop: Only the box around the mask; an empty mask gives the whole, transparent.
         """
-        from simexplain.rendering.masks import cut_out
+        from simexplain.rendering.overlay import cut_out
 
         whole = cut_out(self.picture, self.mask)
         if not crop or self.box is None:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from simexplain.errors import ModelError
-from simexplain.losses.distributed import ProcessGroup
-from simexplain.losses.objective import Objective
+from simexplain.losses.objective import Objective, ProcessGroup
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import preserve_state

@@ -54,7 +54,7 @@ def choices() -> dict[str, tuple[str, ...]]:
     from simexplain.data.training_set import AUGMENTATIONS
     from simexplain.losses.avsl_objective import ABLATIONS
     from simexplain.losses.metric_losses import LOSSES
-    from simexplain.losses.tuples import SHAPES
+    from simexplain.losses.mining import SHAPES
 
     return {
         **CHOICES,
@@ -107,7 +107,7 @@ def check_terms(options: Any) -> None:
     """Refuses settings of the loss and of mining that do not exist, do not fit or contradict."""
     from simexplain.losses.distance_losses import DISTANCE_LOSSES
     from simexplain.losses.metric_losses import LOSSES
-    from simexplain.losses.settings import check_settings
+    from simexplain.losses.objective import check_settings
 
     for name in ("loss_options", "mining_options"):
         for pair in getattr(options, name):

@@ -16,11 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from simexplain.errors import DAMAGED, ModelError, OutputError, first_line
+from simexplain.errors import DAMAGED, ModelError, OutputError, first_line, json_text
 from simexplain.models.base import SimilarityModel
 from simexplain.models.checkpoints import read_torch
 from simexplain.models.loading import load_model
-from simexplain.printing import json_text
 from simexplain.publishing import check_writable
 from simexplain.renaming import with_old_names
 from simexplain.results.result import Kept
