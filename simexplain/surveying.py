@@ -81,6 +81,7 @@ class Survey:
         tracked: Whether the embedding is differentiable with respect to anything at all.
         obstacles: What keeps gradients away, such as ``no_grad``, in the order of occurrence.
         images: How many the recorded pass was made for.
+        draws: Whether it draws random numbers, so that the embedding is another one every time.
     """
 
     runs: list[LayerRun]
@@ -88,6 +89,7 @@ class Survey:
     tracked: bool
     obstacles: tuple[str, ...] = ()
     images: int = 1
+    draws: bool = False
 
 
 def survey(model: Traceable, pictures: Tensor) -> Survey:
@@ -102,7 +104,9 @@ def survey(model: Traceable, pictures: Tensor) -> Survey:
             alone ``(1,C,H,W)``.
     """
     with torch.inference_mode(mode=False), preserve_state(model.network):
+        before = _random_state(pictures)
         record, paths, embeddings = _recorded(model, pictures[:1])
+        draws = not torch.equal(before, _random_state(pictures))
         calls = record.calls
         main = paths.main()
         sources = [call.source if _vertex(call.source) in main else None for call in calls]
@@ -112,13 +116,27 @@ def survey(model: Traceable, pictures: Tensor) -> Survey:
         moving = _moving(model, pictures[:1], calls) if record.choices else set()
         if len(pictures) > 1 and any(call.open for call in calls):
             _respond(model, pictures[1:], calls, record.count)
+        draws = draws and _differs(model, pictures[:1], embeddings[:1].detach())
     return Survey(
         _runs(calls, gradients, main, moving),
         embeddings[0].detach(),
         embeddings.requires_grad,
         tuple(dict.fromkeys(record.obstacles)),
         record.count,
+        draws,
     )
+
+
+def _random_state(pictures: Tensor) -> Tensor:
+    """That of torch where the pictures are."""
+    return torch.cuda.get_rng_state(pictures.device) if pictures.is_cuda else torch.get_rng_state()
+
+
+def _differs(model: Traceable, picture: Tensor, row: Tensor) -> bool:
+    """Whether a picture ``(1,C,H,W)`` has another embedding than ``(1,E)`` when it is run again."""
+    with torch.no_grad():
+        again = model.embed(picture.expand(model.batch_size or 1, *picture.shape[1:]).clone())[:1]
+    return not torch.allclose(again, row, rtol=1e-3, atol=1e-3 * float(row.abs().max()))
 
 
 def _recorded(model: Traceable, picture: Tensor) -> tuple[_Record, Paths, Tensor]:

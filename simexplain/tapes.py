@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+from simexplain.errors import ModelError, first_line
 
 Held = Callable[["Call", Sequence[Any]], Any]
 """Runs a call in another way, given its arguments, flattened; see :meth:`Tape.replay`."""
@@ -33,6 +36,7 @@ _SAME = {
     "mm": "matmul", "rmatmul": "matmul", "einsum": "matmul", "absolute": "abs",
 }  # fmt: skip
 """Functions that do the same to the scale of a tensor as another, by their plain names."""
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 OPENED = {"multi_head_attention_forward"}
 """Functions in which a network does most of its work; what they call is recorded instead."""
 
@@ -52,6 +56,8 @@ class Call:
         values: The numbers of their values, one for each.
         given: How many of them it gave.
         graded: Whether gradients were recorded.
+        autocast: The kind of device and the type of number of an ``autocast`` that the network had
+            entered.
     """
 
     func: Any
@@ -64,6 +70,7 @@ class Call:
     values: tuple[int, ...]
     given: int
     graded: bool
+    autocast: tuple[str, torch.dtype] | None = None
 
     def arguments(
         self, flat: Sequence[Any] | None = None
@@ -75,7 +82,10 @@ class Call:
     def run(self, flat: Sequence[Any]) -> Any:
         """Calls the function with other arguments."""
         args, kwargs = self.arguments(flat)
-        return self.func(*args, **kwargs)
+        if self.autocast is None:
+            return self.func(*args, **kwargs)
+        with torch.autocast(*self.autocast):
+            return self.func(*args, **kwargs)
 
     def unchanged(self, position: int) -> bool:
         """Whether nothing has been written into an argument since."""
@@ -150,7 +160,7 @@ class Tape(TorchFunctionMode):
             values = tuple(self._learn(output) for output in outputs)
             self.calls.append(
                 Call(func, plain_name(func), tuple(flat), spec, inputs, versions, outputs, values,
-                     len(given), graded)
+                     len(given), graded, entered_autocast())
             )  # fmt: skip
         return result
 
@@ -186,14 +196,18 @@ class Tape(TorchFunctionMode):
         Returns:
             The new tensors by the ``id`` of those that were recorded, gradients included. What
             does not depend on the sources is as it was.
+
+        Raises:
+            ModelError: If a function does not take the new tensors.
         """
         values = dict(sources)
         for number, call in enumerate(self.calls[first:], start=first):
             flat = [values.get(id(value), value) for value in call.flat]
             if all(new is old for new, old in zip(flat, call.flat, strict=True)):
                 continue
-            with torch.set_grad_enabled(call.graded):
-                result = held[number](call, flat) if held and number in held else call.run(flat)
+            run = held.get(number, Call.run) if held else Call.run
+            with torch.set_grad_enabled(call.graded), _replaying(call):
+                result = run(call, flat)
             new = [value for value in pytree.tree_leaves(result) if isinstance(value, Tensor)]
             old = call.outputs[: call.given]
             values.update((id(o), n) for o, n in zip(old, new, strict=True))
@@ -212,6 +226,30 @@ class Tape(TorchFunctionMode):
                 return False
             new.update(id(output) for output in call.outputs)
         return id(self.result) in new
+
+
+@contextmanager
+def _replaying(call: Call) -> Iterator[None]:
+    """Turns what a function raises of other tensors than it was recorded with into a sentence."""
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        if "memory" in str(error):
+            raise
+        raise ModelError(
+            "The network chooses from what is in an image how many of its numbers it goes on with, "
+            f"so what follows the layer cannot be run again on others ({call.name}: "
+            f"{first_line(error).rstrip('.')}); use sam or a method on pixels such as occlusion, "
+            "or name an earlier or later layer with layer=."
+        ) from error
+
+
+def entered_autocast() -> tuple[str, torch.dtype] | None:
+    """The ``autocast`` that is active: the kind of device and the type that it computes in."""
+    for kind in _AUTOCAST:
+        if torch.is_autocast_enabled(kind):
+            return kind, torch.get_autocast_dtype(kind)
+    return None
 
 
 def unwatched(func: Callable[..., Any]) -> Callable[..., Any]:

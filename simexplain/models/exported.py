@@ -247,6 +247,13 @@ def _only_output(program: Any) -> int | str | None:
     return key
 
 
+def runs_autocast(program: Any) -> bool:
+    """Whether part of a program runs under ``autocast``, which is one piece without layers."""
+    whole = torch.ops.higher_order.wrap_with_autocast
+    graphs = (part.graph for part in program.graph_module.modules() if hasattr(part, "graph"))
+    return any(node.target is whole for graph in graphs for node in graph.nodes)
+
+
 def _notes(program: Any, path: Path) -> tuple[str, ...]:
     """What is assumed of the program or odd about it."""
     notes = [
@@ -257,6 +264,12 @@ def _notes(program: Any, path: Path) -> tuple[str, ...]:
         for node in program.graph.nodes
         if str(node.target) == "aten.batch_norm.default" and len(node.args) > 5
     }
+    if runs_autocast(program):
+        notes.append(
+            f"'{path}' was exported with torch.autocast entered in its forward, so the layers that "
+            "run there cannot be looked into; export it without autocast, or use a method on "
+            "pixels such as occlusion."
+        )
     if True in modes:
         notes.append(
             f"'{path}' was exported in training mode, so its results depend on the whole batch; "

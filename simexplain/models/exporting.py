@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from simexplain.errors import ModelError, first_line
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import Embedder, picked
+from simexplain.models.exported import runs_autocast
 from simexplain.models.pairs import PairModel
 from simexplain.models.vetting import refused_part
 from simexplain.networks import at_least_single, preserve_state
@@ -73,6 +74,12 @@ def _exported(twin: nn.Module, examples: tuple[Tensor, ...]) -> bytes:
     shapes = tuple({0: torch.export.Dim.AUTO} for _ in examples)
     with _quiet(), torch.no_grad(), preserve_state(twin):
         program = torch.export.export(twin, examples, dynamic_shapes=shapes)
+        if runs_autocast(program):
+            raise ModelError(
+                f"{type(twin).__name__} enters torch.autocast in its forward, and a program keeps "
+                "no layers of what runs there; save it without autocast, or keep the module in "
+                "Python and use as_similarity_model."
+            )
         wanted, got = twin(*examples), program.module()(*examples)
     content = io.BytesIO()
     with _quiet():

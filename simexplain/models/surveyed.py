@@ -25,6 +25,11 @@ _MOVES = (
     "part of it to look at, so its map cannot be believed; name an earlier layer with layer=, or "
     "use a method on pixels such as occlusion."
 )
+_DRAWS = (
+    "The network draws random numbers although it is in eval mode, as F.dropout does without "
+    "training=False, so embeddings and maps are others in every call; switch that off in its "
+    "forward."
+)
 _SHALLOW, _DEEP, _LATER = 0.25, 12, 3
 
 
@@ -68,6 +73,7 @@ class Surveyed:
         looked = Maps(survey, pictures, model.hints)
         maps = looked.candidates
         self._embedding = survey.embedding
+        self._draws = survey.draws
         self._moving = {run.name for run in survey.runs if run.moves}
         self._layouts: dict[str, Layout] = {one.run.name: one.layout for one in maps}
         self._error = ""
@@ -168,8 +174,11 @@ class Surveyed:
             own, rest = torch.split(source.detach(), [1, size - 1], dim=axis)
             cells = traced.outputs[layer][other // size].detach().narrow(axis, other % size, 1)
             mixed = torch.cat((layout.cells_of(own, cells), rest), dim=axis)
-            with preserve_state(self.model.network):
-                result = tape.replay({id(source): mixed})[id(tape.result)].detach()
+            try:
+                with preserve_state(self.model.network):
+                    result = tape.replay({id(source): mixed})[id(tape.result)].detach()
+            except ModelError:  # it has to be run as a whole
+                continue
             self._shares[layer, True] = _share(rows[0], rows[other], finish(result)[0])
 
     def bypass(self, layer: str) -> float:
@@ -208,6 +217,8 @@ class Surveyed:
     def cautions(self, layers: Sequence[str]) -> tuple[str, ...]:
         """Sentences on layers that part of the embedding bypasses, and on early ones."""
         used, notes = self.known(layers), [_MOVES.format(x) for x in layers if x in self._moving]
+        if self._draws:
+            notes.append(_DRAWS)
         worst = max(used, key=lambda layer: layer.bypass, default=None)
         if worst is not None and worst.bypass > RELEVANT:
             notes.append(self._bypassed(worst))
