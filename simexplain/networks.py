@@ -33,6 +33,9 @@ def full_precision() -> Iterator[None]:
         yield
 
 
+INPUT = ":input"
+"""The end of a name that means what a layer is called with, not what it returns."""
+
 _LOCKS: dict[int, RLock] = {}
 _NEW_LOCK = Lock()
 
@@ -141,7 +144,7 @@ def channels_of(network: nn.Module) -> int:
 
 
 def find_layer(network: nn.Module, name: str) -> nn.Module:
-    """The submodule of this name.
+    """The submodule of this name, which may end in ``:input``.
 
     Raises:
         ModelError: If there is none; suggests the closest names.
@@ -149,6 +152,7 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
     if reason := getattr(network, "sealed", ""):  # a black box
         raise ModelError(reason)
     modules: dict[str, nn.Module] = dict(network.named_modules())
+    name = name.removesuffix(INPUT)
     if name and name in modules:
         return modules[name]
     close = get_close_matches(name, [known for known in modules if known], n=3)

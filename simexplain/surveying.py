@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -11,11 +12,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from simexplain.image_choices import ImageChoices
-from simexplain.networks import first_tensor, preserve_state, split_call, with_first
+from simexplain.networks import INPUT, first_tensor, preserve_state, split_call, with_first
 from simexplain.places.cells import Cells, cells_of
 from simexplain.places.paths import Paths, Vertex
 from simexplain.places.spans import Place
 from simexplain.tracing import Traceable, listening
+
+
+class Input(nn.Identity):
+    """Stands for what a layer is called with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +28,9 @@ class LayerRun:
     """One call of one layer, as :func:`survey` recorded it.
 
     Attributes:
-        name: The layer's name, with ``@call`` appended where it runs more than once.
-        module: The module itself.
+        name: The layer's name, with ``@call`` appended where it runs more than once; what a layer
+            is called with, that none returns and everything passes, has its name and ``:input``.
+        module: The module itself; an :class:`Input` there.
         output: Its output for the first picture, as it was when the layer returned it.
         gradient: The gradient of a random projection of the embedding, or None where the
             embedding does not depend on this output.
@@ -107,8 +113,8 @@ def survey(model: Traceable, pictures: Tensor) -> Survey:
         before = _random_state(pictures)
         record, paths, embeddings = _recorded(model, pictures[:1])
         draws = not torch.equal(before, _random_state(pictures))
-        calls = record.calls
         main = paths.main()
+        calls = record.calls = _wanted(record, paths, main)
         sources = [call.source if _vertex(call.source) in main else None for call in calls]
         with torch.enable_grad():
             gradients = _probe_gradients(embeddings, [*(call.edge for call in calls), *sources])
@@ -127,6 +133,28 @@ def survey(model: Traceable, pictures: Tensor) -> Survey:
     )
 
 
+def _wanted(record: _Record, paths: Paths, main: set[Vertex]) -> list[_Call]:
+    """All calls, of what layers are called with only sums and the like after the last layer.
+
+    Args:
+        record: All calls, in order of execution.
+        paths: Of the pass.
+        main: What everything passes.
+    """
+    least = 2 + (record.count > 1)
+    passed = [call for call in record.calls if _vertex(call.edge) in main]
+    passed = [call for call in passed if sum(side > 1 for side in call.output.shape) >= least]
+    returned = {_vertex(call.edge) for call in passed if not call.name.endswith(INPUT)}
+    last = takewhile(lambda call: call.name.endswith(INPUT), reversed(passed))
+    lower = {vertex for vertex in returned if vertex is not None}
+    kept = {
+        id(call)
+        for call in last
+        if (vertex := _vertex(call.edge)) is not None and not paths.is_chained(vertex, lower)
+    }
+    return [call for call in record.calls if id(call) in kept or not call.name.endswith(INPUT)]
+
+
 def _random_state(pictures: Tensor) -> Tensor:
     """That of torch where the pictures are."""
     return torch.cuda.get_rng_state(pictures.device) if pictures.is_cuda else torch.get_rng_state()
@@ -143,6 +171,7 @@ def _recorded(model: Traceable, picture: Tensor) -> tuple[_Record, Paths, Tensor
     """One pass of a picture ``(1,C,H,W)`` with gradients, its graph and its embeddings."""
     record = _Record(model.batch_size or 1)
     listeners = {name: record.listener(name) for name in _names(model)}
+    listeners |= {name + INPUT: record.before(name) for name in _names(model)}
     image = picture.detach().clone().requires_grad_()
     watch = ImageChoices(image)
     with listening(model.network, listeners), torch.enable_grad(), watch:
@@ -170,7 +199,7 @@ def _moving(model: Traceable, picture: Tensor, calls: Sequence[_Call]) -> set[in
         window = (there[rows][:, None] * there[columns]).to(picture)
         record, paths, _ = _recorded(model, picture * window)
         record.settle(paths)
-        others = record.calls
+        others = _wanted(record, paths, paths.main())
         both = list(zip(calls, others, strict=False))
         alike = next((n for n, (a, b) in enumerate(both) if a.name != b.name), len(both))
         moved = {n for n, (a, b) in enumerate(both[:alike]) if a.cells != b.cells}
@@ -252,6 +281,15 @@ class _Record:
 
         return hook
 
+    def before(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        """What to call before each call of one layer: notes what no layer has returned."""
+
+        def hook(module: nn.Module, args: Any, given: Tensor) -> None:
+            if given.requires_grad and given.dim() > 2 and self._same(given) not in self._kept:
+                self._add(name + INPUT, Input(), args, given)
+
+        return hook
+
     def settle(self, paths: Paths) -> None:
         """Finds the grid of every output, or opens the question."""
         places = paths.places()
@@ -261,12 +299,9 @@ class _Record:
             call.settle(places, grids, self.count, known.setdefault(call.same, call))
 
     def _add(self, name: str, module: nn.Module, args: Any, tensor: Tensor) -> None:
-        edge = None
-        if tensor.requires_grad:
-            edge = get_gradient_edge(tensor)
-            same = (id(edge.node), edge.output_nr)
-        else:
-            same = (id(tensor), tensor._version if not tensor.is_inference() else 0)
+        edge = get_gradient_edge(tensor) if tensor.requires_grad else None
+        same = self._same(tensor)
+        if edge is None:
             self._note(name, tensor)
         if same not in self._kept:
             self._kept[same] = tensor.detach().clone()
@@ -276,6 +311,12 @@ class _Record:
         source = get_gradient_edge(given) if given.requires_grad else None
         self.calls.append(_Call(name, module, self._kept[same], edge, follows, same, source))
         self._makers[id(tensor)] = name
+
+    def _same(self, tensor: Tensor) -> tuple[int, int]:
+        if tensor.requires_grad:
+            edge = get_gradient_edge(tensor)
+            return (id(edge.node), edge.output_nr)
+        return (id(tensor), tensor._version if not tensor.is_inference() else 0)
 
     def _note(self, name: str, tensor: Tensor) -> None:
         if tensor.is_inference():
@@ -351,14 +392,15 @@ def _respond(model: Traceable, others: Tensor, calls: Sequence[_Call], alone: in
         count = len(chunk)
         if count < size:
             chunk = torch.cat((chunk, chunk[-1:].expand(size - count, *chunk.shape[1:])))
-        waiting = iter(calls)
+        waiting = list(reversed(calls))
 
         def compare(name: str, count: int = count, waiting: Any = waiting) -> Any:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 tensor = first_tensor(output)
-                if tensor is None:
+                passed = name.endswith(INPUT) and (not waiting or waiting[-1].name != name)
+                if tensor is None or passed:
                     return
-                call = next(waiting, None)
+                call = waiting.pop() if waiting else None
                 if call is not None and call.open and call.name == name:
                     for layout, change in _changes(call, tensor, alone, size):
                         parts = call.changes.setdefault(layout, [])
@@ -368,7 +410,8 @@ def _respond(model: Traceable, others: Tensor, calls: Sequence[_Call], alone: in
 
             return hook
 
-        listeners = {name: compare(name) for name in _names(model)}
+        names = [*_names(model), *{c.name for c in calls if c.name.endswith(INPUT)}]
+        listeners = {name: compare(name) for name in names}
         with listening(model.network, listeners), torch.no_grad():
             model.embed(chunk.clone())
 

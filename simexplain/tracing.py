@@ -11,10 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from simexplain.arguments import described, typed
 from simexplain.errors import ModelError
 from simexplain.networks import (
+    INPUT,
     exclusively,
     find_layer,
     first_tensor,
@@ -132,10 +135,13 @@ class Trace:
 def listening(network: nn.Module, listeners: Mapping[str, Listener]) -> Iterator[None]:
     """Calls each listener after every call of its layer, while the block runs.
 
+    Where a name ends in ``:input``, it is called before, with the first tensor that the layer is
+    given as the output: a sum, say, that no layer returns.
+
     Args:
         network: The module in which the layers are looked up.
         listeners: For each layer what to call with ``(module, args, output)``; what it returns,
-            if not None, takes the place of the output.
+            if not None, takes the place of the output, here and for all that use it afterwards.
 
     Raises:
         ModelError: If the layer does not exist.
@@ -147,10 +153,52 @@ def listening(network: nn.Module, listeners: Mapping[str, Listener]) -> Iterator
         return lambda *call: listener(*call) if get_ident() == own else None
 
     with exclusively(network), ExitStack() as stack:
+        exchanged = _Exchanged()
         for name, listener in listeners.items():
             module = modules.get(name) or find_layer(network, name)  # which reports what is wrong
-            stack.callback(module.register_forward_hook(heard(listener)).remove)
+            if name.endswith(INPUT):
+                before = exchanged.before(heard(listener))
+                stack.callback(module.register_forward_pre_hook(before).remove)
+            else:
+                stack.callback(module.register_forward_hook(heard(listener)).remove)
+        if any(name.endswith(INPUT) for name in listeners):
+            stack.enter_context(exchanged)
         yield
+
+
+class _Exchanged(TorchFunctionMode):
+    """Gives functions other tensors in the place of some, while it is entered.
+
+    What a layer is called with is often used again beside it, as in ``x = x + block(x)``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._new: dict[int, Tensor] = {}
+        self._old: list[Tensor] = []  # no other tensor may get the id of one of these
+
+    def before(self, listener: Listener) -> Callable[[nn.Module, Any], None]:
+        """A hook that exchanges the first tensor of a call for what the listener returns."""
+
+        def hook(module: nn.Module, args: Any) -> Any:
+            tensor = first_tensor(args)
+            new = None if tensor is None else listener(module, args, tensor)
+            if tensor is None or new is None:
+                return None
+            self._old.append(tensor)
+            self._new[id(tensor)] = new
+            return with_first(args, new)
+
+        return hook
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Calls a function, perhaps with other tensors."""
+        given = (args, kwargs or {})
+        if self._new:
+            given = pytree.tree_map(lambda value: self._new.get(id(value), value), given)
+        return func(*given[0], **given[1])
 
 
 @typed
@@ -299,15 +347,16 @@ def _forward(
         elif taps:
             # Training with maps takes gradients of gradients, which fused attention has not.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        for tap in taps:
-            stack.enter_context(listening(model.network, {tap.module_name: tap}))
         if by_rows:
             stack.enter_context(RowGradients())  # below the tape, which must see what is called
         for chunk in chunks_of(images, size, fixed=model.batch_size is not None):
             tape = Tape() if taped else None
             for tap in taps:
                 tap.begin(tape)
-            with nullcontext() if differentiable else torch.no_grad(), tape or nullcontext():
+            grads = nullcontext() if differentiable else torch.no_grad()
+            with grads, tape or nullcontext(), ExitStack() as inside:
+                for tap in taps:  # above the tape, which must see what takes another's place
+                    inside.enter_context(listening(model.network, {tap.module_name: tap}))
                 # A copy, since a network may normalise its input in place.
                 rows.append(model.embed(chunk if differentiable else chunk.detach().clone()))
             if tape is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -136,8 +137,145 @@ class Choosing(Trunk):
 
 
 def test_a_tail_that_cannot_be_run_on_other_numbers_says_so(pair: Comparison) -> None:
+    torch.manual_seed(0)
     model = wrapped(Choosing())
     result = explain(model, pair, layer="last", check=False)
     assert result.maps.any()
     with pytest.raises(ModelError, match="cannot be run again on others"):
         explain(model, pair, method="decomposition", layer="last", check=False, steps=4)
+
+
+class Sums(nn.Module):
+    """Residual sums that no layer returns, without a norm at the end.
+
+    Args:
+        add: How a block's output is added.
+        pool: Whether a module pools, or a method of the tensor.
+    """
+
+    def __init__(self, add: Callable[[Tensor, nn.Module], Tensor], *, pool: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 8, 8)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, 1, 1), nn.Tanh()) for _ in range(3)
+        )
+        self.pool = nn.AdaptiveAvgPool2d(1) if pool else None
+        self.head = nn.Linear(WIDTH, 8)
+        self.add = add
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stem(images)
+        for block in self.blocks:
+            maps = self.add(maps, block)
+        return self.finish(maps)
+
+    def finish(self, maps: Tensor) -> Tensor:
+        return self.head(maps.mean((2, 3)) if self.pool is None else self.pool(maps).flatten(1))
+
+
+def added(maps: Tensor, block: nn.Module) -> Tensor:
+    return maps + block(maps)
+
+
+def added_in_place(maps: Tensor, block: nn.Module) -> Tensor:
+    change = block(maps.clone())
+    maps += change
+    return maps
+
+
+def scaled(maps: Tensor, block: nn.Module) -> Tensor:
+    return torch.lerp(maps, block(maps), 0.7)
+
+
+def viewed(maps: Tensor, block: nn.Module) -> Tensor:
+    before = maps.view(maps.shape)
+    return before + block(maps)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("add", [added, scaled])
+def test_a_sum_that_no_layer_returns_is_the_last_map(
+    add: Callable[[Tensor, nn.Module], Tensor], pool: bool, pair: Comparison
+) -> None:
+    torch.manual_seed(0)
+    network = Sums(add, pool=pool)
+    model = wrapped(network)
+    result = explain(model, pair, method="sam", check=False)
+    name = "pool:input" if pool else "blocks.2:input"
+    assert result.layers == (name,)
+    assert result.bypass == {name: 0.0}
+    for index, image in enumerate(pair.stacked()[0]):
+        maps = network.stem(image[None])
+        for block in network.blocks[: 3 if pool else 2]:
+            maps = add(maps, block)
+        last = maps.detach().requires_grad_()
+        row = F.normalize(network.finish(last if pool else add(last, network.blocks[2])), dim=1)
+        (slopes,) = torch.autograd.grad((row @ result.weights[0]).sum(), last)
+        right = (last * slopes.mean((2, 3), keepdim=True)).sum(1).clamp_min(0)[0]
+        assert torch.allclose(result.maps[0, index], right.detach(), atol=1e-6)
+
+
+def test_every_method_takes_the_input_of_a_layer(tmp_path: Path, pair: Comparison) -> None:
+    torch.manual_seed(0)
+    model = wrapped(Sums(added, pool=True))
+    parts = explain(model, pair, method="decomposition", check=False)
+    assert torch.allclose(parts.maps.sum((2, 3)) + 0, parts.scores, atol=1e-5)
+    images = pair.stacked()[0]
+    assert float(match(model, images[:1], images[1:]).residual.abs().max()) < 1e-5
+    both = explain(model, pair)
+    assert both.rows[0].layers == ("pool:input",)
+    save_model(model, tmp_path / "sums.pt2")
+    again = load_model(tmp_path / "sums.pt2")
+    assert again.default_layer == "pool:input"
+    assert torch.allclose(explain(again, pair, check=False).maps, both.maps, atol=1e-5)
+    assert not model.network.pool._forward_pre_hooks
+
+
+def test_a_view_made_before_is_not_passed_by(pair: Comparison) -> None:
+    """The input of the block is not all that goes on, whatever the graph says of its numbers."""
+    model = wrapped(Sums(viewed, pool=False))
+    assert model.default_layer == "stem"
+    pooled = wrapped(Sums(viewed, pool=True))
+    assert pooled.default_layer == "pool:input"
+
+
+class Chained(Trunk):
+    """What pools is called with a function of what the last layer returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool1d(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.last(self.first(images)).relu().flatten(2)
+        return self.head(self.pool(tokens)[..., 0])
+
+
+def test_what_is_made_of_the_last_layer_alone_is_no_other_map() -> None:
+    assert wrapped(Chained()).default_layer == "last"
+
+
+def test_a_sum_whose_class_token_is_read_is_taken_where_its_patches_count() -> None:
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch = nn.Conv2d(3, WIDTH, 8, 8)
+            self.token = nn.Parameter(torch.randn(1, 1, WIDTH))
+            self.mixes = nn.ModuleList(
+                nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in "abc") for _ in "ab"
+            )
+            self.mlps = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in "ab")
+
+        def forward(self, images: Tensor) -> Tensor:
+            tokens = self.patch(images).flatten(2).transpose(1, 2)
+            tokens = torch.cat((self.token.expand(len(images), -1, -1), tokens), dim=1)
+            for (first, second, third), mlp in zip(self.mixes, self.mlps, strict=True):
+                one, two = first(tokens), second(tokens)
+                tokens = tokens + F.scaled_dot_product_attention(one, two, third(tokens))
+                tokens = tokens + mlp(tokens).tanh()
+            return tokens[:, 0]
+
+    torch.manual_seed(0)
+    model = wrapped(Reading())
+    assert model.default_layer == "mixes.1.0:input"
+    assert next(layer for layer in model.layers if layer.default).shape == (WIDTH, 4, 6)

@@ -157,7 +157,7 @@ def test_where_nothing_is_passed_by_everything_the_default_is_the_only_stage() -
 
 
 class Summing(nn.Module):
-    """Residual sums that no layer returns, and few layers in all."""
+    """Residual sums that no layer returns or is called with alone, and few layers in all."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +167,8 @@ class Summing(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         maps = self.stem(images)
         for way in self.ways:
-            maps = (maps + way(maps)).relu()
+            before = maps.view(maps.shape)
+            maps = (before + way(maps)).relu()
         return maps.mean((2, 3))
 
 

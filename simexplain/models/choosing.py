@@ -15,7 +15,7 @@ from simexplain.errors import ModelError
 from simexplain.models.layers import GridHints, Layer, Layout
 from simexplain.models.moving import PARTS, WHOLE, Likeness, Moved, Region
 from simexplain.models.orders import orders_of, tokens_of
-from simexplain.surveying import LayerRun, Source, Survey, gradient_through
+from simexplain.surveying import Input, LayerRun, Source, Survey, gradient_through
 
 STAGES = 4
 _MUCH = 0.3
@@ -304,7 +304,7 @@ def usable_layers(
     Raises:
         ModelError: If there is none; the error has the reason.
     """
-    usable = [candidate for candidate in maps if candidate.cells > 1 and _feeds(candidate)]
+    usable = [candidate for candidate in maps if candidate.cells > 1 and feeds(candidate)]
     if not usable or survey.embedding.numel() == 1:
         raise ModelError(_why_none(survey, maps))
     candidates = _without_last_pooling(usable, size)
@@ -316,7 +316,7 @@ def usable_layers(
     )
 
 
-def _is_picture(one: Map, size: tuple[int, int]) -> bool:
+def is_picture(one: Map, size: tuple[int, int]) -> bool:
     """Whether a layer gives the picture itself, perhaps with other means and deviations."""
     channels = one.run.output.shape[one.layout.channels]
     return one.layout.grid == size and channels <= _MOST_COLOURS
@@ -328,7 +328,7 @@ def _without_last_pooling(usable: Sequence[Map], size: tuple[int, int]) -> Seque
     Not the picture itself, the pooling that ends a network, nor attention's inside. Pooling between
     other layers is as good as they are.
     """
-    usable = [one for one in usable if not _is_picture(one, size)] or usable
+    usable = [one for one in usable if not is_picture(one, size)] or usable
     outside = [one for one in usable if not _INSIDE.search(f".{one.run.name}")] or usable
     pools = {one.run.same for one in outside if isinstance(one.run.module, _POOLING)}
     rest = [position for position, one in enumerate(outside) if one.run.same not in pools]
@@ -368,7 +368,8 @@ def _layer(
     )
 
 
-def _feeds(candidate: Map) -> bool:
+def feeds(candidate: Map) -> bool:
+    """Whether the embedding depends on the cells of a map."""
     gradient = candidate.run.gradient
     grid = None if gradient is None else candidate.layout(gradient)
     return grid is not None and bool(grid.ne(0).any())
@@ -562,6 +563,9 @@ def depth(survey: Survey, name: str) -> tuple[int, int]:
     """How many of a network's innermost layers run up to the end of one, and how many in all."""
     names = {run.name.partition("@")[0] for run in survey.runs}
     inside = {name.rpartition(".")[0] for name in names}
-    leaves = [run.name.partition("@")[0] not in inside for run in survey.runs]
+    leaves = [
+        run.name.partition("@")[0] not in inside and not isinstance(run.module, Input)
+        for run in survey.runs
+    ]
     position = next(position for position, run in enumerate(survey.runs) if run.name == name)
     return sum(leaves[: position + 1]), sum(leaves)

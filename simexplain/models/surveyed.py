@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from simexplain.errors import ModelError, SimexplainError, first_line
-from simexplain.models.choosing import Maps, depth, usable_layers
+from simexplain.models.choosing import Map, Maps, depth, feeds, is_picture, usable_layers
 from simexplain.models.layers import GridHints, Layer, Layout
 from simexplain.models.moving import WHOLE, Moved, Region, moved
 from simexplain.networks import preserve_state, split_call
-from simexplain.surveying import Survey, survey, swapped
+from simexplain.surveying import Input, Survey, survey, swapped
 from simexplain.tracing import Trace, Traceable, embed_alike
 
 RELEVANT = 0.1
@@ -52,6 +52,9 @@ class AtHand:
     row: Tensor
 
 
+_TRIED = 2
+"""Inputs of layers that are tried at most."""
+
 _TOKENS = 3
 """Axes of tokens: images, positions, channels."""
 
@@ -71,7 +74,7 @@ class Surveyed:
         pictures = self._pictures()
         survey = _surveyed(model, pictures)
         looked = Maps(survey, pictures, model.hints)
-        maps = looked.candidates
+        maps = self._with_last_input(looked.candidates, pictures)
         self._embedding = survey.embedding
         self._draws = survey.draws
         self._moving = {run.name for run in survey.runs if run.moves}
@@ -84,6 +87,24 @@ class Surveyed:
             self._on_default = (*self._early(survey), *self._doubted(survey, looked))
         except ModelError as error:
             self._error = self._constant(pictures) or str(error)
+
+    def _with_last_input(self, maps: Sequence[Map], pictures: Moved) -> list[Map]:
+        """The maps that layers return, and the last one that layers are called with."""
+        inputs = [one for one in maps if isinstance(one.run.module, Input) and feeds(one)]
+        inputs = [one for one in inputs if not is_picture(one, self.shape[1:])]
+        tried = reversed(inputs[-_TRIED:])
+        last = next((one for one in tried if self._reached(one, pictures)), None)
+        return [one for one in maps if one is last or not isinstance(one.run.module, Input)]
+
+    def _reached(self, one: Map, pictures: Moved) -> bool:
+        """Whether all that follows takes what takes the place of a layer's input.
+
+        A view of it that was made before does not.
+        """
+        both = torch.cat((pictures.pictures[:1], pictures.other))
+        axis = one.layout.images
+        rows = swapped(self.model, both, one.run.name, axis, lambda _, other: other)
+        return torch.allclose(rows[0], rows[1], rtol=0, atol=1e-4 * float(rows[1].abs().max()))
 
     def _constant(self, pictures: Moved) -> str:
         """What to say of an embedding that is the same for two pictures, or nothing."""

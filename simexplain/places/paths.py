@@ -28,6 +28,7 @@ class Paths:
             leaves: Further tensors at which the graph of the picture's content begins.
         """
         self._order: list[Vertex] = []
+        self._reaching: set[Vertex] = set()
         self._root = get_gradient_edge(picture).node
         self._ends = {self._root, *(get_gradient_edge(leaf).node for leaf in leaves)}
         if embeddings.requires_grad:
@@ -40,7 +41,7 @@ class Paths:
         In a topological order a vertex lies on all ways just when no edge from before it leads
         past it.
         """
-        reaching: set[Vertex] = set()
+        reaching = self._reaching
         for vertex in self._order:
             if vertex[0] in self._ends or any(after in reaching for after in _next(vertex)):
                 reaching.add(vertex)
@@ -53,6 +54,20 @@ class Paths:
             beyond = [number[after] for after in _next(vertex) if after in number]
             far = max([far, *beyond, len(ordered) if vertex[0] in self._ends else 0])
         return passed
+
+    def is_chained(self, upper: Vertex, lower: set[Vertex]) -> bool:
+        """Whether one operation after the other leads from a vertex to one of others.
+
+        Args:
+            upper: A vertex that everything passes, as found by :meth:`main`.
+            lower: Such vertices.
+        """
+        while upper not in lower:
+            ways = [after for after in _next(upper) if after in self._reaching]
+            if len(ways) != 1:
+                return False
+            (upper,) = ways
+        return True
 
     def places(self) -> dict[Vertex, Place]:
         """Where the numbers of tensors lie in the picture, for all that local operations made."""
