@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+import compat_designs
 import compat_heads
 import compat_huggingface
 import compat_packages
@@ -20,6 +21,7 @@ NETS: list[Net] = [
     *compat_packages.NETS,
     *compat_heads.NETS,
     *compat_trunks.NETS,
+    *compat_designs.NETS,
     *compat_wrapped.NETS,
 ]
 
