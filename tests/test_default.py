@@ -275,6 +275,14 @@ def test_nothing_is_touched_by_the_check(tiny: TinyNet, triplet: Comparison) -> 
     assert all(parameter.grad is None for parameter in tiny.parameters())
 
 
+def test_empty_maps_favour_nothing_in_the_text(tiny: TinyNet, images: Tensor) -> None:
+    """A negative that is the anchor once more: all weights and maps are zero."""
+    copies = Comparison.quadruplet(images[:1], images[1:2], images[2:3], images[:1])
+    (agreement,) = explain(tiny, copies).agreement()
+    assert "favours" not in agreement.text
+    assert "nan" not in agreement.text
+
+
 def test_agreement_of_equal_and_of_different_maps(tiny: TinyNet, triplet: Comparison) -> None:
     (same,) = explain(tiny, triplet, ["focus", "focus"]).agreement()
     assert same.degree == "agree"

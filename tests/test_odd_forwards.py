@@ -279,3 +279,26 @@ def test_a_sum_whose_class_token_is_read_is_taken_where_its_patches_count() -> N
     model = wrapped(Reading())
     assert model.default_layer == "mixes.1.0:input"
     assert next(layer for layer in model.layers if layer.default).shape == (WIDTH, 4, 6)
+
+
+class Looking(nn.Module):
+    """A spatial transformer as it is made: its first look is the same for every image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where = nn.Sequential(
+            nn.Conv2d(3, WIDTH, 8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTH, 6)
+        )
+        nn.init.zeros_(self.where[-1].weight)
+        self.where[-1].bias.data = torch.tensor([0.6, 0, 0.3, 0, 0.6, -0.3])
+        self.trunk = Trunk()
+
+    def forward(self, images: Tensor) -> Tensor:
+        grid = F.affine_grid(self.where(images).view(-1, 2, 3), images.shape, align_corners=False)
+        return self.trunk(F.grid_sample(images, grid, align_corners=False))
+
+
+def test_gradients_that_are_zero_on_a_side_way_are_not_the_reason(pair: Comparison) -> None:
+    with pytest.raises(ModelError, match="no layer with a map") as error:
+        explain(wrapped(Looking()), pair)
+    assert "zero at every layer" not in str(error.value)

@@ -546,7 +546,8 @@ def _why_no_gradient(survey: Survey, maps: Sequence[Map]) -> str:
             f": the embedding is detached from {maps[-1].run.name}; check that the model's forward "
             "is differentiable."
         )
-    if gradients and not any(bool(gradient.ne(0).any()) for gradient in gradients):
+    slopes = [r.gradient for r in survey.runs if _wide(r) and r.gradient is not None]
+    if gradients and not any(bool(slope.ne(0).any()) for slope in slopes):
         return (
             " with a gradient: it is zero at every layer, as behind rounding, a sign or a "
             "threshold; pick the vector before that with output=, or use occlusion, sbsm or "
