@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import OutOfMemoryError, Tensor, nn
 from torch.nn import functional as F
 
 from simexplain.checking import checked, joined_checks
@@ -387,17 +387,13 @@ def _upscaled(view: Comparison, upscale: float) -> Iterator[None]:
         yield
     except (AssertionError, RuntimeError, ModelError) as error:
         cause: BaseException | None = error.__cause__ if isinstance(error, ModelError) else error
-        if upscale == 1 or not isinstance(cause, Exception) or _out_of_memory(cause):
+        if upscale == 1 or not isinstance(cause, Exception) or isinstance(cause, OutOfMemoryError):
             raise
         height, width = view.image_size
         raise ModelError(
             f"The model does not take images of {height}x{width}, which upscale={upscale:g} calls "
             f"for ({first_line(cause)}); explain it at its own size."
         ) from error
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError)
 
 
 def embeddings_of(model: SimilarityModel, comparison: Comparison, max_batch: int | None) -> Tensor:

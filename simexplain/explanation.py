@@ -19,7 +19,7 @@ from simexplain.checking import Agreement, Check, agreement_of, doubt_of
 from simexplain.comparison import architecture, roles
 from simexplain.data.images import Picture
 from simexplain.data.preprocessing import Geometry, Preprocess
-from simexplain.errors import ComparisonError
+from simexplain.errors import check_choice
 from simexplain.methods import METHODS, PIXELS, options_of
 from simexplain.metrics.maps import peak_of, placed
 from simexplain.models.moving import WHOLE, Region
@@ -145,10 +145,7 @@ class Explanation(Result):
     frames: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.scale not in SCALES:
-            raise ComparisonError(
-                f"Expected scale to be one of {', '.join(SCALES)}, got '{self.scale}'."
-            )
+        check_choice("scale", self.scale, SCALES)
 
     def __len__(self) -> int:
         return int(self.maps.shape[0])

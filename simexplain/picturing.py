@@ -132,18 +132,14 @@ def verdict(explanation: Explanation, index: int = 0) -> str:
     if any(vector.direction for vector in explanation.vectors):
         return condition.text
     if condition.holds is None and explanation.vectors:
-        return "distance {:.3f}, cosine {:.3f}".format(*_to_the_vector(explanation, index))
+        rows = F.normalize(explanation.embeddings[index], dim=1)
+        distance, cosine = float(explanation.distances[index, 0]), float(rows[0] @ rows[1])
+        return f"distance {distance:.3f}, cosine {cosine:.3f}"
     if condition.holds is None:
         values = ", ".join(f"{d:.3f}" for d in explanation.distances[index].tolist())
         return f"distance {values}"
     word = "holds" if condition.holds else "fails"
     return f"{condition.text}: {word} by {abs(condition.margin or 0.0):.3f}"
-
-
-def _to_the_vector(explanation: Explanation, index: int) -> tuple[float, float]:
-    """Distance and cosine of the only pair of a comparison."""
-    rows = F.normalize(explanation.embeddings[index], dim=1)
-    return float(explanation.distances[index, 0]), float(rows[0] @ rows[1])
 
 
 def footer(explanation: Explanation) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from simexplain.data.images import Picture
 from simexplain.data.preprocessing import Geometry, Preprocess
-from simexplain.errors import ComparisonError
+from simexplain.errors import ComparisonError, check_choice
 from simexplain.graph.inference import PairGraph, directed_cams, node_cams
 from simexplain.metrics.maps import placed
 from simexplain.models.avsl_options import ORIGINS
@@ -192,20 +192,14 @@ class Account:
         Raises:
             ComparisonError: If the ranking or level is unknown.
         """
-        if by not in RANKED_BY:
-            raise ComparisonError(f"Expected by to be one of {', '.join(RANKED_BY)}, got '{by}'.")
-        part = {
-            "contribution": self.contributions,
-            "value": self.nodes,
-            "reliability": self.reliabilities,
-            "sensitivity": self.sensitivities,
-        }[by]
+        check_choice("by", by, RANKED_BY)
+        part = self._columns()[by]
         levels = range(len(self.levels)) if level is None else (self.level(level),)
         places = [(number, node) for number in levels for node in range(part[number].shape[1])]
         values = torch.cat([part[number][index] for number in levels])
         order = values.argsort(descending=largest, stable=True)[: max(0, n)].tolist()
         return tuple(
-            self.node(places[position][0], places[position][1], index) for position in order
+            self.node(number, node, index) for number, node in map(places.__getitem__, order)
         )
 
     def decompose(self, level: int | str, node: int, index: int = 0) -> NodeDecomposition:
@@ -240,15 +234,17 @@ class Account:
             columns["level"] += [number] * count
             columns["layer"] += [self.levels[number]] * count
             columns["node"] += list(range(count))
-        shown = {
+        for name, part in self._columns().items():
+            columns[name] = torch.cat([level[index] for level in part]).tolist()
+        return columns
+
+    def _columns(self) -> dict[str, tuple[Tensor, ...]]:
+        return {
             "value": self.nodes,
             "reliability": self.reliabilities,
             "sensitivity": self.sensitivities,
             "contribution": self.contributions,
         }
-        for name, part in shown.items():
-            columns[name] = torch.cat([level[index] for level in part]).tolist()
-        return columns
 
 
 def over(part: Tensor, whole: Tensor) -> Tensor:
@@ -410,7 +406,7 @@ class Attribution(Account, Result):
         self, top: int = 8, node: tuple[int, int] | None = None, **options: Any
     ) -> dict[str, Any]:
         """What stands at the top is that of the first pair, ``pairs`` has all of them."""
-        pairs = [self._told(index, top, node) for index in range(len(self))]
+        pairs = [self._record(index, top, node) for index in range(len(self))]
         return {
             "model": self.model,
             "origin": self.origin,
@@ -423,7 +419,7 @@ class Attribution(Account, Result):
             "pairs": pairs,
         }
 
-    def _told(self, index: int, top: int, node: tuple[int, int] | None) -> dict[str, Any]:
+    def _record(self, index: int, top: int, node: tuple[int, int] | None) -> dict[str, Any]:
         paths = [picture.path for picture in self.pictures[index]] if self.pictures else [None] * 2
         seen: list[float | None] = [None, None]
         if self.geometries:

@@ -215,17 +215,15 @@ class Graph:
 
     def to(self, like: Tensor) -> Graph:
         """The same in the type and on the device of a tensor."""
-        edges, slopes, offsets = (
-            tuple(part.to(like) for part in parts)
-            for parts in (self.edges, self.slopes, self.offsets)
-        )
-        return replace(self, edges=edges, slopes=slopes, offsets=offsets)
+        return self._each(lambda part: part.to(like))
 
     def detached(self) -> Graph:
         """The same without an autograd graph."""
+        return self._each(Tensor.detach)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Graph:
         edges, slopes, offsets = (
-            tuple(part.detach() for part in parts)
-            for parts in (self.edges, self.slopes, self.offsets)
+            tuple(map(change, parts)) for parts in (self.edges, self.slopes, self.offsets)
         )
         return replace(self, edges=edges, slopes=slopes, offsets=offsets)
 

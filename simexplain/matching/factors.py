@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simexplain.errors import ComparisonError
+from simexplain.errors import ComparisonError, check_choice
 from simexplain.methods.method import unexplained_share
 from simexplain.networks import at_least_single, lengths_of
 
@@ -132,10 +132,8 @@ def check_choices(score: str, style: str) -> None:
     Raises:
         ComparisonError: If so.
     """
-    if score not in SCORES:
-        raise ComparisonError(f"Expected score to be one of {', '.join(SCORES)}, got '{score}'.")
-    if style not in STYLES:
-        raise ComparisonError(f"Expected style to be one of {', '.join(STYLES)}, got '{style}'.")
+    check_choice("score", score, SCORES)
+    check_choice("style", style, STYLES)
     if style == "zhu" and SCORES[score].sign < 0:
         raise ComparisonError(
             f"Expected a score of cosine or dot with style 'zhu', which has no distances, got "

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from simexplain.data.images import Picture
 from simexplain.data.preprocessing import Geometry, Preprocess
-from simexplain.errors import ComparisonError
+from simexplain.errors import ComparisonError, check_choice
 from simexplain.matching.factors import SCORES
+from simexplain.methods.cams import unit_scaled
 from simexplain.metrics.maps import tents
 from simexplain.models.moving import WHOLE, Region
 from simexplain.results.codec import Views
@@ -182,8 +183,7 @@ def strongest(matrix: Tensor, n: int, *, sign: int, mutual: bool, by: str) -> li
     Raises:
         ComparisonError: If the ranking is unknown.
     """
-    if by not in RANKED_BY:
-        raise ComparisonError(f"Expected by to be one of {', '.join(RANKED_BY)}, got '{by}'.")
+    check_choice("by", by, RANKED_BY)
     values = matrix * sign
     ranked = values if by == "value" else centred(values)
     # The first of equals in both directions: one partner for each position.
@@ -375,8 +375,7 @@ class Matching(Result):
         Raises:
             ComparisonError: If the pair or the side does not exist.
         """
-        if side not in SIDES:
-            raise ComparisonError(f"Expected side to be one of {', '.join(SIDES)}, got '{side}'.")
+        check_choice("side", side, SIDES)
         if not -len(self) <= index < len(self):
             raise ComparisonError(
                 f"Expected a pair below {len(self)}, got {index}; counting starts at 0."
@@ -442,7 +441,7 @@ class Matching(Result):
         self, points: Sequence[Point] | None = None, top: int = 8, **options: Any
     ) -> dict[str, Any]:
         """What stands at the top is that of the first pair, ``matchings`` has all of them."""
-        pairs = [self._told(index, points, top) for index in range(len(self))]
+        pairs = [self._record(index, points, top) for index in range(len(self))]
         return {
             "style": self.style,
             "layer": self.layer,
@@ -455,7 +454,7 @@ class Matching(Result):
             "matchings": pairs,
         }
 
-    def _told(self, index: int, points: Sequence[Point] | None, top: int) -> dict[str, Any]:
+    def _record(self, index: int, points: Sequence[Point] | None, top: int) -> dict[str, Any]:
         shown = self.default_points(index) if points is None else points
         answers = [self.best(*point, index=index) for point in shown]
         return {
@@ -514,10 +513,7 @@ class Matching(Result):
 
     def _shown(self, maps: Tensor) -> Tensor:
         """Maps ``(M,h,w)`` in the way of the style."""
-        if self.style != "zhu":
-            return maps
-        top = maps.amax(dim=(1, 2), keepdim=True)
-        return maps / torch.where(top > 0, top, torch.ones_like(top))
+        return unit_scaled(maps) if self.style == "zhu" else maps
 
 
 def _near(pair: PositionPair) -> PositionPair:

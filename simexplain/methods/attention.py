@@ -22,7 +22,13 @@ from simexplain.attention_recording import UNREACHED, Attention, AttentionTrace,
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError, check_choice
 from simexplain.methods.cams import SCORES
-from simexplain.methods.method import AttentionMaps, Method, check_embeddings, margin_directions
+from simexplain.methods.method import (
+    AttentionMaps,
+    Method,
+    Task,
+    check_embeddings,
+    margin_directions,
+)
 from simexplain.methods.raw_vectors import RawVectors
 from simexplain.models.base import SimilarityModel
 from simexplain.models.layers import to_grid
@@ -263,14 +269,13 @@ class _Reading:
         ).detached()
 
 
-def _read(
-    model: SimilarityModel, images: Comparison, score: str, max_batch: int | None
-) -> tuple[_Reading, Tensor, Tensor]:
+def _read(task: Task, score: str) -> tuple[_Reading, Tensor, Tensor]:
     """The recorded pass of a comparison, with its directions ``(B,K,E)`` and scores ``(M,)``.
 
     Raises:
         ModelError: If the model has no attention over the tokens of an image.
     """
+    model, images, _, max_batch = task
     source = model if score == "cosine" else RawVectors(model)
     flat = images.stacked().flatten(0, 1)
     trace = record_attention(source, flat, max_batch=max_batch)
@@ -429,15 +434,9 @@ class RawAttention(_OnAttention):
                 f"Expected heads to be mean, max or the number of a head, got '{self.heads}'."
             )
 
-    def attribute(
-        self,
-        model: SimilarityModel,
-        images: Comparison,
-        layers: Sequence[str],
-        max_batch: int | None,
-    ) -> AttentionMaps:
+    def attribute(self, task: Task) -> AttentionMaps:
         """The row of the embedding's own attention, on the grid of the patches."""
-        reading, directions, scores = _read(model, images, "cosine", max_batch)
+        reading, directions, scores = _read(task, "cosine")
         block = reading.block(self.block)
         matrix = _joined_heads(block.weights[: len(scores)], str(self.heads))
         first = block
@@ -486,15 +485,9 @@ class AttentionRelevance(_OnAttention):
     def __post_init__(self) -> None:
         check_choice("score", self.score, SCORES)
 
-    def attribute(
-        self,
-        model: SimilarityModel,
-        images: Comparison,
-        layers: Sequence[str],
-        max_batch: int | None,
-    ) -> AttentionMaps:
+    def attribute(self, task: Task) -> AttentionMaps:
         """The row of the relevance, on the grid of the patches."""
-        reading, directions, scores = _read(model, images, self.score, max_batch)
+        reading, directions, scores = _read(task, self.score)
         reading.block(self.first_block)
         blocks = reading.chain()
         start = range(len(blocks))[self.first_block]
@@ -544,18 +537,12 @@ class GradECLIP(_OnAttention):
     def __post_init__(self) -> None:
         check_choice("score", self.score, SCORES)
 
-    def attribute(
-        self,
-        model: SimilarityModel,
-        images: Comparison,
-        layers: Sequence[str],
-        max_batch: int | None,
-    ) -> AttentionMaps:
+    def attribute(self, task: Task) -> AttentionMaps:
         """What each patch's value adds to the score, on the grid of the patches."""
-        reading, directions, scores = _read(model, images, self.score, max_batch)
+        reading, directions, scores = _read(task, self.score)
         block = reading.block(self.block)
         queries, keys, values = (
-            _known(block, name, model.name) for name in ("queries", "keys", "values")
+            _known(block, name, task.model.name) for name in ("queries", "keys", "values")
         )
         outputs = [part.output for part in block.call if part.output is not None]
         (slopes,) = reading.trace.gradients(scores, [outputs])

@@ -15,7 +15,7 @@ from simexplain.comparison import Comparison
 from simexplain.errors import check_choice
 from simexplain.graph.inference import Rows, directed_cams, infer
 from simexplain.methods.cams import at_grid, finest_grid
-from simexplain.methods.method import AttentionMaps, Method, check_embeddings
+from simexplain.methods.method import AttentionMaps, Method, Task, check_embeddings
 from simexplain.models.avsl import AVSL
 from simexplain.models.avsl_runs import expected_avsl, features_and_rows, origin_warnings
 from simexplain.models.base import SimilarityModel
@@ -24,15 +24,10 @@ from simexplain.models.moving import Region
 Towards = Callable[[Tensor, Tensor], Tensor]
 
 
-def _to_the_other(own: Tensor, other: Tensor) -> Tensor:
-    return other
-
-
-def _closer(own: Tensor, other: Tensor) -> Tensor:
-    return other - own
-
-
-EVIDENCE: dict[str, Towards] = {"agreement": _to_the_other, "distance": _closer}
+EVIDENCE: dict[str, Towards] = {
+    "agreement": lambda _, other: other,
+    "distance": lambda own, other: other - own,
+}
 """From the unit embedding of an image and of the other to the direction that counts as evidence.
 
 ``agreement`` counts products of nodes: ``sum of lambda a b`` of a pair, on either image alone.
@@ -82,13 +77,7 @@ class AVSLMaps(Method):
         levels = expected_avsl(model, "for method 'avsl'").levels
         return tuple(levels[number] for number in self._wanted(model))
 
-    def attribute(
-        self,
-        model: SimilarityModel,
-        images: Comparison,
-        layers: Sequence[str],
-        max_batch: int | None,
-    ) -> AttentionMaps:
+    def attribute(self, task: Task) -> AttentionMaps:
         """Maps ``(B,K,h,w)`` at the finest level's grid; see :class:`AttentionMaps`.
 
         ``layer_maps`` has the map of each level at its own grid, whose sums add up to those of the
@@ -99,6 +88,7 @@ class AVSLMaps(Method):
             ModelError: If the model is not an AVSL model, or an embedding is not finite.
             ComparisonError: If it has no such level.
         """
+        model, images, _, max_batch = task
         avsl, wanted = expected_avsl(model, "for method 'avsl'"), self._wanted(model)
         features, flat = features_and_rows(avsl, images.stacked().flatten(0, 1).detach(), max_batch)
         rows = images.restacked(flat)

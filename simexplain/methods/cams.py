@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from simexplain.arguments import typed
-from simexplain.comparison import Comparison
 from simexplain.errors import ModelError, check_choice
 from simexplain.methods.method import (
     AttentionMaps,
     Method,
+    Task,
     check_embeddings,
     margin_directions,
     unexplained_share,
@@ -27,7 +27,6 @@ from simexplain.methods.method import (
 from simexplain.methods.pixel_methods import floor_of, slack_of
 from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.metrics.maps import placed
-from simexplain.models.base import SimilarityModel
 from simexplain.models.frames import split_frames
 from simexplain.models.moving import WHOLE, Region
 from simexplain.networks import lengths_of, unit_rows
@@ -251,14 +250,9 @@ class SimilarityCAM(Method):
         check_choice("score", self.score, SCORES)
         check_cams(self.cam)
 
-    def attribute(
-        self,
-        model: SimilarityModel,
-        images: Comparison,
-        layers: Sequence[str],
-        max_batch: int | None,
-    ) -> AttentionMaps:
+    def attribute(self, task: Task) -> AttentionMaps:
         """One forward and one backward pass serve the whole batch."""
+        model, images, layers, max_batch = task
         flat_images = images.stacked().flatten(0, 1)
         if self.score == "cosine":
             traced = trace(model, flat_images, layers, max_batch=max_batch, by_rows=True)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from simexplain.arguments import typed
-from simexplain.comparison import Comparison
 from simexplain.errors import ModelError
 from simexplain.methods.cams import fuse
 from simexplain.methods.method import (
     AttentionMaps,
     Method,
+    Task,
     check_embeddings,
     margin_directions,
     unexplained_share,
@@ -346,13 +346,11 @@ class _Tail:
 
 def _joined(chunks: Sequence[PositionParts]) -> PositionParts:
     """Chunks of images as one."""
-    return PositionParts(
-        parts=torch.cat([chunk.parts for chunk in chunks]),
-        rest=torch.cat([chunk.rest for chunk in chunks]),
-        vectors=torch.cat([chunk.vectors for chunk in chunks]),
-        lengths=torch.cat([chunk.lengths for chunk in chunks]),
-        steps=chunks[0].steps,
+    parts, rest, vectors, lengths = (
+        torch.cat([getattr(chunk, name) for chunk in chunks])
+        for name in ("parts", "rest", "vectors", "lengths")
     )
+    return PositionParts(parts, rest, vectors, lengths, chunks[0].steps)
 
 
 _FAR_OFF = 0.05
@@ -383,14 +381,9 @@ class Decomposition(Method):
                 f"Expected steps of at least 1 and at most {MOST_STEPS}, got {self.steps}."
             )
 
-    def attribute(
-        self,
-        model: SimilarityModel,
-        images: Comparison,
-        layers: Sequence[str],
-        max_batch: int | None,
-    ) -> AttentionMaps:
+    def attribute(self, task: Task) -> AttentionMaps:
         """What each position adds; of several layers the positive parts are multiplied."""
+        model, images, layers, max_batch = task
         flat = images.stacked().flatten(0, 1)
         traced = trace_vectors(model, flat, layers, max_batch=max_batch)
         units = images.restacked(unit_rows(traced.vectors))

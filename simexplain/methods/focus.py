@@ -24,7 +24,7 @@ from simexplain.methods.cams import (
     weighted,
 )
 from simexplain.methods.kinds import LEAST_SIDE, SMALL, kind_of, layers_for
-from simexplain.methods.method import AttentionMaps, Method, check_embeddings
+from simexplain.methods.method import AttentionMaps, Method, Task, check_embeddings
 from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.metrics.curves import gaussian
 from simexplain.models.base import SimilarityModel
@@ -205,25 +205,12 @@ class Focus(Method):
         """The last layer of each of the three coarsest resolutions, where there are so many."""
         return layers_for(model, images) or None
 
-    def attribute(
-        self,
-        model: SimilarityModel,
-        images: Comparison,
-        layers: Sequence[str],
-        max_batch: int | None,
-    ) -> AttentionMaps:
-        """Maps for preprocessed images, on the grid of the finest layer.
+    def attribute(self, task: Task) -> AttentionMaps:
+        """Maps on the grid of the finest layer; evidence is taken at the one with fewest positions.
 
-        Args:
-            model: The model to explain.
-            images: Images ``(3,H,W)`` in a comparison.
-            layers: One or several layer names; evidence is taken at the one with the fewest
-                positions, the last of those if there are several.
-            max_batch: Bounds the images of one forward pass.
-
-        Raises:
-            ModelError: If a layer cannot be used or the embeddings are zero or not finite.
+        Of several with so few, at the last.
         """
+        model, images, layers, max_batch = task
         flat = images.stacked().flatten(0, 1)
         traced = trace_vectors(
             model, flat, layers, max_batch=max_batch, middle=False, by_rows=True

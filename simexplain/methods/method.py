@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ModelError
@@ -120,15 +121,16 @@ class AttentionMaps:
 
     def detached(self) -> AttentionMaps:
         """The same without an autograd graph."""
-        return replace(
-            self,
-            maps=self.maps.detach(),
-            layer_maps={layer: maps.detach() for layer, maps in self.layer_maps.items()},
-            weights=self.weights.detach(),
-            scores=self.scores.detach(),
-            embeddings=self.embeddings.detach(),
-            unexplained=None if self.unexplained is None else self.unexplained.detach(),
-        )
+        return replace(self, **pytree.tree_map_only(Tensor, Tensor.detach, vars(self)))
+
+
+class Task(NamedTuple):
+    """What a method is called with; see :meth:`Method.__call__`."""
+
+    model: SimilarityModel
+    images: Comparison
+    layers: Sequence[str]
+    max_batch: int | None
 
 
 @dataclass(frozen=True)
@@ -166,16 +168,10 @@ class Method(ABC):
             ModelError: If a layer cannot be used or the embeddings are zero or not finite.
             ComparisonError: If an option does not fit the model or the images.
         """
-        return self.attribute(model, images, layers, max_batch)
+        return self.attribute(Task(model, images, layers, max_batch))
 
     @abstractmethod
-    def attribute(
-        self,
-        model: SimilarityModel,
-        images: Comparison,
-        layers: Sequence[str],
-        max_batch: int | None,
-    ) -> AttentionMaps:
+    def attribute(self, task: Task) -> AttentionMaps:
         """The body of the method; arguments and errors as for :meth:`__call__`."""
 
 

@@ -35,15 +35,10 @@ _ROUNDING = 1e-5
 Scores = Callable[[Tensor, Tensor], Tensor]
 
 
-def _strongest(gradient: Tensor) -> Tensor:
-    return gradient.gather(1, gradient.abs().argmax(dim=1, keepdim=True)).squeeze(1)
-
-
-def _summed(gradient: Tensor) -> Tensor:
-    return gradient.sum(dim=1)
-
-
-CHANNELS: dict[str, Callable[[Tensor], Tensor]] = {"max": _strongest, "sum": _summed}
+CHANNELS: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": lambda slope: slope.gather(1, slope.abs().argmax(dim=1, keepdim=True)).squeeze(1),
+    "sum": lambda slope: slope.sum(dim=1),
+}
 """How three colours become one map, ``(M,3,H,W) -> (M,H,W)``: the strongest, or their sum."""
 
 

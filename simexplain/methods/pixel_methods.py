@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +16,13 @@ from torch.nn import functional as F
 from simexplain.arguments import typed
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError, check_choice
-from simexplain.methods.method import AttentionMaps, Method, check_embeddings, margin_directions
+from simexplain.methods.method import (
+    AttentionMaps,
+    Method,
+    Task,
+    check_embeddings,
+    margin_directions,
+)
 from simexplain.metrics.curves import FILLS
 from simexplain.models.base import SimilarityModel
 from simexplain.models.blackbox import pixel_methods
@@ -128,14 +134,9 @@ class PixelMethod(Method):
     uses_layers: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
 
-    def attribute(
-        self,
-        model: SimilarityModel,
-        images: Comparison,
-        layers: Sequence[str],
-        max_batch: int | None,
-    ) -> AttentionMaps:
+    def attribute(self, task: Task) -> AttentionMaps:
         """Asks every image alone; methods on pixels have no layers."""
+        model, images, _, max_batch = task
         return self.answer(ask(model, images, max_batch), max_batch)
 
     @abstractmethod

@@ -12,8 +12,7 @@ from simexplain.arguments import typed
 from simexplain.comparison import Comparison, roles
 from simexplain.errors import ComparisonError, check_choice
 from simexplain.methods.cams import check_cams, fuse, layer_cams
-from simexplain.methods.method import AttentionMaps, Method, check_embeddings
-from simexplain.models.base import SimilarityModel
+from simexplain.methods.method import AttentionMaps, Method, Task, check_embeddings
 from simexplain.models.moving import Region
 from simexplain.tracing import Trace, trace
 
@@ -171,14 +170,9 @@ class SimilarityAttention(Method):
         weight_rule(self.weights)
         check_cams(self.cam)
 
-    def attribute(
-        self,
-        model: SimilarityModel,
-        images: Comparison,
-        layers: Sequence[str],
-        max_batch: int | None,
-    ) -> AttentionMaps:
+    def attribute(self, task: Task) -> AttentionMaps:
         """One forward and one backward pass serve the whole batch."""
+        model, images, layers, max_batch = task
         flat = images.stacked().flatten(0, 1)
         taped = model.unmeasured(layers, flat)
         traced = trace(model, flat, layers, max_batch=max_batch, taped=taped, by_rows=True)

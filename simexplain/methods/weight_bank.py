@@ -24,7 +24,7 @@ from simexplain.errors import (
     cause_of,
 )
 from simexplain.methods.cams import weighted
-from simexplain.methods.method import AttentionMaps, Method, check_embeddings
+from simexplain.methods.method import AttentionMaps, Method, Task, check_embeddings
 from simexplain.methods.pixel_methods import check_range
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import find_layer, split_call, unit_rows
@@ -125,7 +125,11 @@ class WeightBank:
             )
         with torch.no_grad():
             units = unit_rows(rows.detach())
-            distances, places = _distances(units, self.embeddings.to(units)).sort(stable=True)
+            # Exact: those of a row never depend on other rows.
+            distances = torch.cdist(
+                units, self.embeddings.to(units), compute_mode="donot_use_mm_for_euclid_dist"
+            )
+            distances, places = distances.sort(stable=True)
             places, distances = places[:, :k], distances[:, :k]
             weights = self.weights.to(units)[places].mean(dim=1)
         return BankWeights(weights, places, distances)
@@ -252,11 +256,6 @@ def usual_distance(units: Tensor) -> float:
     return float(torch.quantile(nearest, 0.99))
 
 
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances ``(M,G)``, exact: those of a row never depend on other rows."""
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-
-
 class BankName(str):
     """The name of a bank, which results report, with the bank itself."""
 
@@ -331,13 +330,7 @@ class BankMaps(Method):
         """The layer of the bank."""
         return (self.bank.bank.layer,)
 
-    def attribute(
-        self,
-        model: SimilarityModel,
-        images: Comparison,
-        layers: Sequence[str],
-        max_batch: int | None,
-    ) -> AttentionMaps:
+    def attribute(self, task: Task) -> AttentionMaps:
         """Maps for preprocessed images, from one forward pass.
 
         ``weights`` are the channel weights ``(B,K,C)``; ``scores`` the sums of the maps before the
@@ -348,6 +341,7 @@ class BankMaps(Method):
             ModelError: If the bank is not of this model and layer.
             ComparisonError: If the bank has fewer images than ``neighbours``.
         """
+        model, images, layers, max_batch = task
         bank = self.bank.bank
         bank.check(model)
         layer = _fitting_layer(bank, model, layers)

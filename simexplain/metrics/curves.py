@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simexplain.errors import ComparisonError
+from simexplain.errors import ComparisonError, check_choice
 from simexplain.metrics.maps import grown
 
 Fill = Callable[[Tensor, Tensor], Tensor]
@@ -140,8 +140,8 @@ def deletion(
     Raises:
         ComparisonError: If shapes or options do not fit.
     """
-    ground = baseline_of(images, baseline)
-    return _curve(score, ground, images, heatmaps, steps, max_batch, least, falling=True)
+    ends = (baseline_of(images, baseline), images)
+    return _curve(score, ends, heatmaps, steps, max_batch, least, falling=True)
 
 
 def insertion(
@@ -161,8 +161,8 @@ def insertion(
     Raises:
         ComparisonError: If shapes or options do not fit.
     """
-    ground = baseline_of(images, baseline)
-    return _curve(score, images, ground, heatmaps, steps, max_batch, least, falling=False)
+    ends = (images, baseline_of(images, baseline))
+    return _curve(score, ends, heatmaps, steps, max_batch, least, falling=False)
 
 
 def ranks(heatmaps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -189,10 +189,7 @@ def baseline_of(images: Tensor, baseline: str | Tensor) -> Tensor:
                 f"Expected a baseline that broadcasts to images {tuple(images.shape)}, got "
                 f"{tuple(baseline.shape)}; a colour has the shape (3,1,1)."
             ) from error
-    if baseline not in BASELINES:
-        raise ComparisonError(
-            f"Expected baseline to be one of {', '.join(BASELINES)}, got '{baseline}'."
-        )
+    check_choice("baseline", baseline, BASELINES)
     ground: Tensor = BASELINES[baseline](images.detach(), torch.zeros(images.shape[-3], 1, 1))
     return ground
 
@@ -203,8 +200,7 @@ BASELINES = FILLS
 
 def _curve(
     score: Score,
-    first: Tensor,
-    then: Tensor,
+    ends: tuple[Tensor, Tensor],
     heatmaps: Tensor,
     steps: int,
     max_batch: int | None,
@@ -212,9 +208,9 @@ def _curve(
     *,
     falling: bool,
 ) -> Curve:
-    """The score while ``then`` turns into ``first`` from the hottest pixel on."""
+    """The score while the second of the ends turns into the first from the hottest pixel on."""
+    first, then = (images.detach() for images in ends)
     _check(first, heatmaps, steps, least)
-    first, then = first.detach(), then.detach()
     size = (int(first.shape[-2]), int(first.shape[-1]))
     rank = ranks(heatmaps.to(first.device), size)
     pixels = size[0] * size[1]
