@@ -204,12 +204,14 @@ def checked(
         sights.append(sight(members[list(places)], answers[0]))
     falls = torch.stack(rows)
     moved, spread = (torch.stack(parts) for parts in zip(*sights, strict=True))
-    images_of_one = 2 * stack.shape[0] * stack.shape[1]
     shared = stack.shape[0] * stack.shape[1]
+    near, far = comparison.positives.shape[1], comparison.negatives.shape[1]
+    quantity = "margin" if near and far else "distance" if near else "difference"
+    quantity = quantity if comparison.unit else "score"
     return [
         Check(
-            falls[:, row, 0], falls[:, row, 1], moved, spread, _quantity(comparison),
-            images_of_one + (0 if row else shared),
+            falls[:, row, 0], falls[:, row, 1], moved, spread, quantity,
+            2 * shared + (0 if row else shared),
         )
         for row in range(len(heatmaps))
     ]  # fmt: skip
@@ -324,13 +326,6 @@ def _apart(rows: Tensor) -> Tensor:
 def _known(value: float) -> float | None:
     """A number for JSON, which has no NaN."""
     return None if math.isnan(value) else value
-
-
-def _quantity(comparison: Comparison) -> str:
-    if not comparison.unit:
-        return "score"
-    near, far = comparison.positives.shape[1], comparison.negatives.shape[1]
-    return "margin" if near and far else "distance" if near else "difference"
 
 
 def _claim(model: SimilarityModel, comparison: Comparison, members: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from simexplain.arguments import check_pixels, typed
-from simexplain.errors import ComparisonError
+from simexplain.errors import ComparisonError, check_choice
 
 ARCHITECTURES: dict[str, tuple[int | None, str]] = {
     "siamese": (2, "an anchor and one other image"),
@@ -190,18 +190,20 @@ class Comparison:
         every = roles(self.positives.shape[1], self.negatives.shape[1])
         return tuple(every[position] for position in self.places)
 
+    @property
+    def stacks(self) -> dict[str, Tensor]:
+        """Anchor, positives and negatives, each ``(B,n,*S)``."""
+        anchor = self.anchor.unsqueeze(1)
+        return {"anchor": anchor, "positives": self.positives, "negatives": self.negatives}
+
     def stacked(self) -> Tensor:
         """All images as one tensor ``(B,K,*S)``: anchor, positives, negatives.
 
         Raises:
             ComparisonError: If they have different sizes.
         """
-        parts = (
-            ("anchor", self.anchor.unsqueeze(1)),
-            ("positives", self.positives),
-            ("negatives", self.negatives),
-        )
-        shown = [stack for role, stack in parts if role not in self.given and stack.shape[1]]
+        stacks = self.stacks.items()
+        shown = [stack for role, stack in stacks if role not in self.given and stack.shape[1]]
         if len(sizes := {tuple(stack.shape[2:]) for stack in shown}) > 1:
             raise ComparisonError(
                 f"Expected images of one size, got {' and '.join(map(str, sorted(sizes)))}; only "
@@ -232,11 +234,7 @@ class Comparison:
                 f"Expected a stack with {self.count} items on axis 1, got {tuple(stack.shape)}."
             )
         parts, start = {}, 0
-        for role, old in (
-            ("anchor", self.anchor.unsqueeze(1)),
-            ("positives", self.positives),
-            ("negatives", self.negatives),
-        ):
+        for role, old in self.stacks.items():
             if role in self.given:
                 parts[role] = self._kept(old, stack)
             else:
@@ -297,10 +295,7 @@ def positives_of(
         ComparisonError: If the arrangement is unknown or the number does not fit it.
     """
     arch = arch_of(count) if arch is None else arch
-    if arch not in ARCHITECTURES:
-        raise ComparisonError(
-            f"Expected arch to be one of {', '.join(ARCHITECTURES)}, got '{arch}'."
-        )
+    check_choice("arch", arch, ARCHITECTURES)
     wanted, order = ARCHITECTURES[arch]
     if wanted is not None and count != wanted:
         raise ComparisonError(f"Expected {wanted} images for {arch} ({order}), got {count}.")

@@ -27,9 +27,8 @@ def is_framed(comparison: Comparison) -> bool:
     """Whether the items of a comparison are sets of frames ``(T,C,H,W)``, not images."""
     if not isinstance(comparison, Comparison):
         return False
-    axes = {"anchor": 1, "positives": 2, "negatives": 2}
-    shown = [role for role in axes if role not in comparison.given]
-    return all(getattr(comparison, role).dim() - axes[role] == _FRAME for role in shown)
+    shown = (stack for role, stack in comparison.stacks.items() if role not in comparison.given)
+    return all(stack.dim() - 2 == _FRAME for stack in shown)
 
 
 def framed(
@@ -57,9 +56,8 @@ def framed(
         raise ModelError(
             "Sets of frames are explained at one layer, got several; name one of them."
         )
-    roles = {"anchor": comparison.anchor.unsqueeze(1), "positives": comparison.positives,
-             "negatives": comparison.negatives}  # fmt: skip
-    shown = {role: stack for role, stack in roles.items() if role not in comparison.given}
+    stacks = comparison.stacks.items()
+    shown = {role: stack for role, stack in stacks if role not in comparison.given}
     frames = max(stack.shape[2] for stack in shown.values() if stack.shape[1])
     changed: dict[str, Any] = {}
     for role, stack in shown.items():

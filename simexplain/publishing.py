@@ -337,16 +337,11 @@ def read_back(
         ) from error
 
 
-def _name(path: str) -> str:
-    """Of a file, however its path was written."""
-    return path.replace("\\", "/").rpartition("/")[2]
-
-
 def _arrays_of(folder: Path, kind: Kind, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays that belong to a manifest; none where an earlier version wrote none."""
-    if not (folder / kind.arrays).exists() and kind.arrays not in map(
-        _name, manifest["files"].values()
-    ):
+    # However the paths were written.
+    names = {path.replace("\\", "/").rpartition("/")[2] for path in manifest["files"].values()}
+    if not (folder / kind.arrays).exists() and kind.arrays not in names:
         return {}
     with np.load(folder / kind.arrays, allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}

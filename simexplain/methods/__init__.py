@@ -1,4 +1,11 @@
-"""Methods: from a model and a comparison to maps."""
+"""Methods: from a model and a comparison to maps.
+
+Public: ``METHODS``, here, and the classes in it: ``similarity_attention.py``, ``focus.py``,
+``cams.py``, ``decomposition.py``, ``attention.py``, ``pixel_gradients.py``, ``pixel_methods.py``,
+``weight_bank.py``, ``avsl_maps.py``. A method derives from ``Method`` (``method.py``); which ones
+run is decided in ``rows.py`` and ``kinds.py``. Vectors before their normalisation:
+``raw_vectors.py``, with ``held_norms.py`` and ``short_tails.py``.
+"""
 
 from __future__ import annotations
 

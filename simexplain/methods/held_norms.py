@@ -171,7 +171,8 @@ def _affine(call: Call) -> bool:
         return len(call.inputs) == 1
     if call.name == "batch_norm":  # in training mode it depends on the whole batch
         args, kwargs = call.arguments()
-        return not _argument(args, kwargs, 5, "training", False)
+        known = dict.fromkeys(("running_mean", "running_var", "weight", "bias", "training"))
+        return not _bound(args[1:], kwargs, **known)[-1]
     return call.name in _AFFINE
 
 
@@ -286,16 +287,12 @@ class _Degrees:
         if name in _POWERS:
             return first * _POWERS[name]
         same = first if len(set(inputs.values())) == 1 else None
-        if name in ("add", "sub"):
-            return same if all(_small(value) for value in _others(call)) else None
+        if name in ("add", "sub"):  # beside values of the layer only small constants
+            others = (value for n, value in enumerate(call.flat[:2]) if n not in call.inputs)
+            return same if all(map(_small, others)) else None
         if name in _LINEAR:
             return first if not any(isinstance(v, Tensor) for v in call.flat[2:3]) else None
         return same if name in _KEEPS else None
-
-
-def _others(call: Call) -> list[Any]:
-    """What a sum is made of besides values that depend on the layer."""
-    return [value for n, value in enumerate(call.flat[:2]) if n not in call.inputs]
 
 
 def _small(value: Any) -> bool:
@@ -329,39 +326,30 @@ def _whole(call: Call) -> tuple[None, Held, Tensor | None] | None:
 _Made = tuple[Callable[[Tensor], Tensor], Tensor | None] | None
 
 
-def _argument(
-    args: Sequence[Any], kwargs: Mapping[str, Any], at: int, name: str, other: Any
-) -> Any:
-    return args[at] if len(args) > at else kwargs.get(name, other)
+def _bound(args: Sequence[Any], kwargs: Mapping[str, Any], **others: Any) -> list[Any]:
+    """Arguments by position or name, in the order of their defaults."""
+    return [
+        args[at] if len(args) > at else kwargs.get(name, other)
+        for at, (name, other) in enumerate(others.items())
+    ]
 
 
 def _normalize(tensor: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Made:
-    p, dim, eps = (
-        _argument(args, kwargs, at, name, other)
-        for at, (name, other) in enumerate((("p", 2.0), ("dim", 1), ("eps", 1e-12)))
-    )
+    p, dim, eps = _bound(args, kwargs, p=2.0, dim=1, eps=1e-12)
     length = tensor.norm(p, dim, keepdim=True).clamp_min(eps)
     return lambda new: new / length, length
 
 
 def _layer_norm(tensor: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Made:
-    shape, weight, bias, eps = (
-        _argument(args, kwargs, at, name, other)
-        for at, (name, other) in enumerate(
-            (("normalized_shape", ()), ("weight", None), ("bias", None), ("eps", 1e-5))
-        )
+    shape, weight, bias, eps = _bound(
+        args, kwargs, normalized_shape=(), weight=None, bias=None, eps=1e-5
     )
     axes = list(range(tensor.dim() - len(shape), tensor.dim()))
     return _centred(tensor, axes, weight, bias, eps), None
 
 
 def _rms_norm(tensor: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Made:
-    shape, weight, eps = (
-        _argument(args, kwargs, at, name, other)
-        for at, (name, other) in enumerate(
-            (("normalized_shape", ()), ("weight", None), ("eps", None))
-        )
-    )
+    shape, weight, eps = _bound(args, kwargs, normalized_shape=(), weight=None, eps=None)
     axes = list(range(tensor.dim() - len(shape), tensor.dim()))
     small = torch.finfo(tensor.dtype).eps if eps is None else eps
     inverse = (tensor.square().mean(axes, keepdim=True) + small).rsqrt()
@@ -370,24 +358,18 @@ def _rms_norm(tensor: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 
 def _group_norm(tensor: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Made:
-    groups, weight, bias, eps = (
-        _argument(args, kwargs, at, name, other)
-        for at, (name, other) in enumerate(
-            (("num_groups", 1), ("weight", None), ("bias", None), ("eps", 1e-5))
-        )
-    )
-    return _grouped(tensor, groups, weight, bias, eps), None
+    given = _bound(args, kwargs, num_groups=1, weight=None, bias=None, eps=1e-5)
+    return _grouped(tensor, *given), None
 
 
 def _instance_norm(tensor: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Made:
-    weight, bias = (
-        _argument(args, kwargs, at, name, None) for at, name in ((2, "weight"), (3, "bias"))
-    )
-    if not _argument(args, kwargs, 4, "use_input_stats", True):
+    _, _, weight, bias, statistics, _, eps = _bound(
+        args, kwargs, running_mean=None, running_var=None, weight=None, bias=None,
+        use_input_stats=True, momentum=0.1, eps=1e-5,
+    )  # fmt: skip
+    if not statistics:
         return None  # affine as it is
-    return _grouped(
-        tensor, tensor.shape[1], weight, bias, _argument(args, kwargs, 6, "eps", 1e-5)
-    ), None
+    return _grouped(tensor, tensor.shape[1], weight, bias, eps), None
 
 
 def _grouped(
