@@ -132,6 +132,14 @@ def check_choice(
         raise error(f"Expected {what} to be one of {', '.join(names)}, got '{chosen}'.")
 
 
+def check_index(what: str, index: int, count: int) -> None:
+    """Raises a ComparisonError for the index of something that a result does not have."""
+    if not -count <= index < count:
+        raise ComparisonError(
+            f"Expected a {what} below {count}, got {index}; counting starts at 0."
+        )
+
+
 def missing(path: object, otherwise: str) -> str:
     """Why a file or folder does not exist: addresses on the web are never one."""
     name = re.sub(r"^([a-z][a-z0-9+.-]+:/)(?!/)", r"\1/", str(path))  # a Path has one slash

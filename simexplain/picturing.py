@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from simexplain.checking import PROVES
 from simexplain.comparison import roles
 from simexplain.data.preprocessing import Thumbnail, shrunk
-from simexplain.errors import ComparisonError, printable
+from simexplain.errors import ComparisonError, check_index, printable
 from simexplain.explanation import ROOTED, Explanation, GivenVector, heat_of, on_pixels
 from simexplain.methods import PIXELS
 from simexplain.rendering.overlay import CONTOUR_LEVELS, FULL_HEAT, RENDERERS
@@ -44,10 +44,7 @@ def draw_explanation(
     Raises:
         ComparisonError: If the comparison or the style does not exist.
     """
-    if not -len(explanation) <= index < len(explanation):
-        raise ComparisonError(
-            f"Expected a comparison below {len(explanation)}, got {index}; counting starts at 0."
-        )
+    check_index("comparison", index, len(explanation))
     unknown = [style for style in styles if style not in RENDERERS]
     if unknown or not styles:
         raise ComparisonError(

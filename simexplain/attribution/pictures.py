@@ -11,7 +11,7 @@ import numpy as np
 
 from simexplain.attribution.result import Attribution, Node
 from simexplain.data.preprocessing import shrunk
-from simexplain.errors import ComparisonError, printable
+from simexplain.errors import ComparisonError, check_index, printable
 from simexplain.models.avsl_options import ORIGINS
 from simexplain.rendering.graph import Branch, LevelShare, NodeCard, attribution_graph
 from simexplain.rendering.graph import StandIn as Stand
@@ -35,7 +35,7 @@ def draw_graph(attribution: Attribution, index: int, level: int | str, node: int
         ComparisonError: If the pair, the level or the node does not exist.
     """
     number = attribution.level(level)
-    _check(attribution, index)
+    check_index("pair", index, len(attribution))
     if node is not None:
         attribution.node(number, node, index)
     reliable = reliable_nodes(attribution, number, index)
@@ -86,7 +86,7 @@ def draw_ranking(
         raise ComparisonError("Expected at least one pair to rank the nodes of, got none.")
     pairs = []
     for index in chosen:
-        _check(attribution, index)
+        check_index("pair", index, len(attribution))
         reliable = reliable_nodes(attribution, number, index)
         shown = _ends(len(reliable))
         cards = _Cards(attribution, index)
@@ -182,13 +182,6 @@ def _ends(count: int) -> tuple[int, ...]:
     if count <= 2 * _ENDS:
         return tuple(range(count))
     return (*range(_ENDS), *range(count - _ENDS, count))
-
-
-def _check(attribution: Attribution, index: int) -> None:
-    if not -len(attribution) <= index < len(attribution):
-        raise ComparisonError(
-            f"Expected a pair below {len(attribution)}, got {index}; counting starts at 0."
-        )
 
 
 def _thumbnails(attribution: Attribution, index: int) -> tuple[Pixels, Pixels]:

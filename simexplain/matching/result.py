@@ -13,7 +13,7 @@ from torch import Tensor
 
 from simexplain.data.images import Picture
 from simexplain.data.preprocessing import Geometry, Preprocess
-from simexplain.errors import ComparisonError, check_choice
+from simexplain.errors import ComparisonError, check_choice, check_index
 from simexplain.matching.factors import SCORES
 from simexplain.methods.cams import unit_scaled
 from simexplain.metrics.maps import tents
@@ -376,10 +376,7 @@ class Matching(Result):
             ComparisonError: If the pair or the side does not exist.
         """
         check_choice("side", side, SIDES)
-        if not -len(self) <= index < len(self):
-            raise ComparisonError(
-                f"Expected a pair below {len(self)}, got {index}; counting starts at 0."
-            )
+        check_index("pair", index, len(self))
         position = SIDES.index(side)
         image = self.images[position]
         axes = self.matrix.shape[1 + 2 * position : 3 + 2 * position]

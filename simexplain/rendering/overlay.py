@@ -33,20 +33,12 @@ def overlay(picture: Pixels, heatmap: Heat) -> Pixels:
         picture: RGB ``(H,W,3)``.
         heatmap: ``(H,W)`` in [0, 1].
     """
-
-    def drawn(rows: Pixels, heat: Heat) -> Pixels:
-        return _coloured(rows, heat.clip(0, 1))
-
-    return _in_strips(drawn, picture, heatmap)
+    return _in_strips(lambda rows, heat: _coloured(rows, heat.clip(0, 1)), picture, heatmap)
 
 
 def signed_overlay(picture: Pixels, heatmap: Heat) -> Pixels:
     """The same for heat in [-1, 1]: warm where it is positive, cold where it is negative."""
-
-    def drawn(rows: Pixels, heat: Heat) -> Pixels:
-        return _coloured(rows, heat.clip(-1, 1))
-
-    return _in_strips(drawn, picture, heatmap)
+    return _in_strips(lambda rows, heat: _coloured(rows, heat.clip(-1, 1)), picture, heatmap)
 
 
 def contour(picture: Pixels, heatmap: Heat) -> Pixels:
@@ -107,6 +99,11 @@ def _in_strips(drawn: Renderer, picture: Pixels, heatmap: Heat) -> Pixels:
     return whole
 
 
+def _grey(picture: Pixels) -> Pixels:
+    grey: Pixels = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return grey
+
+
 def _mixed(below: Pixels, above: Pixels, opacity: NDArray[np.float32]) -> Pixels:
     share = opacity[..., None]
     mixed: Pixels = np.round(below * (1 - share) + above * share).astype(np.uint8)
@@ -115,7 +112,7 @@ def _mixed(below: Pixels, above: Pixels, opacity: NDArray[np.float32]) -> Pixels
 
 def _coloured(picture: Pixels, heat: Heat) -> Pixels:
     # A little grey under the colour keeps the picture's own reds from reading as heat.
-    grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    grey = _grey(picture)
     base = cv2.addWeighted(picture, 0.6, grey, 0.4, 0)
     colours = colour_table(signed=True)[255 + np.round(255 * heat).astype(np.int16)]
     return _mixed(base, colours, np.float32(0.78) * np.sqrt(np.abs(heat)))
@@ -143,7 +140,7 @@ def outlined(picture: Pixels, mask: NDArray[np.bool_]) -> Pixels:
         picture: RGB ``(H,W,3)``.
         mask: ``(H,W)``.
     """
-    grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    grey = _grey(picture)
     drawn = np.where(mask[..., None], picture, (0.55 * picture + 0.25 * grey)).astype(np.float32)
     tint = np.array(TINT, dtype=np.float32)
     drawn[mask] = (1 - _STRENGTH) * drawn[mask] + _STRENGTH * tint
@@ -170,7 +167,7 @@ def cut_out(picture: Pixels, mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
 def marked(picture: Pixels, marks: Pixels) -> Pixels:
     """The marks given to a cut, in :data:`MARK_COLOURS` over the picture in grey."""
-    grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    grey = _grey(picture)
     colours = np.array(MARK_COLOURS, dtype=np.float32)[marks]
     mixed: Pixels = (0.4 * grey + 0.6 * colours).round().clip(0, 255).astype(np.uint8)
     return mixed
