@@ -163,9 +163,10 @@ MOVED: dict[str, str] = {
         "losses",
     ),
     "CAMS": "methods.cams",
-    "SimilarityAttention": "methods.similarity_attention",
     "WeightBank": "methods.weight_bank",
-    **dict.fromkeys(("similarity_weights", "WEIGHTS"), "methods.weights"),
+    **dict.fromkeys(
+        ("similarity_weights", "SimilarityAttention", "WEIGHTS"), "methods.similarity_attention"
+    ),
     "accelerated": "models.accelerating",
     "AVSL": "models.avsl",
     **dict.fromkeys(("AVSLOptions", "PRESETS"), "models.avsl_options"),

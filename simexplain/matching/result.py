@@ -298,13 +298,7 @@ class Matching(Result):
     def best(self, x: float, y: float, side: str = "a", index: int = 0) -> PositionPair:
         """The position of the other image that answers most to a point, and what they add.
 
-        For ``squared`` that is the position with the least distance.
-
-        Args:
-            x: As for :meth:`at`.
-            y: As for :meth:`at`.
-            side: As for :meth:`at`.
-            index: As for :meth:`at`.
+        For ``squared`` that is the position with the least distance. Takes what :meth:`at` does.
 
         Raises:
             ComparisonError: As for :meth:`at`.

@@ -127,18 +127,20 @@ def sensitivity(
 
     values = []
     for image in images.detach():
-        generator = torch.Generator().manual_seed(seed)
-
-        def noisy(many: Tensor, generator: torch.Generator = generator) -> Tensor:
-            draw = 2 * torch.rand(many.shape, generator=generator) - 1
-            return many + radius * draw.to(many)
-
+        noisy = _noise(radius, torch.Generator().manual_seed(seed))
         value = metrics.sensitivity_max(
             explained, image[None], perturb_func=noisy, n_perturb_samples=samples,
             max_examples_per_batch=max_batch,
         )  # fmt: skip
         values.append(value.detach().cpu().double())
     return torch.cat(values)
+
+
+def _noise(radius: float, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    def noisy(images: Tensor) -> Tensor:
+        return images + radius * (2 * torch.rand(images.shape, generator=generator) - 1).to(images)
+
+    return noisy
 
 
 def _captum() -> Any:
