@@ -53,14 +53,13 @@ def draw_graph(attribution: Attribution, index: int, level: int | str, node: int
         captions=_captions(attribution, index),
         distance=float(attribution.distances[index]),
         levels=[
-            LevelShare(layer, float(part), float(share), attribution.nodes[at].shape[1])
-            for at, (layer, part, share) in enumerate(
-                zip(
-                    attribution.levels,
-                    attribution.level_contributions[index],
-                    attribution.shares[index],
-                    strict=True,
-                )
+            LevelShare(layer, float(part), float(share), nodes.shape[1])
+            for layer, part, share, nodes in zip(
+                attribution.levels,
+                attribution.level_contributions[index],
+                attribution.shares[index],
+                attribution.nodes,
+                strict=True,
             )
         ],
         similar=[cards(end) for end in ends[0]],

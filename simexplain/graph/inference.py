@@ -90,23 +90,14 @@ def _spread(values: Tensor) -> Tensor:
     return values.std(dim=-1)
 
 
-def _l2(cams: Tensor) -> Tensor:
-    return _spread(F.normalize(cams.flatten(2), p=2.0, dim=2))
-
-
-def _map_min_l1(cams: Tensor) -> Tensor:
-    flat = cams.flatten(2)
-    return _spread(F.normalize(flat - flat.amin(dim=2, keepdim=True), p=1.0, dim=2))
-
-
-def _row_min_l1(cams: Tensor) -> Tensor:
-    return _spread(F.normalize((cams - cams.amin(dim=3, keepdim=True)).flatten(2), p=1.0, dim=2))
+def _spread_without(cams: Tensor, low: Tensor) -> Tensor:
+    return _spread(F.normalize((cams - low).flatten(2), p=1.0, dim=2))
 
 
 CERTAINTIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "l2": _l2,
-    "map_min_l1": _map_min_l1,
-    "row_min_l1": _row_min_l1,
+    "l2": lambda cams: _spread(F.normalize(cams.flatten(2), p=2.0, dim=2)),
+    "map_min_l1": lambda cams: _spread_without(cams, cams.amin(dim=(2, 3), keepdim=True)),
+    "row_min_l1": lambda cams: _spread_without(cams, cams.amin(dim=3, keepdim=True)),
 }
 """How focused each CAM ``(M,r,h,w)`` is, ``(M,r)``: the standard deviation in Eq. 5.
 
@@ -163,13 +154,14 @@ class Rows:
 
     def __getitem__(self, which: slice | Tensor) -> Rows:
         """The same for some of the images."""
-        return self._each(lambda level: level[which])
+        return self.each(lambda level: level[which])
 
     def to(self, like: Tensor) -> Rows:
         """The same in the type and on the device of a tensor."""
-        return self._each(lambda level: level.to(like))
+        return self.each(lambda level: level.to(like))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Rows:
+    def each(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        """The same with every tensor changed."""
         return Rows(
             tuple(change(level) for level in self.embeddings),
             tuple(change(level) for level in self.certainties),
@@ -316,11 +308,5 @@ def broadcast(graph: Graph, q: Rows, g: Rows) -> Tensor:
 
     Needs several tensors of ``Q * G * r`` numbers: for training batches, and as the reference.
     """
-    return infer(graph, _expanded(q, 1), _expanded(g, 0)).distance
-
-
-def _expanded(rows: Rows, axis: int) -> Rows:
-    return Rows(
-        tuple(level.unsqueeze(axis) for level in rows.embeddings),
-        tuple(level.unsqueeze(axis) for level in rows.certainties),
-    )
+    rows, columns = q.each(lambda one: one.unsqueeze(1)), g.each(lambda one: one.unsqueeze(0))
+    return infer(graph, rows, columns).distance

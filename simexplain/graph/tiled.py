@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -132,10 +134,7 @@ class ExactPairs:
         return out.view(*which.shape, level.shape[1])
 
     def _buffer(self, number: int, shape: tuple[int, ...]) -> Tensor:
-        size = 1
-        for length in shape:
-            size *= length
-        return self._space[number, :size].view(shape)
+        return self._space[number, : math.prod(shape)].view(shape)
 
 
 def check_widths(graph: Graph, rows: Rows) -> None:

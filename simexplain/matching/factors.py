@@ -98,16 +98,8 @@ class Score:
     matrix: Callable[[Tensor, Tensor], Tensor]
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(dim=1)
-
-
 def _products(a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("ben,bem->bnm", a, b)
-
-
-def _square(a: Tensor, b: Tensor) -> Tensor:
-    return (a - b).square().sum(dim=1)
 
 
 def _squares(a: Tensor, b: Tensor) -> Tensor:
@@ -117,11 +109,12 @@ def _squares(a: Tensor, b: Tensor) -> Tensor:
 
 
 SCORES: dict[str, Score] = {
-    "cosine": Score("cosine", "cosine of the vectors", True, 1, _product, _products),
+    "cosine": Score("cosine", "cosine of the vectors",
+                    True, 1, lambda a, b: (a * b).sum(dim=1), _products),
     "dot": Score("dot product", "dot product of the vectors as the network gives them",
-                 False, 1, _product, _products),
+                 False, 1, lambda a, b: (a * b).sum(dim=1), _products),
     "squared": Score("squared distance", "squared Euclidean distance of the unit embeddings",
-                     True, -1, _square, _squares),
+                     True, -1, lambda a, b: (a - b).square().sum(dim=1), _squares),
 }  # fmt: skip
 """Every score by name."""
 

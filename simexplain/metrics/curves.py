@@ -28,14 +28,8 @@ def blurred(images: Tensor, black: Tensor | None = None) -> Tensor:
     At the borders the weights inside the image are scaled to one, so a flat image stays as it is.
     ``black`` is not used.
     """
-    height, width = images.shape[-2:]
     exact = images.to(torch.promote_types(images.dtype, torch.float32))
-    sigma = BLUR * min(height, width)
-    rows, columns = (gaussian(side, sigma) for side in (height, width))
-    down, along = (
-        (weights / weights.sum(dim=1, keepdim=True)).to(exact) for weights in (rows, columns)
-    )
-    return (down @ exact @ along.T).to(images.dtype)
+    return _smoothed(exact, BLUR).to(images.dtype)
 
 
 def mean_colour(images: Tensor, black: Tensor | None = None) -> Tensor:
@@ -321,9 +315,9 @@ def hidden(images: Tensor, masks: Tensor, veil: Tensor | None = None) -> Tensor:
     return torch.lerp(images, blurred(images) if veil is None else veil, share)
 
 
-def _smoothed(maps: Tensor) -> Tensor:
-    """Maps ``(...,H,W)`` under a narrow Gaussian, whose weights are scaled to one at borders."""
+def _smoothed(maps: Tensor, share: float = _BORDER) -> Tensor:
+    """Maps ``(...,H,W)`` under a Gaussian of a share of the shorter side, scaled at borders."""
     height, width = maps.shape[-2:]
-    rows, columns = (gaussian(side, _BORDER * min(height, width)) for side in (height, width))
+    rows, columns = (gaussian(side, share * min(height, width)) for side in (height, width))
     down, along = (weights / weights.sum(dim=1, keepdim=True) for weights in (rows, columns))
     return down.to(maps) @ maps @ along.to(maps).T
