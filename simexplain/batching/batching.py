@@ -19,7 +19,7 @@ from simexplain.batching.folder import MANIFEST, BatchFolder, check_extra
 from simexplain.batching.planning import (
     BatchOptions,
     BatchPlan,
-    Rows,
+    RowSource,
     placed,
     plan_rows,
     read_rows,
@@ -143,7 +143,7 @@ _LISTED = 20
 @typed
 def explain_batch(
     model: nn.Module,
-    rows: Rows,
+    rows: RowSource,
     out: str | Path,
     *,
     root: str | Path | None = None,

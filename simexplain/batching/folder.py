@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 OK, FAILED = "ok", "failed"
-Record = dict[str, Any]
+TableRecord = dict[str, Any]
 
 
 def check_extra() -> None:
@@ -79,7 +79,7 @@ def schema() -> pyarrow.Schema:
     )
 
 
-def named(number: int, row: BatchRow) -> Record:
+def named(number: int, row: BatchRow) -> TableRecord:
     """What is known of a row before it is explained; all else is null."""
     shape = (len(row.positives), len(row.negatives))
     return {
@@ -99,7 +99,7 @@ def explained(
     pictures: Sequence[int],
     explanation: Explanation,
     maps: tuple[str, str],
-) -> Record:
+) -> TableRecord:
     """A row that was explained; ``maps`` are the file of its maps and its key in there."""
     condition = explanation.condition()
     return {
@@ -136,7 +136,7 @@ def _points(row: Explanation) -> list[dict[str, float] | None]:
     return [peak and {"x": peak[0], "y": peak[1]} for peak in row.peaks()]
 
 
-def failed(number: int, row: BatchRow, error: str) -> Record:
+def failed(number: int, row: BatchRow, error: str) -> TableRecord:
     """A row that could not be explained."""
     return {**named(number, row), "status": FAILED, "error": error}
 
@@ -312,7 +312,7 @@ class BatchFolder(JobFolder):
         return table if all((self.path / file).is_file() for file in files) else None
 
     def write_shard(
-        self, shard: int, records: Sequence[Record], tensors: Mapping[str, Tensor]
+        self, shard: int, records: Sequence[TableRecord], tensors: Mapping[str, Tensor]
     ) -> None:
         """The rows of a shard, after their maps."""
         from safetensors.torch import save

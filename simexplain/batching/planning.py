@@ -131,10 +131,10 @@ class BatchRow:
         return (self.anchor, *self.positives, *self.negatives)
 
 
-Rows = str | Path | Sequence[BatchRow | Mapping[str, Any]]
+RowSource = str | Path | Sequence[BatchRow | Mapping[str, Any]]
 
 
-def read_rows(source: Rows, root: str | Path | None = None) -> tuple[list[BatchRow], Path]:
+def read_rows(source: RowSource, root: str | Path | None = None) -> tuple[list[BatchRow], Path]:
     """The rows of a batch and the folder that their paths are relative to.
 
     Args:

@@ -190,7 +190,7 @@ class RowExplainer:
         if self._proven is not None and self._proven[0] == row:
             return self._proven[1]
         self._keep.now = self._places.get(row, 0)
-        assert self._chosen, "prove() comes first"
+        assert self._chosen, "check_sharing() comes first"
         try:
             if self.shared:
                 try:

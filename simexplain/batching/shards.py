@@ -17,7 +17,7 @@ from simexplain.batching.folder import (
     FIGURES,
     HEATMAPS,
     BatchFolder,
-    Record,
+    TableRecord,
     explained,
     failed,
     maps_name,
@@ -52,7 +52,7 @@ class ShardWriter:
         A row that cannot be explained becomes a record with the reason.
         """
         plan = self.explainer.plan
-        records: list[Record] = []
+        records: list[TableRecord] = []
         tensors: dict[str, Tensor] = {}
         for row in plan.shards[shard]:
             explanation = self._explained(row)
