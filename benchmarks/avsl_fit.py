@@ -22,8 +22,7 @@ from torch import Tensor
 
 from simexplain import SimilarityModel, load_model
 from simexplain.data.folders import Batches, Record, pictures_in
-from simexplain.fitting.frozen import FeaturePasses
-from simexplain.fitting.posthoc import PostHoc
+from simexplain.fitting.posthoc import FeaturePasses, PostHoc
 from simexplain.models.avsl import AVSL
 from simexplain.models.backbones import DEFAULT_MODEL
 

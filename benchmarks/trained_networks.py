@@ -34,9 +34,8 @@ from trained_architectures import mobilenet_folder
 
 from simexplain.models.base import SimilarityModel
 from simexplain.training.building import build_model
-from simexplain.training.datasource import Source
 from simexplain.training.options import TrainOptions
-from simexplain.training.training import train
+from simexplain.training.training import Source, train
 
 VIEW = 112
 """Pixels a side of the pictures that are trained on."""

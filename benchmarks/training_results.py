@@ -26,8 +26,7 @@ from training_results_page import page
 
 from simexplain import evaluate_retrieval, load_model
 from simexplain.models.avsl import AVSL
-from simexplain.training.datasource import Source
-from simexplain.training.training import train
+from simexplain.training.training import Source, train
 
 KS = (1, 2, 4, 8)
 _KS = (1, 2, 8, 32, 128)

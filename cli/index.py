@@ -9,15 +9,9 @@ import click
 
 from simexplain.data.folders import left_out_of
 from simexplain.errors import OutputError, json_text
-from simexplain.searching.index import (
-    GalleryIndex,
-    build_index,
-    open_index,
-    remove_from_index,
-    update_index,
-)
+from simexplain.searching.index import build_index, remove_from_index, update_index
 from simexplain.searching.index_file import work_folder
-from simexplain.searching.index_gallery import report_of
+from simexplain.searching.index_gallery import GalleryIndex, open_index, report_of
 
 from .console import echo, echo_lines
 from .options import (

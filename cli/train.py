@@ -16,11 +16,10 @@ import click
 
 from simexplain.data.datasets import DATASETS
 from simexplain.errors import json_text
-from simexplain.training.datasource import Source
 from simexplain.training.options import titled
 from simexplain.training.recipes import RECIPES, recipe_named
 from simexplain.training.run_folder import CHECKPOINT, first_process
-from simexplain.training.training import begun_source, check_extra, train
+from simexplain.training.training import Source, begun_source, check_extra, train
 
 from .console import echo, echo_lines
 from .options import (

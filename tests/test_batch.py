@@ -36,7 +36,7 @@ from simexplain import (
 )
 from simexplain.batching.cached_model import LookaheadCache
 from simexplain.batching.planning import BatchOptions, BatchRow, nearest_first, read_rows
-from simexplain.batching.row_explaining import RowExplainer
+from simexplain.batching.shards import RowExplainer
 from simexplain.errors import ComparisonError, ModelError, OutputError
 from simexplain.methods.similarity_attention import SimilarityAttention
 from simexplain.methods.weight_bank import WeightBank, probe_of

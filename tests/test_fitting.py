@@ -15,14 +15,14 @@ from simexplain import as_similarity_model, attribute, fit
 from simexplain.data.folders import Batches, Record, pictures_in
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ImageError, ModelError
-from simexplain.fitting.frozen import (
+from simexplain.fitting.posthoc import (
     FeaturePasses,
     certainty_scales,
     pca_head,
     slopes_and_offsets,
+    too_few,
     trained_head,
 )
-from simexplain.fitting.posthoc import too_few
 from simexplain.graph.inference import overlap
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel

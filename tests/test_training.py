@@ -41,12 +41,11 @@ from simexplain.training.building import (
     rate_factor,
     set_rates,
 )
-from simexplain.training.datasource import Source, searchable
 from simexplain.training.module import set_training
 from simexplain.training.options import RANGES, TrainOptions, choices, with_options
 from simexplain.training.recording import Listeners, attention_triplets_of
 from simexplain.training.run_folder import RunFolder, TrainResult
-from simexplain.training.training import not_improved, train
+from simexplain.training.training import Source, not_improved, searchable, train
 
 MARGIN = 0.2
 """By how much Recall@1 of unseen classes must rise in the end-to-end test; it rises by 0.4."""

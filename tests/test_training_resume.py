@@ -23,9 +23,8 @@ from pictures import noise
 from training_cases import TINY, same, state_of, striped
 
 from simexplain.errors import ModelError, OutputError
-from simexplain.training.datasource import Source
 from simexplain.training.recording import Listeners
-from simexplain.training.training import train
+from simexplain.training.training import Source, train
 
 CASES: dict[str, dict[str, Any]] = {
     "mining": {

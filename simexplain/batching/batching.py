@@ -25,8 +25,8 @@ from simexplain.batching.planning import (
     read_rows,
 )
 from simexplain.batching.result import BatchResult, WorkDone, open_batch
-from simexplain.batching.row_explaining import RowExplainer
 from simexplain.batching.shards import (
+    RowExplainer,
     ShardWriter,
     processes,
     sums,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from simexplain.arguments import typed
 from simexplain.data.folders import Batches, Record, StageProgress, pictures_in
 from simexplain.errors import ImageError, ModelError
-from simexplain.fitting.frozen import check_numbers, silent
+from simexplain.fitting.posthoc import check_numbers, silent
 from simexplain.methods.cams import channel_weights
 from simexplain.methods.weight_bank import WeightBank, probe_of, usual_distance
 from simexplain.models.base import SimilarityModel

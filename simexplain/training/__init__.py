@@ -1,5 +1,5 @@
 """Training of embedding models on lightning: what `simexplain train` does.
 
-Public: ``train`` (``training.py``) with its ``TrainResult``, ``TrainOptions`` (``options.py``),
-``RECIPES`` (``recipes.py``), ``Source`` (``datasource.py``), ``Listeners`` (``recording.py``).
+Public: ``train`` and ``Source`` (``training.py``), ``TrainResult`` (``run_folder.py``),
+``TrainOptions`` (``options.py``), ``RECIPES`` (``recipes.py``), ``Listeners`` (``recording.py``).
 """
