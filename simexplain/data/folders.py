@@ -267,17 +267,21 @@ def mask_of(record: Record, size: tuple[int, int]) -> NDArray[np.uint8] | None:
     Raises:
         ImageError: If the file cannot be read or has another size than the picture.
     """
-    if record.mask is None or (record.mask == record.path and alpha_of(record.mask) is None):
+    if record.mask is None:
         return None
-    return mask_values(record.mask, size)
+    values = alpha_of(record.mask)
+    if values is None:
+        if record.mask == record.path:
+            return None
+        values = np.array(read_picture(record.mask).image.convert("L"))
+    check_mask_size(record.mask, values, size)
+    return values
 
 
 def mask_values(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A mask file as :func:`mask_of` reads it: its alpha channel, else its brightness."""
-    values = alpha_of(path)
-    if values is None:
-        values = np.array(read_picture(path).image.convert("L"))
-    check_mask_size(path, values, size)
+    """A mask file of its own, as :func:`mask_of` reads it."""
+    values = mask_of(Record(Path(), mask=path), size)
+    assert values is not None
     return values
 
 
