@@ -326,7 +326,7 @@ class CachedModel(SimilarityModel):
 
     def _answer(self, images: Tensor, *, raw: bool) -> Tensor:
         if not _is_blank(images):
-            return self._asked(images, raw=raw)
+            return self._of_base(images, raw=raw)
         uses = self._recall((int(images.shape[-2]), int(images.shape[-1])), raw)
         if len(uses) != len(images):
             raise CacheMissError(f"Expected {len(uses)} images, got {len(images)}.")
@@ -340,7 +340,7 @@ class CachedModel(SimilarityModel):
             given.append(self._through(layer, value, calls))
         return _linked(partial(pulled, uses, None), gathered(uses, None), given)
 
-    def _asked(self, images: Tensor, *, raw: bool) -> Tensor:
+    def _of_base(self, images: Tensor, *, raw: bool) -> Tensor:
         """The base model's answer, which is the same for the noise that models are known by."""
         if raw or torch.is_grad_enabled():
             raise CacheMissError("These images have not been seen.")

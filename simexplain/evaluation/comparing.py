@@ -61,22 +61,22 @@ def setups_of(methods: MethodSetups) -> dict[str, MethodSetup]:
         ComparisonError: If a method or an option is unknown, or there is none or one given twice.
     """
     if isinstance(methods, Mapping):
-        recipes = dict(methods)
-        for method, _, options in recipes.values():
+        setups = dict(methods)
+        for method, _, options in setups.values():
             if isinstance(method, str):
                 _check_options(method, options)
     else:
         texts = quick_methods() if methods is None else tuple(methods)
-        recipes = {text: setup_from(text) for text in texts}
-        if len(recipes) != len(texts):
+        setups = {text: setup_from(text) for text in texts}
+        if len(setups) != len(texts):
             raise ComparisonError(f"Expected every method once, got {', '.join(texts)}.")
-    if not recipes:
+    if not setups:
         raise ComparisonError("Expected at least one method, got none.")
-    return recipes
+    return setups
 
 
 def setup_from(text: str) -> MethodSetup:
-    """A recipe from ``NAME[@LAYER+LAYER][:OPTION=VALUE,...]``, such as ``sam:weights=signed``.
+    """A setup from ``NAME[@LAYER+LAYER][:OPTION=VALUE,...]``, such as ``sam:weights=signed``.
 
     Values are read as what the option is by default: a number, true or false, else text. Besides
     its own options every method takes ``upscale``.
@@ -106,9 +106,9 @@ def setup_from(text: str) -> MethodSetup:
     return name, (chosen if len(chosen) > 1 else chosen[0]) if at else None, options
 
 
-def ready(recipe: MethodSetup) -> str:
-    """Why a recipe cannot be carried out whatever the model; empty where nothing is known."""
-    method, _, options = recipe
+def ready(setup: MethodSetup) -> str:
+    """Why a setup cannot be carried out whatever the model; empty where nothing is known."""
+    method, _, options = setup
     missing = _missing(method, options)
     if not isinstance(method, str) or not missing:
         return ""
@@ -121,18 +121,18 @@ def ready(recipe: MethodSetup) -> str:
     return f"It needs the option {missing[0]}, which has no default."
 
 
-def settled(recipe: MethodSetup) -> MethodSetup:
-    """The recipe with its options checked and as the method keeps them: files are read once.
+def settled(setup: MethodSetup) -> MethodSetup:
+    """The setup with its options checked and as the method keeps them: files are read once.
 
     A bank given by its file, for one, becomes the bank with that name.
 
     Raises:
         SimexplainError: If an option has a value that the method does not take.
     """
-    method, layer, options = recipe
+    method, layer, options = setup
     own = {name: value for name, value in options.items() if name not in _OF_THE_VIEW}
     if not own or not isinstance(method, str) or _missing(method, options):
-        return recipe
+        return setup
     made: Any = METHODS[method](**own)
     kept = {name: getattr(made, name, value) for name, value in own.items()}
     return method, layer, {**options, **kept}
@@ -201,7 +201,7 @@ def compare(
         images: Pictures: files, pictures of PIL or arrays, with the heat on the pictures
             themselves; or one comparison (``B`` = 1) of preprocessed images ``(3,H,W)``.
         methods: Names like ``decomposition``, or texts like ``sam@blocks.6:weights=signed``
-            (``NAME[@LAYER+LAYER][:OPTION=VALUE,...]``); or recipes ``(method, layer, options)`` by
+            (``NAME[@LAYER+LAYER][:OPTION=VALUE,...]``); or setups ``(method, layer, options)`` by
             name; None for :func:`quick_methods`.
         arch: Of pictures, as for ``explain``; so are ``negative`` and ``positives``.
         masks: For each image what its map should point at, or None: of pictures the file of a mask
@@ -227,7 +227,7 @@ def compare(
         SimexplainError: If none of the methods applies: the reason of the first.
     """
     wrapped = as_similarity_model(model)
-    recipes = setups_of(methods)
+    setups = setups_of(methods)
     if isinstance(images, Comparison):
         question = _of_tensors(images, masks)
     else:
@@ -239,8 +239,8 @@ def compare(
         question = load_item(wrapped, Item(files[0], masks=files[1], **roles))
     in_pass: dict[str, Any] = {"max_batch": max_batch, "check": False}
 
-    def explained(recipe: MethodSetup) -> Explanation:
-        method, layer, options = recipe
+    def explained(setup: MethodSetup) -> Explanation:
+        method, layer, options = setup
         if question.pictures and options.get("upscale", 1) != 1:
             # Then the pictures' own finer detail is shown.
             return explain(wrapped, files[0], method, layer, **roles, **in_pass, **options)
@@ -255,7 +255,7 @@ def compare(
     if question.pictures:
         notes = notes_of(wrapped.preprocess, question.pictures)
     run = _Run(wrapped, question, Measures(perturb, steps, baseline, tolerance, max_batch, seed))
-    return run.compared(recipes, explained, notes, progress, estimate)
+    return run.compared(setups, explained, notes, progress, estimate)
 
 
 def _of_tensors(comparison: Comparison, masks: Any) -> LoadedItem:
@@ -289,24 +289,24 @@ class _Run:
 
     def compared(
         self,
-        recipes: Mapping[str, MethodSetup],
+        setups: Mapping[str, MethodSetup],
         explained: Callable[[MethodSetup], Explanation],
         notes: tuple[str, ...],
         progress: Progress | None,
         estimate: Callable[[float], None] | None,
     ) -> MethodComparison:
         """All methods, one after the other; those that do not apply are noted."""
-        recipes = {name: settled(recipe) for name, recipe in recipes.items()}
-        reasons = {name: ready(recipe) for name, recipe in recipes.items()}
+        setups = {name: settled(setup) for name, setup in setups.items()}
+        reasons = {name: ready(setup) for name, setup in setups.items()}
         self._warm_up()
         start = time.perf_counter()
         methods: list[ComparedMethod] = []
         skipped: dict[str, SimexplainError] = {}
-        for done, (name, recipe) in enumerate(recipes.items()):
+        for done, (name, setup) in enumerate(setups.items()):
             try:
                 if reasons[name]:
                     raise ComparisonError(reasons[name])
-                methods.append(self._one(name, recipe, explained, methods))
+                methods.append(self._one(name, setup, explained, methods))
             except torch.OutOfMemoryError:
                 raise
             except SimexplainError as error:
@@ -314,8 +314,8 @@ class _Run:
             except RuntimeError as error:  # torch, of a network that a method does not suit
                 skipped[name] = SimexplainError(f"{type(error).__name__}: {first_line(error)}.")
             if progress is not None:
-                progress(done + 1, len(recipes))
-            if estimate is not None and (left := len(recipes) - done - 1) and len(methods) == 1:
+                progress(done + 1, len(setups))
+            if estimate is not None and (left := len(setups) - done - 1) and len(methods) == 1:
                 estimate((methods[0].seconds + methods[0].measuring) * left)
                 estimate = None
         if not methods:
@@ -347,18 +347,18 @@ class _Run:
     def _one(
         self,
         name: str,
-        recipe: MethodSetup,
+        setup: MethodSetup,
         explained: Callable[[MethodSetup], Explanation],
         before: Sequence[ComparedMethod],
     ) -> ComparedMethod:
-        explanation, seconds, forwards = timed(self.model, lambda: explained(recipe))
+        explanation, seconds, forwards = timed(self.model, lambda: explained(setup))
         reference = before[0].explanation if before else explanation
         start = time.perf_counter()
         scores = self._scores(explanation)
         measuring = time.perf_counter() - start
         return ComparedMethod(
             name=name,
-            asked=dict(recipe[2]),
+            asked=dict(setup[2]),
             explanation=explanation,
             scores=scores,
             agreement=_agreement(reference, explanation),

@@ -151,7 +151,7 @@ class _Run:
         measures: Measures,
     ) -> None:
         self.model, self.controls, self.measures = model, controls, measures
-        self.methods = {name: _settled(recipe) for name, recipe in methods.items()}
+        self.methods = {name: _settled(setup) for name, setup in methods.items()}
         self.tallies = {name: _Tally() for name in (*methods, *map(_bracketed, controls))}
         self.errors: dict[str, SimexplainError] = {}
         self.hits: list[float] = []
@@ -170,10 +170,10 @@ class _Run:
             self.hits.append(levels["pointing"])
             self.areas.append(levels["energy"])
         sample: Explanation | None = None
-        for name, recipe in self.methods.items():
+        for name, setup in self.methods.items():
             scores: dict[str, float] = {}
             try:
-                explanation, seconds, forwards = self._explained(item, recipe)
+                explanation, seconds, forwards = self._explained(item, setup)
                 scores = self._scored(question, explanation, name)
             except SimexplainError as error:
                 self.errors[f"item {number}, {name}"] = error
@@ -189,8 +189,8 @@ class _Run:
                 scores = self._scored(question, control, _bracketed(name))
             self.tallies[_bracketed(name)].add(scores)
 
-    def _explained(self, item: Item, recipe: MethodSetup) -> tuple[Explanation, float, int]:
-        method, layer, options = recipe
+    def _explained(self, item: Item, setup: MethodSetup) -> tuple[Explanation, float, int]:
+        method, layer, options = setup
         return timed(
             self.model,
             lambda: explain(
@@ -209,12 +209,12 @@ class _Run:
         return means(scores)
 
 
-def _settled(recipe: MethodSetup) -> MethodSetup:
-    """The recipe with its files read once; where its options do not fit, every item reports it."""
+def _settled(setup: MethodSetup) -> MethodSetup:
+    """The setup with its files read once; where its options do not fit, every item reports it."""
     try:
-        return settled(recipe)
+        return settled(setup)
     except (SimexplainError, TypeError):
-        return recipe
+        return setup
 
 
 def _name(index: int, source: PictureSource) -> str:

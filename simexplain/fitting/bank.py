@@ -26,7 +26,7 @@ LabelledPictures = str | Path | Sequence[Record] | tuple[Tensor, Sequence[object
 
 _HALF_SCALE = 1024.0
 _READ, _WEIGH = "Reading features", "Weighing"
-_TOLD = ("triplets", "margin", "seed")
+_REPORTED = ("triplets", "margin", "seed")
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def _report(
 ) -> dict[str, Any]:
     """How the bank was made; ``active`` is the mean share of triplets with a loss."""
     used = active > 0
-    report: dict[str, Any] = {name: getattr(options, name) for name in _TOLD}
+    report: dict[str, Any] = {name: getattr(options, name) for name in _REPORTED}
     report |= {
         "images": int(used.sum()),
         "classes": len({label for label, kept in zip(labels, used.tolist(), strict=True) if kept}),

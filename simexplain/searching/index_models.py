@@ -64,8 +64,8 @@ class Identity:
             )
         if name:
             raise ModelError(
-                f"'{where}' was made from pictures prepared with {name} {_told(ours[name])}, got a "
-                f"model with {_told(theirs[name])}; {advice}"
+                f"'{where}' was made from pictures prepared with {name} {_text(ours[name])}, got a "
+                f"model with {_text(theirs[name])}; {advice}"
             )
         try:
             probe = _answer(model)
@@ -117,7 +117,7 @@ def _steps(preprocess: Preprocess) -> dict[str, Any]:
     return {k: v for k, v in vars(preprocess).items() if k not in ("source", "notes")}
 
 
-def _told(value: Any) -> str:
+def _text(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

@@ -133,7 +133,7 @@ class TrainingModule(LightningModule):  # type: ignore[misc]
         return total
 
     def _inner_parts(self) -> dict[str, Tensor]:
-        """What terms tell of their own parts, such as the levels of AVSL."""
+        """The parts that terms report of themselves, such as the levels of AVSL."""
         return {
             f"{name}/{part}": value.detach()
             for name, term in self.objective.terms.items()
@@ -166,7 +166,7 @@ class TrainingModule(LightningModule):  # type: ignore[misc]
             self.optimizers(use_pl_optimizer=False).load_state_dict(self._resumed["optimiser"])
             self.trainer.precision_plugin.load_state_dict(self._resumed["precision"])
             self._resumed = None
-        self._tell("begun")
+        self._notify("begun")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Counts the step."""
@@ -178,15 +178,15 @@ class TrainingModule(LightningModule):  # type: ignore[misc]
                 "smaller learning rates (--lr, --head-lr, --proxy-lr) or with --clip."
             )
         self.progress.count(self.latest)
-        self._tell("stepped")
+        self._notify("stepped")
 
     def on_train_epoch_end(self) -> None:
         """Turns to the next epoch."""
         self.means = self.progress.means()
         self.progress.turn()
-        self._tell("epoch_over")
+        self._notify("epoch_over")
 
-    def _tell(self, what: str) -> None:
+    def _notify(self, what: str) -> None:
         """The first process records; the others wait for it where that takes long."""
         if self.record is not None and self.trainer.is_global_zero:
             getattr(self.record, what)(self)

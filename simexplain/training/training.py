@@ -258,7 +258,7 @@ def go_on(module: TrainingModule, state: dict[str, Any], record: Recorder, *, wr
 
     try:
         module.restore(state)
-        # The module loads this into its own once the trainer has begun, which is too late to tell.
+        # The module loads this into its own once the trainer has begun, which is too late.
         optimiser = optimiser_for(module.model, module.objective, module.options)
         optimiser.load_state_dict(state["optimiser"])
     except (RuntimeError, *DAMAGED) as error:
@@ -301,7 +301,7 @@ def train(
         recipe: A name in ``RECIPES``, whose settings count where none are given.
         resume: Go on with the run in ``out`` from its last checkpoint, with its settings.
         force: Replace a run in ``out``.
-        listeners: Whom to tell how it goes.
+        listeners: Optional progress callbacks.
         **settings: Fields of :class:`TrainOptions`.
 
     Raises:
