@@ -287,7 +287,8 @@ class RowExplainer:
         # What is cached needs no bound, and is requested for all pictures of a row at a time.
         bound = request.max_batch if model is self.model else None
         chosen = replace(request, method=method, options=options, max_batch=bound)
-        explanation = explain_view(model, own, view, chosen)
+        # One and the same where nothing is upscaled, so that it is embedded once.
+        explanation = explain_view(model, own, own if request.upscale == 1 else view, chosen)
         seen = [self.reader.seen[image] for image in self.plan.images[row]]
         notes = notes_of(self.model.preprocess, seen)
         return explanation.placed(notes, geometries=tuple(one.geometry for one in seen))

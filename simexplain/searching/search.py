@@ -51,37 +51,32 @@ SIDE = 360
 _MISSING = 225
 
 
-class Album:
-    """Thumbnails by path, and where the network's view lies in the pictures themselves."""
+def _thumbnails(
+    gallery: GalleryIndex, query: Picture, geometry: Geometry, shown: Sequence[int]
+) -> tuple[dict[str, NDArray[np.uint8]], dict[str, Geometry], list[str]]:
+    """Thumbnails of the query and of pictures of a gallery, and their geometries, by path.
 
-    def __init__(self, gallery: GalleryIndex) -> None:
-        self.gallery = gallery
-        self.pictures: dict[str, NDArray[np.uint8]] = {}
-        self.geometries: dict[str, Geometry] = {}
-        self.warnings: list[str] = []
-
-    def add_query(self, picture: Picture, geometry: Geometry) -> None:
-        """The query, which has been read."""
-        self.pictures[picture.path] = shrunk(picture.image, SIDE)
-        self.geometries[picture.path] = geometry
-
-    def add(self, index: int) -> None:
-        """A picture of the gallery; a grey one, and a warning, where it is gone or has changed."""
-        path, geometry = str(self.gallery.file(index)), self.gallery.geometry(index)
-        if path in self.pictures:
-            return
-        self.geometries[path] = geometry
+    Pictures that are gone or have changed are grey, with a warning.
+    """
+    pictures = {query.path: shrunk(query.image, SIDE)}
+    geometries, warnings = {query.path: geometry}, []
+    for index in shown:
+        path, geometry = str(gallery.file(index)), gallery.geometry(index)
+        if path in pictures:
+            continue
+        geometries[path] = geometry
+        height, width = geometry.original
         try:
             image = read_picture(path).image
-            if (image.height, image.width) == geometry.original:
-                self.pictures[path] = shrunk(image, SIDE)
-                return
+            if (image.height, image.width) == (height, width):
+                pictures[path] = shrunk(image, SIDE)
+                continue
             why = "has another size than when it was indexed; bring the index up to date"
         except ImageError:
             why = "cannot be read where it was indexed; give their folder with --root"
-        self.warnings.append(f"'{path}' {why}. The figure leaves it grey.")
-        height, width = geometry.original
-        self.pictures[path] = shrunk(Image.new("RGB", (width, height), (_MISSING,) * 3), SIDE)
+        warnings.append(f"'{path}' {why}. The figure leaves it grey.")
+        pictures[path] = shrunk(Image.new("RGB", (width, height), (_MISSING,) * 3), SIDE)
+    return pictures, geometries, warnings
 
 
 _PAIRS = 5
@@ -397,10 +392,7 @@ def _result(
     geometry: Geometry,
 ) -> SearchResult:
     """Everything together, with thumbnails of all pictures that a figure shows."""
-    album = Album(gallery)
-    album.add_query(picture, geometry)
-    for index in hits.shown:
-        album.add(index)
+    pictures, geometries, warnings = _thumbnails(gallery, picture, geometry, hits.shown)
     maps = hits.maps
     return SearchResult(
         query=picture.path,
@@ -415,10 +407,10 @@ def _result(
         distance_name=gallery.distance_name if wanted is None else "cosine of a region",
         index="",
         gallery=hits.searched,
-        warnings=(*hits.warnings, *album.warnings),
+        warnings=(*hits.warnings, *warnings),
         versions=versions(),
-        pictures=album.pictures,
-        geometries=album.geometries,
+        pictures=pictures,
+        geometries=geometries,
         layer_region=gallery.keeping.region,
         bypass=gallery.bypass,
     )
