@@ -11,16 +11,8 @@ from simexplain.attribution.attributing import attribute
 from simexplain.models.avsl_options import ORIGINS
 from simexplain.models.avsl_runs import expected_avsl
 
-from .console import echo, echo_lines
-from .options import (
-    Command,
-    FilePath,
-    aligned,
-    busy,
-    model_from,
-    model_options,
-    tell_hardly_seen,
-)
+from .console import aligned, busy, echo, echo_lines, tell_hardly_seen
+from .options import Command, FilePath, model_from, model_options, option
 from .result_commands import Made, makes
 
 if TYPE_CHECKING:
@@ -37,8 +29,8 @@ _DECOMPOSED = 8
 @click.argument("a", type=FilePath())
 @click.argument("b", type=FilePath())
 @click.argument("more", type=FilePath(), nargs=-1)
-@click.option("--top", default=8, show_default=True, help="How many to list: nodes.")
-@click.option(
+@option("--top", default=8, show_default=True, help="How many to list: nodes.")
+@option(
     "--decompose",
     metavar="LEVEL:NODE",
     help="Take this node apart into the lower nodes that stand in for it; the graph shows it. "

@@ -10,18 +10,15 @@ import click
 from simexplain.errors import json_text
 from simexplain.fitting.bank import BankOptions, build_bank
 
-from .console import echo, echo_lines
+from .console import busy, echo, echo_lines, few, progress_bars, tell_left_out
 from .options import (
     Command,
     FilePath,
-    busy,
     check_file,
-    few,
     model_from,
     model_options,
-    progress_bars,
+    option,
     saving_options,
-    tell_left_out,
 )
 
 _OWN = BankOptions()
@@ -31,17 +28,17 @@ _OWN = BankOptions()
 @click.argument("model")
 @click.argument("folder", type=FilePath(path_type=Path))
 @saving_options("File to write.", required=True)
-@click.option("--layer", help="Layer of the maps. [the model's default]")
-@click.option(
+@option("--layer", help="Layer of the maps. [the model's default]")
+@option(
     "--triplets", default=_OWN.triplets, show_default=True, help="Triplets drawn for each picture."
 )
-@click.option(
+@option(
     "--margin",
     default=_OWN.margin,
     show_default=True,
     help="Margin of the triplet loss, on squared distances of unit embeddings.",
 )
-@click.option("--seed", default=_OWN.seed, show_default=True, help="Random seed.")
+@option("--seed", default=_OWN.seed, show_default=True, help="Random seed.")
 @model_options
 def command(
     model: str,

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +19,17 @@ from simexplain.errors import json_text
 from simexplain.methods import PIXELS
 from simexplain.training.run_folder import first_process
 
-from .console import echo, echo_lines
+from .console import busy, echo, echo_lines, progress_bars, tell_files
 from .method_options import method_from, method_options
 from .options import (
     Command,
     FilePath,
     OneOf,
-    busy,
     model_from,
     model_options,
-    progress_bars,
+    option,
+    rare_option,
     saving_options,
-    tell_files,
 )
 
 if TYPE_CHECKING:
@@ -41,33 +41,34 @@ _HOW = (
     "accelerator",
 )  # fmt: skip
 _LISTED = 20
+_of_run = partial(rare_option, group="Run")
 
 
 @click.command("batch", cls=Command)
 @click.argument("model")
 @click.argument("comparisons", type=FilePath())
 @saving_options("Folder to write.", required=True)
-@click.option("--resume", is_flag=True, help="Go on with the run in the folder, exactly.")
+@option("--resume", is_flag=True, help="Go on with the run in the folder, exactly.")
 @method_options
-@click.option("--root", type=FilePath(file_okay=False),
+@option("--root", type=FilePath(file_okay=False),
               help="Folder that relative paths start from. [that of COMPARISONS]")  # fmt: skip
-@click.option("--strict", is_flag=True, help="Refuse to begin while any row cannot be explained.")
-@click.option("--pictures", is_flag=True, help="Also draw a heatmap over every picture.")
-@click.option("--figures", is_flag=True, help="Also draw a figure of every row.")
-@click.option("--shard-rows", default=64, show_default=True, type=click.IntRange(min=1),
+@option("--strict", is_flag=True, help="Refuse to begin while any row cannot be explained.")
+@option("--pictures", is_flag=True, help="Also draw a heatmap over every picture.")
+@option("--figures", is_flag=True, help="Also draw a figure of every row.")
+@_of_run("--shard-rows", default=64, show_default=True, type=click.IntRange(min=1),
               help="Rows written at a time; what an interruption costs at most.")  # fmt: skip
-@click.option("--memory", default=1.0, show_default=True, type=click.FloatRange(min=0),
+@_of_run("--memory", default=1.0, show_default=True, type=click.FloatRange(min=0),
               help="Gigabytes to keep of pictures between rows, in each process.")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(min=1),
+@_of_run("--batch-size", type=click.IntRange(min=1),
               help="Pictures in one forward pass. [1 on a CPU, else 16]")  # fmt: skip
-@click.option("--accelerator", type=OneOf(ACCELERATORS), default="auto", show_default=True,
+@_of_run("--accelerator", type=OneOf(ACCELERATORS), default="auto", show_default=True,
               help="Where to run.")  # fmt: skip
-@click.option(
+@option(
     "--devices",
     type=click.IntRange(min=1),
     help="Processes on each host: GPUs, where there are. [1, or those of torchrun]",
 )
-@click.option("--nodes", default=1, show_default=True, type=click.IntRange(min=1),
+@_of_run("--nodes", default=1, show_default=True, type=click.IntRange(min=1),
               help="Hosts: they must share one folder.")  # fmt: skip
 @model_options
 def command(

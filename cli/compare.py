@@ -12,18 +12,17 @@ from simexplain.evaluation.comparing import compare
 from simexplain.picturing import verdict
 from simexplain.rendering.overlay import RENDERERS
 
-from .console import echo, echo_lines
+from .console import busy, echo, echo_lines, progress_bar
+from .method_options import asked_recipes, measuring_options, tell_long_work
 from .options import (
     Command,
     FilePath,
     OneOf,
-    busy,
     comparison_options,
     model_from,
     model_options,
-    progress_bar,
+    option,
 )
-from .recipes import asked_recipes, measuring_options, tell_long_work
 from .result_commands import Made, makes
 
 if TYPE_CHECKING:
@@ -38,12 +37,12 @@ _FOLDER = "comparison"
 @click.argument("model")
 @click.argument("images", type=FilePath(), nargs=-1, required=True)
 @comparison_options
-@click.option("--mask", "masks", multiple=True, type=FilePath(), metavar="FILE",
+@option("--mask", "masks", multiple=True, type=FilePath(), metavar="FILE",
               help="What the map of an image should point at: once for each image, in their order, "
               "or none for an image without a mask. It is light or opaque there; a cut-out picture "
               "can be its own mask.")  # fmt: skip
 @measuring_options
-@click.option("--style", type=OneOf(list(RENDERERS)), default="overlay", show_default=True,
+@option("--style", type=OneOf(list(RENDERERS)), default="overlay", show_default=True,
               help="How to draw.")  # fmt: skip
 @makes("MethodComparison", f"Folder to write. [a new {_FOLDER}-N]", folder=_FOLDER)
 @model_options

@@ -13,14 +13,15 @@ from simexplain.models.backbones import DEFAULT_MODEL, PACKAGED
 from simexplain.models.loading import load_model
 from simexplain.publishing import KINDS, check_writable
 
+from .console import busy, tell_files
 from .explain import report
-from .options import Command, FilePath, busy, tell_files
+from .options import Command, FilePath, option
 
 
 @click.command("demo", cls=Command)
-@click.option("--out", type=FilePath(path_type=Path), default="simexplain-demo",
+@option("--out", type=FilePath(path_type=Path), default="simexplain-demo",
               show_default=True, help="Folder to write.")  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace what is there already.")
+@option("--force", is_flag=True, help="Replace what is there already.")
 def command(out: Path, force: bool) -> None:
     """Explain a bundled triplet with EfficientNet-Lite0, its ImageNet weights, offline.
 

@@ -12,19 +12,16 @@ from simexplain.fitting.posthoc import PostHoc, fit
 from simexplain.models.avsl_options import ORIGINS, PRESETS
 from simexplain.models.writing import check_savable, save_model
 
-from .console import echo, echo_lines
+from .console import busy, echo, echo_lines, few, progress_bars, tell_left_out
 from .options import (
     Command,
     FilePath,
     OneOf,
-    busy,
     check_file,
-    few,
     model_from,
     model_options,
-    progress_bars,
+    option,
     saving_options,
-    tell_left_out,
 )
 
 _OWN = PostHoc()
@@ -34,36 +31,36 @@ _OWN = PostHoc()
 @click.argument("model")
 @click.argument("folder", type=FilePath(path_type=Path))
 @saving_options("File to write.", required=True)
-@click.option("--unlabelled", is_flag=True, help="PCA heads and edges from images alone.")
-@click.option(
+@option("--unlabelled", is_flag=True, help="PCA heads and edges from images alone.")
+@option(
     "--level",
     "levels",
     multiple=True,
     help="Layer that makes a level of AVSL; repeat. [the last three stages]",
 )
-@click.option("--nodes-per-level", "nodes", default=_OWN.nodes, show_default=True,
+@option("--nodes-per-level", "nodes", default=_OWN.nodes, show_default=True,
               help="How many nodes each level gets.")  # fmt: skip
-@click.option(
+@option(
     "--preset",
     type=OneOf(list(PRESETS)),
     default="paper",
     show_default=True,
     help="AVSL as in the paper or as in its authors' code.",
 )
-@click.option(
+@option(
     "--epochs",
     default=_OWN.epochs,
     show_default=True,
     help="Passes over the pictures: to train the heads.",
 )
-@click.option(
+@option(
     "--reliability-batches",
     "steps",
     default=_OWN.steps,
     show_default=True,
     help="Batches that train the reliabilities.",
 )
-@click.option("--seed", default=_OWN.seed, show_default=True, help="Random seed.")
+@option("--seed", default=_OWN.seed, show_default=True, help="Random seed.")
 @model_options
 def command(
     model: str,

@@ -13,18 +13,15 @@ from simexplain.searching.index import build_index, remove_from_index, update_in
 from simexplain.searching.index_file import work_folder
 from simexplain.searching.index_gallery import GalleryIndex, open_index, report_of
 
-from .console import echo, echo_lines
+from .console import busy, echo, echo_lines, progress_bars, tell_hardly_seen, tell_shares
 from .options import (
     Command,
     FilePath,
-    busy,
     check_file,
     model_from,
     model_options,
-    progress_bars,
+    option,
     saving_options,
-    tell_hardly_seen,
-    tell_shares,
 )
 
 _LISTED = 3
@@ -33,22 +30,22 @@ _LISTED = 3
 @click.command("index", cls=Command)
 @click.argument("model")
 @click.argument("folder", type=FilePath(path_type=Path))
-@click.option("--add", is_flag=True,
+@option("--add", is_flag=True,
               help="Add or refresh the pictures in FOLDER and leave all others in.")  # fmt: skip
-@click.option("--remove", is_flag=True,
+@option("--remove", is_flag=True,
               help="Take FOLDER, or a picture, out of the index. MODEL is not loaded.")  # fmt: skip
-@click.option("--layer", help="Layer of the maps: its positions are kept. [the model's default]")
-@click.option("--no-basis", is_flag=True, help="Keep embeddings alone, which explain nothing.")
-@click.option("--width", type=click.IntRange(1), metavar="D",
+@option("--layer", help="Layer of the maps: its positions are kept. [the model's default]")
+@option("--no-basis", is_flag=True, help="Keep embeddings alone, which explain nothing.")
+@option("--width", type=click.IntRange(1), metavar="D",
               help="Keep the D main dimensions of what positions add. [all, exact]")  # fmt: skip
-@click.option(
+@option(
     "--jacobians",
     "steps",
     type=click.IntRange(1),
     metavar="N",
     help="How many Jacobians to average where the network above the layer is curved.",
 )
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
+@option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
               help="Pictures in one forward pass.")  # fmt: skip
 @saving_options(
     "File to write: the index; one that is there is brought up to date.",

@@ -8,19 +8,13 @@ import click
 
 from simexplain.errors import json_text
 
-from .console import echo, echo_lines
-from .options import (
-    Command,
-    aligned,
-    busy,
-    model_from,
-    model_options,
-)
+from .console import aligned, busy, echo, echo_lines
+from .options import Command, model_from, model_options, option
 
 
 @click.command("layers", cls=Command)
 @click.argument("model")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @model_options
 def command(model: str, as_json: bool, **given: Any) -> None:
     """List every layer of MODEL that can carry a heatmap, in the order of execution.

@@ -11,18 +11,8 @@ from simexplain.matching.factors import SCORES, STYLES
 from simexplain.matching.matching import Patience, match
 from simexplain.matching.pictures import summary
 
-from .console import echo, echo_lines
-from .options import (
-    Command,
-    FilePath,
-    OneOf,
-    aligned,
-    busy,
-    model_from,
-    model_options,
-    tell_hardly_seen,
-    tell_shares,
-)
+from .console import aligned, busy, echo, echo_lines, tell_hardly_seen, tell_shares
+from .options import Command, FilePath, OneOf, model_from, model_options, option
 from .result_commands import Made, makes
 
 if TYPE_CHECKING:
@@ -53,24 +43,24 @@ class Place(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 @click.argument("model")
 @click.argument("a", type=FilePath())
 @click.argument("b", type=FilePath())
-@click.option(
+@option(
     "--at", "points", type=Place(), multiple=True,
     help="A point of A in pixels: show what corresponds to it in B; repeat. [the strongest "
     "matches]",
 )  # fmt: skip
-@click.option("--layer", help="Layer of the maps: its positions are matched. [the model's default]")
-@click.option("--score", type=OneOf(list(SCORES)), default="cosine", show_default=True,
+@option("--layer", help="Layer of the maps: its positions are matched. [the model's default]")
+@option("--score", type=OneOf(list(SCORES)), default="cosine", show_default=True,
               help="Score that is taken apart. "
               + "; ".join(f"{name}: {score.about}" for name, score in SCORES.items()) + ".",
 )  # fmt: skip
-@click.option("--formula", "style", type=OneOf(list(STYLES)), default="exact", show_default=True,
+@option("--formula", "style", type=OneOf(list(STYLES)), default="exact", show_default=True,
               help="Formula for the pairs. "
               + "; ".join(f"{name}: {about}" for name, about in STYLES.items()) + ".",
 )  # fmt: skip
-@click.option("--jacobians", "steps", default=16, show_default=True, type=click.IntRange(min=1),
+@option("--jacobians", "steps", default=16, show_default=True, type=click.IntRange(min=1),
               help="How many Jacobians to average where the network above the layer is curved.",
 )  # fmt: skip
-@click.option("--top", default=8, show_default=True, type=click.IntRange(min=0),
+@option("--top", default=8, show_default=True, type=click.IntRange(min=0),
               help="How many to list: pairs of positions.")  # fmt: skip
 @makes("Matching", f"Folder to write. [a new {_FOLDER}-N]", folder=_FOLDER)
 @model_options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -10,16 +11,26 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from simexplain.errors import ComparisonError
-from simexplain.evaluation.comparing import MethodSetup, setup_from
+from simexplain.evaluation.comparing import (
+    MethodSetup,
+    quick_methods,
+    settled,
+    setup_from,
+    setups_of,
+)
+from simexplain.evaluation.faithfulness import PERTURBATIONS
 from simexplain.explanation import SCALES
 from simexplain.methods import METHODS, option_from, options_of
 from simexplain.methods.cams import CAMS
 from simexplain.methods.similarity_attention import WEIGHTS
+from simexplain.metrics.curves import BASELINES
 
-from .options import OneOf
+from .console import echo
+from .options import OneOf, option, rare_option, together
 
 if TYPE_CHECKING:
     from simexplain.models.base import SimilarityModel
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -52,20 +63,21 @@ METHOD_HELP = (
 
 _OWN_OPTIONS = ("weights", "cam", "through_weights", "keep_negative")
 """Options of the default method that have a name of their own here."""
-_OPTIONS = (
-    click.option(
+_of_method = partial(rare_option, group="Method")
+method_options = together(
+    option(
         "--method",
         type=MethodText(),
         multiple=True,
         help=f"{METHOD_HELP}; repeat for several rows. [sam as published and focus, or sam alone "
         "where one of its options or a layer is given]",
     ),
-    click.option(
+    option(
         "--layer", multiple=True,
         help="Layer of the maps; repeat to multiply those of several. [the method's default]",
     ),
-    click.option("--sweep", is_flag=True, help="Explain the last layer of every resolution."),
-    click.option(
+    _of_method("--sweep", is_flag=True, help="Explain the last layer of every resolution."),
+    _of_method(
         "--weights",
         type=OneOf(list(WEIGHTS)),
         default="paper",
@@ -73,30 +85,24 @@ _OPTIONS = (
         help="Rule for the weights of sam. "
         + "; ".join(f"{name}: {rule.about}" for name, rule in WEIGHTS.items()) + ".",
     ),
-    click.option(
+    _of_method(
         "--cam", type=OneOf(list(CAMS)), multiple=True,
         help="CAM formula that weighs the channels; once, or for each layer."
     ),
-    click.option("--through-weights", is_flag=True,
+    _of_method("--through-weights", is_flag=True,
         help="Let the gradient of sam pass through its weights.",
     ),
-    click.option("--keep-negative", is_flag=True, help="Keep negative evidence in the saved maps."),
-    click.option(
+    _of_method("--keep-negative", is_flag=True, help="Keep negative evidence in the saved maps."),
+    _of_method(
         "--option", "more", metavar="NAME=VALUE", multiple=True,
         help="Option of the method, such as score=held; repeat.",
     ),
-    click.option("--upscale", default=1.0, show_default=True,
-                 help="Enlarge the images, for finer maps."),
-    click.option("--scale", type=OneOf(SCALES), default="image", show_default=True,
-                 help="Full heat is each image's own maximum, or one shared by all."),
+    _of_method("--upscale", default=1.0, show_default=True,
+        help="Enlarge the images, for finer maps."),
+    _of_method("--scale", type=OneOf(SCALES), default="image", show_default=True,
+        help="Full heat is each image's own maximum, or one shared by all."),
 )  # fmt: skip
-
-
-def method_options(command: F) -> F:
-    """Adds everything that :func:`method_from` wants."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+"""Everything that :func:`method_from` wants."""
 
 
 def method_from(network: SimilarityModel, given: dict[str, Any]) -> dict[str, Any]:
@@ -125,14 +131,14 @@ def _of_recipes(recipes: Sequence[MethodSetup], given: Mapping[str, Any]) -> dic
         share.
     """
     if len(recipes) == 1:
-        ((name, layer, options),) = recipes
-        twice = [option for option in options if option in given and option != "upscale"]
+        ((method, layer, options),) = recipes
+        twice = [name for name in options if name in given and name != "upscale"]
         if twice or (layer and given["layer"]):
             what = twice[0] if twice else "layer"
             raise click.BadParameter(
                 f"{what} is given twice; leave one out.", param_hint="--method"
             )
-        return {"method": name, **({"layer": layer} if layer else {}), **options}
+        return {"method": method, **({"layer": layer} if layer else {}), **options}
     if any(layer or "upscale" in options for _, layer, options in recipes):
         raise click.BadParameter(
             "several methods share their layers and their upscale; say --layer and --upscale, or "
@@ -165,3 +171,57 @@ def _for_method(given: dict[str, Any], named: Sequence[str]) -> dict[str, Any]:
         except ComparisonError as error:
             raise click.BadParameter(str(error), param_hint="--option") from error
     return given
+
+
+_LONG = 30
+"""Seconds from which on the expected duration is announced."""
+
+
+_of_measuring = partial(rare_option, group="Measuring")
+measuring_options = together(
+    option(
+        "--method", "methods", type=MethodText(), multiple=True,
+        help=f"{METHOD_HELP}; repeat. [those of {', '.join(quick_methods())} that apply]",
+    ),
+    option("--all", "every", is_flag=True,
+        help="Take every method that applies; some are slow."),
+    _of_measuring("--curve-steps", "steps", default=20, show_default=True, type=click.IntRange(2),
+        help="How many steps deletion and insertion take."),
+    _of_measuring("--baseline", type=OneOf(list(BASELINES)), default="blur",
+        show_default=True, help="What deleted pixels become."),
+    _of_measuring("--perturb", type=OneOf(PERTURBATIONS), default="single", show_default=True,
+        help="How pixels are deleted. single: from one image while the others are held; "
+                 "joint: from all at once."),
+    _of_measuring("--tolerance", default=0.0, show_default=True, type=click.FloatRange(0),
+        help="Pixels around a mask that still count as hits."),
+    _of_measuring("--batch-size", "max_batch", type=click.IntRange(1),
+        help="Pictures in one forward pass. [as many as fit together]"),
+    _of_measuring("--seed", default=0, show_default=True, help="Random seed."),
+)  # fmt: skip
+"""The choice of methods and how they are measured."""
+
+
+def tell_long_work(seconds: float) -> None:
+    """Says how much longer it will take, where that is worth knowing."""
+    if seconds > _LONG:
+        echo(
+            f"About {seconds:.0f} s more, judged by the first; fewer --method or --curve-steps are "
+            "quicker.",
+            err=True,
+        )
+
+
+def asked_recipes(given: dict[str, Any]) -> dict[str, MethodSetup]:
+    """Takes ``methods`` and ``every`` out of ``given``: the recipes to run.
+
+    Raises:
+        click.BadParameter: If a method or an option is unknown or has a wrong value.
+    """
+    texts, every = given.pop("methods"), given.pop("every")
+    if every:
+        texts = (*texts, *(name for name in METHODS if name not in texts))
+    try:
+        recipes = setups_of(texts or None)
+        return {name: settled(recipe) for name, recipe in recipes.items()}
+    except ComparisonError as error:
+        raise click.BadParameter(str(error), param_hint="--method") from error

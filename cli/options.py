@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsFloat, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import click
 
 from simexplain.comparison import ARCHITECTURES
-from simexplain.data.folders import left_out_of
-from simexplain.data.preprocessing import FITS, INTERPOLATIONS, hardly_seen
-from simexplain.errors import ArgumentError, OutputError, json_text, meant, missing, printable
+from simexplain.data.preprocessing import FITS, INTERPOLATIONS
+from simexplain.errors import ArgumentError, OutputError, meant, missing
 from simexplain.methods import ELSEWHERE, METHODS
 from simexplain.models.base import DISTANCES
 from simexplain.models.loading import RANDOM, Pixels, load_model
 from simexplain.models.readouts import OUTPUTS
+from simexplain.option_fields import MOST, About, declared
 from simexplain.renaming import RENAMED_OPTIONS, RenamedWarning, new_name, todays_value, warn
 
-from .console import echo, echo_lines
+from .console import echo
 
 if TYPE_CHECKING:
-    from simexplain.data.folders import StageProgress
-    from simexplain.data.preprocessing import Geometry
     from simexplain.models.base import SimilarityModel
-    from simexplain.results.result import Result
 
 OWN_GROUP = "own"
 GROUP_HELP = (
@@ -43,8 +40,71 @@ GROUP_HELP = (
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class Option(click.Option):
+    """An option with a heading in ``--help-all``.
+
+    Args:
+        group: The heading.
+        rare: Whether ``--help`` leaves it out.
+    """
+
+    def __init__(self, *args: Any, group: str = "", rare: bool = False, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.group, self.rare = group, rare
+
+    def make_metavar(self, ctx: click.Context) -> str:
+        """As click's, whose numbers with a range are called no differently from others."""
+        return super().make_metavar(ctx).replace(" RANGE", "")
+
+    def brief(self, ctx: click.Context) -> tuple[str, str] | None:
+        """As in ``--help``: no ranges, and of a long text its first clause and the default."""
+        record = self.get_help_record(ctx)
+        if record is None:
+            return None
+        text = re.sub(r"[;\s]*[^;\[\s]*[<>]=?[^;\]]*(?=\]$)", "", record[1]).removesuffix("  []")
+        if len(text) > _LONG:
+            clause = re.split(r"[:;.](?:\s|$)", text)[0]
+            default = re.search(r"\s+\[[^\[\]]*\]$", text)
+            text = f"{clause}.{default[0] if default else ''}"
+        return record[0], text
+
+
+option = partial(click.option, cls=Option)
+rare_option = partial(click.option, cls=Option, rare=True)
+
+
 class Command(click.Command):
-    """A command that takes the options of the last version too, with a note of the new names."""
+    """A command whose ``--help`` fits a screen, and which takes the last version's options too."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """As click has them, with ``--help-all`` where ``--help`` leaves some out."""
+        params = super().get_params(ctx)
+        if any(getattr(param, "rare", False) for param in params):
+            params.append(_HELP_ALL)
+        return params
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The everyday options in one table; for ``--help-all`` all, by their headings."""
+        everything = ctx.meta.get(_ALL, False)
+        tables: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if not isinstance(param, click.Option):
+                continue
+            record, heading = param.get_help_record(ctx), ""
+            if isinstance(param, Option):
+                heading = param.group if everything else ""
+                if not everything:
+                    record = None if param.rare else param.brief(ctx)
+            if record is not None:
+                tables.setdefault(heading or "Options", []).append(record)
+        for heading, rows in tables.items():
+            with formatter.section(heading):
+                formatter.write_dl(rows, col_max=_LEFT)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Where the other options are."""
+        if _HELP_ALL in self.get_params(ctx) and not ctx.meta.get(_ALL):
+            formatter.write(f"\nAll options: {ctx.command_path} --help-all\n")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does, after old names have become new ones."""
@@ -71,6 +131,24 @@ class Command(click.Command):
                 word = f"{named}{equals}{value}"
             renamed.append(word)
         return [*renamed, *args[end:]]
+
+
+def _show_all(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        ctx.meta[_ALL] = True
+        click.echo(ctx.get_help())
+        ctx.exit()
+
+
+_ALL = f"{__name__}.all"
+_LEFT = 34
+"""Columns for the names of options."""
+_LONG = 122
+"""Characters from which on ``--help`` has only the first clause of a text."""
+_HELP_ALL = Option(
+    ["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=_show_all,
+    help="Show all options, by subject, and exit.",
+)  # fmt: skip
 
 
 @contextmanager
@@ -170,6 +248,27 @@ class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return numbers
 
 
+class Pair(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """``NAME=VALUE``; the value becomes a number or a truth value where it reads as one."""
+
+    name = "NAME=VALUE"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, Any]:
+        """The pair."""
+        name, sign, text = str(value).partition("=")
+        if not sign or not name.isidentifier():
+            self.fail(f"expected NAME=VALUE such as margin=0.2, got {value!r}.")
+        if _INTEGER.fullmatch(text):
+            return name, int(text)
+        if _NUMBER.fullmatch(text):
+            return name, float(text)
+        return name, {"true": True, "false": False}.get(text, text)
+
+
+_INTEGER, _NUMBER = re.compile(r"[+-]?\d+"), re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.I)
+
 RANKS_TYPE = Numbers(int, "1 or 1,5,10", least=1)
 """Of ``--ranks``."""
 
@@ -179,46 +278,15 @@ def joined(context: click.Context, option: click.Parameter, value: Any) -> tuple
     return tuple(number for numbers in value for number in numbers)
 
 
-_MODEL_OPTIONS = (
-    click.option(
-        "--backbone",
-        metavar="ZOO:NAME",
-        help="Network of a zoo: the one a file of weights belongs to, such as timm:resnet50.",
-    ),
-    click.option(
-        "--keep-head", is_flag=True, help="The file's last linear layer makes the embedding."
-    ),
-    click.option("--untrained", is_flag=True, help="Random weights: to try things out."),
-    click.option(
-        "--trust-pickle", is_flag=True, help="Load pickled modules. They can run any code."
-    ),
-    click.option("--size", type=Size(), help="Input size in pixels. [the model's own]"),
-    click.option(
-        "--fit", type=OneOf(FITS), help="How a picture fits the input. [as the model has it]"
-    ),
-    click.option(
-        "--distance",
-        type=OneOf(list(DISTANCES)),
-        help="Distance between embeddings. [euclidean]",
-    ),
-    click.option(
-        "--output",
-        "which_vector",
-        type=OneOf(OUTPUTS),
-        help="Which vector of the network is the embedding. [the one that its authors compare]",
-    ),
-    click.option("--mean", type=Numbers(), help="Mean of each channel, in [0, 1]. [the model's]"),
-    click.option("--std", type=Numbers(), help="Deviation of each channel. [the model's]"),
-    click.option(
-        "--interpolation",
-        type=OneOf(INTERPOLATIONS),
-        help="How pictures are resized. [as the model has it]",
-    ),
-    click.option("--channels", type=click.IntRange(1), help="Channels of a picture. [3]"),
-    click.option(
-        "--fast", is_flag=True, help="Run faster: batch norm is folded, numbers round otherwise."
-    ),
-)
+def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one decorator, in this order."""
+
+    def add(command: F) -> F:
+        for one in reversed(options):
+            command = one(command)
+        return command
+
+    return add
 
 
 def saving_options(
@@ -233,43 +301,77 @@ def saving_options(
         more: What ``--force`` does beside replacing.
     """
     named: dict[str, Any] = {"default": default, "show_default": True} if default else {}
-    options = (
-        click.option("--out", type=FilePath(path_type=Path), required=required, help=out, **named),
-        click.option("--force", is_flag=True, help=f"Replace what is there already{more}."),
-        click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text."),
+    return together(
+        option("--out", type=FilePath(path_type=Path), required=required, help=out, **named),
+        option("--force", is_flag=True, help=f"Replace what is there already{more}."),
+        option("--json", "as_json", is_flag=True, help="Print JSON instead of text."),
     )
 
-    def add(command: F) -> F:
-        for option in reversed(options):
-            command = option(command)
-        return command
 
-    return add
+comparison_options = together(
+    option(
+        "--arch",
+        type=OneOf(list(ARCHITECTURES)),
+        help="What is compared: siamese, 2 images; triplet, anchor, positive and negative; "
+        "quadruplet, with 2 negatives; set, any number of each. "
+        "[siamese for 2 images, triplet for 3]",
+    ),
+    option("--negative", is_flag=True, help="The pair is dissimilar: a negative."),
+    rare_option("--positives", default=1, show_default=True,
+                 help="How many of a set's other images are positives."),
+)  # fmt: skip
+"""How images given in a row are compared."""
 
-
-def comparison_options(command: F) -> F:
-    """Adds the options for how images given in a row are compared."""
-    for option in (
-        click.option("--positives", default=1, show_default=True,
-                     help="How many of a set's other images are positives."),
-        click.option("--negative", is_flag=True, help="The pair is dissimilar: a negative."),
-        click.option(
-            "--arch",
-            type=OneOf(list(ARCHITECTURES)),
-            help="What is compared: siamese, 2 images; triplet, anchor, positive and negative; "
-            "quadruplet, with 2 negatives; set, any number of each. "
-            "[siamese for 2 images, triplet for 3]",
-        ),
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
-def model_options(command: F) -> F:
-    """Adds everything that :func:`model_from` wants."""
-    for option in reversed(_MODEL_OPTIONS):
-        command = option(command)
-    return command
+_MODEL = "Model"
+model_options = together(
+    option(
+        "--backbone", metavar="ZOO:NAME", group=_MODEL,
+        help="Network of a zoo: the one a file of weights belongs to, such as timm:resnet50.",
+    ),
+    rare_option(
+        "--keep-head", is_flag=True, group=_MODEL,
+        help="The file's last linear layer makes the embedding.",
+    ),
+    option("--untrained", is_flag=True, group=_MODEL, help="Random weights: to try things out."),
+    rare_option(
+        "--trust-pickle", is_flag=True, group=_MODEL,
+        help="Load pickled modules. They can run any code.",
+    ),
+    option(
+        "--size", type=Size(), group=_MODEL, help="Input size in pixels. [the model's own]"
+    ),
+    rare_option(
+        "--fit", type=OneOf(FITS), group=_MODEL,
+        help="How a picture fits the input. [as the model has it]",
+    ),
+    rare_option(
+        "--distance", type=OneOf(list(DISTANCES)), group=_MODEL,
+        help="Distance between embeddings. [euclidean]",
+    ),
+    rare_option(
+        "--output", "which_vector", type=OneOf(OUTPUTS), group=_MODEL,
+        help="Which vector of the network is the embedding. [the one that its authors compare]",
+    ),
+    rare_option(
+        "--mean", type=Numbers(), group=_MODEL,
+        help="Mean of each channel, in [0, 1]. [the model's]",
+    ),
+    rare_option(
+        "--std", type=Numbers(), group=_MODEL, help="Deviation of each channel. [the model's]"
+    ),
+    rare_option(
+        "--interpolation", type=OneOf(INTERPOLATIONS), group=_MODEL,
+        help="How pictures are resized. [as the model has it]",
+    ),
+    rare_option(
+        "--channels", type=click.IntRange(1), group=_MODEL, help="Channels of a picture. [3]"
+    ),
+    rare_option(
+        "--fast", is_flag=True, group=_MODEL,
+        help="Run faster: batch norm is folded, numbers round otherwise.",
+    ),
+)  # fmt: skip
+"""Everything that :func:`model_from` wants."""
 
 
 def model_from(source: str, given: dict[str, Any]) -> SimilarityModel:
@@ -296,49 +398,6 @@ def loading_from(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def busy(what: str) -> Iterator[None]:
-    """A spinner on a terminal, nothing in a pipe."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(what):
-        yield
-
-
-@contextmanager
-def progress_bars(begun: str = "") -> Iterator[StageProgress | None]:
-    """Progress bars on a terminal, nothing in a pipe.
-
-    Args:
-        begun: What has a bar at once, before it is known how much there is to do.
-    """
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress as Bars
-
-    with Bars(console=Console(stderr=True), transient=True) as bars:
-        tasks = {begun: bars.add_task(begun, total=None)} if begun else {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield show
-
-
-@contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """One bar on a terminal, nothing in a pipe."""
-    with progress_bars(what) as show:
-        yield None if show is None else partial(show, what)
-
-
 def check_file(out: Path, *, force: bool) -> None:
     """Says what stands in the way before the long work, not after it.
 
@@ -357,21 +416,6 @@ def check_file(out: Path, *, force: bool) -> None:
         raise OutputError(f"'{out}' cannot be written ({error.strerror}).") from error
 
 
-def few(names: Sequence[str]) -> str:
-    """The first three names."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as a table of plain text."""
-    cells = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    )
-
-
 def free_folder(base: Path) -> Path:
     """The first of ``base-1``, ``base-2``, ... that is not there yet."""
     number = 1
@@ -380,60 +424,76 @@ def free_folder(base: Path) -> Path:
     return folder
 
 
-def tell_manifest(files: Mapping[str, str], result: Result | None = None, **more: Any) -> None:
-    """Prints the JSON of a result that was saved, or of one that was not."""
-    if result is not None and not files:
-        record = result.to_json()
-    else:
-        manifest = next(path for path in files.values() if path.endswith(".json"))
-        record = json.loads(Path(manifest).read_text(encoding="utf-8"))
-    echo_lines(json_text({**record, **more}))
+# ------------------------------------------------------------- options declared by dataclasses
 
 
-def tell_left_out(folder: str | Path) -> None:
-    """A line on what is in a folder of pictures but not used."""
-    if Path(folder).is_dir() and (line := left_out_of(folder)):
-        echo(line, err=True)
+def field_options(made: Any, *names: str, **more: Any) -> Callable[[F], F]:
+    """Adds an option for each declared field of an options dataclass.
 
-
-def tell_hardly_seen(names: Iterable[str], geometries: Iterable[Geometry]) -> None:
-    """Names pictures so wide or tall that the network saw little of them."""
-    if line := hardly_seen(zip(names, geometries, strict=True)):
-        echo(line)
-
-
-_NOTHING = 0.0005
-"""Of a share: less is 0.0% in print."""
-
-
-def tell_shares(
-    bypass: Mapping[str, float], unexplained: SupportsFloat | None, of: str = "score"
-) -> None:
-    """A line on what maps cannot show, where that is known and more than rounds to nothing.
+    Its default is only shown: those not given are None or empty, see :func:`given_fields`.
 
     Args:
-        bypass: For each layer the share of the embedding that bypasses it.
-        unexplained: The largest share that positions do not account for.
-        of: Of what.
+        made: A dataclass with fields by :func:`simexplain.option_fields.option`.
+        *names: Of its fields; all unless given.
+        **more: What is declared otherwise for all of them, such as ``rare``.
     """
-    parts = [
-        f"{share:.1%} of the embedding bypasses {layer} (measured on two pictures)"
-        for layer, share in bypass.items()
-        if share >= _NOTHING
-    ]
-    if unexplained is not None and float(unexplained) >= _NOTHING:
-        parts.append(f"{float(unexplained):.1%} of the {of} comes from no position")
-    if parts:
-        echo("not in the maps: " + ", ".join(parts))
+    hints = get_type_hints(made)
+
+    def add(command: F) -> F:
+        for name, (field, known) in reversed(declared(made).items()):
+            if not names or name in names:
+                known = replace(known, **more)
+                command = _field_option(name, field.default, hints[name], known)(command)
+        return command
+
+    return add
 
 
-def tell_files(files: Mapping[str, str], warnings: Iterable[str] = ()) -> None:
-    """The end of what a command prints for a person: warnings, then what was written."""
-    for warning in warnings:
-        echo(f"Warning: {warning}", err=True)
-    heatmaps = {kind: path for kind, path in files.items() if kind.startswith("heatmap")}
-    for kind, path in files.items():
-        if kind not in heatmaps:
-            echo(f"{kind}: {path}")
-    if heatmaps:
-        echo(f"heatmaps: {', '.join(heatmaps.values())}")
+def given_fields(made: Any, given: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Takes the options of :func:`field_options` out of ``given``: those that were given."""
+    values = {name: given.pop(name) for name in names or declared(made)}
+    return {name: value for name, value in values.items() if value not in (None, ())}
+
+
+def _field_option(name: str, default: Any, hint: Any, known: About) -> Callable[[F], F]:
+    """One option: its type follows from the field's type hint and what is declared of it."""
+    flag = f"--{name.replace('_', '-')}"
+    settings: dict[str, Any] = {"group": known.group, "rare": known.rare}
+    if hint is bool:
+        flag = known.flag or f"{flag}/--no-{flag[2:]}"
+        shown = known.usual or ("yes" if default else "no")
+        settings |= {"default": None}
+    elif known.names:
+        settings["type"] = OneOf(known.names)
+    elif hint in _TUPLES:
+        settings |= _TUPLES[hint]
+    else:
+        settings["type"] = _number(hint, known)
+    if hint is not bool:
+        flag = known.flag or flag
+        values = default if isinstance(default, tuple) else (default,)
+        shown = known.usual or ",".join(map(str, values)).replace("None", "")
+    idle = f"; no effect {known.unless.where}." if known.unless else ""
+    text = (known.help.rstrip(".") + idle if idle else known.help) + (
+        f" [{shown}]" if shown else ""
+    )
+    return option(flag, name, help=text, **settings)
+
+
+_TUPLES: dict[Any, dict[str, Any]] = {
+    tuple[int, int] | None: {"type": Size()},
+    tuple[int, ...]: {"type": RANKS_TYPE, "multiple": True, "callback": joined},
+    tuple[float, ...]: {"type": Numbers(float, "1 or 0.5,1,2")},
+    tuple[str, ...]: {"type": str, "multiple": True},
+    tuple[tuple[str, Any], ...]: {"type": Pair(), "multiple": True},
+}
+"""How a field of several values is written on the command line, by its type hint."""
+
+
+def _number(hint: Any, known: About) -> Any:
+    """The type of one number, or text."""
+    (kind,) = {hint, *get_args(hint)} & {int, float, str} or {str}
+    if kind is str or known.least == -MOST:
+        return kind
+    between: Any = click.FloatRange if kind is float else click.IntRange
+    return between(known.least, None if known.most == MOST else known.most)

@@ -13,7 +13,8 @@ import click
 from simexplain.errors import OutputError
 from simexplain.publishing import KINDS, check_writable
 
-from .options import busy, free_folder, saving_options, tell_files, tell_manifest
+from .console import busy, tell_files, tell_manifest
+from .options import free_folder, option, saving_options
 
 if TYPE_CHECKING:
     from simexplain.results.result import Result
@@ -67,7 +68,7 @@ def makes(
                 click.launch(figures[0])
 
         run.__annotations__ = {}
-        shown = click.option("--show", is_flag=True, help="Open the figure when it is there.")
+        shown = option("--show", is_flag=True, help="Open the figure when it is there.")
         return saving_options(out)(shown(run))
 
     return add

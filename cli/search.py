@@ -11,18 +11,8 @@ import click
 from simexplain.searching.search import search
 from simexplain.searching.search_pictures import verdict
 
-from .console import echo, echo_lines
-from .options import (
-    Command,
-    FilePath,
-    aligned,
-    busy,
-    model_from,
-    model_options,
-    progress_bars,
-    tell_hardly_seen,
-    tell_shares,
-)
+from .console import aligned, busy, echo, echo_lines, progress_bars, tell_hardly_seen, tell_shares
+from .options import Command, FilePath, model_from, model_options, option
 from .result_commands import Made, makes
 
 if TYPE_CHECKING:
@@ -55,20 +45,18 @@ class BoxType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 @click.argument("model")
 @click.argument("query", type=FilePath())
 @click.argument("index", type=FilePath())
-@click.option(
-    "-k", "k", type=click.IntRange(min=1), help="How many hits to show. [5, or all there are]"
-)
-@click.option("--region", type=BoxType(),
+@option("-k", "k", type=click.IntRange(min=1), help="How many hits to show. [5, or all there are]")
+@option("--region", type=BoxType(),
               help="Search for this part of the query alone, in pixels: left, top, width, height.",
 )  # fmt: skip
-@click.option(
+@option(
     "--region-mask",
     "mask",
     type=FilePath(),
     metavar="FILE",
     help="As --region, by a picture of the query's size that is white there.",
 )
-@click.option(
+@option(
     "--root",
     type=FilePath(),
     help="Folder that relative paths start from: where the gallery is now, if it was moved.",

@@ -2,42 +2,111 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from simexplain.segmentation.segmenting import segment
+from simexplain.evaluation.comparing import setup_from
+from simexplain.segmentation.cue import REFINEMENTS, GrabCut, default_cue
+from simexplain.segmentation.segmenting import AGGREGATES, ANCHORS, METHOD, VIEWS, segment
 
-from .console import echo
+from .console import busy, echo, tell_hardly_seen, tell_shares
+from .method_options import METHOD_HELP, MethodText
 from .options import (
     Command,
     FilePath,
-    busy,
+    OneOf,
     model_from,
     model_options,
-    tell_hardly_seen,
-    tell_shares,
+    option,
+    rare_option,
+    together,
 )
 from .result_commands import Made, makes
-from .segment_options import segment_options, segmenting_from
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+
+if TYPE_CHECKING:
     from simexplain.segmentation.result import Segmentation
 
+F = TypeVar("F", bound=Callable[..., Any])
 _FOLDER = "segmentation"
+
+_THRESHOLDS = ("sure", "probable", "background")
+_CUT = GrabCut()
+_of_mask = partial(rare_option, group="From the map to the mask")
+segment_options = together(
+    option(
+        "--method", type=MethodText(), default=METHOD,
+        help=f"{METHOD_HELP}. [{METHOD}, the row of explain that shows where the match is]",
+    ),
+    option(
+        "--refine", type=OneOf(list(REFINEMENTS)), default="grabcut", show_default=True,
+        help="How the map becomes a mask: GrabCut from the map, a threshold, Otsu's threshold, "
+        "GrabCut from the box of the map, or GrabCut of the whole picture.",
+    ),
+    _of_mask("--sure", type=click.FloatRange(0), metavar="SHARE",
+                 help="Share of the map's maximum from which a pixel is object. [the method's]"),
+    _of_mask("--probable", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
+                 help="Share from which it is probably object. [the method's]"),
+    _of_mask("--background", type=click.FloatRange(0, 1), metavar="SHARE",
+                 help="Share below which it is background. [the method's]"),
+    _of_mask("--iterations", default=_CUT.iterations, show_default=True,
+                 type=click.IntRange(1), help="How often GrabCut is repeated."),
+    _of_mask("--longest", default=_CUT.longest, show_default=True, type=click.IntRange(16),
+                 help="Pixels of the longer side at which GrabCut works."),
+    _of_mask("--aggregate", type=OneOf(list(AGGREGATES)), default="averaged",
+                 show_default=True,
+                 help="Several supports. "
+                 + "; ".join(f"{name}: {about}" for name, about in AGGREGATES.items()) + "."),
+    _of_mask("--anchor", type=OneOf(list(ANCHORS)), default="test", show_default=True,
+                 help="Which image is the anchor. "
+                 + "; ".join(f"{name}: {about}" for name, about in ANCHORS.items()) + "."),
+    _of_mask("--view", type=OneOf(list(VIEWS)),
+                 help="What of a picture is seen. "
+                 + "; ".join(f"{name}: {about}" for name, about in VIEWS.items())
+                 + ". [whole, or model with --fit]"),
+)  # fmt: skip
+"""Everything that :func:`segmenting_from` wants."""
+
+
+def segmenting_from(given: dict[str, Any]) -> dict[str, Any]:
+    """Takes these options out of ``given``, as ``segment`` has them.
+
+    Raises:
+        ComparisonError: If thresholds are not in order.
+    """
+    method, layer, options = setup_from(given.pop("method"))
+    named = {name: given.pop(name) for name in _THRESHOLDS}
+    chosen = {name: value for name, value in named.items() if value is not None}
+    # If a model's own fit is requested together with a named one.
+    view = given.pop("view") or ("model" if given.get("fit") else "whole")
+    return {
+        "method": method,
+        "layer": layer,
+        **options,
+        "cue": replace(default_cue(method), **chosen),
+        "cut": GrabCut(given.pop("iterations"), longest=given.pop("longest")),
+        "refine": given.pop("refine"),
+        "aggregate": given.pop("aggregate"),
+        "anchor": given.pop("anchor"),
+        "view": view,
+    }
 
 
 @click.command("segment", cls=Command)
 @click.argument("model")
 @click.argument("test", type=FilePath())
 @click.argument("support", type=FilePath(), nargs=-1, required=True)
-@click.option("--other", "others", type=FilePath(), multiple=True,
+@option("--other", "others", type=FilePath(), multiple=True,
               help="A picture of another class, which the mask should leave out; repeat.",
 )  # fmt: skip
-@click.option("--support-mask", "support_masks", type=FilePath(), multiple=True,
+@option("--support-mask", "support_masks", type=FilePath(), multiple=True,
               help="Where the object is in a support, white or opaque; one for each support, in "
               "their order. [none is needed]")  # fmt: skip
 @segment_options

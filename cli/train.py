@@ -16,23 +16,24 @@ import click
 
 from simexplain.data.datasets import DATASETS
 from simexplain.errors import json_text
-from simexplain.training.options import titled
+from simexplain.training.options import TrainOptions, titled
 from simexplain.training.recipes import RECIPES, recipe_named
 from simexplain.training.run_folder import CHECKPOINT, first_process
 from simexplain.training.training import Source, begun_source, check_extra, train
 
-from .console import echo, echo_lines
+from .console import aligned, echo, echo_lines, tell_files
 from .options import (
     GROUP_HELP,
     OWN_GROUP,
     Command,
     FilePath,
     OneOf,
-    aligned,
+    field_options,
+    given_fields,
+    option,
+    rare_option,
     saving_options,
-    tell_files,
 )
-from .train_options import given_settings, training_options
 
 if TYPE_CHECKING:
     from simexplain.training.recording import Listeners
@@ -57,23 +58,23 @@ def _show_recipe(context: click.Context, option: click.Parameter, name: str | No
 @click.command("train", cls=Command)
 @click.argument("data", type=FilePath(path_type=Path))
 @saving_options("Folder to write.", required=True)
-@click.option("--resume", is_flag=True, help="Go on with the run in the folder, exactly.")
-@click.option("--recipe", type=OneOf(list(RECIPES)), metavar="NAME",
+@option("--resume", is_flag=True, help="Go on with the run in the folder, exactly.")
+@option("--recipe", type=OneOf(list(RECIPES)), metavar="NAME",
               help="Settings of a paper, where none are given.")  # fmt: skip
-@click.option("--list-recipes", is_flag=True, is_eager=True, expose_value=False,
+@option("--list-recipes", is_flag=True, is_eager=True, expose_value=False,
               callback=_list_recipes, help="List the recipes and end.")  # fmt: skip
-@click.option("--show-recipe", metavar="NAME", is_eager=True, expose_value=False,
+@rare_option("--show-recipe", metavar="NAME", is_eager=True, expose_value=False,
               callback=_show_recipe, help="Show a recipe with its sources and end.")  # fmt: skip
-@click.option("--kind", type=OneOf(list(DATASETS)),
+@option("--kind", type=OneOf(list(DATASETS)),
               help="What DATA is. [that of the recipe, else folder]")  # fmt: skip
-@click.option("--train-share", type=click.FloatRange(0, 1, min_open=True, max_open=True),
+@rare_option("--train-share", type=click.FloatRange(0, 1, min_open=True, max_open=True),
               help="Share of the classes that trains, the first by name: where DATA does not say. "
               "[0.5]")  # fmt: skip
-@click.option("--group", metavar="name|own|REGEX", help=GROUP_HELP)
-@click.option("--masks", metavar="FOLDER|alpha",
+@rare_option("--group", metavar="name|own|REGEX", help=GROUP_HELP)
+@rare_option("--masks", metavar="FOLDER|alpha",
               help="Folder of masks: one of the same relative path for each picture, or alpha for "
               "their alpha channels. [none]")  # fmt: skip
-@training_options
+@field_options(TrainOptions)
 def command(
     data: Path,
     out: Path,
@@ -108,7 +109,7 @@ def command(
         given["grouped"] = True
     source = _source(out, recipe, reading, resume=resume)
     earlier = None if resume else _stamp(out)
-    settings = given_settings(given)
+    settings = given_fields(TrainOptions, given)
     try:
         with _listening(quiet=as_json) as listeners:
             result = train(

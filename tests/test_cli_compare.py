@@ -10,7 +10,7 @@ import pytest
 from cli_runs import FAST, NETWORK, Run
 from conftest import DEMO
 from PIL import Image
-from simexplain_cli import recipes
+from simexplain_cli import method_options
 from test_comparing import CONTRACT
 
 PICTURES = [DEMO / f"{role}.jpg" for role in ("anchor", "positive", "negative")]
@@ -110,10 +110,10 @@ def test_interrupted_it_writes_nothing(
 
 def test_all_takes_every_method_once(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"methods": ("sam:weights=signed", "sam"), "every": True}
-    result = list(recipes.asked_recipes(given))
+    result = list(method_options.asked_recipes(given))
     assert result[:2] == ["sam:weights=signed", "sam"]
-    assert set(result) == {"sam:weights=signed", *recipes.METHODS}
+    assert set(result) == {"sam:weights=signed", *method_options.METHODS}
     assert not given
-    assert list(recipes.asked_recipes({"methods": (), "every": False})) == list(
-        recipes.quick_methods()
+    assert list(method_options.asked_recipes({"methods": (), "every": False})) == list(
+        method_options.quick_methods()
     )

@@ -12,6 +12,7 @@ from typing import Any
 import click
 import pytest
 from click.shell_completion import ShellComplete
+from click.testing import CliRunner
 from simexplain_cli.main import cli
 from simexplain_cli.method_options import MethodText, method_from
 from simexplain_cli.options import Command
@@ -100,6 +101,47 @@ def test_help_is_plain_english(name: str) -> None:
         if not whole or bare or ODD.search(record):
             odd.append((option.opts[0], record))
     assert not odd
+
+
+SHOWN = {"": cli, "evaluate": cli.get_command(click.Context(cli), "evaluate"), **COMMANDS}
+
+
+def shown(name: str, word: str) -> list[str]:
+    """What a command prints for ``--help`` or ``--help-all``, on 100 columns."""
+    program = f"simexplain {name}".strip()
+    result = CliRunner().invoke(SHOWN[name], [word], prog_name=program, terminal_width=100)
+    assert result.exit_code == 0
+    return result.output.splitlines()
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_help_fits_a_screen_and_says_where_the_rest_is(name: str) -> None:
+    lines = shown(name, "--help")
+    assert len(lines) <= 40, "\n".join(lines)
+    assert max(map(len, lines)) <= 100
+    rare = [option for own, option in OPTIONS if own == name and option.rare]
+    named = {flag for line in lines for flag in re.findall(r"^  (?:-\w, )?(--[a-z-]+)", line)}
+    assert not named & {flag for option in rare for flag in flags(option)}
+    assert (lines[-1] == f"All options: simexplain {name} --help-all") == bool(rare)
+    if rare:
+        everything = shown(name, "--help-all")
+        headings = [line for line in everything if re.fullmatch(r"[A-Z][\w ,]*:", line)]
+        assert headings[0] == "Options:"
+        text = "\n".join(everything)
+        for own, option in OPTIONS:
+            if own == name:
+                assert re.search(rf"^  .*{option.opts[-1]}\b", text, re.M), option.opts
+                assert f"{option.group or 'Options'}:" in headings
+        assert "--help-all" not in everything[-1]
+
+
+def test_a_long_text_is_cut_to_its_first_clause_in_help_alone() -> None:
+    brief, full = ("\n".join(shown("explain", word)) for word in ("--help", "--help-all"))
+    assert "quadruplet, with 2 negatives" not in brief
+    assert "What is compared. [siamese for 2 images, triplet for 3]" in " ".join(brief.split())
+    assert "quadruplet, with 2 negatives" in " ".join(full.split())
+    assert "x>=1" not in "\n".join(shown("train", "--help"))
+    assert "x>=1" in "\n".join(shown("train", "--help-all"))
 
 
 def test_every_renamed_option_is_taken_somewhere() -> None:
@@ -267,7 +309,7 @@ def test_the_tab_key_completes(words: list[str], typed: str, wanted: set[str]) -
 # Of other programs: pip, torchrun, mkdocs, the published code of AVSL; and what options begin with.
 FOREIGN = {
     "--no-deps", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--strict",
-    "--version", "--help", "--not-", "--no-", "--warm", "--step", "--not",
+    "--version", "--help", "--help-all", "--not-", "--no-", "--warm", "--step", "--not",
 }  # fmt: skip
 # Old names stand there on purpose, or options of benchmarks.
 SKIPPED = {

@@ -14,7 +14,7 @@ from cli_runs import FAST, NETWORK, Run, simexplain
 from conftest import DEMO
 from pictures import noise
 from PIL import Image
-from simexplain_cli.options import tell_shares
+from simexplain_cli.console import tell_shares
 
 from simexplain import SearchResult, build_index, load_model
 from simexplain.models.loading import RANDOM

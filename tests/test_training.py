@@ -30,6 +30,7 @@ from simexplain.data.folders import Record
 from simexplain.errors import ImageError, ModelError, OutputError
 from simexplain.evaluation.retrieval import evaluate_retrieval
 from simexplain.losses.attention import last_linear
+from simexplain.option_fields import declared
 from simexplain.training.building import (
     OPTIMISERS,
     SCHEDULES,
@@ -42,7 +43,7 @@ from simexplain.training.building import (
     set_rates,
 )
 from simexplain.training.module import set_training
-from simexplain.training.options import RANGES, TrainOptions, choices, with_options
+from simexplain.training.options import TrainOptions, with_options
 from simexplain.training.recording import Listeners, attention_triplets_of
 from simexplain.training.run_folder import RunFolder, TrainResult
 from simexplain.training.training import Source, not_improved, searchable, train
@@ -475,12 +476,15 @@ def test_a_batch_has_no_more_classes_than_there_are_unless_told() -> None:
 
 def test_every_range_and_choice_is_of_a_setting_and_holds_its_default() -> None:
     own = TrainOptions()
-    for name, (least, most) in RANGES.items():
-        assert least <= getattr(own, name) <= most
-    for name, known in choices().items():
-        assert getattr(own, name) in known
-    assert set(OPTIMISERS) == set(choices()["optimiser"])
-    assert set(SCHEDULES) == set(choices()["schedule"])
+    about = {name: known for name, (_, known) in declared(TrainOptions).items()}
+    assert list(about) == list(vars(own))
+    for name, known in about.items():
+        value = getattr(own, name)
+        if type(value) in (int, float):
+            assert 0 <= known.least <= value <= known.most, "every number has a range"
+        assert not known.names or value in known.names
+    assert set(OPTIMISERS) == set(about["optimiser"].names)
+    assert set(SCHEDULES) == set(about["schedule"].names)
 
 
 @pytest.mark.parametrize("bad", [{"margn": 1}, {"margin": "x", "negatives": "none"}])

@@ -1,280 +1,212 @@
-"""Every setting of a training run, what it may be, and what has no effect with it."""
+"""Every setting of a training run, checked before anything is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from simexplain.arguments import typed
 from simexplain.data.dataset_split import DataSplit, few
+from simexplain.data.training_set import AUGMENTATIONS
 from simexplain.errors import ModelError, SimexplainError
+from simexplain.losses.avsl_objective import ABLATIONS
+from simexplain.losses.distance_losses import DISTANCE_LOSSES
+from simexplain.losses.metric_losses import LOSSES
+from simexplain.losses.mining import SHAPES, MiningOptions
+from simexplain.losses.mining import mining_options as mining_options_from
+from simexplain.losses.objective import check_settings
 from simexplain.models.avsl_options import ETAS, PRESETS
 from simexplain.models.backbones import DEFAULT_MODEL
 from simexplain.models.base import DISTANCES
+from simexplain.option_fields import Unless, check_options, documented, option, without_effect
 from simexplain.renaming import renamed, takes_old_names
-
-if TYPE_CHECKING:
-    from simexplain.losses.mining import MiningOptions
-
-MOST = float("inf")
-RANGES: dict[str, tuple[float, float]] = {
-    "embedding": (1, MOST), "edges_per_node": (1, MOST), "edge_momentum": (0, 0.999),
-    "gamma": (0, MOST), "mining_start": (0, MOST), "mining_warmup": (0, MOST),
-    "bce": (0, MOST), "bce_mining": (0, MOST), "mask_weight": (0, MOST),
-    "lr": (0, MOST), "head_lr": (0, MOST), "proxy_lr": (0, MOST), "reliability_lr": (0, MOST),
-    "weight_decay": (0, MOST), "momentum": (0, 1), "step_epochs": (1, MOST), "step_factor": (0, 1),
-    "warmup_epochs": (0, MOST), "clip": (0, MOST), "epochs": (1, MOST),
-    "classes_per_batch": (0, MOST), "images_per_class": (2, MOST),
-    "batches_per_epoch": (0, 100_000), "seed": (0, 2**31 - 1),
-    "workers": (0, MOST), "devices": (1, MOST), "nodes": (1, MOST), "eval_every": (1, MOST),
-    "checkpoint_every": (0, MOST), "attention_triplets": (0, MOST),
-}  # fmt: skip
-"""The smallest and the largest value of each number."""
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "distance": tuple(DISTANCES),
-    "preset": tuple(PRESETS),
-    "eta": ETAS,
-    "mask_side": ("inside", "outside"),
-    "optimiser": ("adamw", "adam", "sgd"),
-    "schedule": ("constant", "cosine", "step"),
-    "warmup": ("head", "linear"),
-    "precision": ("32", "bf16", "16"),
-    "accelerator": ("auto", "cpu", "gpu", "mps"),
-    "best": ("recall", "map_at_r"),
-}
-"""The names that a setting may have, where it is not a table of names itself."""
-
-
-def choices() -> dict[str, tuple[str, ...]]:
-    """The names that each setting may have, those of other tables as well."""
-    from simexplain.data.training_set import AUGMENTATIONS
-    from simexplain.losses.avsl_objective import ABLATIONS
-    from simexplain.losses.metric_losses import LOSSES
-    from simexplain.losses.mining import SHAPES
-
-    return {
-        **CHOICES,
-        "ablation": tuple(ABLATIONS),
-        "loss": tuple(LOSSES),
-        "mining": ("none", *SHAPES),
-        "augmentation": tuple(AUGMENTATIONS),
-    }
-
-
-def avsl_losses() -> tuple[str, ...]:
-    """The losses that AVSL can be trained with."""
-    from simexplain.losses.distance_losses import DISTANCE_LOSSES
-
-    return tuple(DISTANCE_LOSSES)
-
-
-def check_types(options: Any, hints: dict[str, Any]) -> None:
-    """Refuses values of another kind than the field's, as a JSON file may have them."""
-    for field in fields(options):
-        value, kind = getattr(options, field.name), hints[field.name]
-        optional = type(None) in get_args(kind)
-        if optional or get_origin(kind) is tuple:
-            fits = isinstance(value, tuple) or (value is None and optional)
-        elif kind in (int, float):
-            allowed = (int, float) if kind is float else (int,)
-            fits = isinstance(value, allowed) and not isinstance(value, bool)
-        else:
-            fits = isinstance(value, kind)
-        if not fits:
-            wanted = getattr(kind, "__name__", str(kind))
-            raise ModelError(f"Expected {field.name} as {wanted}, got {value!r}.")
-
-
-def check_values(options: Any) -> None:
-    """Refuses unknown names and numbers out of range."""
-    for name, known in choices().items():
-        if getattr(options, name) not in known:
-            raise ModelError(
-                f"Expected {name} to be one of {', '.join(known)}, got {getattr(options, name)!r}."
-            )
-    for name, (least, most) in RANGES.items():
-        value = getattr(options, name)
-        if not least <= value <= most or value == MOST:
-            to = "" if most == MOST else f" and at most {most:g}"
-            raise ModelError(f"Expected {name} of at least {least:g}{to}, got {value:g}.")
-
-
-def check_terms(options: Any) -> None:
-    """Refuses settings of the loss and of mining that do not exist, do not fit or contradict."""
-    from simexplain.losses.distance_losses import DISTANCE_LOSSES
-    from simexplain.losses.metric_losses import LOSSES
-    from simexplain.losses.objective import check_settings
-
-    for name in ("loss_options", "mining_options"):
-        for pair in getattr(options, name):
-            if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
-                raise ModelError(f"Expected {name} as pairs (name, value), got {pair!r}.")
-    table: Mapping[str, Any] = DISTANCE_LOSSES if options.avsl else LOSSES
-    check_settings(options.loss, table[options.loss], dict(options.loss_options))
-    mining_of(options)
-    if options.mining == "none":
-        return
-    if not options.gamma:
-        raise ModelError(
-            f"Expected a weight above 0 for mining={options.mining!r}, got gamma of 0; say mining "
-            "none to train without it."
-        )
-    arch = dict(options.mining_options).get("arch", options.mining)
-    if arch != options.mining:
-        raise ModelError(
-            f"Expected mining over {options.mining}s, as set by --mining, got the mining option "
-            f"arch={arch!r}; leave the option away."
-        )
-
-
-def mining_of(options: Any) -> MiningOptions:
-    """The options of mining, over triplets by default."""
-    from simexplain.losses.mining import MiningOptions, mining_options
-
-    arch = "triplet" if options.mining == "none" else options.mining
-    try:
-        return mining_options(MiningOptions(arch=arch), dict(options.mining_options))
-    except SimexplainError as error:
-        raise ModelError(str(error)) from error
-
 
 USUAL_CLASSES = 16
 """The default number of classes in a batch, if the data set has as many."""
 
+_network, _of_avsl, _objective, _optimising, _run = (
+    partial(option, group=group) for group in ("Network", "AVSL", "Objective", "Optimising", "Run")
+)
+
+
+_MINED = Unless("without mining (--mining)", lambda o: o.mining != "none")
+_MINED_AT_ALL = Unless(
+    "without mining (--mining or --bce-mining)", lambda o: o.mining != "none" or o.bce_mining > 0
+)
+_AVSL = Unless("without AVSL (--avsl)", lambda o: o.avsl)
+_STEPPED = Unless("on any schedule but step", lambda o: o.schedule == "step")
+
 
 @takes_old_names
+@documented
 @dataclass(frozen=True)
 @typed
 class TrainOptions:
     """How a network is trained; ``RECIPES`` has the papers' values.
 
-    Attributes:
-        backbone: ``timm:NAME`` or ``torchvision:NAME``.
-        pretrained: Start from the zoo's weights; else from random ones.
-        embedding: Width of the embedding, for AVSL the number of nodes of each level.
-        size: ``(height, width)`` of the input in pixels; None for the network's own.
-        distance: Of plain models, a name in ``DISTANCES``.
-        avsl: Train AVSL over the network in place of one embedding.
-        preset: ``paper`` or ``official``, where AVSL's text and code differ.
-        levels: AVSL's layers; empty for the last three stages.
-        eta: ``raw`` as in the paper, or ``standardised``: how certainties enter reliabilities.
-        edge_momentum: Share of the old edges that each step keeps, in [0, 1).
-        edges_per_node: How many lower nodes stand in for a higher one (AVSL, Eq. 7).
-        ablation: A row of AVSL's Table 2, a name in ``ABLATIONS``.
-        level_weights: Of AVSL's levels in the loss, lowest first; empty for 1 each.
-        loss: L_ml, a name in ``LOSSES``.
-        loss_options: Its settings in place of the table's, as ``(name, value)`` pairs.
-        mining: Similarity mining over siamese pairs, triplets or quadruplets, or ``none``.
-        gamma: Its weight (Eq. 6 of similarity attention).
-        mining_options: Fields of ``SimilarityMiningLoss`` by name, as pairs.
-        mining_start: Epochs without mining at the beginning.
-        mining_warmup: Epochs in which gamma then grows linearly from 0.
-        bce: Weight of a classification loss, ``Lml + gamma Lbce`` (Table 1); 0 for none.
-        bce_mining: Weight of mining with Grad-CAM's maps of that classifier; 0 for none.
-        mask_weight: Weight of attention that falls outside the masks of images that have one; 0
-            for none.
-        mask_side: Whether masks mark what should be looked at (``inside``) or not (``outside``).
-        optimiser: ``adamw``, ``adam`` or ``sgd``.
-        lr: Learning rate of the network.
-        head_lr: Of the embedding's layer, or AVSL's heads.
-        proxy_lr: Of what losses learn themselves, such as proxies.
-        reliability_lr: Of AVSL's alpha and beta.
-        weight_decay: Of all but alpha and beta.
-        momentum: Of ``sgd``.
-        schedule: ``constant``, ``cosine`` to 0 at the last step, or ``step``.
-        step_epochs: After how many epochs each time ``step`` multiplies the rates...
-        step_factor: ...by this.
-        warmup_epochs: Of these first epochs...
-        warmup: ...only all but the network is trained (``head``), or rates grow from 0
-            (``linear``).
-        clip: Largest norm of the gradient of each group; 0 for no bound.
-        epochs: Passes over the training set.
-        classes_per_batch: Classes in a batch; 0 for 16, or all where there are fewer...
-        images_per_class: ...and images of each.
-        batches_per_epoch: Batches in an epoch; 0 for the number that draws as many images as the
-        data set has.
-        augmentation: A name in ``AUGMENTATIONS``.
-        precision: ``32``, ``bf16`` or ``16`` mixed.
-        freeze_bn: Batch norm normalises with the statistics it came with; its scale and shift are
-            trained all the same.
-        seed: Of everything that is drawn.
-        workers: Processes that read pictures; results do not depend on it.
-        accelerator: What to train on; ``auto`` takes a GPU where there is one.
-        devices: GPUs, or processes on a CPU, per host; a batch is shared by all.
-        nodes: Hosts.
-        eval_every: Epochs from one evaluation to the next.
-        ranks: The K of Recall@K.
-        grouped: Leave each query's own group out of the gallery.
-        best: Keep the model of the best ``recall`` (at the first of ``ranks``) or ``map_at_r``.
-        checkpoint_every: Steps from one checkpoint to the next; one more after each epoch. 0 for
-            the latter alone.
-        attention_triplets: How many fixed validation triplets have their maps drawn at each
-            evaluation.
+    Every field declares its help, range, choices and where it has no effect.
     """
 
-    backbone: str = DEFAULT_MODEL
-    pretrained: bool = True
-    embedding: int = 128
-    size: tuple[int, int] | None = None
-    distance: str = "euclidean"
-    avsl: bool = False
-    preset: str = "paper"
-    levels: tuple[str, ...] = ()
-    eta: str = "raw"
-    edge_momentum: float = 0.5
-    edges_per_node: int = 128
-    ablation: str = "full"
-    level_weights: tuple[float, ...] = ()
-    loss: str = "triplet"
-    loss_options: tuple[tuple[str, Any], ...] = ()
-    mining: str = "none"
-    gamma: float = 0.05
-    mining_options: tuple[tuple[str, Any], ...] = ()
-    mining_start: int = 0
-    mining_warmup: int = 0
-    bce: float = 0.0
-    bce_mining: float = 0.0
-    mask_weight: float = 0.0
-    mask_side: str = "inside"
-    optimiser: str = "adamw"
-    lr: float = 1e-4
-    head_lr: float = 1e-3
-    proxy_lr: float = 1e-2
-    reliability_lr: float = 1e-3
-    weight_decay: float = 1e-4
-    momentum: float = 0.9
-    schedule: str = "constant"
-    step_epochs: int = 10
-    step_factor: float = 0.5
-    warmup_epochs: int = 0
-    warmup: str = "head"
-    clip: float = 0.0
-    epochs: int = 12
-    classes_per_batch: int = 0
-    images_per_class: int = 2
-    batches_per_epoch: int = 0
-    augmentation: str = "sam"
-    precision: str = "32"
-    freeze_bn: bool = True
-    seed: int = 0
-    workers: int = 0
-    accelerator: str = "auto"
-    devices: int = 1
-    nodes: int = 1
-    eval_every: int = 1
-    ranks: tuple[int, ...] = (1, 2, 4, 8)
-    grouped: bool = False
-    best: str = "recall"
-    checkpoint_every: int = 100
-    attention_triplets: int = 3
+    # fmt: off
+    backbone: str = _network(
+        DEFAULT_MODEL, "Network of a zoo: timm:NAME, torchvision:NAME or pcb:timm:NAME.",
+        rare=False,
+    )
+    pretrained: bool = _network(
+        True, "Random weights: or, with --pretrained, those of the zoo.",
+        flag="--pretrained/--untrained", usual="pretrained", rare=False,
+    )
+    embedding: int = _network(
+        128, "Width of the embedding; with --avsl nodes of each level.", least=1,
+    )
+    size: tuple[int, int] | None = _network(
+        None, "Input size in pixels.", usual="the model's own", rare=False,
+    )
+    distance: str = _network(
+        "euclidean", "Distance between embeddings.", names=DISTANCES,
+        unless=Unless("on AVSL, which has its own distance", lambda o: not o.avsl),
+    )
+    avsl: bool = _of_avsl(
+        False, "Train AVSL, whose distances simexplain attribute explains.", rare=False,
+    )
+    preset: str = _of_avsl(
+        "paper", "AVSL as in the paper or as in its authors' code.", names=PRESETS, unless=_AVSL,
+    )
+    levels: tuple[str, ...] = _of_avsl(
+        (), "Layer that makes a level of AVSL; repeat.", usual="the last three stages",
+        flag="--level", unless=_AVSL,
+    )
+    eta: str = _of_avsl(
+        "raw", "How certainties enter AVSL's reliabilities; raw as in the paper.", names=ETAS,
+        unless=_AVSL,
+    )
+    edge_momentum: float = _of_avsl(
+        0.5, "Share of AVSL's edges that a step keeps.", least=0, most=0.999, unless=_AVSL,
+    )
+    edges_per_node: int = _of_avsl(
+        128, "How many lower nodes each node of AVSL is tied to; Eq. 7.", least=1, unless=_AVSL,
+    )
+    ablation: str = _of_avsl("full", "A row of AVSL's Table 2.", names=ABLATIONS, unless=_AVSL)
+    level_weights: tuple[float, ...] = _of_avsl(
+        (), "Weights of AVSL's levels in the loss, lowest first.", usual="1 each", unless=_AVSL,
+    )
+    loss: str = _objective("triplet", "Metric loss.", names=LOSSES, rare=False)
+    loss_options: tuple[tuple[str, Any], ...] = _objective(
+        (), "A setting of the loss; repeat.", flag="--loss-option",
+    )
+    mining: str = _objective(
+        "none", "Similarity mining over such comparisons.", names=("none", *SHAPES), rare=False,
+    )
+    gamma: float = _objective(
+        0.05, "Weight of mining; Eq. 6 of similarity attention.", least=0, unless=_MINED,
+    )
+    mining_options: tuple[tuple[str, Any], ...] = _objective(
+        (), "A setting of mining, e.g. share=0.5; repeat.", flag="--mining-option",
+        unless=_MINED_AT_ALL,
+    )
+    mining_start: int = _objective(
+        0, "Epochs without mining at first.", least=0, unless=_MINED_AT_ALL,
+    )
+    mining_warmup: int = _objective(
+        0, "Epochs in which gamma then grows; linearly from 0.", least=0, unless=_MINED_AT_ALL,
+    )
+    bce: float = _objective(
+        0.0, "Weight of a classification loss (Grad-CAM baseline); 0 for none.", least=0,
+    )
+    bce_mining: float = _objective(
+        0.0, "Weight of mining with its Grad-CAM maps; 0 for none.", least=0,
+    )
+    mask_weight: float = _objective(
+        0.0, "Weight of attention on the wrong side of masks; 0 for none.", least=0,
+    )
+    mask_side: str = _objective(
+        "inside", "Which side of a mask should be looked at.", names=("inside", "outside"),
+        unless=Unless("without --mask-weight", lambda o: o.mask_weight > 0),
+    )
+    optimiser: str = _optimising("adamw", "Optimiser.", names=("adamw", "adam", "sgd"))
+    lr: float = _optimising(1e-4, "Learning rate of the network.", least=0, rare=False)
+    head_lr: float = _optimising(
+        1e-3, "Learning rate of the embedding layer or of AVSL's heads.", least=0,
+    )
+    proxy_lr: float = _optimising(
+        1e-2, "Learning rate of what the loss learns, such as proxies.", least=0,
+    )
+    reliability_lr: float = _optimising(
+        1e-3, "Learning rate of AVSL's alpha and beta.", least=0, unless=_AVSL,
+    )
+    weight_decay: float = _optimising(
+        1e-4, "Weight decay; of all but AVSL's alpha and beta.", least=0,
+    )
+    momentum: float = _optimising(
+        0.9, "Momentum of sgd.", least=0, most=1, unless=Unless("on any optimiser but sgd", lambda
+        o: o.optimiser == "sgd"),
+    )
+    schedule: str = _optimising(
+        "constant", "How all learning rates change; cosine ends at 0.", names=("constant", "cosine",
+        "step"),
+    )
+    step_epochs: int = _optimising(
+        10, "Epochs between the steps of a schedule.", least=1, unless=_STEPPED,
+    )
+    step_factor: float = _optimising(
+        0.5, "What a step multiplies the rates by.", least=0, most=1, unless=_STEPPED,
+    )
+    warmup_epochs: int = _optimising(0, "Epochs at first that warm up.", least=0)
+    warmup: str = _optimising(
+        "head", "How to warm up: train all but the network, or let rates grow.", names=("head",
+        "linear"), unless=Unless("without --warmup-epochs", lambda o: o.warmup_epochs > 0),
+    )
+    clip: float = _optimising(0.0, "Largest norm of a group's gradient; 0 for none.", least=0)
+    epochs: int = _run(12, "Passes over the pictures.", least=1, rare=False)
+    classes_per_batch: int = _run(
+        0, "Classes in a batch; 0 for 16, or all where there are fewer.", least=0,
+    )
+    images_per_class: int = _run(2, "Images of each class in a batch.", least=2)
+    batches_per_epoch: int = _run(
+        0, "Batches in an epoch; 0 for enough to draw as many pictures as DATA has.", least=0,
+        most=100_000,
+    )
+    augmentation: str = _run(
+        "sam", "How training pictures are varied at random.", names=AUGMENTATIONS,
+    )
+    precision: str = _run(
+        "32", "Bits of floating point numbers; fewer than 32 are mixed precision.", names=("32",
+        "bf16", "16"),
+    )
+    freeze_bn: bool = _run(
+        True, "Keep the statistics of batch norm as they are; its scale and shift are trained.",
+    )
+    seed: int = _run(0, "Random seed.", least=0, most=2**31 - 1)
+    workers: int = _run(0, "Processes that read pictures; results do not depend on it.", least=0)
+    accelerator: str = _run("auto", "Where to run.", names=("auto", "cpu", "gpu", "mps"))
+    devices: int = _run(
+        1, "Processes on each host: GPUs, where there are; they share each batch.", least=1,
+    )
+    nodes: int = _run(1, "Hosts: they must share one folder.", least=1)
+    eval_every: int = _run(1, "Epochs between evaluations.", least=1)
+    ranks: tuple[int, ...] = _run((1, 2, 4, 8), "Ranks to report: the K of Recall@K.")
+    grouped: bool = _run(False, "Leave the query's own group, as DATA has it, out of the gallery.")
+    best: str = _run(
+        "recall", "What the best model is chosen by; recall is that at the first of the ranks.",
+        names=("recall", "map_at_r"),
+    )
+    checkpoint_every: int = _run(
+        100, "Steps between checkpoints within an epoch; 0 for none.", least=0,
+    )
+    attention_triplets: int = _run(
+        3, "Validation triplets whose attention is drawn each epoch.", least=0,
+    )
+    # fmt: on
 
     def __post_init__(self) -> None:
-        check_types(self, get_type_hints(TrainOptions))
-        check_values(self)
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                raise ModelError(f"Expected {name} as a tuple, got {value!r}.")
+        check_options(self, ModelError)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -303,14 +235,14 @@ class TrainOptions:
                 "Expected a classifier for Grad-CAM mining, got bce of 0; give --bce a weight."
             )
         plain = [name for name in ("bce", "bce_mining") if getattr(self, name)]
-        able = avsl_losses()
-        if self.avsl and self.loss not in able:
-            raise ModelError(f"Expected a loss of {', '.join(able)} for AVSL, got '{self.loss}'.")
+        if self.avsl and self.loss not in DISTANCE_LOSSES:
+            able = ", ".join(DISTANCE_LOSSES)
+            raise ModelError(f"Expected a loss of {able} for AVSL, got '{self.loss}'.")
         if self.avsl and plain:
             raise ModelError(
                 f"{plain[0]} needs one embedding for each image, which AVSL has not; leave one out."
             )
-        check_terms(self)
+        _check_terms(self)
         if self.precision == "16" and self.accelerator == "cpu":
             raise ModelError("Expected precision 32 or bf16 on a CPU, got 16.")
 
@@ -340,7 +272,11 @@ class TrainOptions:
 
 
 def with_options(options: TrainOptions, values: Mapping[str, Any]) -> TrainOptions:
-    """The options with some of them replaced; lists, mappings and numpy's numbers become plain."""
+    """The options with some of them replaced; lists, mappings and numpy's numbers become plain.
+
+    Raises:
+        ModelError: If a setting is unknown or its value cannot be used.
+    """
     known = [field.name for field in fields(TrainOptions)]
     values = renamed(values, known)
     unknown = [name for name in values if name not in known]
@@ -359,6 +295,78 @@ def best_column(options: TrainOptions) -> str:
     return f"recall@{options.ranks[0]}" if options.best == "recall" else "map_at_r"
 
 
+def _check_terms(options: TrainOptions) -> None:
+    """Refuses settings of the loss and of mining that do not exist, do not fit or contradict.
+
+    Raises:
+        ModelError: If there is one.
+    """
+    for name in ("loss_options", "mining_options"):
+        for pair in getattr(options, name):
+            if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+                raise ModelError(f"Expected {name} as pairs (name, value), got {pair!r}.")
+    table: Mapping[str, Any] = DISTANCE_LOSSES if options.avsl else LOSSES
+    check_settings(options.loss, table[options.loss], dict(options.loss_options))
+    mining_of(options)
+    if options.mining == "none":
+        return
+    if not options.gamma:
+        raise ModelError(
+            f"Expected a weight above 0 for mining={options.mining!r}, got gamma of 0; say mining "
+            "none to train without it."
+        )
+    arch = dict(options.mining_options).get("arch", options.mining)
+    if arch != options.mining:
+        raise ModelError(
+            f"Expected mining over {options.mining}s, as set by --mining, got the mining option "
+            f"arch={arch!r}; leave the option away."
+        )
+
+
+def mining_of(options: TrainOptions) -> MiningOptions:
+    """The options of mining, over triplets by default.
+
+    Raises:
+        ModelError: If one is unknown or cannot be used.
+    """
+    arch = "triplet" if options.mining == "none" else options.mining
+    try:
+        return mining_options_from(MiningOptions(arch=arch), dict(options.mining_options))
+    except SimexplainError as error:
+        raise ModelError(str(error)) from error
+
+
+def idle_options(options: TrainOptions, split: DataSplit) -> tuple[str, ...]:
+    """Options without effect, a sentence each.
+
+    A setting counts as given where it is not the default. Masks and groups count where the
+    pictures have them.
+
+    Args:
+        options: Of the run.
+        split: The pictures.
+    """
+    lines = list(without_effect(options))
+    if not options.mask_weight and any(record.mask for record in split.train):
+        lines.append("The masks of the pictures have no effect without --mask-weight.")
+    judged = (*split.queries, *(split.gallery or ()))
+    if not options.grouped and any(record.group for record in judged):
+        lines.append("The groups of the pictures have no effect without --grouped.")
+    return tuple(lines)
+
+
+def left_out(broken: Mapping[str, str]) -> tuple[str, ...]:
+    """What evaluations did without, a sentence; nothing where they had all pictures.
+
+    Args:
+        broken: Pictures by path, with the reason.
+    """
+    if not broken:
+        return ()
+    count = f"{len(broken)} test picture{'s' * (len(broken) > 1)}"
+    return (f"{count} could not be read in an evaluation, and were left out: {few([*broken])}.",)
+
+
 def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, (tuple, list)) else value
 
@@ -369,59 +377,3 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     return tuple(_tuples(part) for part in value) if isinstance(value, (tuple, list)) else value
-
-
-NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[TrainOptions], bool]], ...] = (
-    (("gamma",), "without mining (--mining)", lambda o: o.mining != "none"),
-    (
-        ("mining_options", "mining_start", "mining_warmup"),
-        "without mining (--mining or --bce-mining)",
-        lambda o: o.mining != "none" or o.bce_mining > 0,
-    ),
-    (
-        ("preset", "levels", "eta", "edge_momentum", "edges_per_node", "ablation", "level_weights"),
-        "without AVSL (--avsl)",
-        lambda o: o.avsl,
-    ),
-    (("reliability_lr",), "without AVSL (--avsl)", lambda o: o.avsl),
-    (("distance",), "on AVSL, which has its own distance", lambda o: not o.avsl),
-    (("mask_side",), "without --mask-weight", lambda o: o.mask_weight > 0),
-    (("momentum",), "on any optimiser but sgd", lambda o: o.optimiser == "sgd"),
-    (
-        ("step_epochs", "step_factor"),
-        "on any schedule but step",
-        lambda o: o.schedule == "step",
-    ),
-    (("warmup",), "without --warmup-epochs", lambda o: o.warmup_epochs > 0),
-)
-"""Settings, where they change nothing, and whether the run is one in which they do."""
-
-
-def without_effect(options: TrainOptions, split: DataSplit) -> tuple[str, ...]:
-    """Options without effect, a sentence each.
-
-    A setting counts as given where it is not the default. Masks and groups count where the
-    pictures have them.
-    """
-    usual = {field.name: field.default for field in fields(TrainOptions)}
-    lines = [
-        f"{name}={getattr(options, name)} has no effect {where}."
-        for names, where, used in NEEDS
-        if not used(options)
-        for name in names
-        if getattr(options, name) != usual[name]
-    ]
-    if not options.mask_weight and any(record.mask for record in split.train):
-        lines.append("The masks of the pictures have no effect without --mask-weight.")
-    judged = (*split.queries, *(split.gallery or ()))
-    if not options.grouped and any(record.group for record in judged):
-        lines.append("The groups of the pictures have no effect without --grouped.")
-    return tuple(lines)
-
-
-def left_out(broken: Mapping[str, str]) -> tuple[str, ...]:
-    """What evaluations did without, a sentence; nothing where they had all pictures."""
-    if not broken:
-        return ()
-    count = f"{len(broken)} test picture{'s' * (len(broken) > 1)}"
-    return (f"{count} could not be read in an evaluation, and were left out: {few([*broken])}.",)

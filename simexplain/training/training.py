@@ -27,10 +27,10 @@ from simexplain.renaming import todays
 from simexplain.training.options import (
     TrainOptions,
     best_column,
+    idle_options,
     left_out,
     titled,
     with_options,
-    without_effect,
 )
 from simexplain.training.recipes import recipe_named
 from simexplain.training.run_folder import (
@@ -378,7 +378,7 @@ def checked_data(
             f"Expected a test picture of '{split.name}' with another of its class to be found, got "
             "none; check the classes to test on and the groups."
         )
-    return (*warnings, *without_effect(options, split))
+    return (*warnings, *idle_options(options, split))
 
 
 def prepared(
