@@ -126,7 +126,9 @@ def collected(*files: str) -> str:
     plugin = SimpleNamespace(
         pytest_collection_modifyitems=lambda items: names.extend(item.nodeid for item in items)
     )
-    code = pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *files], [plugin])
+    code = pytest.main(
+        ["--collect-only", "-qq", "-m", "", "-p", "no:cacheprovider", *files], [plugin]
+    )
     assert code == 0
     return "\n".join(names)
 
