@@ -20,7 +20,7 @@ from statistics import median
 
 import torch
 from avsl_distance_page import page
-from reporting import added_memory, publish
+from store import added_memory, publish
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from reporting import publish
+from store import publish
 
 from simexplain import explain, explain_batch, load_model
 from simexplain.batching.planning import BatchOptions, BatchRow

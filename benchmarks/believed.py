@@ -7,7 +7,7 @@ classes and of the cut-outs; the page has the rates on the other.
 
     python benchmarks/believed.py EMOJI --stamps tuned=FOLDER --stamps held-out=FOLDER \
         --runs FOLDER --mobilenet FILE \
-        --record docs/benchmarks/believed.json --out docs/benchmarks/believed.md
+        --record benchmarks/records/believed.json --out docs/benchmarks/believed.md
 
 Networks in the record are not measured again. For the file of MobileNetV2 and the cut-outs see
 ``faithfulness.py``, for the folder of runs ``trained_networks.py``.
@@ -26,9 +26,8 @@ import timm
 import torch
 import trained_networks
 from faithfulness_networks import LITE0, mobilenet_v2
-from faithfulness_page import header, line
-from reporting import publish
 from scenes import Scene, compose_scenes, read_stamps
+from store import header, keep, line, publish
 from trained_pointing import DATA, scenes_of
 
 from simexplain import SimilarityModel, as_similarity_model, load_model
@@ -132,7 +131,7 @@ def page(record: Record) -> str:
     command = (
         "python benchmarks/believed.py EMOJI --stamps tuned=FOLDER --stamps held-out=FOLDER --runs "
         f"FOLDER --mobilenet FILE --scenes {len(next(iter(first.values())))} --record "
-        "docs/benchmarks/believed.json --out docs/benchmarks/believed.md"
+        "benchmarks/records/believed.json --out docs/benchmarks/believed.md"
     )
     lines = [
         "# Which networks are believed",
@@ -221,8 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.record.is_file():
         record = json.loads(options.record.read_text("utf-8"))
     for result in measured(options, record):
-        publish(json.dumps(result, separators=(",", ":")) + "\n", options.record)
-    publish(page(record), options.out)
+        keep("believed", result, options.record)
+    publish(page(record), options.out, numbers=False)
 
 
 if __name__ == "__main__":

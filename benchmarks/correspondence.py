@@ -7,7 +7,7 @@ those of the features' relevance for the similarity (the idea of PAIR-X), a rand
 point's own place, which needs no network.
 
     python benchmarks/correspondence.py --photographs FOLDER --stamps FOLDER --mobilenet FILE \
-        --runs FOLDER --cache FOLDER --record docs/benchmarks/correspondence.json \
+        --runs FOLDER --cache FOLDER --record benchmarks/records/correspondence.json \
         --out docs/benchmarks/correspondence.md
 
 Photographs come with scikit-image and scikit-learn; the folder has more, such as those of Debian's
@@ -27,11 +27,10 @@ import numpy as np
 import torch
 import trained_pointing
 from correspondence_page import FREE, MIDDLE, OWN, SEEN, TOLERANCES, WARPS, page
-from faithfulness import Store
 from faithfulness_networks import Network
-from reporting import publish
 from scene_kinds import imagenet
 from scenes import read_stamps
+from store import Store, keep, publish
 from torch import Tensor
 from torch.nn import functional as F
 from warps import Pair, Subject, counted, pairs, subjects
@@ -260,10 +259,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         record = {"command": command, "networks": measured(options)}
         if options.record:
-            publish(json.dumps(record, separators=(",", ":")) + "\n", options.record)
+            keep("correspondence", record, options.record)
     else:
         record = json.loads(options.record.read_text("utf-8"))
-    publish(page(record), options.out)
+    publish(page(record), options.out, numbers=False)
 
 
 if __name__ == "__main__":

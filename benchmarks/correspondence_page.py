@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from faithfulness_page import header, line
+from store import header, line
 from warps import CONTROLS, GRID, LEVELS
 
 TOLERANCES = (0.05, 0.1, 0.2)
@@ -32,7 +32,7 @@ HEAD = f"""# Is the same place found again?
 A picture and its warped copy: a point of the copy has a known partner in the picture. Does
 [match](../matching.md) find it? Homographies move the four corners, thin-plate splines a grid of
 4 x 4 points, at random, after a turn by half to all of an angle: {LEVEL_TEXT}.
-Each picture is warped once in each of the six ways; {GRID} x {GRID} points are asked about, but for
+Each picture is warped once in each of the six ways; {GRID} x {GRID} points are queried, except
 those whose partner lies outside. Pictures: squares cut from photographs of scikit-image,
 scikit-learn and OpenCV's examples, every third one for each seed, and scenes of two held-out
 cut-outs on a ground, where the objects' points alone count.

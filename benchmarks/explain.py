@@ -22,7 +22,7 @@ from statistics import median
 
 import torch
 from explain_methods import FAST, METHODS, OURS, PLAIN, Run, Setting, difference
-from reporting import added_memory, publish
+from store import added_memory, publish
 
 from simexplain import as_similarity_model
 

@@ -20,10 +20,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -36,46 +35,13 @@ from faithfulness_pictures import make_pictures
 from faithfulness_rows import Batch, Explainer, bank_of, contestants, needs_bank
 from peers import Peer
 from PIL import Image
-from reporting import publish
 from scenes import KINDS, read_stamps
+from store import Store, publish
 
 from simexplain.errors import first_line
 from simexplain.methods.weight_bank import WeightBank
 
 _COSTED = 3
-
-
-@dataclass(frozen=True)
-class Store:
-    """Records on disk, one file for each network, data, seed and row; none without a folder.
-
-    A record counts only if it was made as it would be made now: same row, same numbers of scenes.
-    """
-
-    folder: Path | None
-
-    def read(self, index: Sequence[object], made: str) -> Record | None:
-        """The record, if there is one."""
-        if self.folder is None or not self._path(index).is_file():
-            return None
-        with np.load(self._path(index)) as file:
-            result = {name: file[name] for name in file.files}
-        return result if str(result.pop("made")) == made else None
-
-    def write(self, index: Sequence[object], made: str, record: Mapping[str, object]) -> None:
-        """Keeps a record, whole or not at all."""
-        if self.folder is None:
-            return
-        path = self._path(index)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".part.npz")
-        np.savez(draft, made=made, **record)
-        draft.replace(path)
-
-    def _path(self, index: Sequence[object]) -> Path:
-        assert self.folder is not None
-        parts = [re.sub(r"[^A-Za-z0-9]+", "_", str(part)) for part in index]
-        return self.folder.joinpath(*parts[:-1], f"{parts[-1]}.npz")
 
 
 def kept_bank(

@@ -14,6 +14,7 @@ import numpy as np
 from faithfulness_data import Data
 from faithfulness_measures import BASELINES, Counts, Record
 from peers import PEERS
+from store import header, line, told
 
 from simexplain.metrics.intervals import bootstrap_difference
 
@@ -287,19 +288,6 @@ def _above(
     return f"{interval.mean:+.3f} [{interval.low:+.3f}..{interval.high:+.3f}]"
 
 
-def told(values: np.ndarray) -> list[str]:
-    """Means with their standard errors, column by column."""
-    cells = []
-    for column in values.T:
-        valid = column[~np.isnan(column)]
-        if not len(valid):
-            cells.append("–")
-            continue
-        error = valid.std() / len(valid) ** 0.5
-        cells.append(f"{valid.mean():.2f} ± {error:.2f}")
-    return cells
-
-
 def _areas(values: np.ndarray) -> list[str]:
     """Deletion, insertion and gain under each baseline, with their standard errors."""
     valid = values[~np.isnan(values).any(axis=1)]
@@ -315,13 +303,3 @@ def _areas(values: np.ndarray) -> list[str]:
         gain = up - down
         cells.append(f"{gain.mean():.3f} ± {gain.std() / len(gain) ** 0.5:.3f}")
     return cells
-
-
-def header(cells: Sequence[str]) -> list[str]:
-    """The first two lines of a table."""
-    return [line(cells), line(["---"] * len(cells))]
-
-
-def line(cells: Sequence[str]) -> str:
-    """One line of a table."""
-    return f"| {' | '.join(cells)} |"

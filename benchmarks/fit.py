@@ -5,7 +5,7 @@ the share of the picture that the model's crop keeps of a square one; ``whole`` 
 ``pad`` shows all of it in its own aspect, with a border.
 
     python benchmarks/fit.py --stamps FOLDER --emoji FOLDER --mobilenet FILE --seeds 0 1 2 \
-        --record docs/benchmarks/fit.json --out docs/benchmarks/fit.md
+        --record benchmarks/records/fit.json --out docs/benchmarks/fit.md
 
 Each FOLDER has a folder for each category with RGBA pictures; those of the emoji are one for each
 vendor. A record that is there already is read and only what it lacks is measured.
@@ -26,8 +26,8 @@ from faithfulness_data import free_emoji
 from faithfulness_networks import networks
 from fit_page import page
 from fit_scenes import Labelled, LongScene, long_scenes, on_white, placed
-from reporting import publish
 from scenes import Stamps, read_stamps
+from store import publish
 from torch import Tensor
 
 from simexplain import Comparison, Preprocess, SimilarityModel, explain
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = json.loads(given.read_text()) if given is not None and given.exists() else {}
     for network in networks(options.mobilenet):
         measure(network.fast, network.name, options, record)
-    publish(page(record, options), options.out)
+    publish(page(record), options.out, numbers=False)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from typing import Any
 
@@ -24,7 +23,7 @@ of a square one; `whole` squashes all of it, as [Segment](../segmentation.md) do
 `--fit pad`. Written by
 
     python benchmarks/fit.py --stamps FOLDER --emoji FOLDER --mobilenet FILE \\
-        --record docs/benchmarks/fit.json --out docs/benchmarks/fit.md
+        --record benchmarks/records/fit.json --out docs/benchmarks/fit.md
 
 in one thread; `fit.json` has every figure.
 
@@ -39,7 +38,7 @@ do not tell the fits apart for certain.
 """
 
 
-def page(record: dict[str, Any], options: argparse.Namespace) -> str:
+def page(record: dict[str, Any]) -> str:
     """The tables, as Markdown."""
     return "\n".join([HEAD, *_retrieval(record), *_pointing(record)]) + "\n"
 

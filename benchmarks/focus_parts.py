@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from faithfulness_networks import Network, networks
 from pointing import judged
-from reporting import publish
 from scenes import SIDE, Scene, compose_scenes, divided, read_stamps
+from store import publish
 from torch import Tensor
 
 from simexplain import Comparison, explain, load_model

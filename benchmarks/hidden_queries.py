@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from held_out import held_out
-from reporting import publish
+from store import publish
 from torch import Tensor
 
 from simexplain import Comparison, explain, load_model

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faithfulness_page import header, line
-from reporting import publish
+from store import header, line, publish
 
 from simexplain.methods.kinds import GRID, KINDS, SMALL, STAGES, Kind
 
@@ -142,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trained, transformers = (
         json.loads(file.read_text("utf-8")) for file in (options.trained, options.transformers)
     )
-    publish(page(trained, transformers), options.out)
+    publish(page(trained, transformers), options.out, numbers=False)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from pointing_page import page
-from reporting import publish
 from scenes import Scene, compose_scenes, read_stamps
+from store import publish
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from persons import write_persons
-from reporting import publish
+from store import publish
 
 from simexplain import evaluate_reid, load_model, train
 from simexplain.data.datasets import read_dataset

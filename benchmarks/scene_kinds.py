@@ -5,7 +5,7 @@ All networks of ``faithfulness.py`` on cut-outs on which nothing was chosen, and
 scene of ``scenes.py``.
 
     python benchmarks/scene_kinds.py --stamps FOLDER --emoji FOLDER --runs FOLDER --mobilenet FILE \
-        --cache FOLDER --record docs/benchmarks/scenes.json --out docs/benchmarks/scenes.md
+        --cache FOLDER --record benchmarks/records/scenes.json --out docs/benchmarks/scenes.md
 
 Ten scenes have a seed of their own and are measured together; those in the folder of the cache are
 not measured again. With ``--networks``, ``--kinds`` and ``--rows`` several processes share the
@@ -25,13 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 import trained_pointing
-from faithfulness import Store
 from faithfulness_data import SETTINGS, Data, kind_scenes
 from faithfulness_measures import CHUNK, Record
 from faithfulness_networks import LITE0, MOBILENET, Network, mobilenet_v2
-from reporting import publish
 from scene_kinds_page import GROUPS, page
 from scenes import KINDS, read_stamps
+from store import Store, keep, publish
 from trained_pointing import BLACK_BOXES
 
 from simexplain import load_model
@@ -207,15 +206,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parsed(arguments)
     torch.set_num_threads(1)
     if not options.cache:
-        publish(page(json.loads(options.record.read_text("utf-8"))), options.out)
+        publish(page(json.loads(options.record.read_text("utf-8"))), options.out, numbers=False)
         return
     data, points = measured(options)
     if not (options.record or options.out):
         return
     record = summed(data, points, options)
     if options.record:
-        publish(json.dumps(record, separators=(",", ":")) + "\n", options.record)
-    publish(page(record), options.out)
+        keep("scenes", record, options.record)
+    publish(page(record), options.out, numbers=False)
 
 
 if __name__ == "__main__":

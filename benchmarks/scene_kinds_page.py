@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import trained_networks
 from faithfulness_data import SETTINGS
-from faithfulness_page import header, line
 from scenes import KINDS
+from store import header, line
 
 METHODS = {
     "sam paper, last": "sam paper, last",

@@ -18,10 +18,10 @@ from statistics import median
 import numpy as np
 import torch
 from PIL import Image
-from reporting import publish
 from scenes import Stamps, read_stamps
 from search_page import page
 from search_scenes import CrowdedScene, Query, compose_category, compose_same
+from store import publish
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from reporting import publish
 from scenes import Stamps, read_stamps
 from segmentation_page import page, tuned
 from segmentation_scenes import SegmentationScene, segmentation_scenes
+from store import publish
 
 from simexplain import SimilarityModel, load_model
 from simexplain.metrics.maps import grown

@@ -7,7 +7,7 @@ and size, on a ground. Recall@1 is that of the other classes, with other vendors
 the gallery.
 
     python benchmarks/trained_networks.py EMOJI --runs FOLDER --mobilenet FILE \
-        --record docs/benchmarks/trained_networks.json
+        --record benchmarks/records/trained_networks.json
 
 For the file of MobileNetV2 see ``faithfulness.py``. Runs in the record whose weights are in the
 folder of runs are not repeated, interrupted ones go on.
@@ -28,8 +28,8 @@ import torch
 from faithfulness_data import alone
 from held_out import TRAINED
 from PIL import Image, ImageOps
-from reporting import publish
 from scenes import textured, textures
+from store import keep
 from trained_architectures import mobilenet_folder
 
 from simexplain.models.base import SimilarityModel
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         counts = make_views(emoji, draft, options.seed)
         draft.rename(views)
         kept["data"] = {**counts, "pixels": VIEW, "seed": options.seed}
-        publish(json.dumps(kept, indent=1, sort_keys=True) + "\n", options.record)
+        keep("trained_networks", kept, options.record)
     for name, settings in runs(options.mobilenet, options.runs):
         if options.only and not any(name.startswith(start) for start in options.only):
             continue
@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = trained(name, settings, views, options.seed, options.runs)
         kept = known(options.record)  # another process may have written meanwhile
         kept.setdefault("runs", {})[name] = result
-        publish(json.dumps(kept, indent=1, sort_keys=True) + "\n", options.record)
+        keep("trained_networks", kept, options.record)
         print(f"{name}: {result['reached']}, {result['processor_seconds']} s", flush=True)
 
 

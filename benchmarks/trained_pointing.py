@@ -7,7 +7,7 @@ others. What a map can reach at all is what the network itself knows: which of t
 scene, with the positive, the distractor and neither, it embeds nearest to the query.
 
     python benchmarks/trained_pointing.py EMOJI --runs FOLDER --cache FOLDER \
-        --record docs/benchmarks/trained_pointing.json --out docs/benchmarks/trained_networks.md
+        --record benchmarks/records/trained_pointing.json --out docs/benchmarks/trained_networks.md
 
 Scenes are measured ten at a time; those in the folder of the cache are not measured again, and
 ``--done`` shows what is there. With ``--networks`` several processes share the work.
@@ -25,16 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 import trained_networks
-from faithfulness import Store, described, group
+from faithfulness import described, group
 from faithfulness_data import SETTINGS, Data
 from faithfulness_measures import CHUNK, Counts, Record
 from faithfulness_networks import Network
-from faithfulness_page import header, line, told
 from faithfulness_rows import BOTH, FEW, ROWS, Explainer, Row
 from held_out import TRAINED
 from PIL import Image
-from reporting import publish
 from scenes import SIDE, Scene, Stamps, compose_scenes, divided, read_stamps
+from store import Store, header, keep, line, publish, told
 
 from simexplain import load_model
 
@@ -305,7 +304,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("emoji", type=Path, help="class folders with one RGBA picture a vendor")
     add("--runs", type=Path, required=True, metavar="FOLDER", help="of trained_networks.py")
-    add("--trained", type=Path, default=Path("docs/benchmarks/trained_networks.json"))
+    add("--trained", type=Path, default=Path("benchmarks/records/trained_networks.json"))
     add("--cache", type=Path, required=True, metavar="FOLDER", help="where records are kept")
     add("--scenes", type=int, default=60, help="for methods of a few passes")
     add("--few", type=int, default=30, help="for black boxes, held-out classes alone")
@@ -336,13 +335,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows = {row: listed(record) for row, record in result.items()}
                 points.setdefault(name, {})[half] = rows
     if options.record:
-        publish(json.dumps(points, separators=(",", ":")) + "\n", options.record)
+        keep("trained_pointing", points, options.record)
     trained = json.loads(options.trained.read_text("utf-8")) if options.trained.is_file() else {}
     command = (
         f"python benchmarks/trained_pointing.py EMOJI --runs FOLDER --cache FOLDER --scenes "
         f"{options.scenes} --few {options.few}"
     )
-    publish(page(points, trained, command), options.out)
+    publish(page(points, trained, command), options.out, numbers=False)
 
 
 if __name__ == "__main__":

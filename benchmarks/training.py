@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from reporting import publish
+from store import publish
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -6,7 +6,8 @@ FOLDER has a class in each sub-folder (emoji: a code point, with a picture of ea
 first 60 % of the classes in order of their names are trained on, the others searched; pictures of
 the query's own file name (its vendor) are left out of the gallery. Every row is a run of
 ``simexplain train`` with the options that the page shows; runs that are in the folder of runs are
-not repeated, interrupted ones go on. With ``--records docs/benchmarks/training-runs.json`` neither
+not repeated, interrupted ones go on. With ``--records benchmarks/records/training_runs.json``
+neither
 are those whose results are in that file, which new results are added to.
 """
 

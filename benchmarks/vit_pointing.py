@@ -4,7 +4,7 @@ A vision transformer with a convolutional stem learns the first 60 % of the emoj
 white and two at a time on a ground. Scenes and queries are of the other classes: the map of a scene
 should point at the emoji that the query shows, not at its neighbour.
 
-    python benchmarks/vit_pointing.py DATA --record docs/benchmarks/vit_pointing.json \
+    python benchmarks/vit_pointing.py DATA --record benchmarks/records/vit_pointing.json \
         --out docs/benchmarks/vit_pointing.md
 """
 
@@ -24,9 +24,9 @@ import torch
 from held_out import TRAINED
 from PIL import Image, ImageOps
 from pointing import heatmaps
-from reporting import publish
 from scenes import GROUNDS, SIDE, Scene, Stamps, compose_scenes, divided, read_stamps
 from skimage import data
+from store import keep, publish
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -238,9 +238,9 @@ def page(result: dict[str, Any], command: str) -> str:
         "# Methods on small transformers", "",
         f"Written by `{command}`: {result['classes']['trained']} emoji classes trained on, scenes "
         f"of the other {result['classes']['held_out']}; {result['steps']} batches of "
-        f"{result['batch']}, {result['scenes']} scenes a run. `hit`: the peak is in the emoji that "
-        "the query shows; `other`: in its neighbour; `right`: more mean heat in the former (chance "
-        "0.5). Mean ± standard error, the larger of that over scenes and that over runs.",
+        f"{result['batch']}, {result['scenes']} scenes a run. `hit`: the peak lies in the emoji "
+        "that the query shows; `other`: in its neighbour; `right`: more mean heat in the former "
+        "(chance 0.5). Mean ± standard error, the larger of that over scenes and that over runs.",
     ]  # fmt: skip
     for pool, title in (("token", "Class token"), ("avg", "Mean over the patches")):
         runs = [run for run in result["runs"] if run["pool"] == pool]
@@ -280,9 +280,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     result = record(options)
     if options.record:
-        publish(json.dumps(result, separators=(",", ":")) + "\n", options.record)
+        keep("vit_pointing", result, options.record)
     lines = f"--steps {options.steps} --scenes {options.scenes}"
-    publish(page(result, f"python benchmarks/vit_pointing.py DATA {lines}"), options.out)
+    publish(
+        page(result, f"python benchmarks/vit_pointing.py DATA {lines}"), options.out, numbers=False
+    )
 
 
 if __name__ == "__main__":

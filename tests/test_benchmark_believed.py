@@ -51,7 +51,7 @@ def test_sights_are_those_of_the_check(folder: Path) -> None:  # noqa: F811
 
 
 def test_the_page_is_that_of_the_record() -> None:
-    record = json.loads((ROOT / "docs/benchmarks/believed.json").read_text("utf-8"))
+    record = json.loads((ROOT / "benchmarks/records/believed.json").read_text("utf-8"))
     written = (ROOT / "docs/benchmarks/believed.md").read_text("utf-8")
     assert written == believed.page(record)
     explained = (ROOT / "docs/explain.md").read_text("utf-8")

@@ -32,6 +32,7 @@ import faithfulness_rows as rows  # noqa: E402
 import peers  # noqa: E402
 import scenes  # noqa: E402
 import stamps as stamp_maker  # noqa: E402
+from store import Store  # noqa: E402
 
 
 def mobilenet() -> nn.Module:
@@ -242,12 +243,12 @@ def test_the_page_and_the_cache(network, folder, tmp_path, monkeypatch, capsys) 
 
 def test_records_are_used_only_where_they_fit(tmp_path: Path) -> None:
     record = {"curves": np.arange(8.0)[None]}
-    store = bench.Store(tmp_path)
+    store = Store(tmp_path)
     store.write(("net", "data", 0, "a: b, c"), "as now", record)
     np.testing.assert_equal(store.read(("net", "data", 0, "a: b, c"), "as now"), record)
     assert store.read(("net", "data", 0, "a: b, c"), "otherwise") is None
     assert store.read(("net", "data", 1, "a: b, c"), "as now") is None
-    assert bench.Store(None).read(("net",), "as now") is None
+    assert Store(None).read(("net",), "as now") is None
 
 
 def test_seeds_are_joined_scene_by_scene() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from store import Store
 from torch import nn
 
 pytest.importorskip("skimage", reason="scikit-image has the backgrounds: pip install -e .[dev]")
@@ -22,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import trained_architectures as nets  # noqa: E402
 import trained_networks as bench  # noqa: E402
 import trained_pointing as pointing  # noqa: E402
-from faithfulness import Store  # noqa: E402
 from faithfulness_data import SETTINGS, Data  # noqa: E402
 from faithfulness_measures import Counts  # noqa: E402
 from faithfulness_networks import Network  # noqa: E402
