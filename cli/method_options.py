@@ -22,11 +22,11 @@ from simexplain.evaluation.faithfulness import PERTURBATIONS
 from simexplain.explanation import SCALES
 from simexplain.methods import METHODS, option_from, options_of
 from simexplain.methods.cams import CAMS
-from simexplain.methods.similarity_attention import WEIGHTS
+from simexplain.methods.similarity_attention import SimilarityAttention
 from simexplain.metrics.curves import BASELINES
 
 from .console import echo
-from .options import OneOf, option, rare_option, together
+from .options import OneOf, field_options, option, rare_option, together
 
 if TYPE_CHECKING:
     from simexplain.models.base import SimilarityModel
@@ -77,22 +77,12 @@ method_options = together(
         help="Layer of the maps; repeat to multiply those of several. [the method's default]",
     ),
     _of_method("--sweep", is_flag=True, help="Explain the last layer of every resolution."),
-    _of_method(
-        "--weights",
-        type=OneOf(list(WEIGHTS)),
-        default="paper",
-        show_default=True,
-        help="Rule for the weights of sam. "
-        + "; ".join(f"{name}: {rule.about}" for name, rule in WEIGHTS.items()) + ".",
-    ),
+    field_options(SimilarityAttention, "weights"),
     _of_method(
         "--cam", type=OneOf(list(CAMS)), multiple=True,
         help="CAM formula that weighs the channels; once, or for each layer."
     ),
-    _of_method("--through-weights", is_flag=True,
-        help="Let the gradient of sam pass through its weights.",
-    ),
-    _of_method("--keep-negative", is_flag=True, help="Keep negative evidence in the saved maps."),
+    field_options(SimilarityAttention, "through_weights", "keep_negative"),
     _of_method(
         "--option", "more", metavar="NAME=VALUE", multiple=True,
         help="Option of the method, such as score=held; repeat.",

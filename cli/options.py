@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import MISSING, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
@@ -472,6 +472,7 @@ def _field_option(name: str, default: Any, hint: Any, known: About) -> Callable[
     if hint is not bool:
         flag = known.flag or flag
         values = default if isinstance(default, tuple) else (default,)
+        values = () if default is MISSING else values
         shown = known.usual or ",".join(map(str, values)).replace("None", "")
     idle = f"; no effect {known.unless.where}." if known.unless else ""
     text = (known.help.rstrip(".") + idle if idle else known.help) + (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from simexplain.evaluation.comparing import setup_from
-from simexplain.segmentation.cue import REFINEMENTS, GrabCut, default_cue
+from simexplain.segmentation.cue import REFINEMENTS, Cue, GrabCut, default_cue
 from simexplain.segmentation.segmenting import AGGREGATES, ANCHORS, METHOD, VIEWS, segment
 
 from .console import busy, echo, tell_hardly_seen, tell_shares
@@ -19,6 +19,8 @@ from .options import (
     Command,
     FilePath,
     OneOf,
+    field_options,
+    given_fields,
     model_from,
     model_options,
     option,
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 _FOLDER = "segmentation"
 
-_THRESHOLDS = ("sure", "probable", "background")
-_CUT = GrabCut()
 _of_mask = partial(rare_option, group="From the map to the mask")
 segment_options = together(
     option(
@@ -50,16 +50,8 @@ segment_options = together(
         help="How the map becomes a mask: GrabCut from the map, a threshold, Otsu's threshold, "
         "GrabCut from the box of the map, or GrabCut of the whole picture.",
     ),
-    _of_mask("--sure", type=click.FloatRange(0), metavar="SHARE",
-                 help="Share of the map's maximum from which a pixel is object. [the method's]"),
-    _of_mask("--probable", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
-                 help="Share from which it is probably object. [the method's]"),
-    _of_mask("--background", type=click.FloatRange(0, 1), metavar="SHARE",
-                 help="Share below which it is background. [the method's]"),
-    _of_mask("--iterations", default=_CUT.iterations, show_default=True,
-                 type=click.IntRange(1), help="How often GrabCut is repeated."),
-    _of_mask("--longest", default=_CUT.longest, show_default=True, type=click.IntRange(16),
-                 help="Pixels of the longer side at which GrabCut works."),
+    field_options(Cue),
+    field_options(GrabCut),
     _of_mask("--aggregate", type=OneOf(list(AGGREGATES)), default="averaged",
                  show_default=True,
                  help="Several supports. "
@@ -82,16 +74,15 @@ def segmenting_from(given: dict[str, Any]) -> dict[str, Any]:
         ComparisonError: If thresholds are not in order.
     """
     method, layer, options = setup_from(given.pop("method"))
-    named = {name: given.pop(name) for name in _THRESHOLDS}
-    chosen = {name: value for name, value in named.items() if value is not None}
+    cue = replace(default_cue(method), **given_fields(Cue, given))
     # If a model's own fit is requested together with a named one.
     view = given.pop("view") or ("model" if given.get("fit") else "whole")
     return {
         "method": method,
         "layer": layer,
         **options,
-        "cue": replace(default_cue(method), **chosen),
-        "cut": GrabCut(given.pop("iterations"), longest=given.pop("longest")),
+        "cue": cue,
+        "cut": GrabCut(**given_fields(GrabCut, given)),
         "refine": given.pop("refine"),
         "aggregate": given.pop("aggregate"),
         "anchor": given.pop("anchor"),

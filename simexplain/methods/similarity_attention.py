@@ -14,6 +14,7 @@ from simexplain.errors import ComparisonError, check_choice
 from simexplain.methods.cams import check_cams, fuse, layer_cams
 from simexplain.methods.method import AttentionMaps, Method, Task, check_embeddings
 from simexplain.models.moving import Region
+from simexplain.option_fields import option
 from simexplain.tracing import Trace, trace
 
 FLAT_BELOW = 0.05
@@ -161,10 +162,17 @@ class SimilarityAttention(Method):
             as negative values.
     """
 
-    weights: str = "paper"
+    weights: str = option(
+        "paper",
+        "Rule for the weights of sam. "
+        + "; ".join(f"{name}: {rule.about}" for name, rule in WEIGHTS.items()) + ".",
+        names=WEIGHTS, group="Method",
+    )  # fmt: skip
     cam: str | tuple[str, ...] | None = None
-    through_weights: bool = False
-    keep_negative: bool = False
+    through_weights: bool = option(
+        False, "Let the gradient of sam pass through its weights.", group="Method"
+    )
+    keep_negative: bool = option(False, "Keep negative evidence in the saved maps.", group="Method")
 
     def __post_init__(self) -> None:
         weight_rule(self.weights)

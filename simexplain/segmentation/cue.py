@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
+from functools import partial
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from simexplain.arguments import typed
 from simexplain.errors import ComparisonError
 from simexplain.methods.focus import Focus
+from simexplain.option_fields import option
 
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -41,9 +43,14 @@ class GrabCut:
         ComparisonError: If a value is not possible.
     """
 
-    iterations: int = 5
+    iterations: int = option(
+        5, "How often GrabCut is repeated.", least=1, group="From the map to the mask"
+    )
     seed: int = 0
-    longest: int = 640
+    longest: int = option(
+        640, "Pixels of the longer side at which GrabCut works.", least=16,
+        group="From the map to the mask",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.longest < 16 or not 0 <= self.seed < 2**31:
@@ -115,6 +122,11 @@ def nearly_all(shape: tuple[int, int], margin: float = 0.02) -> tuple[int, int, 
 Heat = NDArray[np.float32]
 
 
+_threshold = partial(
+    option, MISSING, least=0, usual="the method's", group="From the map to the mask"
+)
+
+
 @dataclass(frozen=True)
 @typed
 class Cue:
@@ -130,9 +142,9 @@ class Cue:
         ComparisonError: If they are not in that order.
     """
 
-    sure: float
-    probable: float
-    background: float
+    sure: float = _threshold("Share of the map's maximum from which a pixel is object.")
+    probable: float = _threshold("Share from which it is probably object.", most=1)
+    background: float = _threshold("Share below which it is background.", most=1)
 
     def __post_init__(self) -> None:
         if not 0 <= self.background <= self.probable <= self.sure or self.probable == 0:
