@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from difflib import get_close_matches
 from threading import Lock, RLock
 from typing import Any
@@ -16,14 +17,23 @@ from torch import Tensor, nn
 from simexplain.errors import ModelError, NetworkError, SimexplainError, first_line
 
 
+_DEFAULT_DEVICE: ContextVar[torch.device | None] = ContextVar("default device", default=None)
+"""The caller's, where it is not the CPU and we are inside a pass of ours."""
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Computes as tensors say, whatever ``autocast`` or ``inference_mode`` the caller has entered.
 
     Half precision would round the small differences that maps are made of, and tensors of inference
-    mode have no gradient. A network that enters either by itself is left to it.
+    mode have no gradient. A network that enters either by itself is left to it. Nor does the
+    caller's default device move tensors of ours; the network sees it while it runs.
     """
     with ExitStack() as stack:
+        default = torch.get_default_device()
+        if default.type != "cpu":
+            stack.callback(_DEFAULT_DEVICE.reset, _DEFAULT_DEVICE.set(default))
+            stack.enter_context(torch.device("cpu"))
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(mode=False))
             stack.enter_context(torch.no_grad())
@@ -89,7 +99,8 @@ def running(network: nn.Module, images: Tensor) -> Iterator[None]:
         NetworkError: Whose cause is what the network raised. Lack of memory stays what it is.
     """
     try:
-        yield
+        with _DEFAULT_DEVICE.get() or nullcontext():
+            yield
     except (SimexplainError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever another package's forward raises

@@ -67,7 +67,10 @@ def simexplain(*arguments: object, cwd: Path | None = None) -> Run:
             os.chdir(here)
         for one in noticed:
             if not issubclass(one.category, SILENT):
-                warnings.showwarning(one.message, one.category, one.filename, one.lineno)
+                # Not showwarning(), which would note it once more.
+                sys.stderr.write(
+                    warnings.formatwarning(one.message, one.category, one.filename, one.lineno)
+                )
         texts = []
         for file in (out, err):
             file.flush()
