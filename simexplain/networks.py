@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from simexplain.errors import ModelError, NetworkError, SimexplainError, first_line
 
-
 _DEFAULT_DEVICE: ContextVar[torch.device | None] = ContextVar("default device", default=None)
 """The caller's, where it is not the CPU and we are inside a pass of ours."""
 

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from simexplain.errors import DAMAGED, OutputError, json_text
+from simexplain.numpy_files import stored_arrays
 
 try:
     import fcntl
@@ -343,8 +342,7 @@ def _arrays_of(folder: Path, kind: Kind, manifest: Mapping[str, Any]) -> dict[st
     names = {path.replace("\\", "/").rpartition("/")[2] for path in manifest["files"].values()}
     if not (folder / kind.arrays).exists() and kind.arrays not in names:
         return {}
-    with np.load(folder / kind.arrays, allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in stored.files}
+    arrays = dict(stored_arrays(folder / kind.arrays))
     known = manifest.get("digests", {}).get(kind.arrays)  # earlier versions wrote none
     if known is not None and known != digest_of(folder / kind.arrays):
         raise OutputError(

@@ -18,7 +18,7 @@ MOST_LINES, MOST_FUNCTION_LINES = 600, 40
 LEVELS = [
     ["simexplain.errors"],
     ["simexplain.renaming"],
-    ["simexplain.arguments", "simexplain.option_fields"],
+    ["simexplain.arguments", "simexplain.numpy_files", "simexplain.option_fields"],
     [
         "simexplain.comparison",
         "simexplain.image_choices",

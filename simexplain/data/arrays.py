@@ -18,10 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from simexplain.errors import ComparisonError, ImageError, first_line, missing
+from simexplain.numpy_files import MOST_VALUES, stored_arrays
 
 ARRAYS = (".npy", ".npz")
 _TIFF = (".tif", ".tiff")
-_MOST_BANDS, _MOST_VALUES = 1024, 2**30
+_MOST_BANDS = 1024
 _LOW, _HIGH = 2, 98
 """Percentiles between which bands of unknown range are drawn."""
 _SAMPLES_PER_PIXEL = 277
@@ -135,14 +136,11 @@ def as_rgb(bands: NDArray[np.float32], shown: tuple[int, ...] = ()) -> NDArray[n
 
 
 def _read(path: Path) -> NDArray[Any]:
-    if path.suffix.lower() == ".npy":
-        array: NDArray[Any] = np.load(path, allow_pickle=False)
-        return array
-    if path.suffix.lower() == ".npz":
-        with np.load(path, allow_pickle=False) as stored:
-            if len(stored.files) != 1:
-                raise ValueError(f"it holds {len(stored.files)} arrays instead of one")
-            return np.asarray(stored[stored.files[0]])
+    if path.suffix.lower() in (".npy", ".npz"):
+        arrays = list(stored_arrays(path).values())
+        if len(arrays) != 1:
+            raise ValueError(f"it holds {len(arrays)} arrays instead of one")
+        return arrays[0]
     try:
         import tifffile
     except ImportError as error:
@@ -156,7 +154,7 @@ def _read(path: Path) -> NDArray[Any]:
         with tifffile.TiffFile(path) as file:
             page: Any = file.pages[0]
             series: Any = file.series[0]
-            if not 0 < math.prod(series.shape) <= _MOST_VALUES or page.imagelength < 1:
+            if not 0 < math.prod(series.shape) <= MOST_VALUES or page.imagelength < 1:
                 raise ValueError(f"it has the shape {series.shape}")
             return np.asarray(series.asarray())
     except Exception as error:  # tifffile raises a dozen classes over damaged files
@@ -248,11 +246,8 @@ def read_vectors(path: str | Path) -> dict[str, Tensor]:
 
 def _arrays(path: Path) -> dict[str, Any]:
     ending = path.suffix.lower()
-    if ending == ".npy":
-        return {path.stem: np.load(path, allow_pickle=False)}
-    if ending == ".npz":
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
+    if ending in (".npy", ".npz"):
+        return dict(stored_arrays(path))
     if ending == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file

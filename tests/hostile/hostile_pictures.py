@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, PngImagePlugin, features
 from pictures import chunk, noise, oriented, png
+from PIL import Image, PngImagePlugin, features
 
 FORMATS = tuple(
     kind

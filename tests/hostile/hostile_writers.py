@@ -97,7 +97,9 @@ def _die_at(number: int) -> None:
     seen = [0]
 
     def step(event: str, arguments: tuple[object, ...]) -> None:
-        writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wxa+")
+        writes = (
+            event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wxa+")
+        )
         if event in STEPS or writes:
             if seen[0] == number:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -24,7 +24,6 @@ from hostile_writers import (
     Reference,
     ended,
     fingerprint,
-    forked,
     killed,
     raced,
     reference,
