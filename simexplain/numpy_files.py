@@ -51,13 +51,11 @@ def stored_arrays(path: Path) -> Mapping[str, NDArray[Any]]:
 def _check(file: IO[bytes], size: int) -> None:
     """Compares what a header claims with the size of the file."""
     version = np.lib.format.read_magic(file)
-    header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    if version not in header:
+    if version not in ((1, 0), (2, 0)):
         raise ValueError(f"it is of version {version[0]}.{version[1]} of the format")
-    shape, _, kind = header[version](file)
+    formats = np.lib.format
+    read = formats.read_array_header_1_0 if version == (1, 0) else formats.read_array_header_2_0
+    shape, _, kind = read(file)
     count = math.prod(shape)
     if kind.hasobject:
         raise ValueError("it holds pickled Python objects, which are not loaded")

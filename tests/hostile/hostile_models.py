@@ -109,7 +109,8 @@ def _own(good: dict[str, Path]) -> Iterator[tuple[str, bytes]]:
     for name, changes in {
         "elsewhere": {"backbone": "timm:hf-hub:someone/something"},
         "local": {"backbone": "timm:local-dir:/etc"}, "unknown": {"backbone": "timm:none"},
-        "future": {"version": 10**6}, "size": {"size": [10**9, 10**9]}, "nan": {"std": [float("nan")]},
+        "future": {"version": 10**6}, "size": {"size": [10**9, 10**9]},
+        "nan": {"std": [float("nan")]},
     }.items():  # fmt: skip
         content = torch.load(good["pt"], weights_only=True)
         for key, value in changes.items():

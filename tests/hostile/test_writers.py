@@ -1,6 +1,6 @@
 """Kills, races, full and read-only disks: nothing that was there is lost, and no files are mixed.
 
-The quick part takes three commands and a few moments; ``-m slow`` takes all commands and every step.
+The quick part takes three commands and a few moments; ``-m slow`` all commands and every step.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _limited(own: Reference, folder: Path) -> int:
     """Runs what replaces a result, with output that goes nowhere; its exit code."""
     from simexplain_cli.main import main
 
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout = sys.stderr = Path(os.devnull).open("w")
     sys.argv = ["simexplain", *map(str, own.writer.words(own.place, 1)), "--out", OUT]
     sys.argv += own.writer.forced
     os.chdir(folder)
