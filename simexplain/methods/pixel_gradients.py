@@ -141,7 +141,7 @@ class SmoothGrad(PixelMethod):
         total = torch.zeros_like(question.images)
         for _ in range(self.samples):
             # Drawn on the CPU: the same noise whatever the device.
-            draw = torch.randn(question.images.shape[1:], generator=generator)
+            draw = torch.randn(question.images.shape[1:], generator=generator, dtype=torch.float32)
             noisy = question.images + spread * draw.to(question.images)
             total += _in_parts(question, max_batch, _gradient, noisy)
         # Without noise, as of a picture of one colour, it is the gradient itself.

@@ -83,7 +83,7 @@ def forked(words: Words, folder: Path, kill_at: int = -1) -> int:
     code = 70
     try:
         torch.set_num_threads(1)  # a child has none of its parent's threads
-        sys.stdout = sys.stderr = Path(os.devnull).open("w")
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
         if kill_at >= 0:
             _die_at(kill_at)
         code = simexplain(*words, cwd=folder).code

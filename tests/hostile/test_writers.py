@@ -139,7 +139,7 @@ def _limited(own: Reference, folder: Path) -> int:
     """Runs what replaces a result, with output that goes nowhere; its exit code."""
     from simexplain_cli.main import main
 
-    sys.stdout = sys.stderr = Path(os.devnull).open("w")
+    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     sys.argv = ["simexplain", *map(str, own.writer.words(own.place, 1)), "--out", OUT]
     sys.argv += own.writer.forced
     os.chdir(folder)
