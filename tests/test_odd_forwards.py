@@ -302,3 +302,22 @@ def test_gradients_that_are_zero_on_a_side_way_are_not_the_reason(pair: Comparis
     with pytest.raises(ModelError, match="no layer with a map") as error:
         explain(wrapped(Looking()), pair)
     assert "zero at every layer" not in str(error.value)
+
+
+class Covariances(Trunk):
+    """Second-order pooling: nothing changes where a constant is added to a channel."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        flat = self.last(self.first(images).tanh()).flatten(2)
+        flat = flat - flat.mean(2, keepdim=True)
+        return (flat @ flat.mT).flatten(1)
+
+
+def test_gradients_that_cancel_out_leave_no_rounding_to_be_drawn(pair: Comparison) -> None:
+    torch.manual_seed(0)
+    model = wrapped(Covariances())
+    result = explain(model, pair, method="sam", check=False)
+    assert not result.maps.any()
+    assert any("is empty" in text for text in result.warnings)
+    by_place = explain(model, pair, method="sam", cam="hires_cam", check=False)
+    assert float(by_place.maps.max()) > 1e-4

@@ -34,10 +34,19 @@ from simexplain.tracing import Trace, trace
 
 Cam = Callable[[Tensor, Tensor], Tensor]
 
+_CANCELLED = 8 * torch.finfo(torch.float32).eps
+"""The share of the mean size of gradients up to which their mean is rounding."""
+
 
 def channel_weights(gradients: Tensor) -> Tensor:
-    """The alpha of Eq. 2: gradients averaged over all positions, ``(M,C)``."""
-    return gradients.mean(dim=(2, 3))
+    """The alpha of Eq. 2: gradients averaged over all positions, ``(M,C)``.
+
+    Zero where they cancel out but for rounding, as under a head that takes the mean away.
+    """
+    means = gradients.mean(dim=(2, 3))
+    with torch.no_grad():
+        floor = _CANCELLED * gradients.abs().mean(dim=(2, 3))
+    return torch.where(means.abs() > floor, means, 0.0)
 
 
 def weighted(weights: Tensor, activations: Tensor) -> Tensor:
