@@ -1,14 +1,16 @@
-"""MkDocs hooks: formulas, and the table of all methods, while the site is built.
+"""MkDocs hooks: formulas, and tables of methods and options, while the site is built.
 
 LaTeX between dollars becomes MathML, which browsers draw themselves, so that pages need no script
-and no network for their formulas. ``<!-- every method -->`` becomes a table of all methods. The
-roles of reStructuredText in docstrings (``:func:`name```) become plain code.
+and no network for their formulas. ``<!-- every method -->`` becomes a table of all methods,
+``<!-- every option of MODULE.CLASS -->`` one of what is declared of its fields. The roles of
+reStructuredText in docstrings (``:func:`name```) become plain code.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import MISSING
+from importlib import import_module
 from typing import Any
 
 from latex2mathml.converter import convert
@@ -25,6 +27,7 @@ _EXAMPLES = re.compile(r"<p>((?:simexplain|torchrun) [^<]*)</p>")
 _ROLES = re.compile(r":(?:func|class|meth|attr|data|mod):(?=<code>)")
 _FORMULAS = "simexplain_formulas"
 _METHODS = "<!-- every method -->"
+_OPTIONS = re.compile(r"<!-- every option of (?P<module>[\w.]+)\.(?P<name>\w+) -->")
 # The converter marks these as brackets, where it takes \lvert for an operator with space around.
 _BARS = {r"\lvert": r"\left|", r"\rvert": r"\right|", r"\lVert": r"\left\|", r"\rVert": r"\right\|"}
 
@@ -45,6 +48,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     if _METHODS in markdown:
         markdown = markdown.replace(_METHODS, _table_of_methods())
+    markdown = _OPTIONS.sub(_table_of_options, markdown)
     replaced = _PARTS.sub(stash, markdown)
     page.meta[_FORMULAS] = formulas
     return replaced
@@ -71,6 +75,21 @@ def _table_of_methods() -> str:
         )
         link = f"[`{name}`][{method.__module__}.{method.__name__}]"
         rows.append(f"| {link} | {what} | {options} |")
+    return "\n".join(rows)
+
+
+def _table_of_options(match: re.Match[str]) -> str:
+    """Every declared field of a dataclass: default, help, range or names, and where it is idle."""
+    from simexplain.option_fields import MOST, declared
+
+    rows = ["| option | default | what it is | may be | no effect |", "| --- " * 5 + "|"]
+    made = getattr(import_module(match["module"]), match["name"])
+    for name, (field, about) in declared(made).items():
+        least, most = (f"{value:g}" for value in (about.least, about.most))
+        span = f"from {least}" if about.most == MOST else f"{least} to {most}"
+        may = ", ".join(about.names) or ("" if about.least == -MOST else span)
+        idle = about.unless.where if about.unless else ""
+        rows.append(f"| `{name}` | `{field.default!r}` | {about.help} | {may} | {idle} |")
     return "\n".join(rows)
 
 

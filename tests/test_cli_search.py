@@ -102,7 +102,7 @@ def test_what_maps_cannot_show_is_a_line_of_every_command(
         assert done.code == 0, done.err
         assert "not in the maps" not in done.out
         with monkeypatch.context() as patched:
-            patched.setattr("simexplain_cli.options._NOTHING", 0.0)
+            patched.setattr("simexplain_cli.console._NOTHING", 0.0)
             done = run(*command, *(["--force"] * ("--out" in command)))
         assert done.code == 0, done.err
         (line,) = [line for line in done.out.splitlines() if line.startswith("not in the maps: ")]

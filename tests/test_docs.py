@@ -20,7 +20,9 @@ import pytest
 from simexplain_cli.main import COMMANDS, cli
 
 import simexplain
+from simexplain.option_fields import declared
 from simexplain.renaming import RENAMED_OPTIONS
+from simexplain.training.options import TrainOptions
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "simexplain" / "data" / "demo"
@@ -77,6 +79,16 @@ def test_examples_of_commands_are_printed_line_by_line(site: Path) -> None:
     ]
     assert len(examples) > 20
     assert not [example for example in examples if example not in lines]
+
+
+def test_every_option_of_training_is_listed_as_it_is_declared(site: Path) -> None:
+    page = html.unescape((site / "api" / "training.html").read_text(encoding="utf-8"))
+    rows = [re.sub(r"<[^>]+>", "", row) for row in re.findall(r"<tr>.*?</tr>", page, re.S)]
+    for name, (_, about) in declared(TrainOptions).items():
+        (row,) = [row for row in rows if row.split()[:1] == [name]]
+        assert about.help.rstrip(".") in row, name
+        assert all(choice in row for choice in about.names), name
+        assert about.unless is None or about.unless.where in row, name
 
 
 def test_options_with_new_names_are_listed(site: Path) -> None:
