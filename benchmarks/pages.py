@@ -39,10 +39,10 @@ def _made(module: str, *records: str, name: str = "") -> Callable[[], str]:
 
 OWN: dict[str, Callable[[], str]] = {
     "believed": _made("believed", "believed"),
-    "correspondence": _made("correspondence_page", "correspondence"),
-    "fit": _made("fit_page", "fit"),
+    "correspondence": _made("correspondence", "correspondence"),
+    "fit": _made("fit", "fit"),
     "kinds": _made("kinds_page", "trained_pointing", "vit_pointing"),
-    "scenes": _made("scene_kinds_page", "scenes"),
+    "scenes": _made("scene_kinds", "scenes"),
     "trained_networks": _made(
         "trained_pointing", "trained_pointing", "trained_networks", name="trained_networks"
     ),

@@ -14,7 +14,6 @@ pytest.importorskip("skimage", reason="scikit-image has the backgrounds: pip ins
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import fit as bench
-import fit_page
 import fit_scenes
 import scenes
 from test_benchmark_faithfulness import folder  # noqa: F401
@@ -57,4 +56,4 @@ def test_fits_differ_in_what_they_show() -> None:
 
 def test_the_page_is_that_of_its_record() -> None:
     record = json.loads((DOCS.parents[1] / "benchmarks" / "records" / "fit.json").read_text())
-    assert (DOCS / "fit.md").read_text() == fit_page.page(record)
+    assert (DOCS / "fit.md").read_text() == bench.page(record)
