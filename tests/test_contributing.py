@@ -49,7 +49,7 @@ def apply(block: re.Match[str], following: str | None, tree: Path) -> None:
         code = code.removeprefix(imports).lstrip("\n")
         table = block["table"]
         if found := re.search(rf"^{table}\b.* = [\[{{]", text, re.M):
-            at, added = found.end(), f"\n{code}"
+            at, added = found.end(), f"\n{code.rstrip().removesuffix(',')},\n"
         else:
             start = re.search(rf"^class {table}\b.*?(?=^    def )", text, re.S | re.M)
             assert start is not None, f"{path} has no table and no class {table}"
