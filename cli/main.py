@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from importlib import import_module
 from io import StringIO
 
@@ -79,6 +80,8 @@ def main() -> None:
     # Read by MKL when it first computes: without it, runs on processors with AVX-512 differ in
     # their last bits, and a batch that was resumed would differ from one that was not.
     os.environ.setdefault("MKL_CBWR", "AUTO")
+    if not sys.warnoptions:  # what libraries advise programmers is not for users of a command
+        warnings.filterwarnings("ignore", module=r"(torch|torchvision|timm|transformers)(\.|$)")
     try:
         code = cli.main(standalone_mode=False)
     except click.UsageError as error:

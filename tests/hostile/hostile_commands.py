@@ -245,7 +245,7 @@ def _faults_of(done: Run, out: Path) -> Iterator[str]:
         yield f"exit code {done.code}"
     if "Unexpected" in done.err:
         yield f"unexpected: {done.err[-300:]}"
-    if "site-packages" in done.err and "pickle protocol" not in done.err:
+    if "site-packages" in done.err:
         yield f"a library speaks: {done.err[-300:]}"
     drafts = [path.name for path in out.parent.glob(".simexplain-*")]
     made = [path for path in out.parent.glob(f"{out.name}*") if not path.name.endswith(".lock")]
