@@ -288,8 +288,9 @@ def _publish(draft: Path, folder: Path, names: list[str], kind: Kind) -> None:
         draft.replace(folder)
         return
     stale = _earlier_files(folder, kind) - set(names)
-    # The manifest goes last: while it is the old one, it names files that all exist.
-    for name in sorted(names, key=lambda name: name == kind.manifest):
+    # The manifest goes last: while it is the old one, it names files that all exist. The arrays go
+    # first: stopped in between, their digest shows that the files are of two runs.
+    for name in sorted(names, key=lambda name: (name == kind.manifest) - (name == kind.arrays)):
         (draft / name).replace(folder / name)
     for name in stale:
         (folder / name).unlink(missing_ok=True)
