@@ -91,7 +91,7 @@ def test_the_page_has_the_rule_and_the_records() -> None:
 
     folder = ROOT / "docs" / "benchmarks"
     trained, transformers = (
-        json.loads((folder / name).read_text("utf-8"))
+        json.loads((ROOT / "benchmarks" / "records" / name).read_text("utf-8"))
         for name in ("trained_pointing.json", "vit_pointing.json")
     )
     written = (folder / "kinds.md").read_text("utf-8")

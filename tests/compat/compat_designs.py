@@ -430,7 +430,7 @@ class Mixed(nn.Module):
 def headed(name: str, head: Callable[[], nn.Module], why: str, default: str = "trunk.4",
            grids: tuple[Grid, ...] = EIGHTH, tokens: bool = False) -> Net:  # fmt: skip
     return Net(f"head: {name}", "own", make(Headed, head), (64, 96), (default,), (8, 12), grids,
-               tokens=tokens, why=why)  # fmt: skip
+               tokens=tokens, route="export", why=why)  # fmt: skip
 
 
 def gem_after(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:

@@ -1,4 +1,7 @@
-"""Every command that writes, killed at each of its steps, or racing another into one folder."""
+"""Commands that write a result at once, killed at each step, or racing another into one folder.
+
+An index and a batch grow in place and are gone on with; their own tests kill those.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ import torch
 from cli_runs import simexplain
 from hostile_commands import Place, Words
 
-from simexplain import Explanation, Matching, Segmentation, load_model, open_index
+from simexplain import Explanation, Matching, Segmentation, load_model
 from simexplain.errors import SimexplainError
 
 OUT = "found"
@@ -54,10 +57,6 @@ WRITERS = {
     ),
     "fit": Writer(
         lambda p, v: ("fit", p.network, p.data(v)), lambda path: load_model(path)
-    ),
-    "index": Writer(lambda p, v: ("index", p.network, p.data(v)), open_index),
-    "batch": Writer(
-        lambda p, v: ("batch", p.network, p.rows(v)), lambda path: sorted(path.iterdir())
     ),
 }  # fmt: skip
 
