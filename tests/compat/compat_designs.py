@@ -449,7 +449,7 @@ NETS = [
     headed("attention branch", Attended, "a convolution reads the weighed map", "head.last"),
     Net("three granularities", "own", Granular, (64, 96), ("trunk.1", "trunk"), (16, 24),
         halving((16, 24), 2), why="all branches come of it; the warning says that it is early"),
-    Net("U-Net", "own", Decoder, (64, 96), ("last",), (32, 48), DEPTH,
+    Net("U-Net", "own", Decoder, (64, 96), ("last",), (32, 48), DEPTH, route="export",
         why="the last map is as fine as the first"),
     Net("pyramid: both ways, coarsest level", "own", Weighted, (64, 96), ("fuses.3",), (4, 6), None,
         why="everything passes the last fusion"),
