@@ -46,11 +46,10 @@ def main(names: list[str]) -> int:
     for name in names or SETTINGS:
         settings, began = SETTINGS[name], time.monotonic()
         print(f"== {name}: {' '.join(f'{k}={v}' for k, v in settings.items())}", flush=True)
-        # Two workers with two threads each would wait for each other on two cores. And threads that
-        # wait for the next of many small tensors shall sleep, not take a processor from the others.
-        workers = ["-n", "2"] if settings["OMP_NUM_THREADS"] == "1" else []
+        # Threads that wait for the next of many small tensors shall sleep, not take a processor
+        # from the other worker.
         environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | settings
-        done = subprocess.run([sys.executable, "-m", "pytest", *workers, *files], env=environment)
+        done = subprocess.run([sys.executable, "-m", "pytest", "-n", "2", *files], env=environment)
         print(f"== {name}: {time.monotonic() - began:.0f} s", flush=True)
         failed += [name] if done.returncode else []
     if failed:

@@ -39,7 +39,7 @@ def test_there_are_enough(pictures: list[Path], models: list[Path]) -> None:
     assert len(models) >= 60
 
 
-@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.slow), 97])
+@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.slow), 199])
 def test_pictures(place: Place, pictures: list[Path], share: int) -> None:
     outcomes = list(campaign(place, pictures, PICTURE, share))
     assert bad(outcomes) == []
@@ -50,7 +50,7 @@ def test_pictures(place: Place, pictures: list[Path], share: int) -> None:
             assert one.run.code == 0 or "elongated" in one.run.err, (one.name, one.run.err)
 
 
-@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.slow), 37])
+@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.slow), 61])
 def test_models(place: Place, models: list[Path], share: int) -> None:
     outcomes = list(campaign(place, models, MODEL, share))
     assert bad(outcomes) == []
