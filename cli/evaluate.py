@@ -38,6 +38,7 @@ from .options import (
     Command,
     FilePath,
     OneOf,
+    batch_size_option,
     joined,
     model_from,
     model_options,
@@ -88,8 +89,7 @@ def command() -> None:
     callback=joined,
     help=f"Ranks to report: the K of Recall@K. [{','.join(map(str, RECALLS))}]",
 )
-@option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
-              help="Pictures in one forward pass.")  # fmt: skip
+@batch_size_option
 @makes(
     "Retrieval",
     "Folder to write: retrieval.json, queries.csv, classes.csv, retrieval.npz. [none]",
@@ -204,8 +204,7 @@ _MODEL = ("backbone", "keep_head", "untrained", "trust_pickle", "size", "fit", "
 )
 @option("--ranks", type=RANKS_TYPE, multiple=True, default=[RANKS],
               callback=joined, help=f"Ranks to report. [{','.join(map(str, RANKS))}]")  # fmt: skip
-@option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
-              help="Pictures in one forward pass.")  # fmt: skip
+@batch_size_option
 @makes(
     "Reidentification",
     "Folder to write: reid.json, queries.csv, failures.csv, failures.png, reid.npz. [none]",

@@ -17,6 +17,7 @@ from .console import busy, echo, echo_lines, progress_bars, tell_hardly_seen, te
 from .options import (
     Command,
     FilePath,
+    batch_size_option,
     check_file,
     model_from,
     model_options,
@@ -45,8 +46,7 @@ _LISTED = 3
     metavar="N",
     help="How many Jacobians to average where the network above the layer is curved.",
 )
-@option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
-              help="Pictures in one forward pass.")  # fmt: skip
+@batch_size_option
 @saving_options(
     "File to write: the index; one that is there is brought up to date.",
     required=True, more=": the index is made anew",

@@ -269,6 +269,8 @@ class Pair(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 
 _INTEGER, _NUMBER = re.compile(r"[+-]?\d+"), re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.I)
 
+batch_size_option = option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
+                           help="Pictures in one forward pass.")  # fmt: skip
 RANKS_TYPE = Numbers(int, "1 or 1,5,10", least=1)
 """Of ``--ranks``."""
 

@@ -156,9 +156,8 @@ class Agreement:
             f"\u201c{self.names[0]}\u201d and \u201c{self.names[1]}\u201d {self.degree}: {apart}"
             f"hottest tenths overlap by {overlap:.0%}"
         )
-        if not self.gains or any(
-            math.isnan(gain) for gain in self.gains
-        ):  # an empty map hides nothing
+        # An empty map hides nothing.
+        if not self.gains or any(map(math.isnan, self.gains)):
             return line
         both = " against ".join(f"{gain:+.3f}" for gain in self.gains)
         favoured = f"\u201c{self.favours}\u201d" if self.favours else "neither"

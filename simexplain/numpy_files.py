@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +17,7 @@ MOST_VALUES = 2**30
 """No array of more values is read."""
 
 
-def stored_arrays(path: Path) -> Mapping[str, NDArray[Any]]:
+def stored_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """All arrays of a ``.npy`` or ``.npz`` file by name; nothing in it is unpickled.
 
     A small file can claim any size, or hold a zipped array that fills the memory: sizes are
@@ -42,7 +41,7 @@ def stored_arrays(path: Path) -> Mapping[str, NDArray[Any]]:
                     _check(member, entry.file_size)
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError):
+    except (OSError, ValueError, MemoryError):
         raise
     except Exception as error:  # headers are parsed as Python, members by several libraries
         raise ValueError(first_line(error)) from error

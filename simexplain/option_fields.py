@@ -70,15 +70,9 @@ def option(default: Any, what: str, *, names: Iterable[str] = (), **more: Any) -
     return field(default=default, metadata={_KEY: About(what, names=tuple(names), **more)})
 
 
-def about(one: Field[Any]) -> About | None:
-    """What is declared of a field, None where nothing is."""
-    declared: About | None = one.metadata.get(_KEY)
-    return declared
-
-
 def declared(made: Any) -> dict[str, tuple[Field[Any], About]]:
     """The declared fields of a dataclass or of an object of it, by name."""
-    return {one.name: (one, known) for one in fields(made) if (known := about(one)) is not None}
+    return {one.name: (one, one.metadata[_KEY]) for one in fields(made) if _KEY in one.metadata}
 
 
 def check_options(options: Any, error: type[SimexplainError]) -> None:

@@ -9,8 +9,6 @@ import re
 import shutil
 import tempfile
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -329,7 +327,7 @@ def read_back(
         raise OutputError(
             f"'{folder}' holds no {kind.what}: {error.filename} is missing."
         ) from error
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, *DAMAGED) as error:
+    except (OSError, *DAMAGED) as error:
         if isinstance(error, OutputError):
             raise
         raise OutputError(
@@ -343,7 +341,7 @@ def _arrays_of(folder: Path, kind: Kind, manifest: Mapping[str, Any]) -> dict[st
     names = {path.replace("\\", "/").rpartition("/")[2] for path in manifest["files"].values()}
     if not (folder / kind.arrays).exists() and kind.arrays not in names:
         return {}
-    arrays = dict(stored_arrays(folder / kind.arrays))
+    arrays = stored_arrays(folder / kind.arrays)
     known = manifest.get("digests", {}).get(kind.arrays)  # earlier versions wrote none
     if known is not None and known != digest_of(folder / kind.arrays):
         raise OutputError(

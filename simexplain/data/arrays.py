@@ -7,7 +7,6 @@ import logging
 import math
 import stat
 import struct
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def read_bands(path: str | Path) -> tuple[NDArray[np.float32], tuple[str, ...]]:
     check_no_pipe(path)
     try:
         values = _read(path)
-    except (OSError, ValueError, KeyError, EOFError, struct.error, zipfile.BadZipFile) as error:
+    except (OSError, ValueError) as error:
         raise ImageError(
             f"'{path}' cannot be read as bands ({error}); save (H,W), (H,W,C) or (C,H,W) again."
         ) from error
@@ -227,7 +226,7 @@ def read_vectors(path: str | Path) -> dict[str, Tensor]:
     try:
         arrays = _arrays(path)
         vectors = dict(pair for name, array in arrays.items() for pair in _rows(name, array))
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ComparisonError(
             f"'{path}' does not hold vectors of numbers ({error}); write (E,) or (N,E) as "
             f"{', '.join(ENDINGS)}."
@@ -247,7 +246,7 @@ def read_vectors(path: str | Path) -> dict[str, Tensor]:
 def _arrays(path: Path) -> dict[str, Any]:
     ending = path.suffix.lower()
     if ending in (".npy", ".npz"):
-        return dict(stored_arrays(path))
+        return stored_arrays(path)
     if ending == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file

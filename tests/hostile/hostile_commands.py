@@ -66,10 +66,6 @@ class Place:
         """A folder of two classes; one of its pictures differs between the variants."""
         return self.classes(Path(self.other if variant else self.good))
 
-    def rows(self, variant: int) -> str:
-        """A table of two comparisons, likewise."""
-        return self.table(Path(self.other if variant else self.good))
-
     def classes(self, picture: Path) -> str:
         """A data set of two classes in which a picture lies as a link, among good ones."""
         data = self.root / "classes" / f"{abs(hash(str(picture)))}"

@@ -13,26 +13,13 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from exported_exploits import EXPLOITS, Archive
+from exported_exploits import EXPLOITS, Archive, Plain, write_plain
 from hostile_pictures import Springing
 from safetensors.torch import save as tensors_as_bytes
-from torch import nn
 
 from simexplain import save_model
 
 BACKBONE = "timm:test_efficientnet"
-
-
-class Plain(nn.Module):
-    """A network whose program is small."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.act = nn.ReLU()
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.act(self.conv(images)).mean((2, 3))
 
 
 def _saved(value: object) -> bytes:
@@ -48,11 +35,7 @@ def good_models(folder: Path) -> dict[str, Path]:
     own, weights, program = (folder / f"good.{end}" for end in ("pt", "safetensors", "pt2"))
     save_model(network, own, backbone=BACKBONE)
     weights.write_bytes(tensors_as_bytes(network.state_dict()))
-    shapes = ({0: torch.export.Dim("batch")},)
-    exported = torch.export.export(
-        Plain().eval(), (torch.rand(2, 3, 16, 16),), dynamic_shapes=shapes
-    )
-    torch.export.save(exported, program)
+    write_plain(program, 16)
     return {"pt": own, "safetensors": weights, "pt2": program}
 
 

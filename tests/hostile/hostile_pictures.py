@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import socket
 import struct
 import zlib
@@ -209,8 +208,3 @@ def write_pictures(folder: Path) -> list[Path]:
         paths.append(own / name)
         noise(40, 60).save(paths[-1], "png")
     return paths
-
-
-def pickled(value: object) -> bytes:
-    """A plain pickle, as of a file that somebody calls a model."""
-    return pickle.dumps(value)

@@ -14,11 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from cli_runs import simexplain
 from hostile_commands import Place, Words
+from simexplain_cli.main import main
 
 from simexplain import Explanation, Matching, Segmentation, load_model
 from simexplain.errors import SimexplainError
@@ -34,12 +36,14 @@ class Writer:
     Attributes:
         words: The command, for the first or the second variant.
         read: Reads what was written, or refuses it.
-        forced: What it takes to replace what is there.
     """
 
     words: Callable[[Place, int], Words]
     read: Callable[[Path], object]
-    forced: tuple[str, ...] = ("--force",)
+
+    def line(self, place: Place, variant: int, *, force: bool) -> Words:
+        """The whole command."""
+        return (*self.words(place, variant), "--out", OUT, *(("--force",) if force else ()))
 
 
 def _pictures(place: Place, variant: int) -> tuple[str, ...]:
@@ -74,8 +78,14 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest() if found else ""
 
 
-def forked(words: Words, folder: Path, kill_at: int = -1) -> int:
-    """Starts a command in a child, which kills itself at a step of this number; its process id."""
+def forked(words: Words, folder: Path, prepare: Callable[[], None] = lambda: None) -> int:
+    """Starts a command in a child; its process id.
+
+    Args:
+        words: The command.
+        folder: Where it runs.
+        prepare: What the child does first.
+    """
     child = os.fork()
     if child:
         return child
@@ -83,9 +93,12 @@ def forked(words: Words, folder: Path, kill_at: int = -1) -> int:
     try:
         torch.set_num_threads(1)  # a child has none of its parent's threads
         sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
-        if kill_at >= 0:
-            _die_at(kill_at)
-        code = simexplain(*words, cwd=folder).code
+        sys.argv = ["simexplain", *map(str, words)]
+        os.chdir(folder)
+        prepare()
+        main()
+    except SystemExit as end:
+        code = int(end.code or 0)
     finally:
         os._exit(code)
     return 0
@@ -128,7 +141,7 @@ def reference(name: str, place: Place, root: Path) -> Reference:
     writer, folders, began = WRITERS[name], (root / "0", root / "1"), time.monotonic()
     for variant, folder in enumerate(folders):
         folder.mkdir(parents=True)
-        done = simexplain(*writer.words(place, variant), "--out", OUT, cwd=folder)
+        done = simexplain(*writer.line(place, variant, force=False), cwd=folder)
         assert done.code == 0, done.err
     seconds = (time.monotonic() - began) / 2
     prints = tuple(fingerprint(folder) for folder in folders)
@@ -157,17 +170,18 @@ def killed(own: Reference, folder: Path, there: bool, *, step: int = -1, seed: i
         shutil.copytree(own.folders[0], folder)
     else:
         folder.mkdir(parents=True)
-    words = (*own.writer.words(own.place, 1), "--out", OUT, *(own.writer.forced if there else ()))
-    child = forked(words, folder, step)
+    child = forked(
+        own.writer.line(own.place, 1, force=there),
+        folder,
+        partial(_die_at, step) if step >= 0 else lambda: None,
+    )
     if step < 0:
         time.sleep(random.Random(seed).random() * own.seconds)
         os.kill(child, signal.SIGKILL)
     code = ended(child)
     state = _state(own, folder)
     assert state != "none" or not there, "what was there is lost"
-    again = simexplain(*words, cwd=folder)
-    if again.code and not there:  # what a killed run began is gone on with, or replaced
-        again = simexplain(*words, *own.writer.forced, cwd=folder)
+    again = simexplain(*own.writer.line(own.place, 1, force=True), cwd=folder)
     assert again.code == 0, again.err
     assert fingerprint(folder) == own.prints[1], "a second run gives something else"
     return "ended" if code >= 0 else state
@@ -193,10 +207,10 @@ def raced(one: Reference, two: Reference, folder: Path, *, force: bool) -> None:
         AssertionError: If both say that they wrote what only one can have written, or files mix.
     """
     folder.mkdir(parents=True)
-    children = []
-    for variant, own in enumerate((one, two)):
-        words = (*own.writer.words(own.place, variant), "--out", OUT)
-        children.append(forked((*words, *(own.writer.forced if force else ())), folder))
+    children = [
+        forked(own.writer.line(own.place, variant, force=force), folder)
+        for variant, own in enumerate((one, two))
+    ]
     codes = [ended(child) for child in children]
     assert set(codes) <= {0, 1}, codes
     assert 0 in codes, codes

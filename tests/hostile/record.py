@@ -1,11 +1,12 @@
 """Runs a campaign and prints what happened: ``python tests/hostile/record.py pictures``.
 
-``docs/reliability.md`` has these lines. With a number behind the name only every so manyth pair of
-a file and a command is tried.
+With a number behind the name, such as 7, only every seventh pair of a file and a command is tried,
+or every seventh step.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import tempfile
@@ -18,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 from hostile_commands import MODEL, PICTURE, Place, campaign, prepared  # noqa: E402
 from hostile_models import write_models  # noqa: E402
 from hostile_pictures import write_pictures  # noqa: E402
-from hostile_writers import WRITERS, killed, races, reference  # noqa: E402
+from hostile_writers import WRITERS, Reference, killed, races, reference  # noqa: E402
 
 
 def files(place: Place, share: int, what: str) -> Iterable[str]:
@@ -42,25 +43,30 @@ def files(place: Place, share: int, what: str) -> Iterable[str]:
     )
 
 
+def _after(own: Reference, folder: Path, there: bool, **moment: int) -> tuple[str, list[str]]:
+    """The state after one kill, and what is wrong with it."""
+    try:
+        return killed(own, folder, there, **moment), []
+    except AssertionError as error:
+        return "faults", [f"{folder.relative_to(own.place.root)}: {str(error)[:300]}"]
+
+
 def kills(place: Place, share: int, what: str) -> Iterable[str]:
     """Every writing command killed at every step, and at random."""
     states: Counter[str] = Counter()
-    for name in WRITERS:
-        own = reference(name, place, place.root / "whole" / name)
-        for there in (False, True):
-            for step in range(0, 10_000, share):
-                folder = place.root / "kills" / f"{name}-{there}-{step}"
-                try:
-                    state = killed(own, folder, there, step=step)
-                except AssertionError as error:
-                    state = "faults"
-                    yield f"{name}, {there}, {step}: {str(error)[:300]}"
-                states[state] += 1
-                if state == "ended":
-                    break
-            for seed in range(10):
-                folder = place.root / "kills" / f"{name}-{there}-by-chance-{seed}"
-                states[killed(own, folder, there, seed=seed)] += 1
+    for name, there in itertools.product(WRITERS, (False, True)):
+        root = place.root / "kills" / f"{name}-{there}"
+        own = reference(name, place, root / "whole")
+        for step in itertools.count(0, share):
+            state, fault = _after(own, root / f"{step}", there, step=step)
+            states[state] += 1
+            yield from fault
+            if state == "ended":
+                break
+        for seed in range(10):
+            state, fault = _after(own, root / f"by-chance-{seed}", there, seed=seed)
+            states[state] += 1
+            yield from fault
     yield f"{len(WRITERS)} commands, {states.total()} kills: {dict(states)}"
 
 

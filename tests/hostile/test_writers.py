@@ -5,7 +5,6 @@ The quick part takes one command and a few moments; ``-m slow`` all commands and
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import signal
@@ -13,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from hostile_writers import (
     Reference,
     ended,
     fingerprint,
+    forked,
     killed,
     raced,
     reference,
@@ -119,35 +120,16 @@ def test_a_full_disk(
     own = references[name]
     folder = tmp_path / "full"
     shutil.copytree(own.folders[0], folder)
-    child = os.fork()
-    if not child:
-        code = 70
-        try:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            with (tmp_path / "err").open("wb", buffering=0) as err:
-                os.dup2(err.fileno(), 2)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-            code = _limited(own, folder)
-        finally:
-            os._exit(code)
+    child = forked(own.writer.line(own.place, 1, force=True), folder, partial(_bounded, size))
     assert ended(child) == 1
     assert fingerprint(folder) == own.prints[0]
     assert not list(folder.rglob(".simexplain-draft-*"))
 
 
-def _limited(own: Reference, folder: Path) -> int:
-    """Runs what replaces a result, with output that goes nowhere; its exit code."""
-    from simexplain_cli.main import main
-
-    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
-    sys.argv = ["simexplain", *map(str, own.writer.words(own.place, 1)), "--out", OUT]
-    sys.argv += own.writer.forced
-    os.chdir(folder)
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 71
+def _bounded(size: int) -> None:
+    """From now on no file of this process may grow beyond so many bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 @pytest.fixture
