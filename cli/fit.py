@@ -104,7 +104,7 @@ def command(
             steps=steps,
             seed=seed,
         )
-    save_model(fitted, out)
+    save_model(fitted, out, force=force)
     record = {"schema": 1, "model": fitted.name, **fitted.to_json(), "file": str(out)}
     if as_json:
         echo_lines(json_text(record))

@@ -220,6 +220,39 @@ def atomic_directory(folder: Path, names: list[str], kind: Kind, *, force: bool)
 
 
 @contextmanager
+def atomic_file(path: Path, *, force: bool) -> Iterator[Path]:
+    """Yields where to write a file, which is then moved into place at once.
+
+    Args:
+        path: Where it goes.
+        force: Replace what is there.
+
+    Raises:
+        OutputError: If a file is there already, perhaps written by another process meanwhile.
+        OSError: If it cannot be written.
+    """
+    parent = path.absolute().parent
+    with tempfile.TemporaryDirectory(prefix=".simexplain-", dir=parent) as temporary:
+        draft = Path(temporary) / "draft"
+        yield draft
+        with locked(parent):
+            check_new_file(path, force=force)
+            draft.replace(path)
+
+
+def check_new_file(path: Path, *, force: bool) -> None:
+    """Refuses, without ``force``, a file that is there.
+
+    Raises:
+        OutputError: If so; the error states what to do.
+    """
+    if path.exists() and not force:
+        raise OutputError(
+            f"'{path}' is there already; choose another file or say --force (force=True)."
+        )
+
+
+@contextmanager
 def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
     """Holds a folder against other processes, which the system lets go of when this one dies.
 

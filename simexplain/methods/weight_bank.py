@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from simexplain.methods.method import AttentionMaps, Method, Task, check_embeddi
 from simexplain.methods.pixel_methods import check_range
 from simexplain.models.base import SimilarityModel
 from simexplain.networks import find_layer, split_call, unit_rows
+from simexplain.publishing import atomic_file, check_new_file
 from simexplain.tracing import trace
 
 FORMAT_KEY, SCHEMA = "simexplain_bank", 1
@@ -168,10 +168,7 @@ class WeightBank:
         from safetensors.torch import save
 
         path = Path(path)
-        if path.exists() and not force:
-            raise OutputError(
-                f"'{path}' is there already; choose another file or say --force (force=True)."
-            )
+        check_new_file(path, force=force)
         metadata = {
             "schema": SCHEMA, "labels": self.labels, "names": self.names, "model": self.model,
             "layer": self.layer, "size": self.size, "usual": self.usual,
@@ -179,13 +176,9 @@ class WeightBank:
         }  # fmt: skip
         tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
         try:
-            with tempfile.TemporaryDirectory(
-                prefix=".simexplain-", dir=path.absolute().parent
-            ) as made:
-                draft = Path(made) / "draft"
+            with atomic_file(path, force=force) as draft:
                 # Written here: save_file makes files that only their owner may read.
                 draft.write_bytes(save(tensors, metadata={FORMAT_KEY: json.dumps(metadata)}))
-                draft.replace(path)
         except OSError as error:
             raise OutputError(f"'{path}' cannot be written ({cause_of(error)}).") from error
 

@@ -28,6 +28,7 @@ from simexplain.models.preparing import UNSTATED
 from simexplain.models.readouts import OUTPUTS, package_of
 from simexplain.models.rebuilding import rebuilt
 from simexplain.models.sidecar import IN_FOLDER, LayerTable, Sidecar
+from simexplain.publishing import atomic_file, check_new_file
 
 _FOLDERS = ("transformers", "sentence_transformers")
 """Packages whose networks are written as folders."""
@@ -41,6 +42,7 @@ def save_model(
     backbone: str | None = None,
     preprocess: Preprocess | None = None,
     distance: str = "euclidean",
+    force: bool = True,
 ) -> None:
     """Writes what ``load_model`` and the command line take without any further option.
 
@@ -59,12 +61,15 @@ def save_model(
         backbone: ``timm:NAME`` or ``torchvision:NAME``; timm's networks know their own.
         preprocess: Where the network was trained on other input than its zoo declares.
         distance: What ``model.distance`` shall be.
+        force: Replace a file that is there. A folder is never replaced.
 
     Raises:
         ModelError: If the network cannot be rebuilt from the name, or cannot be exported.
         OutputError: If the file or folder cannot be written.
     """
     path = Path(path)
+    if not path.is_dir():
+        check_new_file(path, force=force)
     try:
         by_name = backbone is not None or isinstance(model, AVSL) or _is_rebuilt_by_name(model)
     except TwoImagesError:
@@ -89,7 +94,7 @@ def save_model(
             beside.pop("output", None)  # the program gives the vectors themselves
             _write_program(exported_bytes(wrapped), beside, path)
         return
-    _write(_content(model, backbone, preprocess, distance), path)
+    _write(_content(model, backbone, preprocess, distance), path, force=force)
 
 
 def check_savable(model: nn.Module) -> None:
@@ -230,11 +235,9 @@ def _write_folder(model: SimilarityModel, path: Path) -> None:
         raise OutputError(f"'{path}' cannot be written ({first_line(error)}).") from error
 
 
-def _write(content: dict[str, Any], path: Path) -> None:
+def _write(content: dict[str, Any], path: Path, *, force: bool) -> None:
     try:
-        with tempfile.TemporaryDirectory(prefix=".simexplain-", dir=path.absolute().parent) as made:
-            draft = Path(made) / "draft"
+        with atomic_file(path, force=force) as draft:
             torch.save(content, draft)
-            draft.replace(path)
     except (OSError, RuntimeError) as error:
         raise OutputError(f"'{path}' cannot be written ({first_line(error)}).") from error
