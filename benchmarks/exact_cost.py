@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer
 
@@ -52,11 +54,25 @@ def hugging_face(side: int, kind: str) -> nn.Module:
     return tower
 
 
-class Encoder(nn.Module):
-    """A class token before ``nn.TransformerEncoder``."""
+def clip_resnet(side: int) -> nn.Module:
+    """The RN50 of CLIP, whose attention asks with the mean of a map."""
+    from open_clip.modified_resnet import ModifiedResNet
 
-    def __init__(self, side: int) -> None:
+    network: nn.Module = ModifiedResNet((3, 4, 6, 3), 1024, 32, image_size=side)
+    return network
+
+
+class Encoder(nn.Module):
+    """A class token before ``nn.TransformerEncoder``; under a causal mask it comes last.
+
+    Args:
+        side: Of the images.
+        mask: ``padding`` for every third token, ``causal`` for all later ones, or none.
+    """
+
+    def __init__(self, side: int, mask: str = "") -> None:
         super().__init__()
+        self.mask = mask
         self.patches = nn.Conv2d(3, 192, 16, 16)
         self.token = nn.Parameter(torch.randn(1, 1, 192))
         self.places = nn.Parameter(torch.randn(1, 1 + (side // 16) ** 2, 192))
@@ -67,9 +83,48 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """The class token ``(M,192)``."""
         tokens = self.patches(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat((self.token.expand(len(tokens), -1, -1), tokens), dim=1)
-        result: Tensor = self.blocks(tokens + self.places)[:, 0]
+        both = (self.token.expand(len(tokens), -1, -1), tokens)
+        causal = self.mask == "causal"
+        tokens = torch.cat(both[::-1] if causal else both, dim=1) + self.places
+        options: dict[str, Any] = {}
+        if self.mask == "padding":
+            options["src_key_padding_mask"] = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+            options["src_key_padding_mask"][:, 1::3] = True
+        elif causal:
+            options["mask"] = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        result: Tensor = self.blocks(tokens, **options)[:, -1 if causal else 0]
         return result
+
+
+class Grouped(nn.Module):
+    """Twelve blocks in which three heads of queries read one of keys and values, causally."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 192, 16, 16)
+        self.token = nn.Parameter(torch.randn(1, 1, 192))
+        self.places = nn.Parameter(torch.randn(1, (side // 16) ** 2 + 1, 192))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({
+                "norm1": nn.RMSNorm(192), "make": nn.Linear(192, 320), "join": nn.Linear(192, 192),
+                "norm2": nn.RMSNorm(192), "up": nn.Linear(192, 768), "down": nn.Linear(768, 192),
+            })
+            for _ in range(12)
+        )  # fmt: skip
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The class token, which comes last ``(M,192)``."""
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat((tokens, self.token.expand(len(tokens), -1, -1)), dim=1) + self.places
+        for block in self.blocks:
+            heads = block["make"](block["norm1"](tokens)).unflatten(-1, (5, 64)).transpose(1, 2)
+            query, key, value = heads.split((3, 1, 1), dim=1)
+            mixed = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=True
+            )
+            tokens = tokens + block["join"](mixed.transpose(1, 2).flatten(2))
+            tokens = tokens + block["down"](F.silu(block["up"](block["norm2"](tokens))))
+        return tokens[:, -1]
 
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
@@ -91,6 +146,10 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "transformers DINOv2": lambda side: hugging_face(side, "Dinov2"),
     "transformers SigLIP": lambda side: hugging_face(side, "SiglipVision"),
     "nn.TransformerEncoder, class token": Encoder,
+    "nn.TransformerEncoder, padding mask": lambda side: Encoder(side, "padding"),
+    "nn.TransformerEncoder, causal mask": lambda side: Encoder(side, "causal"),
+    "grouped queries, causal mask": Grouped,
+    "CLIP RN50 of open_clip": clip_resnet,
 }
 LIMIT = 8
 

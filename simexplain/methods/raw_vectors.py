@@ -117,8 +117,25 @@ class VectorTrace:
         if not self._tails or layer not in self._tails[chunk].sources:
             return None
         tail = self._tails[chunk]
+        axes = self._axes(layer, tail.sources[layer])
+        if axes is None:
+            return None
         with preserve_state(self.model.network):
-            return short_tail(tail.tape, tail.sources[layer], tail.norms, tail.freed)
+            return short_tail(tail.tape, tail.sources[layer], axes, tail.norms, tail.freed)
+
+    def _axes(self, layer: str, source: Tensor) -> tuple[int, int] | None:
+        """The axes of images and of channels in the output of a layer."""
+        found: list[int] = []
+        for along in (0, 1):
+            for axis, size in enumerate(source.shape):
+                marks = torch.arange(size, device=source.device, dtype=torch.float32)
+                spread = marks.view(-1, *[1] * (source.dim() - axis - 1)).expand(source.shape)
+                grid = self.trace.to_grid(layer, spread).movedim(along, 0)
+                alone = grid[:, :1, :1, :1].expand_as(grid)
+                if len(grid) == size and axis not in found and torch.equal(grid, alone):
+                    found.append(axis)
+                    break
+        return (found[0], found[1]) if len(found) > 1 else None
 
     def _chunk(self, chunk: int, count: int) -> Tensor:
         images = self.images[chunk * self.size : (chunk + 1) * self.size]
