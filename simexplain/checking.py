@@ -20,6 +20,7 @@ from simexplain.comparison import Comparison
 from simexplain.metrics.curves import blurred, elsewhere, hidden, hottest
 from simexplain.metrics.maps import grown
 from simexplain.models.base import SimilarityModel
+from simexplain.models.frames import FrameSets, present_frames, split_frames, tall
 from simexplain.tracing import trace
 
 SEES = 0.8
@@ -59,7 +60,8 @@ class Check:
             hidden, in units of the distance; negative where it grows stronger, NaN for empty maps.
         controls: ``(B,K)``: the same for as much of the image elsewhere.
         moved: ``(B,K)``: the cosine distance that blurring all of the image moves its embedding.
-            NaN for learned scores, which have no embedding.
+            NaN for learned scores, which have no embedding. Of a set of frames all three are at its
+            first frame, and NaN at the others.
         spread: ``(B,)``: the mean cosine distance between the images of a comparison or between
             their blurred versions, whichever is larger; NaN for a single image.
         quantity: What is claimed, one of :data:`QUANTITIES`.
@@ -100,6 +102,15 @@ class Check:
             f"hiding this {word} the {name} by {abs(fall):.3f}, hiding as much elsewhere{again} "
             f"by {abs(control):.3f}"
         )
+
+    def at(self, first: Tensor) -> Check:
+        """The same for other images ``(F,)``: those of this check where true, else not known."""
+        wide: dict[str, Any] = {}
+        for name in _MEASURED:
+            value = getattr(self, name)
+            wide[name] = value.new_full((len(value), len(first)), torch.nan)
+            wide[name][:, first] = value
+        return replace(self, **wide)
 
     def to_json(self, index: int) -> dict[str, Any]:
         """The numbers of one comparison, None where there is none."""
@@ -179,17 +190,19 @@ def checked(
         model: The model that was explained.
         comparison: The images at the model's own size, and perhaps given vectors.
         embeddings: Rows of all members ``(B,M,E)``.
-        heatmaps: For each row of maps its heat ``(B,K,h,w)`` on the images.
+        heatmaps: For each row of maps its heat ``(B,K,h,w)`` on the images; of sets of frames on
+            every frame, of which the hottest tenth of all is hidden together.
         max_batch: Bounds the images in one forward pass.
     """
     stack, places = comparison.stacked(), comparison.places
-    size = (int(stack.shape[-2]), int(stack.shape[-1]))
-    rows, sights = [], []
+    rows, sights, shared = [], [], 0
     for index, images in enumerate(stack):
-        masks = [hottest(grown(heat[index], size)) for heat in heatmaps]
-        both = [mask.to(images.device) for hot in masks for mask in (hot, elsewhere(hot))]
-        veil = blurred(images)
-        variants = torch.stack([veil, *(hidden(images, mask, veil) for mask in both)])
+        heats = [heat[index] for heat in heatmaps]
+        if isinstance(model, FrameSets):
+            variants, empty, count = _of_sets(model, images, heats)
+        else:
+            variants, empty, count = _of_images(images, heats)
+        shared += count
         answers = trace(model, variants.flatten(0, 1), (), max_batch=max_batch).embeddings.detach()
         answers = answers.view(len(variants), len(places), -1)
         members = embeddings[index].to(answers)
@@ -198,12 +211,10 @@ def checked(
         for number, position in enumerate(places):
             changed[:, number, position] = answers[:, number]
         falls = whole - _claim(model, comparison, changed.flatten(0, 1)).view(answers.shape[:2])
-        empty = torch.stack([~mask.flatten(1).any(dim=1) for mask in masks]).cpu()
-        rows.append(falls[1:].view(len(masks), 2, -1).masked_fill(empty[:, None], torch.nan))
+        rows.append(falls[1:].view(len(heats), 2, -1).masked_fill(empty[:, None], torch.nan))
         sights.append(sight(members[list(places)], answers[0]))
     falls = torch.stack(rows)
     moved, spread = (torch.stack(parts) for parts in zip(*sights, strict=True))
-    shared = stack.shape[0] * stack.shape[1]
     near, far = comparison.positives.shape[1], comparison.negatives.shape[1]
     quantity = "margin" if near and far else "distance" if near else "difference"
     quantity = quantity if comparison.unit else "score"
@@ -214,6 +225,46 @@ def checked(
         )
         for row in range(len(heatmaps))
     ]  # fmt: skip
+
+
+def _of_images(images: Tensor, heats: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:
+    """Images ``(K,C,H,W)`` blurred, and with what each map marks hidden or as much elsewhere.
+
+    Returns:
+        All of them for ``R`` maps ``(1+2R,K,C,H,W)``, whether a map is empty ``(R,K)``, and how
+        many images there are.
+    """
+    size = (int(images.shape[-2]), int(images.shape[-1]))
+    masks = [hottest(grown(heat, size)) for heat in heats]
+    both = [mask.to(images.device) for hot in masks for mask in (hot, elsewhere(hot))]
+    veil = blurred(images)
+    variants = torch.stack([veil, *(hidden(images, mask, veil) for mask in both)])
+    empty = torch.stack([~mask.flatten(1).any(dim=1) for mask in masks]).cpu()
+    return variants, empty, len(images)
+
+
+def _of_sets(
+    model: FrameSets, images: Tensor, heats: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, int]:
+    """The same of sets of frames as tall images, with heats ``(F,h,w)`` of all their frames."""
+    frames = split_frames(images, model.frames)
+    present = present_frames(frames)
+    counts = present.sum(dim=1).tolist()
+    parts = zip(*(torch.split(heat, counts) for heat in heats), strict=True)
+    variants, empty = [], []
+    for own, count, marked in zip(frames, counts, parts, strict=True):
+        shown = own[:count]
+        whole = tall(shown)
+        size = (int(shown.shape[-2]), int(shown.shape[-1]))
+        masks = [hottest(grown(heat, size).flatten(0, 1)) for heat in marked]
+        both = [mask.to(images.device) for hot in masks for mask in (hot, elsewhere(hot))]
+        veil = tall(blurred(shown))
+        varied = torch.stack([veil, *(hidden(whole, mask, veil) for mask in both)])
+        missing = images.new_full((*varied.shape[:-2], images.shape[-2] - whole.shape[-2], size[1]),
+                                  torch.nan)  # fmt: skip
+        variants.append(torch.cat((varied, missing), dim=-2))
+        empty.append(torch.tensor([not bool(mask.any()) for mask in masks]))
+    return torch.stack(variants, dim=1), torch.stack(empty, dim=1), int(present.sum())
 
 
 def joined_checks(checks: Sequence[Check]) -> Check:
@@ -270,7 +321,7 @@ def doubt_of(checks: Sequence[Check], index: int) -> str | None:
     whose, none = _NONE[min(len(checks), 3) - 1]
     if checks[0].blind(index):
         moved, spread = (
-            float(value[index].mean()) for value in (checks[0].moved, checks[0].spread)
+            float(value[index].nanmean()) for value in (checks[0].moved, checks[0].spread)
         )
         others = "" if math.isnan(spread) else f", where different pictures are {spread:.3f} apart"
         return (
@@ -312,7 +363,10 @@ def blind(moved: Tensor, spread: Tensor, least: float = SEES) -> bool:
         spread: ``()``.
         least: See :data:`SEES`.
     """
-    return bool((moved < CONSTANT).all() or moved.mean() < least * spread)
+    known = moved[moved.isfinite()]
+    if not len(known):
+        return False
+    return bool((known < CONSTANT).all() or known.mean() < least * spread)
 
 
 def _apart(rows: Tensor) -> Tensor:

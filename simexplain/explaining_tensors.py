@@ -29,8 +29,10 @@ from simexplain.networks import full_precision
 from simexplain.pair_explanation import PairExplanation
 from simexplain.tracing import trace
 
-SCORED = ("similarity_cam", *pixel_methods(differentiable=True))
+SCORED = ("similarity_cam", "focus", *pixel_methods(differentiable=True))
 """Methods that explain a learned score of two images."""
+_ROWS = SCORED[:2]
+"""Those of them where none is named: the gradient of the score, and where in an image it is."""
 
 _MOVED_FAR = 0.1
 _BEYOND = 10
@@ -104,12 +106,18 @@ def explain_items(
     """As :func:`explain_view`, of images or of sets of frames."""
     if not is_framed(comparison):
         return explain_view(model, comparison, view, request)
-    method = "sam" if request.method is None else request.method
-    how = (request.pooling or "mean", method, request.layer)
+    how = (request.pooling or "mean", request.method, request.layer)
     sets, own = framed(model, comparison, *how)
     shown = own if view is comparison else framed(model, view, *how)[1]
-    explanation = explain_view(sets, own, shown, replace(request, method=method, check=False))
-    return by_frame(explanation, sets.frames)
+    result = by_frame(explain_view(sets, own, shown, replace(request, check=False)), sets.frames)
+    if not request.check:
+        return result
+    heats = [row.heatmaps for row in result.rows]
+    checks = checked(sets, own, result.embeddings, heats, request.max_batch)
+    first = torch.tensor([n == result.places.index(m) for n, m in enumerate(result.places)])
+    each = [replace(row, check=one.at(first), others=())
+            for row, one in zip(result.rows, checks, strict=True)]  # fmt: skip
+    return replace(each[0], others=tuple(each[1:]))
 
 
 @full_precision()
@@ -167,30 +175,68 @@ def _explain_score(
             f"Expected pairs for a learned score, got {1 + others.shape[1]} images in a comparison;"
             " explain them pair by pair."
         )
-    # One number has nothing to weigh.
-    method = "similarity_cam" if request.method in (None, "sam") else request.method
-    scored = {"score": "dot"} if method == "similarity_cam" else {}
-    if not isinstance(method, str) or method not in SCORED:
-        raise ModelError(
-            f"A learned score has no embeddings to compare, so method '{method}' does not apply; "
-            f"use one of sam, {', '.join(SCORED)}."
-        )
     if "score" in request.options:
         raise ComparisonError("The score of a pair model is learned; leave the option score away.")
-    request = replace(request, method=method, options={**scored, **request.options})
+    plain = request.method is None and not request.options and not any(layers)
+    chosen = _scoring(_ROWS if plain else request.method)
+    try:
+        return _scored(model, comparison.anchor, others[:, 0], layers, request, chosen)
+    except ModelError as error:
+        if not plain:
+            raise
+        result = _scored(model, comparison.anchor, others[:, 0], layers, request, chosen[:1])
+        note = f"Only the gradient of the score is shown, since focus cannot be used here: {error}"
+        first = replace(result.first, warnings=(*result.first.warnings, note))
+        return replace(result, first=first)
+
+
+def _scoring(method: Methods) -> tuple[str, ...]:
+    """The methods for a learned score, by name.
+
+    Raises:
+        ModelError: If one does not apply.
+    """
+    several = isinstance(method, Sequence) and not isinstance(method, str)
+    named: Sequence[Any] = list(method) if several else [method]  # type: ignore[arg-type]
+    # One number has nothing to weigh.
+    chosen = tuple(_ROWS[0] if one in (None, "sam") else one for one in named)
+    for one in chosen:
+        if one not in SCORED:
+            raise ModelError(
+                f"A learned score has no embeddings to compare, so method '{one}' does not apply; "
+                f"use one of sam, {', '.join(SCORED)}."
+            )
+    return chosen
+
+
+def _scored(
+    model: PairModel,
+    first_images: Tensor,
+    second_images: Tensor,
+    layers: Sequence[Any],
+    request: MapRequest,
+    methods: Sequence[str],
+) -> PairExplanation:
+    """Both images of each pair, one after the other with the other one held."""
+    scored = {"score": "dot"} if _ROWS[0] in methods else {}
+    request = replace(request, method=tuple(methods), options={**scored, **request.options})
     sides: tuple[list[Explanation], list[Explanation]] = ([], [])
-    for one, two in zip(comparison.anchor, others[:, 0], strict=True):
+    for one, two in zip(first_images, second_images, strict=True):
         for side, (own, other) in enumerate(((one, two), (two, one))):
             held = model.given(side, other[None])
             along = Comparison.along(own[None], torch.tensor([1.0, 0.0]))
             explanation = explain_comparison(held, along, replace(request, layer=layers[side]))
-            seen = explanation.check and replace(
-                explanation.check, moved=explanation.check.moved * torch.nan
-            )
-            options = {**explanation.options, "score": "learned"}
-            sides[side].append(replace(explanation, options=options, check=seen))
+            first_row, *rest = map(_learned, explanation.rows)
+            sides[side].append(replace(first_row, others=tuple(rest)))
     first, second = (_joined(parts) for parts in sides)
     return PairExplanation(first, second, first.scores[:, 0])
+
+
+def _learned(row: Explanation) -> Explanation:
+    """A row of a learned score, which has no embedding that could move."""
+    seen = row.check and replace(row.check, moved=row.check.moved * torch.nan)
+    options = {**row.options, "score": "learned"}
+    return replace(row, options=options, check=seen, others=())
 
 
 def _others(comparison: Comparison) -> tuple[Tensor, int]:
@@ -223,6 +269,8 @@ def _joined(parts: Sequence[Explanation]) -> Explanation:
     joined["unexplained"] = torch.cat(rests) if len(rests) == len(parts) else None
     checks = [part.check for part in parts if part.check is not None]
     joined["check"] = joined_checks(checks) if checks else None
+    rows = zip(*(part.others for part in parts), strict=True)
+    joined["others"] = tuple(_joined(row) for row in rows)
     return replace(parts[0], layer_maps=layer_maps, warnings=warnings, **joined)
 
 
@@ -239,7 +287,7 @@ def explain_view(
     layer, max_batch = request.layer, request.max_batch
     with _upscaled(view, request.upscale):
         made = rows_of(model, view, request.method, layer, request.options, max_batch)
-    own, moved = made[0].maps.embeddings, None
+    own, moved = model.rows_of(made[0].maps.embeddings), None
     if view is not comparison:
         own = embeddings_of(model, comparison, max_batch)
         moved = 1 - (own * made[0].maps.embeddings).sum(dim=2)

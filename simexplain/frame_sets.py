@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simexplain.comparison import Comparison
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explanation import Explanation
 from simexplain.methods.cams import SimilarityCAM
+from simexplain.methods.focus import Focus
+from simexplain.methods.rows import Layers, Methods
 from simexplain.methods.similarity_attention import SimilarityAttention
 from simexplain.models.base import SimilarityModel
 from simexplain.models.frames import FrameSets, present_frames, split_frames, tall, with_missing
 
-FRAMED = ("sam", "similarity_cam", "saliency")
-"""Methods whose maps of a set of frames are the gradient through the pooling."""
+FRAMED = ("sam", "focus", "similarity_cam", "saliency")
+"""Methods for sets of frames: ``focus`` looks at every frame by itself, of the others maps are the
+gradient through the pooling."""
 _FRAME = 4
 """Axes of one set of frames ``(T,C,H,W)``."""
 
@@ -32,7 +35,7 @@ def is_framed(comparison: Comparison) -> bool:
 
 
 def framed(
-    model: SimilarityModel, comparison: Comparison, pooling: str, method: object, layer: object
+    model: SimilarityModel, comparison: Comparison, pooling: str, method: Methods, layer: Layers
 ) -> tuple[FrameSets, Comparison]:
     """A model of sets of frames, and the comparison with every set as one tall image.
 
@@ -40,19 +43,24 @@ def framed(
         model: The model of single images.
         comparison: Of sets; roles may have different numbers of frames.
         pooling: A name in ``POOLINGS``.
-        method: The method, by name or as an object.
+        method: As for ``explain``.
         layer: The layer, or None.
 
     Raises:
         ComparisonError: If a set is not made of float images, or not the same for all comparisons.
         ModelError: If the method or the model cannot take sets.
     """
-    if method not in FRAMED and not isinstance(method, SimilarityAttention | SimilarityCAM):
-        raise ModelError(
-            f"Sets of frames are explained by the methods {', '.join(FRAMED)}, got '{method}'; "
-            "take one of them, or explain single frames."
-        )
-    if layer is not None and not isinstance(layer, str) and len(list(layer)) > 1:  # type: ignore[call-overload]
+    several = isinstance(method, Sequence) and not isinstance(method, str)
+    methods: Sequence[object] = list(method) if several else [method]  # type: ignore[arg-type]
+    for one in methods:
+        known = one is None or one in FRAMED
+        if not known and not isinstance(one, SimilarityAttention | SimilarityCAM | Focus):
+            raise ModelError(
+                f"Sets of frames are explained by the methods {', '.join(FRAMED)}, got '{one}'; "
+                "take one of them, or explain single frames."
+            )
+    layers = [layer] if layer is None or isinstance(layer, (str, nn.Module)) else list(layer)
+    if len(layers) > 1 and not all(one == "focus" or isinstance(one, Focus) for one in methods):
         raise ModelError(
             "Sets of frames are explained at one layer, got several; name one of them."
         )
@@ -93,6 +101,7 @@ def by_frame(explanation: Explanation, frames: int) -> Explanation:
         explanation: Of ``framed`` sets.
         frames: The most frames of a set.
     """
+    others = tuple(by_frame(row, frames) for row in explanation.others)
     images = split_frames(explanation.images, frames)
     present = present_frames(images)[0]
     items, places = present.nonzero(as_tuple=True)
@@ -118,5 +127,6 @@ def by_frame(explanation: Explanation, frames: int) -> Explanation:
         weights=weights,
         images=images[:, items, places],
         frames=tuple(present.sum(dim=1).tolist()),
+        others=others,
         **each,
     )

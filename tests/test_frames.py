@@ -19,7 +19,9 @@ from simexplain import Comparison, Explanation, as_similarity_model, explain
 from simexplain.data.images import read_picture
 from simexplain.data.preprocessing import Preprocess
 from simexplain.errors import ComparisonError, ModelError
-from simexplain.models.frames import POOLINGS
+from simexplain.methods.focus import Focus, Shots
+from simexplain.metrics.curves import blurred, elsewhere, hidden, hottest
+from simexplain.models.frames import POOLINGS, FrameSets, tall
 
 COUNTS = (3, 2, 1)
 
@@ -111,6 +113,114 @@ def test_a_frame_that_is_repeated_changes_nothing_but_shares_its_map(
     one, two = (explain(tiny, triplet(each), "similarity_cam") for each in (once, twice))
     torch.testing.assert_close(two.distances, one.distances)
     torch.testing.assert_close(two.maps[:, 0] + two.maps[:, 1], one.maps[:, 0])
+
+
+SIDES = (((1,), (2,)), ((0,), (2,)), ((2,), (0,)))
+"""Which sets of a triplet support each, and which oppose it; a negative is its own."""
+
+
+def focus_by_hand(network: TinyNet, clips: list[Tensor], rows: Tensor) -> list[Tensor]:
+    """The maps of ``focus`` without Gaussian and detail, frame by frame; scaled set by set."""
+    kept: dict[str, list[Tensor]] = {"act": [], "last": []}
+    hooks = [
+        getattr(network, name).register_forward_hook(lambda _m, _a, out, own=own: own.append(out))
+        for name, own in kept.items()
+    ]
+    vectors = [[network(frame[None])[0] for frame in clip] for clip in clips]
+    for hook in hooks:
+        hook.remove()
+    fine, coarse = (iter(kept[name]) for name in ("act", "last"))
+    fine, coarse = ([[next(own) for _ in clip] for clip in clips] for own in (fine, coarse))
+    maps = []
+    for item, (near, far) in enumerate(SIDES):
+        direction = rows[list(near)].mean(0) - rows[list(far)].mean(0)
+        cams, gates, finds = [], [], []
+        for vector, act, last in zip(vectors[item], fine[item], coarse[item], strict=True):
+            (slope,) = torch.autograd.grad(vector @ direction, last, retain_graph=True)
+            alpha = slope.mean((2, 3), keepdim=True)
+            cells = direction.norm() * F.cosine_similarity(alpha, last, dim=1)
+            evidence = (F.softplus(20 * cells) * last.detach().norm(dim=1)).sum()
+            (gradient,) = torch.autograd.grad(evidence, act)
+            cams.append((gradient.relu() * act).sum(1)[0].detach())
+            grown = F.interpolate(cells[None].detach(), act.shape[2:], mode="bilinear")
+            gates.append(torch.sigmoid(20 * grown)[0, 0])
+            unit = F.normalize(act, dim=1)[0].flatten(1)
+            best = []
+            for side in (near, far):
+                others = [F.normalize(one, dim=1)[0].flatten(1) for n in side for one in fine[n]]
+                best.append((unit.T @ torch.cat(others, dim=1)).amax(1))
+            finds.append((best[0] - best[1]).relu().view(act.shape[2:]).detach())
+        cam, gate, find = (torch.stack(parts) for parts in (cams, gates, finds))
+        own = cam / cam.max() * gate * (1 + 3 * find / find.max())
+        maps.append((own / own.max()) ** 3)
+    return maps
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_focus_looks_at_every_frame_by_itself(
+    tiny: TinyNet, clips: list[Tensor], pooling: str
+) -> None:
+    _, rows = by_hand(tiny, clips, pooling, margins)
+    method = Focus(smoothing=0, detail=0, peak=3, positions=1)
+    result = explain(tiny, triplet(clips), method, ("act", "last"), pooling=pooling, check=False)
+    torch.testing.assert_close(result.embeddings[0], rows, rtol=1e-4, atol=1e-6)
+    if pooling == "mean":  # where every frame counts alike
+        wanted = torch.cat(focus_by_hand(tiny, clips, rows))
+        torch.testing.assert_close(result.maps[0], wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_frames_that_nothing_is_taken_from_have_no_focus(
+    tiny: TinyNet, clips: list[Tensor]
+) -> None:
+    """Of two equal frames the largest values are both's; of a dominated one nothing is."""
+    rows = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.2, 0.05]])
+    sets = FrameSets(as_similarity_model(tiny), 3, "max")
+    images = tall(torch.stack([torch.rand(3, 3, 24, 32)] * 2))
+    shots = Shots(Comparison.pair(images[:1], images[1:]), sets)
+    along, counts = shots.directions(torch.tensor([[[1.0, -2.0], [0.0, 1.0]]]), rows.repeat(2, 1))
+    assert torch.equal(along[:3], torch.tensor([[1.0, -2.0], [1.0, -2.0], [0.0, 0.0]]))
+    assert counts.flatten().tolist() == [1, 1, 0, 1, 1, 0]
+
+
+def test_sets_of_one_frame_are_explained_as_images(tiny: TinyNet, clips: list[Tensor]) -> None:
+    single = [clip[:1] for clip in clips]
+    framed = explain(tiny, triplet(single))
+    plain = explain(tiny, Comparison.triplet(*(clip for clip in single)))
+    assert [row.method for row in framed.rows] == ["sam", "focus"]
+    for one, two in zip(framed.rows, plain.rows, strict=True):
+        torch.testing.assert_close(one.maps, two.maps, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(one.check.moved, two.check.moved, rtol=1e-4, atol=1e-6)
+        assert one.check.images == two.check.images
+
+
+def test_the_check_hides_the_hottest_tenth_of_a_whole_set(
+    tiny: TinyNet, clips: list[Tensor]
+) -> None:
+    result = explain(tiny, triplet(clips), "similarity_cam")
+    first = [True, False, False, True, False, True]
+    assert result.check.falls[0].isfinite().tolist() == first
+    assert [bool(result.check.says(0, place)) for place in range(6)] == first
+    assert result.check.images == 3 * sum(COUNTS)
+
+    def row(frames: Tensor) -> Tensor:
+        return F.normalize(F.normalize(tiny(frames), dim=1).mean(0), dim=0)
+
+    rows = [row(clip) for clip in clips]
+    whole = (rows[0] - rows[2]).norm() - (rows[0] - rows[1]).norm()
+    with torch.no_grad():
+        for place, item, count in ((0, 0, 3), (3, 1, 2), (5, 2, 1)):
+            heat = result.heatmaps[0, place : place + count]
+            mask = hottest(heat.flatten(0, 1))
+            assert int(mask.sum()) <= count * 24 * 32 // 10
+            veil = blurred(clips[item]).movedim(1, 0).flatten(1, 2)
+            image = clips[item].movedim(1, 0).flatten(1, 2)
+            for where, falls in ((mask, "falls"), (elsewhere(mask), "controls")):
+                changed = hidden(image, where, veil).unflatten(1, (count, 24)).movedim(0, 1)
+                after = [row(changed) if n == item else one for n, one in enumerate(rows)]
+                margin = (after[0] - after[2]).norm() - (after[0] - after[1]).norm()
+                found = float(getattr(result.check, falls)[0, place])
+                assert found == pytest.approx(float(whole - margin), abs=1e-6)
+    assert "sam" not in {row.method for row in result.rows}
 
 
 def test_frames_of_one_item_are_drawn_on_one_scale(tiny: TinyNet, clips: list[Tensor]) -> None:

@@ -22,6 +22,8 @@ from simexplain import (
 from simexplain.data.images import read_picture
 from simexplain.errors import ComparisonError, ModelError
 from simexplain.explaining_tensors import SCORED
+from simexplain.methods.focus import Focus
+from simexplain.metrics.curves import elsewhere, hidden, hottest
 
 
 class Head(nn.Module):
@@ -101,6 +103,63 @@ def test_a_learned_head_on_towers_equals_plain_autograd(shared: bool) -> None:
     assert result.first.layers == ("last",)
 
 
+def focus_by_hand(score: Tensor, act: Tensor, last: Tensor) -> Tensor:
+    """``focus`` along the gradient of a score, without Gaussian and detail."""
+    (slope,) = torch.autograd.grad(score.sum(), last, retain_graph=True)
+    cells = F.cosine_similarity(slope.mean((2, 3), keepdim=True), last, dim=1)
+    cells = cells - cells.detach().mean()
+    evidence = (F.softplus(20 * cells) * last.detach().norm(dim=1)).sum()
+    (gradient,) = torch.autograd.grad(evidence, act, retain_graph=True)
+    cam = (gradient.relu() * act).sum(1)[0].detach()
+    grown = F.interpolate(cells[None].detach(), act.shape[2:], mode="bilinear")[0, 0]
+    own = cam / cam.max() * torch.sigmoid(20 * grown)
+    return (own / own.max()) ** 3
+
+
+def test_where_a_learned_score_comes_from_and_its_check() -> None:
+    """Two rows, and what hiding costs the score, by plain autograd and the head itself."""
+    one, head = TinyNet().eval(), Head().eval()
+    pair = as_pair_model(one, head=head)
+    images = torch.rand(2, 3, 24, 32)
+    a, b = images[:1], images[1:]
+    options = {"smoothing": 0, "detail": 0, "peak": 3, "positions": 1}
+    focus = explain(pair, Comparison.pair(a, b), "focus", **options)
+    assert focus.first.layers == ("act", "last")
+    both = explain(pair, Comparison.pair(a, b))
+    for side, image, other in ((0, a, b), (1, b, a)):
+        kept: dict[str, list[Tensor]] = {"act": [], "last": []}
+        handles = [outputs_of(getattr(one, name), into) for name, into in kept.items()]
+        vector = one(image)
+        for handle in handles:
+            handle.remove()
+        vectors = (vector, one(other)) if side == 0 else (one(other), vector)
+        wanted = focus_by_hand(head(*vectors), kept["act"][0], kept["last"][0])
+        torch.testing.assert_close(focus.maps[side][0, 0], wanted, rtol=1e-3, atol=1e-6)
+        explained = both.sides[side]
+        assert [row.method for row in explained.rows] == ["similarity_cam", "focus"]
+        assert explained.agreement()[0].text
+        for row in explained.rows:
+            for where, falls in ((hottest, "falls"), (lambda x: elsewhere(hottest(x)), "controls")):
+                veiled = hidden(image[0], where(row.heatmaps[0, 0]))[None]
+                with torch.no_grad():
+                    pairs = ((a, b), (veiled, b) if side == 0 else (a, veiled))
+                    whole, after = (float(head(one(x), one(y))) for x, y in pairs)
+                found = float(getattr(row.check, falls)[0, 0])
+                assert found == pytest.approx(whole - after, abs=1e-6)
+                assert row.check.moved.isnan().all()
+
+
+def test_a_pair_model_that_focus_cannot_explain_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ModelError("No positions here.")
+
+    monkeypatch.setattr(Focus, "attribute", refuse)
+    images = torch.rand(2, 3, 31, 31)
+    result = explain(as_pair_model(TinyNet(), head=Head()), Comparison.pair(images[:1], images[1:]))
+    assert result.first.others == ()
+    assert any("focus cannot be used here: No positions" in line for line in result.warnings)
+
+
 def test_two_towers_share_the_weights_of_a_triplet() -> None:
     """Similarity attention of a query tower and a gallery tower, by plain autograd."""
     query, gallery = TinyNet().eval(), TinyNet(width=9).eval()
@@ -172,7 +231,7 @@ def test_what_cannot_work_is_one_sentence(tmp_path: Path) -> None:
         (lambda: build_index(pair, DEMO, tmp_path / "x"), "A pair model compares two images"),
         (lambda: as_similarity_model(Tracker()), "takes template, search; for a score of two"),
         (lambda: as_pair_model("net"), "Expected an nn.Module as first, got 'net'; load"),
-        (lambda: explain(pair, Comparison.pair(*images[:2, None]), "focus"), "method 'focus' does"),
+        (lambda: explain(pair, Comparison.pair(*images[:2, None]), "avsl"), "method 'avsl' does"),
         (lambda: as_pair_model(TinyNet(), TinyNet()).score(images, images), "no learned score"),
     ):
         with pytest.raises(ModelError, match=record) as caught:

@@ -166,7 +166,11 @@ def _formulas(maps: Mapping[str, Tensor], cam: Cams) -> dict[str, str]:
     }
 
 
-def fuse(maps: Sequence[Tensor], regions: Sequence[Region] = ()) -> Tensor:
+def fuse(
+    maps: Sequence[Tensor],
+    regions: Sequence[Region] = (),
+    scaled: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Several maps ``(B,K,h,w)`` as one: the product of their positive parts, each scaled to one.
 
     All are brought to the finest grid bilinearly. A single map is returned as it is, with its sign.
@@ -175,6 +179,7 @@ def fuse(maps: Sequence[Tensor], regions: Sequence[Region] = ()) -> Tensor:
         maps: The maps.
         regions: Where in the joined map each lies (``SimilarityModel.apart``); all over it unless
             given.
+        scaled: Scales maps to one; each by itself unless given.
     """
     if len(maps) == 1:
         return maps[0]
@@ -183,7 +188,7 @@ def fuse(maps: Sequence[Tensor], regions: Sequence[Region] = ()) -> Tensor:
     product = torch.ones(())
     for single, region in zip(maps, regions, strict=True):
         grown = at_grid(single, grid, region)
-        product = product.to(grown) * unit_scaled(grown.relu())
+        product = product.to(grown) * (scaled or unit_scaled)(grown.relu())
     return product
 
 

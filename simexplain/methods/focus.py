@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
@@ -28,6 +28,7 @@ from simexplain.methods.method import AttentionMaps, Method, Task, check_embeddi
 from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.metrics.curves import gaussian
 from simexplain.models.base import SimilarityModel
+from simexplain.models.frames import FrameSets, present_frames, split_frames
 from simexplain.models.moving import WHOLE, Region
 from simexplain.networks import at_least_single, unit_rows
 from simexplain.tracing import Trace
@@ -77,7 +78,7 @@ class Rivals:
         """Mean of the supporting unit rows ``(B,1+P+N,E)`` of all members, ``(B,K,E)``."""
         return torch.stack([units[:, list(near)].mean(dim=1) for near in self.supporting], dim=1)
 
-    def matched(self, maps: Tensor) -> Tensor:
+    def matched(self, maps: Tensor, counts: Sequence[int] = ()) -> Tensor:
         """How much better each position finds its like among the supporting images.
 
         The best cosine of a position's features with any position of the supporting images, minus
@@ -86,22 +87,25 @@ class Rivals:
 
         Args:
             maps: Feature maps ``(B,K,C,h,w)``.
+            counts: How many of them belong to each image, frame by frame; one unless given.
 
         Returns:
             ``(B,K,h,w)``, at least 0.
         """
-        cells = F.normalize(maps, dim=2).flatten(3)
+        counts = counts or (1,) * maps.shape[1]
+        parts = torch.split(F.normalize(maps, dim=2), list(counts), dim=1)
+        cells = [part.movedim(1, 2).flatten(2) for part in parts]
         matches = []
         image = {position: number for number, position in enumerate(self.places)}
         for own, members in enumerate(zip(self.supporting, self.opposing, strict=True)):
             near, far = (tuple(image[p] for p in side if p in image) for side in members)
             if not near:
-                matches.append(torch.zeros_like(cells[:, own, 0]))
+                matches.append(torch.zeros_like(cells[own][:, 0]))
                 continue
             found_near = _best(cells, own, near)
             against = _best(cells, own, far) if far else found_near.mean(dim=1, keepdim=True)
             matches.append((found_near - against).relu())
-        return torch.stack(matches, dim=1).view(*maps.shape[:2], *maps.shape[-2:])
+        return torch.cat(matches, dim=1).view(*maps.shape[:2], *maps.shape[-2:])
 
 
 def rivals_of(images: Comparison) -> Rivals:
@@ -118,13 +122,13 @@ def rivals_of(images: Comparison) -> Rivals:
     )
 
 
-def _best(cells: Tensor, own: int, others: tuple[int, ...]) -> Tensor:
+def _best(cells: Sequence[Tensor], own: int, others: tuple[int, ...]) -> Tensor:
     """The highest cosine of each position of one image with any of some others, ``(B,h*w)``."""
     tops = []
     for other in others:
         # Not all pairs of positions at once: on a fine grid they would not fit into memory.
-        parts = torch.split(cells[:, own], _ROWS, dim=2)
-        best = [_nearest(part, cells[:, other]) for part in parts]
+        parts = torch.split(cells[own], _ROWS, dim=2)
+        best = [_nearest(part, cells[other]) for part in parts]
         tops.append(torch.cat(best, dim=1))
     return torch.stack(tops).amax(dim=0)
 
@@ -135,6 +139,94 @@ def _nearest(part: Tensor, others: Tensor) -> Tensor:
     Comparison by comparison, since a batched product may round them differently than one alone.
     """
     return torch.stack([(a.T @ b).amax(dim=1) for a, b in zip(part, others, strict=True)])
+
+
+class Shots:
+    """Which maps of a pass are of which image: one of each, or those of the frames of each set.
+
+    A frame is scored as an image is, against what the sets beside its own have as vectors. It finds
+    its like in any of their frames, and all frames of a set are on one scale.
+    """
+
+    def __init__(self, images: Comparison, sets: FrameSets | None = None) -> None:
+        """Takes a comparison of images, or of sets of frames as tall images.
+
+        Args:
+            images: The comparison.
+            sets: The model of its sets.
+        """
+        self.images, self.sets = images, sets
+        self.flat = images.stacked().flatten(0, 1)
+        self.counts = (1,) * images.count
+        if sets is not None:
+            frames = split_frames(self.flat, sets.frames)
+            self.present = present_frames(frames)
+            self.flat = frames[self.present]
+            self.counts = tuple(self.present[: images.count].sum(dim=1).tolist())
+
+    def units(self, rows: Tensor) -> Tensor:
+        """The unit rows ``(B,K,E)`` of the images from those of what the network saw ``(M,E)``."""
+        if self.sets is None:
+            return self.images.restacked(rows)
+        return self.images.restacked(unit_rows(torch.stack(
+            [self.sets.pooled(own) for own in torch.split(rows, self._each)]
+        )))  # fmt: skip
+
+    def directions(self, directions: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Those of what the network saw ``(M,E)``, and how much each frame counts in its set.
+
+        A frame is scored along the dimensions in which the pooled vector follows it.
+
+        Args:
+            directions: Of the images ``(B,K,E)``.
+            rows: Unit rows of what the network saw ``(M,E)``.
+        """
+        flat = directions.flatten(0, 1)
+        if self.sets is None:
+            return flat, None
+        along, counts = [], []
+        for own, direction in zip(torch.split(rows, self._each), flat, strict=True):
+            with torch.enable_grad():
+                own = own.detach().requires_grad_()
+                (share,) = torch.autograd.grad(self.sets.pooled(own).sum(), own)
+            along.append(direction * share / share.amax(dim=0))
+            lengths = along[-1].norm(dim=1)
+            counts.append(lengths / lengths.max().clamp_min(1e-30))
+        return torch.cat(along), torch.cat(counts).view(-1, 1, 1)
+
+    def repeated(self, values: Tensor) -> Tensor:
+        """What there is of each image ``(B,K,...)`` for all that the network saw ``(M,...)``."""
+        flat = values.flatten(0, 1)
+        if self.sets is None:
+            return flat
+        return flat.repeat_interleave(torch.tensor(self._each, device=flat.device), dim=0)
+
+    def level(self, cells: Tensor) -> Tensor:
+        """The mean over all positions of an image, for each of its maps ``(M,1,1)``."""
+        if self.sets is None:
+            return cells.mean(dim=(1, 2), keepdim=True)
+        means = [own.mean().expand(len(own)) for own in torch.split(cells, self._each)]
+        return torch.cat(means).view(-1, 1, 1)
+
+    def scaled(self, maps: Tensor) -> Tensor:
+        """Maps ``(M,h,w)`` divided by the largest absolute value of any map of their image."""
+        if self.sets is None:
+            return unit_scaled(maps)
+        sides = maps.shape[-1]
+        tall = [own.reshape(-1, sides) for own in torch.split(maps, self._each)]
+        return torch.cat([unit_scaled(own) for own in tall]).view(maps.shape)
+
+    def stacked(self, maps: Tensor) -> Tensor:
+        """Maps ``(M,h,w)`` as those of the images ``(B,K,h,w)``, of a set below each other."""
+        if self.sets is None:
+            return self.images.restacked(maps)
+        frames = maps.new_zeros((*self.present.shape, *maps.shape[1:]))
+        frames[self.present] = maps
+        return self.images.restacked(frames.flatten(1, 2))
+
+    @property
+    def _each(self) -> list[int]:
+        return list(self.counts) * self.images.batch
 
 
 _APART = 1e-3
@@ -211,16 +303,18 @@ class Focus(Method):
         Of several with so few, at the last.
         """
         model, images, layers, max_batch = task
-        flat = images.stacked().flatten(0, 1)
+        sets = model if isinstance(model, FrameSets) else None
+        shots = Shots(images, sets)
+        base = model if sets is None else sets.base
         traced = trace_vectors(
-            model, flat, layers, max_batch=max_batch, middle=False, by_rows=True
+            base, shots.flat, layers, max_batch=max_batch, middle=False, by_rows=True
         ).trace
-        return self.follow(model, images, traced, max_batch=max_batch)
+        return self.follow(base, shots, traced, max_batch=max_batch)
 
     def follow(
         self,
         model: SimilarityModel,
-        images: Comparison,
+        shots: Shots,
         traced: Trace,
         *,
         max_batch: int | None = None,
@@ -229,13 +323,13 @@ class Focus(Method):
 
         Args:
             model: What was run.
-            images: The images.
+            shots: The images that it saw.
             traced: As for :meth:`attend`.
             max_batch: Bounds the images of one forward pass.
         """
-        layers, flat = traced.layers, images.stacked().flatten(0, 1)
+        layers, flat = traced.layers, shots.flat
         grids = [(maps.shape[-2], maps.shape[-1]) for maps in traced.maps.values()]
-        if kind_of(grids, self.positions) is SMALL and model.frames == 1:
+        if kind_of(grids, self.positions) is SMALL:
             rows, columns = min(grids, key=min)
             factor = self.positions / min(rows, columns)
             size = [round(side * factor) for side in flat.shape[-2:]]
@@ -243,53 +337,54 @@ class Focus(Method):
             try:
                 again = trace_vectors(model, larger, layers, max_batch=max_batch, middle=False)
                 regions = model.regions(layers, larger)
-                followed = self.attend(again.trace, images, regions)
+                followed = self.attend(again.trace, shots, regions)
             except (ModelError, RuntimeError):  # it takes images of its own size alone
-                return self.attend(traced, images, model.apart(layers, flat))
-            own = images.restacked(unit_rows(at_least_single(traced.embeddings.detach())))
+                return self.attend(traced, shots, model.apart(layers, flat))
+            own = shots.units(unit_rows(at_least_single(traced.embeddings.detach())))
             note = (
                 f"Focus saw the images enlarged by {factor:.3g}, since at their own size the "
                 f"coarsest of its maps has only {rows}x{columns} positions."
             )
             return replace(followed, embeddings=own, warnings=(*followed.warnings, note))
-        return self.attend(traced, images, model.apart(layers, flat))
+        return self.attend(traced, shots, model.apart(layers, flat))
 
-    def attend(
-        self, traced: Trace, images: Comparison, apart: Sequence[Region] = ()
-    ) -> AttentionMaps:
+    def attend(self, traced: Trace, shots: Shots, apart: Sequence[Region] = ()) -> AttentionMaps:
         """Maps from a pass that has been made already, without a graph.
 
         Args:
-            traced: A trace of ``images.stacked().flatten(0, 1)`` up to the vectors that are
-                explained, not normalised, as ``trace_vectors`` makes it with ``middle=False``.
-            images: Tells which image has which role; its values are not read.
+            traced: A trace of ``shots.flat`` up to the vectors that are explained, not normalised,
+                as ``trace_vectors`` makes it with ``middle=False``.
+            shots: Tells which image has which role; its values are not read.
             apart: Where in the joined map each layer's own lies; all over it unless given.
         """
-        layers = traced.layers
+        layers, images = traced.layers, shots.images
         places = dict(zip(layers, apart or (WHOLE,) * len(layers), strict=True))
         vectors = at_least_single(traced.embeddings.detach())
-        units = images.restacked(unit_rows(vectors))
+        units = shots.units(unit_rows(vectors))
         check_embeddings(units, images.roles)
         rivals = rivals_of(images)
         members = images.joined(units)
         directions = rivals.directions(members)
+        along, counts = shots.directions(directions, unit_rows(vectors))
         sizes = {layer: maps.shape[-2:].numel() for layer, maps in traced.maps.items()}
         order = sorted(layers, key=lambda layer: (sizes[layer], -layers.index(layer)))
         parts = [places[layer] for layer in order]
-        cells, evidence = _evidence(
-            traced, order, directions.flatten(0, 1), rivals.unopposed, self.contrast
-        )
+        cells, evidence = _evidence(traced, order, along, rivals.unopposed, self.contrast, shots)
         like = torch.zeros_like(cells)
         if self.detail:
-            like = _likeness(traced, order[:2], rivals.support(members).flatten(0, 1), parts[:2])
+            support = shots.repeated(rivals.support(members))
+            like = _likeness(traced, order[:2], support, parts[:2], shots)
         with torch.no_grad():
             middle = at_least_single(traced.maps[order[min(1, len(order) - 1)]])
-            matched = rivals.matched(images.restacked(middle)).flatten(0, 1)
+            middle = middle.view(images.batch, -1, *middle.shape[1:])
+            matched = rivals.matched(middle, shots.counts).flatten(0, 1)
             cams = [evidence[layer] for layer in order[1:] or order]
-            joined = self._joined(cams, cells, matched, like, parts)
+            if counts is not None:
+                cams[0], like = cams[0] * counts, like * counts
+            joined = self._joined(cams, cells, matched, like, parts, shots.scaled)
         return AttentionMaps(
-            maps=images.restacked(joined),
-            layer_maps={layer: images.restacked(evidence[layer]) for layer in layers},
+            maps=shots.stacked(joined),
+            layer_maps={layer: shots.stacked(evidence[layer]) for layer in layers},
             weights=directions,
             scores=(units * directions).sum(dim=2),
             embeddings=units,
@@ -303,6 +398,7 @@ class Focus(Method):
         matched: Tensor,
         like: Tensor,
         parts: Sequence[Region],
+        scaled: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """One map ``(M,h,w)`` from those of the layers and the scores of the positions.
 
@@ -312,17 +408,16 @@ class Focus(Method):
         own_parts = parts[1:] or parts
         grid = finest_grid(cams, own_parts)
         first, *finer = (
-            at_grid(unit_scaled(cam), grid, part) for cam, part in zip(cams, own_parts, strict=True)
+            at_grid(scaled(cam), grid, part) for cam, part in zip(cams, own_parts, strict=True)
         )
         gate = torch.sigmoid(self.contrast * at_grid(cells, grid, top))
-        own = first * gate * (1 + self.matching * unit_scaled(at_grid(matched, grid, middle)))
+        own = first * gate * (1 + self.matching * scaled(at_grid(matched, grid, middle)))
         product = math.prod(finer, start=own)
-        blurred = math.prod((unit_scaled(self._smoothed(cam)) for cam in finer), start=own)
-        smooth = unit_scaled(self._smoothed(unit_scaled(blurred)))
-        detail = unit_scaled(product).square() + unit_scaled(at_grid(like, grid)).square()
-        joined = smooth**self.peak + self.detail * unit_scaled(detail) ** (self.sharpness / 2)
-        scaled: Tensor = unit_scaled(joined)
-        return scaled
+        blurred = math.prod((scaled(self._smoothed(cam)) for cam in finer), start=own)
+        smooth = scaled(self._smoothed(scaled(blurred)))
+        detail = scaled(product).square() + scaled(at_grid(like, grid)).square()
+        joined = smooth**self.peak + self.detail * scaled(detail) ** (self.sharpness / 2)
+        return scaled(joined)
 
     def _smoothed(self, maps: Tensor) -> Tensor:
         """Maps ``(M,h,w)`` under the Gaussian; nothing is taken to lie beyond their borders."""
@@ -343,10 +438,11 @@ def _evidence(
     directions: Tensor,
     unopposed: tuple[bool, ...],
     contrast: float,
+    shots: Shots,
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """The ``c`` of every position of the coarsest layer ``(M,h,w)``, and the map of every layer."""
     top, *finer = order
-    alone = torch.tensor(unopposed).repeat(len(directions) // len(unopposed))
+    alone = shots.repeated(torch.tensor(unopposed).repeat(shots.images.batch, 1))
     with torch.enable_grad():
         maps = {layer: at_least_single(grid) for layer, grid in traced.maps.items()}
         margin = (at_least_single(traced.embeddings) * directions).sum()
@@ -354,7 +450,7 @@ def _evidence(
         alpha = unit_rows(slope.mean(dim=(2, 3)))
         cosines = weighted(alpha, F.normalize(maps[top], dim=1))
         cells = cosines * directions.norm(dim=1).to(cosines).view(-1, 1, 1)
-        level = cells.detach().mean(dim=(1, 2), keepdim=True)
+        level = shots.level(cells.detach())
         cells = cells - level * alone.to(level).view(-1, 1, 1)
         evidence = F.softplus(contrast * cells) * maps[top].detach().norm(dim=1)
         gradients = traced.at(finer).gradients(evidence.sum()) if finer else {}
@@ -367,7 +463,7 @@ def _evidence(
 
 
 def _likeness(
-    traced: Trace, layers: Sequence[str], support: Tensor, parts: Sequence[Region]
+    traced: Trace, layers: Sequence[str], support: Tensor, parts: Sequence[Region], shots: Shots
 ) -> Tensor:
     """Where an image is like those on its own side ``(M,h,w)``, non-negative.
 
@@ -379,6 +475,7 @@ def _likeness(
         layers: The coarsest and the next, or one.
         support: The mean unit embedding of the supporting images ``(M,E)``.
         parts: Where in the joined map each of the layers lies.
+        shots: Which maps are of which image.
     """
     with torch.enable_grad():
         units = unit_rows(at_least_single(traced.embeddings))
@@ -393,4 +490,4 @@ def _likeness(
             scale=(rest.norm(dim=1) > _APART).to(units),
             keep_negative=False,
         )
-        return fuse(list(cams.values()), parts)
+        return fuse(list(cams.values()), parts, shots.scaled)

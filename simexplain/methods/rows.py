@@ -20,12 +20,13 @@ from simexplain.methods import (
     options_of,
     takes_layers,
 )
-from simexplain.methods.focus import Focus
+from simexplain.methods.focus import Focus, Shots
 from simexplain.methods.kinds import rows_for
 from simexplain.methods.method import AttentionMaps
 from simexplain.methods.raw_vectors import trace_vectors
 from simexplain.methods.similarity_attention import SimilarityAttention
 from simexplain.models.base import SimilarityModel
+from simexplain.models.frames import FrameSets
 from simexplain.networks import layer_name, unit_rows
 
 Attending = SimilarityAttention | Focus
@@ -54,7 +55,7 @@ def attended(
     traced = trace_vectors(model, flat, every, max_batch=max_batch, middle=False, by_rows=True)
     model.measure(flat, traced.recorded, unit_rows)
     return [
-        method.follow(model, images, traced.trace.at(layers), max_batch=max_batch)
+        method.follow(model, Shots(images), traced.trace.at(layers), max_batch=max_batch)
         if isinstance(method, Focus)
         else method.attend(
             traced.units.at(layers), images, apart=model.apart(layers, flat)
@@ -65,7 +66,8 @@ def attended(
 
 def shares(model: SimilarityModel) -> bool:
     """Whether one pass serves both: the model's rows are its vectors, brought to unit length."""
-    return type(model).vectors is not SimilarityModel.vectors
+    framed = isinstance(model, FrameSets)  # of which focus looks at every frame by itself
+    return type(model).vectors is not SimilarityModel.vectors and not framed
 
 
 Layers = str | nn.Module | Sequence[str | nn.Module] | None

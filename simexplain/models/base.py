@@ -116,6 +116,10 @@ class SimilarityModel(nn.Module, ABC):
     def distance(self, q: Tensor, g: Tensor) -> Tensor:
         """Distances ``(Q,G)`` of embeddings ``(Q,E)`` and ``(G,E)``; smaller is closer."""
 
+    def rows_of(self, units: Tensor) -> Tensor:
+        """Rows as :meth:`embed` gives them, from those brought to unit length ``(...,E)``."""
+        return units
+
     def forward(self, images: Tensor) -> Tensor:
         """The same as :meth:`embed`."""
         return self.embed(images)

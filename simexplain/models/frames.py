@@ -74,7 +74,11 @@ class FrameSets(SimilarityModel):
         """The unit embeddings of the frames of each item, pooled ``(M,E)``."""
         frames = split_frames(images, self.frames)
         rows = [self.base.embed(item[present_frames(item)]) for item in frames]
-        return torch.stack([POOLINGS[self.pooling](own) for own in rows])
+        return torch.stack([self.pooled(own) for own in rows])
+
+    def pooled(self, rows: Tensor) -> Tensor:
+        """The vector ``(E,)`` of an item from the unit embeddings ``(T,E)`` of its frames."""
+        return POOLINGS[self.pooling](rows)
 
     def distance(self, q: Tensor, g: Tensor) -> Tensor:
         """Of the base model."""

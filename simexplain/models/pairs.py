@@ -177,6 +177,10 @@ class _OneSide(SimilarityModel):
             score = self._score(self.pair.head, self.tower.vectors(images), self.kept)
         return torch.stack((score, torch.ones_like(score)), dim=1)
 
+    def rows_of(self, units: Tensor) -> Tensor:
+        """``(score, 1)`` from what that is at unit length."""
+        return units / units[..., 1:]
+
     def _score(self, module: Any, own: Tensor, other: Tensor) -> Tensor:
         held = other.expand(len(own), *other.shape[1:]).clone()  # it may be changed in place
         ordered = (own, held) if self.side == 0 else (held, own)
