@@ -73,6 +73,7 @@ class Source:
     edge: GradientEdge
 
 
+_COMPUTED = 8
 LAYOUTS = ("NCHW", "NHWC", "NLC", "LNC")
 """How outputs of unknown origin may be laid out: images ``N``, channels ``C`` and positions."""
 
@@ -88,6 +89,8 @@ class Survey:
         obstacles: What keeps gradients away, such as ``no_grad``, in the order of occurrence.
         images: How many the recorded pass was made for.
         draws: Whether it draws random numbers, so that the embedding is another one every time.
+        computed: Gradients of what everything passes after all layers and no layer gives: what the
+            network's forward makes of several, the last one first.
     """
 
     runs: list[LayerRun]
@@ -96,6 +99,7 @@ class Survey:
     obstacles: tuple[str, ...] = ()
     images: int = 1
     draws: bool = False
+    computed: tuple[Tensor, ...] = ()
 
 
 def survey(model: Traceable, pictures: Tensor) -> Survey:
@@ -116,20 +120,25 @@ def survey(model: Traceable, pictures: Tensor) -> Survey:
         main = paths.main()
         calls = record.calls = _wanted(record, paths, main)
         sources = [call.source if _vertex(call.source) in main else None for call in calls]
+        layers = {vertex for edge in (*(call.edge for call in calls), *sources)
+                  if (vertex := _vertex(edge)) is not None}  # fmt: skip
+        later = [GradientEdge(*vertex) for vertex in paths.above(main, layers)[:_COMPUTED]]
+        edges = [*(call.edge for call in calls), *sources, *later]
         with torch.enable_grad():
-            gradients = _probe_gradients(embeddings, [*(call.edge for call in calls), *sources])
+            gradients = _probe_gradients(embeddings, edges)
         record.settle(paths)
         moving = _moving(model, pictures[:1], calls) if record.choices else set()
         if len(pictures) > 1 and any(call.open for call in calls):
             _respond(model, pictures[1:], calls, record.count)
         draws = draws and _differs(model, pictures[:1], embeddings[:1].detach())
     return Survey(
-        _runs(calls, gradients, main, moving),
+        _runs(calls, gradients[: 2 * len(calls)], main, moving),
         embeddings[0].detach(),
         embeddings.requires_grad,
         tuple(dict.fromkeys(record.obstacles)),
         record.count,
         draws,
+        tuple(slope for slope in gradients[2 * len(calls) :] if slope is not None),
     )
 
 

@@ -239,6 +239,132 @@ def test_a_view_made_before_is_not_passed_by(pair: Comparison) -> None:
     assert pooled.default_layer == "pool:input"
 
 
+class Computed(nn.Module):
+    """Two layers on a stem; what its forward makes of them is a test's own."""
+
+    def __init__(self, finish: Callable[[Tensor, Tensor, Tensor], Tensor], width: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 4, 4)
+        self.one, self.two = (nn.Conv2d(WIDTH, WIDTH, 3, 1, 1) for _ in range(2))
+        self.head, self.finish = nn.Linear(width, 8), finish
+
+    def forward(self, images: Tensor) -> Tensor:
+        stem = self.stem(images).tanh()
+        return self.head(self.finish(stem, self.one(stem), self.two(stem)))
+
+
+def pooled(maps: Tensor) -> Tensor:
+    return maps.mean((2, 3))
+
+
+def twice(maps: Tensor) -> Tensor:
+    return torch.cat([pooled(maps), maps.std((2, 3))], dim=1)
+
+
+NOT_LAST: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]] = {
+    "sum": (lambda _, a, b: pooled(a + b), 1),
+    "joined": (lambda _, a, b: torch.cat([a, b], 1).mean((2, 3)), 2),
+    "product": (lambda _, a, b: (a * b.sigmoid()).flatten(2).sum(-1), 1),
+    "residual": (lambda s, a, _: F.adaptive_avg_pool2d(a + s, 1).flatten(1), 1),
+    "einsum": (lambda _, a, b: torch.einsum("nchw->nc", a + b), 1),
+    "two poolings": (lambda _, a, b: twice(a + b), 2),
+    "powers": (lambda s, a, _: pooled((a + s).clamp_min(1e-3) ** 3) ** (1 / 3), 1),
+}
+"""What forward makes a last map of that no layer gives."""
+LAST: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]] = {
+    "plain": (lambda _s, a, _b: a.flatten(2).sum(-1), 1),
+    "activation": (lambda _s, a, _b: pooled(a * a.sigmoid()), 1),
+    "normalised": (lambda _s, a, _b: pooled(F.normalize(a, dim=1)), 1),
+    "two poolings": (lambda _s, a, _b: twice(a), 2),
+}
+"""What it makes of the last layer alone."""
+PASSED = "computed in the network's forward, and no layer gives it"
+
+
+@pytest.mark.parametrize("name", NOT_LAST)
+def test_a_map_that_forward_computes_is_mentioned(name: str, pair: Comparison) -> None:
+    finish, times = NOT_LAST[name]
+    network = Computed(finish, times * WIDTH)
+    model = wrapped(network)
+    result = explain(model, pair, check=False)
+    assert result.layers == ("stem",)
+    assert sum(PASSED in line for line in result.warnings) == 1
+    named = explain(model, pair, layer="one", check=False)
+    assert not any(PASSED in line for line in named.warnings)
+
+    def handed(stem: Tensor, one: Tensor, two: Tensor) -> Tensor:
+        return pooled(last(one + two))
+
+    last = nn.Identity()
+    advised = Computed(handed, WIDTH)
+    advised.last = last
+    result = explain(wrapped(advised), pair, check=False)
+    assert result.layers == ("last",)
+    assert not any(PASSED in line for line in result.warnings)
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_what_forward_makes_of_the_last_layer_alone_is_not(name: str, pair: Comparison) -> None:
+    finish, times = LAST[name]
+    result = explain(wrapped(Computed(finish, times * WIDTH)), pair, check=False)
+    assert result.layers == ("one",)
+    assert not any(PASSED in line for line in result.warnings)
+
+
+class Summing(nn.Module):
+    """A layer of which every position depends on all earlier ones, then a convolution.
+
+    Args:
+        along: What it does to maps ``(M,C,h,w)``.
+    """
+
+    def __init__(self, along: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.along = nn.Conv2d(3, WIDTH, 4, 4), along
+        self.mix, self.later = nn.Identity(), nn.Conv2d(WIDTH, WIDTH, 1)
+        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(WIDTH, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.mix(self.along(self.first(images).tanh()))
+        return self.head(self.pool(self.later(maps).tanh()).flatten(1))
+
+
+def from_the_end(maps: Tensor) -> Tensor:
+    return maps.flip(2).cumsum(2).flip(2)
+
+
+def scanned(maps: Tensor) -> Tensor:
+    return maps.flatten(2).cumsum(2).view(maps.shape)
+
+
+def recurrent(maps: Tensor) -> Tensor:
+    rows = [maps[..., 0]]
+    for column in range(1, maps.shape[3]):
+        rows.append(0.95 * rows[-1] + maps[..., column])
+    return torch.stack(rows, dim=3)
+
+
+EARLIER: dict[str, Callable[[Tensor], Tensor]] = {
+    "columns": lambda maps: maps.cumsum(3),
+    "rows": lambda maps: maps.cumsum(2),
+    "from the end": from_the_end,
+    "raster": scanned,
+    "both": lambda maps: maps.cumsum(2).cumsum(3),
+    "largest": lambda maps: maps.cummax(3).values,
+    "logarithms": lambda maps: maps.logcumsumexp(2),
+    "a product": lambda maps: maps @ torch.ones(maps.shape[3], maps.shape[3]).triu(),
+    "sorted": lambda maps: maps.sort(3).values,
+    "spectrum": lambda maps: torch.fft.fft2(maps).real,
+}
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_positions_that_depend_on_all_earlier_ones_are_no_map(name: str, pair: Comparison) -> None:
+    result = explain(wrapped(Summing(EARLIER[name])), pair, method="sam", check=False)
+    assert result.layers == ("first",)
+    assert any("do not follow the parts of an image" in line for line in result.warnings)
+
+
 class Chained(Trunk):
     """What pools is called with a function of what the last layer returns."""
 

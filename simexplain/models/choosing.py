@@ -42,6 +42,8 @@ clusters as there are cells 0.4 at most.
 """
 _TWO_AXES = (0.35, 2.5, 0.02)
 """What is enough where a tensor has the two axes of a known grid, which clusters have not."""
+_CLEAR = 0.15
+"""How much more cells must follow all that lies before them than their own place to be no map."""
 _POOLING = tuple(
     kind
     for kind in vars(nn.modules.pooling).values()
@@ -135,8 +137,9 @@ class Maps:
     def _doubt(self, run: LayerRun) -> None:
         """Keeps in mind a sequence that could be a map by its length alone."""
         tokens = {int(r.shape[1]) for kind, r in run.responses.items() if kind in ("NLC", "LNC")}
+        grids = {r.shape[1:] for kind, r in run.responses.items() if kind in ("NCHW", "NHWC")}
         for grid in self._halved() if run.main else ():
-            if grid[0] * grid[1] in tokens and grid[0] * grid[1] > 3:
+            if (grid[0] * grid[1] in tokens or grid in grids) and grid[0] * grid[1] > 3:
                 self.doubted[run.name] = grid
 
     def _proven(self, run: LayerRun, known: Layout | None) -> Layout | None:
@@ -152,6 +155,8 @@ class Maps:
             least, chance, least_slope = _TWO_AXES if two_axes else _TIERS[tier]
             least = max(least, chance / math.sqrt(3 * layout.grid[0] * layout.grid[1]))
             if likeness < least or slope < least_slope:
+                continue
+            if self.likeness.of_earlier(responses, exact) > likeness + _CLEAR:
                 continue
             if best is None or likeness > best[1] + 1e-6:
                 best = (tier, likeness, layout)

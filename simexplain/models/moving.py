@@ -87,17 +87,32 @@ class Likeness:
             responses: Squared changes ``(PARTS,h,w)`` of every cell.
             region: Where in the picture the map is laid.
         """
-        total = responses.sum(axis=0)
-        alive = total > 1e-6 * total.max()
-        if not alive.any():
-            return 0.0, 0.0
-        own = responses[:, alive] / total[alive]
-        there = self._laid(responses.shape[1:], region)[:, alive]
-        own = own - own.mean(axis=1, keepdims=True)
-        there = there - there.mean(axis=1, keepdims=True)
-        both, square = float((own * there).sum()), float(np.square(there).sum())
-        lengths = math.sqrt(square * float(np.square(own).sum()))
-        return both / max(lengths, 1e-30), both / max(square, 1e-30)
+        return _fit(responses, self._laid(responses.shape[1:], region))
+
+    def of_earlier(self, responses: NDArray[np.float64], region: Region = WHOLE) -> float:
+        """The correlation with all that lies up to a cell, as sums along an axis have it.
+
+        The largest one, along rows, columns or the whole of it, from either end.
+
+        Args:
+            responses: As above.
+            region: As above.
+        """
+        there = self._laid(responses.shape[1:], region)
+        ways = [
+            axes for axes in ((1,), (2,), (1, 2)) if min(there.shape[axis] for axis in axes) > 1
+        ]
+        best = 0.0
+        for axes in ways:
+            for turn in (False, True):
+                ahead = np.flip(there, axes) if turn else there
+                whole = ahead.reshape(len(ahead), -1) if len(axes) > 1 else ahead
+                axis = 1 if len(axes) > 1 else axes[0]
+                count = np.arange(1, whole.shape[axis] + 1)
+                count = count[:, None] if axis == 1 and whole.ndim > 2 else count
+                sums = (whole.cumsum(axis=axis) / count).reshape(there.shape)
+                best = max(best, _fit(responses, np.flip(sums, axes) if turn else sums)[0])
+        return best
 
     def _laid(self, grid: tuple[int, ...], region: Region) -> NDArray[np.float64]:
         """The share of each part in each cell ``(PARTS,h,w)`` of a grid laid on a region."""
@@ -107,6 +122,20 @@ class Likeness:
             columns = overlaps(grid[1], region[1], region[3], self.parts.shape[2])
             self._there[key] = rows @ self.parts @ columns.T
         return self._there[key]
+
+
+def _fit(responses: NDArray[np.float64], there: NDArray[np.float64]) -> tuple[float, float]:
+    """Correlation and slope of what cells ``(PARTS,h,w)`` do with what lies there."""
+    total = responses.sum(axis=0)
+    alive = total > 1e-6 * total.max()
+    if not alive.any():
+        return 0.0, 0.0
+    own, there = responses[:, alive] / total[alive], there[:, alive]
+    own = own - own.mean(axis=1, keepdims=True)
+    there = there - there.mean(axis=1, keepdims=True)
+    both, square = float((own * there).sum()), float(np.square(there).sum())
+    lengths = math.sqrt(square * float(np.square(own).sum()))
+    return both / max(lengths, 1e-30), both / max(square, 1e-30)
 
 
 def overlaps(cells: int, start: float, end: float, bins: int) -> NDArray[np.float64]:

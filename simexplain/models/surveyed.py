@@ -84,7 +84,9 @@ class Surveyed:
         self._on_default: tuple[str, ...] = ()
         try:
             self._layers = usable_layers(survey, maps, shape[1:], self.bypass, self._of_noise)
-            self._on_default = (*self._early(survey), *self._doubted(survey, looked))
+            self._on_default = (
+                *self._early(survey), *self._doubted(survey, looked), *self._computed(survey)
+            )  # fmt: skip
         except ModelError as error:
             self._error = self._constant(pictures) or str(error)
 
@@ -269,10 +271,25 @@ class Surveyed:
             return []
         name, (rows, columns) = doubted[-1]
         return [
-            f"Layer '{name}', after the default layer '{self._default}', has as many tokens as a "
-            f"grid of {rows}x{columns}, but its tokens do not follow the parts of an image, so it "
-            "was not taken for a map."
+            f"Layer '{name}', after the default layer '{self._default}', has as many positions as "
+            f"a grid of {rows}x{columns}, but they do not follow the parts of an image, so it was "
+            "not taken for a map."
         ]
+
+    def _computed(self, survey: Survey) -> list[str]:
+        """What to know where forward makes the last map of several, and no layer gives it."""
+        layouts = list(self._layouts.values())
+        for slope in survey.computed:
+            grids = (layout(slope) for layout in layouts if layout.images < slope.dim())
+            if any(grid is not None and _spread(grid) for grid in grids):
+                done, total = depth(survey, self._default)
+                return [
+                    "The last map of the image is computed in the network's forward, and no layer "
+                    f"gives it, so maps show layer '{self._default}', after {done} of {total} "
+                    "operations, and nothing of what follows it; hand that map through a layer of "
+                    "its own, such as nn.Identity(), to have it explained."
+                ]
+        return []
 
     def _early(self, survey: Survey) -> list[str]:
         name = self._default
@@ -291,6 +308,11 @@ class Surveyed:
         reference = next(iter(self.model.parameters()), torch.zeros(()))
         kind = reference.dtype if reference.is_floating_point() else torch.float32
         return moved(torch.zeros((1, *self.shape), dtype=kind, device=reference.device))
+
+
+def _spread(grid: Tensor) -> bool:
+    """Whether more than one cell of a gradient ``(M,C,h,w)`` is not zero."""
+    return int(grid.ne(0).any(dim=1).sum()) > len(grid)
 
 
 def _surveyed(model: Surveyable, pictures: Moved) -> Survey:

@@ -69,6 +69,39 @@ class Paths:
             (upper,) = ways
         return True
 
+    def above(self, main: set[Vertex], layers: set[Vertex]) -> list[Vertex]:
+        """What everything passes after the last layer that it does, made with layers in between.
+
+        Args:
+            main: What everything passes.
+            layers: What layers give, and what those of ``main`` are called with.
+
+        Returns:
+            The last one first.
+        """
+        wide = {vertex for vertex in layers if len(_shape(vertex)) > 2}
+        lower, found = wide & main, []
+        for vertex in reversed(self._order):
+            if vertex in lower:
+                break
+            if vertex in main and len(_shape(vertex)) > 2 and self._between(vertex, lower, wide):
+                found.append(vertex)
+        return found
+
+    def _between(self, upper: Vertex, lower: set[Vertex], others: set[Vertex]) -> bool:
+        """Whether one of others lies on a way from a vertex down to the next of some."""
+        seen, ahead = {upper}, [upper]
+        while ahead:
+            vertex = ahead.pop()
+            if vertex in lower:
+                continue
+            if vertex in others:
+                return True
+            new = [v for v in _next(vertex) if v in self._reaching and v not in seen]
+            seen.update(new)
+            ahead += new
+        return False
+
     def places(self) -> dict[Vertex, Place]:
         """Where the numbers of tensors lie in the picture, for all that local operations made."""
         known: dict[Vertex, Place] = {}
