@@ -17,7 +17,7 @@ from torch import Tensor
 
 from simexplain.checking import Agreement, Check, agreement_of, doubt_of
 from simexplain.comparison import architecture, roles
-from simexplain.data.images import Picture
+from simexplain.data.images import Picture, pixels_of
 from simexplain.data.preprocessing import Geometry, Preprocess
 from simexplain.errors import check_choice
 from simexplain.methods import METHODS, PIXELS, options_of
@@ -325,7 +325,7 @@ class Explanation(Result):
         heatmap: NDArray[np.float32] = heatmaps[place]
         if not self.pictures:
             return self.preprocess.undo(self.images[index, place]), heatmap
-        return np.asarray(self.pictures[place].image), self.geometries[place].to_original(heatmap)
+        return pixels_of(self.pictures[place].image), self.geometries[place].to_original(heatmap)
 
     def figure(
         self, index: int = 0, *, styles: Sequence[str] = ("overlay",), by_layer: bool = False

@@ -185,9 +185,9 @@ def _ends(count: int) -> tuple[int, ...]:
 
 def _thumbnails(attribution: Attribution, index: int) -> tuple[Pixels, Pixels]:
     if attribution.pictures:
-        first, second = (np.asarray(p.image) for p in attribution.pictures[index])
-    else:
-        first, second = attribution.preprocess.undo(attribution.images[index])
+        own, other = attribution.pictures[index]
+        return shrunk(own.image, _PICTURE), shrunk(other.image, _PICTURE)
+    first, second = attribution.preprocess.undo(attribution.images[index])
     return shrunk(first, _PICTURE), shrunk(second, _PICTURE)
 
 

@@ -6,13 +6,14 @@ import re
 import struct
 import threading
 import warnings
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +81,10 @@ _DEEP_MODES = ("I", "F")
 _NOT_READ = ("EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF")
 DAMAGE = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 DAMAGED_PICTURE = (*DAMAGE, Image.DecompressionBombError)
+LARGE = 2**25
+"""Pixels from which a picture of a file is not held in memory, but read again when it is used."""
+_ROWS = 256
+_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,44 @@ class Picture:
     def pixels(self) -> Image.Image | NDArray[np.float32]:
         """What a network sees: the bands where there are any, else the image."""
         return self.image if self.bands is None else self.bands
+
+
+class LargePicture(Picture):
+    """A picture of a file whose pixels are read again whenever they are used.
+
+    A hundred million pixels take 400 MB, so that the pictures of a comparison and what is made of
+    them would not fit. What reading gave is there for the first use; then the open file stands for
+    them, also where it is removed or replaced by another.
+    """
+
+    def __init__(self, name: str, image: Image.Image, notes: tuple[str, ...], file: BinaryIO):
+        fields = {"path": name, "notes": notes, "bands": None, "_file": file, "_fresh": image}
+        for key, value in {**fields, "_size": image.size, "_turn": threading.Lock()}.items():
+            object.__setattr__(self, key, value)
+        weakref.finalize(self, file.close)
+
+    @property
+    def image(self) -> Image.Image:
+        """As of :class:`Picture`, a new one each time.
+
+        Raises:
+            ImageError: If the file was changed meanwhile.
+        """
+        values = vars(self)
+        with values["_turn"], _reasons(self.path):
+            fresh: Image.Image | None
+            fresh, values["_fresh"] = values["_fresh"], None
+            if fresh is not None:
+                return fresh
+            values["_file"].seek(0)
+            with pillow_quiet(), Image.open(values["_file"], formats=_formats()) as opened:
+                image = _read(self.path, opened).image
+            if image.size != values["_size"]:
+                raise ValueError("it was changed while it was in use")
+            return image
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Picture, (self.path, self.image, self.notes)
 
 
 PictureSource = str | Path | Image.Image | NDArray[Any] | Picture
@@ -147,7 +190,7 @@ def _picture(path: PictureSource, name: str) -> Picture:
     if is_banded(path):
         bands, notes = read_bands(path)
         return Picture(str(path), Image.fromarray(as_rgb(bands)), notes, bands)
-    return _taken(path, _read)
+    return _taken(path, partial(_kept, Path(path)))
 
 
 def read_pages(path: str | Path) -> list[Picture]:
@@ -181,10 +224,16 @@ def _taken(path: str | Path, take: Callable[[str, Image.Image], Taken]) -> Taken
     name = str(path)
     if not name:
         raise ImageError("Expected a picture, got an empty name; give the path of a file.")
+    # Pillow warns from 89 million pixels and refuses twice that.
+    with _reasons(name), opened_picture(path) as opened:
+        return take(name, opened)
+
+
+@contextmanager
+def _reasons(name: str) -> Iterator[None]:
+    """Whatever Pillow raises becomes one sentence on the picture of this name."""
     try:
-        # Pillow warns from 89 million pixels and refuses twice that.
-        with opened_picture(path) as opened:
-            return take(name, opened)
+        yield
     except ImageError:
         raise
     except FileNotFoundError as error:
@@ -212,7 +261,7 @@ def _in_memory(given: Image.Image | NDArray[Any] | Picture, name: str) -> Pictur
         return given
     try:
         if isinstance(given, Image.Image):
-            return _upright(name, given.copy(), [])
+            return _upright(name, given.copy(), ())
         if isinstance(given, np.ndarray):
             return _of_array(name, given)
     except (*DAMAGE, AssertionError, AttributeError) as error:  # Pillow, of a closed file
@@ -239,42 +288,71 @@ def _of_array(name: str, values: NDArray[Any]) -> Picture:
     return Picture(name, Image.fromarray(as_rgb(bands)), notes, bands)
 
 
+def _kept(path: Path, name: str, opened: Image.Image) -> Picture:
+    """A picture, of which large ones are not held in memory."""
+    file = path.open("rb") if opened.width * opened.height >= LARGE else None
+    picture = _read(name, opened)
+    return picture if file is None else LargePicture(name, picture.image, picture.notes, file)
+
+
 def _read(name: str, opened: Image.Image) -> Picture:
-    notes = []
     frames = getattr(opened, "n_frames", 1)
-    if frames > 1:
-        opened.seek(0)
-        notes.append(f"'{name}' has {frames} frames; the first one is used.")
-    opened.load()
-    return _upright(name, opened, notes)
+    if frames == 1:
+        opened.load()
+        return _upright(name, opened, ())
+    note = f"'{name}' has {frames} frames; the first one is used."
+    return _page(name, opened, 0, (note,))
 
 
 def _pages(name: str, opened: Image.Image) -> list[Picture]:
     count = getattr(opened, "n_frames", 1)
-    pages = []
-    for number in range(count):
-        if count > 1:
-            opened.seek(number)
-        opened.load()
-        pages.append(_upright(f"{name}#{number + 1}" if count > 1 else name, opened, []))
-    return pages
+    if count == 1:
+        return [_read(name, opened)]
+    return [_page(f"{name}#{number + 1}", opened, number, ()) for number in range(count)]
 
 
-def _upright(name: str, opened: Image.Image, notes: list[str]) -> Picture:
-    """A loaded picture as RGB."""
-    image = ImageOps.exif_transpose(opened) or opened
+def _page(name: str, opened: Image.Image, number: int, notes: tuple[str, ...]) -> Picture:
+    """One of several, as an image of its own."""
+    opened.seek(number)
+    opened.load()
+    picture = _upright(name, opened, notes)
+    return replace(picture, image=picture.image.copy()) if picture.image is opened else picture
+
+
+def _upright(name: str, image: Image.Image, notes: tuple[str, ...]) -> Picture:
+    """A loaded picture, which may be kept, as RGB."""
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(_DEEP_MODES):
         hidden = image.info.get("transparency")
         image, note = _to_8_bits(image, hidden if isinstance(hidden, int) else None)
-        notes.append(f"'{name}' {note}")
-    return Picture(name, _on_white(image), tuple(notes))
+        notes = (*notes, f"'{name}' {note}")
+    return Picture(name, _on_white(image), notes)
+
+
+def in_strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Some rows of a picture at a time, with the number of the first of them."""
+    for top in range(0, image.height, _ROWS):
+        yield top, image.crop((0, top, image.width, min(top + _ROWS, image.height)))
+
+
+def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
+    """An RGB picture as an array ``(H,W,3)`` of its own."""
+    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    for top, part in in_strips(image):  # NumPy would hold it twice on the way
+        pixels[top : top + part.height] = np.asarray(part)
+    return pixels
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, _WHITE), rgba).convert("RGB")
-    return image.convert("RGB")
+    if not set("Aa") & set(image.getbands()) and "transparency" not in image.info:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    whole = Image.new("RGB", image.size)
+    for top, part in in_strips(image):
+        rgba = part.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, _WHITE)
+        whole.paste(Image.alpha_composite(white, rgba).convert("RGB"), (0, top))
+    return whole
 
 
 def _formats() -> list[str]:
@@ -311,14 +389,23 @@ def _to_8_bits(image: Image.Image, hidden: int | None) -> tuple[Image.Image, str
     White is at least 255 for integers and 1 for floats, so that dark pictures stay dark. The value
     ``hidden``, if any, is transparent and becomes white.
     """
-    values = np.asarray(image).astype(np.float64)
-    transparent = values == hidden if hidden is not None else np.zeros(values.shape, bool)
-    if not np.isfinite(values).all():
-        raise ValueError("it holds values that are not finite")
-    seen = values[~transparent]
-    low = float(seen.min(initial=0.0))
-    high = float(seen.max(initial=1.0 if image.mode == "F" else 255.0))
-    values = ((values - low) / (high - low)).clip(0, 1)
-    note = f"has deep grey values; {low:g} to {high:g} became 8 bits."
-    grey = np.where(transparent, 255, np.round(values * 255))
-    return Image.fromarray(grey.astype(np.uint8)), note
+    low, high = 0.0, 1.0 if image.mode == "F" else 255.0
+    for _, values, transparent in _deep_strips(image, hidden):
+        if not np.isfinite(values).all():
+            raise ValueError("it holds values that are not finite")
+        seen = values[~transparent]
+        low, high = float(seen.min(initial=low)), float(seen.max(initial=high))
+    grey = Image.new("L", image.size)
+    for top, values, transparent in _deep_strips(image, hidden):
+        levels = np.round(((values - low) / (high - low)).clip(0, 1) * 255)
+        levels[transparent] = 255
+        grey.paste(Image.fromarray(levels.astype(np.uint8)), (0, top))
+    return grey, f"has deep grey values; {low:g} to {high:g} became 8 bits."
+
+
+def _deep_strips(
+    image: Image.Image, hidden: int | None
+) -> Iterator[tuple[int, NDArray[np.float64], NDArray[np.bool_]]]:
+    for top, part in in_strips(image):
+        values = np.asarray(part).astype(np.float64)
+        yield top, values, values == hidden if hidden is not None else np.zeros(values.shape, bool)

@@ -19,7 +19,7 @@ from torchvision.transforms import functional as F
 
 from simexplain.arguments import typed
 from simexplain.data.arrays import as_rgb, fitting_bands
-from simexplain.data.images import Picture
+from simexplain.data.images import LARGE, Picture
 from simexplain.errors import ImageError
 
 FITS = ("crop", "squash", "pad")
@@ -29,6 +29,7 @@ INTERPOLATIONS = (
 RESIZINGS = ("pillow", "tensor", "float")
 _MOST_ELONGATED = 50
 _LARGEST_SIDE = 16384
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -436,10 +437,19 @@ SIDE = 560
 
 def shrunk(image: Image.Image | NDArray[np.uint8], longest: int = SIDE) -> NDArray[np.uint8]:
     """RGB ``(H,W,3)``, no side longer than ``longest``; a smaller picture is left as it is."""
-    if isinstance(image, np.ndarray):
+    height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+    share = min(1.0, longest / max(height, width))
+    size = (max(1, round(width * share)), max(1, round(height * share)))
+    if isinstance(image, np.ndarray) and height * width < LARGE:
         image = Image.fromarray(np.ascontiguousarray(image))
-    share = min(1.0, longest / max(image.size))
-    size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
+    elif isinstance(image, np.ndarray):  # first rows become shorter, some at a time
+        parts = (image[top : top + _ROWS] for top in range(0, height, _ROWS))
+        strips = [_lanczos(Image.fromarray(one), (size[0], len(one))) for one in parts]
+        image = Image.fromarray(np.concatenate(strips))
+    return _lanczos(image, size)
+
+
+def _lanczos(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
 
 

@@ -247,8 +247,8 @@ def load_item(model: SimilarityModel, item: Item) -> LoadedItem:
     views, geometries = prepared(model.preprocess, pictures)
     comparison = Comparison(views[:1], views[None, 1 : 1 + near], views[None, 1 + near :])
     masks = {
-        index: read_mask(path, (picture.image.height, picture.image.width))
-        for index, (path, picture) in enumerate(zip(item.masks or (), pictures, strict=False))
+        index: read_mask(path, geometry.original)
+        for index, (path, geometry) in enumerate(zip(item.masks or (), geometries, strict=False))
         if path is not None
     }
     return LoadedItem(comparison, masks, tuple(pictures), tuple(geometries))

@@ -87,7 +87,8 @@ def draw_methods(result: MethodComparison, style: str) -> Figure:
 
 def _sizes(first: Explanation, methods: int) -> tuple[float, list[float]]:
     """Rows as high as the page allows, columns as wide as each picture is in such a row."""
-    sizes = [first.on_picture(index)[0].shape[:2] for index in range(len(first.roles))]
+    sizes: list[Sequence[int]] = [place.original for place in first.geometries if first.pictures]
+    sizes = sizes or [first.images.shape[-2:]] * len(first.roles)
     aspects = [min(max(width / height, 0.4), 2.5) for height, width in sizes]
     height = min(1.9, max(0.95, _TALLEST / (methods + 1) - _GAP))
     height = max(0.95, min(height, _WIDEST / sum(aspects)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 Pixels = NDArray[np.uint8]
 Heat = NDArray[np.float32]
 Renderer = Callable[[Pixels, Heat], Pixels]
+Values = TypeVar("Values", Heat, NDArray[np.bool_])
 
 COLOURMAP = "inferno"
 """Perceptually uniform: equal steps of heat look like equal steps."""
@@ -23,7 +25,7 @@ FULL_HEAT = 0.995
 """The share of pixels below the full heat of a map with single bright pixels."""
 
 _SMOOTH = 1 / 120
-_ROWS = 256
+_ROWS = 64
 
 
 def overlay(picture: Pixels, heatmap: Heat) -> Pixels:
@@ -90,7 +92,9 @@ RENDERERS: dict[str, Renderer] = {"overlay": overlay, "contour": contour, "spotl
 """Every renderer by name; a new one is one function and one line here."""
 
 
-def _in_strips(drawn: Renderer, picture: Pixels, heatmap: Heat) -> Pixels:
+def _in_strips(
+    drawn: Callable[[Pixels, Values], Pixels], picture: Pixels, heatmap: Values
+) -> Pixels:
     """Some rows at a time, since a picture of 100 million pixels would need gigabytes as floats."""
     whole = np.empty_like(picture)
     for top in range(0, len(picture), _ROWS):
@@ -131,6 +135,8 @@ MARK_COLOURS = ((40, 44, 64), (255, 214, 64), (88, 110, 168), (240, 128, 60))
 """Of background, object, probable background, probable object."""
 _STRENGTH = 0.42
 _SOFT = 0.8
+_MARGIN = 8
+"""Rows around some others that a blur of that width does not look beyond."""
 
 
 def outlined(picture: Pixels, mask: NDArray[np.bool_]) -> Pixels:
@@ -140,14 +146,20 @@ def outlined(picture: Pixels, mask: NDArray[np.bool_]) -> Pixels:
         picture: RGB ``(H,W,3)``.
         mask: ``(H,W)``.
     """
+    made = _in_strips(_tinted, picture, mask)
+    width = max(1, round(max(mask.shape) / 300))
+    lines, _ = cv2.findContours(mask.view(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(made, lines, -1, (255, 255, 255), width, cv2.LINE_AA)
+    return made
+
+
+def _tinted(picture: Pixels, mask: NDArray[np.bool_]) -> Pixels:
+    """The colours of :func:`outlined`."""
     grey = _grey(picture)
     drawn = np.where(mask[..., None], picture, (0.55 * picture + 0.25 * grey)).astype(np.float32)
     tint = np.array(TINT, dtype=np.float32)
     drawn[mask] = (1 - _STRENGTH) * drawn[mask] + _STRENGTH * tint
     made: Pixels = drawn.round().clip(0, 255).astype(np.uint8)
-    width = max(1, round(max(mask.shape) / 300))
-    lines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(made, lines, -1, (255, 255, 255), width, cv2.LINE_AA)
     return made
 
 
@@ -157,12 +169,18 @@ def cut_out(picture: Pixels, mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
     Opacity falls off inside the mask's edge, over about a pixel, so that nothing of the ground
     shows; colours of transparent pixels are zero.
     """
-    soft = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), _SOFT)
-    alpha = ((2 * soft - 1).clip(0, 1) * mask * 255).round().astype(np.uint8)
+    cut = np.empty((*mask.shape, 4), dtype=np.uint8)
+    for top in range(0, len(mask), _ROWS):
+        above, below = max(0, top - _MARGIN), top + _ROWS + _MARGIN
+        soft = cv2.GaussianBlur(mask[above:below].astype(np.float32), (0, 0), _SOFT)
+        part = slice(top, top + _ROWS)
+        own = soft[top - above :][: len(mask[part])]
+        cut[part, :, 3] = ((2 * own - 1).clip(0, 1) * mask[part] * 255).round()
+    alpha = cut[..., 3]
     if mask.any() and not alpha.any():
-        alpha = mask.astype(np.uint8) * 255  # an object of a few pixels has no inside
-    colours = np.where(alpha[..., None] > 0, picture, 0).astype(np.uint8)
-    return np.dstack((colours, alpha))
+        alpha[:] = mask * np.uint8(255)  # an object of a few pixels has no inside
+    np.multiply(picture, (alpha > 0)[..., None], out=cut[..., :3])
+    return cut
 
 
 def marked(picture: Pixels, marks: Pixels) -> Pixels:

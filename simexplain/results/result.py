@@ -12,14 +12,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from simexplain.data.images import LARGE
 from simexplain.errors import OutputError, json_text, printable
 from simexplain.publishing import KINDS, SCHEMA, Kind, atomic_directory, numbered, read_back
 from simexplain.results.codec import Arrays, decoded, encoded, plain
+from simexplain.results.png import write_png
 from simexplain.results.upgrades import UPGRADES
 
 if TYPE_CHECKING:
@@ -155,7 +157,8 @@ class Result(ABC):
         with atomic_directory(folder, list(names.values()), kind, force=force) as draft:
             record = self.to_json(files, **options)
             for name, make in made.values():
-                (draft / name).write_bytes(content_of(make()))
+                with (draft / name).open("wb") as file:
+                    _put(file, make())
             record, arrays = _kept(self, kind, record)
             if kind.arrays:
                 np.savez_compressed(draft / kind.arrays, **arrays)  # type: ignore[arg-type]
@@ -218,6 +221,14 @@ class Kept(Result):
 def kind_of(made: type[Result]) -> Kind:
     """How results of a type lie on the disk."""
     return KINDS[next(base.__name__ for base in made.__mro__ if base.__name__ in KINDS)]
+
+
+def _put(file: BinaryIO, made: Any) -> None:
+    """Writes the content of a file."""
+    if isinstance(made, np.ndarray) and made.shape[0] * made.shape[1] >= LARGE:
+        write_png(file, made)
+    else:
+        file.write(content_of(made))
 
 
 def content_of(made: Any) -> bytes:

@@ -325,9 +325,8 @@ def search(
     if gallery.has_basis and gallery.keeping.bypass is None:  # as of an older index
         gallery = replace(gallery, keeping=surveyed_keeping(gallery.keeping, base))
     views, (geometry,) = prepared(gallery.preprocess, [picture])
-    size = (picture.image.height, picture.image.width)
-    wanted = None if region is None else Region.of_box(region, size)
-    wanted = wanted if mask is None else Region.of_mask(mask, size)
+    wanted = None if region is None else Region.of_box(region, geometry.original)
+    wanted = wanted if mask is None else Region.of_mask(mask, geometry.original)
     if wanted is not None and not gallery.has_basis:
         raise ModelError(
             f"A region is searched for by what positions add to the embeddings, which this index "

@@ -38,6 +38,19 @@ class SupportImage:
     heat: Heat = field(repr=False)
 
 
+class _Grown:
+    """The field ``heat``: of a large picture what makes it, since it takes 4 bytes a pixel."""
+
+    def __get__(self, result: Segmentation | None, owner: object = None) -> Any:
+        if result is None:
+            return self
+        kept = vars(result)["heat"]
+        return kept() if callable(kept) else kept
+
+    def __set__(self, result: Segmentation, heat: Any) -> None:
+        vars(result)["heat"] = heat
+
+
 @takes_old_names
 @dataclass(frozen=True)
 class Segmentation(Result):
@@ -170,3 +183,6 @@ class Segmentation(Result):
             "versions": self.versions,
         }
         return with_old_names(record, "by")
+
+
+Segmentation.heat = _Grown()  # type: ignore[assignment]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from simexplain.arguments import typed
 from simexplain.comparison import Comparison
-from simexplain.data.images import Picture, PictureSource, read_pictures
+from simexplain.data.images import LARGE, PictureSource, pixels_of, read_pictures
 from simexplain.data.preprocessing import Geometry, Preprocess, notes_of, prepared
 from simexplain.errors import ComparisonError
 from simexplain.evaluation.items import read_mask
@@ -284,21 +285,23 @@ class Making:
         self,
         attention: Attention,
         picture: Pixels,
-        heat: Heat,
+        grow: Callable[[], Heat],
         seen: Mask,
         images: tuple[SupportImage, ...],
         settings: Mapping[str, Any],
         name: str = "",
         notes: Sequence[str] = (),
+        geometries: tuple[Geometry, ...] = (),
     ) -> Segmentation:
         """A segmentation from the attention map ``(H,W)`` on the picture ``(H,W,3)``."""
+        heat = grow()
         refined = mask_of(picture, heat, self.cue, by=self.refine, seen=seen, cut=self.cut)
         explained = attention.explanation
         own = dict.fromkeys(explained.warnings)
         warnings = (*notes, *own, *((refined.note,) if refined.note else ()))
         return Segmentation(
             mask=refined.mask,
-            heat=heat,
+            heat=grow if heat.size >= LARGE else heat,  # type: ignore[arg-type]
             marks=refined.marks,
             picture=picture,
             name=name,
@@ -314,6 +317,7 @@ class Making:
             warnings=warnings,
             versions=versions(),
             bypass=explained.bypass,
+            geometries=geometries,
         )  # fmt: skip
 
 
@@ -333,7 +337,7 @@ def _segment_tensors(
     images = beside(attention, undo(shown), far)
     seen = np.ones(heat.shape, dtype=bool)
     return made.finished(
-        attention, undo(test), heat, seen, images, {"support_masks": masks is not None}
+        attention, undo(test), lambda: heat, seen, images, {"support_masks": masks is not None}
     )
 
 
@@ -355,7 +359,7 @@ def _segment_pictures(
     cut_at = 1 + len(supports)
     near, far = views[1:cut_at], views[cut_at:]
     if masks is not None:
-        near = hidden(near, _masks(masks, pictures[1:cut_at], geometries[1:cut_at]))
+        near = hidden(near, _masks(masks, geometries[1:cut_at]))
     attention = made.attend(views[0], near, far)
     images = beside(
         attention,
@@ -363,17 +367,17 @@ def _segment_pictures(
         prepare.undo(far) if len(far) else None,
         [picture.path for picture in pictures[1:]],
     )
-    result = made.finished(
+    return made.finished(
         attention,
-        np.asarray(pictures[0].image),
-        geometries[0].to_original(attention.heat.numpy().astype(np.float32)),
+        pixels_of(pictures[0].image),
+        partial(geometries[0].to_original, attention.heat.numpy().astype(np.float32)),
         seen_by(geometries[0]),
         images,
         {"view": view, "support_masks": masks is not None},
         name=pictures[0].path,
         notes=notes_of(own, pictures),
+        geometries=tuple(geometries),
     )
-    return replace(result, geometries=tuple(geometries))
 
 
 def hidden(supports: Tensor, masks: Tensor) -> Tensor:
@@ -415,17 +419,17 @@ def seen_by(geometry: Geometry) -> Mask:
     """The pixels of a picture that the network saw ``(H0,W0)``."""
     height, width = geometry.original
     left, top, right, bottom = geometry.box
+    if (left, top, right, bottom) == (0, 0, width, height):
+        return np.broadcast_to(np.True_, (height, width))
     seen = np.zeros((height, width), dtype=bool)
     seen[int(np.floor(top)) : int(np.ceil(bottom)), int(np.floor(left)) : int(np.ceil(right))] = 1
     return seen
 
 
-def _masks(
-    paths: Sequence[str | Path], pictures: Sequence[Picture], geometries: Sequence[Geometry]
-) -> torch.Tensor:
+def _masks(paths: Sequence[str | Path], geometries: Sequence[Geometry]) -> torch.Tensor:
     attention = []
-    for path, picture, geometry in zip(paths, pictures, geometries, strict=True):
-        mask = read_mask(path, (picture.image.height, picture.image.width)).numpy()
+    for path, geometry in zip(paths, geometries, strict=True):
+        mask = read_mask(path, geometry.original).numpy()
         seen = geometry.from_original(mask)
         if not seen.any():
             raise ComparisonError(
