@@ -43,10 +43,12 @@ class RowGradients(TorchFunctionMode):
     ) -> Any:
         """Calls a function, by rows where that is possible."""
         kwargs = kwargs or {}
+        if not torch.is_grad_enabled():  # below the layers, where most of a network is
+            return func(*args, **kwargs)
         if plain_name(func) in OPENED:
             with self:
                 return unwatched(func)(*args, **kwargs)
-        if torch.is_grad_enabled() and args and isinstance(args[0], Tensor):
+        if args and isinstance(args[0], Tensor):
             if func in _LINEAR and _is_linear(args, kwargs):
                 return _ByRows.apply(lambda _, rows: func(rows, *args[1:], **kwargs), True, args[0])
             if func in _PRODUCTS and _is_product(args):

@@ -307,8 +307,9 @@ class Focus(Method):
         shots = Shots(images, sets)
         base = model if sets is None else sets.base
         traced = trace_vectors(
-            base, shots.flat, layers, max_batch=max_batch, middle=False, by_rows=True
-        ).trace
+            base, shots.flat, layers, max_batch=max_batch, middle=False,
+            by_rows=base.of_tokens(layers, shots.flat),
+        ).trace  # fmt: skip
         return self.follow(base, shots, traced, max_batch=max_batch)
 
     def follow(

@@ -52,7 +52,8 @@ def attended(
     """
     every = tuple(dict.fromkeys(layer for _, layers in methods for layer in layers))
     flat = images.stacked().flatten(0, 1)
-    traced = trace_vectors(model, flat, every, max_batch=max_batch, middle=False, by_rows=True)
+    by_rows = model.of_tokens(every, flat)
+    traced = trace_vectors(model, flat, every, max_batch=max_batch, middle=False, by_rows=by_rows)
     model.measure(flat, traced.recorded, unit_rows)
     return [
         method.follow(model, Shots(images), traced.trace.at(layers), max_batch=max_batch)

@@ -183,7 +183,8 @@ class SimilarityAttention(Method):
         model, images, layers, max_batch = task
         flat = images.stacked().flatten(0, 1)
         taped = model.unmeasured(layers, flat)
-        traced = trace(model, flat, layers, max_batch=max_batch, taped=taped, by_rows=True)
+        by_rows = model.of_tokens(layers, flat)
+        traced = trace(model, flat, layers, max_batch=max_batch, taped=taped, by_rows=by_rows)
         model.measure(flat, traced)
         apart = model.apart(layers, flat)
         return self.attend(traced, images, apart=apart, frames=model.frames).detached()

@@ -217,6 +217,11 @@ class SimilarityModel(nn.Module, ABC):
         """Whether the layers for images of this shape are known already."""
         return _shape(images) in self._surveyed
 
+    def of_tokens(self, layers: Sequence[str], images: Tensor) -> bool:
+        """Whether any of these layers gives tokens, of which few may be read; also if not known."""
+        surveyed = self._surveyed.get(_shape(images))
+        return surveyed is None or surveyed.of_tokens(layers)
+
     def region(self, layers: Sequence[str], images: Tensor) -> Region:
         """Where in images ``(M,C,H,W)`` the joined map of these layers lies; see :class:`Layer`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,26 +93,24 @@ class Likeness:
     def of_earlier(self, responses: NDArray[np.float64], region: Region = WHOLE) -> float:
         """The correlation with all that lies up to a cell, as sums along an axis have it.
 
-        The largest one, along rows, columns or the whole of it, from either end.
+        The largest one, along rows, columns, both or row by row, from any corner.
 
         Args:
             responses: As above.
             region: As above.
         """
         there = self._laid(responses.shape[1:], region)
-        ways = [
-            axes for axes in ((1,), (2,), (1, 2)) if min(there.shape[axis] for axis in axes) > 1
-        ]
+        count = np.ones_like(there)
         best = 0.0
-        for axes in ways:
-            for turn in (False, True):
-                ahead = np.flip(there, axes) if turn else there
-                whole = ahead.reshape(len(ahead), -1) if len(axes) > 1 else ahead
-                axis = 1 if len(axes) > 1 else axes[0]
-                count = np.arange(1, whole.shape[axis] + 1)
-                count = count[:, None] if axis == 1 and whole.ndim > 2 else count
-                sums = (whole.cumsum(axis=axis) / count).reshape(there.shape)
-                best = max(best, _fit(responses, np.flip(sums, axes) if turn else sums)[0])
+        for corner in ((), (1,), (2,), (1, 2)):
+            for summed in (
+                _along(1),
+                _along(2),
+                lambda cells: _along(1)(_along(2)(cells)),
+                _raster,
+            ):
+                shares, counts = (summed(np.flip(each, corner)) for each in (there, count))
+                best = max(best, _fit(responses, np.flip(shares / counts, corner))[0])
         return best
 
     def _laid(self, grid: tuple[int, ...], region: Region) -> NDArray[np.float64]:
@@ -122,6 +121,16 @@ class Likeness:
             columns = overlaps(grid[1], region[1], region[3], self.parts.shape[2])
             self._there[key] = rows @ self.parts @ columns.T
         return self._there[key]
+
+
+def _along(axis: int) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+    """Sums of cells ``(PARTS,h,w)`` over all up to each along an axis."""
+    return lambda cells: cells.cumsum(axis=axis)
+
+
+def _raster(cells: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The same row by row, from the first cell of all."""
+    return cells.reshape(len(cells), -1).cumsum(axis=1).reshape(cells.shape)
 
 
 def _fit(responses: NDArray[np.float64], there: NDArray[np.float64]) -> tuple[float, float]:

@@ -140,6 +140,11 @@ class Surveyed:
         layout = self._layout(layer)
         return WHOLE if layout is None else layout.region
 
+    def of_tokens(self, layers: Sequence[str]) -> bool:
+        """Whether any of these layers gives tokens; also if one of them is not known."""
+        layouts = [self._layout(layer) for layer in layers]
+        return any(layout is None or len(layout.kind) == _TOKENS for layout in layouts)
+
     def token_layouts(self, count: int) -> tuple[Layout, ...]:
         """How layers of so many tokens lie over the image, in the order of execution."""
         return tuple(
