@@ -163,20 +163,23 @@ def blocks(page: Path, kind: str) -> list[str]:
     return [match["code"] for match in result if match["kind"] == kind and not match["skip"]]
 
 
-@pytest.mark.parametrize("page", TAUGHT, ids=lambda page: page.name)
-def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, in one namespace; hubs cannot be counted on, so weights are random."""
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order and in one folder; hubs cannot be counted on, so weights are random.
+
+    ``test_pages_typed.py`` runs the commands between them, too.
+    """
     for name, role in (("a", "anchor"), ("b", "positive"), ("c", "negative")):
         shutil.copy(DEMO / f"{role}.jpg", tmp_path / f"{name}.jpg")
     monkeypatch.chdir(tmp_path)
-    codes = blocks(page, "python")
-    assert len(codes) >= 3
-    namespace: dict[str, object] = {"__name__": "documentation"}
-    for code in codes:
-        offline = code.replace("pretrained=True", "pretrained=False")
-        offline = offline.replace('weights="DEFAULT"', "weights=None")
-        exec(compile(offline, str(page), "exec"), namespace)
-    assert (tmp_path / "explanation" / "explanation.png").stat().st_size > 10_000
+    for page, folder in zip(TAUGHT, ("explanation", "reasons"), strict=True):
+        codes = blocks(page, "python")
+        assert len(codes) >= 3
+        namespace: dict[str, object] = {"__name__": "documentation"}
+        for code in codes:
+            offline = code.replace("pretrained=True", "pretrained=False")
+            offline = offline.replace('weights="DEFAULT"', "weights=None")
+            exec(compile(offline, str(page), "exec"), namespace)
+        assert (tmp_path / folder / "explanation.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("page", TRAINING, ids=lambda page: page.name)
