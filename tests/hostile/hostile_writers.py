@@ -1,6 +1,7 @@
-"""Commands that write a result at once, killed at each step, or racing another into one folder.
+"""Commands that write, killed at each step, or racing another into one folder.
 
-An index and a batch grow in place and are gone on with; their own tests kill those.
+Most write their result at once. An index and a batch grow in place and are gone on with; what they
+hold is compared through Python, since it says where it lies.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from cli_runs import simexplain
 from hostile_commands import Place, Words
 from simexplain_cli.main import main
 
-from simexplain import Explanation, Matching, Segmentation, load_model
+from simexplain import Explanation, Matching, Segmentation, load_model, open_batch, open_index
 from simexplain.errors import SimexplainError
 
 OUT = "found"
@@ -36,10 +37,17 @@ class Writer:
     Attributes:
         words: The command, for the first or the second variant.
         read: Reads what was written, or refuses it.
+        mark: A digest of what is in a folder, or refuses it; empty if nothing.
+        again: What is said to go on after a kill, until one of them succeeds.
+        lost: States in which what was there is lost: none of a batch, which ``--force`` removes
+            before its long work.
     """
 
     words: Callable[[Place, int], Words]
     read: Callable[[Path], object]
+    mark: Callable[[Path], str]
+    again: tuple[tuple[str, ...], ...] = (("--force",),)
+    lost: tuple[str, ...] = ("none",)
 
     def line(self, place: Place, variant: int, *, force: bool) -> Words:
         """The whole command."""
@@ -48,21 +56,6 @@ class Writer:
 
 def _pictures(place: Place, variant: int) -> tuple[str, ...]:
     return (place.good, place.other) if variant else (place.other, place.good)
-
-
-WRITERS = {
-    "explain": Writer(
-        lambda p, v: ("explain", p.network, *_pictures(p, v), "--no-check"), Explanation.load
-    ),
-    "match": Writer(lambda p, v: ("match", p.network, *_pictures(p, v)), Matching.load),
-    "segment": Writer(lambda p, v: ("segment", p.network, *_pictures(p, v)), Segmentation.load),
-    "bank": Writer(
-        lambda p, v: ("bank", p.network, p.data(v)), lambda path: path.read_bytes()
-    ),
-    "fit": Writer(
-        lambda p, v: ("fit", p.network, p.data(v)), lambda path: load_model(path)
-    ),
-}  # fmt: skip
 
 
 def fingerprint(folder: Path) -> str:
@@ -76,6 +69,58 @@ def fingerprint(folder: Path) -> str:
     for path in found:
         digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return digest.hexdigest() if found else ""
+
+
+def index_mark(folder: Path) -> str:
+    """Of the pictures of an index and all its columns."""
+    if not (folder / OUT).exists():
+        return ""
+    index = open_index(folder / OUT)
+    digest = hashlib.sha256(repr((index.paths, sorted(index.errors))).encode())
+    for name, column in sorted(index.tensors.items()):
+        digest.update(name.encode() + column.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def batch_mark(folder: Path) -> str:
+    """Of the rows of a batch and their maps, key by key."""
+    if not (folder / OUT).is_dir() or not any((folder / OUT).iterdir()):
+        return ""
+    batch = open_batch(folder / OUT)
+    digest = hashlib.sha256(repr(batch.table.to_pylist()).encode())
+    for row in range(len(batch)):
+        digest.update(batch.maps(row).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+WRITERS = {
+    "explain": Writer(
+        lambda p, v: ("explain", p.network, *_pictures(p, v), "--no-check"), Explanation.load,
+        fingerprint,
+    ),
+    "match": Writer(
+        lambda p, v: ("match", p.network, *_pictures(p, v)), Matching.load, fingerprint
+    ),
+    "segment": Writer(
+        lambda p, v: ("segment", p.network, *_pictures(p, v)), Segmentation.load, fingerprint
+    ),
+    "bank": Writer(
+        lambda p, v: ("bank", p.network, p.data(v)), lambda path: path.read_bytes(), fingerprint
+    ),
+    "fit": Writer(
+        lambda p, v: ("fit", p.network, p.data(v)), lambda path: load_model(path), fingerprint
+    ),
+    "index": Writer(
+        lambda p, v: ("index", p.network, p.data(v), "--batch-size", "2"), open_index, index_mark,
+        ((), ("--force",)), ("none", "refused"),
+    ),
+    "batch": Writer(
+        lambda p, v: (
+            "batch", p.network, p.table(Path(p.other if v else p.good)), "--shard-rows", "1"
+        ),
+        open_batch, batch_mark, (("--resume",), ("--force",)), (),
+    ),
+}  # fmt: skip
 
 
 def forked(words: Words, folder: Path, prepare: Callable[[], None] = lambda: None) -> int:
@@ -144,7 +189,7 @@ def reference(name: str, place: Place, root: Path) -> Reference:
         done = simexplain(*writer.line(place, variant, force=False), cwd=folder)
         assert done.code == 0, done.err
     seconds = (time.monotonic() - began) / 2
-    prints = tuple(fingerprint(folder) for folder in folders)
+    prints = tuple(writer.mark(folder) for folder in folders)
     assert prints[0] != prints[1]
     return Reference(writer, place, folders, (prints[0], prints[1]), seconds)
 
@@ -180,16 +225,24 @@ def killed(own: Reference, folder: Path, there: bool, *, step: int = -1, seed: i
         os.kill(child, signal.SIGKILL)
     code = ended(child)
     state = _state(own, folder)
-    assert state != "none" or not there, "what was there is lost"
-    again = simexplain(*own.writer.line(own.place, 1, force=True), cwd=folder)
+    assert not there or state not in own.writer.lost, "what was there is lost"
+    for flags in own.writer.again:
+        again = simexplain(*own.writer.words(own.place, 1), "--out", OUT, *flags, cwd=folder)
+        if not again.code:
+            break
+        assert again.code == 1, again.err
+        assert again.err.rstrip().endswith("."), again.err
     assert again.code == 0, again.err
-    assert fingerprint(folder) == own.prints[1], "a second run gives something else"
+    assert own.writer.mark(folder) == own.prints[1], "a second run gives something else"
     return "ended" if code >= 0 else state
 
 
 def _state(own: Reference, folder: Path) -> str:
     """Of which run the files are."""
-    mark = fingerprint(folder)
+    try:
+        mark = own.writer.mark(folder)
+    except SimexplainError:
+        return "refused"
     known = {own.prints[0]: "old", own.prints[1]: "new", "": "none"}
     if mark in known:
         return known[mark]
@@ -215,7 +268,7 @@ def raced(one: Reference, two: Reference, folder: Path, *, force: bool) -> None:
     assert set(codes) <= {0, 1}, codes
     assert 0 in codes, codes
     if one.writer is two.writer:
-        assert fingerprint(folder) in (one.prints[0], two.prints[1]), codes
+        assert one.writer.mark(folder) in (one.prints[0], two.prints[1]), codes
         assert force or 1 in codes, codes
         return
     for code, own in zip(codes, (one, two), strict=True):
