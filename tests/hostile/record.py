@@ -1,25 +1,36 @@
-"""Runs a campaign and prints what happened: ``python tests/hostile/record.py pictures``.
+"""Runs a campaign, prints what happened and keeps it for the page on reliability.
 
-With a number behind the name, such as 7, only every seventh pair of a file and a command is tried,
-or every seventh step.
+    python tests/hostile/record.py pictures [N] [--keep]
+
+Faults are printed as they come, and a line at the end. With a number behind the name, such as 7,
+only every seventh pair of a file and a command is tried, or every seventh step. With ``--keep`` the
+line goes to ``benchmarks/records/reliability.json``, of which ``python benchmarks/pages.py
+reliability`` writes ``docs/reliability.md``.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
+import re
+import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
+import store  # noqa: E402
 from hostile_commands import MODEL, PICTURE, Place, campaign, prepared  # noqa: E402
 from hostile_models import write_models  # noqa: E402
 from hostile_pictures import write_pictures  # noqa: E402
 from hostile_writers import WRITERS, Reference, killed, races, reference  # noqa: E402
+from numbers_of_methods import table  # noqa: E402
 
 
 def files(place: Place, share: int, what: str) -> Iterable[str]:
@@ -77,17 +88,57 @@ def two_at_once(place: Place, share: int, what: str) -> Iterable[str]:
     yield f"{sum(1 for _ in races(references, place.root / 'races', count))} races, none mixed"
 
 
+def _tests(*words: str, examples: int = 0) -> str:
+    """What pytest says at its end of some tests, slow ones included."""
+    settings = {"SIMEXPLAIN_FUZZ_EXAMPLES": str(examples)} if examples else {}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "", "-p", "no:cacheprovider", *words],
+        cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return re.sub(r" in .*", "", done.stdout.strip().splitlines()[-1]).strip("= ")
+
+
+def fuzz(place: Place, share: int, what: str) -> Iterable[str]:
+    """Exported programs changed at random."""
+    examples, began = 4000 // share, time.monotonic()
+    ended = _tests("tests/test_exported_fuzz.py", examples=examples)
+    minutes = (time.monotonic() - began) / 60
+    yield f"each property over {examples} changed programs, {minutes:.0f} minutes: {ended}"
+
+
+def several(place: Place, share: int, what: str) -> Iterable[str]:
+    """One model in eight threads, and one process that explains 1,000 times."""
+    yield _tests("tests/test_threads.py", "tests/test_memory.py")
+
+
+def numbers(place: Place, share: int, what: str) -> Iterable[str]:
+    """How far maps move when only the arithmetic changes."""
+    yield table()
+
+
 CAMPAIGNS: dict[str, Callable[[Place, int, str], Iterable[str]]] = {
-    "pictures": files, "models": files, "kills": kills, "races": two_at_once,
+    "pictures": files, "models": files, "kills": kills, "races": two_at_once, "fuzz": fuzz,
+    "threads": several, "numbers": numbers,
 }  # fmt: skip
 
 
-def main(what: str, share: int = 1) -> None:
+def main() -> None:
     """Prints faults as they come, and a line at the end."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=CAMPAIGNS)
+    parser.add_argument("share", type=int, nargs="?", default=1)
+    parser.add_argument("--keep", action="store_true")
+    options = parser.parse_args()
+    lines = []
     with os.fdopen(os.dup(1), "w") as out, tempfile.TemporaryDirectory() as folder:
-        for line in CAMPAIGNS[what](prepared(Path(folder)), share, what):
+        for line in CAMPAIGNS[options.what](prepared(Path(folder)), options.share, options.what):
             print(line, file=out, flush=True)
+            lines.append(line)
+    if options.keep:
+        share = f" {options.share}" if options.share > 1 else ""
+        found = {"with": f"{options.what}{share}", "faults": lines[:-1], "found": lines[-1]}
+        store.keep("reliability", store.load("reliability") | {options.what: found})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main()
