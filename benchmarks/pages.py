@@ -42,6 +42,7 @@ OWN: dict[str, Callable[[], str]] = {
     "correspondence": _made("correspondence", "correspondence"),
     "fit": _made("fit", "fit"),
     "kinds": _made("kinds_page", "trained_pointing", "vit_pointing"),
+    "reliability": _made("reliability", "reliability"),
     "scenes": _made("scene_kinds", "scenes"),
     "trained_networks": _made(
         "trained_pointing", "trained_pointing", "trained_networks", name="trained_networks"
@@ -60,7 +61,8 @@ PAGES = (*OWN, *NUMBERS)
 
 def file_of(name: str) -> Path:
     """Where a page lies."""
-    return DOCS / f"{name}.md" if "results" in name else DOCS / "benchmarks" / f"{name}.md"
+    inside = "results" not in name and name != "reliability"
+    return DOCS / "benchmarks" / f"{name}.md" if inside else DOCS / f"{name}.md"
 
 
 def page(name: str) -> str:

@@ -64,7 +64,7 @@ def transformer() -> nn.Module:
 def network_for(method: str) -> nn.Module:
     """What a method is measured on, with random weights."""
     torch.manual_seed(0)
-    attending = METHODS[method].__module__.endswith("attention")
+    attending = METHODS[method].__module__ == "simexplain.methods.attention"
     return (transformer() if attending else Convolutions()).eval()
 
 

@@ -1,6 +1,7 @@
 """Runs the numeric tests as they would run on other processors, with one thread and with two.
 
-``python tests/portable.py`` runs every setting, ``python tests/portable.py avx2 sse`` those named.
+``python tests/portable.py`` runs every setting, ``python tests/portable.py avx2 sse`` those named;
+with ``--keep`` the outcome goes to the record of the page on reliability.
 A setting limits what oneDNN and PyTorch's own kernels may use, or how MKL sums; what this processor
 lacks cannot be switched on, so the settings only go down from what is there.
 """
@@ -8,6 +9,7 @@ lacks cannot be switched on, so the settings only go down from what is there.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -34,7 +36,7 @@ NUMERIC = (
 """The test files whose assertions are about numbers that kernels round."""
 
 
-def main(names: list[str]) -> int:
+def main(names: list[str], *, keep: bool = False) -> int:
     """Runs the settings of these names, or all; the number of those that failed."""
     unknown = [name for name in names if name not in SETTINGS]
     if unknown:
@@ -42,20 +44,33 @@ def main(names: list[str]) -> int:
         return 2
     folder = Path(__file__).parent
     files = [str(folder / f"test_{name}.py") for name in NUMERIC]
-    failed = []
+    failed, rows = [], []
     for name in names or SETTINGS:
         settings, began = SETTINGS[name], time.monotonic()
-        print(f"== {name}: {' '.join(f'{k}={v}' for k, v in settings.items())}", flush=True)
+        shown = " ".join(f"{key}={value}" for key, value in settings.items())
+        print(f"== {name}: {shown}", flush=True)
         # Threads that wait for the next of many small tensors shall sleep, not take a processor
         # from the other worker.
         environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | settings
-        done = subprocess.run([sys.executable, "-m", "pytest", "-n", "2", *files], env=environment)
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-n", "2", *files],
+            env=environment, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        print(done.stdout, end="", flush=True)
         print(f"== {name}: {time.monotonic() - began:.0f} s", flush=True)
         failed += [name] if done.returncode else []
+        last = re.sub(r" in .*", "", done.stdout.strip().splitlines()[-1]).strip("= ")
+        rows.append([name, f"`{shown}`", last])
+    if keep:
+        sys.path.insert(0, str(folder.parent / "benchmarks"))
+        import store
+
+        store.keep("reliability", store.load("reliability") | {"portable": {"rows": rows}})
     if failed:
         print(f"Failed: {', '.join(failed)}.")
     return len(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    named = [name for name in sys.argv[1:] if name != "--keep"]
+    sys.exit(main(named, keep="--keep" in sys.argv))
