@@ -86,7 +86,12 @@ def page(record: dict[str, Any]) -> str:
         if name in record:
             lines += [f"## {title}", "", text, "", f"**{_sentence(record[name])}**", ""]
             lines += _faults(record[name])
-            lines += ["```bash", f"python tests/hostile/record.py {record[name]['with']}", "```", ""]
+            lines += [
+                "```bash",
+                f"python tests/hostile/record.py {record[name]['with']}",
+                "```",
+                "",
+            ]
     lines += ["## Numbers", "", NUMBERS, "", record["numbers"]["found"], ""]
     lines += ["```bash", "python tests/hostile/record.py numbers", "```", ""]
     lines += ["Other processors: [Numbers](numbers.md). The suite of tests, as on them:", ""]

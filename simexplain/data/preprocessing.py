@@ -272,7 +272,7 @@ class Preprocess:
         if self.fit == "pad":
             resized = tuple(max(1, round(side / max(ratios))) for side in original)
         elif self.fit == "squash":
-            resized = tuple(math.floor(side / self.crop_fraction) for side in self.size)
+            resized = self._before_crop()
         else:
             if max(original) > _MOST_ELONGATED * min(original):
                 raise ImageError(
@@ -284,9 +284,13 @@ class Preprocess:
         top, left = (_centred(r, s, down=down) for r, s in zip(resized, self.size, strict=True))
         return Geometry(original, (resized[0], resized[1]), (top, left), self.size)
 
+    def _before_crop(self) -> tuple[int, ...]:
+        """The size to which a picture is brought, of which the network sees the centre."""
+        return tuple(max(1, math.floor(side / self.crop_fraction)) for side in self.size)
+
     def _covering(self, original: tuple[int, int]) -> tuple[int, ...]:
         """The resized size whose centre crop the network sees, in timm's own rounding."""
-        target = [math.floor(side / self.crop_fraction) for side in self.size]
+        target = self._before_crop()
         if target[0] == target[1]:
             short, long = min(original), max(original)
             sides = (target[0], int(target[0] * long / short))
