@@ -75,7 +75,7 @@ def page(record: dict[str, Any]) -> str:
     lines = [
         "# Reliability",
         "",
-        "What was tried to make simexplain crash, hang, lose or mix files, run code or give a wrong "
+        "What was tried to make simexplain crash, hang, lose files, run code or give a wrong "
         "number, how often, and what happened. Each line is what the command beneath it printed; "
         "run it to see the same on your machine. [Security](security.md) says what is promised.",
         "",

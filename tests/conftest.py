@@ -21,9 +21,10 @@ from simexplain import load_model
 from simexplain.errors import ModelError
 
 LONGEST = (
-    "notebooks", "cli_batch", "short_tails", "benchmarks", "docs", "cli", "cli_train",
-    "cli_attribute", "training_resume", "training", "cli_errors", "training_ddp", "names",
-    "cli_search", "benchmark_scenes", "index", "survey",
+    "notebooks", "cli_batch", "docs", "short_tails", "hostile", "properties", "cli", "cli_train",
+    "publishing", "batch", "benchmarks", "training_resume", "numbers", "cli_attribute", "matrix",
+    "cli_errors", "training_ddp", "normalised_networks", "attention", "rendering", "names",
+    "writers", "attribution_rendering",
 )  # fmt: skip
 """Test files that take long, the longest first."""
 DEMO = Path(__file__).parents[1] / "simexplain" / "data" / "demo"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TinyNet
+from side_by_side import another_process
 from simexplain_cli.result_commands import Made, _saved
 
 from simexplain import Explanation, as_similarity_model, explain
@@ -138,7 +138,7 @@ def test_drafts_of_the_dead_are_removed_and_those_of_the_living_kept(
         (folder / "draft").mkdir(parents=True)
     for folder in (dead, living):
         os.utime(folder, (time.time() - 3600,) * 2)
-    context = multiprocessing.get_context("spawn")
+    context = another_process()
     ready, done = context.Event(), context.Event()
     process = context.Process(target=hold, args=(living, ready, done))
     process.start()

@@ -74,8 +74,8 @@ def test_where_a_view_lies(examples: int) -> None:
         prepare, height, width = case
         try:
             geometry = prepare.geometry((height, width))
-        except ImageError as error:
-            assert "elongated" in str(error)
+        except ImageError:
+            assert max(height, width) > 50 * min(height, width)
             return
         left, top, right, bottom = geometry.box
         assert 0 <= left < right <= width
@@ -116,7 +116,7 @@ METHODS = {
     "sam": {"weights": ["published", "signed", "relative"], "upscale": [1]},
     "focus": {}, "similarity_cam": {}, "saliency": {}, "input_x_gradient": {},
     "decomposition": {}, "occlusion": {"window": [0.05, 0.4], "stride": [0.1]},
-    "random_masks": {"count": [1, 7]},
+    "random_masks": {"masks": [8, 40]},
 }  # fmt: skip
 
 
@@ -152,9 +152,8 @@ def test_explanations(examples: int) -> None:
         state = torch.get_rng_state()
         try:
             result = explain(model, images, method, max_batch=most, check=False, **options)
-        except SimexplainError as error:
-            assert min(images.anchor.shape[-2:]) < 8, str(error)
-            assert str(error).endswith((".", "?"))
+        except SimexplainError:
+            assert min(images.anchor.shape[-2:]) < 8
             return
         assert isinstance(result, Explanation)
         _check_maps(result, images)
