@@ -72,15 +72,15 @@ class Place:
         """A folder of two classes; one of its pictures differs between the variants."""
         return self.classes(Path(self.other if variant else self.good))
 
-    def classes(self, picture: Path) -> str:
-        """A data set of two classes in which a picture lies as a link, among good ones."""
-        data = self.root / "classes" / f"{abs(hash(str(picture)))}"
-        for label in ("one", "two"):
+    def classes(self, picture: Path, labels: tuple[str, ...] = ("one", "two")) -> str:
+        """A data set of classes in which a picture lies as a link, among good ones."""
+        data = self.root / "classes" / f"{abs(hash(str(picture)))}-{len(labels)}"
+        for label in labels:
             (data / label).mkdir(parents=True, exist_ok=True)
             for number in range(3):
                 path = data / label / f"{number}.png"
                 if not path.exists():
-                    noise(40, 60, seed=number + 10 * (label == "two")).save(path)
+                    noise(40, 60, seed=number + 10 * labels.index(label)).save(path)
         link = data / "one" / f"x{picture.suffix or '.png'}"
         if not link.is_symlink():
             link.symlink_to(picture)
@@ -115,6 +115,9 @@ def prepared(root: Path) -> Place:
         assert done.code == 0, done.err
     return place
 
+
+FOUR = ("one", "two", "three", "four")
+"""Classes enough to train on two and test on two."""
 
 Words = tuple[object, ...]
 PICTURE: dict[str, Callable[[Place, Path, Path], Words]] = {
@@ -158,7 +161,9 @@ PICTURE: dict[str, Callable[[Place, Path, Path], Words]] = {
     "bank": lambda p, x, out: (
         "bank", p.network, p.classes(x), "--out", out.with_suffix(".safetensors")
     ),
-    "fit": lambda p, x, out: ("fit", p.network, p.classes(x), "--out", out.with_suffix(".pt")),
+    "fit": lambda p, x, out: (
+        "fit", p.network, p.classes(x), "--nodes-per-level", 6, "--out", out.with_suffix(".pt")
+    ),
     "evaluate retrieval": lambda p, x, out: (
         "evaluate", "retrieval", p.network, p.classes(x), "--out", out
     ),
@@ -166,8 +171,8 @@ PICTURE: dict[str, Callable[[Place, Path, Path], Words]] = {
         "evaluate", "faithfulness", p.network, p.table(x), "--method", "sam", "--out", out
     ),
     "train": lambda p, x, out: (
-        "train", p.classes(x), "--backbone", BACKBONE, "--size", "64", "--epochs", "1",
-        "--untrained", "--out", out,
+        "train", p.classes(x, FOUR), "--backbone", BACKBONE, "--size", 32, "--epochs", 1,
+        "--classes-per-batch", 2, "--images-per-class", 2, "--untrained", "--out", out,
     ),
     "layers, picture as model": lambda p, x, out: ("layers", "--", x),
 }  # fmt: skip
