@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TinyNet
+from pictures import noise
 from side_by_side import another_process
 from simexplain_cli.result_commands import Made, _saved
 
@@ -20,13 +21,12 @@ from simexplain.publishing import digest_of, locked
 
 
 @pytest.fixture
-def results(tmp_path: Path, demo_paths: list[Path]) -> list[Explanation]:
+def results() -> list[Explanation]:
     """Two explanations whose arrays differ."""
     torch.manual_seed(0)
     model = as_similarity_model(TinyNet().eval())
-    return [
-        explain(model, demo_paths[: 2 + n], arch=None, method="sam", check=False) for n in (0, 1)
-    ]
+    pictures = [noise(48, 40, seed=seed) for seed in range(3)]
+    return [explain(model, pictures[: 2 + n], method="sam", check=False) for n in (0, 1)]
 
 
 def check_whole(folder: Path) -> Explanation:
