@@ -94,10 +94,12 @@ def page(record: dict[str, Any]) -> str:
             ]
     lines += ["## Numbers", "", NUMBERS, "", record["numbers"]["found"], ""]
     lines += ["```bash", "python tests/hostile/record.py numbers", "```", ""]
-    lines += ["Other processors: [Numbers](numbers.md). The suite of tests, as on them:", ""]
-    lines += [*header(["setting", "environment", "tests"])]
-    lines += [line(row) for row in record["portable"]["rows"]]
-    return "\n".join([*lines, "", "```bash", "make test-portable", "```", ""])
+    if "portable" in record:
+        lines += ["The tests of numbers, as on other processors ([Numbers](numbers.md)):", ""]
+        lines += [*header(["setting", "environment", "tests"])]
+        lines += [line(row) for row in record["portable"]["rows"]]
+        lines += ["", "```bash", "make test-portable", "```", ""]
+    return "\n".join(lines)
 
 
 def _sentence(kept: dict[str, Any]) -> str:

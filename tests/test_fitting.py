@@ -300,3 +300,13 @@ def test_standardised_reliability_is_equation_6() -> None:
     slopes, offsets = slopes_and_offsets([scale], [torch.full((4,), 2.0)], [torch.full((4,), 0.5)])
     z = (eta[:5] - scale.mean) / scale.deviation
     torch.testing.assert_close(slopes[0] * eta[:5] + offsets[0], 2 * z + 0.5)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_features_that_are_not_finite_are_refused(
+    folder: Path, base: SimilarityModel, labelled: bool
+) -> None:
+    with torch.no_grad():
+        next(iter(base.network.parameters())).view(-1)[0] = torch.nan
+    with pytest.raises(ModelError, match=r"finite features of layer .* but those of .*\.png' are"):
+        fit(base, folder, labelled=labelled, **QUICK)

@@ -32,6 +32,18 @@ def check_numbers(options: Any, *positive: str) -> None:
         raise ModelError(f"Expected a seed of at most 63 bits, got {options.seed}.")
 
 
+def _check_features(layer: str, rows: Tensor, records: Sequence[Record]) -> None:
+    """Refuses features ``(N,C)`` of a layer from which nothing can be fitted."""
+    bad = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise ModelError(
+            f"Expected finite features of layer '{layer}', but those of '{records[bad[0]].path}' "
+            "are not; check the model."
+        )
+    if float((rows - rows[0]).abs().max()) <= 1e-6 * float(rows.abs().max()):
+        raise ImageError(f"All pictures look alike to layer '{layer}'; give different ones.")
+
+
 def silent(what: str, done: int, total: int) -> None:
     """No progress shown."""
 
@@ -364,8 +376,7 @@ class PostHoc:
         broken = passes.batches.broken
         labels = _labels(passes.batches.records, places, broken, labelled=labelled)
         for name, level in zip(passes.levels, vectors, strict=True):
-            if float((level - level[0]).abs().max()) <= 1e-6 * float(level.abs().max()):
-                raise ImageError(f"All pictures look alike to layer '{name}'; give different ones.")
+            _check_features(name, level, [passes.batches.records[place] for place in places])
         heads = []
         for number, level in enumerate(vectors):
             passes.progress("Fitting the heads", number, len(vectors))
