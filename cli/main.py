@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -82,6 +83,10 @@ def main() -> None:
     os.environ.setdefault("MKL_CBWR", "AUTO")
     if not sys.warnoptions:  # what libraries advise programmers is not for users of a command
         warnings.filterwarnings("ignore", module=r"(torch|torchvision|timm|transformers)(\.|$)")
+    # Importing torch makes half a million objects, through all of which the collector would go
+    # again and again: a fifth of the time until a command begins.
+    often, *rarely = gc.get_threshold()
+    gc.set_threshold(max(often, 100_000), *rarely)
     try:
         code = cli.main(standalone_mode=False)
     except click.UsageError as error:
@@ -110,6 +115,7 @@ def main() -> None:
             "report it.",
             1,
         )
+    gc.set_threshold(often, *rarely)
     sys.exit(code)
 
 
