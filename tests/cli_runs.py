@@ -24,7 +24,7 @@ from simexplain_cli.main import main
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FAST = ("--untrained", "--size", "64")
-NETWORK = "timm:resnet18"
+NETWORK = "timm:test_resnet"
 
 
 @dataclass(frozen=True)

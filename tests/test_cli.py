@@ -185,7 +185,7 @@ def test_layers_mark_one_default(folder: Path) -> None:
     assert len(defaults) == 1
     assert defaults[0]["name"] in marked[0]
     assert defaults[0]["name"].startswith("layer4")
-    assert defaults[0]["shape"] == [512, 2, 2]
+    assert defaults[0]["shape"] == [96, 2, 2]
     assert {layer["name"] for layer in layers} >= {"layer1", "layer2", "layer3", "layer4"}
 
 

@@ -139,7 +139,7 @@ def test_bad_model_files(fails: Callable[..., str], here: Path) -> None:
     (here / "empty.pt").touch()
     (here / "net.onnx").write_bytes(b"\x08\x07")
     for source, options, record in (
-        ("other.pt", ("--backbone", NETWORK), "unexpected (layer1.2.conv1.weight"),
+        ("other.pt", ("--backbone", "timm:resnet18"), "unexpected (layer1.2.conv1.weight"),
         ("other.pt", (), "--backbone"),
         ("whole.pt", (), "--trust-pickle"),
         ("text.pt", (), "text.pt"),

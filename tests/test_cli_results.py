@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from conftest import DEMO
 from simexplain_cli.main import cli
 
-PAIR = ("timm:resnet18", str(DEMO / "anchor.jpg"), str(DEMO / "positive.jpg"))
+PAIR = ("timm:test_resnet", str(DEMO / "anchor.jpg"), str(DEMO / "positive.jpg"))
 FAST = ("--untrained", "--size", "64x64")
 MAKING = ("explain", "match", "attribute", "segment", "compare", "search")
 
@@ -39,7 +39,7 @@ def test_show_opens_the_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_what_is_not_written_cannot_be_shown(tmp_path: Path) -> None:
-    arguments = ["evaluate", "retrieval", "timm:resnet18", str(tmp_path), *FAST, "--show"]
+    arguments = ["evaluate", "retrieval", "timm:test_resnet", str(tmp_path), *FAST, "--show"]
     done = CliRunner().invoke(cli, arguments)
     assert done.exit_code == 2
     assert "--out" in done.output

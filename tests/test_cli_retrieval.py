@@ -30,7 +30,7 @@ def test_a_folder_with_a_broken_picture_and_a_class_of_one(
     result = run(*START, data, *FAST, "--ranks", "1,100", "--out", "scores")
     assert result.code == 0, result.err
     lines = result.out.splitlines()
-    assert lines[0] == "timm:resnet18, all: 5 queries, searched among themselves"
+    assert lines[0] == f"{NETWORK}, all: 5 queries, searched among themselves"
     assert lines[1].split() == ["Recall@1", "Recall@100", "MAP@R", "R-precision"]
     assert lines[2].split()[4] == "1.000"
     assert [line.split()[0] for line in lines[6:8]] in (["a", "b"], ["b", "a"])
@@ -56,7 +56,7 @@ def test_the_zero_shot_split_with_groups_as_json(run: Callable[..., Run], here: 
     assert set(record["recall"]) == {"1", "2", "4", "8"}
     assert {one["class"] for one in record["classes"]} == {"d", "e"}
     assert record["settings"] == {
-        "model": "timm:resnet18", "gallery": "queries", "own file": "ignored",
+        "model": NETWORK, "gallery": "queries", "own file": "ignored",
         "own group": "ignored", "ties": "relevant last", "data": str(data), "kind": "folder",
         "split": "test", "group": "name", "train_share": 0.6,
     }  # fmt: skip

@@ -353,7 +353,7 @@ def test_class_folders_with_alpha_or_a_folder_of_masks(tmp_path: Path) -> None:
 def test_the_command_measures_folds_and_files(
     voc: Path, run: Callable[..., Run], tmp_path: Path
 ) -> None:
-    network = ("timm:resnet18", "--untrained", "--size", "64")
+    network = ("timm:test_resnet", "--untrained", "--size", "64")
     done = run("evaluate", "segmentation", network[0], voc, *network[1:], "--fold", "0",
                "--episodes", "3", "--out", "scores", "--json")  # fmt: skip
     assert done.code == 0, done.err
@@ -378,7 +378,7 @@ def test_the_command_measures_folds_and_files(
 
 
 def test_the_commands_errors(voc: Path, fails: Callable[..., str], tmp_path: Path) -> None:
-    network = ("timm:resnet18", "--untrained", "--size", "64")
+    network = ("timm:test_resnet", "--untrained", "--size", "64")
     start = ("evaluate", "segmentation", network[0])
     for arguments, code, record in (
         ((tmp_path / "nowhere",), 1, "nowhere"),

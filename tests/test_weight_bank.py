@@ -352,7 +352,7 @@ def test_the_command_line(run: Callable[..., Run], fails: Callable[..., str], he
     record = json.loads(done.out)
     assert record["schema"] == 1
     assert record["layer"] == "layer4"
-    assert record["channels"] == 512
+    assert record["channels"] == 96
     assert {key: record["report"][key] for key in ("images", "classes", "triplets", "seed")} == {
         "images": 4, "classes": 2, "triplets": 4, "seed": 3,
     }  # fmt: skip
