@@ -108,7 +108,8 @@ def fuzz(place: Place, share: int, what: str) -> Iterable[str]:
 
 def several(place: Place, share: int, what: str) -> Iterable[str]:
     """One model in eight threads, and one process that explains 1,000 times."""
-    yield _tests("tests/test_threads.py", "tests/test_memory.py")
+    threads, memory = _tests("tests/test_threads.py"), _tests("tests/test_memory.py")
+    yield f"tests of eight threads: {threads}; of 1,000 explanations in a row: {memory}"
 
 
 def numbers(place: Place, share: int, what: str) -> Iterable[str]:
