@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 import warnings
@@ -113,7 +114,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """As click does; notes of old names go to standard error."""
-        with _notes(ctx):
+        with _notes(ctx), _largest_picture():
             return super().invoke(ctx)
 
     def _todays(self, args: Sequence[str]) -> list[str]:
@@ -131,6 +132,27 @@ class Command(click.Command):
                 word = f"{named}{equals}{value}"
             renamed.append(word)
         return [*renamed, *args[end:]]
+
+
+@contextmanager
+def _largest_picture() -> Iterator[None]:
+    """Pictures of up to SIMEXPLAIN_MAX_MEGAPIXELS are read, unless given of 178 megapixels."""
+    given = os.environ.get("SIMEXPLAIN_MAX_MEGAPIXELS")
+    if not given:
+        yield
+        return
+    if not re.fullmatch(r"\d{1,6}(\.\d+)?", given) or not float(given):
+        raise click.UsageError(
+            f"Expected SIMEXPLAIN_MAX_MEGAPIXELS to be a number of megapixels, got {given!a}."
+        )
+    from PIL import Image
+
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = int(float(given) * 1e6) // 2  # beyond twice that Pillow refuses
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _show_all(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:

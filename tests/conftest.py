@@ -44,6 +44,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Or libraries would complain of what is left at the end."""
+    gc.unfreeze()
+
+
 class TinyNet(nn.Module):
     """Two convolutions with batch norm, pooling and a linear head; quick and not symmetric."""
 

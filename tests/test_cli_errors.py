@@ -12,6 +12,7 @@ import timm
 import torch
 from cli_runs import FAST, NETWORK, Run, interrupted, process
 from conftest import TinyNet
+from PIL import Image
 
 from simexplain.data.folders import pictures_in, read_item
 from simexplain.data.images import read_picture
@@ -222,3 +223,19 @@ def test_interrupt(here: Path, seconds: float) -> None:
     assert (done.code, done.out) == (130, "")
     assert done.err.strip() == "Error: Interrupted; nothing was written."
     assert sorted(here.rglob("*")) == before
+
+
+def test_the_largest_picture_is_an_option(
+    fails: Callable[..., str], run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, command = Image.MAX_IMAGE_PIXELS, ("explain", NETWORK, "a.png", "b.jpg", *FAST)
+    monkeypatch.setenv("SIMEXPLAIN_MAX_MEGAPIXELS", "0.002")  # the pictures have 2,400 pixels
+    text = fails(*command)
+    assert "has more than 0.002 million pixels" in text
+    assert "SIMEXPLAIN_MAX_MEGAPIXELS" in text
+    monkeypatch.setenv("SIMEXPLAIN_MAX_MEGAPIXELS", "0.0025")
+    assert run(*command, "--no-check").code == 0
+    for value in ("0", "many", "-1", "nan", "1e9"):
+        monkeypatch.setenv("SIMEXPLAIN_MAX_MEGAPIXELS", value)
+        assert "to be a number of megapixels" in fails(*command, code=2)
+    assert before == Image.MAX_IMAGE_PIXELS

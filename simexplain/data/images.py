@@ -171,8 +171,9 @@ def read_picture(path: PictureSource, name: str = "image 1") -> Picture:
     and TIFF files of many bands keep their bands (:func:`read_bands`).
 
     Args:
-        path: Any format that Pillow reads, up to 178 million pixels; ``.npy``, ``.npz``. Or a
-            picture of PIL, of an animation its present frame. Or an array ``(H,W)``, ``(H,W,C)``
+        path: Any format that Pillow reads, up to 178 million pixels (twice
+            ``PIL.Image.MAX_IMAGE_PIXELS``); ``.npy``, ``.npz``. Or a picture of PIL, of an
+            animation its present frame. Or an array ``(H,W)``, ``(H,W,C)``
             or ``(C,H,W)``: grey, RGB or RGBA of 8 bits as such a picture, others as bands, floats
             in [0, 1].
         name: What to call a picture without a path.
@@ -247,8 +248,10 @@ def _reasons(name: str) -> Iterator[None]:
             f"'{name}' is not a picture in a format that can be read; save it as PNG or JPEG."
         ) from error
     except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 10**6
         raise ImageError(
-            f"'{name}' has more than 178 million pixels; reduce it before explaining it."
+            f"'{name}' has more than {int(most) if most > 10 else most} million pixels; reduce it, "
+            "or allow more with SIMEXPLAIN_MAX_MEGAPIXELS in the environment."
         ) from error
     except DAMAGE as error:
         raise ImageError(
