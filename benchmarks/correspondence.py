@@ -91,7 +91,7 @@ def answers(
             for name, unit in zip(SEEN, units, strict=True)
         }
     if layer == network.layers[0] or deep:
-        matching = match(network.shared, firsts, second, layer, steps=STEPS, progress=_patient)
+        matching = match(network.shared, firsts, second, layer, jacobians=STEPS, progress=_patient)
         values = matching.matrix.flatten(3).flatten(1, 2)
         special = torch.stack([centred(one) for one in values])
         result |= dict(zip(OWN, (values, special), strict=True))

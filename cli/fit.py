@@ -56,7 +56,7 @@ _OWN = PostHoc()
 @option(
     "--reliability-batches",
     "steps",
-    default=_OWN.steps,
+    default=_OWN.reliability_batches,
     show_default=True,
     help="Batches that train the reliabilities.",
 )
@@ -101,7 +101,7 @@ def command(
             nodes=nodes,
             preset=preset,
             epochs=epochs,
-            steps=steps,
+            reliability_batches=steps,
             seed=seed,
         )
     save_model(fitted, out, force=force)

@@ -95,7 +95,7 @@ def command(
             if fresh:
                 index = build_index(
                     network, folder, out, layer=layer, batch_size=batch_size, basis=not no_basis,
-                    width=width, steps=steps or 0, force=force, progress=progress,
+                    width=width, jacobians=steps or 0, force=force, progress=progress,
                 )  # fmt: skip
             else:
                 index = update_index(

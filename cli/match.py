@@ -89,7 +89,7 @@ def command(
     patience = Patience(lambda text: echo(f"Note: {text}", err=True))
     with busy("Matching 2 images"):
         result = match(
-            network, a, b, layer, score=score, style=style, steps=steps, progress=patience
+            network, a, b, layer, score=score, formula=style, jacobians=steps, progress=patience
         )
     chosen = points or None
     return Made(result, partial(report, result, chosen, top), {"points": chosen, "top": top})

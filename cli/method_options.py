@@ -175,7 +175,7 @@ measuring_options = together(
     ),
     option("--all", "every", is_flag=True,
         help="Take every method that applies; some are slow."),
-    _of_measuring("--curve-steps", "steps", default=20, show_default=True, type=click.IntRange(2),
+    _of_measuring("--curve-steps", default=20, show_default=True, type=click.IntRange(2),
         help="How many steps deletion and insertion take."),
     _of_measuring("--baseline", type=OneOf(list(BASELINES)), default="blur",
         show_default=True, help="What deleted pixels become."),

@@ -36,7 +36,8 @@ RENAMED: dict[str, tuple[str, ...]] = {
     "magnify": ("upscale",),
     "masking": ("perturb",),
     "several": ("aggregate",),
-    "steps": ("batches_per_epoch",),
+    "steps": ("batches_per_epoch", "jacobians", "curve_steps", "reliability_batches"),
+    "style": ("formula",),
     "watch": ("attention_triplets",),
 }
 """Old names of arguments, options, attributes and keys, each with the new ones.
@@ -57,8 +58,6 @@ RENAMED_OPTIONS: dict[str, tuple[str, ...]] = {
     "max_batch": ("batch_size",),
     "no_pretrained": ("untrained",),
     "nodes": ("nodes_per_level",),
-    "steps": ("jacobians", "curve_steps", "batches_per_epoch", "reliability_batches"),
-    "style": ("formula",),
 }
 """The same for the command line, some of whose options were renamed alone."""
 

@@ -406,10 +406,10 @@ def test_what_would_never_end_is_refused(tmp_path: Path) -> None:
             Image.new("RGB", (4, 4)).save(tmp_path / "own" / name / f"{number}.png")
     one, two = images(2)[:1], images(2)[1:]
     for made in (
-        lambda: match(model, one, two, steps=many),
+        lambda: match(model, one, two, jacobians=many),
         lambda: explain(model, both, "decomposition", steps=many),
         lambda: sample_comparisons(tmp_path / "own", many),
-        lambda: simexplain.build_index(model, tmp_path / "own", tmp_path / "index", steps=many),
+        lambda: simexplain.build_index(model, tmp_path / "own", tmp_path / "index", jacobians=many),
         lambda: deletion(lambda x: x.sum((1, 2, 3)), one[0], one[0, 0], steps=many),
         lambda: bootstrap_mean([1.0, 2.0], samples=many),
         lambda: infidelity(lambda x: x.sum((1, 2, 3)), one, one[:, 0], samples=many),

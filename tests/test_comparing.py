@@ -65,7 +65,7 @@ def named(tiny: TinyNet):
 
 def test_every_number_is_that_of_the_method_alone(tiny, triplet) -> None:
     scipy = pytest.importorskip("scipy.stats")
-    result = compare(tiny, triplet, FINE, steps=4, baseline="mean")
+    result = compare(tiny, triplet, FINE, curve_steps=4, baseline="mean")
     assert [method.name for method in result.methods] == list(FINE)
     alone = [
         explain(tiny, triplet, "saliency"),
@@ -75,7 +75,7 @@ def test_every_number_is_that_of_the_method_alone(tiny, triplet) -> None:
     ]
     for method, own in zip(result.methods, alone, strict=True):
         assert torch.equal(method.explanation.maps, own.maps)
-        scores = faithfulness(tiny, triplet, own, steps=4, baseline="mean")
+        scores = faithfulness(tiny, triplet, own, curve_steps=4, baseline="mean")
         for name in ("deletion", "insertion", "gain"):
             values = getattr(scores, name)[0].tolist()
             assert method.scores[name] == pytest.approx(values, nan_ok=True)
@@ -94,8 +94,8 @@ def test_every_number_is_that_of_the_method_alone(tiny, triplet) -> None:
 
 
 def test_together_there_is_one_score_for_all_images(tiny, triplet) -> None:
-    result = compare(tiny, triplet, ["sam"], steps=3, perturb="joint")
-    scores = faithfulness(tiny, triplet, explain(tiny, triplet), steps=3, perturb="joint")
+    result = compare(tiny, triplet, ["sam"], curve_steps=3, perturb="joint")
+    scores = faithfulness(tiny, triplet, explain(tiny, triplet), curve_steps=3, perturb="joint")
     assert result["sam"].scores["gain"] == pytest.approx(scores.gain[0].tolist())
     assert len(result["sam"].scores["gain"]) == 1
     assert png_of(result.figure())
@@ -103,7 +103,9 @@ def test_together_there_is_one_score_for_all_images(tiny, triplet) -> None:
 
 def test_files_are_compared_as_explain_explains_them(named, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
-    result = compare(named, paths, ["sam", "sam:upscale=2"], arch="triplet", masks=masks, steps=2)
+    result = compare(
+        named, paths, ["sam", "sam:upscale=2"], arch="triplet", masks=masks, curve_steps=2
+    )
     for method, upscale in zip(result.methods, (1, 2), strict=True):
         own = explain(named, paths, arch="triplet", upscale=upscale)
         assert torch.allclose(method.explanation.maps, own.maps, atol=1e-6)
@@ -155,7 +157,7 @@ def test_the_users_model_is_left_as_it_was(tiny, triplet) -> None:
     tiny.stem.weight.requires_grad_(False)
     tiny(triplet.anchor.repeat(2, 1, 1, 1)).sum().backward()
     before = Touched(tiny)
-    compare(tiny, triplet, TEXTS, steps=2)
+    compare(tiny, triplet, TEXTS, curve_steps=2)
     assert before.same_as(Touched(tiny))
 
 
@@ -168,7 +170,7 @@ def test_what_does_not_apply_is_skipped_with_the_reason(tiny, triplet) -> None:
     cheap = {"occlusion": "occlusion:window=0.5,stride=0.5", "sbsm": "sbsm:window=0.5,stride=0.5",
              "random_masks": "random_masks:masks=8", "smoothgrad": "smoothgrad:samples=2",
              "integrated_gradients": "integrated_gradients:steps=2"}  # fmt: skip
-    result = compare(box, triplet, [cheap.get(name, name) for name in every], steps=2)
+    result = compare(box, triplet, [cheap.get(name, name) for name in every], curve_steps=2)
     done = {method.explanation.method for method in result.methods}
     layered = {name for name in every if getattr(METHODS[name], "uses_layers", True)}
     assert not done & layered
@@ -184,10 +186,10 @@ def test_an_error_of_torch_skips_a_method_and_none_left_is_an_error(tiny, triple
         raise RuntimeError("sizes do not match\nat all")
 
     recipes = {"broken": (broken, None, {}), "sam": ("sam", None, {})}
-    result = compare(tiny, triplet, recipes, steps=1)
+    result = compare(tiny, triplet, recipes, curve_steps=1)
     assert result.skipped == {"broken": "RuntimeError: sizes do not match."}
     with pytest.raises(ModelError, match="no_layer"):
-        compare(tiny, triplet, ["sam@no_layer"], steps=1)
+        compare(tiny, triplet, ["sam@no_layer"], curve_steps=1)
 
 
 def test_methods_from_text() -> None:
@@ -219,7 +221,7 @@ def test_methods_from_text() -> None:
 )
 def test_methods_that_are_wrong_are_refused_before_any_runs(tiny, triplet, methods, said) -> None:
     with pytest.raises(ComparisonError, match=said) as caught:
-        compare(tiny, triplet, methods, steps=1)
+        compare(tiny, triplet, methods, curve_steps=1)
     assert "\n" not in str(caught.value)
 
 
@@ -241,7 +243,7 @@ def test_the_figure_has_a_row_for_each_method_and_aligned_columns(named, tmp_pat
     paths = [tmp_path / f"{side}$_{side}$.png" for side in (40, 80, 160)]
     for path, size in zip(paths, ((80, 40), (80, 80), (80, 160)), strict=True):
         noise(*size).save(path)
-    result = compare(named, paths, TEXTS[:3], arch="triplet", steps=1)
+    result = compare(named, paths, TEXTS[:3], arch="triplet", curve_steps=1)
     figure = result.figure("contour")
     drawn = [axes for axes in figure.axes if axes.get_images()]
     assert len(drawn) == 4 * 3
@@ -264,7 +266,7 @@ def test_the_figure_has_a_row_for_each_method_and_aligned_columns(named, tmp_pat
 def test_texts_of_the_figure_stay_inside_and_apart(named, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
     texts = [*TEXTS, "input_x_gradient", "decomposition", "sam@last:cam=layer_cam"]
-    figure = compare(named, paths, texts, arch="triplet", masks=masks, steps=1).figure()
+    figure = compare(named, paths, texts, arch="triplet", masks=masks, curve_steps=1).figure()
     figure.canvas.draw()
     page = figure.bbox
     boxes = [text.get_window_extent() for text in figure.texts if text.get_text()]
@@ -281,7 +283,7 @@ def test_sets_of_many_images_show_what_fits(named, tmp_path: Path) -> None:
     paths = [tmp_path / f"{index}.png" for index in range(14)]
     for path in paths:
         noise(24, 24, seed=int(path.stem)).save(path)
-    result = compare(named, paths, ["sam"], arch="set", positives=6, steps=1)
+    result = compare(named, paths, ["sam"], arch="set", positives=6, curve_steps=1)
     figure = result.figure()
     assert figure.get_size_inches()[0] < 20
     shown = sum(bool(axes.get_images()) for axes in figure.axes) // 2
@@ -292,7 +294,7 @@ def test_sets_of_many_images_show_what_fits(named, tmp_path: Path) -> None:
 def test_a_comparison_is_saved_whole_and_keeps_the_contract(named, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
     texts = [*TEXTS[:2], "sam@no_layer"]
-    result = compare(named, paths, texts, arch="triplet", masks=masks, steps=2)
+    result = compare(named, paths, texts, arch="triplet", masks=masks, curve_steps=2)
     files = result.save(tmp_path / "out")
     assert {Path(path).name for path in files.values()} == set(KINDS["MethodComparison"].names)
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(
@@ -324,7 +326,7 @@ def same(one: object, other: object) -> bool:
 def test_a_saved_comparison_is_the_same_after_loading(named, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
     texts = [*TEXTS, "sam@last+act:upscale=2,cam=layer_cam", "sam@no_layer"]
-    before = compare(named, paths, texts, arch="triplet", masks=masks, steps=2)
+    before = compare(named, paths, texts, arch="triplet", masks=masks, curve_steps=2)
     files = before.save(tmp_path / "out")
     after = MethodComparison.load(tmp_path / "out")
     assert str(after) == str(before)
@@ -359,7 +361,7 @@ def test_a_saved_comparison_is_the_same_after_loading(named, tmp_path: Path) -> 
 
 def test_pointing_and_energy_are_measured_on_maps_as_they_are(named, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
-    result = compare(named, paths, ["saliency"], arch="triplet", masks=masks, steps=1)
+    result = compare(named, paths, ["saliency"], arch="triplet", masks=masks, curve_steps=1)
     (method,) = result.methods
     for index, mask in result.masks.items():
         heat = torch.from_numpy(method.explanation.on_picture(index, raw=True)[1])
@@ -370,7 +372,7 @@ def test_pointing_and_energy_are_measured_on_maps_as_they_are(named, tmp_path: P
 
 
 def test_the_table_has_a_line_a_method_and_the_random_map(tiny, triplet) -> None:
-    result = compare(tiny, triplet, TEXTS[:2], steps=2)
+    result = compare(tiny, triplet, TEXTS[:2], curve_steps=2)
     assert [row["method"] for row in result.table()] == [*TEXTS[:2], "(random)"]
     assert len({tuple(row) for row in result.table()}) == 1
     lines = str(result).splitlines()
@@ -388,10 +390,10 @@ def test_the_table_has_a_line_a_method_and_the_random_map(tiny, triplet) -> None
 
 def test_the_estimate_is_made_once_by_the_first_method(tiny, triplet) -> None:
     record: list[float] = []
-    result = compare(tiny, triplet, TEXTS[:3], steps=2, estimate=record.append)
+    result = compare(tiny, triplet, TEXTS[:3], curve_steps=2, estimate=record.append)
     first = result.methods[0]
     assert record == [2 * (first.seconds + first.measuring)]
-    compare(tiny, triplet, TEXTS[:1], steps=2, estimate=record.append)
+    compare(tiny, triplet, TEXTS[:1], curve_steps=2, estimate=record.append)
     assert len(record) == 1
 
 

@@ -86,10 +86,10 @@ def test_scores_are_those_of_held_directions_and_of_the_margin() -> None:
     comparison, model = coloured(), Corner().eval()
     rows = [nn.functional.normalize(model(x), dim=1)[0] for x in comparison.stacked()[0][:, None]]
     anchor, near, far = (row.detach() for row in rows)
-    each = faithfulness(model, comparison, corner_maps(comparison), steps=2)
+    each = faithfulness(model, comparison, corner_maps(comparison), curve_steps=2)
     expected = torch.stack((anchor @ (near - far), near @ anchor, -far @ anchor))
     assert torch.allclose(each.whole[0], expected.double(), atol=1e-6)
-    joint = faithfulness(model, comparison, corner_maps(comparison), steps=2, perturb="joint")
+    joint = faithfulness(model, comparison, corner_maps(comparison), curve_steps=2, perturb="joint")
     assert float(joint.whole) == pytest.approx(float(anchor @ near - anchor @ far), abs=1e-6)
 
 
@@ -110,7 +110,9 @@ def test_areas_of_a_corner_are_known() -> None:
     comparison = Comparison.pair(red, red.clone())
     black = Preprocess(size=(24, 32), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     model = as_similarity_model(Corner(), preprocess=black)
-    result = faithfulness(model, comparison, corner_maps(comparison), steps=8, baseline="black")
+    result = faithfulness(
+        model, comparison, corner_maps(comparison), curve_steps=8, baseline="black"
+    )
     # One direction until the corner's quarter of the pixels is black, after two of eight steps.
     assert result.deletion[0].tolist() == pytest.approx([1.5 / 8] * 2, abs=1e-6)
     assert result.insertion[0].tolist() == pytest.approx([7.5 / 8] * 2, abs=1e-6)
@@ -124,16 +126,16 @@ def test_areas_are_undefined_where_covering_costs_little(perturb: str, tiny, ima
     rows = [nn.functional.normalize(tiny(x[None]), dim=1)[0].detach() for x in images[:3]]
     sizes = torch.tensor([float((rows[1] - rows[2]).norm()), 1.0, 1.0])  # of the directions
     sizes = sizes[:1] if perturb == "joint" else sizes
-    free = faithfulness(tiny, comparison, maps, perturb=perturb, steps=3, least=0)
+    free = faithfulness(tiny, comparison, maps, perturb=perturb, curve_steps=3, least=0)
     costs = (free.whole - free.empty)[0] / sizes
     assert float(costs.max()) > 0
     limit = float(costs.max()) * 0.999
-    kept = faithfulness(tiny, comparison, maps, perturb=perturb, steps=3, least=limit)
+    kept = faithfulness(tiny, comparison, maps, perturb=perturb, curve_steps=3, least=limit)
     assert kept.settings["least"] == limit
     assert torch.equal(kept.deletion[0].isfinite(), costs == costs.max())
     assert torch.equal(kept.insertion.isfinite(), kept.deletion.isfinite())
     assert torch.equal(kept.gain, free.gain)
-    none = faithfulness(tiny, comparison, maps, perturb=perturb, steps=3, least=limit * 1.01)
+    none = faithfulness(tiny, comparison, maps, perturb=perturb, curve_steps=3, least=limit * 1.01)
     assert bool(none.deletion.isnan().all())
     with pytest.raises(ComparisonError, match="least between 0 and 1"):
         faithfulness(tiny, comparison, maps, least=2)
@@ -144,7 +146,7 @@ def test_the_limit_knows_the_length_of_rows(images) -> None:
     model = small_avsl().float()
     comparison = Comparison.pair(images[:1], images[1:2])
     rows = model.embed(images[:2]).detach()
-    free = faithfulness(model, comparison, torch.rand(1, 2, 4, 4), steps=2, least=0)
+    free = faithfulness(model, comparison, torch.rand(1, 2, 4, 4), curve_steps=2, least=0)
     shares = (free.whole - free.empty)[0] / float(rows[0].norm() * rows[1].norm())
     for index in range(2):
         for factor, defined in ((0.99, True), (1.01, False)):
@@ -160,7 +162,7 @@ def test_the_limit_knows_the_length_of_rows(images) -> None:
 def test_results_do_not_depend_on_max_batch_and_take_explanations(tiny, images) -> None:
     comparison = Comparison.triplet(images[:2], images[2:4], images[4:])
     result = explain(tiny, comparison, layer="last")
-    whole = faithfulness(tiny, comparison, result, steps=5)
+    whole = faithfulness(tiny, comparison, result, curve_steps=5)
     for perturb in ("single", "joint"):
         options = {"steps": 5, "perturb": perturb}
         one = faithfulness(tiny, comparison, result.maps, **options)
@@ -220,7 +222,7 @@ def test_the_users_model_is_left_as_it_was(tiny, images, tmp_path: Path) -> None
     sanity_check(tiny, comparison, layer="last", depths=2)
     paths, _ = pictures(tmp_path)
     model = as_similarity_model(tiny, preprocess=PREPARE)
-    evaluate_faithfulness(model, [(paths,)], {"sam": ("sam", "last", {})}, steps=2)
+    evaluate_faithfulness(model, [(paths,)], {"sam": ("sam", "last", {})}, curve_steps=2)
     assert before.same_as(Touched(tiny))
 
 
@@ -326,7 +328,7 @@ def test_intervals_of_few_comparisons_are_marked(model, tmp_path: Path) -> None:
 def test_a_data_set_is_reproducible_and_saved_whole(model, tmp_path: Path) -> None:
     paths, masks = pictures(tmp_path)
     one, two = (
-        evaluate_faithfulness(model, [(paths, "triplet", masks)], RECIPES, steps=3, seed=5)
+        evaluate_faithfulness(model, [(paths, "triplet", masks)], RECIPES, curve_steps=3, seed=5)
         for _ in range(2)
     )
     values = {name: scores.values for name, scores in one.methods.items()}

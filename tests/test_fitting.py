@@ -27,7 +27,7 @@ from simexplain.graph.inference import overlap
 from simexplain.models.avsl import AVSL
 from simexplain.models.base import SimilarityModel
 
-QUICK = {"nodes": 12, "epochs": 20, "steps": 10, "levels": LEVELS}
+QUICK = {"nodes": 12, "epochs": 20, "reliability_batches": 10, "levels": LEVELS}
 CLASSES, EACH = 6, 5
 
 
@@ -85,7 +85,13 @@ def test_labelled_heads_find_the_classes_better_than_the_network(
         assert overlap_of_classes(model.distance(rows, rows), labels) < 0.5 * own
         assert recall(model.distance(rows, rows), labels) == 1
     assert model.origin == "labelled"
-    assert model.report == {"images": 30, "seed": 0, "classes": 6, "epochs": 20, "steps": 10}
+    assert model.report == {
+        "images": 30,
+        "seed": 0,
+        "classes": 6,
+        "epochs": 20,
+        "steps": 10,
+    }
     assert not model.training
 
 

@@ -103,7 +103,7 @@ def results(folder: Path) -> list[Path]:
     result = folder / "a" / "found"
     explain(model, pair, arch="siamese").save(result / "explanation")
     match(model, *pair).save(result / "matching")
-    compare(model, pair, ["sam"], arch="siamese", steps=2).save(result / "comparison")
+    compare(model, pair, ["sam"], arch="siamese", curve_steps=2).save(result / "comparison")
     table = folder / "table.csv"
     table.write_text("anchor,positives\nb/2.png,b/3.png\n")
     explain_batch(model, table, result / "batch", how=BatchOptions(pictures=True, figures=True))

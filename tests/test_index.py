@@ -168,7 +168,7 @@ def test_factors_are_position_parts_in_half_precision(
     model = tiny_model(kind)
     if layer == "act":
         steps = 4  # a convolution and a ReLU above it
-    index = build_index(model, gallery, out, layer=layer, steps=steps, batch_size=3)
+    index = build_index(model, gallery, out, layer=layer, jacobians=steps, batch_size=3)
     assert index.has_basis
     assert index.layer == (layer or model.default_layer)
     for position in (0, 5, 10):

@@ -140,7 +140,7 @@ def test_stylianou_s_maps_are_the_marginals_for_average_pooling_without_a_head(
 
 def test_zhu_s_style_drops_biases_scales_and_cuts(images: Tensor) -> None:
     network = linear()
-    result = match(network, images[:1], images[1:2], "act", style="zhu")
+    result = match(network, images[:1], images[1:2], "act", formula="zhu")
     with torch.no_grad():
         grid = network.act(network.body(images[:2]))
         norm = network.norm
@@ -341,10 +341,10 @@ def test_a_patch_that_both_images_show_is_matched_to_itself() -> None:
 
 def test_tails_that_are_not_linear_are_integrated_and_told(images: Tensor) -> None:
     network = Curved("average", norm=False, linear=True, bias=True).eval()
-    good = match(network, images[:2], images[2:4], "act", steps=32)
+    good = match(network, images[:2], images[2:4], "act", jacobians=32)
     assert good.residual.abs().max() < 1e-3
     assert any("32 Jacobians were averaged" in warning for warning in good.warnings)
-    rough = match(network, images[:2], images[2:4], "act", steps=1)
+    rough = match(network, images[:2], images[2:4], "act", jacobians=1)
     assert rough.residual.abs().max() > 1e-3
     (record,) = (warning for warning in rough.warnings if "Jacobians" in warning)
     assert "network above act is not linear" in record
@@ -374,9 +374,9 @@ def test_wrong_arguments_are_told(tiny: TinyNet, images: Tensor) -> None:
     a, b = images[:1], images[1:2]
     for expected, call in (
         ("score to be one of cosine, dot, squared", lambda: match(tiny, a, b, score="l2")),
-        ("style to be one of exact, zhu", lambda: match(tiny, a, b, style="plain")),
-        ("has no distances", lambda: match(tiny, a, b, score="squared", style="zhu")),
-        ("steps of at least 1", lambda: match(tiny, a, b, steps=0)),
+        ("formula to be one of exact, zhu", lambda: match(tiny, a, b, formula="plain")),
+        ("has no distances", lambda: match(tiny, a, b, score="squared", formula="zhu")),
+        ("jacobians of at least 1", lambda: match(tiny, a, b, jacobians=0)),
         ("max_batch of at least 1", lambda: match(tiny, a, b, max_batch=0)),
         ("as many or one on a side", lambda: match(tiny, images[:2], images[:3])),
         ("as many or one on a side", lambda: match(tiny, a.long(), b)),

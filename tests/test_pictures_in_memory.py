@@ -80,11 +80,14 @@ def test_every_verb_takes_them(files: list[Path], model: SimilarityModel, tmp_pa
         segment(model, given[0], given[1:], refine="threshold").mask,
         segment(model, files[0], files[1:], refine="threshold").mask,
     )
-    table = compare(model, given, ["sam"], arch="triplet", steps=2)
+    table = compare(model, given, ["sam"], arch="triplet", curve_steps=2)
     assert (
-        table["sam"].means == compare(model, files, ["sam"], arch="triplet", steps=2)["sam"].means
+        table["sam"].means
+        == compare(model, files, ["sam"], arch="triplet", curve_steps=2)["sam"].means
     )
-    scores = evaluate_faithfulness(model, [(given, "triplet")], {"sam": ("sam", None, {})}, steps=2)
+    scores = evaluate_faithfulness(
+        model, [(given, "triplet")], {"sam": ("sam", None, {})}, curve_steps=2
+    )
     assert scores.items == (("image 1", "image 2", str(files[2])),)
 
 

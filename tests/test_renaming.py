@@ -228,7 +228,7 @@ def test_functions_of_pictures_under_their_old_names(tmp_path: Path) -> None:
         )
     with pytest.warns(RenamedWarning):
         table = simexplain.compare_files(model, paths, "triplet", ["sam"], steps=2)
-    same = simexplain.compare(model, paths, ["sam"], steps=2)["sam"].means
+    same = simexplain.compare(model, paths, ["sam"], curve_steps=2)["sam"].means
     assert table["sam"].means == pytest.approx(same, nan_ok=True)
     with pytest.warns(RenamedWarning):
         matched = simexplain.match_files(model, paths[0], paths[1])

@@ -111,7 +111,7 @@ def test_avsl_takes_tall_pictures(tmp_path: Path) -> None:
 
 def test_methods_are_compared_on_tall_pictures(tmp_path: Path) -> None:
     paths = drawn(tmp_path, (128, 64), (20, 100), (42, 104), (30, 30))
-    result = compare(persons(), paths, ["focus", "decomposition"], arch="triplet", steps=4)
+    result = compare(persons(), paths, ["focus", "decomposition"], arch="triplet", curve_steps=4)
     files = result.save(tmp_path / "out")
     with Image.open(files["figure"]) as figure:
         assert figure.width > 600

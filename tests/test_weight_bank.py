@@ -302,20 +302,22 @@ def test_a_bank_is_read_once_for_all_items(
     monkeypatch.setattr(WeightBank, "load", lambda path: read.append(path) or load(path))
     recipes = setups_of(["weight_bank:bank=x.bank,neighbours=1", "sam"])
     items = [Item(("a.png", "b.png"), "siamese"), Item(("a.png", "c.png"), "siamese")] * 2
-    scores = evaluate_faithfulness(model, items, recipes, steps=1)
+    scores = evaluate_faithfulness(model, items, recipes, curve_steps=1)
     assert not scores.errors
     assert read == ["x.bank"]
-    result = compare(model, ["a.png", "b.png"], recipes, arch="siamese", steps=1)
+    result = compare(model, ["a.png", "b.png"], recipes, arch="siamese", curve_steps=1)
     assert read == ["x.bank"] * 2
     name = "weight_bank:bank=x.bank,neighbours=1"
     assert result[name].asked["bank"] == result[name].explanation.options["bank"] == "x.bank"
     json.dumps(result.to_json())
     missing = {"w": ("weight_bank", None, {"bank": "nowhere"})}
     with pytest.raises(OutputError, match="no bank 'nowhere'"):
-        compare(model, ["a.png", "b.png"], missing, arch="siamese", steps=1)
+        compare(model, ["a.png", "b.png"], missing, arch="siamese", curve_steps=1)
     with pytest.raises(OutputError, match="no bank 'nowhere'"):
-        evaluate_faithfulness(model, items[:1], missing, steps=1)
-    without = compare(model, ["a.png", "b.png"], ["weight_bank", "sam"], arch="siamese", steps=1)
+        evaluate_faithfulness(model, items[:1], missing, curve_steps=1)
+    without = compare(
+        model, ["a.png", "b.png"], ["weight_bank", "sam"], arch="siamese", curve_steps=1
+    )
     assert "the method's option bank=FILE" in without.skipped["weight_bank"]
 
 

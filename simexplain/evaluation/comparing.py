@@ -186,7 +186,7 @@ def compare(
     negative: bool = False,
     positives: int = 1,
     perturb: str = "single",
-    steps: int = 20,
+    curve_steps: int = 20,
     baseline: str = "blur",
     tolerance: float = 0,
     max_batch: int | None = None,
@@ -209,7 +209,7 @@ def compare(
         negative: The other image of a siamese pair is a negative.
         positives: How many images after the anchor are positives, for ``set``.
         perturb: As for ``faithfulness``.
-        steps: As for ``faithfulness``.
+        curve_steps: As for ``faithfulness``.
         baseline: As for ``faithfulness``.
         tolerance: Of the pointing game, in pixels of the pictures or images.
         max_batch: Bounds the images in one forward pass; maps do not depend on it.
@@ -254,7 +254,9 @@ def compare(
     notes: tuple[str, ...] = ()
     if question.pictures:
         notes = notes_of(wrapped.preprocess, question.pictures)
-    run = _Run(wrapped, question, Measures(perturb, steps, baseline, tolerance, max_batch, seed))
+    run = _Run(
+        wrapped, question, Measures(perturb, curve_steps, baseline, tolerance, max_batch, seed)
+    )
     return run.compared(setups, explained, notes, progress, estimate)
 
 

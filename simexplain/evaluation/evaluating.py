@@ -69,7 +69,7 @@ def evaluate_faithfulness(
     *,
     controls: Sequence[str] = ("random",),
     perturb: str = "single",
-    steps: int = 20,
+    curve_steps: int = 20,
     baseline: str = "blur",
     tolerance: float = 0,
     max_batch: int | None = None,
@@ -90,7 +90,7 @@ def evaluate_faithfulness(
         methods: By name ``(method, layer, options)`` as ``explain`` takes them.
         controls: Names in ``CONTROLS``, measured beside the methods.
         perturb: As for ``faithfulness``.
-        steps: As for ``faithfulness``.
+        curve_steps: As for ``faithfulness``.
         baseline: As for ``faithfulness``.
         tolerance: Of the pointing game, in pixels of the pictures.
         max_batch: Bounds the images in one forward pass.
@@ -112,7 +112,7 @@ def evaluate_faithfulness(
             f"Expected at least one item and one method, and controls of {', '.join(CONTROLS)}, "
             f"got {len(records)} items, {len(methods)} methods and {list(controls)}."
         )
-    measures = Measures(perturb, steps, baseline, tolerance, max_batch, seed)
+    measures = Measures(perturb, curve_steps, baseline, tolerance, max_batch, seed)
     run = _Run(wrapped, methods, controls, measures)
     start = time.perf_counter()
     for number, item in enumerate(records):

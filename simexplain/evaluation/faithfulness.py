@@ -45,7 +45,7 @@ def faithfulness(
     maps: Explanation | Tensor,
     *,
     perturb: str = "single",
-    steps: int = 20,
+    curve_steps: int = 20,
     baseline: str = "blur",
     least: float = LEAST,
     max_batch: int | None = None,
@@ -71,7 +71,7 @@ def faithfulness(
         maps: An explanation of these images, or maps ``(B,K,h,w)`` of any range; where they are
             signed, negative heat counts as the least important.
         perturb: ``single`` or ``joint``.
-        steps: Equal fractions into which the pixels are cut.
+        curve_steps: Equal fractions into which the pixels are cut.
         baseline: ``blur``, ``mean``, ``black`` or ``border``; black before the model's
             normalisation.
         least: See above, in [0, 1]; 0 normalises whatever falls at all.
@@ -97,7 +97,7 @@ def faithfulness(
         )
     check_range("least", least, 0, 1)
     ground = black_of(wrapped) if baseline == "black" else baseline
-    options: dict[str, Any] = {"steps": steps, "baseline": ground, "max_batch": max_batch}
+    options: dict[str, Any] = {"steps": curve_steps, "baseline": ground, "max_batch": max_batch}
     rows = embeddings_of(wrapped, comparison, max_batch)
     directions = margin_directions(comparison.like(rows))
     gaps = (least * directions.norm(dim=2) * rows.norm(dim=2)).tolist()
@@ -113,7 +113,7 @@ def faithfulness(
             ]
         )
     roles = comparison.roles if perturb == "single" else ("all",)
-    settings = {"perturb": perturb, "steps": steps, "baseline": baseline, "least": least}
+    settings = {"perturb": perturb, "steps": curve_steps, "baseline": baseline, "least": least}
     return _collected(curves, roles, settings)
 
 
@@ -258,9 +258,9 @@ def load_item(model: SimilarityModel, item: Item) -> LoadedItem:
 class Measures:
     """How explanations are measured, the same for all that are compared.
 
-    ``perturb``, ``steps`` and ``baseline`` are those of :func:`faithfulness`, ``tolerance`` is that
-    of the pointing game in pixels of the pictures, ``max_batch`` bounds the images in one forward
-    pass, and ``seed`` is that of control maps.
+    ``perturb``, ``steps`` (its ``curve_steps``) and ``baseline`` are those of :func:`faithfulness`,
+    ``tolerance`` is that of the pointing game in pixels of the pictures, ``max_batch`` bounds the
+    images in one forward pass, and ``seed`` is that of control maps.
     """
 
     perturb: str
@@ -272,7 +272,7 @@ class Measures:
 
     @property
     def curves(self) -> dict[str, Any]:
-        """The options of :func:`faithfulness`."""
+        """How deletion and insertion are made, as it is written to results."""
         return {"perturb": self.perturb, "steps": self.steps, "baseline": self.baseline}
 
     def __call__(
@@ -285,7 +285,13 @@ class Measures:
             and ``energy``, NaN for images without one.
         """
         scores = faithfulness(
-            model, question.comparison, explanation, max_batch=self.max_batch, **self.curves
+            model,
+            question.comparison,
+            explanation,
+            perturb=self.perturb,
+            curve_steps=self.steps,
+            baseline=self.baseline,
+            max_batch=self.max_batch,
         )
         areas = {name: tuple(getattr(scores, name)[0].tolist()) for name in _AREAS}
         if not question.masks:

@@ -20,6 +20,7 @@ from simexplain.models.avsl_options import AVSLOptions, avsl_options
 from simexplain.models.base import SimilarityModel
 from simexplain.models.embedder import as_similarity_model
 from simexplain.networks import at_least_single, full_precision, preserve_state, unit_rows
+from simexplain.renaming import takes_old_names, todays
 from simexplain.tracing import trace
 
 
@@ -321,6 +322,7 @@ FEW_A_CLASS = 3
 """Pictures of a class, on average, from which on heads differ reliably."""
 
 
+@takes_old_names
 @dataclass(frozen=True)
 class PostHoc:
     """How heads, edges and reliabilities are fitted to a frozen network.
@@ -331,7 +333,7 @@ class PostHoc:
         preset: ``paper``, ``official`` or own options. PCA heads always have a bias, since PCA
             subtracts the mean.
         epochs: Passes over the pooled features while a head is trained.
-        steps: Batches while alpha and beta are trained.
+        reliability_batches: Batches while alpha and beta are trained.
         seed: Of everything that is drawn; the user's random state is not touched.
         batch_size: Pictures in one forward pass.
         max_cache: Bytes of feature maps to keep between two passes; above it the network runs
@@ -342,13 +344,13 @@ class PostHoc:
     nodes: int = 512
     preset: str | AVSLOptions = "paper"
     epochs: int = 60
-    steps: int = 60
+    reliability_batches: int = 60
     seed: int = 0
     batch_size: int = 32
     max_cache: int = field(default=1 << 30, repr=False)
 
     def __post_init__(self) -> None:
-        check_numbers(self, "nodes", "epochs", "steps", "batch_size")
+        check_numbers(self, "nodes", "epochs", "reliability_batches", "batch_size")
 
     def __call__(
         self,
@@ -428,7 +430,12 @@ class PostHoc:
             learned: Graph = replace(graph, slopes=slopes, offsets=offsets)
         else:
             learned = trained_reliability(
-                graph, known, labels.to(rows.device), scales, steps=self.steps, generator=generator
+                graph,
+                known,
+                labels.to(rows.device),
+                scales,
+                steps=self.reliability_batches,
+                generator=generator,
             )
         with torch.no_grad():
             for alpha, slope in zip(model.alphas, learned.slopes, strict=True):
@@ -448,7 +455,7 @@ class PostHoc:
         classes, nodes = 0, min(self.nodes, max(level.shape[1] for level in vectors))
         if labels is not None:
             classes, nodes = int(labels.max()) + 1, self.nodes
-            report |= {"classes": classes, "epochs": self.epochs, "steps": self.steps}
+            report |= {"classes": classes, "epochs": self.epochs, "steps": self.reliability_batches}
         if broken:
             report["skipped"] = [str(path) for path in broken]
         if warnings := too_few(images, classes, nodes):
@@ -508,6 +515,7 @@ def fit(
         ModelError: If the network or an option cannot be used.
     """
     known = PostHoc.__dataclass_fields__
+    options = todays(options, known)
     unknown = [name for name in options if name not in known]
     if unknown:
         raise ModelError(f"fit has the options {', '.join(known)}, got '{unknown[0]}'.")

@@ -126,7 +126,7 @@ def check_choices(score: str, style: str) -> None:
         ComparisonError: If so.
     """
     check_choice("score", score, SCORES)
-    check_choice("style", style, STYLES)
+    check_choice("formula", style, STYLES)
     if style == "zhu" and SCORES[score].sign < 0:
         raise ComparisonError(
             f"Expected a score of cosine or dot with style 'zhu', which has no distances, got "

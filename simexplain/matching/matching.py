@@ -45,8 +45,8 @@ def match(
     layer: str | nn.Module | None = None,
     *,
     score: str = "cosine",
-    style: str = "exact",
-    steps: int = 16,
+    formula: str = "exact",
+    jacobians: int = 16,
     max_batch: int | None = None,
     progress: Progress | None = None,
 ) -> Matching:
@@ -68,9 +68,9 @@ def match(
         layer: A layer, or None for the model's default.
         score: ``cosine``; ``dot`` of the vectors as they are; ``squared``, the squared Euclidean
             distance of the unit embeddings.
-        style: ``exact``, or ``zhu``: no biases, pairs cut off at zero, then maps scaled to their
+        formula: ``exact``, or ``zhu``: no biases, pairs cut off at zero, then maps scaled to their
             maximum.
-        steps: Points of the quadrature where the network above the layer is not linear.
+        jacobians: Points of the quadrature where the network above the layer is not linear.
         max_batch: Bounds the images in one forward pass; results do not depend on it.
         progress: Called with how much of the work is done and how much there is. Without it, a
             Python warning announces work that will take longer than 20 seconds.
@@ -81,7 +81,7 @@ def match(
         ModelError: If the model or the layer cannot be used.
     """
     chosen: dict[str, Any] = {
-        "score": score, "style": style, "steps": steps, "max_batch": max_batch,
+        "score": score, "formula": formula, "jacobians": jacobians, "max_batch": max_batch,
         "progress": progress,
     }  # fmt: skip
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -105,26 +105,26 @@ def _match(
     layer: str | nn.Module | None,
     *,
     score: str,
-    style: str,
-    steps: int,
+    formula: str,
+    jacobians: int,
     max_batch: int | None,
     progress: Progress | None,
 ) -> Matching:
     """Of preprocessed images; see :func:`match`."""
-    check_choices(score, style)
+    check_choices(score, formula)
     wrapped = _expected(model)
     first, second = paired(a, b)
-    for name, number in (("steps", steps), ("max_batch", max_batch)):
+    for name, number in (("jacobians", jacobians), ("max_batch", max_batch)):
         if number is not None and number < 1:
             raise ComparisonError(f"Expected {name} of at least 1, got {number}.")
-    if steps > MOST_STEPS:
-        raise ComparisonError(f"Expected steps of at most {MOST_STEPS}, got {steps}.")
+    if jacobians > MOST_STEPS:
+        raise ComparisonError(f"Expected jacobians of at most {MOST_STEPS}, got {jacobians}.")
     if layer is None:
         layer = wrapped.default_for(first)
     layer = layer_name(wrapped.network, layer)
     waited = progress or Patience(lambda text: warnings.warn(text, stacklevel=4))
     all_parts = [
-        position_parts(wrapped, side, layer, steps=steps, max_batch=max_batch, progress=waited)
+        position_parts(wrapped, side, layer, steps=jacobians, max_batch=max_batch, progress=waited)
         for side in (first, second)
     ]
     result = matching_from(
@@ -133,7 +133,7 @@ def _match(
         images=(first, second),
         preprocess=wrapped.preprocess,
         score=score,
-        style=style,
+        style=formula,
         layer=layer,
         model=wrapped.name,
     )

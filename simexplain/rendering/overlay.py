@@ -96,7 +96,7 @@ def _in_strips(
     drawn: Callable[[Pixels, Values], Pixels], picture: Pixels, heatmap: Values
 ) -> Pixels:
     """Some rows at a time, since a picture of 100 million pixels would need gigabytes as floats."""
-    whole = np.empty_like(picture)
+    whole = np.empty(picture.shape, picture.dtype)
     for top in range(0, len(picture), _ROWS):
         part = slice(top, top + _ROWS)
         whole[part] = drawn(picture[part], heatmap[part])

@@ -359,7 +359,7 @@ def build_index(
     batch_size: int = 32,
     basis: bool = True,
     width: int | None = None,
-    steps: int = 0,
+    jacobians: int = 0,
     force: bool = False,
     progress: StageProgress | None = None,
 ) -> GalleryIndex:
@@ -369,7 +369,7 @@ def build_index(
     half precision. A heatmap or a matching of a gallery picture is then a product of matrices: the
     network is not run again and the picture is not read. An AVSL model's index keeps its packed
     rows and the feature maps of its levels. Models without layers, and tails that are not linear
-    unless ``steps`` are given, have embeddings alone.
+    unless ``jacobians`` are given, have embeddings alone.
 
     Work that was killed goes on where it was when the same is called again, and gives the same
     file as if it had never stopped. Pictures that cannot be read are listed and left out. The file
@@ -385,7 +385,7 @@ def build_index(
         width: Project what positions add on so many dimensions, the principal axes of a sample of
             the gallery. Exact without; what lies outside them is lost from maps, most of it in
             pictures unlike the sample.
-        steps: Jacobians to average for each picture where the network above the layer is not
+        jacobians: Jacobians to average for each picture where the network above the layer is not
             linear; 0 keeps nothing there. Slow: each takes a backward pass through that part
             for every dimension of the embedding.
         force: Replace an index that is there; any other file is left alone.
@@ -398,18 +398,18 @@ def build_index(
             written by another process, or cannot be written.
     """
     path = Path(path)
-    _check(path, batch_size, width, steps, force=force)
+    _check(path, batch_size, width, jacobians, force=force)
     paths, root = pictures_of(source)
     if absolute([path])[0] in paths:
         raise OutputError(f"'{path}' is a picture of the gallery; choose another file.")
     base = as_similarity_model(model)
-    keeping = keeping_for(base, layer, steps=steps, basis=basis)
+    keeping = keeping_for(base, layer, steps=jacobians, basis=basis)
     if width is not None and keeping.kind != PARTS:
         raise ModelError(f"There is nothing to project on {width} dimensions: {keeping.reason}")
     way = IndexConfig.of(base, keeping, width)
     plan = planned(paths, root, None, drop=True)
     with alone(path):
-        _check(path, batch_size, width, steps, force=force)  # once more: another may have ended
+        _check(path, batch_size, width, jacobians, force=force)  # once more: another may have ended
         return _made(base, way, plan, path, batch_size, progress)
 
 
@@ -572,7 +572,7 @@ def _check_same_gallery(plan: UpdatePlan, old: GalleryIndex, source: GallerySour
         )
 
 
-def _check(path: Path, batch_size: int, width: int | None, steps: int, *, force: bool) -> None:
+def _check(path: Path, batch_size: int, width: int | None, jacobians: int, *, force: bool) -> None:
     if path.exists() and not force:
         raise OutputError(
             f"'{path}' is there already; bring it up to date with update_index, choose another "
@@ -583,9 +583,9 @@ def _check(path: Path, batch_size: int, width: int | None, steps: int, *, force:
             f"'{path}' is not an index of a gallery, so it is not replaced; choose another file, or"
             " remove it first."
         )
-    limits = (("batch_size", batch_size, 1), ("width", width, 1), ("steps", steps, 0))
+    limits = (("batch_size", batch_size, 1), ("width", width, 1), ("jacobians", jacobians, 0))
     for name, number, least in limits:
         if number is not None and number < least:
             raise ComparisonError(f"Expected {name} of at least {least}, got {number}.")
-    if steps > MOST_STEPS:
-        raise ComparisonError(f"Expected steps of at most {MOST_STEPS}, got {steps}.")
+    if jacobians > MOST_STEPS:
+        raise ComparisonError(f"Expected jacobians of at most {MOST_STEPS}, got {jacobians}.")

@@ -301,8 +301,8 @@ def keeping_for(
             NOTHING,
             reason=(
                 f"The network above layer '{chosen}' is not linear, so its embedding is not a sum"
-                " over positions; simexplain index --jacobians 16 (steps=16) keeps an approximate"
-                " one."
+                " over positions; simexplain index --jacobians 16 (jacobians=16) keeps an"
+                " approximate one."
             ),
         )
     normalised = _normalised(model, image, parts.vectors)

@@ -150,7 +150,9 @@ def check_exact(case: Case) -> None:
         raise AssertionError(f"decomposition misses {gap:.1e} of its score: {parts.warnings}")
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
-        result = match(case.model, case.images[:1], case.images[1:2], layer=case.layer, steps=STEPS)
+        result = match(
+            case.model, case.images[:1], case.images[1:2], layer=case.layer, jacobians=STEPS
+        )
     gap = float(result.residual.abs().max()) / max(0.1, float(result.score.abs().max()))
     if gap > case.net.exact and not any(SHARE.search(text) for text in result.warnings):
         raise AssertionError(f"match misses {gap:.1e} of its score: {result.warnings}")
