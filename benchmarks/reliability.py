@@ -51,7 +51,7 @@ TRIED = {
     "threads": (
         "Many threads, many times",
         "One model explained in eight threads at once, in eval and in training mode, beside a pass "
-        "of its owner's; 1,000 explanations by one process, which may leave 16 MiB behind.",
+        "of its owner's; 1,000 explanations by one process, which may leave 8 MiB in use.",
     ),
 }
 """The sections of the page: a title, and what is done."""

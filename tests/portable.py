@@ -59,7 +59,9 @@ def main(names: list[str], *, keep: bool = False) -> int:
         print(done.stdout, end="", flush=True)
         print(f"== {name}: {time.monotonic() - began:.0f} s", flush=True)
         failed += [name] if done.returncode else []
-        last = re.sub(r" in .*", "", done.stdout.strip().splitlines()[-1]).strip("= ")
+        last = re.sub(r"(, \d+ warnings?)? in .*", "", done.stdout.strip().splitlines()[-1]).strip(
+            "= "
+        )
         rows.append([name, f"`{shown}`", last])
     if keep:
         sys.path.insert(0, str(folder.parent / "benchmarks"))

@@ -287,13 +287,9 @@ class SimilarityCAM(Method):
         with torch.no_grad():
             share = self._unexplained(traced, gradients, scores.detach())
             signed = layer_cams(
-                traced.maps,
-                gradients,
-                self.cam,
-                scale=torch.ones_like(scores),
-                keep_negative=True,
-                frames=model.frames,
-            )
+                traced.maps, gradients, self.cam, scale=torch.ones_like(scores),
+                keep_negative=True, frames=model.frames,
+            )  # fmt: skip
             layer_maps = {
                 layer: images.restacked(maps if self.keep_negative else maps.relu())
                 for layer, maps in self._above_rounding(signed, flat, units.flatten(0, 1)).items()

@@ -95,7 +95,7 @@ def _tests(*words: str, examples: int = 0) -> str:
         [sys.executable, "-m", "pytest", "-m", "", "-p", "no:cacheprovider", *words],
         cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return re.sub(r" in .*", "", done.stdout.strip().splitlines()[-1]).strip("= ")
+    return re.sub(r"(, \d+ warnings?)? in .*", "", done.stdout.strip().splitlines()[-1]).strip("= ")
 
 
 def fuzz(place: Place, share: int, what: str) -> Iterable[str]:
