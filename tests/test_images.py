@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import time
 import warnings
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from pictures import chunk, noise, oriented, png
 from PIL import Image, features
 
-from simexplain.data.images import read_picture
+from simexplain.data.images import MOST_SCANS, read_picture
 from simexplain.errors import ImageError
 
 
@@ -296,3 +298,28 @@ def test_permission_error_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("PIL.Image.open", locked)
     refused(tmp_path / "locked.png", "permission")
+
+
+def with_scans(image: Image.Image, count: int) -> bytes:
+    """A progressive JPEG whose last scan is there again and again."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", progressive=True, comment=b"\xff\xda" * 300)
+    content = buffer.getvalue()
+    last = content[content.rindex(b"\xff\xda") : -2]
+    return content[:-2] + (count - 10) * last + content[-2:]
+
+
+@pytest.mark.parametrize("ending", [".jpg", ""])
+def test_a_jpeg_of_very_many_scans_is_refused_at_once(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"scans{ending}"
+    image = noise(30, 40)
+    path.write_bytes(with_scans(image, MOST_SCANS) + b"\xff\xda\x00\x02" * 500)  # behind its end
+    assert read_picture(path).image.size == image.size
+    path.write_bytes(with_scans(image, MOST_SCANS + 1))
+    with pytest.raises(ImageError, match="more than 100 scans"):
+        read_picture(path)
+    path.write_bytes(with_scans(Image.new("RGB", (9000, 9000)), 10_000))
+    began = time.monotonic()
+    with pytest.raises(ImageError, match="more than 100 scans"):
+        read_picture(path)
+    assert time.monotonic() - began < 5

@@ -16,7 +16,7 @@ from PIL import Image
 from simexplain.arguments import typed
 from simexplain.data.dataset_split import DataSplit, everything, few, relative
 from simexplain.data.folders import Progress, Record, mask_of
-from simexplain.data.images import opened_picture, pillow_quiet, read_picture
+from simexplain.data.images import check_scans, opened_picture, pillow_quiet, read_picture
 from simexplain.data.preprocessing import Preprocess
 from simexplain.data.training_set import Augmentation
 from simexplain.errors import ImageError
@@ -191,6 +191,7 @@ def _decoded(path: Path, content: bytes) -> tuple[int, int]:
         # Warnings of damaged metadata, which read_picture forgives.
         with pillow_quiet(), Image.open(BytesIO(content)) as opened:
             if opened.format == "JPEG":
+                check_scans(str(path), content)
                 height, width = opened.height, opened.width
                 turned = opened.getexif().get(_ORIENTATION) in _TURNED
                 # Every byte is read all the same, but an eighth of the pixels computed.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
@@ -85,6 +86,10 @@ LARGE = 2**25
 """Pixels from which a picture of a file is not held in memory, but read again when it is used."""
 _ROWS = 256
 _ORIENTATION = 0x0112
+MOST_SCANS = 100
+"""Of a JPEG; encoders write about ten, and each takes as long as decoding the whole picture."""
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_SCAN, _END, _ALONE = 0xDA, 0xD9, (0xD8, 0x01)
 
 
 @dataclass(frozen=True)
@@ -217,7 +222,34 @@ def opened_picture(path: str | Path) -> Iterator[Image.Image]:
     """
     check_no_pipe(Path(path))
     with pillow_quiet(), Image.open(path, formats=_formats()) as opened:
+        if opened.format in ("JPEG", "MPO"):
+            with (
+                Path(path).open("rb") as file,
+                mmap(file.fileno(), 0, access=ACCESS_READ) as all_of,
+            ):
+                check_scans(str(path), all_of)
         yield opened
+
+
+def check_scans(name: str, content: bytes | mmap) -> None:
+    """Refuses a JPEG of so many scans that a small file would take minutes.
+
+    Raises:
+        ImageError: If it is one.
+    """
+    count, position = 0, 2
+    while count <= MOST_SCANS and (found := _MARKER.search(content, position)):
+        position, code = found.end(), content[found.end() - 1]
+        if code == _END:
+            break
+        if code not in _ALONE:
+            count += code == _SCAN
+            position += max(2, int.from_bytes(content[position : position + 2], "big"))
+    if count > MOST_SCANS:
+        raise ImageError(
+            f"'{name}' is a JPEG of more than {MOST_SCANS} scans, which would take very long to "
+            "decode; save it again."
+        )
 
 
 def _taken(path: str | Path, take: Callable[[str, Image.Image], Taken]) -> Taken:
