@@ -3,13 +3,14 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-all test-portable lint format types docs bench clean
+.PHONY: help demo test test-all test-portable audit lint format types docs bench clean
 
 help:
 	@echo "make demo      install and explain a bundled triplet; prints where the figure is"
 	@echo "make test      lint, types, tests, notebooks and documentation"
 	@echo "make test-all  the same with slow and GPU tests and the matrix of real networks"
 	@echo "make test-portable  the numeric tests as on other processors, with one and two threads"
+	@echo "make audit     pinned versions, hashes of their files, published faults; skips offline"
 	@echo "make lint | types | docs | bench | format | clean"
 
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -42,6 +43,9 @@ test: lint types
 
 test-portable: $(VENV)/.dev
 	$(BIN)/python tests/portable.py $(SETTINGS)
+
+audit: $(VENV)/.dev
+	$(BIN)/python docs/scripts/audit.py
 
 # The matrix of real networks needs packages of others; what cannot be installed is skipped.
 $(VENV)/.compat: $(VENV)/.dev
