@@ -83,6 +83,19 @@ def test_what_differs_is_found(audit: ModuleType) -> None:
     assert list(audit.faults(files, {**pins, "moved": "2.0"}, again)) == []
 
 
+def test_what_advisories_know(audit: ModuleType) -> None:
+    unknown = {"name": "a", "version": "1", "skip_reason": "not found"}
+    sound = {"name": "b", "version": "2", "vulns": []}
+    faulty = {"name": "c", "version": "3", "vulns": [{"id": "X-1", "fix_versions": ["3.1"]}]}
+    assert audit.judged([unknown]) == (
+        [], "Skipped the advisories: their source knows none of 1 versions."
+    )  # fmt: skip
+    lines, text = audit.judged([unknown, sound, faulty])
+    assert lines == ["c 3: X-1, mended in 3.1."]
+    assert text.startswith("2 versions were looked up")
+    assert "does not know a 1" in text
+
+
 @pytest.mark.parametrize("line", ["torch>=2", "torch", "torch==2 --hash=x", "-r other.txt"])
 def test_a_line_that_pins_nothing_is_refused(audit: ModuleType, line: str) -> None:
     with pytest.raises(ValueError, match="name==version"):

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,16 +135,25 @@ def advisories(folder: Path) -> list[str]:
     except (ValueError, KeyError):
         print(f"Skipped the advisories: their source cannot be asked ({reason_of(audit)}).")
         return []
-    for one in found:
-        if "skip_reason" in one:
-            print(f"No advisories for {one['name']}: {one['skip_reason']}"[:200])
-    print(f"{len(found)} pinned versions were looked up among the advisories.")
-    return [
+    lines, text = judged(found)
+    print(text)
+    return lines
+
+
+def judged(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:
+    """Published faults of what was looked up, a sentence each, and how much of it is known."""
+    unknown = [f"{one['name']} {one['version']}" for one in found if "skip_reason" in one]
+    known = [one for one in found if "skip_reason" not in one]
+    lines = [
         f"{one['name']} {one['version']}: {fault['id']}, mended in "
         f"{', '.join(fault['fix_versions']) or 'no version'}."
-        for one in found
-        for fault in one.get("vulns", ())
+        for one in known
+        for fault in one["vulns"]
     ]
+    if not known:
+        return lines, f"Skipped the advisories: their source knows none of {len(found)} versions."
+    rest = f"; their source does not know {', '.join(unknown)}" if unknown else ""
+    return lines, f"{len(known)} versions were looked up among the advisories{rest}."
 
 
 def main(*words: str) -> int:
