@@ -12,12 +12,13 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 from cli_runs import simexplain
-from hostile_commands import Place, prepared
+from hostile_commands import PICTURE, Place, prepared
 from hostile_writers import (
     OUT,
     WRITERS,
@@ -111,8 +112,15 @@ def test_two_at_once(
     raced(references[first], references[second], tmp_path / OUT, force=force)
 
 
+QUICK_DISK = ("explain", "match", "bank")
+ON_DISKS = [name for name in PICTURE if "picture as" not in name and "--vector" not in name]
+
+
 @pytest.mark.parametrize("size", [0, 300, 3000])
-@pytest.mark.parametrize("name", ["explain", "match", "bank"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK_DISK else pytest.mark.slow) for n in WRITERS],
+)
 def test_a_full_disk(
     references: dict[str, Reference], tmp_path: Path, name: str, size: int
 ) -> None:
@@ -122,8 +130,12 @@ def test_a_full_disk(
     shutil.copytree(own.folders[0], folder)
     child = forked(own.writer.line(own.place, 1, force=True), folder, partial(_bounded, size))
     assert ended(child) == 1
-    assert fingerprint(folder) == own.prints[0]
+    if own.writer.lost:
+        assert own.writer.mark(folder) == own.prints[0]
     assert not list(folder.rglob(".simexplain-draft-*"))
+    again = simexplain(*own.writer.line(own.place, 1, force=True), cwd=folder)
+    assert again.code == 0, again.err
+    assert own.writer.mark(folder) == own.prints[1]
 
 
 def _bounded(size: int) -> None:
@@ -132,18 +144,35 @@ def _bounded(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+@contextmanager
+def mounted(disk: Path, *mounts: tuple[str, ...]) -> Iterator[Path]:
+    """A folder as a disk of its own."""
+    try:
+        if any(subprocess.run(["mount", *one], capture_output=True).returncode for one in mounts):
+            pytest.skip("mounting is not allowed here")
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], capture_output=True)
+
+
 @pytest.fixture
 def read_only(references: dict[str, Reference], tmp_path: Path) -> Iterator[Path]:
     """A read-only disk with a result on it."""
     disk = tmp_path / "disk"
     shutil.copytree(references["explain"].folders[0], disk)
-    mounts = (["mount", "--bind", disk, disk], ["mount", "-o", "remount,bind,ro", disk])
-    try:
-        if any(subprocess.run(words, capture_output=True).returncode for words in mounts):
-            pytest.skip("mounting is not allowed here")
+    at = str(disk)
+    with mounted(disk, ("--bind", at, at), ("-o", "remount,bind,ro", at)):
         yield disk
-    finally:
-        subprocess.run(["umount", disk], capture_output=True)
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Path]:
+    """A disk with room for names and a few kilobytes, no more."""
+    disk = tmp_path / "small"
+    disk.mkdir()
+    with mounted(disk, ("-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk))):
+        (disk / "filler").write_bytes(bytes(56 * 1024))
+        yield disk
 
 
 def test_a_read_only_disk(references: dict[str, Reference], read_only: Path) -> None:
@@ -154,3 +183,25 @@ def test_a_read_only_disk(references: dict[str, Reference], read_only: Path) -> 
         assert (done.code, done.err.count("\n")) == (1, 1), done.err
         assert "cannot be written" in done.err
     assert fingerprint(read_only) == own.prints[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ON_DISKS)
+def test_every_command_on_a_read_only_disk(place: Place, read_only: Path, command: str) -> None:
+    before = sorted(read_only.rglob("*"))
+    words = PICTURE[command](place, Path(place.good), read_only / "new")
+    done = simexplain(*words, cwd=place.root)
+    assert (done.code, done.err.count("Error: ")) == (1, 1), done.err
+    assert "cannot be written" in done.err
+    assert sorted(read_only.rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [name for name in ON_DISKS if name != "train"])
+def test_every_command_on_a_full_disk(place: Place, full: Path, command: str) -> None:
+    words = PICTURE[command](place, Path(place.good), full / "new")
+    done = simexplain(*words, cwd=place.root)
+    assert (done.code, done.err.count("Error: ")) == (1, 1), done.err
+    assert "cannot be written" in done.err
+    if command not in ("index", "batch"):  # whose beginning is gone on with
+        assert [path.name for path in full.iterdir()] == ["filler"]
