@@ -269,8 +269,8 @@ class SimilarityCAM(Method):
         model, images, layers, max_batch = task
         flat_images = images.stacked().flatten(0, 1)
         if self.score == "cosine":
-            by_rows = model.of_tokens(layers, flat_images)
-            traced = trace(model, flat_images, layers, max_batch=max_batch, by_rows=by_rows)
+            rows = model.of_tokens(layers, flat_images)
+            traced = trace(model, flat_images, layers, max_batch=max_batch, by_rows=rows)
         else:
             traced = trace_vectors(model, flat_images, layers, max_batch=max_batch).trace
         vectors = traced.embeddings.detach()
