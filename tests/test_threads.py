@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -107,22 +103,3 @@ def test_an_error_in_one_thread_holds_up_no_other(images: Tensor) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         for number, result in enumerate(pool.map(one, range(16))):
             assert "nowhere" in result if number % 2 else torch.equal(result, alone)
-
-
-def resident() -> int:
-    """Bytes of this process in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is read as Linux has it")
-def test_a_thousand_explanations_are_flat_in_memory(images: Tensor) -> None:
-    model = as_similarity_model(TinyNet().eval())
-    after = []
-    for number in range(1000):
-        explain(model, triplet_of(images.roll(number % 3, 0)))
-        if number in (199, 999):
-            gc.collect()
-            after.append(resident())
-    assert after[1] - after[0] < 8e6
