@@ -29,7 +29,7 @@ TRIED = {
         "Forged programs",
         "The JSON of an exported program (`.pt2`), and the JSON in its texts, changed at random by "
         "hypothesis. Imports, files that are opened and code that is compiled are watched by an "
-        "audit hook.",
+        "audit hook; the test fails at the first that does more than load plain tensors.",
     ),
     "kills": (
         "Killed",
