@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("offline")
 
 # About 20 seconds and, among the slow tests, about 10 minutes on one core.
 EXAMPLES = int(os.environ.get("SIMEXPLAIN_FUZZ_EXAMPLES", "100"))
-MANY_EXAMPLES = int(os.environ.get("SIMEXPLAIN_FUZZ_EXAMPLES", "4000"))
+MANY_EXAMPLES = int(os.environ.get("SIMEXPLAIN_FUZZ_EXAMPLES", "20000"))
 _CODE = "__import__('sprung')"
 _SPECS = ("in_spec", "out_spec")
 TEXTS = (
@@ -129,6 +129,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Arch
     torch.export.save(program, folder / "plain.pt2")
     source = Archive.of(folder / "plain.pt2")
     # So that what Python and torch import on first use is there, on failure too.
+    "\x1b".encode("unicode_escape")
     load_model(folder / "plain.pt2")
     load_model(source.write(folder / "changed.pt2"))
     harmless = deepcopy(source)

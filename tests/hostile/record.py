@@ -100,7 +100,7 @@ def _tests(*words: str, examples: int = 0) -> str:
 
 def fuzz(place: Place, share: int, what: str) -> Iterable[str]:
     """Exported programs changed at random."""
-    examples, began = 4000 // share, time.monotonic()
+    examples, began = 20_000 // share, time.monotonic()
     ended = _tests("tests/test_exported_fuzz.py", "-k", "many", examples=examples)
     minutes = (time.monotonic() - began) / 60
     if "failed" in ended or "passed" not in ended:
