@@ -271,7 +271,12 @@ def test_ctrl_c_leaves_nothing(
     classes(here / "good")
     before = sorted(here.rglob("*"))
     monkeypatch.setattr(place, lambda *_, **__: signal.raise_signal(signal.SIGINT))
-    done = run("fit", NETWORK, "good", "--out", "avsl.pt", *QUICK)
+    # Which a shell's background jobs, these tests perhaps, ignore.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = run("fit", NETWORK, "good", "--out", "avsl.pt", *QUICK)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert (done.code, done.out) == (130, "")
     assert done.err.strip() == "Error: Interrupted; nothing was written."
     assert sorted(here.rglob("*")) == before
