@@ -109,5 +109,7 @@ def _sentence(kept: dict[str, Any]) -> str:
 
 
 def _faults(kept: dict[str, Any]) -> list[str]:
-    """The faults that were seen, one to a line."""
-    return [*(f"- `{fault}`" for fault in kept["faults"]), ""] if kept["faults"] else []
+    """The faults that were seen, one to a line; nothing is released before they are mended."""
+    if not kept["faults"]:
+        return []
+    return ["Found, and mended since:", "", *(f"- `{fault}`" for fault in kept["faults"]), ""]

@@ -12,8 +12,8 @@ from PIL import Image
 from simexplain.data.folders import Batches, Record, left_out_of, pictures_in
 from simexplain.data.images import read_pages, read_picture
 from simexplain.data.preprocessing import Preprocess
-from simexplain.errors import ImageError
-from simexplain.evaluation.items import read_mask
+from simexplain.errors import ComparisonError, ImageError
+from simexplain.evaluation.items import read_comparisons, read_mask
 
 SMALL = Preprocess(size=(16, 16))
 
@@ -194,3 +194,11 @@ def test_no_other_program_reads_a_mask(tmp_path: Path) -> None:
     mask.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n")
     with pytest.raises(ImageError, match="cannot identify image file"):
         read_mask(mask, (4, 4))
+
+
+def test_tables_are_read_from_files_alone(tmp_path: Path) -> None:
+    """A pipe that nobody writes to would be waited for, a device would never end."""
+    os.mkfifo(tmp_path / "pipe.csv")
+    for path in (tmp_path / "pipe.csv", Path("/dev/zero")):
+        with pytest.raises(ComparisonError, match=r"Expected a CSV file, but .* a pipe or a dev"):
+            read_comparisons(path)

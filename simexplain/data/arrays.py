@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from simexplain.errors import ComparisonError, ImageError, first_line, missing
+from simexplain.errors import (
+    ComparisonError,
+    ImageError,
+    SimexplainError,
+    first_line,
+    missing,
+)
 from simexplain.numpy_files import MOST_VALUES, stored_arrays
 
 ARRAYS = (".npy", ".npz")
@@ -27,17 +33,19 @@ _LOW, _HIGH = 2, 98
 _SAMPLES_PER_PIXEL = 277
 
 
-def check_no_pipe(path: Path) -> None:
+def check_no_pipe(
+    path: Path, what: str = "picture", error: type[SimexplainError] = ImageError
+) -> None:
     """Refuses what is neither a file nor a folder: reading a pipe or a device might never end.
 
     Raises:
-        ImageError: If it is one.
+        SimexplainError: Of the type ``error``, if it is one.
         OSError: If there is nothing of that name.
     """
     kind = path.stat().st_mode
     if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
-        raise ImageError(
-            f"Expected a picture file, but '{path}' is a pipe or a device; save what comes out of "
+        raise error(
+            f"Expected a {what} file, but '{path}' is a pipe or a device; save what comes out of "
             "it as a file."
         )
 

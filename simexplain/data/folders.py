@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import ImageOps
 from torch import Tensor
 
-from simexplain.data.arrays import ARRAYS
+from simexplain.data.arrays import ARRAYS, check_no_pipe
 from simexplain.data.images import (
     DAMAGED_PICTURE,
     Picture,
@@ -173,6 +173,7 @@ def opened_csv(path: Path, error: type[SimexplainError]) -> Iterator[TextIO]:
         SimexplainError: Of the type ``error``, if it cannot be read or is not such a file.
     """
     try:
+        check_no_pipe(path, "CSV", error)
         with path.open(encoding="utf-8-sig", newline="") as opened:
             yield opened
     except OSError as reason:
