@@ -77,10 +77,12 @@ def test_an_explanation_is_the_same_in_any_company(name: str, method: str) -> No
         for part in ("embeddings", "distances"):
             assert torch.equal(getattr(alone, part)[0], getattr(together, part)[row]), part
         # What follows a pass is computed for all images of a call in one tensor, in which an
-        # exponential function rounds the last few numbers in another way.
+        # exponential function rounds the last few numbers in another way; focus raises maps to
+        # powers, which multiplies that.
+        limit = 5e-6 if method == "focus" else 1e-6
         for part in ("maps", "scores", "weights", "heatmaps"):
             a, b = getattr(alone, part)[0], getattr(together, part)[row]
-            assert (a - b).abs().max() <= 1e-6 * b.abs().max(), part
+            assert (a - b).abs().max() <= limit * b.abs().max(), part
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
