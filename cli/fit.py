@@ -55,7 +55,6 @@ _OWN = PostHoc()
 )
 @option(
     "--reliability-batches",
-    "steps",
     default=_OWN.reliability_batches,
     show_default=True,
     help="Batches that train the reliabilities.",
@@ -73,7 +72,7 @@ def command(
     nodes: int,
     preset: str,
     epochs: int,
-    steps: int,
+    reliability_batches: int,
     seed: int,
     **given: Any,
 ) -> None:
@@ -101,7 +100,7 @@ def command(
             nodes=nodes,
             preset=preset,
             epochs=epochs,
-            reliability_batches=steps,
+            reliability_batches=reliability_batches,
             seed=seed,
         )
     save_model(fitted, out, force=force)

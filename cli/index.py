@@ -41,7 +41,6 @@ _LISTED = 3
               help="Keep the D main dimensions of what positions add. [all, exact]")  # fmt: skip
 @option(
     "--jacobians",
-    "steps",
     type=click.IntRange(1),
     metavar="N",
     help="How many Jacobians to average where the network above the layer is curved.",
@@ -64,7 +63,7 @@ def command(
     layer: str | None,
     no_basis: bool,
     width: int | None,
-    steps: int | None,
+    jacobians: int | None,
     **given: Any,
 ) -> None:
     """Embed a folder of pictures, to be searched and explained.
@@ -81,7 +80,7 @@ def command(
     if add + remove + force > 1:
         raise click.UsageError("--add, --remove and --force exclude each other.")
     check_file(out, force=True)
-    made = {"layer": layer, "width": width, "steps": steps, "no_basis": no_basis or None}
+    made = {"layer": layer, "width": width, "jacobians": jacobians, "no_basis": no_basis or None}
     fresh = force or not (out.exists() or add or remove)
     if not fresh:
         _check_choices(open_index(out), made)
@@ -95,7 +94,7 @@ def command(
             if fresh:
                 index = build_index(
                     network, folder, out, layer=layer, batch_size=batch_size, basis=not no_basis,
-                    width=width, jacobians=steps or 0, force=force, progress=progress,
+                    width=width, jacobians=jacobians or 0, force=force, progress=progress,
                 )  # fmt: skip
             else:
                 index = update_index(
@@ -117,14 +116,14 @@ def _check_choices(index: GalleryIndex, made: dict[str, Any]) -> None:
         OutputError: If one differs; the error states what to do.
     """
     width = None if index.keeping.basis is None else index.keeping.basis.shape[1]
-    steps = index.keeping.steps if index.has_basis else None
+    jacobians = index.keeping.steps if index.has_basis else None
     own = {
-        "layer": index.layer, "width": width, "steps": steps,
+        "layer": index.layer, "width": width, "jacobians": jacobians,
         "no_basis": not (index.has_basis or index.has_levels),
     }  # fmt: skip
     for name, value in made.items():
         if value is not None and value != own[name]:
-            option = "--" + {"steps": "jacobians"}.get(name, name).replace("_", "-")
+            option = "--" + name.replace("_", "-")
             raise OutputError(
                 f"'{index.path}' was not made with {option}"
                 f"{'' if value is True else f' {value}'}; leave it away, or make the index anew "

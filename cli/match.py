@@ -53,11 +53,11 @@ class Place(click.ParamType):  # type: ignore[type-arg,unused-ignore]
               help="Score that is taken apart. "
               + "; ".join(f"{name}: {score.about}" for name, score in SCORES.items()) + ".",
 )  # fmt: skip
-@option("--formula", "style", type=OneOf(list(STYLES)), default="exact", show_default=True,
+@option("--formula", type=OneOf(list(STYLES)), default="exact", show_default=True,
               help="Formula for the pairs. "
               + "; ".join(f"{name}: {about}" for name, about in STYLES.items()) + ".",
 )  # fmt: skip
-@option("--jacobians", "steps", default=16, show_default=True, type=click.IntRange(min=1),
+@option("--jacobians", default=16, show_default=True, type=click.IntRange(min=1),
               help="How many Jacobians to average where the network above the layer is curved.",
 )  # fmt: skip
 @option("--top", default=8, show_default=True, type=click.IntRange(min=0),
@@ -71,8 +71,8 @@ def command(
     points: tuple[Point, ...],
     layer: str | None,
     score: str,
-    style: str,
-    steps: int,
+    formula: str,
+    jacobians: int,
     top: int,
     **given: Any,
 ) -> Made:
@@ -89,7 +89,14 @@ def command(
     patience = Patience(lambda text: echo(f"Note: {text}", err=True))
     with busy("Matching 2 images"):
         result = match(
-            network, a, b, layer, score=score, formula=style, jacobians=steps, progress=patience
+            network,
+            a,
+            b,
+            layer,
+            score=score,
+            formula=formula,
+            jacobians=jacobians,
+            progress=patience,
         )
     chosen = points or None
     return Made(result, partial(report, result, chosen, top), {"points": chosen, "top": top})

@@ -16,13 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from simexplain.errors import (
-    ComparisonError,
-    ImageError,
-    SimexplainError,
-    first_line,
-    missing,
-)
+from simexplain.errors import ComparisonError, ImageError, SimexplainError, first_line, missing
 from simexplain.numpy_files import MOST_VALUES, stored_arrays
 
 ARRAYS = (".npy", ".npz")
